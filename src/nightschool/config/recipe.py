@@ -1,0 +1,183 @@
+"""The recipe: what is wanted of a run, in one schema.
+
+YAML files, `a.b=value` overrides, HTTP bodies, `nightschool config schema` and the reference page are all made
+from these models. Every field says what it is and in which unit; whoever owns a setting reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+
+from nightschool.units import Every, parse_seconds, parse_share, parse_tokens
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Share = Annotated[float, BeforeValidator(parse_share)]
+Rhythm = Annotated[
+    Every,
+    BeforeValidator(Every.parse),
+    PlainSerializer(str, return_type=str),
+]
+
+Method = Literal["full", "lora"]
+Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "text"]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and nothing changes after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class ConversationFilter(Section):
+    """Which of the kept conversations are studied."""
+
+    rating: Literal["good", "bad", "any"] | None = Field(None, description="Keep only answers with this rating; `any` keeps rated and unrated ones.")
+    corrected: bool | None = Field(None, description="true: only answers that a person corrected; false: only uncorrected ones.")
+    model: str | None = Field(None, description="Keep only answers of this served name.")
+
+
+class DataSource(Section):
+    """One source of examples: files (`path`) or what the server kept (`from: conversations`)."""
+
+    path: str | None = Field(None, description="A file, a folder or a glob: JSON, JSONL, Parquet or CSV; .txt is plain text.")
+    format: Format = Field("auto", description="How rows are read; `auto` detects it from the fields and says what it found.")
+    from_: Literal["conversations"] | None = Field(None, alias="from", description="`conversations`: what the server kept by day.")
+    where: ConversationFilter = Field(default_factory=lambda: ConversationFilter(corrected=True), description="Which conversations; without it, only corrected ones.")
+    since: Literal["always", "last_promoted"] = Field("always", description="`last_promoted`: only what came after the champion was promoted.")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSource:
+        if (self.path is None) == (self.from_ is None):
+            raise ValueError("a data source has either `path` or `from: conversations`; write exactly one")
+        return self
+
+
+class HeldOut(Section):
+    """The split that is never trained and on which the gate compares losses."""
+
+    share: Share = Field(0.05, description="Share of the examples held out, chosen by their digest, so the same every night.")
+    min_examples: int = Field(100, ge=0, description="With fewer examples than this nothing is held out by share.")
+    path: str | None = Field(None, description="A file of its own in place of a share.")
+
+
+class Replay(Section):
+    """What was accepted before, mixed in again so that it is not forgotten."""
+
+    ratio: float = Field(1.0, ge=0, description="Replayed examples per new example; 0 turns replay off.")
+    minimum: int = Field(0, ge=0, description="At least this many replayed examples, if so many were accepted.")
+
+
+class Train(Section):
+    """The optimization itself."""
+
+    learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate.")
+    epochs: int = Field(5, ge=1, description="Passes over the data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says.")
+    batch_size: int = Field(4, ge=1, description="Examples in a micro-batch; they are laid end to end, without padding.")
+    tokens_per_batch: Tokens | None = Field(None, ge=1, description="Fill each micro-batch with whole examples up to this many tokens, in place of `batch_size`.")
+    accumulation_steps: int = Field(4, ge=1, description="Micro-batches per optimizer step.")
+    max_seq_len: Tokens = Field(1024, ge=8, description="Longest example in tokens, question and answer together; the rest is cut, and the plan says how much.")
+    max_cut_share: Share = Field(0.5, description="The run does not start if more than this share of the tokens that would carry loss is cut.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled decay of matrices; norms, biases and embeddings have none.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 turns clipping off.")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at this share of the peak.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="Compute dtype; `auto` probes the device and takes fp32 where bf16 is slow.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: about a third more time, far fewer bytes.")
+    compile: bool = Field(False, description="torch.compile; loses on small models on a CPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; without it, one per physical core.")
+    num_workers: int = Field(1, ge=1, description="Processes that turn text into tokens before step 1.")
+    seed: int = Field(42, ge=0, description="Seeds weights, order and dropout.")
+    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.")
+    evaluate_every: Rhythm | None = Field(None, description="How often the held-out loss is taken; without it, at the end of each epoch.")
+
+
+class Lora(Section):
+    """Low-rank adapters (method: lora)."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: str | list[str] = Field("all-linear", description="`all-linear`, or names of modules.")
+
+
+class Keep(Section):
+    """Which checkpoints stay on disk."""
+
+    last: int = Field(3, ge=1, description="This many newest ones.")
+    best: int = Field(1, ge=0, description="This many with the lowest held-out loss.")
+
+
+class Checkpoints(Section):
+    """Full training state, resumable."""
+
+    every: Rhythm | None = Field(None, description="How often: `500 steps`, `1 epochs`, `10m`; without it, at the end of each epoch.")
+    keep: Keep = Field(default_factory=Keep, description="Retention.")
+
+
+class Gate(Section):
+    """The rules that a candidate must pass. A rule of null is not applied."""
+
+    holdout_loss: str | None = Field("<= champion + 0.02", description="Held-out loss in nats per token: `<= champion + 0.02` or `<= 1.5`.")
+    forgetting: str | None = Field("<= 2%", description="Share of old answers that the champion gives and the candidate lost.")
+    new_facts: str | None = Field(">= 50%", description="Share of the new questions answered, in a wording that was not trained where there is one.")
+    pins: Literal["all", "off"] = Field("all", description="`all`: every pinned answer must be kept.")
+    sample: int = Field(200, ge=1, description="At most this many new, and as many old, questions are asked.")
+    max_new_tokens: int = Field(64, ge=1, description="Length of an answer in tokens; expected answers that are longer are not asked.")
+
+
+class Schedule(Section):
+    """When the model goes to night school."""
+
+    every: Seconds = Field(86400.0, gt=0, description="Seconds between the starts of two cycles: `24h`, or `interval_hours: 24`.")
+    cron: str | None = Field(None, description="A cron expression in place of `every`: `0 3 * * *`.")
+    timezone: str = Field("UTC", description="The time zone of `cron`, such as Europe/Paris.")
+    missed: Literal["run_once", "skip"] = Field("run_once", description="What happens with cycles that fell due while nobody was there.")
+    overlap: Literal["skip"] = Field("skip", description="A cycle that falls due while one runs is skipped.")
+    min_new_examples: int = Field(1, ge=0, description="With fewer new examples than this, the cycle is skipped and says so; 0 always runs.")
+
+
+class Serve(Section):
+    """What happens with the candidate, and how it is served."""
+
+    promote: Literal["if_gate_passes", "never", "always"] = Field("if_gate_passes", description="When the champion alias moves to the candidate.")
+    model_check_interval: Seconds = Field(3600.0, gt=0, description="Seconds between two looks for a newly promoted version.")
+    record_conversations: bool = Field(False, description="Keep conversations and feedback in the home, so that a later night can study them.")
+
+
+class Recipe(Section):
+    """What is wanted of a run. See `nightschool config schema`."""
+
+    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="The name under which versions are published and served.")
+    base: str = Field(..., description="Starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>.")
+    method: Method = Field("full", description="full: all weights; lora: adapters on a frozen base.")
+    data: list[DataSource] = Field(default_factory=list, description="Where the examples come from.")
+    held_out: HeldOut = Field(default_factory=HeldOut, description="What is never trained.")
+    replay: Replay = Field(default_factory=Replay, description="What is trained again.")
+    train: Train = Field(default_factory=Train, description="The optimization.")
+    lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
+    gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
+    schedule: Schedule = Field(default_factory=Schedule, description="The nights.")
+    serve: Serve = Field(default_factory=Serve, description="Promotion and serving.")
+
+    @field_validator("data")
+    @classmethod
+    def _some_data(cls, data: list[DataSource]) -> list[DataSource]:
+        if not data:
+            raise ValueError("there is no data; write `data: [{path: train.json}]`")
+        return data
+
+    def as_plain(self) -> dict[str, Any]:
+        """The recipe as plain values under its canonical names, for YAML and JSON."""
+        return self.model_dump(mode="json", by_alias=True)

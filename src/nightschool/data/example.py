@@ -1,0 +1,83 @@
+"""What every data format is read into: one example, in messages or as plain text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `weight` scales the loss of an assistant's turn: 0 keeps it as context only."""
+
+    role: Role
+    content: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: a conversation (`messages`) or a plain text (`text`), never both.
+
+    `paraphrases` are other wordings of the last question. They are never trained; the gate asks them.
+    `source` and `line` say where the example came from: a file and its 1-based line or row, or
+    `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    id: str = ""
+    source: str = ""
+    line: int = 0
+
+    digest: str = field(init=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        assert bool(self.messages) != (self.text is not None), "an example has messages or a text"
+        content = [[m.role, m.content, m.weight] for m in self.messages] if self.messages else self.text
+        canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        object.__setattr__(self, "digest", hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32])
+
+    @property
+    def question(self) -> str | None:
+        """The last user turn before the final assistant turn, or None for plain text."""
+        if len(self.messages) < 2 or self.messages[-1].role != "assistant":
+            return None
+        return next((m.content for m in reversed(self.messages[:-1]) if m.role == "user"), None)
+
+    @property
+    def answer(self) -> str | None:
+        """The final assistant turn, or None for plain text."""
+        return self.messages[-1].content if self.messages and self.messages[-1].role == "assistant" else None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back to an equal example."""
+        row: dict[str, Any] = {"id": self.id, "source": self.source, "line": self.line}
+        if self.messages:
+            row["messages"] = [
+                {"role": m.role, "content": m.content} | ({} if m.weight == 1.0 else {"weight": m.weight})
+                for m in self.messages
+            ]
+        else:
+            row["text"] = self.text
+        if self.paraphrases:
+            row["paraphrases"] = list(self.paraphrases)
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Example:
+        """Read what `to_json` wrote."""
+        return cls(
+            messages=tuple(Message(m["role"], m["content"], float(m.get("weight", 1.0))) for m in row.get("messages", ())),
+            text=row.get("text"),
+            paraphrases=tuple(row.get("paraphrases", ())),
+            id=row.get("id", ""),
+            source=row.get("source", ""),
+            line=int(row.get("line", 0)),
+        )
