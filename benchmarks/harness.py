@@ -1,0 +1,94 @@
+"""What every benchmark shares: the quick switch, the clock, the record that it prints last.
+
+A benchmark answers one question. It runs ours and the peer in turn in the same process tree, prints a table for
+people, and ends with one JSON object on the last line for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "fastapi", "uvicorn")
+
+
+class Benchmark:
+    """One question, its figures and its goals."""
+
+    def __init__(self, name: str, question: str, goals: dict[str, dict[str, float]]) -> None:
+        parser = argparse.ArgumentParser(description=question)
+        parser.add_argument("--quick", action="store_true", help="a smaller setting that answers within 50 s on 2 cores")
+        self.quick: bool = parser.parse_args().quick
+        self.name, self.question, self.goals = name, question, goals
+        self.started = time.monotonic()
+        print(f"{name}: {question}{' (quick)' if self.quick else ''}", flush=True)
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """Print two columns for people."""
+        width = max(len(left) for left, _ in rows)
+        for left, right in rows:
+            print(f"  {left:<{width}}  {right}", flush=True)
+
+    def finish(self, figures: dict[str, float]) -> None:
+        """Print what was reached beside the goals, then the record."""
+        for key, goal in self.goals.items():
+            (kind, bound), value = next(iter(goal.items())), figures[key]
+            reached = value >= bound if kind == "min" else value <= bound
+            print(f"  {key}: {value:.4g}  (goal: {kind} {bound:g})  {'reached' if reached else 'MISSED'}")
+        record = {
+            "benchmark": self.name,
+            "figures": figures,
+            "goals": self.goals,
+            "device": device(),
+            "versions": versions(),
+            "quick": self.quick,
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        print(json.dumps(record))
+        sys.stdout.flush()
+
+
+def device() -> str:
+    """The processor that the figures were measured on, and its cores."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that take part."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def interleave(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run each contestant in turn, `rounds` times, so that a drifting machine hits all alike."""
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            results[name].append(contestant())
+    return results
+
+
+def median_ratio(ours: list[float], peer: list[float]) -> float:
+    """Median of the ratios taken round by round."""
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
