@@ -1,0 +1,276 @@
+"""From a batch of documents to hidden states and loss, for any causal language model of transformers.
+
+Shapes: N tokens of the row, D documents, T the longest, V vocabulary.
+
+`prepare` looks at a model once, with numbers instead of a list of names: does a document keep to itself when it is packed
+with another, and do the last hidden states times the output head equal the model's own logits? What it finds decides how
+`document_loss` and `forward_hidden` run. A model that leaks is padded; a model that caps or scales its logits is asked
+for its own logits. The loss is the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments
+from nightschool.layers.loss import chunked_cross_entropy, logits_cross_entropy
+
+
+class Documents(Protocol):
+    """What a batch must have: documents end to end in one row. `nightschool.data.batches.Batch` is one."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [1,N] int64
+    @property
+    def position_ids(self) -> Tensor: ...  # [1,N], restarting at 0 with each document
+    @property
+    def labels(self) -> Tensor: ...  # [1,N], the id to be predicted AT each position, or -100
+    @property
+    def weights(self) -> Tensor: ...  # [1,N] float
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # [D+1]
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """How this model is run. `why_*` is empty, or says in words why the faster way is not taken."""
+
+    packed: bool
+    fused_head: bool
+    why_padded: str = ""
+    why_own_logits: str = ""
+
+
+@dataclass(frozen=True)
+class PaddedDocuments:
+    """The same documents, one a row, padded on the right: all [D,T] and on the batch's device."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+def prepare(model: nn.Module) -> ForwardPath:
+    """Probe `model` (bare or wrapped by PEFT) and set its attention accordingly. Takes two tiny forward passes a question.
+
+    Numbers must agree within 1e-4 of the largest in fp32, 5e-2 in 16-bit parameters.
+    """
+    packed, why_padded = supports_packing(model)
+    causal_lm(model).set_attn_implementation(PACKED_ATTENTION if packed else _unpacked(model))
+    fused, why_own = _head_is_everything(model)
+    return ForwardPath(packed=packed, fused_head=fused, why_padded=why_padded, why_own_logits=why_own)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, adapters included; a bare model is returned as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def document_loss(
+    model: nn.Module, path: ForwardPath, batch: Documents, chunk_tokens: int | None = None
+) -> tuple[Tensor, int]:
+    """The weighted loss summed over the batch, in nats, and the number of tokens that carry loss.
+
+    The model and the batch are on one device. Gradients flow into whatever requires them.
+    """
+    labels, weights = batch.labels[0], batch.weights[0]
+    if not path.fused_head:
+        return _loss_of_own_logits(model, path, batch)
+    if not path.packed:
+        hidden, head = forward_hidden(model, path, batch)
+        return chunked_cross_entropy(hidden, head, labels, weights, chunk_tokens)
+    layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
+    hidden = _backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
+    if layout.order is not None:  # cheaper than restoring the order of the hidden states, and the sum is the same
+        labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
+    return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens)
+
+
+def forward_hidden(model: nn.Module, path: ForwardPath, batch: Documents) -> tuple[Tensor, nn.Module]:
+    """Last hidden states [N, hidden size] in the order of the batch, and the output head.
+
+    `head(hidden)` equals the model's logits only where `path.fused_head` says so.
+    """
+    if path.packed:
+        layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
+        hidden = _backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
+        return _restored(hidden, layout), _head(model)
+    padded = pad_documents(batch)
+    hidden = _backbone(model)(**_padded_arguments(padded)).last_hidden_state
+    return hidden[padded.attention_mask.bool()], _head(model)
+
+
+def document_logits(model: nn.Module, path: ForwardPath, batch: Documents) -> Tensor:
+    """The model's own logits [N,V] in the order of the batch, all of them at once: for small batches."""
+    if path.packed:
+        layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
+        logits = causal_lm(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).logits[0]
+        return _restored(logits, layout)
+    padded = pad_documents(batch)
+    return cast(Tensor, causal_lm(model)(**_padded_arguments(padded)).logits[padded.attention_mask.bool()])
+
+
+def pad_documents(batch: Documents, pad_id: int = 0) -> PaddedDocuments:
+    """One document a row, for models that cannot keep packed documents apart."""
+    bounds = batch.cu_seqlens.tolist()
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
+    place = torch.arange(longest, device=batch.input_ids.device)
+
+    def rows(values_n: Tensor, fill: float) -> Tensor:
+        out = values_n.new_full((len(bounds) - 1, longest), fill)
+        for row, (start, end) in enumerate(itertools.pairwise(bounds)):
+            out[row, : end - start] = values_n[start:end]
+        return out
+
+    lengths = torch.tensor([end - start for start, end in itertools.pairwise(bounds)], device=place.device)
+    return PaddedDocuments(
+        input_ids=rows(batch.input_ids[0], pad_id),
+        attention_mask=(place[None, :] < lengths[:, None]).long(),
+        position_ids=place.expand(len(lengths), -1),
+        labels=rows(batch.labels[0], -100),
+        weights=rows(batch.weights[0], 0.0),
+    )
+
+
+def supports_packing(model: nn.Module) -> tuple[bool, str]:
+    """Whether packed documents get the logits that each gets alone, and if not, why not.
+
+    Alone means one document a row under the model's own attention, so that a model whose attention does something that
+    ours does not (soft caps, sinks, biases) is found as well as one whose state runs on (recurrent and convolutional
+    layers) or one that counts positions by itself.
+    """
+    inner = causal_lm(model)
+    before = inner.config._attn_implementation
+    documents = _random_documents(inner, (11, 7, 11))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inner.set_attn_implementation(_unpacked(model))
+            bounds = [0, 11, 18, 29]
+            alone = torch.cat(
+                [
+                    inner(input_ids=documents.input_ids[:, a:b], use_cache=False).logits[0]
+                    for a, b in itertools.pairwise(bounds)
+                ]
+            )
+            inner.set_attn_implementation(PACKED_ATTENTION)
+            if inner.config._attn_implementation != PACKED_ATTENTION:
+                return False, f"{type(inner).__name__} does not let its attention be replaced"
+            layout = lay_out(documents.cu_seqlens, documents.input_ids.device)
+            packed = inner(**packed_arguments(layout, documents.input_ids, documents.position_ids)).logits[0]
+            difference = _relative_difference(_restored(packed, layout), alone)
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        return False, f"{type(inner).__name__} does not run on packed documents: {error}"
+    finally:
+        inner.set_attn_implementation(before)
+        model.train(training)
+    if not difference <= _tolerance(inner):
+        return (
+            False,
+            f"the logits of packed documents of {type(inner).__name__} differ by {difference:.1e} from those of each alone",
+        )
+    return True, ""
+
+
+def _head_is_everything(model: nn.Module) -> tuple[bool, str]:
+    """Whether head(last hidden state) equals the model's own logits, and if not, why not."""
+    inner = causal_lm(model)
+    documents = _random_documents(inner, (9,))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = inner(input_ids=documents.input_ids, use_cache=False).logits[0]
+            hidden = _backbone(model)(input_ids=documents.input_ids, use_cache=False).last_hidden_state[0]
+            difference = _relative_difference(_head(model)(hidden), logits)
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        return False, f"{type(inner).__name__} has no head that can be taken apart: {error}"
+    finally:
+        model.train(training)
+    if not difference <= _tolerance(inner):
+        return (
+            False,
+            f"{type(inner).__name__} changes its logits after the output head (they differ by {difference:.1e})",
+        )
+    return True, ""
+
+
+def _loss_of_own_logits(model: nn.Module, path: ForwardPath, batch: Documents) -> tuple[Tensor, int]:
+    """Loss over the model's own logits, at once for all trained positions."""
+    kept = ((batch.weights[0] > 0) & (batch.labels[0] >= 0)).nonzero().squeeze(1)
+    labels, weights = batch.labels[0][kept], batch.weights[0][kept]
+    if not path.packed:
+        return logits_cross_entropy(document_logits(model, path, batch)[kept], labels, weights), kept.numel()
+    layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
+    places = kept if layout.restore is None else layout.restore[kept]
+    arguments = packed_arguments(layout, batch.input_ids, batch.position_ids)
+    logits = causal_lm(model)(**arguments, logits_to_keep=places).logits[0]
+    return logits_cross_entropy(logits, labels, weights), kept.numel()
+
+
+def _restored(rows_n: Tensor, layout: DocumentLayout) -> Tensor:
+    return rows_n if layout.restore is None else rows_n.index_select(0, layout.restore)
+
+
+def _padded_arguments(padded: PaddedDocuments) -> dict[str, Any]:
+    return {
+        "input_ids": padded.input_ids,
+        "attention_mask": padded.attention_mask,
+        "position_ids": padded.position_ids,
+        "use_cache": False,
+    }
+
+
+def _backbone(model: nn.Module) -> Any:
+    inner = causal_lm(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def _head(model: nn.Module) -> nn.Module:
+    head = causal_lm(model).get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise AttributeError("get_output_embeddings() returns no module")
+    return head
+
+
+def _unpacked(model: nn.Module) -> str:
+    """The attention that transformers itself would choose."""
+    inner = causal_lm(model)
+    return "sdpa" if getattr(inner, "_supports_sdpa", False) else "eager"
+
+
+@dataclass(frozen=True)
+class _Probe:
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    cu_seqlens: Tensor
+
+
+def _random_documents(inner: Any, lengths: Sequence[int]) -> _Probe:
+    generator = torch.Generator().manual_seed(0)
+    device = inner.get_input_embeddings().weight.device
+    ids = torch.randint(0, inner.get_input_embeddings().weight.shape[0], (1, sum(lengths)), generator=generator).to(
+        device
+    )
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return _Probe(ids, positions, torch.full_like(ids, -100), torch.zeros(ids.shape, device=device), bounds)
+
+
+def _relative_difference(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
+
+
+def _tolerance(inner: Any) -> float:
+    return 1e-4 if inner.get_input_embeddings().weight.dtype in (torch.float32, torch.float64) else 5e-2

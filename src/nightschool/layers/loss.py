@@ -1,0 +1,145 @@
+"""Cross-entropy over large vocabularies without ever holding all logits.
+
+Shapes: N tokens of a batch, M of them trained, D hidden size, V vocabulary, K tokens of a chunk.
+
+At 151,936 words one fp32 copy of the logits of 1,024 tokens is 0.62 GB, and the plain path holds three. Here at most one
+chunk of logits exists at a time, and only for tokens that carry loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+# Logits of one chunk.
+CHUNK_BYTES = 4 * 2**20
+
+
+def chunk_tokens_for(vocab_size: int) -> int:
+    """Tokens in a chunk so that its fp32 logits take about `CHUNK_BYTES`; at least 32, at most 1024."""
+    return max(32, min(1024, CHUNK_BYTES // (4 * vocab_size)))
+
+
+def chunked_cross_entropy(
+    hidden_nd: Tensor, head: nn.Module, labels_n: Tensor, weights_n: Tensor, chunk_tokens: int | None = None
+) -> tuple[Tensor, int]:
+    """The weighted sum of the losses in nats, and the number of tokens that carry loss.
+
+    Positions whose weight is 0 or whose label is negative are not computed at all. Gradients equal those of
+    `F.cross_entropy` over all logits. A plain `nn.Linear` head computes its gradients in the forward pass, where the
+    logits are; any other head (wrapped, quantised) is recomputed chunk by chunk in the backward pass.
+    The softmax is taken in fp32 (in fp64 for fp64), whatever autocast does to the matrix products.
+    """
+    kept = ((weights_n > 0) & (labels_n >= 0)).nonzero().squeeze(1)
+    tokens = kept.numel()
+    labels, weights = labels_n[kept], weights_n[kept]
+    if type(head) is nn.Linear:
+        chunk = chunk_tokens or chunk_tokens_for(head.out_features)
+        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled()
+        )
+        return total, tokens
+    total = hidden_nd.new_zeros((), dtype=_softmax_dtype(hidden_nd))
+    chunk = chunk_tokens or chunk_tokens_for(getattr(head, "out_features", 32_768))
+    for start in range(0, tokens, chunk):
+        part = slice(start, start + chunk)
+        total = total + checkpoint(
+            _head_loss, head, hidden_nd[kept[part]], labels[part], weights[part], use_reentrant=False
+        )
+    return (total if tokens else hidden_nd.sum() * 0.0), tokens
+
+
+def logits_cross_entropy(logits_mv: Tensor, labels_m: Tensor, weights_m: Tensor) -> Tensor:
+    """The weighted sum of the losses of logits that are there already."""
+    losses = F.cross_entropy(logits_mv.to(_softmax_dtype(logits_mv)), labels_m, reduction="none")
+    return (losses * weights_m).sum()
+
+
+def _head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    return logits_cross_entropy(head(hidden), labels, weights)
+
+
+def _softmax_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ weight · nll(hidden · Wᵀ + b) with gradients taken while the logits exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nd: Tensor,
+        weight_vd: Tensor,
+        bias_v: Tensor | None,
+        kept_m: Tensor,
+        labels_m: Tensor,
+        weights_m: Tensor,
+        chunk: int,
+        with_gradient: bool,  # noqa: FBT001 - autograd functions take positions only
+    ) -> Tensor:
+        device = hidden_nd.device.type
+        accurate = _softmax_dtype(hidden_nd)
+        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
+        wants_hidden, wants_weight, wants_bias = (with_gradient and wanted for wanted in ctx.needs_input_grad[:3])
+        with torch.autocast(device, enabled=False):
+            hidden_md = hidden_nd.index_select(0, kept_m).to(product)
+            weight = weight_vd.to(product)
+            grad_hidden_md = torch.empty_like(hidden_md) if wants_hidden else None
+            grad_weight = torch.zeros_like(weight_vd, dtype=accurate) if wants_weight else None
+            grad_bias = torch.zeros_like(bias_v, dtype=accurate) if wants_bias and bias_v is not None else None
+            total = hidden_nd.new_zeros((), dtype=accurate)
+            for start in range(0, len(kept_m), chunk):
+                part = slice(start, start + chunk)
+                hidden, labels, scale = hidden_md[part], labels_m[part], weights_m[part].to(accurate)
+                logits = (hidden @ weight.T).to(accurate)
+                if bias_v is not None:
+                    logits += bias_v
+                chosen = logits.gather(1, labels[:, None])
+                peak = logits.amax(dim=1, keepdim=True)
+                logits.sub_(peak).exp_()
+                partition = logits.sum(dim=1, keepdim=True)
+                total += ((partition.log() + peak - chosen).squeeze(1) * scale).sum()
+                if not (wants_hidden or wants_weight or wants_bias):
+                    continue
+                logits.mul_(scale[:, None] / partition)  # now the gradient of the logits, but for the labels' own part
+                logits[torch.arange(len(labels), device=logits.device), labels] -= scale
+                gradient = logits.to(product)
+                if grad_hidden_md is not None:
+                    torch.mm(gradient, weight, out=grad_hidden_md[part])
+                if grad_weight is not None:
+                    if product == accurate:
+                        grad_weight.addmm_(gradient.T, hidden)
+                    else:
+                        grad_weight += gradient.T @ hidden
+                if grad_bias is not None:
+                    grad_bias += logits.sum(dim=0)
+        ctx.save_for_backward(grad_hidden_md, grad_weight, grad_bias, kept_m)
+        ctx.shape_and_dtypes = (
+            hidden_nd.shape,
+            hidden_nd.dtype,
+            weight_vd.dtype,
+            bias_v.dtype if bias_v is not None else None,
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_md, grad_weight, grad_bias, kept_m = ctx.saved_tensors
+        shape, hidden_dtype, weight_dtype, bias_dtype = ctx.shape_and_dtypes
+        grad_hidden = None
+        if grad_hidden_md is not None:
+            grad_hidden = torch.zeros(shape, dtype=hidden_dtype, device=grad_hidden_md.device)
+            grad_hidden.index_copy_(0, kept_m, (grad_hidden_md * grad).to(hidden_dtype))
+        return (
+            grad_hidden,
+            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+            None, None, None, None, None,
+        )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Models made from nothing: `new:<preset>`.
+
+Sizes are told by counting, never by name: `nightschool.models.cost.count_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nightschool.errors import ModelError
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_GROUPED = _SMALL | {"num_key_value_heads": 2, "head_dim": 16}
+
+# `tiny` is the model of the demo: about a million parameters with a vocabulary of 2,048, fast enough to learn on a CPU
+# and large enough to keep a few hundred facts. The `tiny-<architecture>` ones are for tests of every architecture.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "tiny-gpt-neox": _SMALL | {"model_type": "gpt_neox", "tie_word_embeddings": False},
+    "tiny-llama": _GROUPED | {"model_type": "llama", "tie_word_embeddings": False},
+    "tiny-qwen3": _GROUPED | {"model_type": "qwen3", "tie_word_embeddings": True},
+    "tiny-qwen3-moe": _GROUPED | {
+        "model_type": "qwen3_moe", "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "tiny-mixtral": _GROUPED | {
+        "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def build_config(
+    preset: str | PretrainedConfig | Mapping[str, Any],
+    vocab_size: int,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+) -> PretrainedConfig:
+    """The configuration of a preset (with or without `new:`), of plain fields, or a copy of a configuration.
+
+    Raises:
+        ModelError: If there is no such preset.
+    """
+    special = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    if isinstance(preset, PretrainedConfig):
+        return type(preset).from_dict(preset.to_dict() | {"vocab_size": vocab_size} | special)
+    if isinstance(preset, str):
+        name = preset.removeprefix("new:")
+        if name not in PRESETS:
+            raise ModelError(f"There is no preset {name!r}. Presets are {', '.join(PRESETS)}.")
+        preset = PRESETS[name]
+    fields = dict(preset) | {"vocab_size": vocab_size} | special
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def build_model(
+    preset: str | PretrainedConfig | Mapping[str, Any],
+    vocab_size: int,
+    seed: int,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
+    """A fresh fp32 model on the CPU; the same seed gives the same weights, and the global generator is left as it was.
+
+    Raises:
+        ModelError: If there is no such preset.
+    """
+    config = build_config(
+        preset, vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=torch.float32))  # type: ignore[no-untyped-call]
