@@ -1,0 +1,180 @@
+"""LoRA adapters by PEFT: attached with a seed, resumed from a folder, loaded only if every tensor fits.
+
+`all-linear` means every `nn.Linear` but the output head. The experts of a mixture (Qwen3-MoE, Mixtral) are no linear
+layers: transformers keeps them as three-dimensional tensors and their routers as bare matrices, and PEFT leaves both
+frozen. On such models `all-linear` adapts attention only; `describe_adapter` says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from nightschool.errors import Damaged, ModelError
+from nightschool.models.quiet import quiet_libraries
+
+
+class LoraSettings(Protocol):
+    """What is read of a recipe's `lora` section."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def target_modules(self) -> str | list[str]: ...
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter trains, for the plan. `frozen_experts`: elements of expert tensors that it cannot reach."""
+
+    modules: tuple[str, ...]
+    num_trainable: int
+    num_frozen: int
+    frozen_experts: int
+
+    @property
+    def note(self) -> str:
+        if not self.frozen_experts:
+            return ""
+        return f"The experts ({self.frozen_experts:,} parameters) and their routers stay frozen: LoRA reaches linear layers only."
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_path: str | None = None) -> PeftModel:
+    """Freeze `model` and add fresh adapters, the same ones for the same seed. The wrapped model is changed in place.
+
+    `base_path` is written into the adapter's configuration as the base that it stands on.
+
+    Raises:
+        ModelError: If `target_modules` names nothing in this model, or the output head of a model whose head is tied.
+    """
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_path,
+    )
+    with torch.random.fork_rng(), quiet_libraries():
+        torch.manual_seed(seed)
+        try:
+            wrapped = get_peft_model(model, config)
+        except ValueError as error:
+            linear = sorted(
+                {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            )
+            raise ModelError(
+                f"lora.target_modules is {targets!r}, which does not fit this model ({error}). "
+                f"Write all-linear, or names among {', '.join(linear)}."
+            ) from None
+    # PEFT stores a set, whose order changes from process to process; a version should not.
+    adapter = cast(LoraConfig, wrapped.peft_config["default"])
+    adapter.target_modules = (
+        sorted(adapter.target_modules) if isinstance(adapter.target_modules, set) else adapter.target_modules
+    )
+    adapter.base_model_name_or_path = base_path
+    return cast(PeftModel, wrapped)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+    """Put the adapter of `folder` onto its base.
+
+    Raises:
+        Damaged: If a tensor is missing, unexpected, of another shape, or did not arrive as it lies in the file.
+        ModelError: If the adapter does not fit this base.
+    """
+    stored = _stored_shapes(folder)
+    with quiet_libraries():
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"The adapter {folder} does not fit its base: {error} Load it on the base that it was trained on."
+            ) from None
+    here = adapter_tensors(wrapped)
+    wanted = {name: tuple(tensor.shape) for name, tensor in here.items()}
+    if wanted != stored:
+        wrong = sorted(set(wanted.items()) ^ set(stored.items()))[:4]
+        raise Damaged(
+            f"The adapter {folder} and its base disagree about {len(wrong)} tensors or more, such as {wrong[0]}. Publish it again."
+        )
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for name, tensor in here.items():
+            if not torch.equal(file.get_tensor(name).to(tensor.dtype), tensor.detach().cpu()):
+                raise Damaged(
+                    f"The tensor {name} of the adapter {folder} was not loaded as it is stored. Publish it again."
+                )
+    wrapped.train(trainable)
+    return wrapped
+
+
+def merge_adapter(wrapped: PeftModel) -> PreTrainedModel:
+    """The base with the adapter added into its weights; logits move by rounding only.
+
+    Raises:
+        ModelError: If the merged weights are not finite.
+    """
+    with quiet_libraries():
+        merged = cast(PreTrainedModel, wrapped.merge_and_unload(safe_merge=False))
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad = True
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"Merging the adapter made {name} infinite or NaN. Train it again with a lower learning rate."
+            )
+    return merged
+
+
+def adapter_tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of its file."""
+    return cast(dict[str, torch.Tensor], get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+
+
+def describe_adapter(wrapped: PeftModel) -> AdapterFacts:
+    modules = sorted(
+        {
+            name.split(".lora_")[0].removeprefix("base_model.model.")
+            for name, p in wrapped.named_parameters()
+            if ".lora_" in name
+        }
+    )
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in wrapped.parameters() if not p.requires_grad)
+    experts = sum(p.numel() for p in wrapped.parameters() if p.ndim == 3 and not p.requires_grad)
+    return AdapterFacts(tuple(modules), trainable, frozen, experts)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base that an adapter folder names."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"{folder / 'adapter_config.json'} is no JSON ({error}). Publish the adapter again.") from None
+    base = config.get("base_model_name_or_path")
+    return str(base) if base else None
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(
+            f"The adapter {folder} has no adapter_model.safetensors. Adapters are read from safetensors only."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} cannot be read ({error}). Publish the adapter again.") from None

@@ -1,0 +1,163 @@
+"""What a model costs before it is trained: parameters, bytes, floating-point operations.
+
+Estimates for the plan. The bytes are those of tensors; the interpreter and its libraries (about 0.5 GB) are not in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nightschool.layers.forward import causal_lm
+from nightschool.layers.loss import chunk_tokens_for
+
+# Tensors that a decoder layer keeps for its backward pass, in units of tokens × hidden size: inputs of the two norms,
+# of queries, keys, values, output and the two residual sums. The feed-forward part is counted by its own width.
+_KEPT_PER_LAYER_HIDDEN = 10
+_KEPT_PER_LAYER_FEED_FORWARD = 4
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Elements by kind; tied weights once. `active`: those that one token passes through (fewer in a mixture)."""
+
+    total: int
+    trainable: int
+    embedding: int
+    head: int
+    attention: int
+    feed_forward: int
+    experts: int
+    norms: int
+    adapters: int
+    other: int
+    active: int
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Expected bytes of tensors at the peak of a training step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count `model` as it is, by `numel()`. Never from its name or configuration."""
+    inner = causal_lm(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    head_ids = {id(p) for p in head.parameters()} if head is not None else set()
+    embedding_ids = {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    kinds = dict.fromkeys(
+        ("embedding", "head", "attention", "feed_forward", "experts", "norms", "adapters", "other"), 0
+    )
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embedding_ids:
+            kind = "embedding"
+        elif id(parameter) in head_ids:
+            kind = "head"
+        else:
+            kind = _kind(name, parameter)
+        kinds[kind] += parameter.numel()
+    total = sum(kinds.values())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    idle = round(kinds["experts"] * (1 - _active_share(inner.config)))
+    return ParameterCount(total=total, trainable=trainable, active=total - idle, **kinds)
+
+
+def flops_per_token(model: nn.Module, context_tokens: int = 0, *, training: bool = True) -> int:
+    """Floating-point operations for one token, forward (2 per weight and token), and backward if `training`.
+
+    The embedding is a look-up and costs nothing; a tied head is a product and counts. Attention adds
+    2 × layers × width × tokens in the context, on average over a causal document. Frozen weights cost no weight gradient.
+    """
+    inner, count = causal_lm(model), count_parameters(model)
+    config = inner.config.get_text_config()
+    head = inner.get_output_embeddings()
+    head_weights = 0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim > 1)
+    products = count.active - count.embedding - count.head - count.norms + head_weights
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = 2 * config.num_hidden_layers * width * context_tokens
+    if not training:
+        return int(2 * products + attention)
+    trained_share = count.trainable / max(1, count.total)
+    return int(products * (4 + 2 * trained_share) + 3 * attention)
+
+
+def expected_peak_bytes(
+    model: nn.Module,
+    tokens_per_batch: int,
+    *,
+    gradient_checkpointing: bool = False,
+    compute: torch.dtype = torch.float32,
+) -> TrainingBytes:
+    """Bytes of tensors at the peak of a step over `tokens_per_batch` packed tokens.
+
+    AdamW keeps two fp32 moments of each trainable element, and an fp32 master where the parameter is in 16 bits. With
+    gradient checkpointing only the input of each layer is kept, and one layer is held in full.
+    """
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trainable)
+    optimizer = sum(p.numel() * (8 if p.element_size() >= 4 else 12) for p in trainable)
+    size = torch.empty((), dtype=compute).element_size()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    layer = (
+        tokens_per_batch
+        * size
+        * (_KEPT_PER_LAYER_HIDDEN * hidden + _KEPT_PER_LAYER_FEED_FORWARD * _feed_forward_width(config))
+    )
+    kept = layers * tokens_per_batch * 4 * hidden + layer if gradient_checkpointing else layers * layer
+    head = inner.get_output_embeddings()
+    vocab = config.vocab_size
+    logits = 3 * 4 * min(tokens_per_batch, chunk_tokens_for(vocab)) * vocab
+    if head is not None and any(p.requires_grad for p in head.parameters()):
+        logits += 4 * vocab * hidden  # the head's gradient of this batch, beside the one that accumulates
+    return TrainingBytes(parameters, gradients, optimizer, kept + 2 * tokens_per_batch * 4 * hidden, logits)
+
+
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    lower = name.lower()
+    if ".lora_" in lower:
+        return "adapters"
+    if "expert" in lower and "shared" not in lower:
+        return "experts"
+    if "norm" in lower or (parameter.ndim == 1 and "bias" not in lower):
+        return "norms"
+    if "attn" in lower or "attention" in lower:
+        return "attention"
+    if any(word in lower for word in ("mlp", "feed_forward", "ffn")):
+        return "feed_forward"
+    return "other"
+
+
+def _active_share(config: Any) -> float:
+    """The share of the experts that a token passes through."""
+    config = config.get_text_config()
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    active = getattr(config, "num_experts_per_tok", None)
+    return active / experts if experts and active else 1.0
+
+
+def _feed_forward_width(config: Any) -> int:
+    """Channels of the feed-forward part that one token uses."""
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if experts:
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        return int(width) * int(getattr(config, "num_experts_per_tok", 1))
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

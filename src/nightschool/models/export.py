@@ -1,0 +1,184 @@
+"""Publishing weights as a plain Hugging Face or PEFT folder, and proving that the folder is the model.
+
+transformers writes GPT-NeoX, Qwen3-MoE and Mixtral under older tensor names and translates them back when it loads.
+Whether that worked is not assumed: the folder is loaded again by plain `transformers` (and `peft`), every tensor is
+compared bit by bit, and so are logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nightschool.errors import ModelError
+from nightschool.models.adapters import adapter_tensors
+from nightschool.models.quiet import quiet_libraries
+from nightschool.models.strict import distinct_tensors
+
+# The tensors are equal bit by bit; logits may still differ by the order of sums in kernels that choose their own
+# blocking (none does on a CPU with one thread). Relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def save_version_folder(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    stop_ids: Sequence[int] = (),
+    base_path: Path | str | None = None,
+) -> None:
+    """Write `model` and `tokenizer` into `folder` (created if needed): safetensors, configuration, tokenizer, template.
+
+    Args:
+        model: Bare: full weights are written. A `PeftModel`: only its adapter is.
+        tokenizer: With its chat template, which goes into `chat_template.jinja`.
+        folder: Nothing else should be in it.
+        stop_ids: Ids at which generation stops; without any, the tokenizer's end of text. Written into
+            `generation_config.json`, so that plain transformers stops where we stop.
+        base_path: For an adapter, the folder or hub id of its base.
+
+    Raises:
+        ModelError: If an adapter has no base that can be loaded again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stops = list(dict.fromkeys(stop_ids)) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    generation = _generation_config(model, tokenizer, stops)
+    with quiet_libraries():
+        if isinstance(model, PeftModel):
+            adapter = cast(Any, model.peft_config["default"])
+            base = base_path or adapter.base_model_name_or_path
+            if not base:
+                raise ModelError(
+                    "The adapter stands on weights that lie in no folder, so nobody could load it. "
+                    "Publish the base first (method: full), then train the adapter on its name@version."
+                )
+            adapter.base_model_name_or_path = str(base)
+            model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
+        else:
+            before = model.generation_config
+            model.generation_config = generation
+            try:
+                model.save_pretrained(str(folder))
+            finally:
+                model.generation_config = before
+        generation.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+
+def prove_export(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    base_path: Path | str | None = None,
+    seed: int = 0,
+) -> float:
+    """Load `folder` again by plain transformers (and peft) and compare it with `model`, the one that was trained.
+
+    Returns:
+        The largest difference between their logits, relative to the largest logit. 0.0 on a CPU.
+
+    Raises:
+        ModelError: If a tensor is missing or differs in any bit, if logits differ by more than `TOLERANCE`, or if the
+            tokenizer turns out another one.
+    """
+    with quiet_libraries():
+        again = _load_plainly(model, folder, base_path)
+    _compare_tensors(model, again, folder)
+    difference = _compare_logits(model, again, seed)
+    dtype = _embedding(model).dtype
+    if not difference <= TOLERANCE.get(dtype, 1e-5):
+        raise ModelError(
+            f"The folder {folder} does not give the logits of the trained model: they differ by {difference:.1e} of the "
+            f"largest, and {TOLERANCE.get(dtype, 1e-5):.0e} is allowed. It is not published; the checkpoint is still whole."
+        )
+    if tokenizer is not None:
+        _compare_tokenizers(tokenizer, folder)
+    return difference
+
+
+def _generation_config(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]
+) -> GenerationConfig:
+    known = getattr(model, "generation_config", None)
+    fields: dict[str, Any] = known.to_diff_dict() if isinstance(known, GenerationConfig) else {}
+    if stops:
+        fields["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is not None:
+            fields[name] = getattr(tokenizer, name)
+    return GenerationConfig(**fields)  # type: ignore[no-untyped-call]
+
+
+def _load_plainly(model: PreTrainedModel | PeftModel, folder: Path, base_path: Path | str | None) -> Any:
+    """What a user of the folder would get, on the device and in the dtype of `model`."""
+    weight = _embedding(model)
+    wrapped = isinstance(model, PeftModel)
+    source = base_path or cast(Any, model).peft_config["default"].base_model_name_or_path if wrapped else folder
+    try:
+        again: Any = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=weight.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        if wrapped:
+            again = PeftModel.from_pretrained(again, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"The folder {folder} cannot be loaded by transformers: {error} It is not published; the checkpoint is still whole."
+        ) from None
+    return again.to(weight.device).eval()
+
+
+def _compare_tensors(model: Any, again: Any, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        trained, stored = adapter_tensors(model), adapter_tensors(again)
+    else:
+        trained, stored = distinct_tensors(model), distinct_tensors(again)
+    differing = sorted(set(trained) ^ set(stored))
+    differing += [name for name in trained if name in stored and not torch.equal(trained[name], stored[name])]
+    if differing:
+        raise ModelError(
+            f"The folder {folder} lost {len(differing)} of {len(trained)} tensors of the trained model, such as {differing[0]}. "
+            "It is not published; the checkpoint is still whole."
+        )
+
+
+def _compare_logits(model: Any, again: Any, seed: int) -> float:
+    weight = _embedding(model)
+    generator = torch.Generator().manual_seed(seed)
+    context = min(16, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 16))
+    ids = torch.randint(0, weight.shape[0], (2, context), generator=generator).to(weight.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            trained, stored = (cast(Tensor, m(input_ids=ids, use_cache=False).logits).float() for m in (model, again))
+    finally:
+        model.train(training)
+    return float((trained - stored).abs().max() / trained.abs().max().clamp_min(1e-6))
+
+
+def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with quiet_libraries():
+        again: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    sample = "Où sont 12 cats?\n  «né» 東京 🙂 <|im_end|>"
+    for what, ours, theirs in (
+        ("vocabulary", tokenizer.get_vocab(), again.get_vocab()),
+        ("chat template", tokenizer.chat_template, again.chat_template),
+        ("encoding", tokenizer.encode(sample), again.encode(sample)),
+    ):
+        if ours != theirs:
+            raise ModelError(
+                f"The tokenizer in {folder} has another {what} than the one that was trained with. It is not published."
+            )
+
+
+def _embedding(model: Any) -> Tensor:
+    return cast(Tensor, model.get_input_embeddings().weight)

@@ -1,0 +1,244 @@
+"""Loading a base: every tensor that the model needs, nothing else, or an error that names it.
+
+A reference is one of: a hub id (`Qwen/Qwen3-0.6B`), a folder (`./model`), a version of the registry (`name@version`,
+`name@alias`, or `name` alone for its champion), or `new:<preset>`.
+
+transformers only logs what it could not load and goes on with random weights. Here its report is an error, and so is a
+difference between the number of elements in the files and in the model: no conversion of names can hide a lost tensor
+from a count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nightschool.errors import Damaged, ModelError
+from nightschool.models.adapters import adapter_base, load_adapter, merge_adapter
+from nightschool.models.build import build_model
+from nightschool.models.folder import FolderFacts, inspect_folder, is_adapter_folder
+from nightschool.models.hub import fetch_from_hub
+from nightschool.models.quiet import quiet_libraries
+from nightschool.models.strict import check_elements, check_values
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry, Version
+
+# A model that states no context gets this many tokens.
+_UNSTATED_CONTEXT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, in evaluation mode.
+
+    `ref` is what was asked for, resolved (`name@version` for a champion). `base_ref` is what its weights stand on: for an
+    adapter that is kept apart its base, else `ref`. `path` is the folder of the full weights that an adapter can stand
+    on; None where no folder holds them (`new:` models, merged adapters).
+    `adapter` says whether `model` is a `PeftModel` whose adapter is kept apart.
+    `vocab_size` counts rows of the embedding, `tokenizer_size` ids of the tokenizer; the former is never smaller.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    ref: str
+    base_ref: str
+    path: Path | None
+    context_tokens: int
+    vocab_size: int
+    tokenizer_size: int
+    adapter: bool = False
+
+    @property
+    def adapter_base(self) -> str | None:
+        """The reference of the base under an adapter that is kept apart."""
+        return self.base_ref if self.adapter else None
+
+
+def load_base(
+    ref: str,
+    home: Home,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 42,
+    merge: bool = True,
+    root: Path | None = None,
+) -> LoadedModel:
+    """Load what `ref` means.
+
+    Args:
+        ref: See the module.
+        home: Whose registry is asked.
+        dtype: Of the parameters.
+        device: Where the model goes.
+        tokenizer: Needed for `new:<preset>`, which has none; else the base's own is taken and this one is ignored.
+        seed: Of the weights of `new:<preset>`.
+        merge: Whether an adapter is added into its base's weights (to serve, to train in full) or kept apart (to go on
+            training it).
+        root: Folder against which a relative folder is taken; the working directory without it.
+
+    Raises:
+        NotFound: If nothing of that name is here; the message says what to do.
+        ModelError: If it is no causal language model, or its vocabulary is smaller than its tokenizer.
+        Damaged: If a file is broken, or a tensor is missing, unexpected or of the wrong shape.
+    """
+    if ref.startswith("new:"):
+        return _build_new(ref, tokenizer, seed, dtype, device)
+    folder = _as_folder(ref, root)
+    if folder is not None:
+        return _load_folder(folder, ref, home, dtype=dtype, device=device, merge=merge)
+    registry = Registry(home)
+    if "@" in ref or ("/" not in ref and ref in registry.names()):
+        return load_version(registry.resolve(ref), home, dtype=dtype, device=device, merge=merge)
+    return _load_folder(fetch_from_hub(ref), ref, home, dtype=dtype, device=device, merge=merge)
+
+
+def load_version(
+    version: Version,
+    home: Home | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    merge: bool = True,
+) -> LoadedModel:
+    """Load a published version; an adapter version brings its base with it. See `load_base`.
+
+    Without `home` the version's own is taken: its folder is `<home>/models/<name>/<version>`.
+    """
+    home = home or Home(version.path.parents[2])
+    base = version.facts.base if version.facts.kind == "adapter" else None
+    return _load_folder(version.path, version.ref, home, dtype=dtype, device=device, merge=merge, base=base)
+
+
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """Rows of the input embedding: ids that the model knows."""
+    return int(cast(Any, model).get_input_embeddings().weight.shape[0])
+
+
+def context_of(model: PreTrainedModel | PeftModel) -> int:
+    """Tokens that the model was made to look at, from its configuration."""
+    config = cast(Any, model).config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return int(stated) if stated else _UNSTATED_CONTEXT_TOKENS
+
+
+def _as_folder(ref: str, root: Path | None) -> Path | None:
+    """The folder that `ref` means, or None. What begins like a path is a folder, there or not."""
+    path = Path(ref).expanduser()
+    path = path if path.is_absolute() or root is None else root / path
+    if ref.startswith(("./", "../", "/", "~", ".\\")) or ref in (".", "..") or ("@" not in ref and path.is_dir()):
+        return path.resolve()
+    return None
+
+
+def _build_new(
+    ref: str, tokenizer: PreTrainedTokenizerBase | None, seed: int, dtype: torch.dtype, device: torch.device | str
+) -> LoadedModel:
+    if tokenizer is None:
+        raise ModelError(
+            f"The base {ref!r} is made from nothing and has no tokenizer. Train one on the data and pass it."
+        )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = _moved(build_model(ref, len(tokenizer), seed, **ids), device, dtype)
+    return _finish(model, tokenizer, ref, None)
+
+
+def _load_folder(
+    folder: Path,
+    ref: str,
+    home: Home,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    merge: bool,
+    base: str | None = None,
+) -> LoadedModel:
+    if not is_adapter_folder(folder):
+        facts = inspect_folder(folder, ref)
+        return _finish(_moved(_load_weights(facts, ref, dtype), device), load_tokenizer(folder, ref), ref, folder)
+    base = base or adapter_base(folder)
+    if base is None:
+        raise ModelError(f"The adapter {ref!r} names no base. Publish it again with its base.")
+    # A base that is an adapter itself has to become one set of weights before another adapter stands on it.
+    under = load_base(base, home, dtype=dtype, device=device, merge=True)
+    wrapped = load_adapter(cast(PreTrainedModel, under.model), folder, trainable=not merge)
+    wrapped.eval()
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(folder, ref) if has_tokenizer else under.tokenizer
+    if merge:
+        return _finish(merge_adapter(wrapped), tokenizer, ref, None)
+    return replace(_finish(wrapped, tokenizer, ref, under.path), base_ref=under.ref, adapter=True)
+
+
+def load_tokenizer(folder: Path, ref: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: If there is none that can be read.
+    """
+    with quiet_libraries():
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            raise ModelError(
+                f"The base {ref!r} has no tokenizer that can be read in {folder} ({_first_line(error)}). "
+                "Put the base's tokenizer.json and tokenizer_config.json there."
+            ) from None
+    return cast(PreTrainedTokenizerBase, loaded)
+
+
+def _load_weights(facts: FolderFacts, ref: str, dtype: torch.dtype) -> PreTrainedModel:
+    with quiet_libraries():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(facts.path),
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise Damaged(
+                f"The base {ref!r} cannot be loaded from {facts.path}: {_first_line(error)} "
+                "Its configuration and its weights do not belong together, or a file is broken; fetch it again."
+            ) from None
+    model, report = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        wrong = sorted(str(entry) for entry in report.get(what) or ())
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise Damaged(
+                f"The weights of the base {ref!r} do not fit its configuration: {what.replace('_', ' ')} "
+                f"{', '.join(wrong[:3])}{more}. Fetch it again, or correct its config.json."
+            )
+    check_elements(model, facts, ref)
+    check_values(model, ref)
+    return cast(PreTrainedModel, model)
+
+
+def _finish(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ref: str, path: Path | None
+) -> LoadedModel:
+    rows, ids = embedding_rows(model), len(tokenizer)
+    if ids > rows:
+        raise ModelError(
+            f"The tokenizer of the base {ref!r} has {ids} ids and the model's vocabulary only {rows}. "
+            "Take the tokenizer that belongs to the model."
+        )
+    model.eval()
+    return LoadedModel(model, tokenizer, ref, ref, path, context_of(model), rows, ids)
+
+
+def _moved(model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    return cast(PreTrainedModel, cast(Any, model).to(device=device, dtype=dtype))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

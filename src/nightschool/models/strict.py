@@ -1,0 +1,63 @@
+"""Whether all of a model arrived: counted, not believed.
+
+Architectures rename, split and stack tensors between file and model, so names cannot be compared. The number of elements
+can: no conversion changes it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nightschool.errors import Damaged
+from nightschool.models.folder import FolderFacts
+
+# Buffers that old files carry and no model of today reads.
+_DERIVED = (r"rotary_emb\.inv_freq$", r"attention\.(masked_)?bias$", r"attn\.(masked_)?bias$")
+
+
+def check_elements(model: PreTrainedModel, facts: FolderFacts, ref: str) -> None:
+    """Compare the elements in the files of `facts` with those of `model`.
+
+    Quantised files are exempt: packing changes the count.
+
+    Raises:
+        Damaged: If they differ, with both numbers.
+    """
+    if facts.quantized:
+        return
+    here = sum(tensor.numel() for tensor in distinct_tensors(model).values())
+    ignored = [re.compile(pattern) for pattern in (*_DERIVED, *(model._keys_to_ignore_on_load_unexpected or ()))]
+    stored = [tensor for tensor in facts.tensors if not any(pattern.search(tensor.name) for pattern in ignored)]
+    count = sum(tensor.num_elements for tensor in stored)
+    # Tied weights may lie in the file under both names.
+    tied: dict[str, Any] = getattr(model, "all_tied_weights_keys", {}) or {}
+    copies = sum(tensor.num_elements for tensor in stored if tensor.name in tied)
+    if here not in (count, count - copies):
+        raise Damaged(
+            f"The files of the base {ref!r} hold {count:,} numbers and the model takes {here:,}. "
+            "Its config.json does not describe these weights; fetch it again."
+        )
+
+
+def check_values(model: PreTrainedModel, ref: str) -> None:
+    """Raise `Damaged` if a parameter was left without values, or holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise Damaged(f"The tensor {name} of the base {ref!r} was never filled. Fetch it again.")
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise Damaged(f"The tensor {name} of the base {ref!r} holds NaN or infinity. Fetch it again.")
+
+
+def distinct_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, tied ones once, under the first of their names."""
+    seen: set[int] = set()
+    distinct = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            distinct[name] = tensor
+    return distinct
