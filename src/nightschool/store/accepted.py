@@ -1,0 +1,129 @@
+"""The examples that promoted versions have learned: what replay draws from, and what is not new any more.
+
+Each example belongs to the version that learned it. When that version is rolled back its examples leave the pool;
+when it is promoted again they return.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from nightschool.store.database import Database, accepted_examples, accepted_versions
+
+
+def example_digest(example: dict[str, Any]) -> str:
+    """The identity of an example: 32 hex digits over its content alone, the same as `Example.digest`."""
+    if example.get("messages"):
+        content: Any = [[m["role"], m["content"], float(m.get("weight", 1.0))] for m in example["messages"]]
+    else:
+        content = example.get("text")
+    canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def example_origin(example: dict[str, Any]) -> str | None:
+    """The request id of the conversation that an example was made of: its `id`, if its source is `conversations`."""
+    return example.get("id") or None if example.get("source") == "conversations" else None
+
+
+class AcceptedExamples:
+    """The accepted examples of a home, as the JSON objects that they came as (`Example.to_json`)."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def add(self, name: str, version: str, examples: Iterable[dict[str, Any]]) -> int:
+        """Put what a promoted version has learned into the pool.
+
+        An example that the version has already is left out, so that adding twice is the same as adding once.
+
+        Returns:
+            How many were added.
+        """
+        by_digest = {example_digest(example): example for example in reversed(list(examples))}
+        with self._db.write() as connection:
+            _mark(connection, name, version, active=True)
+            present = set(
+                connection.execute(
+                    sa.select(accepted_examples.c.digest).where(
+                        accepted_examples.c.name == name, accepted_examples.c.version == version
+                    )
+                ).scalars()
+            )
+            rows = [
+                {
+                    "name": name,
+                    "version": version,
+                    "digest": digest,
+                    "origin": example_origin(example),
+                    "example": example,
+                }
+                for digest, example in reversed(by_digest.items())
+                if digest not in present
+            ]
+            if rows:
+                connection.execute(accepted_examples.insert(), rows)
+        return len(rows)
+
+    def all(self, name: str) -> list[dict[str, Any]]:
+        """Every example in the pool once, in the order in which they were first accepted."""
+        return list(self._pool(name).values())
+
+    def sample(self, name: str, count: int, seed: int) -> list[dict[str, Any]]:
+        """`count` examples of the pool, or all if there are fewer; the same for the same pool and seed.
+
+        Each example has its place in the order of a seed whatever else is in the pool, so that a pool which grew
+        by a few examples gives almost the same sample.
+        """
+        pool = self._pool(name)
+        order = sorted(pool, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        return [pool[digest] for digest in order[: max(count, 0)]]
+
+    def count(self, name: str) -> int:
+        """How many different examples the pool holds."""
+        with self._db.read() as connection:
+            query = sa.select(sa.func.count(sa.distinct(accepted_examples.c.digest))).select_from(_joined())
+            return connection.execute(query.where(*_active(name))).scalar_one()
+
+    def digests(self, name: str) -> set[str]:
+        """The identities (`Example.digest`) of what the pool holds."""
+        with self._db.read() as connection:
+            query = sa.select(accepted_examples.c.digest).select_from(_joined()).where(*_active(name)).distinct()
+            return set(connection.execute(query).scalars())
+
+    def drop_version(self, name: str, version: str) -> None:
+        """Take the examples of a version that was rolled back out of the pool; other versions' stay."""
+        with self._db.write() as connection:
+            _mark(connection, name, version, active=False)
+
+    def restore_version(self, name: str, version: str) -> None:
+        """Bring the examples of a version that is champion again back into the pool."""
+        with self._db.write() as connection:
+            _mark(connection, name, version, active=True)
+
+    def _pool(self, name: str) -> dict[str, dict[str, Any]]:
+        pool: dict[str, dict[str, Any]] = {}
+        query = sa.select(accepted_examples.c.digest, accepted_examples.c.example).select_from(_joined())
+        with self._db.read() as connection:
+            for digest, example in connection.execute(query.where(*_active(name)).order_by(accepted_examples.c.id)):
+                pool.setdefault(digest, example)
+        return pool
+
+
+def _joined() -> sa.Join:
+    return accepted_examples.join(accepted_versions)
+
+
+def _active(name: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return accepted_examples.c.name == name, accepted_versions.c.active.is_(True)
+
+
+def _mark(connection: sa.Connection, name: str, version: str, *, active: bool) -> None:
+    key = (accepted_versions.c.name == name, accepted_versions.c.version == version)
+    if not connection.execute(accepted_versions.update().where(*key).values(active=active)).rowcount:
+        connection.execute(accepted_versions.insert().values(name=name, version=version, active=active))

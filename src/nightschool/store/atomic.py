@@ -1,0 +1,265 @@
+"""Writing so that a crash, a signal or a full disk leaves the old state or the new one, never a mixture.
+
+What is being written ends in `.partial` and is locked (`flock`) by its writer for as long as that lives, so that
+`sweep_partials` can tell what a dead process left behind from what is being written now.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nightschool.errors import Conflict, Damaged, DiskFull, Locked, NotFound
+
+PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Libraries that write without Python (safetensors, Arrow) wrap the same fact in exceptions of their own.
+_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL)
+# A sweeper holds a lock for the time of one removal; a writer that meets it tries again this long.
+_CLAIM_SECONDS = 5.0
+
+
+@contextmanager
+def room_needed(path: Path) -> Iterator[None]:
+    """Turn "no space left" inside the block into DiskFull; `path` is what was being written."""
+    try:
+        yield
+    except Exception as error:
+        full = error.errno in _FULL if isinstance(error, OSError) else any(text in str(error) for text in _FULL_TEXTS)
+        if not full or isinstance(error, DiskFull):
+            raise
+        raise DiskFull(
+            f"There is no room on the disk for {path}; what was stored before is still whole. "
+            f"Free some space, or move the home with NIGHTSCHOOL_HOME, and try again."
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its missing parents, and make their names durable."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    with room_needed(path):
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: without this a rename can be lost with the power."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below `folder`, and itself, durable."""
+    for path, _, files in os.walk(folder):
+        for name in files:
+            # O_RDONLY is enough for fsync, and files may already be read-only.
+            handle = os.open(Path(path) / name, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(Path(path))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path` as a whole, durably; readers see the old content or the new.
+
+    Raises:
+        DiskFull: If there is no room; `path` is then untouched.
+    """
+    make_folder(path.parent)
+    with room_needed(path):
+        temporary, handle = _open_temporary(path)
+        try:
+            try:
+                view = memoryview(content)
+                while view:
+                    view = view[os.write(handle, view) :]
+                os.fsync(handle)
+                # Renamed while the lock is held, so that no sweeper takes it in between.
+                temporary.replace(path)
+            finally:
+                os.close(handle)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_bytes` of indented JSON. NaN and infinity are refused (ValueError): they are no JSON."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        NotFound: If there is no such file.
+        Damaged: If it holds anything but one JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist. Check the name, or where the home is (NIGHTSCHOOL_HOME).") from None
+    except ValueError as error:
+        raise Damaged(
+            f"{path} is no JSON ({error}). Restore it from a backup, or remove what it belongs to."
+        ) from error
+    if not isinstance(content, dict):
+        raise Damaged(
+            f"{path} holds a JSON {type(content).__name__}, but an object belongs there. "
+            f"Restore it from a backup, or remove what it belongs to."
+        )
+    return content
+
+
+@contextmanager
+def publish_directory(target: Path) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when it is whole and durable.
+
+    Yields `<target>.partial`, empty. After the block every file and folder in it is fsynced, it is renamed to
+    `target`, and the parent is fsynced. If anything fails, `target` does not exist and the partial is removed.
+
+    Raises:
+        Conflict: If `target` exists: what is published is never written again.
+        Locked: If another process is writing the same target.
+        DiskFull: If there is no room.
+    """
+    make_folder(target.parent)
+    partial = target.with_name(target.name + PARTIAL)
+    _refuse_existing(target)
+    with room_needed(target):
+        handle = _claim_folder(partial)
+        try:
+            yield partial
+            sync_tree(partial)
+            _refuse_existing(target)
+            partial.rename(target)
+            try:
+                sync_folder(target.parent)
+            except BaseException:
+                target.rename(partial)
+                raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is either there as a whole or not at all; a crash leaves a partial to sweep."""
+    doomed = folder.with_name(f".removed-{folder.name}-{secrets.token_hex(4)}{PARTIAL}")
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _lock_now(handle):
+            raise Locked(f"Another process is writing {folder}. Wait until it is done, or stop that process.")
+        folder.rename(doomed)
+        sync_folder(folder.parent)
+        shutil.rmtree(doomed)
+    finally:
+        os.close(handle)
+
+
+def sweep_partials(folder: Path) -> list[Path]:
+    """Remove what dead writers left in `folder` (not below it). What a living process writes stays.
+
+    Returns:
+        The paths that were removed.
+    """
+    removed = []
+    for path in sorted(folder.glob(f"*{PARTIAL}")):
+        if path.is_symlink():  # Nothing of ours is a link, and no lock can be had on one.
+            path.unlink()
+            removed.append(path)
+            continue
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            continue
+        try:
+            if _lock_now(handle) and _is_open_as(handle, path):
+                if stat.S_ISDIR(os.fstat(handle).st_mode):
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                removed.append(path)
+        finally:
+            os.close(handle)
+    return removed
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise Conflict(f"{target} exists already, and what is published is never written again. Choose another name.")
+
+
+def _open_temporary(path: Path) -> tuple[Path, int]:
+    while True:
+        # At most 255 bytes are allowed in a file name; the target may use all of them.
+        temporary = path.with_name(f".{path.name[:100]}-{secrets.token_hex(6)}{PARTIAL}")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        if _lock_now(handle) and _is_open_as(handle, temporary):
+            return temporary, handle
+        os.close(handle)  # A sweeper was quicker than our lock; it removes the file.
+
+
+def _claim_folder(partial: Path) -> int:
+    """Create and lock `partial`, or take over and empty what a dead writer left. Returns the locked handle."""
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        if _lock_now(handle) and _is_open_as(handle, partial):
+            for entry in partial.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            return handle
+        os.close(handle)
+        if time.monotonic() > deadline:
+            raise Locked(f"Another process is writing {partial}. Wait until it is done, or stop that process.")
+        time.sleep(0.02)
+
+
+def _lock_now(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_open_as(handle: int, path: Path) -> bool:
+    """Whether `path` still is what was opened: a sweeper may have removed it before our lock."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False

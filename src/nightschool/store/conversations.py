@@ -1,0 +1,219 @@
+"""What the server kept by day: conversations, and what people said of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from nightschool.errors import Conflict, NotFound, UsageError
+from nightschool.events import now
+from nightschool.store.database import Database, accepted_examples, conversations, feedback
+
+Rating = Literal["good", "bad"]
+RATINGS: tuple[Rating, ...] = ("good", "bad")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One answered request. `messages` are what the model was given; `answer` is what it said.
+
+    `rating` and `correction` are the newest that people gave, or None. `touched_at` is the last time that any of
+    it came or changed: the answer itself, a rating, or a correction.
+    """
+
+    request_id: str
+    time: datetime
+    model: str
+    version: str
+    messages: list[dict[str, Any]]
+    answer: str
+    rating: Rating | None = None
+    correction: str | None = None
+    tenant: str | None = None
+    touched_at: datetime | None = None
+
+
+class ConversationStore:
+    """The conversations of a home."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def record(
+        self,
+        request_id: str,
+        model: str,
+        version: str,
+        messages: Sequence[dict[str, Any]],
+        answer: str,
+        tenant: str | None = None,
+        *,
+        time: datetime | None = None,
+    ) -> None:
+        """Keep one answer.
+
+        Args:
+            request_id: What feedback will name it by.
+            model: The served name.
+            version: The version that answered.
+            messages: The turns before the answer, as `{"role", "content"}`.
+            answer: What the model said.
+            tenant: Whose conversation it is.
+            time: When it was answered; now when it is None.
+
+        Raises:
+            Conflict: If this request id was recorded before.
+        """
+        row = {
+            "request_id": request_id,
+            "recorded_at": time or now(),
+            "model": model,
+            "version": version,
+            "messages": list(messages),
+            "answer": answer,
+            "tenant": tenant,
+        }
+        try:
+            with self._db.write() as connection:
+                connection.execute(conversations.insert().values(row))
+        except IntegrityError as error:
+            raise Conflict(
+                f"The request {request_id!r} was recorded before, and answers are kept once. Use a new request id."
+            ) from error
+
+    def feedback(
+        self,
+        request_id: str,
+        rating: Rating | None = None,
+        correction: str | None = None,
+        *,
+        time: datetime | None = None,
+    ) -> None:
+        """Say whether an answer was good, and what it should have been; the newest of each counts.
+
+        Raises:
+            UsageError: If there is neither a rating nor a correction, or the rating is none of good and bad.
+            NotFound: If no conversation has this request id.
+        """
+        if rating is None and correction is None:
+            raise UsageError(
+                "The feedback holds neither a rating nor a correction. Give rating good or bad, or a correction."
+            )
+        if rating is not None and rating not in RATINGS:
+            raise UsageError(f"The rating {rating!r} is unknown. Write good or bad.")
+        if correction is not None and not correction.strip():
+            raise UsageError("The correction is blank, and a blank answer would be learned. Write the right answer.")
+        with self._db.write() as connection:
+            self._require(connection, request_id)
+            row = {"request_id": request_id, "recorded_at": time or now(), "rating": rating, "correction": correction}
+            connection.execute(feedback.insert().values(row))
+
+    def get(self, request_id: str) -> Conversation:
+        """One conversation. Raises NotFound if it was not kept."""
+        with self._db.read() as connection:
+            found = _load(connection, conversations.c.request_id == request_id)
+        if not found:
+            raise _unknown(request_id)
+        return found[0]
+
+    def select(
+        self,
+        rating: Literal["good", "bad", "any"] | None = None,
+        corrected: bool | None = None,  # noqa: FBT001  mirrors the recipe's filter
+        model: str | None = None,
+        since: datetime | None = None,
+        *,
+        tenant: str | None = None,
+    ) -> list[Conversation]:
+        """The conversations that a filter keeps, oldest first.
+
+        Args:
+            rating: Only answers with this newest rating; `any` and None keep rated and unrated ones.
+            corrected: True: only answers with a correction; False: only those without.
+            model: Only answers of this served name.
+            since: Only what came, or got feedback, at this moment or later: a correction that comes after the
+                promotion of a champion is new, however old the answer is.
+            tenant: Only this tenant's.
+        """
+        conditions: list[sa.ColumnElement[bool]] = []
+        if model is not None:
+            conditions.append(conversations.c.model == model)
+        if tenant is not None:
+            conditions.append(conversations.c.tenant == tenant)
+        if since is not None:
+            with_news = sa.select(feedback.c.request_id).where(feedback.c.recorded_at >= since)
+            conditions.append(sa.or_(conversations.c.recorded_at >= since, conversations.c.request_id.in_(with_news)))
+        with self._db.read() as connection:
+            found = _load(connection, *conditions)
+        if rating in RATINGS:
+            found = [conversation for conversation in found if conversation.rating == rating]
+        elif rating not in (None, "any"):
+            raise UsageError(f"The rating {rating!r} is unknown. Write good, bad or any.")
+        if corrected is not None:
+            found = [conversation for conversation in found if (conversation.correction is not None) == corrected]
+        return found
+
+    def forget(self, request_id: str) -> int:
+        """Delete a conversation, its feedback, and the accepted examples that were made of it.
+
+        Returns:
+            How many accepted examples were deleted.
+
+        Raises:
+            NotFound: If no conversation has this request id.
+        """
+        with self._db.write() as connection:
+            self._require(connection, request_id)
+            deleted = connection.execute(accepted_examples.delete().where(accepted_examples.c.origin == request_id))
+            connection.execute(conversations.delete().where(conversations.c.request_id == request_id))
+        return deleted.rowcount
+
+    @staticmethod
+    def _require(connection: sa.Connection, request_id: str) -> None:
+        query = sa.select(conversations.c.request_id).where(conversations.c.request_id == request_id)
+        if connection.execute(query).first() is None:
+            raise _unknown(request_id)
+
+
+def _unknown(request_id: str) -> NotFound:
+    return NotFound(
+        f"No conversation with the request id {request_id!r} was kept. "
+        f"Check the id, and that the server keeps conversations (serve.record_conversations)."
+    )
+
+
+def _load(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> list[Conversation]:
+    query = (
+        sa.select(conversations).where(*conditions).order_by(conversations.c.recorded_at, conversations.c.request_id)
+    )
+    rows = connection.execute(query).all()
+    if not rows:
+        return []
+    said: dict[str, list[sa.Row[Any]]] = {}
+    # Feedback by the same conditions, in the order in which it came: ids grow.
+    joined = sa.select(feedback).join(conversations).where(*conditions).order_by(feedback.c.id)
+    for row in connection.execute(joined):
+        said.setdefault(row.request_id, []).append(row)
+    return [_conversation(row, said.get(row.request_id, [])) for row in rows]
+
+
+def _conversation(row: sa.Row[Any], said: list[sa.Row[Any]]) -> Conversation:
+    ratings = [item.rating for item in said if item.rating is not None]
+    corrections = [item.correction for item in said if item.correction is not None]
+    return Conversation(
+        request_id=row.request_id,
+        time=row.recorded_at,
+        model=row.model,
+        version=row.version,
+        messages=row.messages,
+        answer=row.answer,
+        rating=ratings[-1] if ratings else None,
+        correction=corrections[-1] if corrections else None,
+        tenant=row.tenant,
+        touched_at=max([row.recorded_at, *(item.recorded_at for item in said)]),
+    )

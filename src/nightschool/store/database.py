@@ -1,0 +1,309 @@
+"""The state database: tables, and opening it at the newest layout.
+
+SQLite in the home (write-ahead log, so that readers never wait for a writer), or PostgreSQL when DATABASE_URL names
+one. The layout is brought up to date by the migrations in this package when the database is opened, under a lock;
+a database that is up to date costs one query.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Dialect, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
+from nightschool.store.atomic import make_folder
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+
+URL_VARIABLE = "DATABASE_URL"
+# The newest migration in migrations/versions; a test compares the two.
+HEAD = "0001"
+_BUSY_SECONDS = 30.0
+_MIGRATION_WAIT_SECONDS = 120.0
+# Any number will do, if only every nightschool takes the same one.
+_POSTGRES_MIGRATION_LOCK = 6_178_236_450
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware datetimes in, aware datetimes in UTC out, also where the database keeps no time zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        assert value is None or value.tzinfo is not None, "moments carry their time zone"
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# Texts that models and people wrote are kept as JSON strings: any text survives, also a NUL character (refused by
+# PostgreSQL in TEXT) and half a surrogate pair (refused by SQLite).
+AnyJson: TypeEngine[Any] = sa.JSON(none_as_null=True)
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+conversations = sa.Table(
+    "conversations",
+    metadata,
+    sa.Column("request_id", sa.String(200), primary_key=True),
+    sa.Column("recorded_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("model", sa.String(64), nullable=False, index=True),
+    sa.Column("version", sa.String(64), nullable=False),
+    sa.Column("tenant", sa.String(64), index=True),
+    sa.Column("messages", AnyJson, nullable=False),
+    sa.Column("answer", AnyJson, nullable=False),
+)
+
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column(
+        "request_id",
+        sa.ForeignKey("conversations.request_id", ondelete="CASCADE"),
+        nullable=False,
+        index=True,
+    ),
+    sa.Column("recorded_at", UtcDateTime, nullable=False),
+    sa.Column("rating", sa.String(8)),
+    sa.Column("correction", AnyJson),
+)
+
+accepted_versions = sa.Table(
+    "accepted_versions",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.String(32), primary_key=True),
+    sa.Column("active", sa.Boolean, nullable=False),
+)
+
+accepted_examples = sa.Table(
+    "accepted_examples",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("version", sa.String(32), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("origin", sa.String(200), index=True),
+    sa.Column("example", AnyJson, nullable=False),
+    sa.ForeignKeyConstraint(["name", "version"], ["accepted_versions.name", "accepted_versions.version"]),
+    sa.UniqueConstraint("name", "version", "digest"),
+)
+
+pins = sa.Table(
+    "pins",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False, index=True),
+    sa.Column("question", AnyJson, nullable=False),
+    sa.Column("answer", AnyJson, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+cycles = sa.Table(
+    "cycles",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("due_at", UtcDateTime, nullable=False),
+    sa.Column("trigger", sa.String(32), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("started_at", UtcDateTime, nullable=False),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("outcome", sa.String(16)),
+    sa.Column("detail", AnyJson),
+    sa.Column("run_id", sa.String(100)),
+    sa.Column("candidate", sa.String(100)),
+    sa.Column("data_fingerprint", sa.String(128)),
+    sa.UniqueConstraint("name", "due_at"),
+)
+
+schedules = sa.Table(
+    "schedules",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("paused_at", UtcDateTime),
+)
+
+
+class Database:
+    """An open state database. One object serves all threads of a process; `close` it at the end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection whose queries all see one moment."""
+        with self._translated(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: all of the block is stored, or nothing.
+
+        On SQLite it takes the write lock at once, so that what is read in the block is still true when it writes.
+
+        Raises:
+            Locked: If another writer keeps the database for more than 30 s.
+            DiskFull: If there is no room.
+            Damaged: If the file is no database, or was altered.
+        """
+        with (
+            self._translated(),
+            self.engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            where = self.engine.url.render_as_string(hide_password=True)
+            said = str(error.orig)
+            if "is full" in said or "No space left" in said:
+                raise DiskFull(
+                    f"There is no room for the database {where} ({said}); what was stored before is still whole. "
+                    f"Free some space and try again."
+                ) from error
+            if "is locked" in said:
+                raise Locked(
+                    f"Another process has been writing the database {where} for more than {_BUSY_SECONDS:.0f} s. "
+                    f"Wait until it is done, or stop that process."
+                ) from error
+            if "malformed" in said or "not a database" in said:
+                raise Damaged(
+                    f"The database {where} is damaged ({said}). Restore it from a copy, or move it away."
+                ) from error
+            raise
+
+
+def open_database(home: Home, *, env: Mapping[str, str] | None = None) -> Database:
+    """Open the state database, create it if it is missing, and bring its layout up to date.
+
+    Raises:
+        UsageError: If DATABASE_URL is no SQLite or PostgreSQL address, or its driver is not installed.
+        Conflict: If a newer nightschool wrote the database.
+        Damaged, DiskFull, Locked: As `Database.write` does.
+    """
+    url = _database_url(home, os.environ if env is None else env)
+    database = Database(_create_engine(url))
+    try:
+        if _revision(database) != HEAD:
+            _migrate(home, database)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _database_url(home: Home, env: Mapping[str, str]) -> URL:
+    value = env.get(URL_VARIABLE, "")
+    if not value:
+        make_folder(home.path)
+        return URL.create("sqlite", database=str(home.state_db))
+    try:
+        # `postgres://` is what many platforms set; SQLAlchemy knows only the full word.
+        url = make_url("postgresql" + value.removeprefix("postgres") if value.startswith("postgres:") else value)
+    except ArgumentError:
+        raise UsageError(
+            f"{URL_VARIABLE} is no database address. Write postgresql://user:password@host/database."
+        ) from None
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise UsageError(
+            f"{URL_VARIABLE} names the database kind {url.get_backend_name()!r}, but nightschool keeps its state in "
+            f"sqlite or postgresql. Unset {URL_VARIABLE}, or write postgresql://user:password@host/database."
+        )
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+
+def _create_engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        try:
+            return sa.create_engine(url, pool_pre_ping=True)
+        except (NoSuchModuleError, ImportError) as error:
+            raise UsageError(
+                f"{URL_VARIABLE} names a PostgreSQL database, but its driver is missing ({error}). "
+                f"Install it: pip install 'nightschool[postgres]'."
+            ) from error
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # Python's sqlite3 would begin transactions late and by itself; `_begin_sqlite` does it instead.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_SECONDS * 1000)}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    # In WAL mode the default would lose the newest transactions with the power.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    # What is forgotten is overwritten, not only unlinked.
+    cursor.execute("PRAGMA secure_delete = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _revision(database: Database) -> str | None:
+    with database.read() as connection:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _migrate(home: Home, database: Database) -> None:
+    """Apply what is missing, once, however many processes open the database at the same time."""
+    from nightschool.store.migrations.upgrade import upgrade  # Alembic takes 0.2 s to import; mostly it is not needed.
+
+    is_sqlite = database.engine.dialect.name == "sqlite"
+    held = (
+        lock(home.locks / "database.lock", "the layout of the database", wait_seconds=_MIGRATION_WAIT_SECONDS)
+        if is_sqlite
+        else nullcontext()
+    )
+    with held, database.write() as connection:
+        if not is_sqlite:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_POSTGRES_MIGRATION_LOCK)))
+        known = upgrade(connection)
+    if not known:
+        raise Conflict(
+            f"The database was written by a newer nightschool (layout {_revision(database)}); this one knows {HEAD}. "
+            f"Install the newer nightschool again."
+        )

@@ -1,0 +1,56 @@
+"""The home: the one folder under which everything that nightschool keeps lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nightschool.store.atomic import make_folder
+
+HOME_VARIABLE = "NIGHTSCHOOL_HOME"
+FOLDER_NAME = ".nightschool"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where things lie. Nothing is created until `ensure` is called or something is written."""
+
+    path: Path
+
+    @classmethod
+    def find(cls, directory: Path | None = None, *, env: Mapping[str, str] | None = None) -> Home:
+        """`$NIGHTSCHOOL_HOME`, else `.nightschool` in `directory`, else in the working directory.
+
+        The path is made absolute at once, so that a later change of the working directory moves nothing.
+        """
+        value = (os.environ if env is None else env).get(HOME_VARIABLE, "")
+        path = Path(value).expanduser() if value else (directory or Path()).expanduser() / FOLDER_NAME
+        return cls(Path(os.path.abspath(path)))  # noqa: PTH100  `resolve` would follow a home that is a link
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    @property
+    def models(self) -> Path:
+        return self.path / "models"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+    @property
+    def locks(self) -> Path:
+        return self.path / "locks"
+
+    @property
+    def state_db(self) -> Path:
+        return self.path / "state.db"
+
+    def ensure(self) -> Home:
+        """Create the folders that are missing, durably. Returns itself."""
+        for folder in (self.runs, self.models, self.cache, self.locks):
+            make_folder(folder)
+        return self

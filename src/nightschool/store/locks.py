@@ -1,0 +1,63 @@
+"""Locks between processes: `flock` on a file, released by the kernel when the holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nightschool.errors import Locked
+from nightschool.store.atomic import make_folder, room_needed
+
+_POLL_SECONDS = 0.02
+
+
+@contextmanager
+def lock(path: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path` for the time of the block.
+
+    The lock is exclusive between processes and between threads. The file stays behind when the lock is
+    released: deleting it would let two holders lock two files of the same name.
+
+    Args:
+        path: The lock file; created with its folder when it is missing.
+        what: What the lock protects, for the error message: "the schedule of support-bot".
+        wait_seconds: How long to wait for another holder; 0 tries once.
+
+    Raises:
+        Locked: If another holder still has it, with its process id.
+        DiskFull: If the lock file cannot be created.
+    """
+    make_folder(path.parent)
+    with room_needed(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _acquire(file, what, time.monotonic() + wait_seconds)
+        # The holder's process id, so that whoever is refused knows whom to look for.
+        with room_needed(path):
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(file, 0)
+    finally:
+        os.close(file)
+
+
+def _acquire(file: int, what: str, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+                continue
+            holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise Locked(
+                f"Another process (pid {holder}) holds {what}. Wait until it is done, or stop that process."
+            ) from None
+        return

@@ -1,0 +1,136 @@
+"""Names that may become paths, and references to versions: `name`, `name@alias`, `name@version`.
+
+Whatever comes from a request, a recipe or a command line passes through here before it touches the disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from nightschool.errors import NameRefused
+from nightschool.store.home import Home
+
+CHAMPION, LATEST, PREVIOUS = "champion", "latest", "previous"
+RESERVED_ALIASES = (CHAMPION, LATEST, PREVIOUS)
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
+_STAMP_FORMAT = "%Y%m%d_%H%M%S"
+# Suffixes of our own files: such a name would be swept away or taken for a lock.
+_OUR_SUFFIXES = (".partial", ".lock")
+
+
+def check_name(name: str, *, what: str = "name") -> str:
+    """Return `name` if it may become a part of a path.
+
+    Raises:
+        NameRefused: Unless it is `[a-z0-9][a-z0-9._-]{0,63}`, without `..` and not ending like our own files.
+    """
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None or ".." in name:
+        raise NameRefused(
+            f"The {what} {name!r} is refused. Write 1 to 64 of the characters a-z, 0-9, '.', '_' and '-', "
+            f"starting with a letter or a digit, without '..'."
+        )
+    if name.endswith(_OUR_SUFFIXES):
+        raise NameRefused(
+            f"The {what} {name!r} is refused, because '{name[name.rindex('.') :]}' marks files that are being written. "
+            f"Choose a name with another ending."
+        )
+    return name
+
+
+def is_stamp(text: str) -> bool:
+    """Whether `text` is a moment in the form `YYYYmmdd_HHMMSS`, as version ids and the ends of run ids are."""
+    if _STAMP.fullmatch(text) is None:
+        return False
+    try:
+        return stamp_of(moment_of(text)) == text
+    except ValueError:
+        return False
+
+
+def moment_of(stamp: str) -> datetime:
+    """The moment in UTC that a stamp names. Raises ValueError if there is no such moment."""
+    return datetime.strptime(stamp, _STAMP_FORMAT).replace(tzinfo=UTC)
+
+
+def stamp_of(moment: datetime) -> str:
+    """A moment as `YYYYmmdd_HHMMSS` in UTC; parts of a second are cut."""
+    moment = moment.astimezone(UTC)
+    # `%Y` does not pad years before 1000 to four digits on every platform.
+    return f"{moment.year:04d}{moment:%m%d_%H%M%S}"
+
+
+def next_free_stamp(moment: datetime, taken: Callable[[str], bool]) -> str:
+    """The first stamp at or after `moment` that is not taken, moving on by a second at a time."""
+    while taken(stamp := stamp_of(moment)):
+        moment += timedelta(seconds=1)
+    return stamp
+
+
+def check_version_id(version: str) -> str:
+    """Return `version` if it is a version id.
+
+    Raises:
+        NameRefused: Unless it is `YYYYmmdd_HHMMSS`.
+    """
+    if not isinstance(version, str) or not is_stamp(version):
+        raise NameRefused(f"The version {version!r} is refused. A version id looks like 20261121_023000.")
+    return version
+
+
+def check_alias(alias: str) -> str:
+    """Return `alias` if it is a name and cannot be taken for a version id.
+
+    Raises:
+        NameRefused: Otherwise.
+    """
+    check_name(alias, what="alias")
+    if _STAMP.fullmatch(alias) is not None:
+        raise NameRefused(f"The alias {alias!r} is refused, because it reads like a version id. Choose a word.")
+    return alias
+
+
+def model_path(home: Home, name: str) -> Path:
+    """The folder of all versions of `name`. Raises NameRefused as `check_name` does."""
+    return home.models / check_name(name)
+
+
+def version_path(home: Home, name: str, version: str) -> Path:
+    """The folder of one version: the one function that joins names and versions into a path.
+
+    Raises:
+        NameRefused: If the name or the version is anything but a name and a version id.
+    """
+    return model_path(home, name) / check_version_id(version)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A version by its id, or by an alias: exactly one of `version` and `alias` is set."""
+
+    name: str
+    version: str | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version or self.alias}"
+
+
+def parse_ref(text: str) -> Ref:
+    """`name` (its champion), `name@alias` or `name@version`.
+
+    Raises:
+        NameRefused: If a part of it is no name, alias or version id.
+    """
+    name, at, pointer = text.partition("@")
+    check_name(name)
+    if not at:
+        return Ref(name, alias=CHAMPION)
+    if _STAMP.fullmatch(pointer) is not None:
+        return Ref(name, version=check_version_id(pointer))
+    return Ref(name, alias=check_alias(pointer))

@@ -1,0 +1,393 @@
+"""The registry: versions and aliases of every name.
+
+    models/<name>/<version>/        published, read-only, with nightschool.json and manifest.json
+    models/<name>/aliases.json      champion, users' aliases, the history of moves, ids that were given out
+    models/<name>/reports/          what the gate said of each candidate
+
+A version exists when its manifest is there and it was not removed. `latest` is the newest version that exists, and
+`previous` follows from the history, so neither can be left behind by a crash. Reading takes no lock: aliases.json is
+replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from nightschool.errors import Conflict, Damaged, NameRefused, NotFound
+from nightschool.events import now
+from nightschool.store.aliases import AliasBook, AliasMove, read_book, write_book
+from nightschool.store.atomic import publish_directory, read_json, remove_folder, sweep_partials, write_json
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.manifest import MANIFEST, write_manifest
+from nightschool.store.names import (
+    CHAMPION,
+    LATEST,
+    PREVIOUS,
+    RESERVED_ALIASES,
+    check_alias,
+    check_name,
+    check_version_id,
+    is_stamp,
+    model_path,
+    moment_of,
+    next_free_stamp,
+    parse_ref,
+    version_path,
+)
+from nightschool.store.versions import FACTS, Version, VersionFacts
+
+__all__ = ["AliasMove", "Registry", "Version", "VersionFacts"]
+
+# How long a move of an alias waits for another one; each takes milliseconds.
+_WAIT_SECONDS = 30.0
+
+
+class Registry:
+    """Everything that was published in a home. Methods may be called from any thread and process."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def names(self) -> list[str]:
+        """The names that have at least one version, in order."""
+        if not self.home.models.is_dir():
+            return []
+        return sorted(path.name for path in self.home.models.iterdir() if _is_name(path.name) and self._ids(path.name))
+
+    def versions(self, name: str) -> list[Version]:
+        """The versions of a name, newest first; none if the name is unknown."""
+        return [Version(name, id_, version_path(self.home, name, id_)) for id_ in self._ids(name)]
+
+    def resolve(self, ref: str) -> Version:
+        """The version that `name` (its champion), `name@alias` or `name@version` points to.
+
+        Raises:
+            NameRefused: If it is no such reference.
+            NotFound: If there is no such version; the message lists what exists.
+        """
+        wanted = parse_ref(ref)
+        ids = self._ids(wanted.name)
+        aliases = self.aliases(wanted.name)
+        version = wanted.version or aliases.get(wanted.alias or "")
+        if version in ids:
+            return Version(wanted.name, version, version_path(self.home, wanted.name, version))
+        if not ids:
+            names = self.names()
+            exists = f"There are {', '.join(names)}." if names else "Nothing was published yet."
+            raise NotFound(f"There is no version of {wanted.name!r} in {self.home.models}. {exists}")
+        if version is not None and wanted.alias is not None:
+            raise NotFound(
+                f"{wanted} points to {version}, but that version was deleted by hand. "
+                f"Promote one that exists: {', '.join(ids)}."
+            )
+        if wanted.alias == CHAMPION:
+            raise NotFound(
+                f"{wanted.name!r} has no champion yet: none of its versions was promoted. "
+                f"Promote one of {', '.join(ids)}, or name it: {wanted.name}@{ids[0]}."
+            )
+        known = ", ".join([*sorted(aliases), *ids])
+        raise NotFound(f"There is no {str(wanted)!r}. {wanted.name!r} has {known}.")
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Where each alias of a name points to, with `champion`, `latest` and `previous` where there are any."""
+        book, ids = self._book(name), self._ids(name)
+        derived = {LATEST: ids[0] if ids else None, PREVIOUS: book.previous(ids)}
+        return {**book.aliases, **{alias: version for alias, version in derived.items() if version}}
+
+    def history(self, name: str) -> list[AliasMove]:
+        """Every move of an alias of a name, oldest first."""
+        return list(self._book(name).history)
+
+    def pinned(self, name: str) -> Version | None:
+        """The version that the champion is pinned to, if it is."""
+        book = self._book(name)
+        return self.resolve(f"{name}@{book.champion}") if book.pinned else None
+
+    def new_version_id(self, name: str) -> str:
+        """Give out an id `YYYYmmdd_HHMMSS` (UTC) that was never given out before, later than all others of the name.
+
+        Two processes that ask in the same second get different ones: the second moves on by a second.
+        """
+        with self._editing(name) as edit:
+            newest = max([*edit.book.issued, *edit.book.removed, *self._folders(name)], default=None)
+            moment = max(now(), moment_of(newest) + timedelta(seconds=1)) if newest else now()
+            version = next_free_stamp(moment, edit.book.used)
+            edit.book = dataclasses.replace(edit.book, issued=(*edit.book.issued, version))
+        return version
+
+    def publish(self, name: str, fill: Callable[[Path], None], facts: VersionFacts) -> Version:
+        """Publish a version as a whole or not at all; `latest` then points to it.
+
+        `fill` writes the Hugging Face folder into the (empty) folder that it is given. nightschool.json is added,
+        all files are made read-only, and the manifest is written last. If `fill` raises, nothing is published.
+
+        Args:
+            name: The name to publish under.
+            fill: Called once, without any lock of the name.
+            facts: `name` and `created_at` are filled in. With an empty `version` a new id is given out; else it
+                must be one that `new_version_id` gave out and that was not published yet.
+
+        Raises:
+            Conflict: If the version exists, was removed, or was never given out.
+            DiskFull: If there is no room.
+        """
+        version = check_version_id(facts.version) if facts.version else self.new_version_id(name)
+        book = self._book(name)
+        if version in book.removed or version not in book.issued:
+            why = "was removed" if version in book.removed else "was never given out"
+            raise Conflict(f"{name}@{version} {why}, and ids are never used again. Publish without a version id.")
+        path = version_path(self.home, name, version)
+        self._sweep(name)
+        facts = facts.model_copy(update={"name": name, "version": version, "created_at": now()})
+        with publish_directory(path) as folder:
+            fill(folder)
+            write_json(folder / FACTS, facts.model_dump(mode="json"))
+            write_manifest(
+                folder,
+                ref=f"{name}@{version}",
+                parent=facts.parent,
+                recipe_digest=facts.recipe_digest,
+                data_fingerprint=facts.data_fingerprint,
+                heldout_loss=facts.heldout_loss,
+            )
+            _make_read_only(folder)
+        return Version(name, version, path)
+
+    def promote(self, name: str, version: str, *, by: str) -> Version:
+        """Make a version (an id or an alias) the champion, after comparing every byte with its manifest.
+
+        Raises:
+            NotFound: If there is no such version.
+            Damaged: If it was altered since it was published.
+            Conflict: If the champion is pinned to another version.
+        """
+        found = self._whole(name, version)
+        with self._editing(name) as edit:
+            self._refuse_pinned(name, edit.book, found.id)
+            self._refuse_gone(found)
+            if edit.book.champion != found.id:
+                edit.book = edit.book.moved(CHAMPION, found.id, "promote", by)
+        return found
+
+    def rollback(self, name: str, *, by: str) -> Version:
+        """Make the previous champion the champion again; called again, it walks further back.
+
+        Raises:
+            NotFound: If there is no version of this name.
+            Conflict: If there is no previous champion, or the champion is pinned.
+            Damaged: If the previous champion was altered since it was published.
+        """
+        with self._editing(name) as edit:
+            ids = self._ids(name)
+            if not ids:
+                self.resolve(f"{name}@{LATEST}")
+            version = edit.book.previous(ids)
+            if version is None:
+                raise Conflict(
+                    f"{name!r} has no previous champion to go back to (champion: {edit.book.champion or 'none'}). "
+                    f"Promote one of {', '.join(ids)}."
+                )
+            self._refuse_pinned(name, edit.book, version)
+            found = self._whole(name, version)
+            edit.book = edit.book.moved(CHAMPION, version, "rollback", by)
+        return found
+
+    def pin(self, name: str, version: str, *, by: str = "user") -> Version:
+        """Make a version the champion and keep it there: nothing moves the champion until `unpin`.
+
+        Raises:
+            NotFound: If there is no such version.
+            Damaged: If it was altered since it was published.
+            Conflict: If another version is pinned.
+        """
+        found = self._whole(name, version)
+        with self._editing(name) as edit:
+            self._refuse_pinned(name, edit.book, found.id)
+            self._refuse_gone(found)
+            if not edit.book.pinned:
+                edit.book = dataclasses.replace(edit.book.moved(CHAMPION, found.id, "pin", by), pinned=True)
+        return found
+
+    def unpin(self, name: str, *, by: str = "user") -> None:
+        """Let the champion move again. Raises Conflict if it is not pinned."""
+        with self._editing(name) as edit:
+            if not edit.book.pinned:
+                raise Conflict(
+                    f"The champion of {name!r} is not pinned, so there is nothing to unpin. List the models."
+                )
+            edit.book = dataclasses.replace(edit.book.moved(CHAMPION, edit.book.champion, "unpin", by), pinned=False)
+
+    def set_alias(self, name: str, alias: str, version: str, *, by: str = "user") -> Version:
+        """Point an alias of the user's own to a version (an id or an alias).
+
+        Raises:
+            NotFound: If there is no such version.
+            Conflict: If the alias is one of ours, which move by `promote`, `rollback` and `publish`.
+        """
+        self._refuse_reserved(alias)
+        found = self.resolve(f"{name}@{version}")
+        with self._editing(name) as edit:
+            self._refuse_gone(found)
+            edit.book = edit.book.moved(alias, found.id, "set", by)
+        return found
+
+    def remove_alias(self, name: str, alias: str, *, by: str = "user") -> None:
+        """Take an alias of the user's own away. Raises NotFound if there is none, Conflict if it is one of ours."""
+        self._refuse_reserved(alias)
+        with self._editing(name) as edit:
+            if alias not in edit.book.aliases:
+                raise NotFound(
+                    f"{name!r} has no alias {alias!r}. It has {', '.join(sorted(edit.book.aliases)) or 'none'}."
+                )
+            edit.book = edit.book.moved(alias, None, "unset", by)
+
+    def remove(self, name: str, version: str) -> None:
+        """Remove a version; its id is never used again, and the gate's report stays.
+
+        Raises:
+            NotFound: If there is no such version.
+            Conflict: If it is the champion, the previous one, pinned, named by an alias, or the base of an adapter.
+        """
+        found = self.resolve(f"{name}@{version}")
+        with self._editing(name) as edit:
+            self._refuse_gone(found)
+            self._refuse_used(found, edit.book)
+            # The tombstone first: after a crash in between, the folder is no version any more, and is swept.
+            edit.book = dataclasses.replace(edit.book, removed=(*edit.book.removed, found.id))
+            edit.save()
+            remove_folder(found.path)
+
+    def report_path(self, name: str, version: str) -> Path:
+        """Where the gate's report of a version lies."""
+        return model_path(self.home, name) / "reports" / f"{check_version_id(version)}.json"
+
+    def save_report(self, name: str, version: str, report: dict[str, Any]) -> Path:
+        """Keep the gate's report of a version, in place of an earlier one. Returns its path."""
+        path = self.report_path(name, version)
+        write_json(path, report)
+        return path
+
+    def load_report(self, name: str, version: str) -> dict[str, Any]:
+        """The gate's report. Raises NotFound if the version was never examined, Damaged if the file was altered."""
+        path = self.report_path(name, version)
+        if not path.is_file():
+            raise NotFound(f"There is no report of {name}@{version}: the gate has not examined it. Evaluate it first.")
+        return read_json(path)
+
+    def _folders(self, name: str) -> list[str]:
+        folder = model_path(self.home, name)
+        return [path.name for path in folder.iterdir() if is_stamp(path.name)] if folder.is_dir() else []
+
+    def _ids(self, name: str) -> list[str]:
+        """Ids of the versions that exist, newest first."""
+        folder = model_path(self.home, name)
+        finished = [id_ for id_ in self._folders(name) if (folder / id_ / MANIFEST).is_file()]
+        if not finished:
+            return []
+        removed = self._book(name).removed
+        return sorted((id_ for id_ in finished if id_ not in removed), reverse=True)
+
+    def _sweep(self, name: str) -> None:
+        """Remove what crashes left: folders of dead publishers, and versions whose removal was begun."""
+        folder = model_path(self.home, name)
+        sweep_partials(folder)
+        with self._editing(name) as edit:
+            for version in edit.book.removed:
+                if (folder / version).exists():
+                    remove_folder(folder / version)
+
+    def _book_path(self, name: str) -> Path:
+        return model_path(self.home, name) / "aliases.json"
+
+    def _book(self, name: str) -> AliasBook:
+        return read_book(self._book_path(name))
+
+    @contextmanager
+    def _editing(self, name: str) -> Iterator[_Edit]:
+        """Hold the lock of a name while its book changes; what was assigned to `.book` is saved at the end."""
+        path = self._book_path(name)
+        with lock(self.home.locks / f"models-{name}.lock", f"the aliases of {name}", wait_seconds=_WAIT_SECONDS):
+            edit = _Edit(path, self._book(name))
+            yield edit
+            edit.save()
+
+    def _whole(self, name: str, version: str) -> Version:
+        found = self.resolve(f"{name}@{version}")
+        found.verify(digests=True)
+        return found
+
+    def _refuse_gone(self, found: Version) -> None:
+        """A version may have been removed between finding it and taking the lock."""
+        if found.id not in self._ids(found.name):
+            raise NotFound(f"{found.ref} was removed by another process. Choose another version.")
+
+    def _refuse_used(self, found: Version, book: AliasBook) -> None:
+        uses = [alias for alias, version in self.aliases(found.name).items() if version == found.id and alias != LATEST]
+        uses += [
+            f"the base of {other.ref}"
+            for name in self.names()
+            for other in self.versions(name)
+            if _stands_on(other, found.ref)
+        ]
+        if uses:
+            pinned = " and pinned" if book.pinned and book.champion == found.id else ""
+            raise Conflict(
+                f"{found.ref} is {', '.join(uses)}{pinned}, so it stays. Move or remove what points to it first."
+            )
+
+    @staticmethod
+    def _refuse_pinned(name: str, book: AliasBook, version: str) -> None:
+        if book.pinned and book.champion != version:
+            raise Conflict(
+                f"The champion of {name!r} is pinned to {book.champion}, so it does not move to {version}. "
+                f"Unpin {name!r} first."
+            )
+
+    @staticmethod
+    def _refuse_reserved(alias: str) -> None:
+        if check_alias(alias) in RESERVED_ALIASES:
+            raise Conflict(
+                f"The alias {alias!r} cannot be set by hand: it moves by promoting, rolling back and publishing. "
+                f"Choose another word."
+            )
+
+
+class _Edit:
+    """A book that is being changed under the lock of its name."""
+
+    def __init__(self, path: Path, book: AliasBook) -> None:
+        self._path = path
+        self._saved = book
+        self.book = book
+
+    def save(self) -> None:
+        if self.book is not self._saved:
+            write_book(self._path, self.book)
+            self._saved = self.book
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return check_name(text) == text
+    except NameRefused:
+        return False
+
+
+def _stands_on(version: Version, ref: str) -> bool:
+    try:
+        return version.facts.kind == "adapter" and version.facts.base == ref
+    except (Damaged, NotFound):
+        return False
+
+
+def _make_read_only(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))

@@ -1,0 +1,270 @@
+"""Runs on disk: one folder per training execution, with its recipe, status, metrics, events, log and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import weakref
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ruamel.yaml import YAML
+
+from nightschool.errors import Conflict, Damaged, NotFound
+from nightschool.events import EventLog, now
+from nightschool.store.atomic import (
+    PARTIAL,
+    publish_directory,
+    read_json,
+    remove_folder,
+    sweep_partials,
+    write_json,
+    write_text,
+)
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.names import check_name, is_stamp, next_free_stamp
+
+RunState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
+STATES: tuple[RunState, ...] = get_args(RunState)
+FINAL_STATES: tuple[RunState, ...] = ("completed", "failed", "cancelled", "interrupted")
+_WAIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What status.json holds. `candidate` is the published version (`name@version`), `error` the message of a failure.
+
+    `started_at` and `finished_at` are ISO 8601 in UTC; `pid` is the process that trains.
+    """
+
+    run_id: str
+    name: str
+    state: RunState
+    step: int = 0
+    steps_total: int | None = None
+    pid: int | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+    error: str | None = None
+    candidate: str | None = None
+    exit_code: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL_STATES
+
+    @property
+    def process_lives(self) -> bool:
+        """Whether the process `pid` exists. A `running` run without one was killed: it is really interrupted."""
+        if self.pid is None:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. Cheap to make; reads and writes happen in its properties and methods."""
+
+    id: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The name under which its versions are published."""
+        return self.id.rpartition("-")[0]
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def status_path(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def lock_path(self) -> Path:
+        """Held by the process that trains this run, for as long as it does."""
+        return self.path / "run.lock"
+
+    @cached_property
+    def events(self) -> EventLog:
+        """The log to append to; opened at first use, closed with this object. To read, use `read_events(events_path)`."""
+        log = EventLog(self.events_path)
+        weakref.finalize(self, log.close)
+        return log
+
+    @property
+    def status(self) -> RunStatus:
+        """The present status. Raises NotFound if the run was removed, Damaged if status.json was altered."""
+        content = read_json(self.status_path)
+        known = {field.name for field in dataclasses.fields(RunStatus)}
+        try:
+            status = RunStatus(**{key: value for key, value in content.items() if key in known})
+        except TypeError as error:
+            raise Damaged(
+                f"{self.status_path} lacks a field ({error}). Remove the run, or restore the file."
+            ) from error
+        if status.state not in STATES:
+            raise Damaged(
+                f"{self.status_path} has the state {status.state!r}, but a state is one of {', '.join(STATES)}. "
+                f"Remove the run, or restore the file."
+            )
+        return status
+
+    def update_status(self, **changes: Any) -> RunStatus:
+        """Change fields of status.json, atomically, also against other processes; returns the new status.
+
+        Takes two fsyncs, some milliseconds: call it when something happened, not in an inner loop. Setting the
+        state to `running` sets `started_at` if it has none, a final state sets `finished_at`.
+
+        Raises:
+            TypeError: If a field does not exist.
+            ValueError: If the state does not exist.
+            DiskFull: If there is no room; the old status stays.
+        """
+        state = changes.get("state")
+        if state is not None and state not in STATES:
+            raise ValueError(f"there is no state {state!r}; states are {', '.join(STATES)}")
+        with lock(self.path / "status.lock", f"the status of {self.id}", wait_seconds=_WAIT_SECONDS):
+            present = self.status
+            moment = now().isoformat()
+            if state == "running":
+                changes = {"started_at": present.started_at or moment, "finished_at": None, **changes}
+            elif state in FINAL_STATES:
+                changes = {"finished_at": moment, **changes}
+            status = dataclasses.replace(present, **changes)
+            write_json(self.status_path, dataclasses.asdict(status))
+        return status
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain values."""
+        try:
+            content = YAML(typ="safe", pure=True).load(self.recipe_path.read_bytes())
+        except FileNotFoundError:
+            raise NotFound(f"The run {self.id} does not exist: {self.recipe_path} is missing. List the runs.") from None
+        if not isinstance(content, dict):
+            raise Damaged(f"{self.recipe_path} holds no mapping. Remove the run, or restore the file.")
+        return content
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """All runs of a home."""
+
+    home: Home
+
+    def create(self, recipe_plain: dict[str, Any], *, name: str, moment: datetime | None = None) -> Run:
+        """Make the folder of a new run, in the state `queued`. Its id was never used before.
+
+        Args:
+            recipe_plain: The resolved recipe as plain values; kept as recipe.yaml.
+            name: The name under which its versions will be published.
+            moment: The time in its id; now when it is None.
+
+        Raises:
+            NameRefused: If the name may not become a path.
+            DiskFull: If there is no room; then there is no run.
+        """
+        check_name(name)
+        with self._lock():
+            sweep_partials(self.home.runs)
+            removed = set(self._removed())
+            stamp = next_free_stamp(
+                moment or now(),
+                lambda stamp: f"{name}-{stamp}" in removed or (self.home.runs / f"{name}-{stamp}").exists(),
+            )
+            run = Run(f"{name}-{stamp}", self.home.runs / f"{name}-{stamp}")
+            with publish_directory(run.path) as folder:
+                write_text(folder / run.recipe_path.name, _to_yaml(recipe_plain))
+                (folder / run.checkpoints_path.name).mkdir()
+                write_json(
+                    folder / run.status_path.name,
+                    dataclasses.asdict(RunStatus(run_id=run.id, name=name, state="queued")),
+                )
+        return run
+
+    def get(self, run_id: str) -> Run:
+        """The run of this id.
+
+        Raises:
+            NameRefused: If the id could not be a file name.
+            NotFound: If there is no such run; the message names some that exist.
+        """
+        name, _, stamp = run_id.rpartition("-")
+        check_name(name if is_stamp(stamp) else run_id, what="run id")
+        run = Run(run_id, self.home.runs / run_id)
+        if not is_stamp(stamp) or not run.status_path.is_file():
+            newest = [run.id for run in self.ls()[:5]]
+            exists = f"The newest are {', '.join(newest)}." if newest else "There are no runs yet."
+            raise NotFound(f"There is no run {run_id!r} in {self.home.runs}. {exists}")
+        return run
+
+    def ls(self) -> list[Run]:
+        """All runs, newest first."""
+        runs = []
+        for path in self.home.runs.glob("*-*"):
+            _, _, stamp = path.name.rpartition("-")
+            if not path.name.endswith(PARTIAL) and is_stamp(stamp) and (path / "status.json").is_file():
+                runs.append(Run(path.name, path))
+        return sorted(runs, key=lambda run: (run.id.rpartition("-")[2], run.id), reverse=True)
+
+    def remove(self, run_id: str) -> None:
+        """Remove a run with its checkpoints; its id is never used again.
+
+        Raises:
+            NotFound: If there is no such run.
+            Conflict: If it is running, in a process that lives.
+        """
+        with self._lock():
+            run = self.get(run_id)
+            status = run.status
+            if status.state == "running" and status.process_lives:
+                raise Conflict(f"The run {run_id} is running in process {status.pid}. Stop it first.")
+            # The tombstone first: after a crash in between, the run is still whole and can be removed again.
+            write_json(self.home.runs / "removed.json", {"run_ids": sorted({*self._removed(), run_id})})
+            remove_folder(run.path)
+
+    def _removed(self) -> list[str]:
+        try:
+            return list(read_json(self.home.runs / "removed.json").get("run_ids", []))
+        except NotFound:
+            return []
+
+    def _lock(self) -> Any:
+        return lock(self.home.locks / "runs.lock", "the list of runs", wait_seconds=_WAIT_SECONDS)
+
+
+def _to_yaml(plain: dict[str, Any]) -> str:
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(plain, text)
+    return text.getvalue()
