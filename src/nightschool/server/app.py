@@ -1,0 +1,136 @@
+"""One app, its families of routes, and the order in which a request passes through the rooms before them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio.to_thread
+import torch
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from nightschool import __version__
+from nightschool.errors import UsageError
+from nightschool.server import compat, feedback, guard, openai, operations, reference_page, versions
+from nightschool.server.access import Access
+from nightschool.server.answering import Answering
+from nightschool.server.documents import Problem
+from nightschool.server.errors import install_handlers
+from nightschool.server.guard import Guard
+from nightschool.server.limits import BodyLimit
+from nightschool.server.metrics import Metrics
+from nightschool.server.openai_schema import ChatRequest, CompletionRequest
+from nightschool.server.ports import SlotPort
+from nightschool.server.recording import Conversations, Recorder
+from nightschool.server.refresher import Refresher
+from nightschool.server.service import Service
+from nightschool.server.settings import ServerSettings
+from nightschool.store.registry import Registry
+
+log = logging.getLogger("nightschool.server")
+
+FAMILIES = (compat.router, openai.router, feedback.router, versions.router, operations.router, reference_page.router)
+
+
+def create_app(
+    slot: SlotPort,
+    settings: ServerSettings,
+    *,
+    registry: Registry | None = None,
+    conversations: Conversations | None = None,
+) -> FastAPI:
+    """The server of one slot.
+
+    Args:
+        slot: What answers. It may be empty; the app looks for a promoted version when it starts.
+        settings: Bounds and keys.
+        registry: Lists and moves versions; without it `/model_info` lists none, and `/api/models` says so.
+        conversations: Where conversations are kept; needed if, and used only if, the settings ask for it.
+
+    Raises:
+        UsageError: If the settings ask for recording and there is nowhere to record.
+    """
+    if settings.record_conversations and conversations is None:
+        raise UsageError("record_conversations is on, but there is no store of conversations. Serve from a home.")
+    metrics = Metrics(lambda: slot.current)
+    service = Service(
+        slot=slot,
+        settings=settings,
+        registry=registry,
+        metrics=metrics,
+        refresher=Refresher(slot, metrics, settings.model_check_interval),
+        recorder=Recorder(conversations if settings.record_conversations else None, metrics),
+        answering=Answering(slot, metrics),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    app = FastAPI(
+        title="nightschool",
+        version=__version__,
+        description="A language model that learns by night, and answers with its newest version by day.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.service = service
+    for router in FAMILIES:
+        app.include_router(router)
+    install_handlers(app)
+    # The last one added is the first one passed.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds)
+    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Access, metrics=metrics, templates=[*app.openapi()["paths"], "/openapi.json"])
+    app.openapi_schema = _documented(app, settings)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service = app.state.service
+    assert isinstance(service, Service)
+    recording = "conversations are kept for later nights" if service.recorder.on else "conversations are not kept"
+    facts = {"name": service.slot.name, "recording": recording, "access": list(guard.describe(service.settings))}
+    log.info("serving", extra={"facts": facts})
+    service.refresher.start()
+    yield
+    log.info("stopping")
+    await service.refresher.stop()
+    await service.recorder.close()
+    await anyio.to_thread.run_sync(service.slot.close)
+    log.info("stopped")
+
+
+def _documented(app: FastAPI, settings: ServerSettings) -> dict[str, Any]:
+    """The OpenAPI document with the bounds of these settings, and with our errors in place of FastAPI's."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, openapi_version="3.1.0"
+    )
+    schemas = document["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas["Problem"] = Problem.model_json_schema()
+    for path in document["paths"].values():
+        for operation in path.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+    for body, field in _LENGTH_FIELDS:
+        _set_maximum(schemas[body.__name__]["properties"][field], settings.max_new_tokens_limit)
+    return document
+
+
+_LENGTH_FIELDS: tuple[tuple[type[BaseModel], str], ...] = (
+    (compat.GenerateRequest, "max_new_tokens"),
+    (ChatRequest, "max_tokens"),
+    (ChatRequest, "max_completion_tokens"),
+    (CompletionRequest, "max_tokens"),
+)
+
+
+def _set_maximum(schema: dict[str, Any], maximum: int) -> None:
+    for option in schema.get("anyOf", [schema]):
+        if option.get("type") == "integer":
+            option["maximum"] = maximum

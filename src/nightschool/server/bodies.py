@@ -1,0 +1,61 @@
+"""How request bodies are read: what would be ignored is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+from nightschool.server.errors import nearest_name
+
+
+class Body(BaseModel):
+    """A request body. A field that it does not know is an error that names the nearest one that it knows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known_fields(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        known = list(cls.model_fields)
+        unknown = [str(name) for name in value if name not in cls.model_fields] if isinstance(value, dict) else []
+        if unknown:
+            raise ValidationError.from_exception_data(cls.__name__, [_unknown(name, known) for name in unknown[:20]])
+        return handler(value)
+
+
+def _unknown(name: str, known: list[str]) -> InitErrorDetails:
+    error = PydanticCustomError(
+        "extra_forbidden", "There is no such parameter.{hint}", {"hint": nearest_name(name, known)}
+    )
+    return InitErrorDetails(type=error, loc=(name,), input=None)
+
+
+class Only:
+    """Accept only values that change nothing; any other is refused, because it would have to be ignored.
+
+    The field stays known, so that clients which always send its neutral value keep working.
+    """
+
+    def __init__(self, *neutral: Any) -> None:
+        self._neutral = neutral
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self._neutral)}
+
+    def _check(self, value: Any) -> Any:
+        if any(type(value) is type(allowed) and value == allowed for allowed in self._neutral):
+            return value
+        raise PydanticCustomError("unsupported_parameter", "This server does not support it. Leave it out.")

@@ -1,0 +1,113 @@
+"""The answers of the OpenAI-compatible routes, as the OpenAPI document shows them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+FinishReason = Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    """Tokens of all prompts, each counted once, and of all answers."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(BaseModel):
+    """A token that could have stood there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer. `bytes` are exact even where the token is half a character."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities (natural) of the tokens of an answer."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities (natural) in the older spelling."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(..., description="Where each token begins in the answer, in characters.")
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """The answers to a conversation; `id` is the request id that feedback takes."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int = Field(..., description="Seconds since 1970.")
+    model: str = Field(..., description="name@version of the version that answered.")
+    system_fingerprint: str = Field(..., description="The same name@version.")
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(BaseModel):
+    """The continuations of the prompts, `n` for each in turn."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int = Field(..., description="Seconds since 1970.")
+    model: str = Field(..., description="name@version of the version that answered.")
+    system_fingerprint: str = Field(..., description="The same name@version.")
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A name under which the served version may be asked."""
+
+    id: str
+    object: Literal["model"]
+    created: int = Field(..., description="Seconds since 1970 at which the version was loaded.")
+    owned_by: Literal["nightschool"]
+
+
+class ModelList(BaseModel):
+    """What may stand in `model`; empty while nothing is loaded."""
+
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -1,0 +1,171 @@
+"""The bodies of the OpenAI-compatible routes: what is understood, and what is refused rather than ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from nightschool.data.example import Message
+from nightschool.server.bodies import Body, Only
+
+MOST_CHOICES = 8
+MOST_PROMPTS = 16
+MOST_LOGPROBS = 20
+MAX_NEW_TOKENS = 65_536
+
+_NOT_ASKED = (None, False)
+Null = Annotated[None, Only(None)]
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class TextPart(Body):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        ..., description="Who speaks; `developer` is read as `system`."
+    )
+    content: str | Annotated[list[TextPart], Field(min_length=1)] = Field(..., description="What is said.")
+    name: Null = Field(None, description="Not supported.")
+    refusal: Null = Field(None, description="Not supported.")
+    audio: Null = Field(None, description="Not supported.")
+    function_call: Null = Field(None, description="Not supported.")
+    annotations: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
+    tool_calls: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
+
+    def as_message(self) -> Message:
+        """The turn as our templates read it; parts are joined as they are."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool = Field(default=False, description="A last event with the usage, before [DONE].")
+    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is obfuscated.")
+
+
+class TextFormat(Body):
+    """The only response format there is."""
+
+    type: Literal["text"]
+
+
+class Sampling(Body):
+    """What chat and completions share."""
+
+    model: str = Field(
+        ...,
+        max_length=200,
+        description="The served name, name@champion, or name@version of the version that is served.",
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="Most tokens of an answer; without it, what the context leaves."
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy and repeats itself exactly.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set of this probability.")
+    top_k: int | None = Field(None, ge=0, le=1000, description="Sample from this many tokens; 0 from all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one.")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="Divides the scores of tokens seen in prompt or answer; 1 is none."
+    )
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Lowers the scores of tokens answered.")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Lowers the scores of tokens answered, once for each time."
+    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="Texts that end the answer; they are not part of it."
+    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Makes sampling repeat itself.")
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
+    user: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
+    logit_bias: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options is only allowed with stream: true.")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts, however they were written."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(..., min_length=1, max_length=2000, description="The conversation so far.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="The newer name of max_tokens; not both."
+    )
+    logprobs: bool | None = Field(None, description="Send the log-probability of every token of the answer.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="With logprobs: this many likeliest tokens at each place."
+    )
+    response_format: TextFormat | None = Field(None, description="Only text; JSON modes are not supported.")
+    tools: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
+    tool_choice: Annotated[str | None, Only(None, "none")] = Field(None, description="Not supported.")
+    parallel_tool_calls: bool | None = Field(None, description="Accepted; there are no tools.")
+    functions: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
+    function_call: Annotated[str | None, Only(None, "none")] = Field(None, description="Not supported.")
+    modalities: Annotated[list[str] | None, Only(None, ["text"])] = Field(None, description="Only text.")
+    audio: Null = Field(None, description="Not supported.")
+    prediction: Null = Field(None, description="Not supported.")
+    reasoning_effort: Null = Field(None, description="Not supported.")
+    verbosity: Null = Field(None, description="Not supported.")
+    web_search_options: Null = Field(None, description="Not supported.")
+    store: Annotated[bool | None, Only(*_NOT_ASKED)] = Field(None, description="Not supported.")
+    metadata: dict[str, str] | None = Field(None, description="Accepted; changes nothing.")
+    service_tier: Annotated[str | None, Only(None, "auto", "default")] = Field(None, description="There is one tier.")
+    safety_identifier: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
+    prompt_cache_key: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs is only allowed with logprobs: true.")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens are the same; send one.")
+        return self
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+    ) = Field(..., description="A text or token ids, or several of either; a text is not put into a chat template.")
+    logprobs: int | None = Field(
+        None, ge=0, le=5, description="Log-probabilities of the answer, with this many likeliest tokens."
+    )
+    best_of: Annotated[int | None, Only(None, 1)] = Field(None, description="Not supported.")
+    echo: Annotated[bool | None, Only(*_NOT_ASKED)] = Field(None, description="Not supported.")
+    suffix: Annotated[str | None, Only(None, "")] = Field(None, description="Not supported.")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt by itself."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]

@@ -1,0 +1,74 @@
+"""What the server needs of an engine; this is all of it.
+
+`nightschool.engine.slot.Slot` is what serves. Fast tests hand in a slot without tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from nightschool.engine.request import Chunk, GenerationRequest
+
+
+class VersionPort(Protocol):
+    """A published version (`nightschool.store.registry.Version`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def ref(self) -> str: ...
+
+
+class HandlePort(Protocol):
+    """An answer in the making."""
+
+    def stream(self) -> AsyncIterator[Chunk]: ...
+    def cancel(self) -> None: ...
+
+
+class LoadedPort(Protocol):
+    """A model in this process with its tokenizer."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def context_tokens(self) -> int: ...
+
+
+class EnginePort(Protocol):
+    """Generates; `submit` may be called from any thread."""
+
+    @property
+    def loaded(self) -> LoadedPort: ...
+    @property
+    def context_tokens(self) -> int: ...
+    def submit(self, request: GenerationRequest) -> HandlePort: ...
+
+
+class GenerationPort(Protocol):
+    """One version while it is served."""
+
+    @property
+    def version(self) -> VersionPort: ...
+    @property
+    def engine(self) -> EnginePort: ...
+    @property
+    def loaded_at(self) -> datetime: ...
+
+
+class SlotPort(Protocol):
+    """A served name whose version can be swapped."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def current(self) -> GenerationPort | None: ...
+    def refresh(self) -> bool: ...
+    def close(self) -> None: ...

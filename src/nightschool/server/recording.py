@@ -1,0 +1,101 @@
+"""Keeping conversations for the next night: off the event loop, in order, and only if it was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from nightschool.server.errors import Refusal
+from nightschool.server.metrics import Metrics
+
+log = logging.getLogger("nightschool.server.recording")
+Result = TypeVar("Result")
+_MOST_PENDING = 1000
+
+
+class Conversations(Protocol):
+    """What is asked of `nightschool.store.conversations.ConversationStore`."""
+
+    def record(self, request_id: str, model: str, version: str, messages: Any, answer: str) -> Any: ...
+    def feedback(self, request_id: str, rating: Any, correction: str | None) -> Any: ...
+    def forget(self, request_id: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One answered request: what was asked, by which version it was answered."""
+
+    request_id: str
+    model: str
+    version: str
+    messages: Sequence[dict[str, str]]
+    answer: str
+
+
+class Recorder:
+    """One thread writes, so that feedback on an answer always finds the answer written before it."""
+
+    def __init__(self, conversations: Conversations | None, metrics: Metrics) -> None:
+        self._conversations = conversations
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
+        self._room = threading.BoundedSemaphore(_MOST_PENDING)
+
+    @property
+    def on(self) -> bool:
+        """Whether conversations are kept."""
+        return self._conversations is not None
+
+    def keep(self, exchange: Exchange) -> None:
+        """Write an exchange soon. A full disk or a slow one costs the recording, never the answer."""
+        if self._conversations is None:
+            return
+        if not self._room.acquire(blocking=False):
+            self._lost(exchange.request_id, f"{_MOST_PENDING} exchanges wait to be written")
+            return
+        self._thread.submit(self._write, self._conversations, exchange)
+
+    def _write(self, conversations: Conversations, exchange: Exchange) -> None:
+        try:
+            conversations.record(
+                exchange.request_id, exchange.model, exchange.version, list(exchange.messages), exchange.answer
+            )
+            self._metrics.recordings.labels("kept").inc()
+        except Exception as error:  # the answer is out; what is lost is counted and logged
+            self._lost(exchange.request_id, str(error))
+        finally:
+            self._room.release()
+
+    def _lost(self, request_id: str, why: str) -> None:
+        self._metrics.recordings.labels("lost").inc()
+        log.error("a conversation was not kept", extra={"facts": {"conversation": request_id, "error": why}})
+
+    async def feedback(self, request_id: str, rating: str | None, correction: str | None) -> None:
+        """Mark an answer.
+
+        Raises:
+            NotFound: If no answer with that request id was kept.
+            Refusal: If conversations are not kept at all.
+        """
+        await self._run(lambda conversations: conversations.feedback(request_id, rating, correction))
+
+    async def forget(self, request_id: str) -> None:
+        """Remove an exchange and its feedback; the errors are those of `feedback`."""
+        await self._run(lambda conversations: conversations.forget(request_id))
+
+    async def _run(self, what: Callable[[Conversations], Result]) -> Result:
+        if self._conversations is None:
+            raise Refusal(
+                409, "This server keeps no conversations. Start it with record_conversations on.", "recording_is_off"
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(what, self._conversations))
+
+    async def close(self) -> None:
+        """Write what is pending."""
+        await asyncio.to_thread(self._thread.shutdown)

@@ -1,0 +1,106 @@
+"""The HTTP reference as Markdown and as a page, made from the OpenAPI document."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+
+router = APIRouter(tags=["Operations"])
+
+_HEAD = """# HTTP reference
+
+<!-- Made from the OpenAPI document by `python -m nightschool.server.reference`. Do not edit. -->
+
+`nightschool serve` listens on `http://127.0.0.1:8001`. `/openapi.json` has the same facts for programs.
+
+- Every answer has `x-request-id`; an answer of a model also has `x-model-version`, the `name@version` that gave it.
+- Where API keys are set, send `Authorization: Bearer KEY` or `x-api-key: KEY`; `/healthz`, `/readyz` and `/health` are open.
+- Errors are `{"error": {"message", "type", "param", "code"}}` under `/v1`, `application/problem+json` under `/api`,
+  and `{"detail": …}` elsewhere. An unknown field is an error that names the nearest known one.
+"""
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def docs(request: Request) -> HTMLResponse:
+    """The HTTP reference, without a network."""
+    text = html.escape(render(request.app.openapi()))
+    head = '<!doctype html><meta charset="utf-8"><title>nightschool: HTTP reference</title>'
+    style = "<style>pre{white-space:pre-wrap;max-width:100ch;margin:2em auto;font-size:15px}</style>"
+    return HTMLResponse(f"{head}{style}<pre>{text}</pre>")
+
+
+def render(document: dict[str, Any]) -> str:
+    """The document as Markdown: one section per family, one part per operation."""
+    schemas = document["components"]["schemas"]
+    families: dict[str, list[str]] = {}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            family = operation.get("tags", ["Other"])[0]
+            families.setdefault(family, []).append(_operation(path, method, operation, schemas))
+    parts = [_HEAD]
+    for family, texts in families.items():
+        parts += [f"## {family}\n", *texts]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _operation(path: str, method: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
+    lines = [f"### {method.upper()} {path}", "", operation.get("description", ""), ""]
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+    if body is not None:
+        lines += ["Body:", "", *_table(_resolved(body, schemas), schemas), ""]
+    good = operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema")
+    if good:
+        lines += ["Answer:", "", *_table(_resolved(good, schemas), schemas), ""]
+    errors = [
+        f"- {status}: {answer['description']}"
+        for status, answer in sorted(operation["responses"].items())
+        if status != "200"
+    ]
+    return "\n".join(lines + (["Errors:", "", *errors, ""] if errors else []))
+
+
+def _table(schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    required = schema.get("required", [])
+    rows = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in schema.get("properties", {}).items():
+        default = "required" if name in required else f"`{_value(field.get('default'))}`"
+        meaning = field.get("description", "").replace("|", "\\|")
+        rows.append(f"| `{name}` | {_type(field, schemas)} | {default} | {meaning} |")
+    return rows
+
+
+def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    found: dict[str, Any] = schemas[reference.rsplit("/", 1)[1]] if reference else schema
+    return found
+
+
+def _value(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else "[]"
+
+
+def _type(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
+    """`integer 1…8`, `"good" or "bad"`, `list of {role, content}`."""
+    if "$ref" in schema:
+        fields = _resolved(schema, schemas).get("properties", {})
+        return "{" + ", ".join(fields) + "}"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(option, schemas) for option in schema["anyOf"]))
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return " or ".join(f"`{_value(value)}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}), schemas)}"
+    return str(schema.get("type", "any")) + _range(schema)
+
+
+def _range(schema: dict[str, Any]) -> str:
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    if low is None:
+        return ""
+    above = "above " if "exclusiveMinimum" in schema else ""
+    return f" {above}{low}…{schema.get('maximum', '')}"

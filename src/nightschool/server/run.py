@@ -1,0 +1,108 @@
+"""The serving process: its port, its log, its slot, and how it stops."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from nightschool.engine.slot import Slot
+from nightschool.errors import Conflict, UsageError
+from nightschool.server.app import create_app
+from nightschool.server.logs import configure_logs
+from nightschool.server.settings import ServerSettings
+from nightschool.store.conversations import ConversationStore
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+
+log = logging.getLogger("nightschool.server")
+_BACKLOG = 1024
+
+
+def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[str, Any] | None = None) -> None:
+    """Serve a name until SIGTERM or SIGINT; running answers may finish within `drain_seconds`.
+
+    Args:
+        home: Where versions and conversations are.
+        name: The served name. No version of it needs to exist yet.
+        settings: Address, keys, bounds.
+        engine: Settings of the engine, such as `num_rows`.
+
+    Raises:
+        UsageError: If the address is open to others without a key, or cannot be listened on.
+        Conflict: If the port is in use.
+    """
+    settings.check()
+    configure_logs(settings.log_level)
+    with listening(settings) as listener:
+        conversations = ConversationStore(open_database(home)) if settings.record_conversations else None
+        slot = Slot(name, home, **(engine or {}))
+        app = create_app(slot, settings, registry=Registry(home), conversations=conversations)
+        run_app(app, settings, listener)
+
+
+def run_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> None:
+    """Run an app on a socket until a signal; one process, one event loop."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+        timeout_keep_alive=30,
+    )
+    address = listener.getsockname()
+    log.info("listening", extra={"facts": {"url": f"http://{address[0]}:{address[1]}"}})
+    with _signals_end_quietly():
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def listening(settings: ServerSettings) -> Iterator[socket.socket]:
+    """A socket on the address of the settings, taken before any model is loaded.
+
+    Raises:
+        Conflict: If another process listens there.
+        UsageError: If the address is not one of this machine, or the port is reserved.
+    """
+    host, port = settings.host, settings.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UsageError(f"The host {host!r} is no address ({error.strerror}). Choose another with --host.") from None
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Conflict(
+                    f"Port {port} of {host} is in use by another process (Address already in use). "
+                    f"Choose another with --port, or stop that process."
+                ) from None
+            raise UsageError(
+                f"Port {port} of {host} cannot be listened on: {error.strerror}. Choose others with --host and --port."
+            ) from None
+        yield listener
+
+
+@contextmanager
+def _signals_end_quietly() -> Iterator[None]:
+    """Uvicorn raises the signal that stopped it once more when all is closed; that one is no news."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,61 @@
+"""What every route needs, in one frozen value."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from nightschool.errors import Damaged
+from nightschool.server.answering import Answering
+from nightschool.server.metrics import Metrics
+from nightschool.server.ports import SlotPort
+from nightschool.server.recording import Recorder
+from nightschool.server.refresher import Refresher
+from nightschool.server.settings import ServerSettings
+from nightschool.store.registry import Registry
+from nightschool.store.versions import Version
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts of one running server."""
+
+    slot: SlotPort
+    settings: ServerSettings
+    registry: Registry | None
+    metrics: Metrics
+    refresher: Refresher
+    recorder: Recorder
+    answering: Answering
+    device: str
+
+
+def _service(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def _request_id(request: Request) -> str:
+    return str(request.state.request_id)
+
+
+ServiceOf = Annotated[Service, Depends(_service)]
+RequestId = Annotated[str, Depends(_request_id)]
+
+
+def timestamp(moment: datetime | None = None) -> str:
+    """ISO 8601 in UTC, always with microseconds; without a moment, now."""
+    return (moment or datetime.now(UTC)).isoformat(timespec="microseconds")
+
+
+def published_at(version: Version) -> datetime:
+    """When a version was published; of a damaged one, which must not hide the others, when its folder was made."""
+    with contextlib.suppress(Damaged):
+        if version.facts.created_at is not None:
+            return version.facts.created_at
+    return datetime.fromtimestamp(version.path.stat().st_mtime, UTC)

@@ -1,0 +1,97 @@
+"""What an operator decides about the server: address, keys, bounds, recording."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from nightschool.errors import NotFound, UsageError
+
+KEY_VARIABLE = "NIGHTSCHOOL_API_KEY"
+
+
+class ServerSettings(BaseModel):
+    """Frozen after parsing; an unknown name is an error. Times are seconds, sizes are bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback needs an API key.")
+    port: int = Field(8001, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="Further names that may stand in the Host header, for a reverse proxy before a loopback server."
+    )
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description=f"Accepted keys, from {KEY_VARIABLE} (comma separated) or a file; without any, all may ask."
+    )
+    model_check_interval: float = Field(
+        3600.0, gt=0, description="Seconds between two looks for a newly promoted version."
+    )
+    record_conversations: bool = Field(
+        default=False, description="Keep conversations and feedback in the home, so that a later night can study them."
+    )
+    max_body_bytes: int = Field(2_000_000, ge=1024, description="Largest accepted request body; more is refused (413).")
+    body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time a client may take to send its body.")
+    max_new_tokens_limit: int = Field(8192, ge=1, le=65536, description="Most tokens one answer may be asked to have.")
+    max_top_k: int = Field(1000, ge=1, description="Largest top_k of a request.")
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="Requests per minute of one key, or of one address without keys; null is unbounded."
+    )
+    request_burst: int = Field(10, ge=1, description="Requests that may come at once before the rate applies.")
+    drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severe log lines kept.")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
+
+    def check(self) -> ServerSettings:
+        """Refuse what would open the server to everybody.
+
+        Raises:
+            UsageError: If the host is not loopback and there is no API key.
+        """
+        if not self.on_loopback and not self.api_keys:
+            raise UsageError(
+                f"The host {self.host} can be reached from other machines, and there is no API key. "
+                f"Set {KEY_VARIABLE}, or serve on --host 127.0.0.1."
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def read_api_keys(env: Mapping[str, str] | None = None, file: Path | None = None) -> tuple[SecretStr, ...]:
+    """The keys of the environment (comma separated) and of a file (one a line, `#` starts a comment).
+
+    Raises:
+        NotFound: If the file is not there.
+        UsageError: If a key has fewer than 8 characters, holds a space or is not ASCII.
+    """
+    keys = (os.environ if env is None else env).get(KEY_VARIABLE, "").split(",")
+    if file is not None:
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except FileNotFoundError:
+            raise NotFound(f"The file of API keys {file} is not there. Write one key a line into it.") from None
+        keys += [line for line in lines if not line.lstrip().startswith("#")]
+    found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+    for key in found:
+        if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+            raise UsageError(
+                f"The API key that begins with {key[:2]!r} has {len(key)} characters or holds a character that "
+                f"a header cannot carry. Use at least 8 printable ASCII characters without spaces."
+            )
+    return tuple(SecretStr(key) for key in found)
