@@ -74,7 +74,9 @@ class Example:
     def from_json(cls, row: dict[str, Any]) -> Example:
         """Read what `to_json` wrote."""
         return cls(
-            messages=tuple(Message(m["role"], m["content"], float(m.get("weight", 1.0))) for m in row.get("messages", ())),
+            messages=tuple(
+                Message(m["role"], m["content"], float(m.get("weight", 1.0))) for m in row.get("messages", ())
+            ),
             text=row.get("text"),
             paraphrases=tuple(row.get("paraphrases", ())),
             id=row.get("id", ""),

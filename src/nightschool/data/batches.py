@@ -1,0 +1,189 @@
+"""Micro-batches of packed documents, found by their number in constant time.
+
+N  tokens of a micro-batch, documents laid end to end
+D  documents of a micro-batch
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nightschool.data.chat import Rendered
+from nightschool.data.packing import plan_epoch
+from nightschool.errors import NothingToTrain, StateMismatch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU. No document may see another: `cu_seqlens` says where each begins and ends."""
+
+    input_ids: torch.Tensor  # [1, N] int64
+    position_ids: torch.Tensor  # [1, N] int64, from 0 in each document
+    labels: torch.Tensor  # [1, N] int64, the token to be predicted at each place; -100 where none carries loss
+    weights: torch.Tensor  # [1, N] float32, the loss weight of each label
+    cu_seqlens: torch.Tensor  # [D + 1] int32, from 0 to N
+    max_seqlen: int  # tokens of the longest document
+    tokens_trained: int  # labels that carry loss
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is in its data: the micro-batch that comes next, and the tokens consumed before it in all epochs."""
+
+    epoch: int = 0
+    batch_index: int = 0
+    tokens_consumed: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Position:
+        return cls(int(row["epoch"]), int(row["batch_index"]), int(row["tokens_consumed"]))
+
+
+class Batches:
+    """Rendered documents in compact arrays, and the plan of each epoch.
+
+    Documents without a token that carries loss are left out; `num_left_out` counts them.
+
+    Args:
+        rendered: The documents, in the order of the examples.
+        batch_size: Documents per micro-batch.
+        tokens_per_batch: In place of `batch_size`: fill each micro-batch up to this many tokens.
+        seed: Of the order.
+
+    Raises:
+        NothingToTrain: If no document has a token that carries loss.
+    """
+
+    def __init__(
+        self,
+        rendered: Iterable[Rendered],
+        *,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        seed: int,
+    ) -> None:
+        documents = list(rendered)
+        kept = [document for document in documents if document.trained_tokens]
+        self.num_left_out = len(documents) - len(kept)
+        if not kept:
+            raise NothingToTrain(
+                f"None of the {len(documents)} examples has a token that would carry loss. "
+                "Check the formats, the weights of the turns, and max_seq_len."
+            )
+        self._ids = np.concatenate([np.asarray(d.input_ids, dtype=np.int32) for d in kept])
+        self._weights = np.concatenate([np.asarray(d.weights, dtype=np.float32) for d in kept])
+        self._lengths = np.array([len(d.input_ids) for d in kept], dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
+        self._settings = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "seed": seed}
+        self._batch_size, self._tokens_per_batch, self._seed = batch_size, tokens_per_batch, seed
+        self._planned: tuple[int, list[list[int]], npt.NDArray[np.int64]] | None = None
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one epoch."""
+        return int(self._starts[-1])
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens of one epoch that carry loss."""
+        return int(np.count_nonzero(self._weights))
+
+    def num_batches(self, epoch: int) -> int:
+        """Micro-batches of an epoch. With `tokens_per_batch` epochs may differ by a few."""
+        return len(self._plan(epoch)[0])
+
+    def get(self, epoch: int, index: int) -> Batch:
+        """Micro-batch number `index`, from 0, of an epoch.
+
+        Raises:
+            IndexError: If the epoch has no such micro-batch.
+        """
+        plan, _ = self._plan(epoch)
+        if not 0 <= index < len(plan):
+            raise IndexError(f"epoch {epoch} has {len(plan)} micro-batches, so there is no number {index}")
+        members = plan[index]
+        lengths = self._lengths[members]
+        cu = np.concatenate([[0], np.cumsum(lengths)])
+        ids, labels, weights, positions = [], [], [], []
+        for member, length in zip(members, lengths.tolist(), strict=True):
+            start = self._starts[member]
+            document = self._ids[start : start + length].astype(np.int64)
+            weight = np.append(self._weights[start + 1 : start + length], np.float32(0))
+            label = np.append(document[1:], IGNORED)
+            label[weight == 0] = IGNORED
+            ids.append(document)
+            labels.append(label)
+            weights.append(weight)
+            positions.append(np.arange(length))
+        weights_n = np.concatenate(weights)
+        return Batch(
+            input_ids=torch.from_numpy(np.concatenate(ids))[None],
+            position_ids=torch.from_numpy(np.concatenate(positions))[None],
+            labels=torch.from_numpy(np.concatenate(labels))[None],
+            weights=torch.from_numpy(weights_n)[None],
+            cu_seqlens=torch.from_numpy(cu.astype(np.int32)),
+            max_seqlen=int(lengths.max()),
+            tokens_trained=int(np.count_nonzero(weights_n)),
+        )
+
+    def position(self, epoch: int, batch_index: int) -> Position:
+        """The position before a micro-batch; the place after the last one of an epoch is the start of the next."""
+        plan, consumed = self._plan(epoch)
+        if batch_index == len(plan):
+            return Position(epoch + 1, 0, self.tokens * (epoch + 1))
+        return Position(epoch, batch_index, self.tokens * epoch + int(consumed[batch_index]))
+
+    def check(self, position: Position, fingerprint: str) -> None:
+        """Make sure that a stored position means the same here.
+
+        Raises:
+            StateMismatch: If data, tokenizer or settings changed since it was stored.
+        """
+        if fingerprint != self.fingerprint:
+            raise StateMismatch(
+                f"The data has the fingerprint {self.fingerprint[:12]}, but the checkpoint was made with {fingerprint[:12]}: "
+                "examples, tokenizer, chat template, max_seq_len, batch size or seed changed. Restore them, or start a new run."
+            )
+        if position.batch_index > self.num_batches(position.epoch) or position != self.position(
+            position.epoch, position.batch_index
+        ):
+            raise StateMismatch(f"The data position {position.to_json()} does not exist in this data. Start a new run.")
+
+    def _plan(self, epoch: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        """The micro-batches of an epoch, and the tokens before each. The last epoch that was asked for is kept."""
+        if self._planned is None or self._planned[0] != epoch:
+            plan = plan_epoch(
+                self._lengths,
+                batch_size=self._batch_size,
+                tokens_per_batch=self._tokens_per_batch,
+                seed=self._seed,
+                epoch=epoch,
+            )
+            tokens = np.array([int(self._lengths[members].sum()) for members in plan], dtype=np.int64)
+            self._planned = (epoch, plan, np.concatenate([[0], np.cumsum(tokens)]))
+        return self._planned[1], self._planned[2]
+
+    def _fingerprint(self) -> str:
+        """SHA-256 over what is trained: tokens, weights, borders and settings. Text and tokenizer are in the tokens."""
+        digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
+        for array in (self._lengths, self._ids, self._weights):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""A recipe's data → examples: all sources, checked, without duplicates, and split from what is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nightschool.config.recipe import DataSource, HeldOut
+from nightschool.data.example import Example
+from nightschool.data.formats import detect, to_examples
+from nightschool.data.problems import Problems
+from nightschool.data.rows import expand, read_rows
+from nightschool.errors import DataError
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one file, or the kept conversations, gave. `formats` counts rows by the format they were read as."""
+
+    source: str
+    formats: dict[str, int]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All examples of a recipe, in the order of its sources.
+
+    `duplicates` counts examples that were there before and were left out. `bad` and `superseded` count kept
+    conversations that were left out, see `nightschool.data.kept.study`.
+    """
+
+    examples: list[Example]
+    sources: list[SourceReport] = field(default_factory=list)
+    duplicates: int = 0
+    bad: int = 0
+    superseded: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is trained and what never is. `leaked` counts examples left out of `train` because they are held out."""
+
+    train: list[Example]
+    held_out: list[Example]
+    leaked: int = 0
+
+
+def load_sources(sources: Sequence[DataSource], *, root: Path) -> Loaded:
+    """Read every source of a recipe.
+
+    Args:
+        sources: `recipe.data`.
+        root: Where relative paths begin.
+
+    Raises:
+        NotFound: If a path names nothing; the message begins with its key, such as `data.0.path`.
+        DataError: If rows are wrong: the first twenty problems, together.
+    """
+    problems = Problems()
+    examples: list[Example] = []
+    reports: list[SourceReport] = []
+    for index, source in enumerate(sources):
+        if source.path is not None:
+            for path in expand(source.path, root, f"data.{index}.path"):
+                read = _read_file(path, source.format, root, problems)
+                examples += read.examples
+                reports += read.sources
+    problems.check()
+    unique, duplicates = without_duplicates(examples)
+    return Loaded(unique, reports, duplicates)
+
+
+def read_file(path: Path, *, format: str = "auto", root: Path | None = None) -> Loaded:  # noqa: A002 - the recipe's word
+    """Read one data file.
+
+    Raises:
+        NotFound: If it is not there.
+        DataError: If rows are wrong: the first twenty problems, together.
+    """
+    problems = Problems()
+    read = _read_file(path, format, root or Path.cwd(), problems)
+    problems.check()
+    unique, duplicates = without_duplicates(read.examples)
+    return replace(read, examples=unique, duplicates=duplicates)
+
+
+def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
+    """The first of each content, with the paraphrases of all of them, and how many others there were."""
+    unique: dict[str, Example] = {}
+    duplicates = 0
+    for example in examples:
+        first = unique.get(example.digest)
+        if first is None:
+            unique[example.digest] = example
+            continue
+        duplicates += 1
+        wordings = tuple(dict.fromkeys(first.paraphrases + example.paraphrases))
+        if wordings != first.paraphrases:
+            unique[example.digest] = replace(first, paraphrases=wordings)
+    return list(unique.values()), duplicates
+
+
+def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path) -> Split:
+    """Part what is trained from what never is.
+
+    By share, an example's digest decides, so that it is on the same side every night, whatever else is there.
+    With a file of its own, what is in that file is left out of the training.
+
+    Raises:
+        NotFound, DataError: If `held_out.path` cannot be read.
+    """
+    if held_out.path is not None:
+        kept: list[Example] = []
+        for path in expand(held_out.path, root, "held_out.path"):
+            kept += read_file(path, root=root).examples
+        kept, _ = without_duplicates(kept)
+        never = {example.digest for example in kept}
+        train = [example for example in examples if example.digest not in never]
+        return Split(train, kept, len(examples) - len(train))
+    if len(examples) < held_out.min_examples:
+        return Split(list(examples), [])
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        sides[is_held_out(example, held_out.share)].append(example)
+    return Split(*sides)
+
+
+def is_held_out(example: Example, share: float) -> bool:
+    """Whether the digest, read as a number between 0 and 1, lies below the share."""
+    return int(example.digest[:13], 16) < share * 16**13
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """One digest of a set of examples, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(example.digest for example in examples)).encode()).hexdigest()
+
+
+def _read_file(path: Path, format_name: str, root: Path, problems: Problems) -> Loaded:
+    source = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    examples: list[Example] = []
+    formats: Counter[str] = Counter()
+    seen: dict[str, Example] = {}
+    for row in read_rows(path, source=source, problems=problems):
+        try:
+            found = to_examples(row, format_name)
+        except DataError as error:
+            problems.add(str(error))
+            continue
+        formats[(detect(row.fields) or "") if format_name == "auto" else format_name] += 1
+        for example in found:
+            first = seen.setdefault(example.id, example) if example.id else example
+            if first.digest != example.digest:
+                problems.add(
+                    f"{row.where}: the id {example.id!r} is already that of line {first.line}, with another content. "
+                    "Give each row an id of its own."
+                )
+            else:
+                examples.append(example)
+    return Loaded(examples, [SourceReport(source, dict(formats), len(examples))])
