@@ -1,0 +1,82 @@
+"""The loss on what was never trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from nightschool.data.batches import Batch
+from nightschool.errors import DataError
+from nightschool.layers.forward import ForwardPath, causal_lm, document_loss, prepare
+
+
+def heldout_loss(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    path: ForwardPath | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[float, int]:
+    """Return the loss in nats per token that carries loss, and how many such tokens there were.
+
+    The sum runs over all batches before it is divided, so neither the size nor the order of the batches matters, and
+    no batch is padded. The model is evaluated without dropout and left as it was found: training flags, attention
+    and random state.
+
+    Args:
+        model: A causal language model, bare or with adapters.
+        batches: The held-out examples, on any device.
+        path: How the model is run, if `nightschool.layers.forward.prepare` was called already.
+        compute_dtype: Below fp32, the forward pass runs under autocast.
+
+    Raises:
+        DataError: If no token carries loss.
+    """
+    device = next(model.parameters()).device
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    with _as_found(model), torch.no_grad(), autocast(device, compute_dtype):
+        path = path or prepare(model)
+        for batch in batches:
+            loss_sum, counted = document_loss(model, path, on_device(batch, device))
+            # Sums of many batches in fp32 would depend on their order in the last digits.
+            total += loss_sum.double().cpu()
+            tokens += counted
+    if tokens == 0:
+        raise DataError("No token of the held-out examples carries loss. Hold out examples that have an answer.")
+    return float(total) / tokens, tokens
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The context in which products run in `compute_dtype`; nothing at all for fp32."""
+    if compute_dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, compute_dtype)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is; the borders of its documents stay on the CPU, where the layout is computed."""
+    if device.type == "cpu":
+        return batch
+    moved = {
+        name: getattr(batch, name).to(device, non_blocking=True)
+        for name in ("input_ids", "position_ids", "labels", "weights")
+    }
+    return replace(batch, **moved)
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    training: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
+    attention = causal_lm(model).config._attn_implementation
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        if causal_lm(model).config._attn_implementation != attention:
+            causal_lm(model).set_attn_implementation(attention)

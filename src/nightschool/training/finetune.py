@@ -1,0 +1,78 @@
+"""Fine-tuning: next-token prediction on packed documents, of all weights or of adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nightschool.config.recipe import Train
+from nightschool.data.batches import Batch, Batches
+from nightschool.errors import ModelError
+from nightschool.evaluation.heldout import autocast, heldout_loss, on_device
+from nightschool.layers.forward import ForwardPath, causal_lm, document_loss, prepare
+from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
+from nightschool.training.task import LossResult
+
+
+class FinetuneTask:
+    """A causal language model of `transformers`, bare or with PEFT adapters, and the batches it learns from.
+
+    What learns is what requires gradients when the task is made. Products run in `compute_dtype` under autocast;
+    parameters and their sums stay in their own dtype.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, train: Train, *, compute_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.compute_dtype = compute_dtype
+        self.device = next(model.parameters()).device
+        self.path: ForwardPath = prepare(model)
+        if train.gradient_checkpointing:
+            causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+        if train.compile:
+            _compile_feed_forward(model)
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trainable:
+            raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
+        self.optimizer = AdamW(self._trainable, AdamWSettings.from_recipe(train), embedding_names(model))
+
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self._trainable
+
+    def loss(self, batch: Batch) -> LossResult:
+        with autocast(self.device, self.compute_dtype):
+            loss_sum, tokens = document_loss(self.model, self.path, on_device(batch, self.device))
+        return LossResult(loss_sum, tokens)
+
+    def num_batches(self, epoch: int) -> int:
+        return self.batches.num_batches(epoch)
+
+    def batch(self, epoch: int, batch_index: int) -> Batch:
+        return self.batches.get(epoch, batch_index)
+
+    def heldout_loss(self, batches: Batches) -> tuple[float, int]:
+        """Loss in nats per token and tokens of the held-out batches, with dropout off."""
+        each = (batches.get(0, index) for index in range(batches.num_batches(0)))
+        return heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
+
+
+def _compile_feed_forward(model: nn.Module) -> None:
+    """Compile the feed-forward block of every layer.
+
+    The layers themselves are left alone: the layout of the documents differs in every batch, and each new layout
+    would compile them anew.
+
+    Raises:
+        ModelError: If the model has no such blocks.
+    """
+    blocks = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "mlp"]
+    if not blocks:
+        raise ModelError("The model has no feed-forward blocks named `mlp` to compile. Write train.compile=false.")
+    for block in blocks:
+        block.compile(dynamic=True)

@@ -1,0 +1,285 @@
+"""The one training loop. Each turn: evaluate, save, stop?, step, log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nightschool.data.batches import Batch
+from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
+from nightschool.training.metrics import MetricsLog, peak_bytes
+from nightschool.training.optimizer import Schedule
+from nightschool.training.signals import StopRequest
+from nightschool.training.state import Interval, TrainState
+from nightschool.training.task import Task
+from nightschool.units import Every
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run is, and how often it looks up. A rhythm of None is once per epoch."""
+
+    steps_total: int
+    accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    log_every: int = 1
+    evaluate_every: Every | None = None
+    save_every: Every | None = None
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one update did; the tensors are still on the device, and nobody has waited for them."""
+
+    step: int
+    epoch: int
+    batch_index: int
+    tokens_trained: int
+    learning_rate: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def fit(
+    task: Task,
+    state: TrainState,
+    budget: Budget,
+    *,
+    schedule: Schedule,
+    metrics: MetricsLog,
+    evaluate: Callable[[], float] | None = None,
+    save: Callable[[TrainState], None] | None = None,
+    stop: StopRequest | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainState:
+    """Train until `budget.steps_total` updates are done, from wherever `state` is.
+
+    Args:
+        task: What learns.
+        state: Where the run is; it is changed in place and returned.
+        budget: How long, and how often.
+        schedule: The learning rate of each step.
+        metrics: Where rows go.
+        evaluate: Returns the held-out loss in nats per token; it must leave the random state as it was.
+        save: Writes a checkpoint.
+        stop: Asked once per turn; when it is set, the state is saved and `Interrupted` is raised.
+        scaler: The gradient scaler of fp16.
+        on_row: Also gets each row of metrics.
+
+    Raises:
+        Interrupted: After saving, because `stop` was set.
+        NonFiniteLoss: If a loss or a gradient is NaN or infinite; nothing was saved after it.
+        NothingToTrain: If no token of an accumulation window carries loss.
+    """
+    log = _Log(task, state, metrics, on_row, overflow_is_handled=scaler is not None)
+    task.model.train()
+    while True:
+        finished, stopping = state.step >= budget.steps_total, bool(stop)
+
+        if evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished):
+            log.settle()
+            started = time.perf_counter()
+            state.heldout_history.append(evaluate())
+            state.heldout_steps.append(state.step)
+            state.evaluated_at = state.seconds
+            log.add_heldout(state.heldout_history[-1], time.perf_counter() - started)
+        log.write()
+
+        if save is not None and (
+            state.save_due(budget.save_every, finished=finished) or (stopping and state.save_due(None, finished=True))
+        ):
+            log.settle()
+            state.saved_at, state.saved_step = state.seconds, state.step
+            save(state)
+
+        if finished:
+            return state
+        if stopping:
+            assert stop is not None
+            raise Interrupted(
+                f"{stop.reason} stopped the run after step {state.step} of {budget.steps_total}. "
+                "Continue it with --resume latest."
+            )
+
+        started = time.perf_counter()
+        window = _next_window(task, state, budget.accumulation_steps)
+        outcome = _update(task, state, window, budget.max_grad_norm, schedule.rate(state.step), scaler)
+        _advance(task, state, window)
+
+        log.collect(outcome, time.perf_counter() - started)
+        if state.step % budget.log_every == 0 or state.step == budget.steps_total:
+            log.settle()
+            log.make_row()
+
+
+def _next_window(task: Task, state: TrainState, accumulation_steps: int) -> list[Batch]:
+    """The micro-batches of one update; a window never crosses the end of an epoch, so its last one may be short."""
+    end = min(state.batch_index + accumulation_steps, task.num_batches(state.epoch))
+    return [task.batch(state.epoch, index) for index in range(state.batch_index, end)]
+
+
+def steps_in_epoch(num_batches: int, accumulation_steps: int) -> int:
+    """How many updates an epoch has."""
+    return math.ceil(num_batches / accumulation_steps)
+
+
+def _update(
+    task: Task,
+    state: TrainState,
+    window: list[Batch],
+    max_grad_norm: float,
+    learning_rate: float,
+    scaler: torch.amp.GradScaler | None,
+) -> StepOutcome:
+    """One update. Its loss is the sum over the whole window ÷ the tokens trained in the whole window."""
+    tokens_trained = sum(batch.tokens_trained for batch in window)
+    if tokens_trained == 0:
+        raise NothingToTrain(
+            f"No token carries loss in step {state.step + 1} (epoch {state.epoch}, micro-batch {state.batch_index}). "
+            "Look at the loss mask in `nightschool plan`: an assistant turn must be there and must fit max_seq_len."
+        )
+    loss: Tensor | None = None
+    for batch in window:
+        # Each part is divided by the tokens of the window before `backward`, so the parts just add up.
+        part = task.loss(batch).sum / tokens_trained
+        (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+        loss = part.detach() if loss is None else loss + part.detach()
+    assert loss is not None
+
+    optimizer = task.optimizer
+    gradients = optimizer.gradients_ready()
+    if scaler is not None:
+        scaler.unscale_(optimizer.inner)
+    grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if max_grad_norm > 0:
+        # The factor is clamped on the device: asking the host whether to clip would wait for the whole backward pass.
+        torch._foreach_mul_(gradients, torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0))
+    optimizer.set_rate(learning_rate)
+    if scaler is None:
+        optimizer.inner.step()
+    else:
+        scaler.step(optimizer.inner)
+        scaler.update()
+    optimizer.publish_masters()
+    optimizer.zero_grad()
+    return StepOutcome(
+        step=state.step + 1,
+        epoch=state.epoch,
+        batch_index=state.batch_index,
+        tokens_trained=tokens_trained,
+        learning_rate=learning_rate,
+        loss=loss,
+        grad_norm=grad_norm,
+    )
+
+
+def _advance(task: Task, state: TrainState, window: list[Batch]) -> None:
+    state.step += 1
+    state.batch_index += len(window)
+    state.tokens_consumed += sum(batch.input_ids.shape[-1] for batch in window)
+    state.tokens_trained += sum(batch.tokens_trained for batch in window)
+    if state.batch_index >= task.num_batches(state.epoch):
+        state.epoch, state.batch_index = state.epoch + 1, 0
+
+
+class _Log:
+    """Collects outcomes without waiting for the device, and turns them into rows when somebody asks."""
+
+    def __init__(
+        self,
+        task: Task,
+        state: TrainState,
+        metrics: MetricsLog,
+        on_row: Callable[[dict[str, Any]], None] | None,
+        *,
+        overflow_is_handled: bool,
+    ) -> None:
+        self._state, self._metrics, self._on_row = state, metrics, on_row
+        self._overflow_is_handled = overflow_is_handled
+        self._device = next(iter(task.trainable().values())).device
+        self._unsettled: list[StepOutcome] = []
+        self._last: StepOutcome | None = None
+        self._last_norm = 0.0
+        self._row: dict[str, Any] | None = None
+
+    def collect(self, outcome: StepOutcome, seconds: float) -> None:
+        self._unsettled.append(outcome)
+        self._state.seconds += seconds
+        self._state.interval.seconds += seconds
+
+    def settle(self) -> None:
+        """Fetch the figures of the steps since the last time.
+
+        Raises:
+            NonFiniteLoss: With the first step whose loss or gradient norm is NaN or infinite.
+        """
+        waited_from = time.perf_counter()
+        interval = self._state.interval
+        for outcome in self._unsettled:
+            loss, norm = outcome.loss.item(), outcome.grad_norm.item()
+            self._refuse_non_finite(outcome, loss, norm)
+            interval.steps += 1
+            interval.tokens_trained += outcome.tokens_trained
+            interval.loss_sum_nats += loss * outcome.tokens_trained
+            self._last, self._last_norm = outcome, norm
+        self._unsettled.clear()
+        waited = time.perf_counter() - waited_from
+        interval.seconds += waited
+        self._state.seconds += waited
+
+    def _refuse_non_finite(self, outcome: StepOutcome, loss: float, norm: float) -> None:
+        # fp16 overflows now and then; its scaler skipped that update and lowered the scale.
+        if math.isfinite(loss) and (math.isfinite(norm) or self._overflow_is_handled):
+            return
+        what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
+        saved = self._state.saved_step
+        where = f"The last good checkpoint is the one of step {saved}" if saved else "There is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"The {what} became {value} in step {outcome.step} "
+            f"(epoch {outcome.epoch}, micro-batch {outcome.batch_index}). {where}; "
+            "lower train.learning_rate, or look at the examples of that micro-batch."
+        )
+
+    def make_row(self) -> None:
+        """Make the row of this step out of the interval, and begin a new interval."""
+        interval, last, state = self._state.interval, self._last, self._state
+        assert last is not None, "a row needs a settled step"
+        loss = interval.loss_sum_nats / interval.tokens_trained
+        state.loss_steps.append(state.step)
+        state.loss_history.append(loss)
+        state.learning_rates.append(last.learning_rate)
+        self._row = {
+            "step": state.step,
+            "epoch": last.epoch,
+            "loss": loss,
+            "tokens_per_second": interval.tokens_trained / max(interval.seconds, 1e-9),
+            "tokens_trained": interval.tokens_trained,
+            "tokens_trained_total": state.tokens_trained,
+            "learning_rate": last.learning_rate,
+            "grad_norm": self._last_norm if math.isfinite(self._last_norm) else None,
+            "peak_bytes": peak_bytes(self._device),
+            "seconds": state.seconds,
+        }
+        state.interval = Interval()
+
+    def add_heldout(self, loss: float, seconds: float) -> None:
+        """Add the held-out loss to the row of this step; step 0 has no row of metrics."""
+        if self._row is None and self._last is not None and self._state.interval.steps > 0:
+            self.make_row()
+        if self._row is not None:
+            self._row |= {"heldout_loss": loss, "heldout_seconds": seconds}
+
+    def write(self) -> None:
+        """Write the row of this step, if there is one."""
+        if self._row is not None:
+            self._metrics.write(self._row)
+            if self._on_row is not None:
+                self._on_row(self._row)
+            self._row = None

@@ -1,0 +1,69 @@
+"""The figures of a run: one row per logged step, in JSONL for programs and in TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from nightschool.events import EventLog, now, read_events
+from nightschool.store.atomic import write_bytes
+
+_CHARTS = ("loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most bytes that were held at once: of the GPU if one trains, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def truncate_after(metrics_path: Path, step: int) -> int:
+    """Drop the rows after `step`, and a half-written last line; return how many rows were dropped.
+
+    A resumed run computes these steps again and writes them again.
+    """
+    if not metrics_path.exists():
+        return 0
+    rows = list(read_events(metrics_path))
+    kept = [row for row in rows if row["step"] <= step]
+    content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in kept)
+    if content != metrics_path.read_bytes():
+        write_bytes(metrics_path, content)
+    return len(rows) - len(kept)
+
+
+class MetricsLog:
+    """Writes rows to `metrics.jsonl`, and the same figures to TensorBoard event files."""
+
+    def __init__(self, metrics_path: Path, tensorboard_folder: Path | None = None, *, resumed_step: int = 0) -> None:
+        truncate_after(metrics_path, resumed_step)
+        self._rows = EventLog(metrics_path)
+        self._tensorboard: Any = None
+        if tensorboard_folder is not None:
+            # `purge_step` makes TensorBoard forget what the interrupted process wrote after the checkpoint.
+            self._tensorboard = SummaryWriter(
+                str(tensorboard_folder), purge_step=resumed_step + 1 if resumed_step else None
+            )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; its `time` is now."""
+        self._rows.append({"time": now().isoformat(), **row})
+        if self._tensorboard is not None:
+            for name in _CHARTS:
+                if row.get(name) is not None:
+                    self._tensorboard.add_scalar(name, row[name], row["step"])
+            if row["step"] == 1:
+                self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._rows.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()

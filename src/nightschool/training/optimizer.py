@@ -1,0 +1,214 @@
+"""AdamW with decay for matrices only, fp32 masters for bf16 parameters, and a learning rate that is a pure function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nightschool.config.recipe import Train
+from nightschool.errors import StateMismatch
+
+LrSchedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step of a run, from the number of steps already done.
+
+    `warmup_steps` rise linearly to `peak`; the rest falls to `peak * min_ratio` at `steps_total`.
+    """
+
+    peak: float
+    steps_total: int
+    kind: LrSchedule = "cosine"
+    warmup_steps: int = 0
+    min_ratio: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the update that follows `step` finished ones (0 for the first)."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        falling_steps = max(1, self.steps_total - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / falling_steps)
+        share = 1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * share)
+
+    @classmethod
+    def from_recipe(cls, train: Train, steps_total: int) -> Schedule:
+        return cls(train.learning_rate, steps_total, train.lr_schedule, train.warmup_steps, train.min_lr_ratio)
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """What AdamW needs besides the learning rate, which comes with each step."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+
+    @classmethod
+    def from_recipe(cls, train: Train) -> AdamWSettings:
+        return cls(train.beta1, train.beta2, train.epsilon, train.weight_decay)
+
+
+def decays(parameter: Tensor, *, is_embedding: bool) -> bool:
+    """Say whether weight decay applies: to matrices (stacked experts too), not to norms, biases and embeddings."""
+    return parameter.ndim >= 2 and not is_embedding
+
+
+def embedding_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters that are embedding tables, also where a head is tied to one."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+
+class AdamW:
+    """`torch.optim.AdamW` over named parameters, with its state as plain named tensors.
+
+    A parameter below fp32 gets an fp32 master: its gradient is widened, the master is updated, and the parameter
+    becomes the rounded master. Without it, updates smaller than 1/256 of a weight would be lost in bf16.
+
+    The state has four kinds of names: `first_moment.<parameter>`, `second_moment.<parameter>` and
+    `updates.<parameter>` (how many updates it took), and `master.<parameter>` where there is one.
+    """
+
+    _KINDS = (("first_moment", "exp_avg"), ("second_moment", "exp_avg_sq"), ("updates", "step"))
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: AdamWSettings, no_decay: set[str]) -> None:
+        assert parameters, "there is nothing to optimize"
+        self.settings = settings
+        self._parameters = dict(parameters)
+        self._masters = {
+            name: nn.Parameter(parameter.detach().float().clone())
+            for name, parameter in parameters.items()
+            if parameter.dtype != torch.float32
+        }
+        self._updated = {name: self._masters.get(name, parameter) for name, parameter in parameters.items()}
+        decayed = [p for name, p in self._updated.items() if decays(p, is_embedding=name in no_decay)]
+        plain = [p for name, p in self._updated.items() if not decays(p, is_embedding=name in no_decay)]
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((decayed, settings.weight_decay), (plain, 0.0))
+            if group
+        ]
+        # One fused kernel per group; measured 0.9 % of a step on a CPU, where the loop over tensors takes 6 %.
+        # The rate comes with each step; 0.0 here makes a forgotten rate visible.
+        self.inner = torch.optim.AdamW(
+            groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
+        )
+
+    def gradients_ready(self) -> list[Tensor]:
+        """Widen the gradients of low-precision parameters, and return all gradients that will be used.
+
+        Call it once after the backward passes of a window, and clip what it returns.
+        """
+        for name, master in self._masters.items():
+            gradient = self._parameters[name].grad
+            master.grad = None if gradient is None else gradient.float()
+        return [p.grad for p in self._updated.values() if p.grad is not None]
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the next update."""
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        """Round the masters into the parameters that the model computes with."""
+        if self._masters:
+            torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.inner.zero_grad(set_to_none=True)
+        for name in self._masters:
+            self._parameters[name].grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the whole state as named tensors; empty moments mean that the parameter had no gradient yet."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._updated.items():
+            held = self.inner.state.get(parameter, {})
+            for kind, key in self._KINDS:
+                if key in held:
+                    tensors[f"{kind}.{name}"] = held[key]
+        tensors |= {f"master.{name}": master.detach() for name, master in self._masters.items()}
+        return tensors
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Return what must be equal in the run that resumes from this state."""
+        return asdict(self.settings) | {
+            "algorithm": "adamw",
+            "decayed": sorted(name for name, p in self._updated.items() if self._decay_of(p) > 0),
+        }
+
+    def _decay_of(self, parameter: Tensor) -> float:
+        return next(
+            float(group["weight_decay"])
+            for group in self.inner.param_groups
+            if any(parameter is member for member in group["params"])
+        )
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], parameters_without_state: set[str]) -> None:
+        """Take over a state that `state` returned.
+
+        Args:
+            tensors: The named tensors.
+            parameters_without_state: Parameters that had no gradient before the state was taken.
+
+        Raises:
+            StateMismatch: If a tensor is missing, unexpected, or of another shape or dtype; nothing was changed then.
+        """
+        expected: dict[str, Tensor] = {}
+        for name, parameter in self._updated.items():
+            if name not in parameters_without_state:
+                expected |= {f"first_moment.{name}": parameter, f"second_moment.{name}": parameter}
+                expected[f"updates.{name}"] = torch.zeros(())
+        expected |= {f"master.{name}": master for name, master in self._masters.items()}
+        check_tensors(tensors, expected, what="optimizer state")
+        for name, parameter in self._updated.items():
+            if name in parameters_without_state:
+                self.inner.state.pop(parameter, None)
+                continue
+            # The fused kernel wants its counter where the parameter is; `clone` keeps mapped file memory out.
+            self.inner.state[parameter] = {
+                key: tensors[f"{kind}.{name}"].to(parameter.device, copy=True) for kind, key in self._KINDS
+            }
+        for name, master in self._masters.items():
+            master.copy_(tensors[f"master.{name}"])
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
+    """Compare two sets of named tensors by name, shape and dtype.
+
+    Raises:
+        StateMismatch: Naming the tensors that are missing, unexpected, or of another shape or dtype.
+    """
+    problems = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
+        for kind, names in (
+            ("missing", expected.keys() - found.keys()),
+            ("unexpected", found.keys() - expected.keys()),
+        )
+        if names
+    ]
+    for name in sorted(expected.keys() & found.keys()):
+        mine, theirs = expected[name], found[name]
+        if mine.shape != theirs.shape:
+            problems.append(f"{name} has the shape {list(theirs.shape)}, and the model wants {list(mine.shape)}")
+        elif mine.dtype != theirs.dtype:
+            problems.append(f"{name} is {theirs.dtype}, and the model wants {mine.dtype}")
+    if problems:
+        raise StateMismatch(
+            f"The {what} does not fit this run: {'; '.join(problems[:8])}. "
+            "Resume with the recipe that the checkpoint was saved with, or from another checkpoint."
+        )

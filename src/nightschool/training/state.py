@@ -1,0 +1,105 @@
+"""All that must survive a restart besides weights, optimizer and random state: plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nightschool.errors import StateMismatch
+from nightschool.units import Every
+
+
+@dataclass
+class Interval:
+    """What happened since the last row of metrics; saved, so that a resumed run writes the same rows."""
+
+    steps: int = 0
+    tokens_trained: int = 0
+    loss_sum_nats: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class TrainState:
+    """Where a run is.
+
+    `step` counts finished updates. `epoch`, `batch_index` and `tokens_consumed` are the position of the next
+    micro-batch (`batch_index` is 0 exactly at the start of an epoch). `tokens_trained` counts tokens that carried
+    loss. Losses are nats per token trained. `seconds` counts training time of all processes of this run.
+    """
+
+    fingerprint: str
+    step: int = 0
+    epoch: int = 0
+    batch_index: int = 0
+    tokens_consumed: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+    loss_steps: list[int] = field(default_factory=list)
+    loss_history: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    heldout_steps: list[int] = field(default_factory=list)
+    heldout_history: list[float] = field(default_factory=list)
+    evaluated_at: float = 0.0
+    saved_at: float = 0.0
+    saved_step: int | None = None
+    interval: Interval = field(default_factory=Interval)
+
+    @property
+    def current_loss(self) -> float | None:
+        """The last logged training loss."""
+        return self.loss_history[-1] if self.loss_history else None
+
+    @property
+    def best_loss(self) -> float | None:
+        """The lowest logged training loss."""
+        return min(self.loss_history, default=None)
+
+    @property
+    def heldout_loss(self) -> float | None:
+        """The held-out loss at this very step, or None if it was not taken here."""
+        return self.heldout_history[-1] if self.heldout_steps and self.heldout_steps[-1] == self.step else None
+
+    @property
+    def best_heldout(self) -> tuple[int, float] | None:
+        """Step and value of the lowest held-out loss after training began; the earliest of equals."""
+        taken = [(loss, step) for step, loss in zip(self.heldout_steps, self.heldout_history, strict=True) if step > 0]
+        return (min(taken)[1], min(taken)[0]) if taken else None
+
+    def evaluation_due(self, every: Every | None, *, finished: bool) -> bool:
+        """Say whether the held-out loss is taken now; once at the start and once at the end in any case."""
+        if self.heldout_steps and self.heldout_steps[-1] == self.step:
+            return False
+        return self.step == 0 or finished or self._due(every, self.evaluated_at)
+
+    def save_due(self, every: Every | None, *, finished: bool) -> bool:
+        """Say whether a checkpoint is written now; at the end in any case, never twice for one step."""
+        if self.step == 0 or self.saved_step == self.step:
+            return False
+        return finished or self._due(every, self.saved_at)
+
+    def _due(self, every: Every | None, last_at: float) -> bool:
+        every = every or Every(1, "epochs")
+        if every.unit == "seconds":
+            return self.seconds - last_at >= every.amount
+        if every.unit == "epochs":
+            return self.batch_index == 0 and self.epoch % int(every.amount) == 0
+        return self.step % int(every.amount) == 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> TrainState:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StateMismatch: If a field is missing or unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        if plain.keys() != known:
+            raise StateMismatch(
+                f"state.json lacks {sorted(known - plain.keys())} and has the unknown {sorted(plain.keys() - known)}. "
+                "Resume with the version of nightschool that saved the checkpoint."
+            )
+        return cls(**(plain | {"interval": Interval(**plain["interval"])}))
