@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments
 from nightschool.layers.loss import chunked_cross_entropy, logits_cross_entropy
 
@@ -67,6 +68,21 @@ def prepare(model: nn.Module) -> ForwardPath:
     causal_lm(model).set_attn_implementation(PACKED_ATTENTION if packed else _unpacked(model))
     fused, why_own = _head_is_everything(model)
     return ForwardPath(packed=packed, fused_head=fused, why_padded=why_padded, why_own_logits=why_own)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the input of each layer and compute the rest again in the backward pass.
+
+    Raises:
+        ModelError: If the architecture cannot.
+    """
+    inner = causal_lm(model)
+    try:
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"{type(inner).__name__} cannot recompute its activations. Write train.gradient_checkpointing: false."
+        ) from None
 
 
 def causal_lm(model: nn.Module) -> Any:

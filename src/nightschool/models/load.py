@@ -24,19 +24,28 @@ from nightschool.models.build import build_model
 from nightschool.models.folder import FolderFacts, inspect_folder, is_adapter_folder
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.quiet import quiet_libraries
-from nightschool.models.strict import check_elements, check_values
+from nightschool.models.strict import check_causal, check_elements, check_values
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 
 # A model that states no context gets this many tokens.
 _UNSTATED_CONTEXT_TOKENS = 2048
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with its tokenizer, in evaluation mode.
 
-    `ref` is what was asked for, resolved (`name@version` for a champion). `base_ref` is what its weights stand on: for an
+    `ref` is what was asked for, resolved: `name@version` for a champion, an absolute path for a folder. `base_ref` is what its weights stand on: for an
     adapter that is kept apart its base, else `ref`. `path` is the folder of the full weights that an adapter can stand
     on; None where no folder holds them (`new:` models, merged adapters).
     `adapter` says whether `model` is a `PeftModel` whose adapter is kept apart.
@@ -92,7 +101,7 @@ def load_base(
         return _build_new(ref, tokenizer, seed, dtype, device)
     folder = _as_folder(ref, root)
     if folder is not None:
-        return _load_folder(folder, ref, home, dtype=dtype, device=device, merge=merge)
+        return _load_folder(folder, str(folder), home, dtype=dtype, device=device, merge=merge)
     registry = Registry(home)
     if "@" in ref or ("/" not in ref and ref in registry.names()):
         return load_version(registry.resolve(ref), home, dtype=dtype, device=device, merge=merge)
@@ -182,6 +191,12 @@ def load_tokenizer(folder: Path, ref: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none that can be read.
     """
+    # Without this, transformers makes up an empty tokenizer of the model's usual class.
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"The base {ref!r} has no tokenizer that can be read in {folder} (none of {', '.join(_TOKENIZER_FILES)}). "
+            "Put the base's tokenizer.json and tokenizer_config.json there."
+        )
     with quiet_libraries():
         try:
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -220,6 +235,8 @@ def _load_weights(facts: FolderFacts, ref: str, dtype: torch.dtype) -> PreTraine
             )
     check_elements(model, facts, ref)
     check_values(model, ref)
+    if not type(model).__name__.endswith("ForCausalLM"):  # encoders have language-model heads, too
+        check_causal(model, ref)
     return cast(PreTrainedModel, model)
 
 

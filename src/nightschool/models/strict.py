@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nightschool.errors import Damaged
+from nightschool.errors import Damaged, ModelError
 from nightschool.models.folder import FolderFacts
 
 # Buffers that old files carry and no model of today reads.
@@ -61,3 +61,22 @@ def distinct_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             seen.add(id(tensor))
             distinct[name] = tensor
     return distinct
+
+
+def check_causal(model: PreTrainedModel, ref: str) -> None:
+    """Raise `ModelError` if a later token changes the logits of an earlier place."""
+    generator = torch.Generator().manual_seed(0)
+    inner: Any = model
+    rows = int(inner.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(0, rows, (2, 8), generator=generator)
+    ids[1, :-1] = ids[0, :-1]
+    ids[1, -1] = (ids[0, -1] + 1) % rows
+    inner.eval()
+    with torch.no_grad():
+        logits = inner(input_ids=ids.to(inner.device)).logits.float()
+    change = (logits[0] - logits[1]).abs().amax(dim=-1)
+    # Rounding may differ between the rows of a batch, by far less than the change where the token is.
+    if bool(change[:-1].max() > 1e-2 * change[-1]):
+        raise ModelError(
+            f"The base {ref!r} looks ahead: a later token changes what it predicts before. Take a causal language model."
+        )
