@@ -15,7 +15,7 @@ from nightschool.events import now
 from nightschool.store.database import Database, cycles, schedules
 from nightschool.store.names import check_name
 
-Outcome = Literal["promoted", "refused", "skipped", "failed", "interrupted"]
+Outcome = Literal["promoted", "published", "refused", "skipped", "failed", "interrupted"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
@@ -120,6 +120,11 @@ class Ledger:
         """The cycles of a name, the one due last first."""
         with self._db.read() as connection:
             return _load(connection, cycles.c.name == name, limit=limit)
+
+    def names(self) -> list[str]:
+        """The names that have a cycle, in order."""
+        with self._db.read() as connection:
+            return list(connection.execute(sa.select(cycles.c.name).distinct().order_by(cycles.c.name)).scalars())
 
     def unfinished(self, name: str) -> list[Cycle]:
         """Cycles that were begun and not finished: one that is under way, or those of schedulers that died."""

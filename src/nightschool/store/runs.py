@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import weakref
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import psutil
 from ruamel.yaml import YAML
 
 from nightschool.errors import Conflict, Damaged, NotFound
@@ -33,13 +33,16 @@ RunState = Literal["queued", "running", "completed", "failed", "cancelled", "int
 STATES: tuple[RunState, ...] = get_args(RunState)
 FINAL_STATES: tuple[RunState, ...] = ("completed", "failed", "cancelled", "interrupted")
 _WAIT_SECONDS = 30.0
+# Clocks are corrected while processes live, so that their creation seems to move a little.
+_SAME_PROCESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """What status.json holds. `candidate` is the published version (`name@version`), `error` the message of a failure.
 
-    `started_at` and `finished_at` are ISO 8601 in UTC; `pid` is the process that trains.
+    `started_at` and `finished_at` are ISO 8601 in UTC; `pid` is the process that trains, and `pid_created_at` when
+    that process began (seconds since 1970), filled in with it.
     """
 
     run_id: str
@@ -53,6 +56,7 @@ class RunStatus:
     error: str | None = None
     candidate: str | None = None
     exit_code: int | None = None
+    pid_created_at: float | None = None
 
     @property
     def is_final(self) -> bool:
@@ -60,16 +64,14 @@ class RunStatus:
 
     @property
     def process_lives(self) -> bool:
-        """Whether the process `pid` exists. A `running` run without one was killed: it is really interrupted."""
+        """Whether the process `pid` still runs. A `running` run without one was killed: it is really interrupted."""
         if self.pid is None:
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+        created_at = _created_at(self.pid)
+        # The kernel gives process ids out again; the one that we mean was created at the moment that we wrote down.
+        return created_at is not None and (
+            self.pid_created_at is None or abs(created_at - self.pid_created_at) < _SAME_PROCESS_SECONDS
+        )
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class Run:
                 changes = {"started_at": present.started_at or moment, "finished_at": None, **changes}
             elif state in FINAL_STATES:
                 changes = {"finished_at": moment, **changes}
+            if changes.get("pid") is not None:
+                changes = {"pid_created_at": _created_at(changes["pid"]), **changes}
             status = dataclasses.replace(present, **changes)
             write_json(self.status_path, dataclasses.asdict(status))
         return status
@@ -259,6 +263,15 @@ class RunStore:
 
     def _lock(self) -> Any:
         return lock(self.home.locks / "runs.lock", "the list of runs", wait_seconds=_WAIT_SECONDS)
+
+
+def _created_at(pid: int) -> float | None:
+    """When a process began, in seconds since 1970, or None if it does not run (any more)."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _to_yaml(plain: dict[str, Any]) -> str:
