@@ -6,14 +6,25 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from nightschool.config.recipe import DataSource, HeldOut
 from nightschool.data.example import Example
 from nightschool.data.formats import detect, to_examples
+from nightschool.data.kept import study
 from nightschool.data.problems import Problems
 from nightschool.data.rows import expand, read_rows
-from nightschool.errors import DataError
+from nightschool.errors import DataError, NotFound
+from nightschool.store.conversations import ConversationStore
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.names import CHAMPION, is_stamp, moment_of
+from nightschool.store.registry import Registry
+
+_STAMP_SLACK = timedelta(minutes=1)
+"""Run ids made within one second move on into the future; what is studied twice is recognised by its digest."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +51,45 @@ class Loaded:
     superseded: int = 0
 
 
-@dataclass(frozen=True)
-class Split:
-    """What is trained and what never is. `leaked` counts examples left out of `train` because they are held out."""
+class Split(NamedTuple):
+    """What is trained, and what never is."""
 
     train: list[Example]
     held_out: list[Example]
-    leaked: int = 0
 
 
-def load_sources(sources: Sequence[DataSource], *, root: Path) -> Loaded:
+def load_sources(
+    sources: Sequence[DataSource], *, root: Path, home: Home | None = None, name: str | None = None
+) -> Loaded:
     """Read every source of a recipe.
 
     Args:
         sources: `recipe.data`.
         root: Where relative paths begin.
+        home: Where conversations were kept; needed for `from: conversations`.
+        name: The recipe's name, whose champion `since: last_promoted` asks for.
 
     Raises:
         NotFound: If a path names nothing; the message begins with its key, such as `data.0.path`.
         DataError: If rows are wrong: the first twenty problems, together.
     """
     problems = Problems()
-    examples: list[Example] = []
-    reports: list[SourceReport] = []
+    parts: list[Loaded] = []
     for index, source in enumerate(sources):
         if source.path is not None:
             for path in expand(source.path, root, f"data.{index}.path"):
-                read = _read_file(path, source.format, root, problems)
-                examples += read.examples
-                reports += read.sources
+                parts.append(_read_file(path, source.format, root, problems))  # noqa: PERF401 - nested
+        else:
+            parts.append(_read_conversations(source, home, name, problems))
     problems.check()
-    unique, duplicates = without_duplicates(examples)
-    return Loaded(unique, reports, duplicates)
+    unique, duplicates = without_duplicates(example for part in parts for example in part.examples)
+    return Loaded(
+        unique,
+        [report for part in parts for report in part.sources],
+        duplicates,
+        sum(part.bad for part in parts),
+        sum(part.superseded for part in parts),
+    )
 
 
 def read_file(path: Path, *, format: str = "auto", root: Path | None = None) -> Loaded:  # noqa: A002 - the recipe's word
@@ -104,29 +122,43 @@ def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]
     return list(unique.values()), duplicates
 
 
-def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path) -> Split:
+def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path | None = None) -> Split:
     """Part what is trained from what never is.
 
     By share, an example's digest decides, so that it is on the same side every night, whatever else is there.
     With a file of its own, what is in that file is left out of the training.
 
+    Args:
+        examples: All that there are.
+        held_out: `recipe.held_out`.
+        root: Where a relative path begins; by default the working directory.
+
     Raises:
         NotFound, DataError: If `held_out.path` cannot be read.
     """
     if held_out.path is not None:
-        kept: list[Example] = []
-        for path in expand(held_out.path, root, "held_out.path"):
-            kept += read_file(path, root=root).examples
-        kept, _ = without_duplicates(kept)
+        kept = load_held_out(held_out.path, root or Path.cwd())
         never = {example.digest for example in kept}
-        train = [example for example in examples if example.digest not in never]
-        return Split(train, kept, len(examples) - len(train))
+        return Split([example for example in examples if example.digest not in never], kept)
     if len(examples) < held_out.min_examples:
         return Split(list(examples), [])
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
         sides[is_held_out(example, held_out.share)].append(example)
     return Split(*sides)
+
+
+def load_held_out(pattern: str, root: Path) -> list[Example]:
+    """The examples of `held_out.path`.
+
+    Raises:
+        NotFound: If it names nothing.
+        DataError: If rows are wrong.
+    """
+    problems = Problems()
+    parts = [_read_file(path, "auto", root, problems) for path in expand(pattern, root, "held_out.path")]
+    problems.check()
+    return without_duplicates(example for part in parts for example in part.examples)[0]
 
 
 def is_held_out(example: Example, share: float) -> bool:
@@ -161,3 +193,35 @@ def _read_file(path: Path, format_name: str, root: Path, problems: Problems) -> 
             else:
                 examples.append(example)
     return Loaded(examples, [SourceReport(source, dict(formats), len(examples))])
+
+
+def _read_conversations(source: DataSource, home: Home | None, name: str | None, problems: Problems) -> Loaded:
+    assert home is not None, "conversations are kept in a home"
+    since = None
+    if source.since == "last_promoted":
+        assert name is not None, "only a name has a champion"
+        since = _champion_began(home, name)
+    database = open_database(home)
+    try:
+        kept = ConversationStore(database).select(
+            source.where.rating, source.where.corrected, source.where.model, since
+        )
+    finally:
+        database.close()
+    studied = study(kept, problems)
+    report = SourceReport("conversations", {"conversations": len(kept)}, len(studied.examples))
+    return Loaded(studied.examples, [report], bad=studied.bad, superseded=studied.superseded)
+
+
+def _champion_began(home: Home, name: str) -> datetime | None:
+    """When the run that made the champion began to read its data, or None while there is no champion.
+
+    Not when the champion was promoted: what people said while it was being trained would never be studied.
+    """
+    registry = Registry(home)
+    try:
+        facts = registry.resolve(f"{name}@{CHAMPION}").facts
+    except NotFound:
+        return None
+    stamp = (facts.run_id or "")[-len("YYYYmmdd_HHMMSS") :]
+    return moment_of(stamp) - _STAMP_SLACK if is_stamp(stamp) else facts.created_at
