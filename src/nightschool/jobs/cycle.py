@@ -1,0 +1,453 @@
+"""One cycle: new data → run → candidate → exam → the champion moves, or stays.
+
+Nothing here holds a tensor. Training and the exam are processes; what they leave on disk is read. A failure at any
+point leaves the champion where it was, and the result says how far the cycle came. What a cycle must remember
+between its stages lies in `cycle.json` in the run's folder, so that another process can go on with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.example import Example
+from nightschool.data.load import load_sources, split_held_out
+from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
+from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_exam, run_training
+from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
+from nightschool.jobs.promotion import promote
+from nightschool.jobs.stop import Stop
+from nightschool.store import checkpoints
+from nightschool.store.accepted import AcceptedExamples
+from nightschool.store.atomic import write_json
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.registry import Registry, Version
+from nightschool.store.runs import Run, RunStore
+
+Trigger = Literal["manual", "start", "due", "catch_up", "resume"]
+Outcome = Literal["promoted", "published", "refused", "skipped", "failed", "interrupted"]
+
+EXIT_CODES: Mapping[Outcome, int] = {
+    "promoted": 0,
+    "published": 0,
+    "skipped": 0,
+    "refused": 3,
+    "failed": 1,
+    "interrupted": INTERRUPTED_EXIT_CODE,
+}
+
+
+@dataclass(frozen=True)
+class CycleResult:
+    """How a cycle ended.
+
+    `published`: there is a candidate, and the recipe or a pinned champion kept it from being promoted.
+    `data_fingerprint` covers all that the outcome depends on: new examples, starting weights and recipe.
+    `report` is the gate's, as JSON. `champion` is the reference that was the champion when the cycle ended.
+    """
+
+    outcome: Outcome
+    detail: str
+    run_id: str | None = None
+    candidate: str | None = None
+    champion: str | None = None
+    report: dict[str, Any] | None = None
+    data_fingerprint: str | None = None
+    failed_exit_code: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """What `nightschool train` exits with."""
+        return self.failed_exit_code if self.outcome == "failed" else EXIT_CODES[self.outcome]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "outcome": self.outcome,
+            "detail": self.detail,
+            "run_id": self.run_id,
+            "candidate": self.candidate,
+            "champion": self.champion,
+            "data_fingerprint": self.data_fingerprint,
+            "report": self.report,
+        }
+
+
+@dataclass(frozen=True)
+class CycleFacts:
+    """What one stage of a cycle leaves for the next, in `cycle.json`."""
+
+    trigger: str
+    root: str
+    recipe_base: str
+    champion: str | None
+    data_fingerprint: str
+    num_new_examples: int
+
+    @staticmethod
+    def path(run: Run) -> Path:
+        return run.path / "cycle.json"
+
+    @classmethod
+    def read(cls, run: Run) -> CycleFacts:
+        """The facts of a run that a cycle created.
+
+        Raises:
+            NotFound: If the run was not created by a cycle.
+        """
+        path = cls.path(run)
+        if not path.exists():
+            raise NotFound(
+                f"The run {run.id} has no cycle.json, so no cycle began it. Start a new one from its recipe."
+            )
+        return cls(**json.loads(path.read_text("utf-8")))
+
+    def write(self, run: Run) -> None:
+        write_json(self.path(run), vars(self))
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a cycle runs and who watches it.
+
+    `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
+    `shared` where a server may run beside it. `extra` are environment variables for the processes.
+    """
+
+    on_line: OnLine | None = None
+    on_news: OnLine | None = None
+    stop: Stop = field(default_factory=Stop)
+    machine: Machine = "alone"
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        if self.on_news is not None:
+            self.on_news(f"[Cycle] {text}")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A candidate, the champion that it was compared with, and the gate's report as JSON."""
+
+    candidate: Version
+    champion: Version | None
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What the last finished cycle of a schedule had before it, so that the next can tell whether anything changed."""
+
+    data_fingerprint: str
+    outcome: str
+
+
+def cycle_lock_path(home: Home, name: str) -> Path:
+    return home.locks / f"cycle-{name}.lock"
+
+
+def run_cycle(
+    home: Home,
+    recipe: Recipe,
+    *,
+    trigger: Trigger,
+    root: Path,
+    studied: Studied | None = None,
+    around: Surroundings | None = None,
+) -> CycleResult:
+    """Do one whole cycle and return how it ended.
+
+    Args:
+        home: Where runs and versions live.
+        recipe: What is wanted. The run starts from the champion of its name where there is one.
+        trigger: Why now. A `manual` cycle is never skipped for lack of new data.
+        root: Where relative paths of the recipe begin.
+        studied: What the last finished cycle had before it; the same again is skipped.
+        around: Who watches and who may stop it.
+
+    Raises:
+        Locked: If another process is at a cycle of this name.
+        NightschoolError: If the data or the starting weights cannot be read; no run was created.
+    """
+    around = around or Surroundings()
+    with around.stop, lock(cycle_lock_path(home, recipe.name), f"a cycle of {recipe.name}"):
+        begun = begin_cycle(home, recipe, trigger=trigger, root=root, studied=studied, around=around)
+        return begun if isinstance(begun, CycleResult) else _finish(home, begun, None, around)
+
+
+def continue_cycle(
+    home: Home, run_id: str, *, resume: str | None = "latest", around: Surroundings | None = None
+) -> CycleResult:
+    """Go on with a cycle that was interrupted, from where it stopped: training, exam or promotion.
+
+    `resume` is a checkpoint's name, or `latest`, which is step 0 where no checkpoint was written yet.
+
+    Raises:
+        NotFound: If there is no such run, or no cycle began it.
+        Locked: If another process is at a cycle of this name.
+    """
+    around = around or Surroundings()
+    run = RunStore(home).get(run_id)
+    with around.stop, lock(cycle_lock_path(home, run.name), f"a cycle of {run.name}"):
+        return _finish(home, run, resume, around)
+
+
+def begin_cycle(
+    home: Home,
+    recipe: Recipe,
+    *,
+    trigger: Trigger,
+    root: Path,
+    studied: Studied | None = None,
+    around: Surroundings | None = None,
+) -> Run | CycleResult:
+    """Decide whether there is something to study and create the run; trains nothing. The caller holds the lock."""
+    around = around or Surroundings()
+    name = recipe.name
+    _refuse_beside_another(home, name)
+    champion = _champion(Registry(home), name)
+    new = _new_examples(home, recipe, root)
+    base = starting_weights(home, recipe, say=around.say)
+    fingerprint = _fingerprint(recipe, base, new.examples)
+    around.stop.check("the run was created")
+    if trigger != "manual" and recipe.schedule.min_new_examples > 0:
+        reason = _reason_to_skip(recipe, new, fingerprint, studied)
+        if reason is not None:
+            around.say(f"Skipped: {reason}")
+            return CycleResult(
+                "skipped", reason, champion=champion.ref if champion else None, data_fingerprint=fingerprint
+            )
+    plain = recipe.model_copy(update={"base": base}).as_plain()
+    run = RunStore(home).create(plain, name=name)
+    CycleFacts(
+        trigger=trigger,
+        root=str(root.resolve()),
+        recipe_base=recipe.base,
+        champion=champion.ref if champion else None,
+        data_fingerprint=fingerprint,
+        num_new_examples=len(new.examples),
+    ).write(run)
+    around.say(f"Run {run.id}: {len(new.examples)} new of {new.num_all} examples, starting from {base}")
+    return run
+
+
+def _refuse_beside_another(home: Home, name: str) -> None:
+    """A run whose cycle was killed may train on by itself, and two at once would not see each other's results."""
+    for run in RunStore(home).ls():
+        if run.name == name and not run.status.is_final and (process := training_process(run)) is not None:
+            raise Locked(
+                f"The run {run.id} is still being trained by process {process.pid}. Wait for it, "
+                f"or end it with nightschool runs stop {run.id}."
+            )
+
+
+@dataclass(frozen=True)
+class _New:
+    """Examples to train that no accepted version has studied, and how many there are in all."""
+
+    examples: list[Example]
+    num_all: int
+
+
+def _new_examples(home: Home, recipe: Recipe, root: Path) -> _New:
+    loaded = load_sources(recipe.data, home=home, root=root, name=recipe.name)
+    train = split_held_out(loaded.examples, recipe.held_out, root=root).train
+    known = AcceptedExamples(open_database(home)).digests(recipe.name)
+    return _New([example for example in train if example.digest not in known], len(loaded.examples))
+
+
+def _champion(registry: Registry, name: str) -> Version | None:
+    try:
+        return registry.resolve(f"{name}@champion")
+    except NotFound:
+        return None
+
+
+def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -> str:
+    """The champion of the recipe's name, unless the recipe asks for other weights than its line began with."""
+    champion = _champion(Registry(home), recipe.name)
+    if champion is None or recipe.base.startswith(f"{recipe.name}@"):
+        return recipe.base
+    began_with = _recipe_base(home, champion)
+    if began_with is not None and began_with != recipe.base:
+        if say is not None:
+            say(f"The recipe's base is {recipe.base}, and {champion.ref} grew from {began_with}: starting anew")
+        return recipe.base
+    return champion.ref
+
+
+def _recipe_base(home: Home, version: Version) -> str | None:
+    """The base that the recipe named when this version was made; None if its run is gone."""
+    if version.facts.run_id is None:
+        return None
+    try:
+        return CycleFacts.read(RunStore(home).get(version.facts.run_id)).recipe_base
+    except NotFound:
+        return None
+
+
+def _fingerprint(recipe: Recipe, base: str, new: list[Example]) -> str:
+    """A digest of all that the outcome depends on. When and how it is served changes nothing."""
+    plain = recipe.as_plain()
+    settings = {key: value for key, value in plain.items() if key not in ("schedule", "serve", "data", "base")}
+    facts = {"base": base, "settings": settings, "examples": sorted(example.digest for example in new)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _reason_to_skip(recipe: Recipe, new: _New, fingerprint: str, studied: Studied | None) -> str | None:
+    wanted = recipe.schedule.min_new_examples
+    if not new.examples:
+        return f"no new data: {new.num_all} examples, all studied before"
+    if len(new.examples) < wanted:
+        return (
+            f"too little new data: {len(new.examples)} new of {new.num_all} examples, "
+            f"and schedule.min_new_examples is {wanted}"
+        )
+    if studied is not None and studied.data_fingerprint == fingerprint:
+        return (
+            f"nothing changed since the last cycle, which was {studied.outcome}: the same {len(new.examples)} new "
+            "examples, the same starting weights, the same recipe"
+        )
+    return None
+
+
+def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> CycleResult:
+    facts = CycleFacts.read(run)
+    wanted = Recipe.model_validate(run.recipe()).serve.promote
+    stage, candidate = "training", None
+    try:
+        around.stop.check("training began")
+        candidate = _candidate(home, run)
+        if candidate is None:
+            failure = _train(home, run, facts, resume, around)
+            if failure is not None:
+                return failure
+            candidate = _candidate(home, run)
+        if candidate is None:
+            raise Damaged(f"The run {run.id} ended well, but published no version. See nightschool runs logs {run.id}.")
+        stage = "the exam"
+        around.stop.check("the exam began")
+        exam = _examine(home, run, facts, candidate, around)
+        stage = "promotion"
+        return _decide(home, run, facts, wanted, exam, around)
+    except Interrupted as error:
+        return _result(run, home, facts, "interrupted", str(error))
+    except (NightschoolError, OSError) as error:
+        more = {} if candidate is None else {"candidate": candidate.ref}
+        return _result(run, home, facts, "failed", f"{stage} failed: {error}", **more)
+
+
+def _result(run: Run, home: Home, facts: CycleFacts, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
+    champion = _champion(Registry(home), run.name)
+    return CycleResult(
+        outcome,
+        detail,
+        run_id=run.id,
+        champion=champion.ref if champion else None,
+        data_fingerprint=facts.data_fingerprint,
+        **more,
+    )
+
+
+def _candidate(home: Home, run: Run) -> Version | None:
+    """The version that the run has published, if it still exists."""
+    published = run.status.candidate
+    if published is None:
+        return None
+    try:
+        return Registry(home).resolve(published if "@" in published else f"{run.name}@{published}")
+    except NotFound:
+        return None
+
+
+def _train(home: Home, run: Run, facts: CycleFacts, resume: str | None, around: Surroundings) -> CycleResult | None:
+    """Train; None when all went well."""
+    if training_process(run) is not None:
+        around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
+        exit_code = wait_for_stranger(run, around.stop)
+    else:
+        if resume == "latest" and not checkpoints.ls(run):
+            resume = None
+        exit_code = run_training(
+            home,
+            run,
+            resume=resume,
+            on_line=around.on_line,
+            stop=around.stop,
+            machine=around.machine,
+            directory=Path(facts.root),
+            extra=around.extra,
+        )
+    if exit_code == 0:
+        return None
+    status = run.status
+    if exit_code == INTERRUPTED_EXIT_CODE or around.stop.requested:
+        detail = f"training was interrupted at step {status.step}; the run {run.id} can be resumed"
+        return _result(run, home, facts, "interrupted", detail)
+    detail = f"training failed: {status.error or how_it_ended(exit_code)}"
+    return _result(run, home, facts, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
+
+
+def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around: Surroundings) -> Exam:
+    """Compare the candidate with today's champion and return the gate's report."""
+    registry = Registry(home)
+    champion = _champion(registry, run.name)
+    if champion is not None and champion.id == candidate.id:
+        raise Conflict(f"{candidate.ref} is the champion already. Begin a new cycle to go on from it.")
+    exit_code = run_exam(
+        home,
+        run,
+        candidate=candidate.ref,
+        champion=champion.ref if champion else None,
+        on_line=around.on_line,
+        stop=around.stop,
+        machine=around.machine,
+        directory=Path(facts.root),
+        extra=around.extra,
+    )
+    if around.stop.requested:
+        raise Interrupted(f"The exam of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
+    if exit_code != 0:
+        raise Damaged(
+            f"{how_it_ended(exit_code)}. See nightschool runs logs {run.id}; {candidate.ref} stays published."
+        )
+    return Exam(candidate, champion, registry.load_report(run.name, candidate.id))
+
+
+def _decide(home: Home, run: Run, facts: CycleFacts, wanted: str, exam: Exam, around: Surroundings) -> CycleResult:
+    """Move the champion if `serve.promote` and the report let it."""
+    registry, ref = Registry(home), exam.candidate.ref
+    passed = exam.report["decision"] == "promote"
+    verdict = f"{ref} passed the gate" if passed else f"{ref} failed {', '.join(failed_rules(exam.report))}"
+
+    def ended(outcome: Outcome, detail: str) -> CycleResult:
+        around.say(f"{outcome.capitalize()}: {detail}")
+        return _result(run, home, facts, outcome, detail, candidate=ref, report=exam.report)
+
+    if wanted == "if_gate_passes" and not passed:
+        return ended("refused", verdict)
+    if wanted == "never":
+        return ended("published", f"{verdict}; it is not promoted, because serve.promote is never")
+    champion, pinned = _champion(registry, run.name), registry.pinned(run.name)
+    if pinned is not None:
+        return ended("published", f"{verdict}; it is not promoted, because the champion is pinned to {pinned.ref}")
+    if champion != exam.champion:
+        before = exam.champion.ref if exam.champion else "none"
+        now_champion = champion.ref if champion else "none"
+        return ended(
+            "published",
+            f"{verdict}; it is not promoted, because the champion moved from {before} to {now_champion} meanwhile",
+        )
+    promote(home, run.name, exam.candidate.id, by=f"cycle {run.id}")
+    return ended("promoted", verdict if passed else f"{verdict}; promoted all the same: serve.promote is always")
+
+
+def failed_rules(report: Mapping[str, Any]) -> list[str]:
+    """The names of the rules that were not passed, with what each found."""
+    return [f"{rule['rule']} ({rule['why']})" for rule in report["rules"] if not rule["passed"]]

@@ -1,0 +1,79 @@
+"""Which process is at a run, and how it ended."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import psutil
+
+from nightschool.errors import Conflict
+from nightschool.jobs.stop import Stop
+from nightschool.store.runs import Run
+
+
+def training_process(run: Run) -> psutil.Process | None:
+    """The living process that trains `run`, or None.
+
+    The pid in status.json may have been given to another program since: only a process whose command line names
+    this very run is ours.
+    """
+    pid = run.status.pid
+    if pid is None:
+        return None
+    try:
+        process = psutil.Process(pid)
+        command = process.cmdline()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+    except psutil.Error:
+        return None
+    return process if run.id in command else None
+
+
+def effective_state(run: Run) -> str:
+    """The state in status.json, except that a `running` run without a process was killed: it is `interrupted`."""
+    status = run.status
+    return "interrupted" if status.state == "running" and training_process(run) is None else status.state
+
+
+def ask_to_stop(run: Run) -> int:
+    """Send SIGTERM to the process that trains `run`: it finishes its step, saves and ends. Returns its pid.
+
+    Raises:
+        Conflict: If no process trains it.
+    """
+    process = training_process(run)
+    if process is None:
+        raise Conflict(
+            f"No process trains the run {run.id}; its state is {effective_state(run)}. There is nothing to stop."
+        )
+    process.send_signal(signal.SIGTERM)
+    return int(process.pid)
+
+
+def wait_for_stranger(run: Run, stop: Stop) -> int:
+    """Wait for a training process that somebody else started, handing it the signals that `stop` notes.
+
+    Returns:
+        The exit code that it left in status.json; 1 if it could leave none.
+    """
+    asked = False
+    while (process := training_process(run)) is not None:
+        if stop.wait(0.2 if not stop.requested else 0.0) and not asked:
+            process.send_signal(signal.SIGTERM)
+            asked = True
+        if asked:
+            time.sleep(0.2)
+    code = run.status.exit_code
+    return 1 if code is None else code
+
+
+def how_it_ended(exit_code: int) -> str:
+    """`exited with code 3`, or `was killed by SIGKILL (…)`, for a person to read."""
+    if exit_code >= 0:
+        return f"the process exited with code {exit_code}"
+    number = -exit_code
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    hint = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
+    return f"the process was killed by {name}{hint}"

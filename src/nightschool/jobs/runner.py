@@ -1,0 +1,313 @@
+"""The scheduler: a cycle at once, then one whenever the recipe's timetable says, until a signal comes.
+
+The ledger in the database is the truth: every cycle is entered before it begins and again when it ends, so that the
+next start knows what was left undone. Time and the cycles themselves are handed in, so that a test lives through a
+year in a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from nightschool.config.recipe import Recipe
+from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
+from nightschool.events import now
+from nightschool.jobs.cycle import CycleFacts, CycleResult, Studied, Surroundings, Trigger, continue_cycle, run_cycle
+from nightschool.jobs.schedule import Timetable, format_hours
+from nightschool.jobs.stop import Stop
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.ledger import Cycle, Ledger
+from nightschool.store.locks import lock
+from nightschool.store.names import stamp_of
+from nightschool.store.runs import RunStore
+
+# A cycle that begins later than this was missed, as when the machine slept, and not merely late.
+LATE = timedelta(minutes=2)
+# The clock of a machine can be set, and a machine can sleep: look at it at least this often.
+LONGEST_NAP_SECONDS = 30.0
+
+FINISHED = ("promoted", "published", "refused")
+
+
+class Clock(Protocol):
+    """Time as the scheduler sees it; these two methods are all of it."""
+
+    def now(self) -> datetime:
+        """The present moment, with its time zone."""
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep up to `seconds`; True as soon as a stop was requested."""
+
+
+class MachineClock:
+    """The clock of this machine; a signal that `stop` notes ends a nap."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def now(self) -> datetime:
+        return now()
+
+    def wait(self, seconds: float) -> bool:
+        return self._stop.wait(seconds)
+
+
+class RunCycle(Protocol):
+    """`nightschool.jobs.cycle.run_cycle`."""
+
+    def __call__(
+        self,
+        home: Home,
+        recipe: Recipe,
+        *,
+        trigger: Trigger,
+        root: Path,
+        studied: Studied | None = None,
+        around: Surroundings | None = None,
+    ) -> CycleResult: ...
+
+
+class ContinueCycle(Protocol):
+    """`nightschool.jobs.cycle.continue_cycle`."""
+
+    def __call__(self, home: Home, run_id: str, *, around: Surroundings | None = None) -> CycleResult: ...
+
+
+@dataclass(frozen=True)
+class Night:
+    """A moment at which a cycle is due, and why."""
+
+    due_at: datetime
+    trigger: Trigger
+
+
+class Scheduler:
+    """Runs the cycles of one recipe, one at a time.
+
+    `load` reads the recipe anew before every cycle, so that an edit counts from the next night on. `say` gets the
+    lines of the log.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        load: Callable[[], Recipe],
+        *,
+        root: Path,
+        stop: Stop,
+        clock: Clock | None = None,
+        say: Callable[[str], None] = print,
+        run: RunCycle = run_cycle,
+        go_on: ContinueCycle = continue_cycle,
+    ) -> None:
+        self._home = home
+        self._load = load
+        self._root = root
+        self._stop = stop
+        self._clock = clock or MachineClock(stop)
+        self._say = say
+        self._run = run
+        self._go_on = go_on
+        self._recipe = load()
+        self._timetable = Timetable.of(self._recipe.schedule)
+        self._ledger = Ledger(open_database(home))
+
+    @property
+    def name(self) -> str:
+        return self._recipe.name
+
+    def serve(self) -> int:
+        """Run until a signal comes. Returns 75 if it interrupted a cycle, else 0.
+
+        Raises:
+            Locked: If another scheduler keeps this name's ledger.
+        """
+        last: CycleResult | None = None
+        with self._stop, lock(schedule_lock_path(self._home, self.name), f"the schedule of {self.name}"):
+            self._say(f"[Scheduler] Starting scheduled training ({self._timetable})")
+            night, anchor = self._first_night()
+            while not self._stop.requested:
+                if self._wait_until(night.due_at):
+                    break
+                night = self._settle_lateness(night, anchor)
+                if night.due_at > self._clock.now():
+                    continue
+                last = self._cycle(night)
+                if self._stop.requested:
+                    break
+                night = self._next_night(night, anchor)
+            self._say("[Scheduler] Stopped")
+        return Interrupted.exit_code if last is not None and last.outcome == "interrupted" else 0
+
+    def _first_night(self) -> tuple[Night, datetime]:
+        """What comes first, and the anchor from which intervals count."""
+        moment = self._clock.now()
+        undone = self._undone()
+        if undone is not None:
+            if self._resume(undone, moment):
+                return Night(self._timetable.next_due(moment, self._clock.now()), "due"), moment
+            return Night(self._clock.now(), "start"), moment
+        before = self._ledger.last(self.name)
+        if before is None:
+            return Night(moment, "start"), moment
+        missed = self._timetable.next_due(before.due_at, before.due_at) <= moment
+        if self._recipe.schedule.missed == "skip":
+            return Night(self._timetable.next_due(before.due_at, moment), "due"), before.due_at
+        return Night(moment, "catch_up" if missed else "start"), moment
+
+    def _wait_until(self, due_at: datetime) -> bool:
+        """Sleep until `due_at`; True if a stop was requested."""
+        left = (due_at - self._clock.now()).total_seconds()
+        if left > 0:
+            self._say(
+                f"[Scheduler] Waiting {format_hours(round(left))} for next training (at {due_at:%Y-%m-%d %H:%M:%S} UTC)"
+            )
+        while left > 0:
+            if self._clock.wait(min(left, LONGEST_NAP_SECONDS)):
+                return True
+            left = (due_at - self._clock.now()).total_seconds()
+        return self._stop.requested
+
+    def _settle_lateness(self, night: Night, anchor: datetime) -> Night:
+        """A night that comes far too late was missed: it is caught up once, or skipped, as the recipe says."""
+        moment = self._clock.now()
+        if night.trigger != "due" or moment - night.due_at <= LATE:
+            return night
+        missed = 1 + sum(1 for _ in self._timetable.due_times(anchor, night.due_at, moment))
+        if self._recipe.schedule.missed == "run_once":
+            self._say(
+                f"[Scheduler] Missed {missed} trainings since {night.due_at:%Y-%m-%d %H:%M:%S} UTC: catching up once"
+            )
+            return Night(night.due_at, "catch_up")
+        self._say(f"[Scheduler] Missed {missed} trainings since {night.due_at:%Y-%m-%d %H:%M:%S} UTC: skipped")
+        self._skip(night, f"missed {missed} times while nobody was there; schedule.missed is skip")
+        return Night(self._timetable.next_due(anchor, moment), "due")
+
+    def _next_night(self, night: Night, anchor: datetime) -> Night:
+        """The first due moment that is still to come; those that passed while a cycle ran are skipped."""
+        moment = self._clock.now()
+        self._reload_timetable()
+        if night.trigger == "due":
+            passed = list(self._timetable.due_times(anchor, night.due_at, moment))
+            if passed:
+                self._say(f"[Scheduler] Skipped {len(passed)} trainings that fell due while one ran")
+                detail = f"overlap: {len(passed)} fell due while the cycle of {night.due_at:%Y-%m-%d %H:%M:%S} UTC ran"
+                self._skip(Night(passed[-1], "due"), detail)
+        return Night(self._timetable.next_due(anchor, moment), "due")
+
+    def _reload_timetable(self) -> None:
+        try:
+            self._recipe = self._same_name(self._load())
+            self._timetable = Timetable.of(self._recipe.schedule)
+        except (NightschoolError, OSError) as error:
+            self._say(f"[Scheduler] The recipe cannot be read, so the timetable stays as it was: {error}")
+
+    def _same_name(self, recipe: Recipe) -> Recipe:
+        if recipe.name != self.name:
+            raise Conflict(
+                f"The recipe's name is now {recipe.name}, and this scheduler keeps {self.name}. "
+                "Start a scheduler of its own for the new name."
+            )
+        return recipe
+
+    def _cycle(self, night: Night) -> CycleResult | None:
+        """One cycle, entered in the ledger. None if it was skipped before it began."""
+        if self._ledger.paused(self.name):
+            self._say("[Scheduler] Paused: skipping this training (nightschool schedule resume)")
+            self._skip(night, "paused")
+            return None
+        cycle = self._ledger.begin(self.name, night.due_at, night.trigger)
+        return self._entered(cycle, lambda: self._begin_new(night))
+
+    def _begin_new(self, night: Night) -> CycleResult:
+        recipe = self._same_name(self._load())
+        return self._run(
+            self._home,
+            recipe,
+            trigger=night.trigger,
+            root=self._root,
+            studied=self._studied(),
+            around=self._around(),
+        )
+
+    def _resume(self, run_id: str, moment: datetime) -> bool:
+        """Go on with what was left undone. False if that failed, so that a new cycle should begin."""
+        self._say(f"[Scheduler] Going on with the run {run_id}, which was interrupted")
+        cycle = self._ledger.begin(self.name, moment, "resume")
+        result = self._entered(cycle, lambda: self._go_on(self._home, run_id, around=self._around()))
+        return result.outcome != "failed"
+
+    def _entered(self, cycle_id: int, work: Callable[[], CycleResult]) -> CycleResult:
+        """Do the work and enter its outcome, whatever happens: the scheduler outlives a failed night."""
+        try:
+            result = work()
+        except Interrupted as error:
+            result = CycleResult("interrupted", str(error))
+        except Locked as error:
+            result = CycleResult("skipped", str(error))
+        except Exception as error:  # a mistake of one night must not end all the later ones
+            result = CycleResult("failed", str(error) or type(error).__name__)
+        self._ledger.finish(
+            cycle_id,
+            result.outcome,
+            result.detail,
+            run_id=result.run_id,
+            candidate=result.candidate,
+            data_fingerprint=result.data_fingerprint,
+        )
+        line = (
+            f"[Error] Training failed: {result.detail}"
+            if result.outcome == "failed"
+            else (f"[Scheduler] {result.outcome.capitalize()}: {result.detail}")
+        )
+        self._say(line)
+        return result
+
+    def _around(self) -> Surroundings:
+        return Surroundings(on_line=self._say, on_news=self._say, stop=self._stop, machine="shared")
+
+    def _skip(self, night: Night, detail: str) -> None:
+        cycle = self._ledger.begin(self.name, night.due_at, night.trigger)
+        self._ledger.finish(cycle, "skipped", detail)
+
+    def _studied(self) -> Studied | None:
+        """What the last cycle that came to a verdict had before it."""
+        for cycle in self._ledger.ls(self.name):
+            if cycle.outcome in FINISHED and cycle.data_fingerprint is not None:
+                return Studied(cycle.data_fingerprint, cycle.outcome)
+        return None
+
+    def _undone(self) -> str | None:
+        """The run of the last cycle, if it was interrupted, or if the scheduler died in the middle of it."""
+        before = self._ledger.last(self.name)
+        if before is None:
+            return None
+        if before.outcome is None:
+            run_id = before.run_id or self._run_begun_since(before)
+            self._ledger.finish(before.id, "interrupted", "the scheduler ended in the middle of it", run_id=run_id)
+        elif before.outcome == "interrupted":
+            run_id = before.run_id
+        else:
+            return None
+        if run_id is None:
+            return None
+        try:
+            CycleFacts.read(RunStore(self._home).get(run_id))
+        except NotFound:
+            return None
+        return run_id
+
+    def _run_begun_since(self, cycle: Cycle) -> str | None:
+        """The run that a cycle created before its scheduler was killed."""
+        begun = stamp_of(cycle.started_at)
+        runs = (run for run in RunStore(self._home).ls() if run.name == self.name)
+        return next((run.id for run in runs if run.id.rpartition("-")[2] >= begun), None)
+
+
+def schedule_lock_path(home: Home, name: str) -> Path:
+    return home.locks / f"schedule-{name}.lock"
