@@ -59,6 +59,7 @@ class Surroundings:
     base: str
     base_fingerprint: str | None
     dtype: str
+    num_threads: int
     epochs_total: int
     files_processed: int
     model_config: dict[str, Any]
@@ -114,6 +115,7 @@ def save(
         "base": surroundings.base,
         "base_fingerprint": surroundings.base_fingerprint,
         "dtype": surroundings.dtype,
+        "num_threads": surroundings.num_threads,
         "numerics": surroundings.numerics,
     }
     if target.exists():

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any
 
 from rich.text import Text
 
 # Where there is no colour, these enclose what is trained.
 OPEN, CLOSE = "▏", "▕"
-
-
-class Decoder(Protocol):
-    """The one verb of a tokenizer that a preview needs."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -29,9 +23,7 @@ class Span:
     tokens: int
 
 
-def loss_mask(
-    tokenizer: Decoder, input_ids: Sequence[int], weights: Sequence[float], roles: Sequence[str]
-) -> list[Span]:
+def loss_mask(tokenizer: Any, input_ids: Sequence[int], weights: Sequence[float], roles: Sequence[str]) -> list[Span]:
     """Return the text of an example in spans; `weights` [N] are the loss weights of its `input_ids` [N].
 
     A character whose bytes lie in two spans shows as the replacement character in both; it is trained all the same.

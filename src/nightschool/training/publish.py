@@ -1,0 +1,111 @@
+"""From trained weights to a published candidate: proven equal to what was trained, with answers to check it by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nightschool.data.chat import render_prompt, stop_token_ids
+from nightschool.data.example import Example
+from nightschool.models.export import prove_export, save_version_folder
+from nightschool.models.load import LoadedModel
+from nightschool.store.registry import Registry, Version, VersionFacts
+from nightschool.store.versions import Probe
+
+NUM_PROBES = 3
+PROBE_TOKENS = 12
+# A probe ends before a token that another kernel might choose differently: bf16 logits of 10 are 0.04 apart.
+MIN_MARGIN = 0.1
+
+
+def publish_candidate(
+    registry: Registry, name: str, loaded: LoadedModel, examples: Sequence[Example], facts: VersionFacts
+) -> tuple[Version, float]:
+    """Publish the model; return the version, and how far logits of the folder lie from those of the trained model.
+
+    Args:
+        registry: Where to.
+        name: Under which name.
+        loaded: The trained model, with or without adapter, and its tokenizer.
+        examples: Of which some become probes.
+        facts: Where the version comes from; the probes are added here.
+
+    Raises:
+        ModelError: If the folder, loaded again by plain transformers and peft, is not the trained model.
+        DiskFull: If there is no room. In both cases nothing is published.
+    """
+    probes = list(make_probes(loaded.model, loaded.tokenizer, examples, loaded.context_tokens))
+    base_path = loaded.path if loaded.adapter else None
+    stop_ids = sorted(stop_token_ids(loaded.tokenizer))
+    difference = 0.0
+
+    def fill(folder: Path) -> None:
+        nonlocal difference
+        save_version_folder(loaded.model, loaded.tokenizer, folder, stop_ids=stop_ids, base_path=base_path)
+        difference = prove_export(loaded.model, folder, loaded.tokenizer, base_path=base_path)
+
+    version = registry.publish(name, fill, facts.model_copy(update={"probes": probes}))
+    return version, difference
+
+
+def make_probes(model: nn.Module, tokenizer: Any, examples: Sequence[Example], context_tokens: int) -> Iterator[Probe]:
+    """Yield at most `NUM_PROBES` prompts with what the model itself answers greedily, right or wrong."""
+    found = 0
+    for example in examples[: 4 * NUM_PROBES]:
+        prompt_ids = _prompt_of(tokenizer, example)
+        if not 0 < len(prompt_ids) <= context_tokens - PROBE_TOKENS:
+            continue
+        expected_ids = greedy_continuation(
+            model, prompt_ids, PROBE_TOKENS, stop_ids=stop_token_ids(tokenizer), min_margin=MIN_MARGIN
+        )
+        if expected_ids:
+            yield Probe(prompt_ids=prompt_ids, expected_ids=expected_ids)
+            found += 1
+        if found == NUM_PROBES:
+            return
+
+
+def _prompt_of(tokenizer: Any, example: Example) -> list[int]:
+    if example.messages:
+        return render_prompt(tokenizer, example.messages[:-1])
+    ids: list[int] = tokenizer(example.text, add_special_tokens=True)["input_ids"]
+    return ids[: max(1, min(64, len(ids) // 2))]
+
+
+def greedy_continuation(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    stop_ids: Collection[int] = (),
+    min_margin: float = 0.0,
+) -> list[int]:
+    """Continue a prompt by the likeliest token, one at a time with a cache.
+
+    Ends before a token of `stop_ids`, and before the first token whose logit leads the second by less than
+    `min_margin`.
+    """
+    device = next(model.parameters()).device
+    continuation: list[int] = []
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            cache = None
+            next_ids = torch.tensor([list(prompt_ids)], device=device)
+            for _ in range(max_new_tokens):
+                output = model(input_ids=next_ids, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                top = output.logits[0, -1].float().topk(2)
+                token_id = int(top.indices[0])
+                if token_id in stop_ids or float(top.values[0] - top.values[1]) < min_margin:
+                    break
+                continuation.append(token_id)
+                next_ids = top.indices[:1][None]
+    finally:
+        model.train(training)
+    return continuation

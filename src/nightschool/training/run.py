@@ -1,0 +1,296 @@
+"""One run, one process: `python -m nightschool.training.run --home H --run RUN_ID [--resume CHECKPOINT|latest]`.
+
+Reads runs/<id>/recipe.yaml, trains, publishes a candidate, and says in status.json how it ended. Log lines go to
+stdout as plain text, errors to stderr. The exit code is 0, 75 after a signal (resumable), 130 after a second one,
+or that of the error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from nightschool.config.recipe import Recipe
+from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError
+from nightschool.models.cost import count_parameters
+from nightschool.store import checkpoints
+from nightschool.store.atomic import write_json
+from nightschool.store.checkpoints import Checkpoint, checkpoint_path
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.registry import Registry
+from nightschool.store.runs import Run, RunStore
+from nightschool.store.versions import VersionFacts
+from nightschool.training import checkpoint
+from nightschool.training.checkpoint import Surroundings
+from nightschool.training.classroom import Classroom, prepare_classroom
+from nightschool.training.loop import fit
+from nightschool.training.metrics import MetricsLog
+from nightschool.training.plan import plan_of, render_plan
+from nightschool.training.publish import publish_candidate
+from nightschool.training.selection import read_selection, select_examples, write_selection
+from nightschool.training.signals import StopRequest, stop_on_signals
+from nightschool.training.state import TrainState
+from nightschool.training.surroundings import describe_environment, rerun_of, surroundings_of
+
+STATUS_SECONDS = 2.0
+LINE_SECONDS = 1.0
+
+
+def say(text: str) -> None:
+    """Write one line of the log."""
+    print(text, flush=True)  # noqa: T201 - stdout is the log of the run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line names; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m nightschool.training.run", description="Train one run.")
+    parser.add_argument("--home", type=Path, required=True, help="the home that holds the run")
+    parser.add_argument("--run", required=True, help="the id of the run")
+    parser.add_argument("--resume", help="the name of a checkpoint, or `latest`")
+    parser.add_argument("--root", type=Path, default=Path(), help="where relative paths of the recipe begin")
+    given = parser.parse_args(arguments)
+    with stop_on_signals() as stop:
+        try:
+            home = Home(given.home.absolute())
+            run = RunStore(home).get(given.run)
+        except NightschoolError as error:
+            return _complain(error, error.exit_code)
+        return _guarded(home, run, given.resume, given.root.absolute(), stop)
+
+
+def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopRequest) -> int:
+    """Run it, and write into the status how it ended, whatever happens."""
+    try:
+        with lock(run.lock_path, f"the run {run.id}"):
+            try:
+                execute(home, run, resume=resume, root=root, stop=stop)
+            except Interrupted as error:
+                run.update_status(state="interrupted", error=str(error), exit_code=error.exit_code)
+                return _complain(error, error.exit_code)
+            except Exception as error:
+                error = _explained(error)
+                code = error.exit_code if isinstance(error, NightschoolError) else 1
+                _note_failure(run, error, code)
+                if not isinstance(error, NightschoolError):
+                    traceback.print_exception(error)
+                return _complain(error, code)
+    except NightschoolError as error:
+        return _complain(error, error.exit_code)
+    return 0
+
+
+def _note_failure(run: Run, error: Exception, code: int) -> None:
+    """Write the failure into the status; on a full disk even that can fail, and the error itself matters more."""
+    try:
+        run.update_status(state="failed", error=str(error), exit_code=code)
+        run.events.write("failed", error=str(error), exit_code=code)
+    except (NightschoolError, OSError) as second:
+        _complain(second, code)
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    return code
+
+
+def _explained(error: Exception) -> Exception:
+    """Put what users can do about it into an error of a library."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return ModelError(
+            f"The GPU has no more room: {error} Lower train.batch_size and raise train.accumulation_steps, "
+            "or write train.gradient_checkpointing=true."
+        )
+    return error
+
+
+def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopRequest) -> None:
+    """Train the run and publish its candidate.
+
+    Raises:
+        Interrupted: After a signal; the state was saved if a step was done.
+        NightschoolError: For everything that the user can do something about.
+    """
+    if run.status.candidate is not None:
+        raise Conflict(f"The run {run.id} has published {run.status.candidate} already. Start a new run.")
+    recipe = Recipe.model_validate(run.recipe())
+    point = _checkpoint_to_resume(run, resume)
+    run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
+    say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
+
+    selection = read_selection(run.path) if resume is not None else None
+    if selection is None:
+        selection = select_examples(recipe, home, root)
+        write_selection(run.path, selection)
+    classroom = prepare_classroom(
+        recipe,
+        selection,
+        home,
+        root=root,
+        tokenizer_folder=run.path / "tokenizer",
+        rerun=rerun_of(point.path) if point else None,
+    )
+    write_json(run.path / "environment.json", describe_environment(classroom))
+    plan = plan_of(classroom, home)
+    write_json(run.path / "plan.json", plan.to_json())
+    render_plan(plan, Console(file=sys.stdout, width=120, no_color=not sys.stdout.isatty(), highlight=False))
+    sys.stdout.flush()
+
+    surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
+    state = _train(run, classroom, surroundings, point, stop)
+    _publish(home, run, classroom, state)
+
+
+def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
+    """The checkpoint that `--resume` means; None to begin at step 0.
+
+    Raises:
+        NotFound: If there is no checkpoint of that name.
+        Damaged: If none is whole.
+    """
+    if resume is None:
+        return None
+    if resume != "latest":
+        return checkpoints.get(run, resume)
+    newest = checkpoints.newest_whole(run)
+    for skipped in newest.skipped:
+        say(f"Skipping {skipped.checkpoint.name}: {skipped.why}")
+    if newest.checkpoint is None and newest.skipped:
+        raise Damaged(
+            f"None of the {len(newest.skipped)} checkpoints of {run.id} is whole. Start a new run, or restore one."
+        )
+    if newest.checkpoint is None:
+        say("There is no checkpoint yet: beginning at step 0")
+    return newest.checkpoint
+
+
+@dataclass
+class _Progress:
+    """Says in the log and in the status how far the run is, neither too often."""
+
+    run: Run
+    steps_total: int
+    line_at: float = 0.0
+    status_at: float = 0.0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        moment = time.monotonic()
+        last = row["step"] == self.steps_total
+        if last or "heldout_loss" in row or moment - self.line_at >= LINE_SECONDS:
+            self.line_at = moment
+            heldout = f" held-out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
+            say(
+                f"step {row['step']}/{self.steps_total} epoch {row['epoch']} loss {row['loss']:.4f}{heldout} "
+                f"lr {row['learning_rate']:.3g} {row['tokens_per_second']:,.0f} tokens trained/s"
+            )
+        if last or moment - self.status_at >= STATUS_SECONDS:
+            self.status_at = moment
+            self.run.update_status(step=row["step"], steps_total=self.steps_total)
+
+
+def _train(
+    run: Run, classroom: Classroom, surroundings: Surroundings, point: Checkpoint | None, stop: StopRequest
+) -> TrainState:
+    task, budget, keep = classroom.task, classroom.budget, classroom.recipe.checkpoints.keep
+    state = TrainState(task.fingerprint)
+    if point is not None:
+        state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler)
+        say(f"Resumed from {point.name}: step {state.step} of {budget.steps_total}")
+    run.update_status(step=state.step, steps_total=budget.steps_total)
+    run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=point and point.name)
+
+    def save(now: TrainState) -> None:
+        say(f"Saving checkpoint at step {now.step}")
+        target = checkpoint_path(run, now.epoch, now.step, surroundings.files_processed)
+        checkpoint.save(target, task, now, surroundings, classroom.schedule, classroom.scaler)
+        removed = checkpoints.apply_retention(run, keep.last, keep.best)
+        run.update_status(step=now.step)
+        run.events.write("checkpoint", step=now.step, name=target.name, removed=[old.name for old in removed])
+
+    def evaluate() -> float:
+        assert classroom.held_out is not None
+        loss, tokens = task.heldout_loss(classroom.held_out)
+        run.events.write("heldout", step=state.step, heldout_loss=loss, tokens=tokens)
+        if state.step == 0:
+            say(f"held-out loss before training {loss:.4f} over {tokens} tokens")
+        return loss
+
+    metrics = MetricsLog(run.metrics_path, run.path / "tensorboard", resumed_step=state.step)
+    try:
+        return fit(
+            task,
+            state,
+            budget,
+            schedule=classroom.schedule,
+            metrics=metrics,
+            evaluate=evaluate if classroom.held_out is not None else None,
+            save=save,
+            stop=stop,
+            scaler=classroom.scaler,
+            on_row=_Progress(run, budget.steps_total),
+        )
+    finally:
+        metrics.close()
+
+
+def _publish(home: Home, run: Run, classroom: Classroom, state: TrainState) -> None:
+    """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint."""
+    recipe, loaded, task = classroom.recipe, classroom.loaded, classroom.task
+    step, heldout = _take_best(run, classroom, state)
+    task.model.eval()
+    count = count_parameters(task.model)
+    facts = VersionFacts(
+        kind="adapter" if loaded.adapter else "model",
+        method=recipe.method,
+        base=loaded.base_ref if loaded.adapter else recipe.base,
+        parent=loaded.ref if _is_version(home, recipe.base) else None,
+        run_id=run.id,
+        recipe_digest=hashlib.sha256(json.dumps(recipe.as_plain(), sort_keys=True).encode()).hexdigest(),
+        data_fingerprint=task.fingerprint,
+        num_parameters=count.total,
+        dtype=str(next(iter(task.trainable().values())).dtype).removeprefix("torch."),
+        context_tokens=loaded.context_tokens,
+        heldout_loss=heldout,
+    )
+    say(f"Publishing step {step} as a candidate of {recipe.name}")
+    examples = classroom.selection.new
+    version, difference = publish_candidate(Registry(home), recipe.name, loaded, examples, facts)
+    run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
+    run.update_status(state="completed", candidate=version.ref, step=state.step, exit_code=0)
+    say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")
+
+
+def _take_best(run: Run, classroom: Classroom, state: TrainState) -> tuple[int, float | None]:
+    """Leave the best weights of the run in the model; return their step and held-out loss."""
+    last = state.heldout_loss
+    if last is None:
+        return state.step, None
+    saved = [(loss, point) for point in checkpoints.ls(run) if (loss := point.heldout_loss()) is not None]
+    best = min(saved, key=lambda pair: (pair[0], -pair[1].step), default=None)
+    if best is None or best[0] >= last:
+        return state.step, last
+    loss, point = best
+    say(f"The held-out loss was lowest at step {point.step}: {loss:.4f}, against {last:.4f} at the end")
+    checkpoint.load_weights(point.path, classroom.task)
+    return point.step, loss
+
+
+def _is_version(home: Home, base: str) -> bool:
+    """Whether the base is one of the registry."""
+    return "@" in base or ("/" not in base and base in Registry(home).names())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Which examples a run studies: what is new, what is replayed, what is held out. Decided once, then kept with the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.example import Example
+from nightschool.data.load import load_sources, split_held_out
+from nightschool.events import read_events
+from nightschool.store.accepted import AcceptedExamples
+from nightschool.store.atomic import write_bytes
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+
+NEW, REPLAYED, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "heldout.jsonl"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The examples of a run. `num_known` examples were left out because an accepted version studied them before."""
+
+    new: list[Example]
+    replayed: list[Example]
+    held_out: list[Example]
+    num_known: int = 0
+    num_duplicates: int = 0
+    formats: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def train(self) -> list[Example]:
+        return [*self.new, *self.replayed]
+
+    @property
+    def num_files(self) -> int:
+        """How many files the new examples came from."""
+        return len({example.source for example in self.new})
+
+
+def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
+    """Read the sources, hold some examples out, drop what was accepted before, and add replay.
+
+    If nothing is new, everything is studied again: whoever started the run wanted one.
+
+    Raises:
+        DataError: If a source cannot be read.
+    """
+    loaded = load_sources(recipe.data, root=root, home=home, name=recipe.name)
+    split = split_held_out(loaded.examples, recipe.held_out, root=root)
+    accepted = AcceptedExamples(open_database(home))
+    known = accepted.digests(recipe.name)
+    new = [example for example in split.train if example.digest not in known] or split.train
+    return Selection(
+        new=new,
+        replayed=_replay(
+            recipe, accepted, taken={example.digest for example in [*new, *split.held_out]}, num_new=len(new)
+        ),
+        held_out=split.held_out,
+        num_known=len(split.train) - len(new),
+        num_duplicates=loaded.duplicates,
+        formats={report.source: sorted(report.formats) for report in loaded.sources},
+    )
+
+
+def _replay(recipe: Recipe, accepted: AcceptedExamples, *, taken: set[str], num_new: int) -> list[Example]:
+    """Sample what was accepted before; the same for the same seed and pool."""
+    wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * num_new)) if recipe.replay.ratio > 0 else 0
+    if wanted == 0:
+        return []
+    # Some of the sample may be taken; a larger one has the same order, so the first that are free are a fixed choice.
+    rows = accepted.sample(recipe.name, wanted + len(taken), recipe.train.seed)
+    examples = [Example.from_json(row) for row in rows]
+    return [example for example in examples if example.digest not in taken][:wanted]
+
+
+def write_selection(folder: Path, selection: Selection) -> None:
+    """Keep the examples beside the run: its resume, the gate and later nights read them from there."""
+    for name, examples in ((REPLAYED, selection.replayed), (HELD_OUT, selection.held_out), (NEW, selection.new)):
+        write_bytes(folder / name, _lines(examples))
+
+
+def read_selection(folder: Path) -> Selection | None:
+    """Return what `write_selection` wrote, or None if it did not come to its end."""
+    if not (folder / NEW).is_file():
+        return None
+    new, replayed, held_out = (
+        [Example.from_json(row) for row in read_events(folder / name)] for name in (NEW, REPLAYED, HELD_OUT)
+    )
+    return Selection(new, replayed, held_out)
+
+
+def _lines(examples: Iterable[Example]) -> bytes:
+    return b"".join(json.dumps(example.to_json(), ensure_ascii=False).encode() + b"\n" for example in examples)
