@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 _NUMBER = r"(?P<number>\d+(?:\.\d+)?)"
@@ -90,7 +91,7 @@ class Every:
     unit: Literal["steps", "epochs", "seconds"]
 
     @classmethod
-    def parse(cls, value: str | int | Every) -> Every:
+    def parse(cls, value: str | float | Every) -> Every:
         """`500 steps`, `2 epochs`, `10m`; a bare number is steps.
 
         Raises:
@@ -98,13 +99,16 @@ class Every:
         """
         if isinstance(value, Every):
             return value
-        text = str(value).strip().lower()
+        # YAML reads 1e3 as a float; as text it would look like 1000 seconds.
+        text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
         match = re.fullmatch(r"(?P<number>\d+)\s*(?P<unit>steps?|epochs?|)", text)
         if match is not None:
             unit: Literal["steps", "epochs"] = "epochs" if match["unit"].startswith("epoch") else "steps"
             every = cls(int(match["number"]), unit)
         else:
             try:
+                if isinstance(value, float):
+                    raise ValueError
                 every = cls(parse_seconds(text), "seconds")
             except ValueError:
                 raise ValueError(f"{value!r} is no rhythm; write for example 500 steps, 2 epochs or 10m") from None
@@ -113,7 +117,7 @@ class Every:
         return every
 
     def __str__(self) -> str:
-        return format_seconds(self.amount) if self.unit == "seconds" else f"{self.amount:g} {self.unit}"
+        return format_seconds(self.amount) if self.unit == "seconds" else f"{_digits(self.amount)} {self.unit}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -121,8 +125,14 @@ def format_seconds(seconds: float) -> str:
     for unit in ("d", "h", "m"):
         size = _SECONDS[unit]
         if seconds >= size and seconds % size == 0:
-            return f"{seconds / size:g}{unit}"
-    return f"{seconds:g}s"
+            return f"{_digits(seconds / size)}{unit}"
+    return f"{_digits(seconds)}s"
+
+
+def _digits(number: float) -> str:
+    """Every digit and no exponent, so that what is printed reads back as the same number."""
+    text = format(Decimal(repr(number)), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def format_bytes(count: float) -> str:

@@ -6,19 +6,52 @@ from these models. Every field says what it is and in which unit; whoever owns a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from cronsim import CronSim, CronSimError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from nightschool.units import Every, parse_seconds, parse_share, parse_tokens
+from nightschool.config.rules import RuleName, parse_rule
+from nightschool.units import Every, format_seconds, parse_seconds, parse_share, parse_tokens
 
-Tokens = Annotated[int, BeforeValidator(parse_tokens)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Share = Annotated[float, BeforeValidator(parse_share)]
+
+def _written(kind: Literal["number", "integer"], *examples: str) -> WithJsonSchema:
+    """In JSON, a bare number or a text with its unit."""
+    return WithJsonSchema({"anyOf": [{"type": kind}, {"type": "string"}], "examples": list(examples)})
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank; write a text, or leave the key out")
+    return text
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens), _written("integer", "2048", "16k tokens")]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), _written("number", "90s", "10m", "24h", "7d")]
+Share = Annotated[float, BeforeValidator(parse_share), _written("number", "5%", "0.05")]
+NotBlank = Annotated[str, AfterValidator(_not_blank)]
 Rhythm = Annotated[
     Every,
     BeforeValidator(Every.parse),
     PlainSerializer(str, return_type=str),
+    _written("integer", "500 steps", "2 epochs", "10m"),
 ]
 
 Method = Literal["full", "lora"]
@@ -28,25 +61,66 @@ Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca
 class Section(BaseModel):
     """Unknown keys are errors, and nothing changes after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts true as 1, so `epochs: true` would be one epoch.
+        if (
+            isinstance(value, bool)
+            and info.field_name
+            and bool not in plain_types(cls.model_fields[info.field_name].annotation)
+        ):
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        return value
+
+
+def plain_types(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of, without `None`, `Annotated` and the element types of lists."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from plain_types(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from plain_types(part)
+    elif origin is Literal:
+        yield from {type(value) for value in get_args(annotation)}
+    elif annotation is not type(None):
+        yield origin or annotation
 
 
 class ConversationFilter(Section):
     """Which of the kept conversations are studied."""
 
-    rating: Literal["good", "bad", "any"] | None = Field(None, description="Keep only answers with this rating; `any` keeps rated and unrated ones.")
-    corrected: bool | None = Field(None, description="true: only answers that a person corrected; false: only uncorrected ones.")
+    rating: Literal["good", "bad", "any"] | None = Field(
+        None, description="Keep only answers with this rating; `any` keeps rated and unrated ones."
+    )
+    corrected: bool | None = Field(
+        None, description="true: only answers that a person corrected; false: only uncorrected ones."
+    )
     model: str | None = Field(None, description="Keep only answers of this served name.")
 
 
 class DataSource(Section):
     """One source of examples: files (`path`) or what the server kept (`from: conversations`)."""
 
-    path: str | None = Field(None, description="A file, a folder or a glob: JSON, JSONL, Parquet or CSV; .txt is plain text.")
-    format: Format = Field("auto", description="How rows are read; `auto` detects it from the fields and says what it found.")
-    from_: Literal["conversations"] | None = Field(None, alias="from", description="`conversations`: what the server kept by day.")
-    where: ConversationFilter = Field(default_factory=lambda: ConversationFilter(corrected=True), description="Which conversations; without it, only corrected ones.")
-    since: Literal["always", "last_promoted"] = Field("always", description="`last_promoted`: only what came after the champion was promoted.")
+    path: NotBlank | None = Field(
+        None, description="A file, a folder or a glob: JSON, JSONL, Parquet or CSV; .txt is plain text."
+    )
+    format: Format = Field(
+        "auto", description="How rows are read; `auto` detects it from the fields and says what it found."
+    )
+    from_: Literal["conversations"] | None = Field(
+        None, alias="from", description="`conversations`: what the server kept by day."
+    )
+    where: ConversationFilter = Field(
+        default_factory=lambda: ConversationFilter(corrected=True),
+        description="Which conversations; without it, only corrected ones.",
+    )
+    since: Literal["always", "last_promoted"] = Field(
+        "always", description="`last_promoted`: only what came after the champion was promoted."
+    )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -60,9 +134,11 @@ class DataSource(Section):
 class HeldOut(Section):
     """The split that is never trained and on which the gate compares losses."""
 
-    share: Share = Field(0.05, description="Share of the examples held out, chosen by their digest, so the same every night.")
+    share: Share = Field(
+        0.05, description="Share of the examples held out, chosen by their digest, so the same every night."
+    )
     min_examples: int = Field(100, ge=0, description="With fewer examples than this nothing is held out by share.")
-    path: str | None = Field(None, description="A file of its own in place of a share.")
+    path: NotBlank | None = Field(None, description="A file of its own in place of a share.")
 
 
 class Replay(Section):
@@ -77,29 +153,56 @@ class Train(Section):
 
     learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate.")
     epochs: int = Field(5, ge=1, description="Passes over the data.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says.")
-    batch_size: int = Field(4, ge=1, description="Examples in a micro-batch; they are laid end to end, without padding.")
-    tokens_per_batch: Tokens | None = Field(None, ge=1, description="Fill each micro-batch with whole examples up to this many tokens, in place of `batch_size`.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says."
+    )
+    batch_size: int = Field(
+        4, ge=1, description="Examples in a micro-batch; they are laid end to end, without padding."
+    )
+    tokens_per_batch: Tokens | None = Field(
+        None,
+        ge=1,
+        description="Fill each micro-batch with whole examples up to this many tokens, in place of `batch_size`.",
+    )
     accumulation_steps: int = Field(4, ge=1, description="Micro-batches per optimizer step.")
-    max_seq_len: Tokens = Field(1024, ge=8, description="Longest example in tokens, question and answer together; the rest is cut, and the plan says how much.")
-    max_cut_share: Share = Field(0.5, description="The run does not start if more than this share of the tokens that would carry loss is cut.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled decay of matrices; norms, biases and embeddings have none.")
+    max_seq_len: Tokens = Field(
+        1024,
+        ge=8,
+        description="Longest example in tokens, question and answer together; the rest is cut, and the plan says how much.",
+    )
+    max_cut_share: Share = Field(
+        0.5, description="The run does not start if more than this share of the tokens that would carry loss is cut."
+    )
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decoupled decay of matrices; norms, biases and embeddings have none."
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 turns clipping off.")
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after the warm-up.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 turns clipping off."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at this share of the peak.")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="Compute dtype; `auto` probes the device and takes fp32 where bf16 is slow.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: about a third more time, far fewer bytes.")
-    compile: bool = Field(False, description="torch.compile; loses on small models on a CPU.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Compute dtype; `auto` probes the device and takes fp32 where bf16 is slow."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: about a third more time, far fewer bytes.",
+    )
+    compile: bool = Field(default=False, description="torch.compile; loses on small models on a CPU.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; without it, one per physical core.")
     num_workers: int = Field(1, ge=1, description="Processes that turn text into tokens before step 1.")
     seed: int = Field(42, ge=0, description="Seeds weights, order and dropout.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.")
-    evaluate_every: Rhythm | None = Field(None, description="How often the held-out loss is taken; without it, at the end of each epoch.")
+    evaluate_every: Rhythm | None = Field(
+        None, description="How often the held-out loss is taken; without it, at the end of each epoch."
+    )
 
 
 class Lora(Section):
@@ -121,45 +224,120 @@ class Keep(Section):
 class Checkpoints(Section):
     """Full training state, resumable."""
 
-    every: Rhythm | None = Field(None, description="How often: `500 steps`, `1 epochs`, `10m`; without it, at the end of each epoch.")
+    every: Rhythm | None = Field(
+        None, description="How often: `500 steps`, `1 epochs`, `10m`; without it, at the end of each epoch."
+    )
     keep: Keep = Field(default_factory=Keep, description="Retention.")
 
 
 class Gate(Section):
-    """The rules that a candidate must pass. A rule of null is not applied."""
+    """The rules that a candidate must pass. A rule of null (or `off`) is not applied."""
 
-    holdout_loss: str | None = Field("<= champion + 0.02", description="Held-out loss in nats per token: `<= champion + 0.02` or `<= 1.5`.")
-    forgetting: str | None = Field("<= 2%", description="Share of old answers that the champion gives and the candidate lost.")
-    new_facts: str | None = Field(">= 50%", description="Share of the new questions answered, in a wording that was not trained where there is one.")
+    holdout_loss: str | None = Field(
+        "<= champion + 0.02", description="Held-out loss in nats per token: `<= champion + 0.02` or `<= 1.5`."
+    )
+    forgetting: str | None = Field(
+        "<= 2%", description="Share of old answers that the champion gives and the candidate lost."
+    )
+    new_facts: str | None = Field(
+        ">= 50%",
+        description="Share of the new questions answered, in a wording that was not trained where there is one.",
+    )
     pins: Literal["all", "off"] = Field("all", description="`all`: every pinned answer must be kept.")
     sample: int = Field(200, ge=1, description="At most this many new, and as many old, questions are asked.")
-    max_new_tokens: int = Field(64, ge=1, description="Length of an answer in tokens; expected answers that are longer are not asked.")
+    max_new_tokens: int = Field(
+        64, ge=1, description="Length of an answer in tokens; expected answers that are longer are not asked."
+    )
+
+    @field_validator("holdout_loss", "forgetting", "new_facts")
+    @classmethod
+    def _a_rule(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is None or text.strip() == "off":
+            return None
+        name: RuleName = info.field_name  # type: ignore[assignment]
+        return parse_rule(name, text).text
 
 
 class Schedule(Section):
     """When the model goes to night school."""
 
-    every: Seconds = Field(86400.0, gt=0, description="Seconds between the starts of two cycles: `24h`, or `interval_hours: 24`.")
+    every: Seconds = Field(
+        86400.0, gt=0, description="Seconds between the starts of two cycles: `24h`, or `interval_hours: 24`."
+    )
     cron: str | None = Field(None, description="A cron expression in place of `every`: `0 3 * * *`.")
     timezone: str = Field("UTC", description="The time zone of `cron`, such as Europe/Paris.")
-    missed: Literal["run_once", "skip"] = Field("run_once", description="What happens with cycles that fell due while nobody was there.")
+    missed: Literal["run_once", "skip"] = Field(
+        "run_once", description="What happens with cycles that fell due while nobody was there."
+    )
     overlap: Literal["skip"] = Field("skip", description="A cycle that falls due while one runs is skipped.")
-    min_new_examples: int = Field(1, ge=0, description="With fewer new examples than this, the cycle is skipped and says so; 0 always runs.")
+    min_new_examples: int = Field(
+        1, ge=0, description="With fewer new examples than this, the cycle is skipped and says so; 0 always runs."
+    )
+
+    @field_validator("cron")
+    @classmethod
+    def _a_cron_expression(cls, cron: str | None) -> str | None:
+        if cron is None:
+            return None
+        try:
+            CronSim(cron, datetime(2000, 1, 1, tzinfo=UTC))
+        except CronSimError as error:
+            raise ValueError(
+                f"{cron!r} is no cron expression ({error}); write five fields, such as '0 3 * * *'"
+            ) from None
+        return cron
+
+    @field_validator("timezone")
+    @classmethod
+    def _a_time_zone(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"{timezone!r} is no time zone; write a name such as UTC or Europe/Paris") from None
+        return timezone
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> Schedule:
+        if self.cron is not None and "every" in self.model_fields_set:
+            raise ValueError(
+                f"`every: {format_seconds(self.every)}` counts from the first cycle, and `cron: {self.cron}` goes by "
+                "the clock; write one of the two"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_unused_rhythm(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain: dict[str, Any] = serialize(self)
+        if self.cron is not None:
+            del plain["every"]
+        return plain
 
 
 class Serve(Section):
     """What happens with the candidate, and how it is served."""
 
-    promote: Literal["if_gate_passes", "never", "always"] = Field("if_gate_passes", description="When the champion alias moves to the candidate.")
-    model_check_interval: Seconds = Field(3600.0, gt=0, description="Seconds between two looks for a newly promoted version.")
-    record_conversations: bool = Field(False, description="Keep conversations and feedback in the home, so that a later night can study them.")
+    promote: Literal["if_gate_passes", "never", "always"] = Field(
+        "if_gate_passes", description="When the champion alias moves to the candidate."
+    )
+    model_check_interval: Seconds = Field(
+        3600.0, gt=0, description="Seconds between two looks for a newly promoted version."
+    )
+    record_conversations: bool = Field(
+        default=False, description="Keep conversations and feedback in the home, so that a later night can study them."
+    )
 
 
 class Recipe(Section):
     """What is wanted of a run. See `nightschool config schema`."""
 
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="The name under which versions are published and served.")
-    base: str = Field(..., description="Starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>.")
+    name: str = Field(
+        "default",
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
+        description="The name under which versions are published and served.",
+    )
+    base: NotBlank = Field(
+        ..., description="Starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>."
+    )
     method: Method = Field("full", description="full: all weights; lora: adapters on a frozen base.")
     data: list[DataSource] = Field(default_factory=list, description="Where the examples come from.")
     held_out: HeldOut = Field(default_factory=HeldOut, description="What is never trained.")
@@ -170,6 +348,13 @@ class Recipe(Section):
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
     schedule: Schedule = Field(default_factory=Schedule, description="The nights.")
     serve: Serve = Field(default_factory=Serve, description="Promotion and serving.")
+
+    @field_validator("name")
+    @classmethod
+    def _a_name_on_disk(cls, name: str) -> str:
+        if ".." in name:
+            raise ValueError(f"{name!r} holds '..'; a name is a folder on disk: write single dots")
+        return name
 
     @field_validator("data")
     @classmethod

@@ -1,0 +1,154 @@
+"""Names that other programs use for our settings, and names that cannot be translated.
+
+An alias is accepted at the top level and in the section of the setting that it stands for. What was translated is
+shown. A name that could mean two settings is refused with both; a name of something that is no setting of a recipe
+is refused with what to use in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nightschool.config.schema import Path, dotted
+
+
+class SaysNothing(Exception):  # noqa: N818 - no error: `fp16: false` only says what was so before
+    """The value of an alias leaves the setting as it is."""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`path` is the setting; `convert` makes its value, and raises ValueError if it cannot."""
+
+    path: Path
+    convert: Callable[[Any], Any] | None = None
+
+    @property
+    def key(self) -> str:
+        return dotted(self.path)
+
+
+def _hours(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{value!r} is no number of hours above 0; write for example 12 or 0.25")
+    return value * 3600
+
+
+def _steps(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is no number of steps; write for example 500")
+    return f"{value} steps"
+
+
+def _flag(dtype: str) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is neither true nor false")
+        if not value:
+            raise SaysNothing
+        return dtype
+
+    return convert
+
+
+def _train(name: str) -> Alias:
+    return Alias(("train", name))
+
+
+ALIASES: Mapping[str, Alias] = {
+    "lr": _train("learning_rate"),
+    "learning_rate": _train("learning_rate"),
+    "epochs": _train("epochs"),
+    "num_epochs": _train("epochs"),
+    "num_train_epochs": _train("epochs"),
+    "max_steps": _train("max_steps"),
+    "batch_size": _train("batch_size"),
+    "micro_batch_size": _train("batch_size"),
+    "per_device_train_batch_size": _train("batch_size"),
+    "accumulation_steps": _train("accumulation_steps"),
+    "gradient_accumulation_steps": _train("accumulation_steps"),
+    "grad_accum": _train("accumulation_steps"),
+    "seq_len": _train("max_seq_len"),
+    "seq_length": _train("max_seq_len"),
+    "sequence_length": _train("max_seq_len"),
+    "sequence_len": _train("max_seq_len"),
+    "max_seq_len": _train("max_seq_len"),
+    "max_seq_length": _train("max_seq_len"),
+    "max_length": _train("max_seq_len"),
+    "cutoff_len": _train("max_seq_len"),
+    "weight_decay": _train("weight_decay"),
+    "adam_beta1": _train("beta1"),
+    "adam_beta2": _train("beta2"),
+    "adam_epsilon": _train("epsilon"),
+    "max_grad_norm": _train("max_grad_norm"),
+    "gradient_clip": _train("max_grad_norm"),
+    "grad_clip": _train("max_grad_norm"),
+    "clip_grad_norm": _train("max_grad_norm"),
+    "lr_scheduler_type": _train("lr_schedule"),
+    "warmup_steps": _train("warmup_steps"),
+    "min_lr_rate": _train("min_lr_ratio"),
+    "fp16": Alias(("train", "dtype"), _flag("fp16")),
+    "bf16": Alias(("train", "dtype"), _flag("bf16")),
+    "gradient_checkpointing": _train("gradient_checkpointing"),
+    "torch_compile": _train("compile"),
+    "device": _train("device"),
+    "num_workers": _train("num_workers"),
+    "dataloader_num_workers": _train("num_workers"),
+    "seed": _train("seed"),
+    "logging_steps": _train("log_every"),
+    "log_interval": _train("log_every"),
+    "eval_steps": Alias(("train", "evaluate_every"), _steps),
+    "eval_interval": Alias(("train", "evaluate_every"), _steps),
+    "save_steps": Alias(("checkpoints", "every"), _steps),
+    "save_interval": Alias(("checkpoints", "every"), _steps),
+    "save_total_limit": Alias(("checkpoints", "keep", "last")),
+    "lora_r": Alias(("lora", "r")),
+    "lora_rank": Alias(("lora", "r")),
+    "lora_alpha": Alias(("lora", "alpha")),
+    "lora_dropout": Alias(("lora", "dropout")),
+    "lora_target_modules": Alias(("lora", "target_modules")),
+    "target_modules": Alias(("lora", "target_modules")),
+    "data_path": Alias(("data", 0, "path")),
+    "dataset_path": Alias(("data", 0, "path")),
+    "train_file": Alias(("data", 0, "path")),
+    "base_model": Alias(("base",)),
+    "model_name_or_path": Alias(("base",)),
+    "interval_hours": Alias(("schedule", "every"), _hours),
+    "cron": Alias(("schedule", "cron")),
+    "model_check_interval": Alias(("serve", "model_check_interval")),
+}
+
+_HOME = (
+    "is no setting: runs, checkpoints and versions all lie in the home; choose it with -C DIR or with the environment "
+    "variable NIGHTSCHOOL_HOME=DIR"
+)
+_RESUME = "is no setting of a recipe; write nightschool train RECIPE --resume RUN"
+_SERVE_OPTION = "is no setting of a recipe; write nightschool serve --port 8001 --host 127.0.0.1"
+
+REFUSED: Mapping[str, str] = {
+    "out_dir": _HOME,
+    "output_dir": _HOME,
+    "save_dir": _HOME,
+    "checkpoint_dir": _HOME,
+    "ckpt_dir": _HOME,
+    "model_root": _HOME,
+    "resume": _RESUME,
+    "resume_from_checkpoint": _RESUME,
+    "port": _SERVE_OPTION,
+    "host": _SERVE_OPTION,
+    "trust_remote_code": "is no setting: code that comes with a model is never run; remove the line",
+    "warmup_ratio": "is no setting; write train.warmup_steps, a count of steps",
+}
+
+# Names that could mean several settings, beside those that the schema itself has in several sections.
+AMBIGUOUS: Mapping[str, tuple[str, ...]] = {
+    "max_tokens": ("train.max_seq_len", "gate.max_new_tokens"),
+    "model": ("base", "name"),
+    "model_name": ("base", "name"),
+    "interval": ("schedule.every", "checkpoints.every", "train.evaluate_every"),
+    "steps": ("train.max_steps", "checkpoints.every"),
+    "scheduler": ("train.lr_schedule", "schedule.every"),
+    "clip": ("train.max_grad_norm", "train.max_seq_len"),
+}

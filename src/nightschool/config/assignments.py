@@ -1,0 +1,265 @@
+"""Where settings are written: YAML text, `a.b=value` overrides and environment variables, as a flat list.
+
+Every source becomes a list of assignments, each with the place it was written at, so that all later steps can say
+`recipe.yaml:12` or `train.epochs=many` about it. YAML is composed into nodes and never constructed into objects:
+nodes know their lines, show duplicate keys, and cannot run anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from nightschool.config.schema import Path, dotted
+from nightschool.errors import Problem
+
+SourceKind = Literal["recipe", "environment", "override"]
+
+# A recipe has some hundred nodes. Anchors that multiply ("billion laughs") end here.
+MAX_NODES = 20_000
+MAX_DEPTH = 32
+
+_ENVIRONMENT_PREFIX = "NIGHTSCHOOL_"
+# Variables that are no settings of a recipe.
+RESERVED_VARIABLES = frozenset(
+    {
+        "NIGHTSCHOOL_HOME",
+        "NIGHTSCHOOL_API_KEY",
+        "NIGHTSCHOOL_DEBUG",
+    }
+)
+# Kubernetes sets these in every container beside a service that is called nightschool.
+_SERVICE_LINK = re.compile(r"NIGHTSCHOOL_(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?)")
+
+
+@dataclass(frozen=True)
+class EmptyList:
+    """The value of an assignment that starts a list anew; its elements follow as assignments of their own."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One value for one place.
+
+    `raw` is the scalar as it was typed, without the type that YAML gives it; None if it was quoted or is no scalar.
+    `spelling` is the key as the user typed it, for messages.
+    """
+
+    path: Path
+    value: Any
+    where: str
+    spelling: str
+    raw: str | None = None
+
+
+@dataclass
+class Source:
+    """All that one source says, and what is wrong with how it says it."""
+
+    kind: SourceKind
+    assignments: list[Assignment]
+    problems: list[Problem]
+
+
+def read_yaml(text: str, file: str) -> Source:
+    """Read a recipe. Problems of syntax end the reading; all others are collected."""
+    source = Source("recipe", [], [])
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+    except YAMLError as error:
+        source.problems.append(_syntax_problem(error, text, file))
+        return source
+    except RecursionError:
+        source.problems.append(Problem(f"{file}:1", "", f"is nested more than {MAX_DEPTH} levels deep; flatten it"))
+        return source
+    if root is None or (isinstance(root, ScalarNode) and str(root.tag).endswith(":null")):
+        return source
+    if not isinstance(root, MappingNode):
+        source.problems.append(Problem(f"{file}:{_line(root)}", "", "is no recipe; a recipe is made of `key: value`"))
+        return source
+    walk = _Walk(file, source)
+    walk.node(root, ())
+    return source
+
+
+def read_overrides(overrides: Sequence[str]) -> Source:
+    """Read `a.b=value` texts, as they stand behind a command."""
+    source = Source("override", [], [])
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            source.problems.append(
+                Problem(text, "", "is no override; write key=value, such as train.learning_rate=1e-5")
+            )
+            continue
+        parts = key.lstrip("-").split(".")
+        path: Path = tuple(int(part) if part.isascii() and part.isdecimal() else part for part in parts)
+        _read_value(source, path, value, where=text, spelling=key)
+    return source
+
+
+def read_environment(env: Mapping[str, str]) -> Source:
+    """Read `NIGHTSCHOOL_TRAIN__LEARNING_RATE=…`: two underscores stand for a dot, case does not matter."""
+    source = Source("environment", [], [])
+    for variable in sorted(env):
+        name = variable.upper()
+        if not name.startswith(_ENVIRONMENT_PREFIX) or name in RESERVED_VARIABLES or _SERVICE_LINK.fullmatch(name):
+            continue
+        parts = name.removeprefix(_ENVIRONMENT_PREFIX).lower().split("__")
+        path: Path = tuple(int(part) if part.isascii() and part.isdecimal() else part for part in parts)
+        _read_value(source, path, env[variable], where=variable, spelling=variable)
+    return source
+
+
+def _read_value(source: Source, path: Path, text: str, *, where: str, spelling: str) -> None:
+    """Append what one text says about one place: a YAML scalar, list or mapping."""
+    read = Source(source.kind, [], [])
+    raw = Assignment(path, text.strip(), where, spelling, raw=text.strip())
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+        if root is None:
+            read.assignments.append(Assignment(path, None, where, spelling))
+        else:
+            _Walk(where, read, lines=False).node(root, path)
+    except (YAMLError, RecursionError):
+        # `>= 50%` opens a folded block in YAML. What takes text gets the text; what does not says so.
+        read.assignments.append(raw)
+    if any(problem.key for problem in read.problems):
+        source.problems += read.problems
+        return
+    for assignment in read.assignments:
+        whole = assignment.path == path
+        below = assignment.path[len(path) :]
+        source.assignments.append(
+            replace(
+                assignment,
+                spelling=spelling if whole else f"{spelling}.{dotted(below)}",
+                # Flow collections keep the text too: a path such as [ab].json is text, not a list.
+                raw=text.strip()
+                if whole and (assignment.raw is not None or not isinstance(root, ScalarNode))
+                else None,
+            )
+        )
+
+
+def _line(node: Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _syntax_problem(error: YAMLError, text: str, file: str) -> Problem:
+    if isinstance(error, MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark is not None else 1
+        return Problem(f"{file}:{line}", "", f"is no YAML: {error.problem or error.context}")
+    position = getattr(error, "position", 0)
+    line = text.count("\n", 0, position) + 1
+    return Problem(f"{file}:{line}", "", f"is no YAML: it holds the character {getattr(error, 'character', '')!r}")
+
+
+class _Walk:
+    """Flattens a tree of nodes. `lines` is false where the place is one text and has no lines."""
+
+    def __init__(self, file: str, source: Source, *, lines: bool = True) -> None:
+        self.file = file
+        self.source = source
+        self.lines = lines
+        self.num_nodes = 0
+
+    def node(self, node: Node, path: Path, at: Node | None = None) -> None:
+        """Append what `node` says about `path`; `at` is the node whose line is named, its key if it has one."""
+        where = self._where(at or node)
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
+            if not any("nodes" in problem.message for problem in self.source.problems):
+                message = f"has more than {MAX_NODES} nodes or {MAX_DEPTH} levels; write it without nested anchors"
+                self.source.problems.append(Problem(where, dotted(path), message))
+            return
+        if isinstance(node, MappingNode):
+            for key, value_node, key_node in self._entries(node, path):
+                self.node(value_node, (*path, key), at=key_node)
+        elif isinstance(node, SequenceNode):
+            self._append(path, EmptyList(), where)
+            for index, element in enumerate(node.value):
+                self.node(element, (*path, index))
+        else:
+            self._scalar(node, path, where)
+
+    def _entries(self, node: MappingNode, path: Path) -> Iterator[tuple[str, Node, Node]]:
+        """The entries of a mapping, with what it merges in (`<<: *defaults`) where it says nothing itself."""
+        own: dict[str, Node] = {}
+        merged: list[Node] = []
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, ScalarNode):
+                self._problem(key_node, path, "is a list or a mapping in the place of a key; write `key: value`")
+            elif str(key_node.tag).endswith(":merge"):
+                merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+            elif key_node.value in own:
+                first = _line(own[key_node.value])
+                said = f"is written twice, first on line {first}" if self.lines else "is written twice"
+                self._problem(key_node, (*path, key_node.value), f"{said}; remove one")
+            else:
+                own[key_node.value] = key_node
+                yield key_node.value, value_node, key_node
+        for source in merged:
+            self.num_nodes += 1
+            if not isinstance(source, MappingNode):
+                self._problem(source, (*path, "<<"), "merges what is no mapping; write <<: *anchor_of_a_mapping")
+            elif self.num_nodes <= MAX_NODES:
+                for key, value_node, key_node in self._entries(source, path):
+                    if key not in own:
+                        own[key] = key_node
+                        yield key, value_node, key_node
+
+    def _scalar(self, node: Node, path: Path, where: str) -> None:
+        try:
+            value = _construct(node)
+        except ValueError as error:
+            self._problem(node, path, str(error))
+            return
+        plain = isinstance(node, ScalarNode) and node.style is None and value is not None
+        self._append(path, value, where, raw=node.value if plain else None)
+
+    def _append(self, path: Path, value: Any, where: str, raw: str | None = None) -> None:
+        self.source.assignments.append(Assignment(path, value, where, dotted(path), raw))
+
+    def _problem(self, node: Node, path: Path, message: str) -> None:
+        self.source.problems.append(Problem(self._where(node), dotted(path), message))
+
+    def _where(self, node: Node) -> str:
+        return f"{self.file}:{_line(node)}" if self.lines else self.file
+
+
+def _construct(node: Node) -> Any:
+    """A scalar's value: text, number, truth or nothing. Times stay text."""
+    kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+    text = node.value
+    try:
+        if kind in ("str", "timestamp"):
+            return text
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int":
+            return _integer(text)
+        if kind == "float":
+            return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        raise ValueError(f"{text!r} is no number") from None
+    raise ValueError(f"has the tag {node.tag!r}; a recipe holds plain values: remove the tag")
+
+
+def _integer(text: str) -> int:
+    """YAML 1.2: decimal (a leading zero changes nothing), 0x, 0o and 0b."""
+    digits = text.replace("_", "")
+    sign = -1 if digits.startswith("-") else 1
+    digits = digits.lstrip("+-").lower()
+    base = {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10)
+    return sign * int(digits[2:] if base != 10 else digits, base)

@@ -1,0 +1,103 @@
+"""A recipe as YAML: complete, commented with each setting's own description, and loaded back to an equal recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nightschool.config.origins import Origin
+from nightschool.config.recipe import Recipe
+from nightschool.config.schema import Path, dotted, find
+from nightschool.units import format_seconds, parse_seconds
+
+# Texts that YAML 1.2 reads as themselves without quotes, whatever program reads them.
+_PLAIN = re.compile(r"(?:[A-Za-z][A-Za-z0-9_/.@-]*(?::[A-Za-z][A-Za-z0-9_/.@-]*)?|\./[A-Za-z0-9_/.@-]+)")
+_WORDS_WITH_A_TYPE = frozenset(["true", "false", "null", "yes", "no", "on", "off", "y", "n"])
+
+
+def to_yaml(recipe: Recipe, origins: Mapping[str, Origin] | None = None) -> str:
+    """Every setting with its value and its description as a comment.
+
+    Args:
+        recipe: The recipe.
+        origins: If given, each comment says who set the setting in the place of what it is.
+    """
+    lines: list[str] = []
+    _mapping(recipe.as_plain(), (), 0, lines, origins)
+    return "\n".join(lines) + "\n"
+
+
+def _mapping(
+    plain: Mapping[str, Any], path: Path, indent: int, lines: list[str], origins: Mapping[str, Origin] | None
+) -> None:
+    pad = "  " * indent
+    for key, value in plain.items():
+        here = (*path, key)
+        setting = find(here)
+        if setting is None or setting.section is None:
+            comment = _comment(here, origins, setting.description if setting else "")
+            lines.append(f"{pad}{key}: {_value(here, value)}{comment}")
+            continue
+        if not path:
+            lines.append("")
+        description = f"  # {setting.description}" if setting.description and origins is None else ""
+        if not setting.is_list:
+            lines.append(f"{pad}{key}:{description}")
+            _mapping(value, here, indent + 1, lines, origins)
+            continue
+        lines.append(f"{pad}{key}:{description}" if value else f"{pad}{key}: []{description}")
+        for index, element in enumerate(value):
+            entry: list[str] = []
+            _mapping(element, (*here, index), indent + 2, entry, origins)
+            entry[0] = f"{pad}  - {entry[0].lstrip()}"
+            lines += entry
+
+
+def _comment(path: Path, origins: Mapping[str, Origin] | None, description: str) -> str:
+    if origins is None:
+        return f"  # {description}" if description else ""
+    origin = origins.get(dotted(path))
+    shown = "".join(character if character.isprintable() else " " for character in str(origin))
+    return f"  # {shown}" if origin is not None else ""
+
+
+def _value(path: Path, value: Any) -> str:
+    setting = find(path)
+    if isinstance(value, list):
+        return "[" + ", ".join(_scalar(element) for element in value) + "]"
+    if setting is not None and setting.key in ("schedule.every", "serve.model_check_interval"):
+        text = format_seconds(value)
+        return text if parse_seconds(text) == value else _scalar(value)
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS_WITH_A_TYPE:
+        return text
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    """A double-quoted YAML scalar. Whatever YAML may not hold as it is, is written as an escape."""
+    return '"' + "".join(_character(character) for character in text) + '"'
+
+
+def _character(character: str) -> str:
+    code = ord(character)
+    if character in '"\\':
+        return f"\\{character}"
+    if character == "\n":
+        return "\\n"
+    if character == "\t":
+        return "\\t"
+    if 0x20 <= code < 0x7F or (0xA0 <= code < 0xD800 and code not in (0x2028, 0x2029)) or 0x1F300 <= code < 0x1FB00:
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
