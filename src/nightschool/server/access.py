@@ -90,7 +90,7 @@ def _label_tables(templates: Iterable[str]) -> tuple[frozenset[str], list[tuple[
     every = list(templates)
     exact = frozenset(template for template in every if "{" not in template)
     patterns = [
-        (re.compile(re.sub(r"\\\{[^}]*:path\\\}", ".+", re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(t)))), t)
+        (re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(t))), t)
         for t in every
         if "{" in t
     ]

@@ -83,8 +83,8 @@ def create_app(
     # The last one added is the first one passed.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds)
     app.add_middleware(Guard, settings=settings)
-    app.add_middleware(Access, metrics=metrics, templates=[*app.openapi()["paths"], "/openapi.json"])
     app.openapi_schema = _documented(app, settings)
+    app.add_middleware(Access, metrics=metrics, templates=[*app.openapi_schema["paths"], "/openapi.json"])
     return app
 
 

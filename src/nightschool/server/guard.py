@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from nightschool.server.settings import ServerSettings, is_loopback
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 _UNLIMITED_PATHS = OPEN_PATHS | {"/metrics"}
 _MOST_CALLERS = 10_000
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d+)?")
 
 
 class Guard:
@@ -81,8 +83,8 @@ class Guard:
             )
 
     def _known_host(self, host: str) -> bool:
-        name = host.rsplit("]", 1)[0].strip("[") if host.startswith("[") else host.rsplit(":", 1)[0]
-        return is_loopback(name.lower()) or name.lower() in self._settings.allowed_hosts
+        match = _HOST.fullmatch(host.lower())
+        return match is not None and (is_loopback(match[1]) or match[1] in self._settings.allowed_hosts)
 
     def _check_key(self, headers: Headers) -> str:
         """The digest of the key that was sent, as the name of the caller."""

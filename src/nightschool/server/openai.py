@@ -185,7 +185,7 @@ async def models(service: ServiceOf) -> Response:
     return JSONResponse({"object": "list", "data": _cards(service)})
 
 
-@router.get("/models/{model:path}", response_model=ModelCard, responses=openai_refusals(404))
+@router.get("/models/{model}", response_model=ModelCard, responses=openai_refusals(404))
 async def model(model: str, service: ServiceOf) -> Response:
     """One of them."""
     for card in _cards(service):

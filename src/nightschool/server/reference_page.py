@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -79,7 +80,7 @@ def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
 
 
 def _value(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else "[]"
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _type(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
