@@ -1,8 +1,8 @@
 """LoRA adapters by PEFT: attached with a seed, resumed from a folder, loaded only if every tensor fits.
 
-`all-linear` means every `nn.Linear` but the output head. The experts of a mixture (Qwen3-MoE, Mixtral) are no linear
-layers: transformers keeps them as three-dimensional tensors and their routers as bare matrices, and PEFT leaves both
-frozen. On such models `all-linear` adapts attention only; `describe_adapter` says so.
+`all-linear` means every `nn.Linear` but the output head. The experts and routers of a mixture (Qwen3-MoE, Mixtral) are no
+linear layers but bare tensors; for architectures that PEFT knows, its `all-linear` adapts those too, as
+`target_parameters`, and for others they stay frozen. `describe_adapter` counts what is really reached.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,7 +39,7 @@ class LoraSettings(Protocol):
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter trains, for the plan. `frozen_experts`: elements of expert tensors that it cannot reach."""
+    """What an adapter trains, for the plan. `frozen_experts`: elements of expert tensors that it does not reach."""
 
     modules: tuple[str, ...]
     num_trainable: int
@@ -48,7 +50,7 @@ class AdapterFacts:
     def note(self) -> str:
         if not self.frozen_experts:
             return ""
-        return f"The experts ({self.frozen_experts:,} parameters) and their routers stay frozen: LoRA reaches linear layers only."
+        return f"{self.frozen_experts:,} parameters of experts stay frozen: no adapter reaches them."
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_path: str | None = None) -> PeftModel:
@@ -60,6 +62,9 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
         ModelError: If `target_modules` names nothing in this model, or the output head of a model whose head is tied.
     """
     targets = lora.target_modules
+    linear = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
     config = LoraConfig(
         r=lora.r,
         lora_alpha=cast(int, lora.alpha),
@@ -73,13 +78,22 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
         try:
             wrapped = get_peft_model(model, config)
         except ValueError as error:
-            linear = sorted(
-                {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-            )
+            if lora.dropout and "lora_dropout" in str(error):
+                raise ModelError(
+                    f"lora.dropout is {lora.dropout:g}, and adapters of experts cannot drop out. "
+                    "Write lora.dropout: 0, or name linear layers in lora.target_modules."
+                ) from None
             raise ModelError(
                 f"lora.target_modules is {targets!r}, which does not fit this model ({error}). "
                 f"Write all-linear, or names among {', '.join(linear)}."
             ) from None
+    if model.config.get_text_config().tie_word_embeddings and isinstance(
+        cast(Any, model).get_output_embeddings(), BaseTunerLayer
+    ):
+        raise ModelError(
+            f"lora.target_modules is {targets!r}, which names the output head, but the head of this model is its embedding: "
+            "merging would change both. Leave the head out."
+        )
     # PEFT stores a set, whose order changes from process to process; a version should not.
     adapter = cast(LoraConfig, wrapped.peft_config["default"])
     adapter.target_modules = (
@@ -100,7 +114,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     with quiet_libraries():
         try:
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(
                 f"The adapter {folder} does not fit its base: {error} Load it on the base that it was trained on."
             ) from None
@@ -153,8 +167,11 @@ def describe_adapter(wrapped: PeftModel) -> AdapterFacts:
     )
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in wrapped.parameters() if not p.requires_grad)
-    experts = sum(p.numel() for p in wrapped.parameters() if p.ndim == 3 and not p.requires_grad)
-    return AdapterFacts(tuple(modules), trainable, frozen, experts)
+    experts = {id(p): p.numel() for name, p in wrapped.named_parameters() if p.ndim == 3 and ".lora_" not in name}
+    for module in wrapped.modules():
+        if isinstance(module, ParamWrapper):
+            experts.pop(id(getattr(module.get_base_layer(), module.parameter_name)), None)
+    return AdapterFacts(tuple(modules), trainable, frozen, sum(experts.values()))
 
 
 def adapter_base(folder: Path) -> str | None:

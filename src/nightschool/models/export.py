@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nightschool.errors import ModelError
 from nightschool.models.adapters import adapter_tensors
 from nightschool.models.quiet import quiet_libraries
-from nightschool.models.strict import distinct_tensors
+from nightschool.models.strict import distinct_tensors, not_loaded
 
 # The tensors are equal bit by bit; logits may still differ by the order of sums in kernels that choose their own
 # blocking (none does on a CPU with one thread). Relative to the largest logit.
@@ -124,12 +125,23 @@ def _load_plainly(model: PreTrainedModel | PeftModel, folder: Path, base_path: P
     wrapped = isinstance(model, PeftModel)
     source = base_path or cast(Any, model).peft_config["default"].base_model_name_or_path if wrapped else folder
     try:
-        again: Any = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=weight.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype=weight.dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
+        again, report = loaded
+        lost = not_loaded(report)
+        if lost:
+            raise ModelError(
+                f"The folder {source} does not hold the whole model: {lost}. It is not published; the checkpoint is still whole."
+            )
         if wrapped:
             again = PeftModel.from_pretrained(again, str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"The folder {folder} cannot be loaded by transformers: {error} It is not published; the checkpoint is still whole."
         ) from None

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
@@ -24,7 +25,7 @@ from nightschool.models.build import build_model
 from nightschool.models.folder import FolderFacts, inspect_folder, is_adapter_folder
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.quiet import quiet_libraries
-from nightschool.models.strict import check_causal, check_elements, check_values
+from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 
@@ -219,20 +220,27 @@ def _load_weights(facts: FolderFacts, ref: str, dtype: torch.dtype) -> PreTraine
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ImportError,
+            SafetensorError,
+        ) as error:
             raise Damaged(
                 f"The base {ref!r} cannot be loaded from {facts.path}: {_first_line(error)} "
                 "Its configuration and its weights do not belong together, or a file is broken; fetch it again."
             ) from None
     model, report = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        wrong = sorted(str(entry) for entry in report.get(what) or ())
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise Damaged(
-                f"The weights of the base {ref!r} do not fit its configuration: {what.replace('_', ' ')} "
-                f"{', '.join(wrong[:3])}{more}. Fetch it again, or correct its config.json."
-            )
+    lost = not_loaded(report)
+    if lost:
+        raise Damaged(
+            f"The weights of the base {ref!r} do not fit its configuration: {lost}. "
+            "Fetch it again, or correct its config.json."
+        )
     check_elements(model, facts, ref)
     check_values(model, ref)
     if not type(model).__name__.endswith("ForCausalLM"):  # encoders have language-model heads, too

@@ -19,6 +19,16 @@ from nightschool.models.folder import FolderFacts
 _DERIVED = (r"rotary_emb\.inv_freq$", r"attention\.(masked_)?bias$", r"attn\.(masked_)?bias$")
 
 
+def not_loaded(report: dict[str, Any]) -> str:
+    """What the loading report of transformers complains about, in a few words; empty if nothing."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        wrong = sorted(str(entry) for entry in report.get(what) or ())
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            return f"{what.replace('_', ' ')} {', '.join(wrong[:3])}{more}"
+    return ""
+
+
 def check_elements(model: PreTrainedModel, facts: FolderFacts, ref: str) -> None:
     """Compare the elements in the files of `facts` with those of `model`.
 
