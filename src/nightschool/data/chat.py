@@ -189,7 +189,7 @@ def _render_whole_chat(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
     ids, offsets, prompt_length = _tokens(tokenizer, layout)
 
     end = next((i + 1 for i in range(prompt_length, len(ids)) if ids[i] in stops), None)
-    if end is None:  # the template does not end the last answer, so that the model would never stop
+    if end is None:  # without a token that ends it the model would never stop
         ids.append(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stops))
         offsets.append((len(layout.text), len(layout.text)))
         end = len(ids)
@@ -223,7 +223,7 @@ def _lay_out(tokenizer: Any, messages: Sequence[Message], stop_texts: list[str])
         prompt = render_text(tokenizer, messages[:-1], generation_prompt=True, thinking=thinking)
         marked = scaffold(
             tokenizer,
-            tokenizer.chat_template,
+            tokenizer.get_chat_template(),
             tuple(m.role for m in messages),
             thinking=thinking,
             generation_prompt=False,
@@ -244,6 +244,8 @@ def _lay_out(tokenizer: Any, messages: Sequence[Message], stop_texts: list[str])
                         "conversation. Give that turn the weight 0, or use a template that shows it as it is."
                     )
                 answers.append((_widened(text, span, lead, stop_texts), message.weight))
+        if not any(stop in tail for stop in stop_texts):  # nothing ends the answer, so its own end does
+            text = text[: len(text) - len(tail)]
         return _Layout(text, prompt, contents, answers)
     raise DataError(
         "what the model's chat template makes of the whole conversation does not begin with what it makes of the question, "
@@ -255,7 +257,7 @@ def _around_last(tokenizer: Any, messages: Sequence[Message], marked: str, *, th
     """What the template puts between the prompt and the last answer, and after it."""
     before, _, tail = marked.rpartition(sentinels(len(messages))[-1])
     roles = tuple(m.role for m in messages[:-1])
-    asked = scaffold(tokenizer, tokenizer.chat_template, roles, thinking=thinking, generation_prompt=True)
+    asked = scaffold(tokenizer, tokenizer.get_chat_template(), roles, thinking=thinking, generation_prompt=True)
     return (before[len(asked) :] if before.startswith(asked) else ""), tail
 
 

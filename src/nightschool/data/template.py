@@ -32,7 +32,12 @@ PLAIN_TEMPLATE = (
 )
 """For a tokenizer without ChatML's tokens: no token is added, so no embedding has to grow. The eos token ends an answer."""
 
-_FROZEN_DATE = "26 Jul 2024"
+_DATE = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July", "%H": "00", "%M": "00", "%S": "00"}
+_FIXED_CLOCK = (
+    "{%- macro strftime_now(format) %}{{- format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " }}{%- endmacro %}"
+)
 
 
 def ensure_template(tokenizer: Any) -> None:
@@ -55,20 +60,21 @@ def ensure_template(tokenizer: Any) -> None:
 def render_text(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, thinking: bool) -> str:
     """Run the template. `thinking` reaches it as `enable_thinking` and as `thinking`.
 
-    The date that some templates print is always the same, because a prompt that changes at midnight would be
-    another one than was trained, and a resumed run would differ from one that was not interrupted.
+    The date that some templates print is always 26 July 2024 (the one that Llama 3.1 falls back to): a prompt that
+    changes at midnight would be another one than was trained, and a resumed run would differ from an uninterrupted one.
 
     Raises:
         DataError: If the template refuses these messages, in its own words.
     """
     try:
+        template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],
+            chat_template=_FIXED_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
             enable_thinking=thinking,
             thinking=thinking,
-            strftime_now=_frozen_now,
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise DataError(
@@ -76,10 +82,6 @@ def render_text(tokenizer: Any, messages: Sequence[Message], *, generation_promp
         ) from None
     assert isinstance(text, str)
     return text
-
-
-def _frozen_now(_format: str) -> str:
-    return _FROZEN_DATE
 
 
 def sentinels(count: int, salt: str = "") -> list[str]:
@@ -116,7 +118,7 @@ def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> frozenset[i
         ModelError: If there is none, so that no answer could end.
     """
     ensure_template(tokenizer)
-    found = {tokenizer.eos_token_id, _end_of_turn_id(tokenizer, tokenizer.chat_template)}
+    found = {tokenizer.eos_token_id, _end_of_turn_id(tokenizer, tokenizer.get_chat_template())}
     configured = getattr(generation_config, "eos_token_id", None)
     found.update(configured if isinstance(configured, list | tuple) else [configured])
     ids = frozenset(int(token_id) for token_id in found if token_id is not None)
