@@ -22,7 +22,6 @@ from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_
 from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
 from nightschool.jobs.promotion import promote
 from nightschool.jobs.stop import Stop
-from nightschool.store import checkpoints
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.atomic import write_json
 from nightschool.store.database import open_database
@@ -117,14 +116,13 @@ class Surroundings:
     """Where a cycle runs and who watches it.
 
     `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
-    `shared` where a server may run beside it. `extra` are environment variables for the processes.
+    `shared` where a server may run beside it.
     """
 
     on_line: OnLine | None = None
     on_news: OnLine | None = None
     stop: Stop = field(default_factory=Stop)
     machine: Machine = "alone"
-    extra: Mapping[str, str] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         if self.on_news is not None:
@@ -372,8 +370,6 @@ def _train(home: Home, run: Run, facts: CycleFacts, resume: str | None, around: 
         around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
         exit_code = wait_for_stranger(run, around.stop)
     else:
-        if resume == "latest" and not checkpoints.ls(run):
-            resume = None
         exit_code = run_training(
             home,
             run,
@@ -382,7 +378,6 @@ def _train(home: Home, run: Run, facts: CycleFacts, resume: str | None, around: 
             stop=around.stop,
             machine=around.machine,
             directory=Path(facts.root),
-            extra=around.extra,
         )
     if exit_code == 0:
         return None
@@ -409,7 +404,6 @@ def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around
         stop=around.stop,
         machine=around.machine,
         directory=Path(facts.root),
-        extra=around.extra,
     )
     if around.stop.requested:
         raise Interrupted(f"The exam of {candidate.ref} was interrupted; the run {run.id} can be resumed.")

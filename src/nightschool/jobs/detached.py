@@ -23,10 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = continue_cycle(home, given.run, resume=given.resume, around=Surroundings(on_news=print))
     except NightschoolError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  stdout and stderr are the log of the run
         return error.exit_code
     RunStore(home).get(given.run).events.write("cycle", outcome=result.outcome, detail=result.detail)
-    print(f"{result.outcome}: {result.detail}")
+    print(f"{result.outcome}: {result.detail}")  # noqa: T201
     return result.exit_code
 
 

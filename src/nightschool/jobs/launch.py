@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,13 +34,13 @@ POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
 Machine = Literal["alone", "shared"]
 
 
-def child_environment(machine: Machine, *, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def child_environment(machine: Machine) -> dict[str, str]:
     """The environment of this process with the allocator's settings; what the user has set stays as it is.
 
     `machine` is `shared` where a server may run beside the child: its threads then wait without spinning.
     """
     defaults = {"PYTHONUNBUFFERED": "1", **ALLOCATOR, **(POLITE if machine == "shared" else {})}
-    return defaults | dict(os.environ) | dict(extra or {})
+    return defaults | dict(os.environ)
 
 
 def start_process(
@@ -49,7 +49,6 @@ def start_process(
     log: Path,
     machine: Machine = "alone",
     directory: Path | None = None,
-    extra: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `python -m arguments…` in a process group of its own, its output appended to `log`.
 
@@ -63,7 +62,7 @@ def start_process(
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=directory,
-            env=child_environment(machine, extra=extra),
+            env=child_environment(machine),
             start_new_session=True,
         )
 
@@ -126,10 +125,9 @@ def _run(
     on_line: OnLine | None,
     machine: Machine,
     directory: Path | None,
-    extra: Mapping[str, str] | None,
 ) -> int:
     from_byte = log.stat().st_size if log.exists() else 0
-    process = start_process(arguments, log=log, machine=machine, directory=directory, extra=extra)
+    process = start_process(arguments, log=log, machine=machine, directory=directory)
     return wait_for(process, log=log, from_byte=from_byte, stop=stop, on_line=on_line)
 
 
@@ -142,7 +140,6 @@ def run_training(
     stop: Stop | None = None,
     machine: Machine = "alone",
     directory: Path | None = None,
-    extra: Mapping[str, str] | None = None,
 ) -> int:
     """Train one run in a process of its own and wait for it.
 
@@ -154,7 +151,6 @@ def run_training(
         stop: Notes signals and hands them to the process.
         machine: `shared` where a server may run beside it.
         directory: Where relative paths of the recipe begin.
-        extra: More environment variables for the process.
 
     Returns:
         The exit code: 0 done, 75 interrupted and resumable, other: failed. A signal is minus its number.
@@ -170,7 +166,6 @@ def run_training(
         on_line=on_line,
         machine=machine,
         directory=directory,
-        extra=extra,
     )
     settle_status(run, exit_code, stopped=stop.requested)
     return exit_code
@@ -196,7 +191,6 @@ def run_exam(
     stop: Stop | None = None,
     machine: Machine = "alone",
     directory: Path | None = None,
-    extra: Mapping[str, str] | None = None,
 ) -> int:
     """Compare a candidate with the champion in a process of its own; the report lands in the registry.
 
@@ -212,5 +206,4 @@ def run_exam(
         on_line=on_line,
         machine=machine,
         directory=directory,
-        extra=extra,
     )

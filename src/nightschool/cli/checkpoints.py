@@ -1,0 +1,157 @@
+"""`nightschool checkpoints`: full training state on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nightschool.cli.session import answer, confirm, table
+from nightschool.cli.terms import figure, find_checkpoint, find_run, moment
+from nightschool.errors import Damaged, NotFound
+from nightschool.store import checkpoints
+from nightschool.store.checkpoints import Checkpoint
+from nightschool.store.home import Home
+from nightschool.store.manifest import read_manifest
+from nightschool.store.runs import Run
+from nightschool.units import format_bytes
+
+
+def ls(run_id: str | None = None, /) -> None:
+    """List the checkpoints of a run, oldest first.
+
+    Args:
+        run_id: The run; the newest without it.
+    """
+    run = find_run(Home.find(), run_id)
+    rows = [_facts(run, point) for point in checkpoints.ls(run)]
+    answer(
+        rows,
+        lambda: (
+            table(
+                ("CHECKPOINT", "EPOCH", "STEP", "HELD-OUT", "SIZE", "CREATED"),
+                [
+                    (
+                        row["name"],
+                        row["epoch"],
+                        row["step"],
+                        figure(row["heldout_loss"]),
+                        format_bytes(row["size_bytes"]),
+                        moment(row["created_at"]),
+                    )
+                    for row in rows
+                ],
+            )
+            if rows
+            else f"The run {run.id} has no checkpoints."
+        ),
+        quiet=lambda: "\n".join(row["name"] for row in rows),
+    )
+
+
+def show(checkpoint: str, /) -> None:
+    """Show one checkpoint: where training was, its files, its figures.
+
+    Args:
+        checkpoint: Its folder, RUN/CHECKPOINT, or its name.
+    """
+    run, point = find_checkpoint(Home.find(), checkpoint)
+    manifest = read_manifest(point.path)
+    files = {name: file.size_bytes for name, file in manifest.files.items()}
+    data = {**_facts(run, point), "path": str(point.path), "facts": manifest.facts, "files": files}
+
+    def text() -> str:
+        lines = [f"{key:<14} {figure(value, 6)}" for key, value in data.items() if key not in ("files", "facts")]
+        lines += [f"{key:<14} {figure(value, 6)}" for key, value in manifest.facts.items() if key not in data]
+        return "\n".join([*lines, "", table(("FILE", "SIZE"), [(n, format_bytes(s)) for n, s in files.items()])])
+
+    answer(data, text, quiet=point.name)
+
+
+def verify(target: str | None = None, /) -> int:
+    """Compare every file with its manifest, byte by byte. Exits 1 if one is damaged.
+
+    Args:
+        target: A run, or one checkpoint; the newest run without it.
+    """
+    home = Home.find()
+    try:
+        run = find_run(home, target)
+        points = checkpoints.ls(run)
+    except NotFound:
+        if target is None:
+            raise
+        run, point = find_checkpoint(home, target)
+        points = [point]
+    rows = []
+    for point in points:
+        try:
+            manifest = point.verify(digests=True)
+            rows.append({"name": point.name, "whole": True, "detail": f"{len(manifest.files)} files match"})
+        except (Damaged, NotFound) as error:
+            rows.append({"name": point.name, "whole": False, "detail": str(error)})
+    damaged = [row for row in rows if not row["whole"]]
+    answer(
+        {"run_id": run.id, "checkpoints": rows},
+        lambda: (
+            "\n".join(f"{'ok     ' if row['whole'] else 'DAMAGED'}  {row['name']}  {row['detail']}" for row in rows)
+            or f"The run {run.id} has no checkpoints."
+        ),
+        quiet=lambda: "\n".join(str(row["name"]) for row in damaged),
+    )
+    return 1 if damaged else 0
+
+
+def prune(run_id: str | None = None, /, *, keep_last: int = 1, keep_best: int = 1, yes: bool = False) -> None:
+    """Delete old checkpoints of a run; never the only whole one.
+
+    Args:
+        run_id: The run; the newest without it.
+        keep_last: This many newest ones stay.
+        keep_best: This many with the lowest held-out loss stay.
+        yes: Do not ask.
+    """
+    run = find_run(Home.find(), run_id)
+    confirm(
+        f"Keep the newest {max(1, keep_last)} and the best {keep_best} of {len(checkpoints.ls(run))} checkpoints of "
+        f"{run.id} and delete the others?",
+        yes=yes,
+    )
+    removed = checkpoints.apply_retention(run, max(1, keep_last), keep_best)
+    answer(
+        {"run_id": run.id, "removed": [point.name for point in removed]},
+        lambda: "\n".join([*(f"deleted  {point.name}" for point in removed), f"{len(removed)} deleted"]),
+        quiet=lambda: "\n".join(point.name for point in removed),
+    )
+
+
+def compare(first: str, second: str, /) -> None:
+    """Show the figures of two checkpoints side by side.
+
+    Args:
+        first: A checkpoint: its folder, RUN/CHECKPOINT, or its name.
+        second: Another one.
+    """
+    home = Home.find()
+    pairs = [find_checkpoint(home, one) for one in (first, second)]
+    facts = [{**_facts(run, point), **read_manifest(point.path).facts} for run, point in pairs]
+    keys = list(facts[0] | facts[1])
+    answer(
+        {key: [facts[0].get(key), facts[1].get(key)] for key in keys},
+        lambda: table(
+            ("", pairs[0][1].name, pairs[1][1].name),
+            [(key, figure(facts[0].get(key), 6), figure(facts[1].get(key), 6)) for key in keys],
+        ),
+    )
+
+
+def _facts(run: Run, point: Checkpoint) -> dict[str, Any]:
+    manifest = read_manifest(point.path)
+    return {
+        "run_id": run.id,
+        "name": point.name,
+        "epoch": point.epoch,
+        "step": point.step,
+        "num_files": point.num_files,
+        "heldout_loss": point.heldout_loss(),
+        "size_bytes": manifest.size_bytes,
+        "created_at": manifest.created_at.isoformat(),
+    }

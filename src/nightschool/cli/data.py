@@ -1,0 +1,112 @@
+"""`nightschool data`: what a recipe would study."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nightschool.cli.session import answer, bold, confirm
+from nightschool.config.load import load_recipe
+from nightschool.data.example import Example
+from nightschool.data.load import Loaded, load_sources, read_file, split_held_out
+from nightschool.store.accepted import AcceptedExamples
+from nightschool.store.conversations import ConversationStore
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
+def preview(source: Path, /, *overrides: str, count: int = 3) -> None:
+    """Show the first examples as they are read: who says what, and where it came from.
+
+    Args:
+        source: A recipe, or a data file.
+        overrides: Settings of the recipe, as data.0.path=train.json.
+        count: How many examples.
+    """
+    loaded = _load(source, overrides)
+    shown = loaded.examples[: max(0, count)]
+
+    def text() -> str:
+        parts = ["\n".join([bold(f"{one.source}:{one.line}"), *_turns(one)]) for one in shown]
+        return "\n\n".join([*parts, f"{len(shown)} of {len(loaded.examples)} examples"])
+
+    answer({"examples": [one.to_json() for one in shown], "num_examples": len(loaded.examples)}, text)
+
+
+def check(source: Path, /, *overrides: str) -> None:
+    """Read everything and say what there is, or everything that is wrong, with file and line.
+
+    Args:
+        source: A recipe, or a data file.
+        overrides: Settings of the recipe, as data.0.path=train.json.
+    """
+    loaded = _load(source, overrides)
+    data: dict[str, Any] = {
+        "examples": len(loaded.examples),
+        "sources": [asdict(report) for report in loaded.sources],
+        "duplicates": loaded.duplicates,
+        "bad": loaded.bad,
+        "superseded": loaded.superseded,
+        "with_paraphrases": sum(1 for one in loaded.examples if one.paraphrases),
+    }
+    if source.suffix in RECIPE_ENDINGS:
+        recipe = load_recipe(source, overrides).recipe
+        split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd())
+        known = AcceptedExamples(open_database(Home.find())).digests(recipe.name)
+        data |= {
+            "held_out": len(split.held_out),
+            "new": sum(1 for one in split.train if one.digest not in known),
+            "studied_before": sum(1 for one in split.train if one.digest in known),
+        }
+
+    def text() -> str:
+        lines = [
+            f"{report.source}: {report.examples} examples ("
+            + ", ".join(f"{rows} rows of {name}" for name, rows in report.formats.items())
+            + ")"
+            for report in loaded.sources
+        ]
+        lines += [f"{key.replace('_', ' '):<18} {value}" for key, value in data.items() if isinstance(value, int)]
+        return "\n".join(lines)
+
+    answer(data, text, quiet=str(len(loaded.examples)))
+
+
+def forget(request_id: str, /, *, yes: bool = False) -> None:
+    """Delete a kept conversation, and what later nights would replay of it.
+
+    Versions that studied it keep what they learned: roll back, or train anew.
+
+    Args:
+        request_id: The id that the answer came with.
+        yes: Do not ask.
+    """
+    conversations = ConversationStore(open_database(Home.find()))
+    found = conversations.get(request_id)
+    confirm(f"Delete the conversation {request_id} of {found.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
+    replayed = conversations.forget(request_id)
+    answer(
+        {"forgotten": request_id, "accepted_examples_deleted": replayed},
+        f"Deleted {request_id}, and {replayed} examples that would have been replayed.",
+        quiet=request_id,
+    )
+
+
+def _load(source: Path, overrides: tuple[str, ...]) -> Loaded:
+    if source.suffix not in RECIPE_ENDINGS:
+        return read_file(source, root=Path.cwd())
+    recipe = load_recipe(source, overrides).recipe
+    return load_sources(recipe.data, root=Path.cwd(), home=Home.find(), name=recipe.name)
+
+
+def _turns(example: Example) -> list[str]:
+    if example.text is not None:
+        return [example.text]
+    turns = [
+        f"{turn.role}: {turn.content}" + ("" if turn.role != "assistant" or turn.weight else "  (context only)")
+        for turn in example.messages
+    ]
+    return [*turns, *(f"also asked as: {wording}" for wording in example.paraphrases)]

@@ -1,0 +1,246 @@
+"""The command line: the table of verbs, the options that hold everywhere, and how errors leave.
+
+A verb's module is imported when the verb is called, so that `--help` needs neither torch nor the database.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
+
+from nightschool import __version__
+from nightschool.cli.session import CURRENT, Session, print_json, session
+from nightschool.errors import NightschoolError, RecipeError, UsageError
+
+EVERYWHERE = """\
+Everywhere, before or after the verb:
+
+  --json      machine-readable stdout, and nothing else on it
+  -q          less: ids and answers only
+  -C DIR      work as if started in DIR
+
+The home is .nightschool there, or NIGHTSCHOOL_HOME.
+
+Exit codes: 0 ok, 1 failed, 2 usage or recipe, 3 refused by the gate, 4 not found, 75 interrupted but resumable, \
+130 interrupted.
+"""
+
+# verb: (import path, one line of help). Nouns hold verbs.
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("nightschool.cli.demo:demo", "The whole story in ten minutes: offline, on a CPU."),
+    "doctor": ("nightschool.cli.doctor:doctor", "What works on this machine, and what to do about the rest."),
+    "plan": ("nightschool.cli.train:plan", "What a run would do: parameters, bytes, time, loss mask. Runs nothing."),
+    "train": ("nightschool.cli.train:train", "One cycle: train, publish, examine, and promote if the gate passes."),
+    "eval": ("nightschool.cli.evaluate:evaluate", "Ask a model questions and count the right answers."),
+    "chat": ("nightschool.cli.chat:chat", "Talk with a model, here or behind a server."),
+    "ask": ("nightschool.cli.chat:ask", "One question, one answer."),
+    "serve": ("nightschool.cli.serve:serve", "Answer over HTTP with the champion; swap when a new one is promoted."),
+    "top": ("nightschool.cli.top:top", "Watch the newest run."),
+}
+NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
+    "schedule": (
+        "Train again and again, on time.",
+        {
+            "run": ("nightschool.cli.schedule:run", "Train at once, then whenever the recipe's schedule says."),
+            "ls": ("nightschool.cli.schedule:ls", "The cycles so far, and what came of each."),
+            "next": ("nightschool.cli.schedule:next_due", "When the next cycles fall due."),
+            "pause": ("nightschool.cli.schedule:pause", "Let no cycle begin until resumed."),
+            "resume": ("nightschool.cli.schedule:resume", "Let cycles begin again."),
+        },
+    ),
+    "runs": (
+        "Training runs: what they did, and what they do now.",
+        {
+            "ls": ("nightschool.cli.runs:ls", "List runs, newest first."),
+            "show": ("nightschool.cli.runs:show", "One run: state, figures, recipe."),
+            "watch": ("nightschool.cli.runs:watch", "Follow a run's metrics until it ends."),
+            "logs": ("nightschool.cli.runs:logs", "Print a run's log; -f follows it."),
+            "stop": ("nightschool.cli.runs:stop", "Ask a run to finish its step, save, and end."),
+            "compare": ("nightschool.cli.runs:compare", "Two runs side by side: settings and figures that differ."),
+            "rm": ("nightschool.cli.runs:rm", "Delete a run and its checkpoints."),
+        },
+    ),
+    "checkpoints": (
+        "Full training state on disk.",
+        {
+            "ls": ("nightschool.cli.checkpoints:ls", "List the checkpoints of a run."),
+            "show": ("nightschool.cli.checkpoints:show", "One checkpoint: step, files, metrics."),
+            "verify": ("nightschool.cli.checkpoints:verify", "Compare every file with its manifest."),
+            "prune": ("nightschool.cli.checkpoints:prune", "Delete old checkpoints, never the only whole one."),
+            "compare": ("nightschool.cli.checkpoints:compare", "The figures of two checkpoints."),
+        },
+    ),
+    "models": (
+        "Published versions, and which of them is served.",
+        {
+            "ls": ("nightschool.cli.models:ls", "List names, versions and aliases."),
+            "show": ("nightschool.cli.models:show", "One version: facts, files, history."),
+            "report": ("nightschool.cli.models:report", "What the gate found: learned, lost, rule by rule."),
+            "diff": ("nightschool.cli.models:diff", "The answers that differ between two versions."),
+            "promote": ("nightschool.cli.models:promote", "Make a version the champion."),
+            "rollback": ("nightschool.cli.models:rollback", "Make the previous champion the champion again."),
+            "pin": ("nightschool.cli.models:pin", "Hold the champion: no cycle moves it."),
+            "unpin": ("nightschool.cli.models:unpin", "Let cycles move the champion again."),
+            "export": ("nightschool.cli.models:export", "Copy a version to a folder of your own."),
+            "rm": ("nightschool.cli.models:rm", "Delete a version that nothing points at."),
+        },
+    ),
+    "pins": (
+        "Answers that every candidate must keep.",
+        {
+            "add": ("nightschool.cli.pins:add", "Pin a question and the answer that must stay."),
+            "ls": ("nightschool.cli.pins:ls", "List the pinned answers."),
+            "rm": ("nightschool.cli.pins:rm", "Unpin an answer."),
+        },
+    ),
+    "data": (
+        "What a recipe would study.",
+        {
+            "preview": ("nightschool.cli.data:preview", "The first examples, as they are read."),
+            "check": ("nightschool.cli.data:check", "Read everything; say what is wrong, and where."),
+            "forget": ("nightschool.cli.data:forget", "Delete a kept conversation."),
+        },
+    ),
+    "config": (
+        "Recipes: what they say, and what they may say.",
+        {
+            "show": ("nightschool.cli.config:show", "The resolved recipe; --origin says who set what."),
+            "schema": ("nightschool.cli.config:schema", "The JSON schema of a recipe."),
+            "validate": ("nightschool.cli.config:validate", "Check a recipe; all problems at once."),
+        },
+    ),
+}
+ALIASES = {"ls": "list", "show": "view"}
+
+
+def build_app() -> App:
+    """The tree of commands, with no verb's module imported."""
+    app = App(
+        name="nightschool",
+        help="Night school for language models: they learn while you sleep, and open in the morning with the newest "
+        "version.",
+        help_epilogue=EVERYWHERE,
+        help_format="plaintext",
+        version=__version__,
+        default_parameter=Parameter(negative=()),
+    )
+    for verb, (path, text) in VERBS.items():
+        app.command(path, name=verb, help=text)
+    for noun, (text, verbs) in NOUNS.items():
+        group = App(name=noun, help=text, help_format="plaintext", default_parameter=Parameter(negative=()))
+        for verb, (path, line) in verbs.items():
+            group.command(path, name=verb, help=line)
+            if verb in ALIASES:
+                group.command(path, name=ALIASES[verb], help=line, show=False)
+        app.command(group)
+    return app
+
+
+def split_global_options(arguments: Sequence[str]) -> tuple[list[str], Session, Path | None]:
+    """Take `--json`, `-q` and `-C DIR` out of the arguments, wherever they stand before a `--`.
+
+    Raises:
+        UsageError: If `-C` names no folder.
+    """
+    rest: list[str] = []
+    json_wanted = quiet = False
+    directory: Path | None = None
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            rest += ["--", *words]
+        elif word == "--json":
+            json_wanted = True
+        elif word in ("-q", "--quiet"):
+            quiet = True
+        elif word == "-C":
+            folder = next(words, None)
+            if folder is None or not Path(folder).is_dir():
+                raise UsageError(f"-C needs a folder that exists, but got {folder!r}. Write -C DIR.")
+            # As with git, each -C is read from where the one before led.
+            directory = Path(folder) if directory is None else directory / folder
+        else:
+            rest.append(word)
+    return rest, Session(json=json_wanted, quiet=quiet), directory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors are printed, never raised."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    token = CURRENT.set(Session(json="--json" in arguments))
+    try:
+        rest, current, directory = split_global_options(arguments)
+        CURRENT.set(current)
+        with contextlib.chdir(directory or Path.cwd()):
+            result = build_app()(rest, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough (`… | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except Exception as error:  # the one place where every error becomes a line and an exit code
+        return report_error(error)
+    finally:
+        CURRENT.reset(token)
+
+
+def report_error(error: Exception) -> int:
+    """Print an error as the session wants it and return its exit code."""
+    if os.environ.get("NIGHTSCHOOL_DEBUG"):
+        traceback.print_exception(error)
+    exit_code, code, message = describe(error)
+    if session().json:
+        body: dict[str, object] = {"code": code, "message": message}
+        if isinstance(error, RecipeError):
+            body["problems"] = [vars(problem) for problem in error.problems]
+        print_json({"error": body})
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return exit_code
+
+
+def describe(error: Exception) -> tuple[int, str, str]:
+    """An error as exit code, short code, and what to say about it."""
+    if isinstance(error, NightschoolError):
+        return error.exit_code, error.code, str(error)
+    if isinstance(error, UnknownCommandError):
+        return 2, "usage", _unknown_command([*(error.command_chain or ()), *(error.unused_tokens or ())])
+    if isinstance(error, CycloptsError):
+        return 2, "usage", f"{error}".strip() + " See nightschool --help."
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            return 1, "disk_full", f"The disk is full: {error.filename or 'no space left'}. Free some and try again."
+        where = f"{error.filename}: " if error.filename else ""
+        return (4 if isinstance(error, FileNotFoundError) else 1), "os_error", f"{where}{error.strerror or error}."
+    return (
+        1,
+        "internal_error",
+        f"{type(error).__name__}: {error}. This is a mistake of nightschool; NIGHTSCHOOL_DEBUG=1 shows where.",
+    )
+
+
+def _unknown_command(words: Sequence[str]) -> str:
+    """What to say of a verb that does not exist: the nearest one that does, without importing any."""
+    noun = words[0] if words[0] in NOUNS else None
+    known = list(NOUNS[noun][1]) if noun else [*VERBS, *NOUNS]
+    word = words[1] if noun and len(words) > 1 else words[0]
+    where = f"nightschool {noun}" if noun else "nightschool"
+    nearest = difflib.get_close_matches(word, known, n=1)
+    remedy = f"Did you mean {where} {nearest[0]}?" if nearest else f"There are {', '.join(known)}."
+    return f"{where} has no verb {word!r}. {remedy}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

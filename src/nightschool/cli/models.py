@@ -1,0 +1,271 @@
+"""`nightschool models`: published versions, and which of them is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nightschool.cli.session import answer, confirm, table
+from nightschool.cli.terms import figure, folder_bytes, moment
+from nightschool.errors import Conflict, NotFound
+from nightschool.jobs.promotion import pin as pin_champion
+from nightschool.jobs.promotion import promote as promote_version
+from nightschool.jobs.promotion import roll_back
+from nightschool.store.home import Home
+from nightschool.store.names import parse_ref
+from nightschool.store.registry import Registry, Version
+from nightschool.units import format_bytes
+
+
+def ls(name: str | None = None, /) -> None:
+    """List versions, newest first, with the aliases that point to them.
+
+    Args:
+        name: Only versions of this name.
+    """
+    registry = Registry(Home.find())
+    names = registry.names() if name is None else [parse_ref(name).name]
+    rows = [row for one in names for row in _rows(registry, one)]
+    if name is not None and not rows:
+        registry.resolve(name)
+    answer(
+        rows,
+        lambda: (
+            table(
+                ("VERSION", "ALIASES", "GATE", "HELD-OUT", "PARAMETERS", "KIND", "METHOD", "CREATED"),
+                [
+                    (
+                        row["ref"],
+                        ", ".join(row["aliases"]) or None,
+                        row["gate"],
+                        figure(row["heldout_loss"]),
+                        _count(row["num_parameters"]),
+                        row["kind"],
+                        row["method"],
+                        moment(row["created_at"]),
+                    )
+                    for row in rows
+                ],
+            )
+            if rows
+            else "No versions yet. Make one with nightschool train RECIPE."
+        ),
+        quiet=lambda: "\n".join(row["ref"] for row in rows),
+    )
+
+
+def show(model: str, /) -> None:
+    """Show one version: where it comes from, its files, who moved its aliases.
+
+    Args:
+        model: NAME (its champion), NAME@ALIAS or NAME@VERSION.
+    """
+    registry = Registry(Home.find())
+    version = registry.resolve(model)
+    manifest = version.verify(digests=False)
+    files = {file: facts.size_bytes for file, facts in manifest.files.items()}
+    data = {
+        **_row(registry, version),
+        **version.facts.model_dump(mode="json", exclude={"probes"}),
+        "num_probes": len(version.facts.probes),
+        "path": str(version.path),
+        "size_bytes": manifest.size_bytes,
+        "files": files,
+        "history": [_move(move) for move in registry.history(version.name)],
+    }
+
+    def text() -> str:
+        hidden = ("files", "history", "aliases", "size_bytes", "name", "version")
+        lines = [f"{'version':<18} {version.ref}", f"{'aliases':<18} {', '.join(data['aliases']) or '-'}"]
+        lines += [f"{k:<18} {figure(v, 6)}" for k, v in data.items() if k not in (*hidden, "ref") and v is not None]
+        lines.append(f"{'size':<18} {format_bytes(manifest.size_bytes)} in {len(files)} files")
+        lines += [
+            f"{'history':<18} {moment(move['at'])}  {move['action']} {move['alias']}: "
+            f"{move['before'] or '-'} → {move['after'] or '-'} by {move['by']}"
+            for move in data["history"]
+        ]
+        return "\n".join(lines)
+
+    answer(data, text, quiet=version.ref)
+
+
+def report(model: str, /) -> None:
+    """Show what the gate found: each rule, both figures, the answers that were learned and lost.
+
+    Args:
+        model: NAME@VERSION or NAME@ALIAS; NAME is its newest version.
+    """
+    registry = Registry(Home.find())
+    version = registry.resolve(model if "@" in model else f"{model}@latest")
+    stored = registry.load_report(version.name, version.id)
+    answer(stored, lambda: render_report(stored), quiet=lambda: str(stored["decision"]))
+
+
+def diff(first: str, second: str, /) -> None:
+    """Show the answers that differ between two versions, from what the gate asked of them.
+
+    Args:
+        first: NAME@VERSION or NAME@ALIAS.
+        second: Another version.
+    """
+
+
+def promote(model: str, /) -> None:
+    """Make a version the champion. The gate is not asked.
+
+    Args:
+        model: NAME@VERSION or NAME@ALIAS.
+    """
+    home = Home.find()
+    registry = Registry(home)
+    wanted = parse_ref(model)
+    if "@" not in model:
+        raise Conflict(f"{model!r} names no version. Write {model}@VERSION; nightschool models ls {model} lists them.")
+    before = _champion(registry, wanted.name)
+    version = promote_version(home, wanted.name, registry.resolve(model).id, by=_who())
+    _moved(before, version)
+
+
+def rollback(name: str = "default", /) -> None:
+    """Make the previous champion the champion again. Servers swap to it; what was learned since is not replayed.
+
+    Args:
+        name: The name whose champion goes back.
+    """
+    home = Home.find()
+    before = _champion(Registry(home), name)
+    _moved(before, roll_back(home, parse_ref(name).name, by=_who()))
+
+
+def pin(model: str, /) -> None:
+    """Hold the champion: until `unpin`, nothing moves it.
+
+    Args:
+        model: NAME pins its champion; NAME@VERSION makes that version the champion and pins it.
+    """
+    home = Home.find()
+    version = Registry(home).resolve(model)
+    pin_champion(home, version.name, version.id, by=_who())
+    answer({"pinned": version.ref}, f"Pinned {version.ref}: no cycle moves the champion.", quiet=version.ref)
+
+
+def unpin(name: str, /) -> None:
+    """Let cycles move the champion again.
+
+    Args:
+        name: The name whose champion was pinned.
+    """
+    Registry(Home.find()).unpin(parse_ref(name).name, by=_who())
+    answer({"unpinned": name}, f"Unpinned {name}: the next candidate that passes becomes the champion.", quiet=name)
+
+
+def export(model: str, folder: Path, /) -> None:
+    """Copy a version to a folder of your own: a plain Hugging Face folder, which transformers and vLLM load.
+
+    Args:
+        model: NAME (its champion), NAME@ALIAS or NAME@VERSION.
+        folder: A folder that does not exist yet.
+    """
+    version = Registry(Home.find()).resolve(model)
+    version.verify(digests=True)
+    if folder.exists():
+        raise Conflict(f"{folder} exists, and an export never writes over anything. Name a folder that does not exist.")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        # `copy` and not `copy2`: the copy is the user's, so it is writable and of today.
+        shutil.copytree(version.path, partial, copy_function=shutil.copyfile)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    size = folder_bytes(folder)
+    answer(
+        {"ref": version.ref, "path": str(folder.resolve()), "size_bytes": size},
+        f"Exported {version.ref} to {folder} ({format_bytes(size)}).",
+        quiet=str(folder),
+    )
+
+
+def rm(model: str, /, *more: str, yes: bool = False) -> None:
+    """Delete versions that nothing points at. Their ids are never used again, and their reports stay.
+
+    Args:
+        model: NAME@VERSION.
+        more: More versions.
+        yes: Do not ask.
+    """
+    registry = Registry(Home.find())
+    for one in (model, *more):
+        if parse_ref(one).version is None:
+            raise Conflict(f"{one!r} names no version by its id. Write NAME@VERSION, such as default@20261121_023000.")
+    versions = [registry.resolve(one) for one in (model, *more)]
+    size = sum(folder_bytes(version.path) for version in versions)
+    confirm(f"Delete {', '.join(version.ref for version in versions)} ({format_bytes(size)})?", yes=yes)
+    for version in versions:
+        registry.remove(version.name, version.id)
+    answer(
+        {"removed": [version.ref for version in versions], "freed_bytes": size},
+        f"Deleted {', '.join(version.ref for version in versions)} ({format_bytes(size)}).",
+        quiet="\n".join(version.ref for version in versions),
+    )
+
+
+def _rows(registry: Registry, name: str) -> list[dict[str, Any]]:
+    return [_row(registry, version) for version in registry.versions(name)]
+
+
+def _row(registry: Registry, version: Version) -> dict[str, Any]:
+    pinned = registry.pinned(version.name)
+    aliases = sorted(alias for alias, id_ in registry.aliases(version.name).items() if id_ == version.id)
+    try:
+        gate = registry.load_report(version.name, version.id)["decision"]
+    except NotFound:
+        gate = None
+    facts = version.facts
+    return {
+        "ref": version.ref,
+        "name": version.name,
+        "version": version.id,
+        "aliases": aliases + (["pinned"] if pinned is not None and pinned.id == version.id else []),
+        "gate": gate,
+        "heldout_loss": facts.heldout_loss,
+        "num_parameters": facts.num_parameters,
+        "kind": facts.kind,
+        "method": facts.method,
+        "created_at": facts.created_at.isoformat() if facts.created_at else None,
+    }
+
+
+def _move(move: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(move), "at": move.at.isoformat()}
+
+
+def _champion(registry: Registry, name: str) -> str | None:
+    id_ = registry.aliases(parse_ref(name).name).get("champion")
+    return f"{name}@{id_}" if id_ else None
+
+
+def _moved(before: str | None, version: Version) -> None:
+    was = f" (was {before})" if before and before != version.ref else ""
+    answer(
+        {"champion": version.ref, "before": before},
+        f"The champion of {version.name} is {version.ref}{was}.",
+        quiet=version.ref,
+    )
+
+
+def _who() -> str:
+    return os.environ.get("USER") or "user"
+
+
+def _count(number: int | None) -> str | None:
+    """`853k`, `4.02B`."""
+    if number is None:
+        return None
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

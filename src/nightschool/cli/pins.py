@@ -1,0 +1,64 @@
+"""`nightschool pins`: answers that every candidate must keep."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nightschool.cli.session import answer, confirm, table
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.pins import Pins
+
+
+def add(question: str, expected: str, /, *, name: str = "default") -> None:
+    """Pin a question and its answer: the gate refuses every candidate that no longer gives it.
+
+    Args:
+        question: The question, as it is asked.
+        expected: The answer that must stay.
+        name: The name whose versions must keep it.
+    """
+    pin = _pins().add(name, question, expected)
+    answer(
+        {**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()},
+        f"Pinned for {name} as {pin.id}: {question} → {expected}",
+        quiet=str(pin.id),
+    )
+
+
+def ls(*, name: str = "default") -> None:
+    """List the pinned answers of a name.
+
+    Args:
+        name: The name.
+    """
+    pins = _pins().ls(name)
+    answer(
+        [{**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()} for pin in pins],
+        lambda: (
+            table(("PIN", "QUESTION", "ANSWER"), [(pin.id, pin.question, pin.answer) for pin in pins])
+            if pins
+            else f"Nothing is pinned for {name}. Pin with nightschool pins add QUESTION ANSWER."
+        ),
+        quiet=lambda: "\n".join(str(pin.id) for pin in pins),
+    )
+
+
+def rm(pin: int, /, *, name: str = "default", yes: bool = False) -> None:
+    """Unpin an answer.
+
+    Args:
+        pin: Its number in `pins ls`.
+        name: The name.
+        yes: Do not ask.
+    """
+    pins = _pins()
+    found = next((one for one in pins.ls(name) if one.id == pin), None)
+    if found is not None:
+        confirm(f"Unpin {found.question!r} → {found.answer!r}?", yes=yes)
+    pins.remove(name, pin)
+    answer({"removed": pin}, f"Unpinned {pin}.", quiet=str(pin))
+
+
+def _pins() -> Pins:
+    return Pins(open_database(Home.find()))

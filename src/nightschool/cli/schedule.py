@@ -1,0 +1,166 @@
+"""`nightschool schedule`: train again and again, on time."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nightschool.cli.session import answer, session, table
+from nightschool.cli.terms import moment
+from nightschool.config.load import load_recipe
+from nightschool.config.recipe import Recipe
+from nightschool.errors import Locked
+from nightschool.events import now
+from nightschool.jobs.runner import Scheduler, schedule_lock_path
+from nightschool.jobs.schedule import Timetable
+from nightschool.jobs.stop import Stop
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.ledger import Cycle, Ledger
+from nightschool.store.locks import lock
+from nightschool.store.names import check_name
+
+
+def run(recipe: Path, /, *overrides: str) -> int:
+    """Train at once, then whenever the recipe's schedule says, until SIGTERM or Ctrl-C.
+
+    A cycle without new data is skipped. A cycle that is interrupted goes on at the next start. The recipe is read
+    anew before each cycle.
+
+    Args:
+        recipe: A recipe file.
+        overrides: Settings, as schedule.every=12h.
+    """
+    root = Path.cwd()
+
+    def load() -> Recipe:
+        return load_recipe(recipe, overrides).recipe
+
+    # With --json the log is not the answer: it goes beside it.
+    stream = sys.stderr if session().json else sys.stdout
+
+    def say(line: str) -> None:
+        if not session().quiet or line.startswith(("[Scheduler]", "[Error]")):
+            print(line, file=stream, flush=True)
+
+    stop = Stop()
+    return Scheduler(Home.find(), load, root=root, stop=stop, say=say).serve()
+
+
+def ls(name: str | None = None, /, *, limit: int = 20) -> None:
+    """List the cycles of a schedule, newest first.
+
+    Args:
+        name: Only cycles of this name.
+        limit: At most this many of a name.
+    """
+    home = Home.find()
+    ledger = Ledger(open_database(home))
+    names = [check_name(name)] if name is not None else ledger.names()
+    cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
+    rows = [_cycle(cycle) for cycle in cycles]
+    states = {one: {"running": _is_running(home, one), "paused": ledger.paused(one)} for one in names}
+
+    def text() -> str:
+        if not rows:
+            return "No cycles yet. Begin with nightschool schedule run RECIPE."
+        lines = [
+            f"{one}: {'a scheduler is running' if state['running'] else 'no scheduler is running'}"
+            + (", paused" if state["paused"] else "")
+            for one, state in states.items()
+        ]
+        columns = ("NAME", "DUE", "WHY", "OUTCOME", "RUN", "DETAIL")
+        keys = ("name", "due_at", "trigger", "outcome", "run_id", "detail")
+        body = [[moment(row[key]) if key == "due_at" else row[key] for key in keys] for row in rows]
+        return "\n".join([*lines, "", table(columns, body)])
+
+    answer(
+        {"schedules": states, "cycles": rows},
+        text,
+        quiet=lambda: "\n".join(row["outcome"] or "running" for row in rows),
+    )
+
+
+def next_due(recipe: Path, /, *overrides: str, count: int = 3) -> None:
+    """Show when the next cycles fall due, and what the last one did.
+
+    Args:
+        recipe: A recipe file.
+        overrides: Settings, as schedule.every=12h.
+        count: How many due times to show.
+    """
+    home = Home.find()
+    settings = load_recipe(recipe, overrides).recipe
+    ledger = Ledger(open_database(home))
+    timetable = Timetable.of(settings.schedule)
+    running, last = _is_running(home, settings.name), ledger.last(settings.name)
+    moments = list(_due(timetable, last.due_at if last else now(), max(1, count)))
+    data = {
+        "name": settings.name,
+        "timetable": str(timetable),
+        "running": running,
+        "paused": ledger.paused(settings.name),
+        "due_at": [one.isoformat() for one in moments],
+        "last": _cycle(last) if last else None,
+    }
+
+    def text() -> str:
+        lines = [f"{settings.name}: {timetable}" + (", paused" if data["paused"] else "")]
+        if not running:
+            lines.append(
+                f"No scheduler is running: a cycle begins at once with nightschool schedule run {recipe}. "
+                "If it had gone on:"
+            )
+        lines += [f"  {one:%Y-%m-%d %H:%M:%S} UTC" for one in moments]
+        if last:
+            lines.append(f"last: {moment(last.due_at)} UTC {last.outcome or 'running'}: {last.detail or ''}")
+        return "\n".join(lines)
+
+    answer(data, text, quiet=lambda: "\n".join(one.isoformat() for one in moments))
+
+
+def pause(name: str = "default", /) -> None:
+    """Let no cycle of a name begin until resumed. One that runs goes on.
+
+    Args:
+        name: The name.
+    """
+    Ledger(open_database(Home.find())).pause(name)
+    answer({"name": name, "paused": True}, f"Paused {name}: cycles that fall due are skipped.", quiet=name)
+
+
+def resume(name: str = "default", /) -> None:
+    """Let cycles of a name begin again, from the next due time on.
+
+    Args:
+        name: The name.
+    """
+    Ledger(open_database(Home.find())).resume(name)
+    answer({"name": name, "paused": False}, f"Resumed {name}.", quiet=name)
+
+
+def _due(timetable: Timetable, anchor: datetime, count: int) -> Iterator[datetime]:
+    due = now()
+    for _ in range(count):
+        due = timetable.next_due(anchor, due)
+        yield due
+
+
+def _is_running(home: Home, name: str) -> bool:
+    path = schedule_lock_path(home, name)
+    if not path.exists():
+        return False
+    try:
+        with lock(path, f"the schedule of {name}"):
+            return False
+    except Locked:
+        return True
+
+
+def _cycle(cycle: Cycle) -> dict[str, Any]:
+    plain = dataclasses.asdict(cycle)
+    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in plain.items()}

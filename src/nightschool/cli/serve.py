@@ -1,0 +1,70 @@
+"""`nightschool serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nightschool.cli.session import note
+from nightschool.errors import UsageError
+from nightschool.store.home import Home
+from nightschool.store.names import check_name
+from nightschool.units import parse_seconds
+
+
+def serve(
+    name: str = "default",
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    model_check_interval: str = "3600",
+    record_conversations: bool = False,
+    api_keys_file: Path | None = None,
+    num_rows: int = 16,
+    context_tokens: int | None = None,
+    queue_limit: int = 256,
+    requests_per_minute: float | None = None,
+    log_level: str = "info",
+) -> None:
+    """Answer over HTTP with the champion of a name, and swap when another version is promoted.
+
+    Starts with or without a model. Runs until SIGTERM or Ctrl-C; running answers may finish.
+
+    Args:
+        name: The name whose champion is served.
+        host: Address to listen on. Other than 127.0.0.1 needs an API key, in NIGHTSCHOOL_API_KEY or a file.
+        port: Port to listen on; 0 takes a free one.
+        model_check_interval: How often to look for a newly promoted version: 3600, 10m, 1h.
+        record_conversations: Keep conversations and feedback, so that a later night can study them.
+        api_keys_file: A file with one API key a line.
+        num_rows: Requests that are answered at the same time.
+        context_tokens: Longest prompt and answer together, in tokens; the model's own limit without it.
+        queue_limit: Requests that may wait; more are refused with 429.
+        requests_per_minute: Bound per key, or per address without keys.
+        log_level: debug, info, warning or error.
+    """
+    from pydantic import ValidationError
+
+    from nightschool.server.run import serve as serve_name
+    from nightschool.server.settings import ServerSettings, read_api_keys
+
+    try:
+        settings = ServerSettings(
+            host=host,
+            port=port,
+            api_keys=read_api_keys(file=api_keys_file),
+            model_check_interval=parse_seconds(model_check_interval),
+            record_conversations=record_conversations,
+            requests_per_minute=requests_per_minute,
+            log_level=log_level,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise UsageError(f"{option} {problem['input']}: {problem['msg']}. See nightschool serve --help.") from None
+    except ValueError as error:
+        raise UsageError(f"--model-check-interval: {error}.") from None
+    if record_conversations:
+        note("Conversations are kept in the home (--record-conversations), so that a later night can study them.")
+    engine = {"num_rows": num_rows, "context_tokens": context_tokens, "queue_limit": queue_limit}
+    serve_name(Home.find(), check_name(name), settings, engine=engine)

@@ -1,0 +1,96 @@
+"""What holds for the whole command: `--json`, `-q`, and how answers, tables and questions reach the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from nightschool.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Session:
+    """`json`: stdout carries one JSON value and nothing else. `quiet`: only ids and what was asked for."""
+
+    json: bool = False
+    quiet: bool = False
+
+
+CURRENT: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+def session() -> Session:
+    """The session of the command that is running; outside of one, the plain one."""
+    return CURRENT.get() or Session()
+
+
+def answer(data: Any, text: Callable[[], str] | str, *, quiet: Callable[[], str] | str | None = None) -> None:
+    """Print the answer of a verb: `data` with `--json`, `quiet` with `-q` where there is one, else `text`."""
+    current = session()
+    if current.json:
+        print_json(data)
+        return
+    chosen = quiet if current.quiet and quiet is not None else text
+    shown = chosen if isinstance(chosen, str) else chosen()
+    if shown:
+        print(shown)
+
+
+def print_json(data: Any) -> None:
+    """One JSON value on stdout, indented for a person who looks."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def note(text: str) -> None:
+    """Say something beside the answer: on stderr, and not with `-q` or `--json`."""
+    current = session()
+    if not (current.json or current.quiet):
+        print(text, file=sys.stderr)
+
+
+def colour_wanted() -> bool:
+    """Colour where a person looks, unless NO_COLOR is set (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not session().json
+
+
+def bold(text: str) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if colour_wanted() else text
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns, never cut: what is piped elsewhere must be whole. None is shown as `-`."""
+    cells = [["-" if value is None else str(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    lines = [
+        "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    ]
+    head = "  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)).rstrip()
+    return "\n".join([bold(head), *lines])
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed.
+
+    Raises:
+        UsageError: If the answer is no, or nobody can be asked and `--yes` was not given.
+    """
+    if yes:
+        return
+    if session().json or not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody can be asked here. Add --yes to go on.")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("The answer was no; nothing was changed. Answer y, or add --yes.")
+
+
+def ago(seconds: float) -> str:
+    """`3 min`, `2 h`, `5 days`: how long something is, or was, roughly."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (unit != "days" and seconds >= size):
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

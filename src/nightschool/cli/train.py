@@ -1,0 +1,175 @@
+"""`nightschool train` and `nightschool plan`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from nightschool.cli.runs import flatten
+from nightschool.cli.session import answer, colour_wanted, note, session
+from nightschool.cli.terms import find_checkpoint
+from nightschool.config.load import load_recipe
+from nightschool.config.recipe import Recipe
+from nightschool.errors import Conflict, NotFound, UsageError
+from nightschool.jobs.cycle import (
+    CycleFacts,
+    CycleResult,
+    Surroundings,
+    begin_cycle,
+    continue_cycle,
+    cycle_lock_path,
+    run_cycle,
+    starting_weights,
+)
+from nightschool.jobs.launch import start_process
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.runs import Run, RunStore
+
+
+def train(
+    recipe: Path | None = None,
+    /,
+    *overrides: str,
+    resume: str | None = None,
+    detach: bool = False,
+    dry_run: Annotated[bool, Parameter(name=["--dry-run", "-n"])] = False,
+) -> int:
+    """Train, publish a candidate, examine it, and promote it if the gate passes.
+
+    The run starts from the champion of the recipe's name where there is one, else from its base. Exits 0 when the
+    candidate was promoted (or published, where serve.promote says so), 3 when the gate refused it, 75 when it was
+    interrupted and can be resumed.
+
+    Args:
+        recipe: A recipe file. Not needed with --resume.
+        overrides: Settings, as train.epochs=3 or data.0.path=train.json.
+        resume: Go on with this run from its newest whole checkpoint, or from this checkpoint.
+        detach: Leave it running by itself and print the id of the run.
+        dry_run: Only print the plan, as nightschool plan does.
+    """
+    home = Home.find()
+    if dry_run:
+        if recipe is None or resume is not None:
+            raise UsageError("A dry run plans a recipe: nightschool train RECIPE -n, without --resume.")
+        return plan(recipe, *overrides)
+    if resume is not None:
+        run, checkpoint = _to_resume(home, resume)
+        _refuse_other_recipe(run, recipe, overrides)
+        if detach:
+            return _detach(home, run, checkpoint)
+        return _show(continue_cycle(home, run.id, resume=checkpoint, around=_around()))
+    if recipe is None:
+        raise UsageError("There is nothing to train: no RECIPE and no --resume. Write nightschool train RECIPE.")
+    settings = load_recipe(recipe, overrides).recipe
+    if not detach:
+        return _show(run_cycle(home, settings, trigger="manual", root=Path.cwd(), around=_around()))
+    with lock(cycle_lock_path(home, settings.name), f"a cycle of {settings.name}"):
+        begun = begin_cycle(home, settings, trigger="manual", root=Path.cwd())
+    assert isinstance(begun, Run), "a manual cycle is never skipped"
+    return _detach(home, begun, None)
+
+
+def plan(recipe: Path, /, *overrides: str) -> int:
+    """Print what a run would do, and run nothing: parameters, tokens by role, cuts, bytes, time, the loss mask.
+
+    Args:
+        recipe: A recipe file.
+        overrides: Settings, as train.epochs=3.
+    """
+    from rich.console import Console
+
+    from nightschool.training.plan import make_plan, render_plan
+
+    home = Home.find()
+    settings = load_recipe(recipe, overrides).recipe
+    settings = settings.model_copy(update={"base": starting_weights(home, settings, say=note)})
+    made = make_plan(settings, home, Path.cwd())
+
+    def text() -> str:
+        console = Console(no_color=not colour_wanted(), highlight=False)
+        with console.capture() as captured:
+            render_plan(made, console)
+        return captured.get().rstrip()
+
+    answer(made.to_json(), text, quiet=f"{made.steps_total} steps, {made.expected_peak_bytes} bytes")
+    return 0
+
+
+def _around() -> Surroundings:
+    """Live output on the terminal; with --json beside the answer, with -q none."""
+    stream = sys.stderr if session().json else sys.stdout
+    on_line: Callable[[str], None] | None = None
+    if not session().quiet:
+
+        def on_line(line: str) -> None:
+            print(line, file=stream, flush=True)
+
+    return Surroundings(on_line=on_line, on_news=on_line)
+
+
+def _show(result: CycleResult) -> int:
+    def text() -> str:
+        lines = [f"{result.outcome}: {result.detail}"]
+        if result.candidate is not None:
+            lines.append(f"candidate {result.candidate}; see nightschool models report {result.candidate}")
+        if result.outcome == "interrupted":
+            lines.append(f"go on with nightschool train --resume {result.run_id}")
+        return "\n".join(lines)
+
+    answer(result.to_json(), text, quiet=result.candidate or result.run_id or "")
+    return result.exit_code
+
+
+def _to_resume(home: Home, wanted: str) -> tuple[Run, str]:
+    """The run, and the checkpoint in it: `latest` where a run was named.
+
+    Raises:
+        NotFound: If it is neither a run nor a checkpoint.
+    """
+    store = RunStore(home)
+    if wanted in [run.id for run in store.ls()]:
+        return store.get(wanted), "latest"
+    try:
+        run, checkpoint = find_checkpoint(home, wanted)
+    except NotFound:
+        known = ", ".join(run.id for run in store.ls()[:5]) or "none yet"
+        raise NotFound(
+            f"--resume {wanted!r} is neither a run nor a checkpoint in {home.runs}. Runs: {known}."
+        ) from None
+    return run, checkpoint.name
+
+
+def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ...]) -> None:
+    """A resumed run keeps its recipe, so another one would be ignored in silence.
+
+    Raises:
+        Conflict: If the recipe that was given differs from the run's.
+    """
+    if recipe is None:
+        return
+    given = flatten(load_recipe(recipe, overrides).recipe.as_plain())
+    kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleFacts.read(run).recipe_base}
+    differing = [key for key in given | kept if given.get(key) != kept.get(key)]
+    if differing:
+        values = "; ".join(f"{key} is {kept.get(key)} there and {given.get(key)} here" for key in differing[:5])
+        raise Conflict(
+            f"The run {run.id} was begun with another recipe: {values}. A resumed run keeps its own; resume without a "
+            "recipe, or begin a new run."
+        )
+
+
+def _detach(home: Home, run: Run, checkpoint: str | None) -> int:
+    arguments = ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id]
+    if checkpoint is not None:
+        arguments += ["--resume", checkpoint]
+    process = start_process(arguments, log=run.log_path, directory=Path(CycleFacts.read(run).root))
+    data: dict[str, Any] = {"run_id": run.id, "pid": process.pid, "log": str(run.log_path)}
+    answer(data, f"{run.id} runs by itself. Follow it with nightschool runs watch {run.id}.", quiet=run.id)
+    # Popen warns when it is dropped while its child runs, and this child is meant to outlive us.
+    process.returncode = 0
+    return 0
