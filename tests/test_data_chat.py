@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from chat_templates import KINDS, QWEN_3, TEMPLATES, make_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -225,13 +227,11 @@ def test_the_default_without_chatml_tokens_ends_with_eos() -> None:
 
 
 def test_answers_stop_where_the_template_ends_them_and_where_the_model_says() -> None:
-    class Configured:
-        eos_token_id = [5, 6]
-
+    configured = SimpleNamespace(eos_token_id=[5, 6])
     tokenizer = make_tokenizer("merging", "llama-3")
     ids = tokenizer.convert_tokens_to_ids
     assert stop_token_ids(tokenizer) == {ids("<|endoftext|>"), ids("<|eot|>")}
-    assert stop_token_ids(tokenizer, Configured()) == {ids("<|endoftext|>"), ids("<|eot|>"), 5, 6}
+    assert stop_token_ids(tokenizer, configured) == {ids("<|endoftext|>"), ids("<|eot|>"), 5, 6}
 
 
 # --- cutting ---
