@@ -1,0 +1,58 @@
+"""How many tokens a second does the engine generate for 16 clients, against three ways that transformers offers?"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from harness import Benchmark, median_ratio
+from real_chats import qwen3
+from serving_peers import Alone, Ours, StaticBatches, TransformersContinuous, mixed_load, timed
+
+NUM_CLIENTS = 16
+
+
+def main() -> None:
+    bench = Benchmark(
+        "serving_throughput",
+        "Generated tokens per second, 16 clients, mixed prompt and answer lengths, same tokens out",
+        {"vs_one_at_a_time": {"min": 4.5}, "vs_static_batches": {"min": 1.25}, "vs_transformers_continuous": {"min": 1.1}},
+    )
+    torch.set_num_threads(2)
+    vocab_size = 8192 if bench.quick else 32768
+    layers = 4 if bench.quick else 8
+    model = qwen3(vocab_size, hidden_size=512, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)
+    model.eval()
+    load = mixed_load(32 if bench.quick else 64, vocab_size)
+    warm = mixed_load(NUM_CLIENTS, vocab_size, seed=1)
+    contestants = {
+        "alone": Alone(model),
+        "static": StaticBatches(model, NUM_CLIENTS),
+        "ours": Ours(model, NUM_CLIENTS, vocab_size),
+    }
+    _, expected = timed(contestants["alone"], load, None)
+    rates: dict[str, list[float]] = {name: [] for name in [*contestants, "continuous"]}
+    for name, contestant in contestants.items():
+        timed(contestant, warm, None)
+        del name
+    for _ in range(2 if bench.quick else 5):
+        for name, contestant in contestants.items():
+            rates[name].append(timed(contestant, load, expected)[0])
+        # The peer switches the model's attention while it lives, so it lives only for its own turn.
+        implementation = model.config._attn_implementation
+        continuous = TransformersContinuous(model, NUM_CLIENTS)
+        timed(continuous, warm, None)
+        rates["continuous"].append(timed(continuous, load, expected)[0])
+        continuous.close()
+        model.set_attn_implementation(implementation)
+    contestants["ours"].close()
+    bench.table([(name, f"{statistics.median(values):8.0f} tokens/s") for name, values in rates.items()])
+    bench.finish({
+        "vs_one_at_a_time": round(median_ratio(rates["ours"], rates["alone"]), 3),
+        "vs_static_batches": round(median_ratio(rates["ours"], rates["static"]), 3),
+        "vs_transformers_continuous": round(median_ratio(rates["ours"], rates["continuous"]), 3),
+    })
+
+
+if __name__ == "__main__":
+    main()
