@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nightschool.errors import Damaged, NotFound
+from nightschool.errors import Damaged, NameRefused, NotFound
 from nightschool.events import now
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.names import CHAMPION, check_alias, is_stamp
@@ -109,7 +109,7 @@ def read_book(path: Path) -> AliasBook:
         )
         if book.champions()[-1:] != ([book.champion] if book.champion else []):
             raise ValueError(f"the champion is {book.champion}, but its history ends with {book.champions()[-1:]}")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, NameRefused) as error:
         raise Damaged(f"{path} does not have the form of aliases ({error!r}). Restore it from a copy.") from error
     return book
 

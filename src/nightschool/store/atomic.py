@@ -22,9 +22,9 @@ from typing import Any
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, NotFound
 
 PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries that write without Python (safetensors, Arrow) wrap the same fact in exceptions of their own.
-_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL)
+_FULL_TEXTS = tuple(os.strerror(number) for number in FULL)
 # A sweeper holds a lock for the time of one removal; a writer that meets it tries again this long.
 _CLAIM_SECONDS = 5.0
 
@@ -35,7 +35,7 @@ def room_needed(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = error.errno in _FULL if isinstance(error, OSError) else any(text in str(error) for text in _FULL_TEXTS)
+        full = error.errno in FULL if isinstance(error, OSError) else any(text in str(error) for text in _FULL_TEXTS)
         if not full or isinstance(error, DiskFull):
             raise
         raise DiskFull(
@@ -177,8 +177,9 @@ def remove_folder(folder: Path) -> None:
     try:
         if not _lock_now(handle):
             raise Locked(f"Another process is writing {folder}. Wait until it is done, or stop that process.")
-        folder.rename(doomed)
-        sync_folder(folder.parent)
+        with room_needed(folder):
+            folder.rename(doomed)
+            sync_folder(folder.parent)
         shutil.rmtree(doomed)
     finally:
         os.close(handle)

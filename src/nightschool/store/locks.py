@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nightschool.errors import Locked
-from nightschool.store.atomic import make_folder, room_needed
+from nightschool.store.atomic import FULL, make_folder, room_needed
 
 _POLL_SECONDS = 0.02
 
@@ -36,10 +36,7 @@ def lock(path: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _acquire(file, what, time.monotonic() + wait_seconds)
-        # The holder's process id, so that whoever is refused knows whom to look for.
-        with room_needed(path):
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        _sign(file)
         try:
             yield
         finally:
@@ -61,3 +58,14 @@ def _acquire(file: int, what: str, deadline: float) -> None:
                 f"Another process (pid {holder}) holds {what}. Wait until it is done, or stop that process."
             ) from None
         return
+
+
+def _sign(file: int) -> None:
+    """Write the holder's process id, so that whoever is refused knows whom to look for."""
+    os.ftruncate(file, 0)
+    try:
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        # A nameless lock holds as well; without this nothing could be removed from a full disk.
+        if error.errno not in FULL:
+            raise

@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from nightschool.errors import Conflict, Damaged, NameRefused, NotFound
+from nightschool.errors import Conflict, Damaged, DiskFull, NameRefused, NotFound
 from nightschool.events import now
 from nightschool.store.aliases import AliasBook, AliasMove, read_book, write_book
 from nightschool.store.atomic import publish_directory, read_json, remove_folder, sweep_partials, write_json
@@ -259,9 +259,11 @@ class Registry:
         with self._editing(name) as edit:
             self._refuse_gone(found)
             self._refuse_used(found, edit.book)
-            # The tombstone first: after a crash in between, the folder is no version any more, and is swept.
             edit.book = dataclasses.replace(edit.book, removed=(*edit.book.removed, found.id))
-            edit.save()
+            # The tombstone first: after a crash in between, the folder is no version any more, and is swept. On a
+            # full disk it is written afterwards, because removing is how room is made.
+            with suppress(DiskFull):
+                edit.save()
             remove_folder(found.path)
 
     def report_path(self, name: str, version: str) -> Path:

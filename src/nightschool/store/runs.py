@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 import psutil
 from ruamel.yaml import YAML
 
-from nightschool.errors import Conflict, Damaged, NotFound
+from nightschool.errors import Conflict, Damaged, DiskFull, NotFound
 from nightschool.events import EventLog, now
 from nightschool.store.atomic import (
     PARTIAL,
@@ -251,17 +252,28 @@ class RunStore:
             status = run.status
             if status.state == "running" and status.process_lives:
                 raise Conflict(f"The run {run_id} is running in process {status.pid}. Stop it first.")
-            # The tombstone first: after a crash in between, the run is still whole and can be removed again.
-            write_json(self.home.runs / "removed.json", {"run_ids": sorted({*self._removed(), run_id})})
-            remove_folder(run.path)
+            tombstones = {"run_ids": sorted({*self._removed(), run_id})}
+            # The tombstone first: after a crash in between, the run is still whole and can be removed again. On a
+            # full disk it is written afterwards, because removing is how room is made.
+            try:
+                write_json(self._removed_path, tombstones)
+            except DiskFull:
+                remove_folder(run.path)
+                write_json(self._removed_path, tombstones)
+            else:
+                remove_folder(run.path)
+
+    @property
+    def _removed_path(self) -> Path:
+        return self.home.runs / "removed.json"
 
     def _removed(self) -> list[str]:
         try:
-            return list(read_json(self.home.runs / "removed.json").get("run_ids", []))
+            return list(read_json(self._removed_path).get("run_ids", []))
         except NotFound:
             return []
 
-    def _lock(self) -> Any:
+    def _lock(self) -> AbstractContextManager[None]:
         return lock(self.home.locks / "runs.lock", "the list of runs", wait_seconds=_WAIT_SECONDS)
 
 
