@@ -14,9 +14,10 @@ from torch import nn
 from nightschool.layers.forward import causal_lm
 from nightschool.layers.loss import chunk_tokens_for
 
-# Tensors that a decoder layer keeps for its backward pass, in units of tokens × hidden size: inputs of the two norms,
-# of queries, keys, values, output and the two residual sums. The feed-forward part is counted by its own width.
-_KEPT_PER_LAYER_HIDDEN = 10
+# Tensors that a decoder layer keeps for its backward pass, in units of tokens × hidden size: three for each norm (also
+# those of queries and keys), rotated queries and keys, values, attention's output. The feed-forward part is counted by
+# its own width: gate, up, activation, product. Measured on 6 layers of 256: within 30 % of the peak of the process.
+_KEPT_PER_LAYER_HIDDEN = 15
 _KEPT_PER_LAYER_FEED_FORWARD = 4
 
 
@@ -107,7 +108,7 @@ def expected_peak_bytes(
     """Bytes of tensors at the peak of a step over `tokens_per_batch` packed tokens.
 
     AdamW keeps two fp32 moments of each trainable element, and an fp32 master where the parameter is in 16 bits. With
-    gradient checkpointing only the input of each layer is kept, and one layer is held in full.
+    gradient checkpointing only the input of each layer is kept, and one layer at a time is held in full.
     """
     inner = causal_lm(model)
     config = inner.config.get_text_config()
@@ -122,7 +123,8 @@ def expected_peak_bytes(
         * size
         * (_KEPT_PER_LAYER_HIDDEN * hidden + _KEPT_PER_LAYER_FEED_FORWARD * _feed_forward_width(config))
     )
-    kept = layers * tokens_per_batch * 4 * hidden + layer if gradient_checkpointing else layers * layer
+    # The layer at work holds its gradients beside what it kept.
+    kept = layers * tokens_per_batch * 4 * hidden + 2 * layer if gradient_checkpointing else (layers + 1) * layer
     head = inner.get_output_embeddings()
     vocab = config.vocab_size
     logits = 3 * 4 * min(tokens_per_batch, chunk_tokens_for(vocab)) * vocab
