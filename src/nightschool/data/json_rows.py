@@ -166,6 +166,7 @@ class _Scanner:
             added += len(chunk)
             if added > len(pending):
                 break
-        self.buffer = "".join(pieces)
-        self.position = 0
+        if added:
+            self.buffer = "".join(pieces)
+            self.position = 0
         return added > 0
