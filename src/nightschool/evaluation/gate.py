@@ -1,0 +1,205 @@
+"""The gate: a candidate's score sheet, the champion's, and the recipe's rules go in; a report comes out.
+
+Pure: no file, no clock, no model. A rule that cannot be judged (no champion, nothing held out, no old questions) says
+so and does not stand in the way; a held-out loss that is not finite is always refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from nightschool.config.recipe import Gate
+from nightschool.config.rules import Rule, RuleName, parse_rule
+from nightschool.evaluation.scores import ScoreSheet
+from nightschool.evaluation.verdict import AnswerPair, Figures, GateReport, RuleResult
+
+__all__ = ["GateReport", "RuleResult", "decide", "show"]
+
+
+def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate) -> GateReport:
+    """Judge every rule of the recipe and decide.
+
+    Args:
+        candidate: What the new version scored.
+        champion: What the served version scored on the same questions; None if no version is served yet.
+        rules: The `gate` section of the recipe. A rule of None is not applied.
+    """
+    theirs = {answer.id: answer for answer in champion.answers} if champion else {}
+    pairs = [AnswerPair.of(answer, theirs.get(answer.id)) for answer in candidate.answers]
+    results = [
+        result
+        for result in (
+            _holdout_loss(candidate, champion, rules.holdout_loss),
+            _new_facts(pairs, champion, rules.new_facts),
+            _forgetting(pairs, champion, rules.forgetting),
+            _pins(pairs, champion, rules.pins),
+        )
+        if result is not None
+    ]
+    refused = any(result.passed is False for result in results)
+    notes = []
+    if all(result.passed is None for result in results):
+        notes.append(f"Nothing could be compared, so nothing speaks against {candidate.version}.")
+    return GateReport(
+        decision="refuse" if refused else "promote",
+        candidate=candidate.version,
+        champion=champion.version if champion else None,
+        rules=tuple(results),
+        figures=tuple(Figures.of(sheet) for sheet in (candidate, champion) if sheet is not None),
+        # Without a champion nobody knows what was known before; only the new can have been learned.
+        learned=tuple(pair for pair in pairs if pair.learned and (champion or pair.kind == "new")),
+        lost=tuple(pair for pair in pairs if pair.lost),
+        notes=tuple(notes),
+        suggestions=tuple(_suggestion(result) for result in results if result.passed is False),
+    )
+
+
+_SUGGESTIONS = {
+    "holdout_loss": (
+        "The held-out loss rose, which is what too much training looks like. Lower train.epochs or "
+        "train.learning_rate, or raise replay.ratio."
+    ),
+    "new_facts": (
+        "The new facts did not stick. Raise train.epochs or train.learning_rate, or give each fact in several wordings."
+    ),
+    "forgetting": "Old answers were lost. Raise replay.ratio or replay.minimum, or lower train.learning_rate.",
+    "pins": (
+        "A pinned answer is missing. Put its question and answer into the data so that it is studied again, raise "
+        "replay.ratio, or unpin it if it is out of date."
+    ),
+}
+
+
+def _suggestion(result: RuleResult) -> str:
+    if result.rule == "holdout_loss" and result.candidate is not None and not math.isfinite(result.candidate):
+        return "The weights are broken. Lower train.learning_rate, set train.max_grad_norm, or set train.dtype to fp32."
+    return _SUGGESTIONS[result.rule]
+
+
+def _holdout_loss(candidate: ScoreSheet, champion: ScoreSheet | None, text: str | None) -> RuleResult | None:
+    loss = candidate.heldout_loss
+    theirs = champion.heldout_loss if champion else None
+    if loss is not None and not math.isfinite(loss):
+        why = f"The candidate's held-out loss is {loss}, which no rule lets through."
+        return RuleResult("holdout_loss", text or "finite", "nats", None, loss, theirs, passed=False, why=why)
+    if text is None:
+        return None
+    rule = parse_rule("holdout_loss", text)
+    not_judged = partial(_not_judged, rule, loss, theirs)
+    if loss is None:
+        return not_judged("Nothing was held out.")
+    if rule.relative_to_champion:
+        if champion is None:
+            return not_judged("There is no champion to compare with.")
+        if theirs is None:
+            return not_judged("The champion has no held-out loss.")
+        if champion.heldout_tokens != candidate.heldout_tokens:
+            return not_judged(
+                f"The candidate's loss is over {candidate.heldout_tokens} tokens and the champion's over "
+                f"{champion.heldout_tokens}, so they cannot be compared."
+            )
+        if not math.isfinite(theirs):
+            why = f"The champion's held-out loss is {theirs}, and the candidate's is finite."
+            return RuleResult("holdout_loss", rule.text, "nats", None, loss, theirs, passed=True, why=why)
+    return _judged(rule, loss, theirs, f"{loss:.4f} nats a token on {candidate.heldout_tokens} held-out tokens", ())
+
+
+def _new_facts(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, text: str | None) -> RuleResult | None:
+    if text is None:
+        return None
+    rule = parse_rule("new_facts", text)
+    new = [pair for pair in pairs if pair.kind == "new"]
+    both = [pair for pair in new if pair.champion_correct is not None]
+    share = _share(sum(pair.candidate_correct for pair in new), len(new))
+    theirs = _share(sum(bool(pair.champion_correct) for pair in both), len(both))
+    not_judged = partial(_not_judged, rule, share, theirs)
+    if share is None:
+        return not_judged("There was no new question to ask.")
+    if rule.relative_to_champion and champion is None:
+        return not_judged("There is no champion to compare with.")
+    if rule.relative_to_champion and len(both) != len(new):
+        return not_judged(f"The champion was asked {len(both)} of the {len(new)} new questions.")
+    unanswered = tuple(pair for pair in new if not pair.candidate_correct)
+    said = f"{len(new) - len(unanswered)} of {_count(len(new), 'new question')} answered"
+    return _judged(rule, share, theirs, said, unanswered)
+
+
+def _forgetting(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, text: str | None) -> RuleResult | None:
+    if text is None:
+        return None
+    rule = parse_rule("forgetting", text)
+    old = [pair for pair in pairs if pair.kind == "old" and pair.champion_correct is not None]
+    known = [pair for pair in old if pair.champion_correct]
+    lost = tuple(pair for pair in known if pair.lost)
+    share = _share(len(lost), len(known))
+    not_judged = partial(_not_judged, rule, share, None)
+    if champion is None:
+        return not_judged("There is no champion that could know more.")
+    if not old:
+        return not_judged("There was no old question to ask.")
+    if share is None:
+        return not_judged(f"The champion answers none of the {len(old)} old questions, so none could be lost.")
+    said = f"{len(lost)} of {_count(len(known), 'old answer')} that the champion gives lost"
+    return _judged(rule, share, None, said, lost)
+
+
+def _pins(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, wanted: Literal["all", "off"]) -> RuleResult | None:
+    if wanted == "off":
+        return None
+    pins = [pair for pair in pairs if pair.kind == "pin"]
+    kept = _share(sum(pair.candidate_correct for pair in pins), len(pins))
+    theirs = _share(sum(bool(pair.champion_correct) for pair in pins), len(pins)) if champion else None
+
+    result = partial(RuleResult, "pins", "all", "share", 1.0, kept, theirs)
+    if not pins:
+        return result(passed=None, why="No answer is pinned.")
+    # An answer that the champion does not give either is no loss. Without a champion, the pins are the only measure.
+    missing = [pair for pair in pins if not pair.candidate_correct]
+    broken = [pair for pair in missing if pair.champion_correct is not False]
+    if broken:
+        why = (
+            f"{len(broken)} of {_count(len(pins), 'pinned answer')} {'would be lost' if champion else 'is not given'}."
+        )
+        return result(passed=False, why=why, examples=tuple(broken))
+    if missing:
+        why = f"{len(missing)} of {_count(len(pins), 'pinned answer')} the champion does not give either; none is lost."
+        return result(passed=True, why=why, examples=tuple(missing))
+    return result(passed=True, why=f"{len(pins)} of {_count(len(pins), 'pinned answer')} given.")
+
+
+def _not_judged(rule: Rule, candidate: float | None, champion: float | None, why: str) -> RuleResult:
+    return RuleResult(rule.name, rule.text, _unit(rule.name), None, candidate, champion, passed=None, why=why)
+
+
+def _judged(
+    rule: Rule, candidate: float, champion: float | None, said: str, examples: tuple[AnswerPair, ...]
+) -> RuleResult:
+    unit = _unit(rule.name)
+    threshold = rule.threshold(champion)
+    passed = rule.holds(candidate, champion)
+    why = f"{said}; {'within' if passed else 'not within'} {rule.operator} {show(threshold, unit)}."
+    return RuleResult(rule.name, rule.text, unit, threshold, candidate, champion, passed, why, examples)
+
+
+def _unit(name: RuleName) -> Literal["nats", "share"]:
+    return "nats" if name == "holdout_loss" else "share"
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def show(figure: float | None, unit: Literal["nats", "share"]) -> str:
+    """A figure for people: `1.2340` nats, `97.5%`, `-` for none."""
+    if figure is None:
+        return "-"
+    if unit == "nats" or not math.isfinite(figure):
+        return f"{figure:.4f}"
+    return f"{100 * figure:.1f}".removesuffix(".0") + "%"

@@ -1,0 +1,132 @@
+"""From examples to the questions that the gate asks of both versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nightschool.data.example import Example
+from nightschool.evaluation.match import words
+from nightschool.evaluation.scores import Kind, ProbeQuestion, Wording
+
+
+class PinnedAnswer(Protocol):
+    """What a pin has to have: a question and the answer that must be kept."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+def count_words(text: str) -> int:
+    """The length of an answer where no tokenizer is at hand."""
+    return len(text.split())
+
+
+def make_questions(
+    new_examples: Sequence[Example],
+    old_examples: Sequence[Example],
+    pins: Sequence[PinnedAnswer],
+    sample: int,
+    seed: int,
+    *,
+    max_answer_tokens: int = 64,
+    count_tokens: Callable[[str], int] = count_words,
+) -> list[ProbeQuestion]:
+    """Return what is asked: new questions, then old ones, then pins.
+
+    New examples are asked in the wordings that were not trained, where they have any, else as they were trained; old
+    ones as they were trained. If there are more than `sample`, every example gives one question before any gives a
+    second one. The choice depends on the seed and the examples' digests, not on their order.
+
+    Left out are plain texts, blank answers, answers of more than `max_answer_tokens`, repeated questions, wordings
+    that another new example trains, and old questions that a new example or a pin asks too: a correction is no
+    forgetting.
+
+    Args:
+        new_examples: What the run taught.
+        old_examples: What was accepted before.
+        pins: All of them are asked, however long.
+        sample: At most this many new, and as many old, questions.
+        seed: Chooses the sample.
+        max_answer_tokens: Longest expected answer.
+        count_tokens: Length of a text in the model's tokens. Without it, words are counted.
+    """
+
+    def fits(example: Example) -> bool:
+        answer = example.answer
+        return bool(answer and words(answer) and example.question and count_tokens(answer) <= max_answer_tokens)
+
+    pinned = [_pin(pin) for pin in pins]
+    trained = {_key(_as_trained("new", example)) for example in new_examples if example.question}
+    asked = {_key(question) for example in new_examples if example.question for question in _paraphrased(example)}
+    taken = trained | asked | {_key(question) for question in pinned}
+    new = [
+        _untrained(example, trained) or [_as_trained("new", example)] for example in _ordered(new_examples, seed, fits)
+    ]
+    old = [[_as_trained("old", example)] for example in _ordered(old_examples, seed, fits)]
+    return [
+        *_sample(new, sample),
+        *_sample([[question] for (question,) in old if _key(question) not in taken], sample),
+        *_sample([[question] for question in pinned], len(pinned)),
+    ]
+
+
+def _ordered(examples: Sequence[Example], seed: int, fits: Callable[[Example], bool]) -> list[Example]:
+    """Those that fit, in an order that depends on seed and digests alone."""
+    found = sorted(filter(fits, examples), key=lambda example: (example.digest, example.paraphrases))
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def _sample(by_example: Sequence[Sequence[ProbeQuestion]], count: int) -> list[ProbeQuestion]:
+    """At most `count` different questions: the first of each example, then the second of each, and so on."""
+    chosen: dict[str, ProbeQuestion] = {}
+    for turn in range(max((len(questions) for questions in by_example), default=0)):
+        for questions in by_example:
+            if len(chosen) >= count:
+                return list(chosen.values())
+            if turn < len(questions):
+                chosen.setdefault(questions[turn].id, questions[turn])
+    return list(chosen.values())
+
+
+def _as_trained(kind: Kind, example: Example) -> ProbeQuestion:
+    return _question(kind, example, None)
+
+
+def _paraphrased(example: Example) -> list[ProbeQuestion]:
+    return [_question("new", example, wording) for wording in example.paraphrases if wording.strip()]
+
+
+def _untrained(example: Example, trained: set[str]) -> list[ProbeQuestion]:
+    """The example's paraphrases, without those that another example trains."""
+    return [question for question in _paraphrased(example) if _key(question) not in trained]
+
+
+def _question(kind: Kind, example: Example, paraphrase: str | None) -> ProbeQuestion:
+    """The example's own question, or a paraphrase in its place, after all the turns before it."""
+    messages = [{"role": m.role, "content": m.content} for m in example.messages[:-1]]
+    asked = max(index for index, message in enumerate(messages) if message["role"] == "user")
+    if paraphrase is not None:
+        messages[asked] = {"role": "user", "content": paraphrase}
+    wording: Wording = "trained" if paraphrase is None else "paraphrase"
+    return _made(kind, messages, messages[asked]["content"], example.answer or "", wording)
+
+
+def _pin(pin: PinnedAnswer) -> ProbeQuestion:
+    return _made("pin", [{"role": "user", "content": pin.question}], pin.question, pin.answer, "pinned")
+
+
+def _made(kind: Kind, messages: list[dict[str, str]], question: str, expected: str, wording: Wording) -> ProbeQuestion:
+    canonical = json.dumps([kind, messages, expected], ensure_ascii=False, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return ProbeQuestion(f"{kind}-{digest}", kind, question, expected, messages, wording)
+
+
+def _key(question: ProbeQuestion) -> str:
+    return json.dumps([[m["role"], words(m["content"])] for m in question.messages])

@@ -1,0 +1,107 @@
+"""The gate's report for people: which rule, which figures, which answers, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from nightschool.evaluation.diff import shortened
+from nightschool.evaluation.gate import show
+from nightschool.evaluation.verdict import AnswerPair, GateReport, RuleResult
+
+
+def render(report: GateReport, console: Console | None = None, *, max_examples: int = 5) -> None:
+    """Print a report, readable from 60 columns on.
+
+    Args:
+        report: What the gate decided.
+        console: Where to print; standard output without it.
+        max_examples: At most this many answers under each heading; how many more there are is said.
+    """
+    console = console or Console()
+    promoted = report.decision == "promote"
+    head = Text.assemble(
+        ("PASSED" if promoted else "REFUSED", "bold green" if promoted else "bold red"),
+        "  ",
+        (report.candidate, "bold"),
+    )
+    console.print(head, soft_wrap=True)
+    console.print(Text(f"compared with {report.champion}" if report.champion else "there is no champion yet"))
+    console.print()
+    console.print(_rules(report.rules))
+    console.print()
+    console.print(_why(report.rules))
+    for note in report.notes:
+        console.print(Text(note))
+    shown: set[str] = set()
+    for rule in report.failed:
+        _answers(console, f"Behind {rule.rule}", "red", rule.examples, shown, max_examples)
+    _answers(console, "Lost", "red", report.lost, shown, max_examples)
+    _answers(console, "Learned", "green", report.learned, shown, max_examples)
+    if report.suggestions:
+        console.print(Text("\nWhat to do", style="bold"))
+        for suggestion in report.suggestions:
+            console.print(Padding(Text(suggestion), (0, 0, 0, 2)))
+
+
+def _rules(rules: Sequence[RuleResult]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("rule", "needed", "candidate", "champion", "verdict"):
+        table.add_column(column, justify="right" if column in ("candidate", "champion") else "left", no_wrap=True)
+    for rule in rules:
+        figures = show(rule.candidate, rule.unit), show(rule.champion, rule.unit)
+        table.add_row(rule.rule, Text(rule.limit), *figures, Text(*_VERDICTS[rule.passed]))
+    return table
+
+
+_VERDICTS = {True: ("passed", "green"), False: ("FAILED", "bold red"), None: ("not judged", "yellow")}
+
+
+def _why(rules: Sequence[RuleResult]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for rule in rules:
+        table.add_row(Text(rule.rule, style=_VERDICTS[rule.passed][1]), Text(rule.why))
+    return table
+
+
+def _answers(
+    console: Console, title: str, style: str, pairs: Sequence[AnswerPair], shown: set[str], max_examples: int
+) -> None:
+    """Print the answers that were not printed under an earlier heading."""
+    left = [pair for pair in pairs if pair.id not in shown]
+    if not left:
+        return
+    before = len(pairs) - len(left)
+    counted = f"{len(pairs)}" + (f", {before} of them above" if before else "")
+    console.print(Text(f"\n{title} ({counted})", style=f"bold {style}"))
+    for pair in left[:max_examples]:
+        shown.add(pair.id)
+        console.print(_pair(pair))
+    if len(left) > max_examples:
+        console.print(Text(f"  and {len(left) - max_examples} more"))
+
+
+def _pair(pair: AnswerPair) -> Padding:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(Text(_KINDS[pair.kind], style="dim"), Text(shortened(pair.question), style="bold"))
+    table.add_row("expected", Text(shortened(pair.expected)))
+    if pair.champion_answer is not None:
+        table.add_row("champion", _marked(pair.champion_answer, correct=bool(pair.champion_correct)))
+    table.add_row("candidate", _marked(pair.candidate_answer, correct=pair.candidate_correct))
+    return Padding(table, (0, 0, 1, 2))
+
+
+_KINDS = {"new": "new", "old": "old", "pin": "pinned"}
+
+
+def _marked(answer: str, *, correct: bool) -> Text:
+    mark = ("✓ ", "green") if correct else ("✗ ", "red")
+    return Text.assemble(mark, shortened(answer) or "(nothing)")

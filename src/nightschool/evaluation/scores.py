@@ -1,0 +1,93 @@
+"""What a version was asked and what it answered: the facts that the gate decides on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+from nightschool.evaluation.match import is_correct
+
+Kind = Literal["new", "old", "pin"]
+Wording = Literal["paraphrase", "trained", "pinned"]
+
+
+@dataclass(frozen=True)
+class ProbeQuestion:
+    """One question with its expected answer.
+
+    `messages` is the whole context as role and content, ending with the question. `wording` says whether the
+    question was trained in these words. `id` is the same for the same kind, context and expected answer, in every
+    process.
+    """
+
+    id: str
+    kind: Kind
+    question: str
+    expected: str
+    messages: list[dict[str, str]]
+    wording: Wording = "trained"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+    def answered(self, answer: str) -> ProbeAnswer:
+        """Join the question and a version's answer, judged by `match.is_correct`."""
+        return ProbeAnswer(**vars(self), answer=answer, correct=is_correct(answer, self.expected))
+
+
+@dataclass(frozen=True)
+class ProbeAnswer(ProbeQuestion):
+    """A question with the answer that a version gave to it."""
+
+    answer: str = ""
+    correct: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSheet:
+    """All figures of one version.
+
+    `version` is its reference, `name@id`. `heldout_loss` is in nats per token over `heldout_tokens` tokens; None if
+    nothing was held out. A loss that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
+    """
+
+    version: str
+    heldout_loss: float | None = None
+    heldout_tokens: int = 0
+    answers: Sequence[ProbeAnswer] = field(default_factory=tuple)
+
+    def of_kind(self, kind: Kind) -> list[ProbeAnswer]:
+        return [answer for answer in self.answers if answer.kind == kind]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "heldout_loss": figure_to_json(self.heldout_loss),
+            "heldout_tokens": self.heldout_tokens,
+            "answers": [answer.to_json() for answer in self.answers],
+        }
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> ScoreSheet:
+        return cls(
+            version=row["version"],
+            heldout_loss=figure_from_json(row["heldout_loss"]),
+            heldout_tokens=int(row["heldout_tokens"]),
+            answers=tuple(ProbeAnswer.from_json(answer) for answer in row["answers"]),
+        )
+
+
+def figure_to_json(figure: float | None) -> float | str | None:
+    """A figure for JSON, which has no NaN and no infinity: those become text."""
+    return str(figure) if figure is not None and not math.isfinite(figure) else figure
+
+
+def figure_from_json(figure: float | str | None) -> float | None:
+    return None if figure is None else float(figure)
