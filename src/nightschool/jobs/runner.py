@@ -116,6 +116,7 @@ class Scheduler:
         self._recipe = load()
         self._timetable = Timetable.of(self._recipe.schedule)
         self._ledger = Ledger(open_database(home))
+        self._last_outcome: str | None = None
 
     @property
     def name(self) -> str:
@@ -127,7 +128,6 @@ class Scheduler:
         Raises:
             Locked: If another scheduler keeps this name's ledger.
         """
-        last: CycleResult | None = None
         with self._stop, lock(schedule_lock_path(self._home, self.name), f"the schedule of {self.name}"):
             self._say(f"[Scheduler] Starting scheduled training ({self._timetable})")
             night, anchor = self._first_night()
@@ -137,12 +137,12 @@ class Scheduler:
                 night = self._settle_lateness(night, anchor)
                 if night.due_at > self._clock.now():
                     continue
-                last = self._cycle(night)
+                self._cycle(night)
                 if self._stop.requested:
                     break
                 night = self._next_night(night, anchor)
             self._say("[Scheduler] Stopped")
-        return Interrupted.exit_code if last is not None and last.outcome == "interrupted" else 0
+        return Interrupted.exit_code if self._last_outcome == "interrupted" else 0
 
     def _first_night(self) -> tuple[Night, datetime]:
         """What comes first, and the anchor from which intervals count."""
@@ -215,14 +215,23 @@ class Scheduler:
             )
         return recipe
 
-    def _cycle(self, night: Night) -> CycleResult | None:
-        """One cycle, entered in the ledger. None if it was skipped before it began."""
+    def _cycle(self, night: Night) -> None:
+        """One cycle, entered in the ledger."""
         if self._ledger.paused(self.name):
             self._say("[Scheduler] Paused: skipping this training (nightschool schedule resume)")
             self._skip(night, "paused")
+            return
+        cycle = self._begin(night)
+        if cycle is not None:
+            self._entered(cycle, lambda: self._begin_new(night))
+
+    def _begin(self, night: Night) -> int | None:
+        """Enter a cycle; None if the ledger has it already, as after the machine's clock was set back."""
+        try:
+            return self._ledger.begin(self.name, night.due_at, night.trigger)
+        except Conflict as error:
+            self._say(f"[Scheduler] Skipped: {error}")
             return None
-        cycle = self._ledger.begin(self.name, night.due_at, night.trigger)
-        return self._entered(cycle, lambda: self._begin_new(night))
 
     def _begin_new(self, night: Night) -> CycleResult:
         recipe = self._same_name(self._load())
@@ -238,7 +247,9 @@ class Scheduler:
     def _resume(self, run_id: str, moment: datetime) -> bool:
         """Go on with what was left undone. False if that failed, so that a new cycle should begin."""
         self._say(f"[Scheduler] Going on with the run {run_id}, which was interrupted")
-        cycle = self._ledger.begin(self.name, moment, "resume")
+        cycle = self._begin(Night(moment, "resume"))
+        if cycle is None:
+            return False
         result = self._entered(cycle, lambda: self._go_on(self._home, run_id, around=self._around()))
         return result.outcome != "failed"
 
@@ -252,6 +263,7 @@ class Scheduler:
             result = CycleResult("skipped", str(error))
         except Exception as error:  # a mistake of one night must not end all the later ones
             result = CycleResult("failed", str(error) or type(error).__name__)
+        self._last_outcome = result.outcome
         self._ledger.finish(
             cycle_id,
             result.outcome,
@@ -272,8 +284,9 @@ class Scheduler:
         return Surroundings(on_line=self._say, on_news=self._say, stop=self._stop, machine="shared")
 
     def _skip(self, night: Night, detail: str) -> None:
-        cycle = self._ledger.begin(self.name, night.due_at, night.trigger)
-        self._ledger.finish(cycle, "skipped", detail)
+        cycle = self._begin(night)
+        if cycle is not None:
+            self._ledger.finish(cycle, "skipped", detail)
 
     def _studied(self) -> Studied | None:
         """What the last cycle that came to a verdict had before it."""

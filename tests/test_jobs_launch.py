@@ -1,0 +1,185 @@
+"""Processes: their environment, their log, their signals, their exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from nightschool.errors import Conflict
+from nightschool.jobs import launch
+from nightschool.jobs.launch import child_environment, settle_status, start_process, wait_for
+from nightschool.jobs.processes import ask_to_stop, effective_state, how_it_ended, training_process, wait_for_stranger
+from nightschool.jobs.stop import Stop
+from nightschool.store.home import Home
+from nightschool.store.runs import RunStore
+
+TRAINER = """
+import os, signal, sys, time
+print("pgid", os.getpgid(0) == os.getpid(), flush=True)
+print("malloc", os.environ["MALLOC_MMAP_THRESHOLD_"], os.environ.get("OMP_WAIT_POLICY"), flush=True)
+def stop(number, frame):
+    print("saving", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+what = sys.argv[1]
+if what == "ok":
+    print("half a line", end="", flush=True)
+elif what == "fail":
+    print("error: bad", file=sys.stderr)
+    sys.exit(3)
+else:
+    print("ready", flush=True)
+    time.sleep(30)
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    (tmp_path / "fake_trainer.py").write_text(TRAINER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "log.txt"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunStore(Home(tmp_path / "home").ensure()).create({"name": "bot"}, name="bot")
+
+
+def _wait(log, what, **more):
+    from_byte = log.stat().st_size if log.exists() else 0
+    process = start_process(["fake_trainer", what], log=log, machine=more.pop("machine", "alone"))
+    return wait_for(process, log=log, from_byte=from_byte, stop=more.pop("stop", Stop()), **more)
+
+
+def test_the_log_goes_to_the_file_and_line_by_line_to_who_listens(trainer):
+    lines = []
+    assert _wait(trainer, "ok", on_line=lines.append) == 0
+    assert lines == ["pgid True", "malloc 1073741824 None", "half a line"]
+    assert trainer.read_text().splitlines() == lines
+    more = []
+    _wait(trainer, "ok", on_line=more.append)
+    assert more == lines, "what was in the log before is not told again"
+
+
+def test_beside_a_server_threads_do_not_spin(trainer):
+    lines = []
+    _wait(trainer, "ok", on_line=lines.append, machine="shared")
+    assert lines[1] == "malloc 1073741824 PASSIVE"
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert child_environment("shared")["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_errors_land_in_the_log_and_the_exit_code_comes_back(trainer):
+    lines = []
+    assert _wait(trainer, "fail", on_line=lines.append) == 3
+    assert lines[-1] == "error: bad"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_child_which_saves_and_exits_75(trainer, number):
+    lines = []
+
+    def on_line(line):
+        lines.append(line)
+        if line == "ready":
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    assert _wait(trainer, "wait", on_line=on_line) == 75
+    assert lines[-1] == "saving"
+    assert signal.getsignal(number) is before
+
+
+def test_a_stop_that_came_before_the_child_ends_it_too(trainer):
+    stop = Stop()
+    stop.request(signal.SIGTERM)
+    assert _wait(trainer, "wait", stop=stop) in (75, -signal.SIGTERM)
+
+
+def test_a_signal_wakes_a_sleeper_at_once():
+    with Stop() as stop:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        started = time.monotonic()
+        assert stop.wait(30)
+        assert time.monotonic() - started < 5
+
+
+def test_without_a_signal_a_sleeper_sleeps():
+    with Stop() as stop:
+        assert not stop.wait(0.01)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stopped", "state"), [(-9, False, "failed"), (-15, True, "interrupted"), (75, False, "interrupted")]
+)
+def test_a_process_that_was_killed_leaves_no_running_status(run, exit_code, stopped, state):
+    run.update_status(state="running", pid=1)
+    settle_status(run, exit_code, stopped=stopped)
+    assert run.status.state == state
+    assert ("SIGKILL" in (run.status.error or "")) == (exit_code == -9)
+
+
+def test_what_a_process_said_of_its_end_itself_stays(run):
+    run.update_status(state="failed", error="the loss became NaN", exit_code=1)
+    settle_status(run, 1, stopped=False)
+    assert run.status.error == "the loss became NaN"
+
+
+def test_run_training_starts_the_run_module_with_home_and_run(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "_run", lambda arguments, **_: asked.append(arguments) or 0)
+    home = Home(tmp_path / "home")
+    launch.run_training(home, run, resume="latest")
+    launch.run_exam(home, run, candidate="bot@b", champion="bot@a")
+    assert asked == [
+        ["nightschool.training.run", "--home", str(home.path), "--run", run.id, "--resume", "latest"],
+        [
+            "nightschool.engine.exam",
+            "--home",
+            str(home.path),
+            "--candidate",
+            "bot@b",
+            "--run",
+            run.id,
+            "--champion",
+            "bot@a",
+        ],
+    ]
+
+
+def test_only_a_process_that_names_the_run_is_asked_to_stop(run):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", "another-run"])
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", run.id])
+    try:
+        run.update_status(state="running", pid=other.pid)
+        assert training_process(run) is None
+        assert effective_state(run) == "interrupted"
+        with pytest.raises(Conflict, match="its state is interrupted"):
+            ask_to_stop(run)
+        run.update_status(pid=ours.pid)
+        assert effective_state(run) == "running"
+        assert ask_to_stop(run) == ours.pid
+        assert ours.wait(10) == -signal.SIGTERM
+        assert other.poll() is None
+    finally:
+        for process in (other, ours):
+            process.kill()
+            process.wait()
+
+
+def test_waiting_for_a_process_of_somebody_else_ends_with_what_it_left(run):
+    run.update_status(state="completed", exit_code=0)
+    assert wait_for_stranger(run, Stop()) == 0
+
+
+def test_ends_are_told_in_words():
+    assert how_it_ended(3) == "the process exited with code 3"
+    assert how_it_ended(-15) == "the process was killed by SIGTERM"
+    assert how_it_ended(-64 - 9) == "the process was killed by signal 73"
