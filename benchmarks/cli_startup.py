@@ -32,10 +32,12 @@ def main() -> None:
     interleave(contestants, 1)
     results = interleave(contestants, 5 if bench.quick else 15)
     extra = statistics.median(a - b for a, b in zip(results["ours"], results["python"], strict=True))
-    bench.table([
-        ("nightschool --help", f"{statistics.median(results['ours']):.3f} s"),
-        ("python -c pass", f"{statistics.median(results['python']):.3f} s"),
-    ])
+    bench.table(
+        [
+            ("nightschool --help", f"{statistics.median(results['ours']):.3f} s"),
+            ("python -c pass", f"{statistics.median(results['python']):.3f} s"),
+        ]
+    )
     bench.finish({"extra_seconds": round(extra, 4)})
 
 

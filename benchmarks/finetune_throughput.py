@@ -49,7 +49,9 @@ class Setting:
 
         def render(rows: list[list[dict[str, str]]]) -> list[Any]:
             examples = [Example(messages=tuple(Message(m["role"], m["content"]) for m in row)) for row in rows]  # type: ignore[arg-type]
-            return [piece for example in examples for piece in as_list(render_example(self.tokenizer, example, MAX_SEQ_LEN))]
+            return [
+                piece for example in examples for piece in as_list(render_example(self.tokenizer, example, MAX_SEQ_LEN))
+            ]
 
         self.rendered = render(self.train)
         self.heldout = Batches(render(heldout), batch_size=8, seed=0)
@@ -96,7 +98,9 @@ def ours(setting: Setting, *, steps: int, packed: bool) -> Outcome:
         )
         metrics.close()
     timed = rows[1:]  # the first step compiles what it has not seen; the peer's first step is left out as well
-    rate = sum(row["tokens_trained"] for row in timed) / sum(row["tokens_trained"] / row["tokens_per_second"] for row in timed)
+    rate = sum(row["tokens_trained"] for row in timed) / sum(
+        row["tokens_trained"] / row["tokens_per_second"] for row in timed
+    )
     return Outcome(rate, setting.judge(model), str(choice.compute).removeprefix("torch."))
 
 
@@ -178,13 +182,25 @@ def main() -> None:
     for packed, name in ((False, "default"), (True, "packed")):
         pairs = []
         for _ in range(rounds):
-            pairs.append((ours(setting, steps=steps[packed], packed=packed), trl(setting, steps=steps[packed], packed=packed)))
+            pairs.append(
+                (ours(setting, steps=steps[packed], packed=packed), trl(setting, steps=steps[packed], packed=packed))
+            )
         mine, theirs = pairs[-1]
-        bench.table([
-            (f"ours, {name} ({mine.dtype})", f"{statistics.median(a.tokens_trained_per_second for a, _ in pairs):7.0f} tokens/s  held-out {mine.heldout_loss:.4f}"),
-            (f"TRL, {name} ({theirs.dtype})", f"{statistics.median(b.tokens_trained_per_second for _, b in pairs):7.0f} tokens/s  held-out {theirs.heldout_loss:.4f}"),
-        ])
-        figures[f"vs_trl_{name}"] = round(statistics.median(a.tokens_trained_per_second / b.tokens_trained_per_second for a, b in pairs), 3)
+        bench.table(
+            [
+                (
+                    f"ours, {name} ({mine.dtype})",
+                    f"{statistics.median(a.tokens_trained_per_second for a, _ in pairs):7.0f} tokens/s  held-out {mine.heldout_loss:.4f}",
+                ),
+                (
+                    f"TRL, {name} ({theirs.dtype})",
+                    f"{statistics.median(b.tokens_trained_per_second for _, b in pairs):7.0f} tokens/s  held-out {theirs.heldout_loss:.4f}",
+                ),
+            ]
+        )
+        figures[f"vs_trl_{name}"] = round(
+            statistics.median(a.tokens_trained_per_second / b.tokens_trained_per_second for a, b in pairs), 3
+        )
         figures[f"heldout_difference_{name}"] = round(
             statistics.median(max(0.0, a.heldout_loss / b.heldout_loss - 1) for a, b in pairs), 5
         )

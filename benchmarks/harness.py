@@ -29,7 +29,9 @@ class Benchmark:
 
     def __init__(self, name: str, question: str, goals: dict[str, dict[str, float]]) -> None:
         parser = argparse.ArgumentParser(description=question)
-        parser.add_argument("--quick", action="store_true", help="a smaller setting that answers within 50 s on 2 cores")
+        parser.add_argument(
+            "--quick", action="store_true", help="a smaller setting that answers within 50 s on 2 cores"
+        )
         self.quick: bool = parser.parse_args().quick
         self.name, self.question, self.goals = name, question, goals
         self.started = time.monotonic()
@@ -65,7 +67,9 @@ def device() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model
+        )
     return f"{model}, {os.cpu_count()} cores"
 
 

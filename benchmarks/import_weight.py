@@ -26,7 +26,16 @@ def main() -> None:
         python = str(venv / "bin" / "python")
         site = next((venv / "lib").glob("python*/site-packages"))
         empty_bytes = tree_bytes(site)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
+        pip = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "-c",
+            str(ROOT / "constraints.txt"),
+        ]
         started = time.perf_counter()
         if not bench.quick:
             subprocess.run([*pip, "torch"], check=True)
@@ -36,17 +45,21 @@ def main() -> None:
         subprocess.run([*pip, *(["--no-deps"] if bench.quick else []), str(ROOT)], check=True)
         rest_seconds, rest_bytes = time.perf_counter() - started, tree_bytes(site) - empty_bytes - torch_bytes
         own_bytes = tree_bytes(site / "nightschool")
-    bench.table([
-        ("torch", f"{torch_bytes / 1e6:.0f} MB, {torch_seconds:.0f} s"),
-        ("everything else", f"{rest_bytes / 1e6:.0f} MB, {rest_seconds:.0f} s"),
-        ("of it nightschool", f"{own_bytes / 1e6:.2f} MB"),
-    ])
-    bench.finish({
-        "torch_bytes": torch_bytes,
-        "rest_bytes": rest_bytes,
-        "own_bytes": own_bytes,
-        "install_seconds_per_python_start": round(rest_seconds / start_seconds(), 1),
-    })
+    bench.table(
+        [
+            ("torch", f"{torch_bytes / 1e6:.0f} MB, {torch_seconds:.0f} s"),
+            ("everything else", f"{rest_bytes / 1e6:.0f} MB, {rest_seconds:.0f} s"),
+            ("of it nightschool", f"{own_bytes / 1e6:.2f} MB"),
+        ]
+    )
+    bench.finish(
+        {
+            "torch_bytes": torch_bytes,
+            "rest_bytes": rest_bytes,
+            "own_bytes": own_bytes,
+            "install_seconds_per_python_start": round(rest_seconds / start_seconds(), 1),
+        }
+    )
 
 
 def start_seconds() -> float:

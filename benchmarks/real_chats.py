@@ -14,7 +14,9 @@ def chats(limit: int | None = None) -> list[list[dict[str, str]]]:
     """Instructions and grade-school problems as `[user, assistant]` messages; exits if the data is not there."""
     seeds, problems = DATA / "chat" / "alpaca_seed_tasks.jsonl", DATA / "reasoning" / "gsm8k_train.jsonl"
     if not seeds.exists() or not problems.exists():
-        sys.exit(f"This benchmark reads {seeds.name} and {problems.name} below {DATA.name}/ beside the checkout; they are not there.")
+        sys.exit(
+            f"This benchmark reads {seeds.name} and {problems.name} below {DATA.name}/ beside the checkout; they are not there."
+        )
     rows = []
     for row in _lines(seeds):
         for instance in row["instances"]:

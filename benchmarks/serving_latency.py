@@ -42,7 +42,14 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     vocab_size = 8192
-    model = qwen3(vocab_size, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
+    model = qwen3(
+        vocab_size,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
     model.eval()
     bare, ours = Bare(model), Ours(model, 1, vocab_size)
     rounds = 6 if bench.quick else 20
@@ -67,8 +74,12 @@ def main() -> None:
     seconds_per_token = interleave(contestants, rounds)
     assert answers["bare"] == answers["ours"], "the engine's tokens differ from the bare forward's"
     ours.close()
-    added = statistics.median(a / b for a, b in zip(seconds_per_token["ours"], seconds_per_token["bare"], strict=True)) - 1
-    bench.table([(name, f"{1000 * statistics.median(values):.2f} ms/token") for name, values in seconds_per_token.items()])
+    added = (
+        statistics.median(a / b for a, b in zip(seconds_per_token["ours"], seconds_per_token["bare"], strict=True)) - 1
+    )
+    bench.table(
+        [(name, f"{1000 * statistics.median(values):.2f} ms/token") for name, values in seconds_per_token.items()]
+    )
     bench.finish({"added_share": round(added, 4)})
 
 

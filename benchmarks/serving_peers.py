@@ -62,7 +62,12 @@ class Alone:
         for prompt, count in zip(load.prompts, load.answer_tokens, strict=True):
             ids = torch.tensor([prompt])
             out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
             )
             answers.append(out[0, len(prompt) :].tolist())
         return answers
@@ -84,7 +89,12 @@ class StaticBatches:
             ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
             out = self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=max(counts), min_new_tokens=max(counts), do_sample=False, pad_token_id=0
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max(counts),
+                min_new_tokens=max(counts),
+                do_sample=False,
+                pad_token_id=0,
             )
             answers += [row[width : width + count].tolist() for row, count in zip(out, counts, strict=True)]
         return answers
@@ -101,7 +111,11 @@ class TransformersContinuous:
         self.manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=64, pad_token_id=0),
             continuous_batching_config=ContinuousBatchingConfig(
-                num_blocks=64, page_size=32, max_batch_tokens=2048, max_requests_per_batch=num_clients, allow_block_sharing=False
+                num_blocks=64,
+                page_size=32,
+                max_batch_tokens=2048,
+                max_requests_per_batch=num_clients,
+                allow_block_sharing=False,
             ),
             workload_hints=WorkloadHints(max_prompt_length=96, max_generated_length=64, num_requests=num_clients),
         )
@@ -115,7 +129,9 @@ class TransformersContinuous:
             while waiting and len(places) < self.num_clients:
                 place = waiting.pop()
                 name = self.manager.add_request(
-                    load.prompts[place], request_id=f"{id(load)}-{time.monotonic_ns()}-{place}", max_new_tokens=load.answer_tokens[place]
+                    load.prompts[place],
+                    request_id=f"{id(load)}-{time.monotonic_ns()}-{place}",
+                    max_new_tokens=load.answer_tokens[place],
                 )
                 places[name] = place
             result = self.manager.get_result(timeout=1)
@@ -133,10 +149,13 @@ class Ours:
 
     def __init__(self, model: Any, num_clients: int, vocab_size: int) -> None:
         from nightschool.engine.engine import Engine
+
         from nightschool.models.load import LoadedModel
 
         self.num_clients = num_clients
-        self.engine = Engine(loaded_model(LoadedModel, model, vocab_size), "bench@20260101_000000", num_rows=num_clients)
+        self.engine = Engine(
+            loaded_model(LoadedModel, model, vocab_size), "bench@20260101_000000", num_rows=num_clients
+        )
 
     def __call__(self, load: Load) -> Answers:
         from nightschool.engine.request import GenerationRequest, SamplingParams
@@ -152,7 +171,9 @@ class Ours:
                 if place is None:
                     return
                 params = SamplingParams(max_new_tokens=load.answer_tokens[place], temperature=0, ignore_eos=True)
-                handle = self.engine.submit(GenerationRequest(f"{place}-{time.monotonic_ns()}", load.prompts[place], params))
+                handle = self.engine.submit(
+                    GenerationRequest(f"{place}-{time.monotonic_ns()}", load.prompts[place], params)
+                )
                 answers[place] = list(handle.result().token_ids)
 
         clients = [threading.Thread(target=client) for _ in range(self.num_clients)]

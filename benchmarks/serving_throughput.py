@@ -16,12 +16,23 @@ def main() -> None:
     bench = Benchmark(
         "serving_throughput",
         "Generated tokens per second, 16 clients, mixed prompt and answer lengths, same tokens out",
-        {"vs_one_at_a_time": {"min": 4.5}, "vs_static_batches": {"min": 1.25}, "vs_transformers_continuous": {"min": 1.1}},
+        {
+            "vs_one_at_a_time": {"min": 4.5},
+            "vs_static_batches": {"min": 1.25},
+            "vs_transformers_continuous": {"min": 1.1},
+        },
     )
     torch.set_num_threads(2)
     vocab_size = 8192 if bench.quick else 32768
     layers = 4 if bench.quick else 8
-    model = qwen3(vocab_size, hidden_size=512, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)
+    model = qwen3(
+        vocab_size,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
     model.eval()
     load = mixed_load(32 if bench.quick else 64, vocab_size)
     warm = mixed_load(NUM_CLIENTS, vocab_size, seed=1)
@@ -47,11 +58,13 @@ def main() -> None:
         model.set_attn_implementation(implementation)
     contestants["ours"].close()
     bench.table([(name, f"{statistics.median(values):8.0f} tokens/s") for name, values in rates.items()])
-    bench.finish({
-        "vs_one_at_a_time": round(median_ratio(rates["ours"], rates["alone"]), 3),
-        "vs_static_batches": round(median_ratio(rates["ours"], rates["static"]), 3),
-        "vs_transformers_continuous": round(median_ratio(rates["ours"], rates["continuous"]), 3),
-    })
+    bench.finish(
+        {
+            "vs_one_at_a_time": round(median_ratio(rates["ours"], rates["alone"]), 3),
+            "vs_static_batches": round(median_ratio(rates["ours"], rates["static"]), 3),
+            "vs_transformers_continuous": round(median_ratio(rates["ours"], rates["continuous"]), 3),
+        }
+    )
 
 
 if __name__ == "__main__":

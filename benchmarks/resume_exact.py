@@ -1,0 +1,181 @@
+"""Is a run that was killed again and again, and resumed each time, the run that was never interrupted, bit for bit?
+
+Five architectures, full and LoRA. Each run is a process that SIGKILL hits at random moments, inside saves too, and that
+goes on with `--resume latest`; in the end every tensor of the last checkpoint is compared with the uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Benchmark
+
+ARCHITECTURES = ("gpt-neox", "llama", "qwen3", "qwen3-moe", "mixtral")
+METHODS = ("full", "lora")
+
+
+def run_once(home: str, run_id: str, resume: bool, root: str) -> None:
+    """The body of a run's process: what `python -m nightschool.training.run` does, without importing torch again."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nightschool.training.run import main as run_main
+
+        code = run_main(["--home", home, "--run", run_id, "--root", root, *(["--resume", "latest"] if resume else [])])
+    os._exit(code)
+
+
+class Trial:
+    """One architecture and method: its base, its data, its recipe."""
+
+    def __init__(self, folder: Path, architecture: str, method: str, epochs: int) -> None:
+        from nightschool.data.facts import make_world, write_world
+        from nightschool.data.tokenizer import train_bpe
+        from nightschool.models.build import build_model
+        from nightschool.models.export import save_version_folder
+        from nightschool.store.home import Home
+
+        self.folder, self.home = folder, Home(folder / ".nightschool")
+        self.home.ensure()
+        world = make_world(seed=0, num_people=2)
+        write_world(world, folder)
+        tokenizer = train_bpe(world.texts(), vocab_size=512)
+        model = build_model(
+            f"tiny-{architecture}",
+            len(tokenizer),
+            0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        save_version_folder(model, tokenizer, folder / "base")
+        self.recipe = {
+            "name": "trial",
+            "base": "./base",
+            "method": method,
+            "data": [{"path": "old_facts.json"}],
+            "train": {
+                "learning_rate": 1e-3, "epochs": epochs, "batch_size": 4, "accumulation_steps": 2, "max_seq_len": 64, "dtype": "fp32",
+            },
+            # Adapters of experts cannot drop out.
+            "lora": {"r": 4, "alpha": 8, "dropout": 0.0 if architecture in ("qwen3-moe", "mixtral") else 0.1},
+            "checkpoints": {"every": "1 steps"},
+        }  # fmt: skip
+
+    def begin(self) -> Any:
+        """A run of its own."""
+        from nightschool.config.recipe import Recipe
+        from nightschool.store.runs import RunStore
+
+        return RunStore(self.home).create(Recipe.model_validate(self.recipe).as_plain(), name="trial")
+
+    def process(self, run: Any, *, resume: bool) -> multiprocessing.Process:
+        """Start the run's process."""
+        process = multiprocessing.get_context("fork").Process(
+            target=run_once, args=(str(self.home.path), run.id, resume, str(self.folder))
+        )
+        process.start()
+        return process
+
+    def uninterrupted(self) -> tuple[Any, float]:
+        """The run that nobody stops, and its wall seconds."""
+        for _ in range(2):  # the first one fills the page cache; the second one's time is what a kill is drawn from
+            run, started = self.begin(), time.monotonic()
+            process = self.process(run, resume=False)
+            process.join()
+            assert process.exitcode == 0, f"the uninterrupted run ended with {process.exitcode}: {run.status.error}"
+        return run, time.monotonic() - started
+
+    def interrupted(self, kills: int, seconds: float, chance: random.Random) -> tuple[Any, int]:
+        """The run that is killed up to `kills` times, and how often it really was."""
+        run, killed, resume = self.begin(), 0, False
+        while True:
+            process = self.process(run, resume=resume)
+            process.join(chance.uniform(0.2, 0.9) * seconds if killed < kills else None)
+            if process.exitcode is not None:
+                assert process.exitcode == 0, f"a resumed run ended with {process.exitcode}: {run.status.error}"
+                return run, killed
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            killed, resume = killed + 1, True
+
+
+def compare(trial: Trial, one: Any, other: Any) -> tuple[int, int]:
+    """Tensors that are missing or different in weights and optimizer of the last checkpoint, and how many there are."""
+    from safetensors.torch import load_file
+
+    from nightschool.store import checkpoints
+
+    different = total = 0
+    a, b = (checkpoints.newest_whole(run).checkpoint.path for run in (one, other))
+    for file in ("weights.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        mine, theirs = load_file(a / file), load_file(b / file)
+        for name in mine.keys() | theirs.keys():
+            total += 1
+            different += not (name in mine and name in theirs and torch.equal(mine[name], theirs[name]))
+    states = [json.loads((path / "state.json").read_text())["train"] for path in (a, b)]
+    for key in ("step", "epoch", "batch_index", "tokens_consumed", "loss_history", "heldout_history"):
+        total += 1
+        different += states[0][key] != states[1][key]
+    return different, total
+
+
+def main() -> None:
+    bench = Benchmark(
+        "resume_exact",
+        "Stopped by SIGKILL at random moments and resumed: tensors lost, tensors that differ",
+        {"tensors_different": {"max": 0}, "runs_not_bitwise_equal": {"max": 0}},
+    )
+    torch.set_num_threads(1)
+    import nightschool.training.run  # noqa: F401  imported once here, inherited by every process
+
+    kills = 3 if bench.quick else 20
+    trials = (
+        [("gpt-neox", "full"), ("qwen3-moe", "lora")]
+        if bench.quick
+        else [(a, m) for a in ARCHITECTURES for m in METHODS]
+    )
+    chance = random.Random(0)
+    rows, different_total, tensors_total, unequal, killed_total = [], 0, 0, 0, 0
+    for architecture, method in trials:
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Trial(Path(folder), architecture, method, epochs=4 if bench.quick else 8)
+            reference, seconds = trial.uninterrupted()
+            print(f"  ({seconds:.1f} s without interruption)", flush=True)
+            killed = different = total = 0
+            while killed < kills:  # a run that slips through is compared, and another one takes its place
+                run, more = trial.interrupted(kills - killed, seconds, chance)
+                killed += more
+                differing, compared = compare(trial, reference, run)
+                different, total = different + differing, total + compared
+        rows.append((f"{architecture} {method}", f"killed {killed:2} times, {different} of {total} values differ"))
+        print(f"  {rows[-1][0]:<18} {rows[-1][1]}", flush=True)
+        different_total, tensors_total, killed_total = (
+            different_total + different,
+            tensors_total + total,
+            killed_total + killed,
+        )
+        unequal += different > 0
+    bench.finish(
+        {
+            "tensors_different": different_total,
+            "runs_not_bitwise_equal": unequal,
+            "values_compared": tensors_total,
+            "kills": killed_total,
+            "runs": len(trials),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
