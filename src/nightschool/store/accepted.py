@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from nightschool.store.database import Database, accepted_examples, accepted_versions
+from nightschool.store.database import Database, accepted_examples, accepted_versions, forgotten
 
 
 def example_digest(example: dict[str, Any]) -> str:
@@ -40,12 +40,15 @@ class AcceptedExamples:
     def add(self, name: str, version: str, examples: Iterable[dict[str, Any]]) -> int:
         """Put what a promoted version has learned into the pool.
 
-        An example that the version has already is left out, so that adding twice is the same as adding once.
+        An example that the version has already is left out, so that adding twice is the same as adding once. So is
+        one that was made of a conversation which was forgotten.
 
         Returns:
             How many were added.
         """
-        by_digest = {example_digest(example): example for example in reversed(list(examples))}
+        by_digest: dict[str, dict[str, Any]] = {}
+        for example in examples:
+            by_digest.setdefault(example_digest(example), example)
         with self._db.write() as connection:
             _mark(connection, name, version, active=True)
             present = set(
@@ -55,6 +58,7 @@ class AcceptedExamples:
                     )
                 ).scalars()
             )
+            gone = set(connection.execute(sa.select(forgotten.c.request_id)).scalars())
             rows = [
                 {
                     "name": name,
@@ -63,8 +67,8 @@ class AcceptedExamples:
                     "origin": example_origin(example),
                     "example": example,
                 }
-                for digest, example in reversed(by_digest.items())
-                if digest not in present
+                for digest, example in by_digest.items()
+                if digest not in present and example_origin(example) not in gone
             ]
             if rows:
                 connection.execute(accepted_examples.insert(), rows)

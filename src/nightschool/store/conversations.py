@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import now
-from nightschool.store.database import Database, accepted_examples, conversations, feedback
+from nightschool.store.database import Database, accepted_examples, conversations, feedback, forgotten
 
 Rating = Literal["good", "bad"]
 RATINGS: tuple[Rating, ...] = ("good", "bad")
@@ -67,7 +67,7 @@ class ConversationStore:
             time: When it was answered; now when it is None.
 
         Raises:
-            Conflict: If this request id was recorded before.
+            Conflict: If this request id was recorded before, or was forgotten.
         """
         row = {
             "request_id": request_id,
@@ -80,6 +80,11 @@ class ConversationStore:
         }
         try:
             with self._db.write() as connection:
+                if connection.execute(sa.select(forgotten).where(forgotten.c.request_id == request_id)).first():
+                    raise Conflict(
+                        f"The request {request_id!r} was forgotten, and what was forgotten does not come back. "
+                        f"Use a new request id."
+                    )
                 connection.execute(conversations.insert().values(row))
         except IntegrityError as error:
             raise Conflict(
@@ -159,7 +164,10 @@ class ConversationStore:
         return found
 
     def forget(self, request_id: str) -> int:
-        """Delete a conversation, its feedback, and the accepted examples that were made of it.
+        """Delete a conversation, its feedback, and the accepted examples that were made of it, for good.
+
+        Its examples cannot be accepted again, from whatever file they come. Versions that learned them keep what
+        they learned, and the folders of runs keep their copies.
 
         Returns:
             How many accepted examples were deleted.
@@ -171,6 +179,8 @@ class ConversationStore:
             self._require(connection, request_id)
             deleted = connection.execute(accepted_examples.delete().where(accepted_examples.c.origin == request_id))
             connection.execute(conversations.delete().where(conversations.c.request_id == request_id))
+            connection.execute(forgotten.insert().values(request_id=request_id, forgotten_at=now()))
+        self._db.clear_log()
         return deleted.rowcount
 
     @staticmethod

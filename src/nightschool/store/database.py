@@ -25,8 +25,9 @@ from nightschool.store.locks import lock
 
 URL_VARIABLE = "DATABASE_URL"
 # The newest migration in migrations/versions; a test compares the two.
-HEAD = "0001"
+HEAD = "0002"
 _BUSY_SECONDS = 30.0
+_CLEAR_WAIT_SECONDS = 1
 _MIGRATION_WAIT_SECONDS = 120.0
 # Any number will do, if only every nightschool takes the same one.
 _POSTGRES_MIGRATION_LOCK = 6_178_236_450
@@ -86,6 +87,13 @@ feedback = sa.Table(
     sa.Column("recorded_at", UtcDateTime, nullable=False),
     sa.Column("rating", sa.String(8)),
     sa.Column("correction", AnyJson),
+)
+
+forgotten = sa.Table(
+    "forgotten",
+    metadata,
+    sa.Column("request_id", sa.String(200), primary_key=True),
+    sa.Column("forgotten_at", UtcDateTime, nullable=False),
 )
 
 accepted_versions = sa.Table(
@@ -175,7 +183,24 @@ class Database:
         ):
             yield connection
 
+    def clear_log(self) -> None:
+        """Fold SQLite's write-ahead log into the database file, so that what was deleted is not read from the log.
+
+        Where another connection reads for more than a second, SQLite does it later by itself.
+        """
+        if self.engine.dialect.name == "sqlite":
+            # A pragma of this kind runs outside of transactions, which `connect` would begin.
+            connection = self.engine.raw_connection()
+            try:
+                cursor = connection.cursor()
+                cursor.execute(f"PRAGMA busy_timeout = {_CLEAR_WAIT_SECONDS * 1000}")
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_SECONDS * 1000)}")
+            finally:
+                connection.close()
+
     def close(self) -> None:
+        """Give back all connections."""
         self.engine.dispose()
 
     def __enter__(self) -> Database:

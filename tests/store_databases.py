@@ -1,0 +1,61 @@
+"""The state database on both kinds of server: `db` runs a test on SQLite, and on PostgreSQL where it is installed."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The address of an empty cluster on a socket of its own; skips where PostgreSQL or its driver is missing."""
+    if shutil.which("initdb") is None or importlib.util.find_spec("psycopg") is None:
+        pytest.skip("PostgreSQL or psycopg is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    # PostgreSQL refuses to run as root.
+    user = "postgres" if os.getuid() == 0 else None
+    if user:
+        shutil.chown(folder, user)
+    run = {"user": user, "check": True, "cwd": folder, "stdout": subprocess.DEVNULL}
+    options = f"-c listen_addresses='' -k {folder} -c fsync=off"
+    try:
+        subprocess.run(["initdb", "-D", folder / "data", "-U", "nightschool", "-A", "trust", "--no-sync"], **run)
+        subprocess.run(["pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start"], **run)
+        try:
+            yield f"postgresql://nightschool@/{{database}}?host={folder}"
+        finally:
+            subprocess.run(["pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop"], **run)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgres_url(postgres, request):
+    """A database of its own for one test, empty."""
+    import psycopg
+
+    name = f"t{abs(hash(request.node.nodeid))}"
+    with psycopg.connect(postgres.format(database="postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield postgres.format(database=name)
+    with psycopg.connect(postgres.format(database="postgres"), autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def environment(request):
+    """The environment under which `open_database` opens that kind."""
+    return {} if request.param == "sqlite" else {"DATABASE_URL": request.getfixturevalue("postgres_url")}
+
+
+@pytest.fixture
+def db(environment, tmp_path):
+    with open_database(Home(tmp_path / "home"), env=environment) as database:
+        yield database
