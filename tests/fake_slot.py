@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nightschool.engine.request import Chunk, GenerationRequest, TokenLogprob
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nightschool.data.chat import ensure_template
+from nightschool.engine.request import Chunk, GenerationRequest, TokenLogprob, Usage
 from nightschool.errors import NotLoaded, PromptTooLong, QueueFull
 
 
@@ -83,7 +83,8 @@ class FakeHandle:
             yield Chunk(text=text, token_ids=(token,), logprobs=logprobs)
         self.finished = True
         reason = "length" if len(ids) < len(self.text.encode()) else "stop"
-        yield Chunk(text="", token_ids=(), finish_reason=reason)
+        usage = Usage(len(self.request.prompt_ids), len(ids))
+        yield Chunk(finish_reason=reason, usage=usage)
 
     def cancel(self) -> None:
         if not self.finished:

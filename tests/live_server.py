@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx2
 import uvicorn
+from fake_slot import FakeSlot
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from fake_slot import FakeSlot
 from nightschool.server.app import create_app
 from nightschool.server.run import listening
 from nightschool.server.settings import ServerSettings
@@ -38,7 +38,9 @@ def client_of(slot: Any, *, keep_out: bool = False, **settings: Any) -> Iterator
     app = create_app(slot, ServerSettings(**settings), **more)
     with TestClient(app, base_url="http://127.0.0.1:8001") as client:
         if not keep_out and isinstance(slot, FakeSlot):
-            eventually(lambda: slot.refreshes and (slot.current is not None or slot.promoted is None or slot.fails_with))
+            eventually(
+                lambda: slot.refreshes and (slot.current is not None or slot.promoted is None or slot.fails_with)
+            )
         yield client
 
 

@@ -3,9 +3,9 @@
 from datetime import datetime
 
 import pytest
-
 from fake_slot import FakeSlot
 from live_server import client_of, eventually, server_log
+
 from nightschool.errors import SwapFailed
 
 VERSION = "20251202_115436"
@@ -30,7 +30,7 @@ def test_generate_uses_the_promised_defaults_and_hands_on_what_was_asked():
     slot = FakeSlot()
     with client_of(slot) as client:
         client.post("/generate", json={"query": "a"})
-        client.post("/generate", json={"query": "a", "max_new_tokens": 3, "temperature": 0, "top_p": 0.5})
+        client.post("/generate", json={"query": "a", "max_new_tokens": 3.0, "temperature": 0, "top_p": 0.5})
     first, second = (handle.request.params for handle in slot.current.engine.handles)
     assert (first.max_new_tokens, first.temperature, first.top_p) == (256, 0.7, 0.9)
     assert (second.max_new_tokens, second.temperature, second.top_p) == (3, 0, 0.5)
@@ -58,6 +58,9 @@ def test_the_question_reaches_the_model_in_its_chat_template():
         {"query": ""},
         {"query": None},
         {"query": 7},
+        {"top_p": True},
+        {"temperature": "0.5"},
+        {"max_new_tokens": "5"},
         {"temprature": 0.5},
     ],
 )

@@ -3,9 +3,9 @@
 import time
 
 import pytest
-
 from fake_slot import FakeSlot
 from live_server import client_of, server_log
+
 from nightschool.errors import DiskFull, UsageError
 from nightschool.server.app import create_app
 from nightschool.server.settings import ServerSettings

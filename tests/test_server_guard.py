@@ -1,10 +1,10 @@
 """Who may ask: keys, browsers, rates, and addresses."""
 
 import pytest
-from pydantic import SecretStr
-
 from fake_slot import FakeSlot
 from live_server import client_of
+from pydantic import SecretStr
+
 from nightschool.errors import NotFound, UsageError
 from nightschool.server.guard import TokenBuckets
 from nightschool.server.settings import ServerSettings, read_api_keys
@@ -64,7 +64,9 @@ def test_only_health_is_open_and_metrics_on_loopback():
         assert client.get("/metrics", headers={"x-api-key": "first-key-of-two"}).status_code == 200
 
 
-@pytest.mark.parametrize("headers", [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}])
+@pytest.mark.parametrize(
+    "headers", [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}]
+)
 def test_a_page_of_another_origin_changes_nothing(headers):
     slot = FakeSlot()
     with client_of(slot) as client:

@@ -6,7 +6,6 @@ import time
 
 import httpx2
 import pytest
-
 from fake_slot import FakeSlot
 from live_server import client_of, live
 

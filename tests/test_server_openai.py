@@ -5,7 +5,6 @@ import asyncio
 import httpx2
 import openai
 import pytest
-
 from fake_slot import FakeSlot, byte_tokenizer
 from live_server import client_of, live
 
@@ -228,7 +227,7 @@ def test_other_models_are_not_found(client, name):
 )
 def test_what_would_be_ignored_or_is_out_of_bounds_is_refused_by_name(client, field, value):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**{"model": "bot", "messages": HELLO}, extra_body={field: value})
+        client.chat.completions.create(model="bot", messages=HELLO, extra_body={field: value})
     assert caught.value.type == "invalid_request_error"
     assert field in caught.value.message
     assert caught.value.param is None or caught.value.param.startswith(field) or field in caught.value.message

@@ -5,10 +5,9 @@ import threading
 import time
 
 import httpx2
-from prometheus_client.parser import text_string_to_metric_families
-
 from fake_slot import FakeSlot
 from live_server import client_of, eventually, live, server_log
+from prometheus_client.parser import text_string_to_metric_families
 
 
 def figures(client) -> dict[tuple[str, ...], float]:

@@ -7,7 +7,6 @@ import time
 
 import httpx2
 import pytest
-
 from fake_slot import FakeSlot
 from live_server import eventually, live, server_log
 
@@ -111,6 +110,7 @@ def test_a_swap_in_the_middle_of_a_stream_leaves_it_on_its_version():
         assert {event["system_fingerprint"] for event in events} == {"bot@20251202_115436"}
         answer = httpx2.post(f"{server.url}/v1/chat/completions", json=CHAT)
         assert answer.headers["x-model-version"] == "bot@20260101_000000"
-        assert httpx2.post(
-            f"{server.url}/v1/chat/completions", json=CHAT | {"model": "bot@20251202_115436"}
-        ).status_code == 404
+        assert (
+            httpx2.post(f"{server.url}/v1/chat/completions", json=CHAT | {"model": "bot@20251202_115436"}).status_code
+            == 404
+        )

@@ -89,9 +89,5 @@ class _Seen:
 def _label_tables(templates: Iterable[str]) -> tuple[frozenset[str], list[tuple[re.Pattern[str], str]]]:
     every = list(templates)
     exact = frozenset(template for template in every if "{" not in template)
-    patterns = [
-        (re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(t))), t)
-        for t in every
-        if "{" in t
-    ]
+    patterns = [(re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(t))), t) for t in every if "{" in t]
     return exact, patterns

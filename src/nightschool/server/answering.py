@@ -31,12 +31,14 @@ class Ask:
     """What a client wants: `n` answers to each prompt.
 
     `max_new_tokens` of None means `default_max_new_tokens`, or less where the context leaves less.
+    Callers with different `cache_salt` never share cached prefixes, so that timing tells neither about the other.
     """
 
     prompts: Sequence[Prompt]
     params: SamplingParams
     max_new_tokens: int | None
     default_max_new_tokens: int
+    cache_salt: str
     n: int = 1
 
 
@@ -64,8 +66,9 @@ class Running:
         self.version = generation.version
         self.tokenizer = generation.engine.loaded.tokenizer
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self.generated_tokens = 0
+        self.cached_tokens = 0
         self._handles = handles
+        self._generated = [0] * len(handles)
         self._metrics = metrics
         self._started = time.perf_counter()
         self._first_seen = False
@@ -76,13 +79,18 @@ class Running:
         for handle in self._handles:
             handle.cancel()
 
-    def usage(self) -> dict[str, int]:
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(self._generated)
+
+    def usage(self) -> dict[str, Any]:
         """Tokens so far, as OpenAI counts them."""
-        total = self.prompt_tokens + self.generated_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.generated_tokens,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
         }
 
     def facts(self) -> dict[str, Any]:
@@ -102,7 +110,8 @@ class Running:
                 elif isinstance(item, BaseException):
                     raise _failure(item) from item
                 else:
-                    self._count(item)
+                    self._count(index, item)
+                    _refuse_broken(item)
                     yield index, item
         finally:
             self.cancel()
@@ -117,12 +126,26 @@ class Running:
                 answers[index].chunks.append(chunk)
         return answers
 
-    def _count(self, chunk: Chunk) -> None:
-        self.generated_tokens += len(chunk.token_ids)
-        self._metrics.generated_tokens.inc(len(chunk.token_ids))
+    def _count(self, index: int, chunk: Chunk) -> None:
+        new_tokens = len(chunk.token_ids)
+        if chunk.usage is not None:
+            # The engine counts the token that ends the answer too, which stands in no chunk.
+            new_tokens = chunk.usage.generated_tokens - self._generated[index]
+            self.cached_tokens += chunk.usage.cached_tokens
+        self._generated[index] += new_tokens
+        self._metrics.generated_tokens.inc(new_tokens)
         if chunk.token_ids and not self._first_seen:
             self._first_seen = True
             self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
+
+
+def _refuse_broken(chunk: Chunk) -> None:
+    """Raise what ended an answer before its time."""
+    if chunk.finish_reason == "error":
+        raise Refusal(500, f"Generation failed: {chunk.error}", "generation_failed")
+    if chunk.finish_reason == "cancelled":
+        message = "The answer was cancelled, because its version is being unloaded. Ask again."
+        raise Refusal(503, message, "cancelled", headers={"Retry-After": "1"})
 
 
 def _failure(error: BaseException) -> BaseException:
@@ -188,7 +211,9 @@ class Answering:
                 for _ in range(ask.n):
                     index = len(handles)
                     seed = None if params.seed is None else (params.seed + index) % 2**63
-                    request = GenerationRequest(f"{request_id}-{index}", prompt, replace(params, seed=seed))
+                    request = GenerationRequest(
+                        f"{request_id}-{index}", prompt, replace(params, seed=seed), ask.cache_salt
+                    )
                     handles.append(generation.engine.submit(request))
         except BaseException:
             for handle in handles:

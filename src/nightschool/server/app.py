@@ -83,8 +83,9 @@ def create_app(
     # The last one added is the first one passed.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds)
     app.add_middleware(Guard, settings=settings)
-    app.openapi_schema = _documented(app, settings)
-    app.add_middleware(Access, metrics=metrics, templates=[*app.openapi_schema["paths"], "/openapi.json"])
+    document = _documented(app, settings)
+    app.openapi = lambda: document  # type: ignore[method-assign]  # the documented way to extend it
+    app.add_middleware(Access, metrics=metrics, templates=[*document["paths"], "/openapi.json"])
     return app
 
 
@@ -119,7 +120,21 @@ def _documented(app: FastAPI, settings: ServerSettings) -> dict[str, Any]:
                 del operation["responses"]["422"]
     for body, field in _LENGTH_FIELDS:
         _set_maximum(schemas[body.__name__]["properties"][field], settings.max_new_tokens_limit)
+    if settings.api_keys:
+        _document_keys(document)
     return document
+
+
+def _document_keys(document: dict[str, Any]) -> None:
+    """Say where the key goes, and which paths need none."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    document["security"] = [{"bearer": []}, {"header": []}]
+    for path in guard.OPEN_PATHS:
+        for operation in document["paths"][path].values():
+            operation["security"] = []
 
 
 _LENGTH_FIELDS: tuple[tuple[type[BaseModel], str], ...] = (

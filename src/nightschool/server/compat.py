@@ -14,11 +14,11 @@ from pydantic import BaseModel, Field
 from nightschool.data.example import Message
 from nightschool.engine.request import SamplingParams
 from nightschool.server.answering import Ask, while_connected
-from nightschool.server.bodies import Body
+from nightschool.server.bodies import Body, Integer, Number
 from nightschool.server.documents import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.recording import Exchange
-from nightschool.server.service import RequestId, Service, ServiceOf, published_at, timestamp
+from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf, published_at, timestamp
 
 router = APIRouter(tags=["Parametric memory"])
 
@@ -27,9 +27,9 @@ class GenerateRequest(Body):
     """A question and how to answer it."""
 
     query: str = Field(..., min_length=1, description="The question.")
-    max_new_tokens: int = Field(256, ge=1, description="Most tokens of the answer.")
-    temperature: float = Field(0.7, ge=0, le=2, description="0 is greedy and deterministic; 1 is more creative.")
-    top_p: float = Field(0.9, gt=0, le=1, description="Sample from the smallest set of this probability.")
+    max_new_tokens: Integer = Field(256, ge=1, description="Most tokens of the answer.")
+    temperature: Number = Field(0.7, ge=0, le=2, description="0 is greedy and deterministic; 1 is more creative.")
+    top_p: Number = Field(0.9, gt=0, le=1, description="Sample from the smallest set of this probability.")
 
 
 class GenerateResponse(BaseModel):
@@ -82,7 +82,9 @@ class RefreshResponse(BaseModel):
 
 
 @router.post("/generate", response_model=GenerateResponse, responses=refusals(400, 408, 413, 422, 429, 500, 503))
-async def generate(body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId) -> Response:
+async def generate(
+    body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+) -> Response:
     """Answer one question. 503 while no model is loaded; 422 where a value is out of bounds."""
     if body.max_new_tokens > service.settings.max_new_tokens_limit:
         limit = service.settings.max_new_tokens_limit
@@ -94,6 +96,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceOf, 
         params=SamplingParams(max_new_tokens=1, temperature=body.temperature, top_p=body.top_p),
         max_new_tokens=body.max_new_tokens if given else None,
         default_max_new_tokens=body.max_new_tokens,
+        cache_salt=salt,
     )
     running = await service.answering.start(ask, request_id)
     try:

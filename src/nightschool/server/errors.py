@@ -23,11 +23,11 @@ from nightschool.errors import Interrupted, NightschoolError, NotLoaded, QueueFu
 log = logging.getLogger("nightschool.server")
 
 
-class ClientGone(Exception):  # noqa: N818  (it is no error of anybody)
+class ClientGone(Exception):
     """The client closed its connection before the answer was whole; nobody reads a response."""
 
 
-class Refusal(Exception):  # noqa: N818  (it is what the server says, not what broke)
+class Refusal(Exception):
     """An answer that is an error. `param` names the field of the request that is meant."""
 
     def __init__(

@@ -49,6 +49,7 @@ class Guard:
         exempt = path in OPEN_PATHS or (path == "/metrics" and self._settings.on_loopback)
         if self._digests and not exempt:
             caller = self._check_key(headers)
+            scope["state"]["caller"] = caller
         if self._buckets is not None and path not in _UNLIMITED_PATHS:
             wait_seconds = self._buckets.take(caller)
             if wait_seconds > 0:

@@ -18,19 +18,21 @@ from nightschool.server.openai_answers import ChatShape, CompletionShape, Shape
 from nightschool.server.openai_models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai_schema import ChatRequest, CompletionRequest, Sampling
 from nightschool.server.recording import Exchange
-from nightschool.server.service import RequestId, Service, ServiceOf
+from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf
 from nightschool.server.stream import EventStream
 from nightschool.server.token_text import TokenText
 
 router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"])
-_STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {**openai_refusals(400, 404, 408, 413, 500, 503), 200: _STREAM}
 _COMPLETION_DEFAULT_TOKENS = 16
 _MOST_ANSWERS = 32
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
-async def chat_completions(body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId) -> Response:
+async def chat_completions(
+    body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events that end with `[DONE]`."""
     messages = [message.as_message() for message in body.messages]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -39,6 +41,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Service
         params=_params(body, logprobs),
         max_new_tokens=_length(body.max_completion_tokens or body.max_tokens, service),
         default_max_new_tokens=service.settings.max_new_tokens_limit,
+        cache_salt=salt,
         n=body.n or 1,
     )
     kept = [{"role": message.role, "content": message.content} for message in messages]
@@ -46,13 +49,16 @@ async def chat_completions(body: ChatRequest, request: Request, service: Service
 
 
 @router.post("/completions", response_model=Completion, responses=_RESPONSES)
-async def completions(body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId) -> Response:
+async def completions(
+    body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+) -> Response:
     """Continue a text as it is, without a chat template."""
     ask = Ask(
         prompts=body.prompts,
         params=_params(body, body.logprobs),
         max_new_tokens=_length(body.max_tokens, service),
         default_max_new_tokens=_COMPLETION_DEFAULT_TOKENS,
+        cache_salt=salt,
         n=body.n or 1,
     )
     if len(ask.prompts) * ask.n > _MOST_ANSWERS:
@@ -78,7 +84,7 @@ def _params(body: Sampling, logprobs: int | None) -> SamplingParams:
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         stop=body.stops,
-        seed=body.seed,
+        seed=None if body.seed is None else body.seed % 2**63,
         logprobs=logprobs,
     )
 

@@ -9,12 +9,19 @@ from pydantic import BaseModel, Field
 FinishReason = Literal["stop", "length"]
 
 
+class PromptTokensDetails(BaseModel):
+    """Which of them were not computed again."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of all prompts, each counted once, and of all answers."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(BaseModel):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nightschool.data.example import Message
-from nightschool.server.bodies import Body, Only
+from nightschool.server.bodies import Body, Flag, Integer, Number, Only
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 16
@@ -50,8 +50,8 @@ class ChatMessage(Body):
 class StreamOptions(Body):
     """What a stream carries besides text."""
 
-    include_usage: bool = Field(default=False, description="A last event with the usage, before [DONE].")
-    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is obfuscated.")
+    include_usage: Flag = Field(default=False, description="A last event with the usage, before [DONE].")
+    include_obfuscation: Flag | None = Field(None, description="Accepted; nothing is obfuscated.")
 
 
 class TextFormat(Body):
@@ -68,26 +68,26 @@ class Sampling(Body):
         max_length=200,
         description="The served name, name@champion, or name@version of the version that is served.",
     )
-    max_tokens: int | None = Field(
+    max_tokens: Integer | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="Most tokens of an answer; without it, what the context leaves."
     )
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy and repeats itself exactly.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set of this probability.")
-    top_k: int | None = Field(None, ge=0, le=1000, description="Sample from this many tokens; 0 from all.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one.")
-    repetition_penalty: float | None = Field(
+    temperature: Number | None = Field(None, ge=0, le=2, description="0 is greedy and repeats itself exactly.")
+    top_p: Number | None = Field(None, gt=0, le=1, description="Sample from the smallest set of this probability.")
+    top_k: Integer | None = Field(None, ge=0, le=1000, description="Sample from this many tokens; 0 from all.")
+    min_p: Number | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one.")
+    repetition_penalty: Number | None = Field(
         None, gt=0, le=10, description="Divides the scores of tokens seen in prompt or answer; 1 is none."
     )
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Lowers the scores of tokens answered.")
-    frequency_penalty: float | None = Field(
+    presence_penalty: Number | None = Field(None, ge=-2, le=2, description="Lowers the scores of tokens answered.")
+    frequency_penalty: Number | None = Field(
         None, ge=-2, le=2, description="Lowers the scores of tokens answered, once for each time."
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="Texts that end the answer; they are not part of it."
     )
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Makes sampling repeat itself.")
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
-    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
+    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Makes sampling repeat itself.")
+    n: Integer | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    stream: Flag | None = Field(None, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     user: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
     logit_bias: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
@@ -108,17 +108,17 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(..., min_length=1, max_length=2000, description="The conversation so far.")
-    max_completion_tokens: int | None = Field(
+    max_completion_tokens: Integer | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="The newer name of max_tokens; not both."
     )
-    logprobs: bool | None = Field(None, description="Send the log-probability of every token of the answer.")
-    top_logprobs: int | None = Field(
+    logprobs: Flag | None = Field(None, description="Send the log-probability of every token of the answer.")
+    top_logprobs: Integer | None = Field(
         None, ge=0, le=MOST_LOGPROBS, description="With logprobs: this many likeliest tokens at each place."
     )
     response_format: TextFormat | None = Field(None, description="Only text; JSON modes are not supported.")
     tools: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
     tool_choice: Annotated[str | None, Only(None, "none")] = Field(None, description="Not supported.")
-    parallel_tool_calls: bool | None = Field(None, description="Accepted; there are no tools.")
+    parallel_tool_calls: Flag | None = Field(None, description="Accepted; there are no tools.")
     functions: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
     function_call: Annotated[str | None, Only(None, "none")] = Field(None, description="Not supported.")
     modalities: Annotated[list[str] | None, Only(None, ["text"])] = Field(None, description="Only text.")
@@ -142,7 +142,7 @@ class ChatRequest(Sampling):
         return self
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Integer, Field(ge=0)]], Field(min_length=1)]
 
 
 class CompletionRequest(Sampling):
@@ -154,7 +154,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
     ) = Field(..., description="A text or token ids, or several of either; a text is not put into a chat template.")
-    logprobs: int | None = Field(
+    logprobs: Integer | None = Field(
         None, ge=0, le=5, description="Log-probabilities of the answer, with this many likeliest tokens."
     )
     best_of: Annotated[int | None, Only(None, 1)] = Field(None, description="Not supported.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -104,4 +105,13 @@ def _range(schema: dict[str, Any]) -> str:
     if low is None:
         return ""
     above = "above " if "exclusiveMinimum" in schema else ""
-    return f" {above}{low}…{schema.get('maximum', '')}"
+    high = schema.get("maximum")
+    return f" {above}{_short(low)}…{'' if high is None else _short(high)}"
+
+
+def _short(number: float) -> str:
+    """`8192`, `0.5`, `2^63`."""
+    power = round(math.log2(abs(number) + 1))
+    if power > 50:
+        return f"{'-' if number < 0 else ''}2^{power}"
+    return f"{number:.10g}"

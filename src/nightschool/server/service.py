@@ -44,6 +44,12 @@ def _request_id(request: Request) -> str:
     return str(request.state.request_id)
 
 
+def _cache_salt(request: Request) -> str:
+    """The caller, if keys tell callers apart."""
+    return str(getattr(request.state, "caller", ""))
+
+
+CacheSalt = Annotated[str, Depends(_cache_salt)]
 ServiceOf = Annotated[Service, Depends(_service)]
 RequestId = Annotated[str, Depends(_request_id)]
 

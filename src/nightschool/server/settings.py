@@ -36,7 +36,6 @@ class ServerSettings(BaseModel):
     max_body_bytes: int = Field(2_000_000, ge=1024, description="Largest accepted request body; more is refused (413).")
     body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time a client may take to send its body.")
     max_new_tokens_limit: int = Field(8192, ge=1, le=65536, description="Most tokens one answer may be asked to have.")
-    max_top_k: int = Field(1000, ge=1, description="Largest top_k of a request.")
     requests_per_minute: float | None = Field(
         None, gt=0, description="Requests per minute of one key, or of one address without keys; null is unbounded."
     )

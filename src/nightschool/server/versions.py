@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from nightschool.errors import NightschoolError, SwapFailed
+from nightschool.errors import NightschoolError, NotFound, SwapFailed
 from nightschool.server.bodies import Body
 from nightschool.server.documents import problems
 from nightschool.server.errors import Refusal
@@ -125,5 +125,9 @@ def _described(service: Service, registry: Registry, name: str) -> dict[str, Any
         {"version": version.id, "path": str(version.path), "created_at": timestamp(published_at(version))}
         for version in registry.versions(name)
     ]
+    if not versions and name != service.slot.name:
+        raise NotFound(
+            f"There is no version of {name!r} in the registry. It has {', '.join(registry.names()) or 'none'}."
+        )
     served = _served(service) if name == service.slot.name else None
     return {"name": name, "served_version": served, "aliases": registry.aliases(name), "versions": versions}
