@@ -114,7 +114,7 @@ def trl(setting: Setting, *, steps: int, packed: bool) -> Outcome:
     counts: list[int] = []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             moments.append(time.perf_counter())
 
     class Counting(SFTTrainer):
@@ -123,7 +123,7 @@ def trl(setting: Setting, *, steps: int, packed: bool) -> Outcome:
             return super().training_step(model, inputs, *rest, **named)
 
     processor = copy.deepcopy(setting.tokenizer)
-    processor.chat_template = marked(processor.chat_template)
+    processor.chat_template = marked()
     model = copy.deepcopy(setting.model)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -153,9 +153,8 @@ def trl(setting: Setting, *, steps: int, packed: bool) -> Outcome:
     return Outcome(rate, setting.judge(model.float()), "bfloat16" if trainer.args.bf16 else "float32")
 
 
-def marked(template: str) -> str:
+def marked() -> str:
     """Our template with the marks that the peer needs to find what the assistant says."""
-    del template
     return (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
@@ -180,11 +179,10 @@ def main() -> None:
     rounds = 1 if bench.quick else 3
     figures: dict[str, float] = {"parameters": setting.model.num_parameters()}
     for packed, name in ((False, "default"), (True, "packed")):
-        pairs = []
-        for _ in range(rounds):
-            pairs.append(
-                (ours(setting, steps=steps[packed], packed=packed), trl(setting, steps=steps[packed], packed=packed))
-            )
+        count = steps[packed]
+        pairs = [
+            (ours(setting, steps=count, packed=packed), trl(setting, steps=count, packed=packed)) for _ in range(rounds)
+        ]
         mine, theirs = pairs[-1]
         bench.table(
             [

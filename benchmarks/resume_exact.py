@@ -110,7 +110,7 @@ class Trial:
             killed, resume = killed + 1, True
 
 
-def compare(trial: Trial, one: Any, other: Any) -> tuple[int, int]:
+def compare(one: Any, other: Any) -> tuple[int, int]:
     """Tensors that are missing or different in weights and optimizer of the last checkpoint, and how many there are."""
     from safetensors.torch import load_file
 
@@ -156,7 +156,7 @@ def main() -> None:
             while killed < kills:  # a run that slips through is compared, and another one takes its place
                 run, more = trial.interrupted(kills - killed, seconds, chance)
                 killed += more
-                differing, compared = compare(trial, reference, run)
+                differing, compared = compare(reference, run)
                 different, total = different + differing, total + compared
         rows.append((f"{architecture} {method}", f"killed {killed:2} times, {different} of {total} values differ"))
         print(f"  {rows[-1][0]:<18} {rows[-1][1]}", flush=True)

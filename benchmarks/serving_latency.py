@@ -51,7 +51,7 @@ def main() -> None:
         num_key_value_heads=4,
     )
     model.eval()
-    bare, ours = Bare(model), Ours(model, 1, vocab_size)
+    bare, ours = Bare(model), Ours(model, 1)
     rounds = 6 if bench.quick else 20
     # Another prompt each round, so that the prefix cache has nothing to give.
     loads = [mixed_load(2, vocab_size, seed=seed) for seed in range(rounds + 1)]

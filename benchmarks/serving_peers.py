@@ -147,15 +147,11 @@ class TransformersContinuous:
 class Ours:
     """Our engine, with one thread per client: each sends its next request when its last one is answered."""
 
-    def __init__(self, model: Any, num_clients: int, vocab_size: int) -> None:
+    def __init__(self, model: Any, num_clients: int) -> None:
         from nightschool.engine.engine import Engine
 
-        from nightschool.models.load import LoadedModel
-
         self.num_clients = num_clients
-        self.engine = Engine(
-            loaded_model(LoadedModel, model, vocab_size), "bench@20260101_000000", num_rows=num_clients
-        )
+        self.engine = Engine(loaded_model(model), "bench@20260101_000000", num_rows=num_clients)
 
     def __call__(self, load: Load) -> Answers:
         from nightschool.engine.request import GenerationRequest, SamplingParams
@@ -188,14 +184,19 @@ class Ours:
         self.engine.close()
 
 
-def loaded_model(factory: Any, model: Any, vocab_size: int) -> Any:
-    """A random model as the registry would hand it to the engine, with a byte-level tokenizer of its size."""
+def loaded_model(model: Any) -> Any:
+    """A random model as the registry would hand it to the engine, with a byte-level tokenizer."""
     from nightschool.data.tokenizer import train_bpe
+    from nightschool.models.load import LoadedModel
 
     tokenizer = train_bpe(["a benchmark needs no words"], vocab_size=300)
-    return factory(
+    return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         ref="bench",
+        base_ref="bench",
+        path=None,
         context_tokens=model.config.max_position_embeddings,
+        vocab_size=model.config.vocab_size,
+        tokenizer_size=len(tokenizer),
     )

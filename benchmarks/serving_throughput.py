@@ -39,7 +39,7 @@ def main() -> None:
     contestants = {
         "alone": Alone(model),
         "static": StaticBatches(model, NUM_CLIENTS),
-        "ours": Ours(model, NUM_CLIENTS, vocab_size),
+        "ours": Ours(model, NUM_CLIENTS),
     }
     _, expected = timed(contestants["alone"], load, None)
     rates: dict[str, list[float]] = {name: [] for name in [*contestants, "continuous"]}
