@@ -12,7 +12,17 @@ from typing import Literal
 
 _NUMBER = r"(?P<number>\d+(?:\.\d+)?)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 _MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -124,7 +134,8 @@ def format_seconds(seconds: float) -> str:
     """The shortest exact spelling that `parse_seconds` reads back: `24h`, `90s`."""
     for unit in ("d", "h", "m"):
         size = _SECONDS[unit]
-        if seconds >= size and seconds % size == 0:
+        # Everybody says 24h.
+        if seconds >= (2 * size if unit == "d" else size) and seconds % size == 0:
             return f"{_digits(seconds / size)}{unit}"
     return f"{_digits(seconds)}s"
 

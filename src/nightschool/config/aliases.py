@@ -14,7 +14,7 @@ from typing import Any
 from nightschool.config.schema import Path, dotted
 
 
-class SaysNothing(Exception):  # noqa: N818 - no error: `fp16: false` only says what was so before
+class SaysNothing(Exception):
     """The value of an alias leaves the setting as it is."""
 
 

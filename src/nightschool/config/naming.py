@@ -23,7 +23,7 @@ class Named:
     problems: list[Problem]
 
 
-class _Unknown(Exception):  # noqa: N818 - carries a sentence to the place that knows file and line
+class _Unknown(Exception):
     """`prefix` is the part of the path that was understood, with the part that was not."""
 
     def __init__(self, prefix: Path, message: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from nightschool.config.recipe import Recipe, plain_types
+from nightschool.units import parse_seconds
 
 Path = tuple[str | int, ...]
 
@@ -47,6 +48,11 @@ class Setting:
         """Whether a scalar is meant as text, whatever YAML would make of it (`path=2024`, `new_facts=>= 50%`)."""
         types = set(plain_types(self.field.annotation))
         return str in types and not types & {bool, int, float}
+
+    @property
+    def is_duration(self) -> bool:
+        """Whether it is held in seconds."""
+        return parse_seconds in {getattr(part, "func", None) for part in self.field.metadata}
 
     def parsed(self, value: Any) -> Any:
         """The value as the recipe would hold it.
@@ -102,4 +108,12 @@ def dotted(path: Sequence[str | int]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors and for the HTTP interface."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(by_alias=True)}
+    schema = _known_words(Recipe.model_json_schema(by_alias=True))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _known_words(schema: Any) -> Any:
+    """Without the bounds that pydantic leaves under its own names where a text with a unit is allowed too."""
+    if isinstance(schema, dict):
+        return {key: _known_words(value) for key, value in schema.items() if key not in ("gt", "ge", "lt", "le")}
+    return [_known_words(value) for value in schema] if isinstance(schema, list) else schema

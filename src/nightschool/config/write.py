@@ -66,10 +66,13 @@ def _value(path: Path, value: Any) -> str:
     setting = find(path)
     if isinstance(value, list):
         return "[" + ", ".join(_scalar(element) for element in value) + "]"
-    if setting is not None and setting.key in ("schedule.every", "serve.model_check_interval"):
-        text = format_seconds(value)
-        return text if parse_seconds(text) == value else _scalar(value)
-    return _scalar(value)
+    return duration(value) if setting is not None and setting.is_duration else _scalar(value)
+
+
+def duration(seconds: float) -> str:
+    """With its unit, unless that would round it."""
+    text = format_seconds(seconds)
+    return text if parse_seconds(text) == seconds else repr(seconds)
 
 
 def _scalar(value: Any) -> str:

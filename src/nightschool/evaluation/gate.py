@@ -43,6 +43,9 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate) -> G
     notes = []
     if all(result.passed is None for result in results):
         notes.append(f"Nothing could be compared, so nothing speaks against {candidate.version}.")
+    only_theirs = theirs.keys() - {answer.id for answer in candidate.answers}
+    if only_theirs:
+        notes.append(f"{_count(len(only_theirs), 'question')} went only to the champion and decided nothing.")
     return GateReport(
         decision="refuse" if refused else "promote",
         candidate=candidate.version,
@@ -180,7 +183,7 @@ def _judged(
     unit = _unit(rule.name)
     threshold = rule.threshold(champion)
     passed = rule.holds(candidate, champion)
-    why = f"{said}; {'within' if passed else 'not within'} {rule.operator} {show(threshold, unit)}."
+    why = f"{said}; needed: {rule.operator} {show(threshold, unit)}."
     return RuleResult(rule.name, rule.text, unit, threshold, candidate, champion, passed, why, examples)
 
 
