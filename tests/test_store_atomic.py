@@ -29,7 +29,7 @@ def entries(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(contents=st.lists(st.binary(max_size=3000), min_size=1, max_size=4))
 def test_the_last_content_stays_and_nothing_else(tmp_path_factory, contents):
     folder = tmp_path_factory.mktemp("atomic")

@@ -31,6 +31,7 @@ def steps(points):
     return [point.step for point in points]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(0, 10**12), st.integers(0, 10**6))
 def test_names_go_and_come(epoch, step, num_files):
     from pathlib import Path
@@ -88,7 +89,7 @@ def test_a_damaged_one_does_not_push_out_the_only_whole_one(run):
     assert steps(checkpoints.ls(run)) == [4]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     points=st.lists(st.tuples(st.booleans(), st.none() | st.floats(0, 10)), min_size=1, max_size=8),
     keep_last=st.integers(1, 4),

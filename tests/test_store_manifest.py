@@ -53,7 +53,7 @@ def test_a_truncated_file(folder):
         verify(folder, digests=False)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(bit=st.integers(0, 256 * 8 - 1))
 def test_a_flipped_bit(folder, bit):
     path = folder / "model.safetensors"
@@ -70,20 +70,19 @@ def test_a_flipped_bit(folder, bit):
         path.write_bytes(bytes(range(256)))
 
 
-def test_a_manifest_with_any_bit_flipped_is_damaged_or_means_the_same(folder):
+def test_a_manifest_with_a_bit_of_any_byte_flipped_is_damaged_or_means_the_same(folder):
     path = folder / "manifest.json"
     original, manifest = path.read_bytes(), read_manifest(folder)
     refused = 0
     for index in range(len(original)):
-        for bit in range(8):
-            content = bytearray(original)
-            content[index] ^= 1 << bit
-            path.write_bytes(content)
-            try:
-                assert read_manifest(folder) == manifest
-            except Damaged:
-                refused += 1
-    assert refused > len(original) * 7
+        content = bytearray(original)
+        content[index] ^= 1 << index % 8
+        path.write_bytes(content)
+        try:
+            assert read_manifest(folder) == manifest
+        except Damaged:
+            refused += 1
+    assert refused > len(original) * 0.9
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightschool.errors import NameRefused
@@ -30,6 +30,7 @@ HOSTILE = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(HOSTILE | NAMES, HOSTILE | st.from_regex(r"[0-9]{8}_[0-9]{6}", fullmatch=True))
 def test_whatever_the_name_the_path_is_a_grandchild_of_the_models(name, version):
     try:
@@ -95,6 +96,7 @@ def test_references():
         check_alias("20261121_023000")
 
 
+@settings(deadline=None)
 @given(st.datetimes(timezones=st.just(UTC), max_value=datetime(9000, 1, 1)))  # noqa: DTZ001
 def test_stamps_name_moments_to_the_second(moment):
     stamp = stamp_of(moment)

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_databases import db, environment, postgres, postgres_url  # noqa: F401
 
@@ -150,6 +150,7 @@ MESSAGES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.builds(Example, messages=MESSAGES.map(tuple)) | st.builds(Example, text=TEXT))
 def test_the_digest_is_that_of_the_example(example):
     assert example_digest(example.to_json()) == example.digest
