@@ -67,8 +67,8 @@ class Running:
         self.tokenizer = generation.engine.loaded.tokenizer
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.cached_tokens = 0
+        self.generated_tokens = 0
         self._handles = handles
-        self._generated = [0] * len(handles)
         self._metrics = metrics
         self._started = time.perf_counter()
         self._first_seen = False
@@ -78,11 +78,6 @@ class Running:
         """Stop generating; finished answers are not touched."""
         for handle in self._handles:
             handle.cancel()
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens of all answers so far."""
-        return sum(self._generated)
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far, as OpenAI counts them."""
@@ -110,7 +105,7 @@ class Running:
                 elif isinstance(item, BaseException):
                     raise _failure(item) from item
                 else:
-                    self._count(index, item)
+                    self._count(item)
                     _refuse_broken(item)
                     yield index, item
         finally:
@@ -126,14 +121,11 @@ class Running:
                 answers[index].chunks.append(chunk)
         return answers
 
-    def _count(self, index: int, chunk: Chunk) -> None:
-        new_tokens = len(chunk.token_ids)
+    def _count(self, chunk: Chunk) -> None:
+        self.generated_tokens += len(chunk.token_ids)
+        self._metrics.generated_tokens.inc(len(chunk.token_ids))
         if chunk.usage is not None:
-            # The engine counts the token that ends the answer too, which stands in no chunk.
-            new_tokens = chunk.usage.generated_tokens - self._generated[index]
             self.cached_tokens += chunk.usage.cached_tokens
-        self._generated[index] += new_tokens
-        self._metrics.generated_tokens.inc(new_tokens)
         if chunk.token_ids and not self._first_seen:
             self._first_seen = True
             self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache, partial
 from typing import Any
 
 import anyio.to_thread
 import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from nightschool import __version__
@@ -83,9 +85,9 @@ def create_app(
     # The last one added is the first one passed.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds)
     app.add_middleware(Guard, settings=settings)
-    document = _documented(app, settings)
-    app.openapi = lambda: document  # type: ignore[method-assign]  # the documented way to extend it
-    app.add_middleware(Access, metrics=metrics, templates=[*document["paths"], "/openapi.json"])
+    app.openapi = cache(partial(_documented, app, settings))  # type: ignore[method-assign]  # the documented way
+    paths = [route.path for router in FAMILIES for route in router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Access, metrics=metrics, templates=[*paths, "/openapi.json"])
     return app
 
 
