@@ -223,7 +223,6 @@ def _lay_out(tokenizer: Any, messages: Sequence[Message], stop_texts: list[str])
         prompt = render_text(tokenizer, messages[:-1], generation_prompt=True, thinking=thinking)
         marked = scaffold(
             tokenizer,
-            tokenizer.get_chat_template(),
             tuple(m.role for m in messages),
             thinking=thinking,
             generation_prompt=False,
@@ -257,7 +256,7 @@ def _around_last(tokenizer: Any, messages: Sequence[Message], marked: str, *, th
     """What the template puts between the prompt and the last answer, and after it."""
     before, _, tail = marked.rpartition(sentinels(len(messages))[-1])
     roles = tuple(m.role for m in messages[:-1])
-    asked = scaffold(tokenizer, tokenizer.get_chat_template(), roles, thinking=thinking, generation_prompt=True)
+    asked = scaffold(tokenizer, roles, thinking=thinking, generation_prompt=True)
     return (before[len(asked) :] if before.startswith(asked) else ""), tail
 
 

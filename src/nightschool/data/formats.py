@@ -92,7 +92,7 @@ def parse_messages(turns: Any, field: str = "messages") -> tuple[Message, ...]:
         raise DataError(str(wrong)) from None
 
 
-class _Wrong(Exception):  # noqa: N818 - becomes a DataError as soon as the line is known
+class _Wrong(Exception):
     """What is wrong with a row, without its place."""
 
 

@@ -7,8 +7,9 @@ training, evaluation, server and chat see the same text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jinja2
 
@@ -89,17 +90,43 @@ def sentinels(count: int, salt: str = "") -> list[str]:
     return [f"qx{salt}{index:04d}xq" for index in range(count)]
 
 
-@lru_cache(maxsize=4096)
-def scaffold(tokenizer: Any, _template: str, roles: tuple[Role, ...], thinking: bool, generation_prompt: bool) -> str:  # noqa: FBT001 - a cache key
-    """The rendering of sentinels in place of contents, for one sequence of roles. `_template` keys the cache."""
-    marks = [Message(role, mark) for role, mark in zip(roles, sentinels(len(roles)), strict=True)]
-    return render_text(tokenizer, marks, generation_prompt=generation_prompt, thinking=thinking)
+def scaffold(tokenizer: Any, roles: tuple[Role, ...], *, thinking: bool, generation_prompt: bool) -> str:
+    """The rendering of sentinels in place of contents, for one sequence of roles."""
+    learned = _learned(tokenizer)
+    key = roles, thinking, generation_prompt
+    if key not in learned.scaffolds:
+        marks = [Message(role, mark) for role, mark in zip(roles, sentinels(len(roles)), strict=True)]
+        text = render_text(tokenizer, marks, generation_prompt=generation_prompt, thinking=thinking)
+        if len(learned.scaffolds) >= _KEPT_SCAFFOLDS:
+            learned.scaffolds.clear()
+        learned.scaffolds[key] = text
+    return learned.scaffolds[key]
 
 
-@lru_cache(maxsize=64)
-def _end_of_turn_id(tokenizer: Any, template: str) -> int | None:
+@dataclass
+class _Learned:
+    """What was learned of a template by running it; forgotten with its tokenizer, so that a server may swap for years."""
+
+    template: str
+    scaffolds: dict[tuple[tuple[Role, ...], bool, bool], str] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] | None = None
+
+
+_KEPT_SCAFFOLDS = 4096
+_of_tokenizer: WeakKeyDictionary[Any, _Learned] = WeakKeyDictionary()
+
+
+def _learned(tokenizer: Any) -> _Learned:
+    template = tokenizer.get_chat_template()
+    learned = _of_tokenizer.get(tokenizer)
+    if learned is None or learned.template != template:
+        learned = _of_tokenizer[tokenizer] = _Learned(template)
+    return learned
+
+
+def _end_of_turn_id(tokenizer: Any) -> int | None:
     """The control token that the template puts after an answer, or None if it puts none."""
-    text = scaffold(tokenizer, template, ("user", "assistant"), thinking=False, generation_prompt=False)
+    text = scaffold(tokenizer, ("user", "assistant"), thinking=False, generation_prompt=False)
     tail = text.rpartition(sentinels(2)[1])[2]
     for token_id in tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]:
         token = tokenizer.added_tokens_decoder.get(token_id)
@@ -118,10 +145,13 @@ def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> frozenset[i
         ModelError: If there is none, so that no answer could end.
     """
     ensure_template(tokenizer)
-    found = {tokenizer.eos_token_id, _end_of_turn_id(tokenizer, tokenizer.get_chat_template())}
+    learned = _learned(tokenizer)
+    if learned.stop_token_ids is None:
+        own = {tokenizer.eos_token_id, _end_of_turn_id(tokenizer)}
+        learned.stop_token_ids = frozenset(int(token_id) for token_id in own if token_id is not None)
     configured = getattr(generation_config, "eos_token_id", None)
-    found.update(configured if isinstance(configured, list | tuple) else [configured])
-    ids = frozenset(int(token_id) for token_id in found if token_id is not None)
+    more = configured if isinstance(configured, list | tuple) else [configured]
+    ids = learned.stop_token_ids | {int(token_id) for token_id in more if token_id is not None}
     if not ids:
         raise ModelError("The tokenizer has no token that ends an answer. Give it an eos_token.")
     return ids
