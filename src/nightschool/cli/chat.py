@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from nightschool.cli.chat_backends import Backend, LocalBackend, Params, Reply, ServerBackend
 from nightschool.cli.chat_commands import COMMANDS, Chat, Leave, run_command
-from nightschool.cli.session import answer, bold, note, print_json, session
+from nightschool.cli.session import answer, bold, note, session
 from nightschool.data.example import Message
 from nightschool.errors import NightschoolError, UsageError
 from nightschool.store.home import Home
@@ -84,21 +84,20 @@ def ask(
     if not text:
         raise UsageError("The question is blank. Write nightschool ask 'QUESTION'.")
     turns = [*([Message("system", system)] if system else []), Message("user", text)]
-    home, models = Home.find(), model or [None]
+    home = Home.find()
+    models: list[str | None] = [*model] if model else [None]
     rows = []
+    live = len(models) == 1 and not session().json
     for one in models:
         reply = Reply()
         with closing(_backend(home, one, url, record=False)) as backend:
-            live = not (session().json or len(models) > 1)
             for piece in backend.stream(turns, params, reply):
                 if live:
                     print(piece, end="", flush=True)
             rows.append({"model": backend.model, "version": reply.version, "answer": reply.text})
     data = {"question": text, "answers": rows} if len(rows) > 1 else {"question": text, **rows[0]}
-    if len(rows) == 1:
-        answer(data, "" if rows[0]["answer"].endswith("\n") else "\n" if not rows[0]["answer"] else "")
-        if not session().json:
-            print()
+    if live:
+        print()
         return
     answer(data, lambda: "\n\n".join(f"{bold(row['version'] or row['model'])}\n{row['answer']}" for row in rows))
 

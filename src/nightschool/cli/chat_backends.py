@@ -7,16 +7,17 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nightschool.data.example import Message
-from nightschool.errors import Conflict, NightschoolError, NotFound, NotLoaded, QueueFull, UsageError
-from nightschool.store.conversations import ConversationStore
-from nightschool.store.database import open_database
+from nightschool.errors import Conflict, NameRefused, NightschoolError, NotFound, NotLoaded, QueueFull, UsageError
 from nightschool.store.home import Home
+from nightschool.store.names import parse_ref
+
+if TYPE_CHECKING:
+    from nightschool.cli.local_model import LocalModel
 
 TIMEOUT_SECONDS = 600.0
 KEY_VARIABLE = "NIGHTSCHOOL_API_KEY"
@@ -48,7 +49,7 @@ class Params:
         low, high = bounds[name]
         if not low <= value <= high:
             raise UsageError(f"{name} is {text}, but lies between {low} and {high}.")
-        return replace(self, **{name: value})  # type: ignore[arg-type]
+        return replace(self, **{name: value})
 
 
 @dataclass
@@ -175,4 +176,66 @@ class LocalBackend:
     """A model in this process. With `record`, answers are kept in the home, so that they can be marked."""
 
     def __init__(self, home: Home, model: str, *, record: bool) -> None:
-        ...
+        self._home = home
+        self._loaded: LocalModel | None = None
+        self._conversations = ConversationStore(open_database(home)) if record else None
+        self.model = model
+        self.switch(model)
+
+    def stream(self, messages: Sequence[Message], params: Params, reply: Reply) -> Iterator[str]:
+        from nightschool.engine.request import SamplingParams
+
+        assert self._loaded is not None, "switch loaded a model"
+        sampling = SamplingParams(
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            seed=params.seed,
+        )
+        reply.request_id = f"chat-{uuid.uuid4().hex}"
+        reply.version = self._loaded.ref
+        handle = self._loaded.ask(reply.request_id, messages, sampling)
+        try:
+            for chunk in handle.chunks():
+                if chunk.error is not None:
+                    raise NightschoolError(f"The answer ended early: {chunk.error}")
+                reply.finish_reason = chunk.finish_reason
+                if chunk.text:
+                    reply.parts.append(chunk.text)
+                    yield chunk.text
+        finally:
+            handle.cancel()
+            self._record(messages, reply)
+
+    def feedback(self, request_id: str, rating: Literal["good", "bad"], correction: str | None) -> None:
+        if self._conversations is None:
+            raise UsageError("Answers are not kept here, so none can be marked. Start with nightschool chat --record.")
+        self._conversations.feedback(request_id, rating, correction)
+
+    def switch(self, model: str) -> None:
+        from nightschool.cli.local_model import LocalModel
+
+        # The new one first: if it cannot be loaded, the old one goes on answering.
+        loaded = LocalModel(self._home, model)
+        self.close()
+        self._loaded, self.model = loaded, model
+
+    def close(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
+
+    def _record(self, messages: Sequence[Message], reply: Reply) -> None:
+        if self._conversations is None or not reply.text:
+            return
+        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        name = parse_ref(self.model).name if _is_name(self.model) else "local"
+        self._conversations.record(reply.request_id, name, reply.version, turns, reply.text)
+
+
+def _is_name(model: str) -> bool:
+    try:
+        parse_ref(model)
+    except NameRefused:
+        return False
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from nightschool.store.names import parse_ref
 from nightschool.store.pins import Pins
 
 
-class Leave(Exception):  # noqa: N818  no error: the user wants to go
+class Leave(Exception):
     """The conversation is over."""
 
 
@@ -43,7 +43,7 @@ class Chat:
             self.turns.pop()
         self.turns.append(Message("user", text))
 
-    def answer(self) -> Iterator[str]:
+    def answer(self) -> Generator[str]:
         """Yield the answer to the last turn. What has come becomes a turn, also when the iterator is closed."""
         self.last = reply = Reply()
         pieces = self.backend.stream(self.messages, self.params, reply)

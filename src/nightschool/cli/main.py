@@ -33,6 +33,8 @@ Exit codes: 0 ok, 1 failed, 2 usage or recipe, 3 refused by the gate, 4 not foun
 130 interrupted.
 """
 
+EVERYWHERE_SHORT = "Everywhere: --json, -q, -C DIR. See nightschool --help."
+
 # verb: (import path, one line of help). Nouns hold verbs.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("nightschool.cli.demo:demo", "The whole story in ten minutes: offline, on a CPU."),
@@ -121,8 +123,13 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
 ALIASES = {"ls": "list", "show": "view"}
 
 
-def build_app() -> App:
-    """The tree of commands, with no verb's module imported."""
+def build_app(words: Sequence[str] = ()) -> App:
+    """The tree of commands, with no verb's module imported.
+
+    `words` are the words of the command line. The verb that they choose describes itself in full, from its docstring;
+    the others have their line of the table.
+    """
+    chosen = [word for word in words if not word.startswith("-")][:2]
     app = App(
         name="nightschool",
         help="Night school for language models: they learn while you sleep, and open in the morning with the newest "
@@ -130,18 +137,32 @@ def build_app() -> App:
         help_epilogue=EVERYWHERE,
         help_format="plaintext",
         version=__version__,
-        default_parameter=Parameter(negative=()),
+        default_parameter=DEFAULTS,
     )
-    for verb, (path, text) in VERBS.items():
-        app.command(path, name=verb, help=text)
+    for verb, (path, line) in VERBS.items():
+        _add(app, path, verb, line, chosen=chosen[:1] == [verb])
     for noun, (text, verbs) in NOUNS.items():
-        group = App(name=noun, help=text, help_format="plaintext", default_parameter=Parameter(negative=()))
+        group = App(name=noun, help=text, help_format="plaintext", default_parameter=DEFAULTS)
         for verb, (path, line) in verbs.items():
-            group.command(path, name=verb, help=line)
-            if verb in ALIASES:
-                group.command(path, name=ALIASES[verb], help=line, show=False)
+            for name in (verb, ALIASES[verb]) if verb in ALIASES else (verb,):
+                _add(group, path, name, line, chosen=chosen == [noun, name], show=name == verb)
         app.command(group)
     return app
+
+
+def _add(app: App, path: str, name: str, line: str, *, chosen: bool, show: bool = True) -> None:
+    if chosen:
+        # Markdown joins the lines of a paragraph, which a docstring has broken at its own width.
+        app.command(path, name=name, help_format="markdown", help_epilogue=EVERYWHERE_SHORT, show=show)
+    else:
+        app.command(path, name=name, help=line, show=show)
+
+
+def _shown_default(value: object) -> str | None:
+    return None if value is None or value is False else str(value)
+
+
+DEFAULTS = Parameter(negative=(), show_default=_shown_default)
 
 
 def split_global_options(arguments: Sequence[str]) -> tuple[list[str], Session, Path | None]:
@@ -180,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, current, directory = split_global_options(arguments)
         CURRENT.set(current)
         with contextlib.chdir(directory or Path.cwd()):
-            result = build_app()(rest, exit_on_error=False, print_error=False, result_action="return_value")
+            result = build_app(rest)(rest, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BrokenPipeError:

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.session import answer, confirm, table
+from nightschool.cli.session import answer, bold, colour_wanted, confirm, table
 from nightschool.cli.terms import figure, folder_bytes, moment
 from nightschool.errors import Conflict, NotFound
+from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
+from nightschool.evaluation.scores import ScoreSheet, figure_to_json
+from nightschool.evaluation.verdict import GateReport
 from nightschool.jobs.promotion import pin as pin_champion
 from nightschool.jobs.promotion import promote as promote_version
 from nightschool.jobs.promotion import roll_back
@@ -101,7 +104,7 @@ def report(model: str, /) -> None:
     registry = Registry(Home.find())
     version = registry.resolve(model if "@" in model else f"{model}@latest")
     stored = registry.load_report(version.name, version.id)
-    answer(stored, lambda: render_report(stored), quiet=lambda: str(stored["decision"]))
+    answer(stored, lambda: _render(GateReport.from_json(stored)), quiet=lambda: str(stored["decision"]))
 
 
 def diff(first: str, second: str, /) -> None:
@@ -111,6 +114,37 @@ def diff(first: str, second: str, /) -> None:
         first: NAME@VERSION or NAME@ALIAS.
         second: Another version.
     """
+    registry = Registry(Home.find())
+    before, after = registry.resolve(first), registry.resolve(second)
+    sheets = _sheets(registry, before, after)
+    changed = answer_diff(*sheets)
+    asked = len({one.id for one in sheets[0].answers} & {one.id for one in sheets[1].answers})
+
+    def text() -> str:
+        losses = [figure(sheet.heldout_loss) or "-" for sheet in sheets]
+        lines = [
+            f"{before.ref} → {after.ref}: {len(changed)} of {asked} answers differ, held-out loss {losses[0]} → {losses[1]}"
+        ]
+        for one in changed:
+            lines += [
+                "",
+                f"{one.verdict:<9} {bold(shortened(one.question))}",
+                f"{'expected':<9} {shortened(one.expected)}",
+            ]
+            lines.append(f"{'':<9} {_coloured(one)}")
+        return "\n".join(lines)
+
+    answer(
+        {
+            "before": before.ref,
+            "after": after.ref,
+            "asked": asked,
+            "heldout_loss": [figure_to_json(sheet.heldout_loss) for sheet in sheets],
+            "differing": [one.to_json() for one in changed],
+        },
+        text,
+        quiet=lambda: "\n".join(one.id for one in changed),
+    )
 
 
 def promote(model: str, /) -> None:
@@ -211,6 +245,49 @@ def rm(model: str, /, *more: str, yes: bool = False) -> None:
         f"Deleted {', '.join(version.ref for version in versions)} ({format_bytes(size)}).",
         quiet="\n".join(version.ref for version in versions),
     )
+
+
+def _render(report: GateReport) -> str:
+    from rich.console import Console
+
+    from nightschool.evaluation.report import render
+
+    console = Console(no_color=not colour_wanted(), highlight=False)
+    with console.capture() as captured:
+        render(report, console)
+    return captured.get().rstrip()
+
+
+def _sheets(registry: Registry, before: Version, after: Version) -> tuple[ScoreSheet, ScoreSheet]:
+    """What both versions answered when the gate asked them, from an exam of both where there was one.
+
+    Raises:
+        NotFound: If one of them was never examined.
+    """
+    found: dict[str, ScoreSheet] = {}
+    for version in registry.versions(after.name) + registry.versions(before.name):
+        try:
+            kept = registry.load_report(version.name, version.id).get("sheets", {})
+        except NotFound:
+            continue
+        sheets = {row["version"]: ScoreSheet.from_json(row) for row in kept.values() if row is not None}
+        if before.ref in sheets and after.ref in sheets:
+            return sheets[before.ref], sheets[after.ref]
+        found = sheets | found
+    missing = [version.ref for version in (before, after) if version.ref not in found]
+    if missing:
+        raise NotFound(
+            f"The gate has not asked {' and '.join(missing)} anything, so there are no answers to compare. "
+            "Compare versions that nightschool train has examined."
+        )
+    return found[before.ref], found[after.ref]
+
+
+def _coloured(one: AnswerDiff) -> str:
+    if not colour_wanted():
+        return shortened(one.as_text())
+    codes = {"same": "", "removed": "\x1b[9;31m", "added": "\x1b[32m"}
+    return "".join(f"{codes[change]}{shortened(part) or ' '}\x1b[0m" for change, part in one.words)
 
 
 def _rows(registry: Registry, name: str) -> list[dict[str, Any]]:

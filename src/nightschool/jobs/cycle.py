@@ -444,4 +444,4 @@ def _decide(home: Home, run: Run, facts: CycleFacts, wanted: str, exam: Exam, ar
 
 def failed_rules(report: Mapping[str, Any]) -> list[str]:
     """The names of the rules that were not passed, with what each found."""
-    return [f"{rule['rule']} ({rule['why']})" for rule in report["rules"] if not rule["passed"]]
+    return [f"{rule['rule']} ({rule['why']})" for rule in report["rules"] if rule["passed"] is False]
