@@ -1,0 +1,101 @@
+"""The README and the pages say what is true: every `sh` and `python` block runs, every link leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text("utf-8"))
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run the page's blocks in order in one shell, as a reader would who types them one after the other."""
+    script = ["set -e"]
+    for number, (language, text) in enumerate(blocks(page)):
+        if language == "python":
+            (folder / f"block{number}.py").write_text(text)
+            text = f"python block{number}.py"
+        script.append(text)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("NIGHTSCHOOL")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+    }
+    log = folder / "output.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", "\n".join(script)],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=240)
+        finally:
+            # What a page leaves running in the background ends with it.
+            try:
+                os.killpg(process.pid, signal.SIGTERM)
+            except ProcessLookupError:
+                code = process.wait()
+    assert code == 0, f"{page.name} ended with {code}:\n{log.read_text(errors='replace')[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which somebody has followed the README to its end."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("recipes", "data"):
+        shutil.copytree(ROOT / name, folder / name)
+    run_page(ROOT / "README.md", folder)
+    yield folder
+
+
+@pytest.mark.timeout(300)
+def test_readme_runs(after_readme: Path) -> None:
+    output = (after_readme / "output.txt").read_text()
+    assert "Hugo Adler lives in" in output
+    assert (after_readme / ".nightschool" / "models" / "tiny").is_dir()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.name)
+def test_page_runs_after_readme(page: Path, after_readme: Path, tmp_path: Path) -> None:
+    shutil.copytree(after_readme, tmp_path / "copy")
+    run_page(page, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not missing, f"{page.name} links to {missing}"
+
+
+def test_a_broken_block_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "broken.md"
+    page.write_text("```sh\nfalse\n```\n")
+    with pytest.raises(AssertionError, match="ended with 1"):
+        run_page(page, tmp_path)
+
+
+def test_every_page_is_reachable_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme]
+    assert not missing, f"the README does not lead to {missing}"
