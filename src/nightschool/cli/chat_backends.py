@@ -7,12 +7,15 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nightschool.data.example import Message
 from nightschool.errors import Conflict, NameRefused, NightschoolError, NotFound, NotLoaded, QueueFull, UsageError
+from nightschool.store.conversations import ConversationStore
+from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 
