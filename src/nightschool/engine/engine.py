@@ -1,0 +1,347 @@
+"""One model version that answers many requests at once, token by token.
+
+A thread of its own runs the steps: requests join and leave between any two of them. The lock guards the queue and is
+never held while the model runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from nightschool.data.chat import stop_token_ids
+from nightschool.engine.answer import Answer
+from nightschool.engine.detokenize import Vocabulary
+from nightschool.engine.handle import Handle
+from nightschool.engine.prefix import BLOCK, PrefixCache
+from nightschool.engine.request import Chunk, GenerationRequest
+from nightschool.engine.runner import Runner
+from nightschool.engine.sampling import Choice, RowSampling, choose
+from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
+from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
+from nightschool.models.load import LoadedModel
+
+log = logging.getLogger("nightschool.engine")
+
+# Of the memory that is free when the engine starts, keys and values may take this share.
+_CACHE_SHARE = 0.25
+_PREFIX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it started, and what it is doing."""
+
+    waiting: int
+    running: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finished: int
+    failed: int
+    oldest_wait_seconds: float
+    prefix_bytes: int
+
+
+@dataclass(eq=False)
+class _Active:
+    """A request with everything that its answer needs. `token_ids` are prompt and answer."""
+
+    key: int
+    handle: Handle
+    token_ids: list[int]
+    answer: Answer
+    sampling: RowSampling
+    is_cancelled: bool = False
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    Args:
+        loaded: The model, adapters merged, and its tokenizer.
+        version_ref: What every answer is labelled with, and what cached prefixes belong to.
+        num_rows: Answers that grow at once, at most.
+        context_tokens: Longest prompt and answer together; the model's own by default, and never more than it.
+        queue_limit: Requests that may wait.
+        prefix_cache: Whether beginnings that were read before are kept.
+        prefix_cache_bytes: How much of them.
+        tokens_per_step: Tokens of prompts that are read between two tokens of the answers, about.
+        cache_bytes: Keys and values of the answers in the making, at most, unless a single one needs more; by default a
+            quarter of what is free at start.
+
+    Raises:
+        ModelError: If the model is none that the engine can serve.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        version_ref: str,
+        *,
+        num_rows: int = 16,
+        context_tokens: int | None = None,
+        queue_limit: int = 256,
+        prefix_cache: bool = True,
+        prefix_cache_bytes: int = _PREFIX_BYTES,
+        tokens_per_step: int = 512,
+        cache_bytes: int | None = None,
+    ) -> None:
+        for name, value in (("num_rows", num_rows), ("queue_limit", queue_limit), ("tokens_per_step", tokens_per_step)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}, and an engine needs at least 1. Raise it.")
+        if loaded.adapter:
+            raise ModelError(f"The adapter of {version_ref} is kept apart. Load it with merge=True to serve it.")
+        self.loaded = loaded
+        self.version_ref = version_ref
+        self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens)
+        self.stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
+        self._vocabulary = Vocabulary(loaded.tokenizer)
+        self._runner = Runner(loaded.model)
+        cache = self._runner.make_cache(num_rows, 1)
+        budget_bytes = cache_bytes or _free_bytes(self._runner.device) * _CACHE_SHARE
+        budget_tokens = max(1, int(budget_bytes / cache.bytes_per_token))
+        self._cache = self._runner.make_cache(num_rows, budget_tokens)
+        self._prefix = PrefixCache(version_ref, prefix_cache_bytes) if prefix_cache else None
+        self._scheduler = Scheduler(
+            num_rows=num_rows, queue_limit=queue_limit, tokens_per_step=tokens_per_step, cache_tokens=budget_tokens
+        )
+        self._keys = itertools.count()
+        self._active: dict[int, _Active] = {}
+        self._cancelled: list[int] = []
+        self._counts = dict.fromkeys(("steps", "prompt", "cached", "generated", "finished", "failed"), 0)
+        self._state = "open"
+        self._lock = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name=f"engine {version_ref}", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> Handle:
+        """Queue a request. May be called from any thread.
+
+        Raises:
+            PromptTooLong: If prompt and answer do not fit the context.
+            UsageError: If a token id is not in the vocabulary.
+            QueueFull: If too many wait.
+            NotLoaded: If the engine is closed.
+        """
+        prompt_tokens, most = len(request.prompt_ids), request.params.max_new_tokens
+        if prompt_tokens + most > self.context_tokens:
+            raise PromptTooLong(prompt_tokens, most, self.context_tokens)
+        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
+        if lowest < 0 or highest >= self._runner.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise UsageError(
+                f"The prompt has the token id {wrong}, and the vocabulary of {self.version_ref} has "
+                f"{self._runner.vocab_size} tokens. Use the tokenizer of this model."
+            )
+        key = next(self._keys)
+        handle = Handle(request, self.version_ref, lambda: self._cancel(key))
+        answer = Answer(request, self._vocabulary, self.stop_ids)
+        sampling = RowSampling(request.params, request.prompt_ids, self._runner.vocab_size, self._runner.device)
+        active = _Active(key, handle, list(request.prompt_ids), answer, sampling)
+        with self._lock:
+            if self._state != "open":
+                raise NotLoaded(
+                    f"{self.version_ref} takes no more requests. Send this one to the version that is served."
+                )
+            self._scheduler.submit(key, prompt_tokens, most)
+            self._active[key] = active
+            self._counts["prompt"] += prompt_tokens
+            self._lock.notify_all()
+        return handle
+
+    def load(self) -> tuple[int, int]:
+        """How many requests wait, and how many are being answered."""
+        with self._lock:
+            return self._scheduler.num_waiting, self._scheduler.num_running
+
+    def stats(self) -> EngineStats:
+        """Counts since the start, and the present moment."""
+        with self._lock:
+            return EngineStats(
+                waiting=self._scheduler.num_waiting,
+                running=self._scheduler.num_running,
+                steps=self._counts["steps"],
+                prompt_tokens=self._counts["prompt"],
+                cached_tokens=self._counts["cached"],
+                generated_tokens=self._counts["generated"],
+                finished=self._counts["finished"],
+                failed=self._counts["failed"],
+                oldest_wait_seconds=self._scheduler.oldest_wait_seconds(),
+                prefix_bytes=self._prefix.num_bytes if self._prefix else 0,
+            )
+
+    def close(self, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
+        """Take no more requests, and end.
+
+        Args:
+            drain: Whether requests that were taken are answered first; else they end as cancelled.
+            timeout_seconds: How long draining may take, before the rest is cancelled.
+        """
+        with self._lock:
+            if self._state == "open":
+                self._state = "draining" if drain else "closing"
+            elif not drain:
+                self._state = "closing"
+            self._lock.notify_all()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            with self._lock:
+                self._state = "closing"
+                self._lock.notify_all()
+            self._thread.join()
+
+    def _cancel(self, key: int) -> None:
+        with self._lock:
+            if key in self._active:
+                self._cancelled.append(key)
+                self._lock.notify_all()
+
+    # What follows runs on the engine's own thread.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                try:
+                    self._step()
+                except Exception as error:
+                    # A mistake of ours, not of a request: nobody may wait for ever, and the next request may succeed.
+                    log.exception("a step of the engine failed", extra={"facts": {"version": self.version_ref}})
+                    self._fail_all(error)
+            self._cache.release()
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is something to do; False when the engine shall end."""
+        with self._lock:
+            while not self._cancelled and self._scheduler.is_idle and self._state == "open":
+                self._lock.wait()
+            if self._state == "closing":
+                self._cancelled = list(self._active)
+            return bool(self._cancelled) or not self._scheduler.is_idle
+
+    def _step(self) -> None:
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, []
+            for key in cancelled:
+                self._scheduler.finish(key)
+            gone = [active for key in cancelled if (active := self._active.pop(key, None))]
+            admissions = self._scheduler.admit()
+            moves = self._scheduler.compact()
+        for active in gone:
+            active.handle.publish(active.answer.end("cancelled"))
+        self._arrange(moves)
+        for admission in admissions:
+            self._reuse(admission.key, admission.row)
+        with self._lock:
+            plan = self._scheduler.plan()
+        if plan.spans:
+            self._answer(plan)
+
+    def _arrange(self, moves: Sequence[Move]) -> None:
+        """Bring the cache into the shape that the scheduler has in mind."""
+        for move in moves:
+            self._cache.move(move.source, move.target, move.tokens)
+        if self._scheduler.num_running:
+            self._cache.ensure(self._scheduler.num_running, self._scheduler.longest_need_tokens)
+
+    def _reuse(self, key: int, row: int) -> None:
+        """Fill a new row with what is known of its prompt."""
+        if self._prefix is None:
+            return
+        active = self._active[key]
+        blocks = self._prefix.match(active.handle.request.cache_salt, active.token_ids)
+        for index, pieces in enumerate(blocks):
+            self._cache.write(row, index * BLOCK, pieces)
+        active.answer.cached_tokens = len(blocks) * BLOCK
+        with self._lock:
+            self._scheduler.reuse(key, len(blocks) * BLOCK)
+            self._counts["cached"] += len(blocks) * BLOCK
+
+    def _answer(self, plan: StepPlan) -> None:
+        """Run a planned step and hand out its tokens."""
+        try:
+            choices = self._choose(plan)
+        except Exception as error:
+            if len(plan.spans) > 1:
+                # Keys and values are only written where they belong, so the step can be repeated one by one.
+                for span in plan.spans:
+                    self._answer(StepPlan((span,), ()) if span in plan.decode else StepPlan((), (span,)))
+                return
+            log.exception("a request failed", extra={"facts": {"version": self.version_ref}})
+            self._fail(plan.spans[0].key, error)
+            return
+        with self._lock:
+            self._scheduler.advance(plan)
+            self._counts["steps"] += 1
+            self._counts["generated"] += len(choices)
+        self._keep_prompts(plan)
+        answering = [span for span in plan.spans if span.answers]
+        for span, choice in zip(answering, choices, strict=True):
+            self._hand_out(span, choice)
+
+    def _choose(self, plan: StepPlan) -> list[Choice]:
+        logits = self._runner.run(plan, self._cache, self._tokens_of)
+        rows = [self._active[span.key].sampling for span in plan.spans if span.answers]
+        return choose(logits, rows) if rows else []
+
+    def _tokens_of(self, span: Span) -> Sequence[int]:
+        return self._active[span.key].token_ids[span.start : span.start + span.length]
+
+    def _hand_out(self, span: Span, choice: Choice) -> None:
+        """Give one token to its request, and end the request if it was the last."""
+        active = self._active[span.key]
+        if not choice.is_finite:
+            self._cache.clear(span.row)
+            self._fail(
+                span.key, ModelError(f"{self.version_ref} computed no finite number. Roll back to another version.")
+            )
+            return
+        active.token_ids.append(choice.token_id)
+        active.sampling.note(choice.token_id)
+        chunk = active.answer.add(choice.token_id, choice.logprob)
+        if chunk.finish_reason is not None:
+            self._keep(active, span.row, span.start + span.length)
+            self._leave(active, chunk)
+        else:
+            active.handle.publish(chunk)
+
+    def _keep_prompts(self, plan: StepPlan) -> None:
+        for span in plan.prefill:
+            if span.answers:
+                self._keep(self._active[span.key], span.row, span.start + span.length)
+
+    def _keep(self, active: _Active, row: int, tokens: int) -> None:
+        """Put the first tokens of a row into the prefix cache."""
+        if self._prefix is not None:
+            salt = active.handle.request.cache_salt
+            self._prefix.insert(salt, active.token_ids[:tokens], lambda start, end: self._cache.read(row, start, end))
+
+    def _fail(self, key: int, error: Exception) -> None:
+        active = self._active[key]
+        with self._lock:
+            self._counts["failed"] += 1
+        self._leave(active, active.answer.end("error", str(error) or type(error).__name__))
+
+    def _fail_all(self, error: Exception) -> None:
+        for key in list(self._active):
+            self._fail(key, error)
+
+    def _leave(self, active: _Active, chunk: Chunk) -> None:
+        with self._lock:
+            self._scheduler.finish(active.key)
+            del self._active[active.key]
+            self._counts["finished"] += 1
+        active.handle.publish(chunk)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,255 @@
+"""Which request takes part in the next step, with which of its tokens. No tensors: numbers in, numbers out.
+
+A request waits in a queue, then takes a row of the cache, reads its prompt in chunks, and from then on makes one token a
+step, until it is finished or cancelled. Every step takes the next token of all answering rows first, so that a long
+prompt delays them by at most one chunk; what is left of the step's tokens is shared among the prompts being read: each
+gets an equal part, and what short ones leave goes to the longer ones. Requests are admitted in the order in which they
+came, without exception, so none can starve.
+
+Rows in use are kept dense, 0 … n-1: whoever frees a row makes room for the next request, or else for the last row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nightschool.errors import QueueFull
+
+# While many rows answer, prompts still advance by this much a step.
+_LEAST_PROMPT_TOKENS = 16
+_MOST_RETRY_SECONDS = 60
+
+
+@dataclass(slots=True)
+class Job:
+    """A request as the scheduler sees it. `key` is unique; `row` is None while it waits.
+
+    The first `cached_tokens` of the prompt came with the row; `held_tokens` of prompt and answer are in it.
+    """
+
+    key: int
+    prompt_tokens: int
+    max_new_tokens: int
+    submitted_at: float
+    row: int | None = None
+    held_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def needed_tokens(self) -> int:
+        """Places in the cache that it may come to need."""
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def is_answering(self) -> bool:
+        return self.held_tokens >= self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request gets a row."""
+
+    key: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Row `source` becomes row `target`, with the `tokens` that it holds."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start` … `start + length - 1` of one request, which go through the model in this step.
+
+    `answers` says whether the token after them is wanted.
+    """
+
+    key: int
+    row: int
+    start: int
+    length: int
+    answers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: one token each of rows that answer, in the order of the rows, and chunks of prompts."""
+
+    decode: tuple[Span, ...] = ()
+    prefill: tuple[Span, ...] = ()
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self.decode + self.prefill
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How often requests finished lately, for the answer to "when shall I come back?"."""
+
+    finished_at: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+
+    def seconds_per_request(self, now: float) -> float:
+        return (now - self.finished_at[0]) / len(self.finished_at) if self.finished_at else 1.0
+
+
+class Scheduler:
+    """Queue, rows and steps of one engine. Not thread-safe.
+
+    Args:
+        num_rows: Requests that take part at once, at most.
+        queue_limit: Requests that may wait.
+        tokens_per_step: Tokens that go through the model in one step, at most, apart from `num_rows`.
+        cache_tokens: Places in the cache: rows in use times the longest need among them stays within it, unless only one
+            row is in use.
+        clock: Seconds, rising.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        queue_limit: int,
+        tokens_per_step: int,
+        cache_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.num_rows = num_rows
+        self.queue_limit = queue_limit
+        self._tokens_per_step = tokens_per_step
+        self._cache_tokens = cache_tokens
+        self._clock = clock
+        self._waiting: dict[int, Job] = {}
+        self._running: dict[int, Job] = {}
+        self._rows: list[int | None] = [None] * num_rows
+        self._pace = _Pace()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    @property
+    def longest_need_tokens(self) -> int:
+        """What the neediest of the running requests may come to hold; 0 if none runs."""
+        return max((job.needed_tokens for job in self._running.values()), default=0)
+
+    def job(self, key: int) -> Job:
+        """The request of this key. Raises KeyError if it is finished or unknown."""
+        return self._running[key] if key in self._running else self._waiting[key]
+
+    def oldest_wait_seconds(self) -> float:
+        """How long the first of the queue has waited."""
+        return next((self._clock() - job.submitted_at for job in self._waiting.values()), 0.0)
+
+    def submit(self, key: int, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFull: If as many wait as may.
+        """
+        assert key not in self._waiting, f"the key {key} waits already"
+        assert key not in self._running, f"the key {key} runs already"
+        if len(self._waiting) >= self.queue_limit:
+            seconds = self._pace.seconds_per_request(self._clock()) * len(self._waiting)
+            raise QueueFull(
+                f"{len(self._waiting)} requests wait, and the queue holds {self.queue_limit}. Send this one again later.",
+                retry_after_seconds=min(_MOST_RETRY_SECONDS, max(1, math.ceil(seconds))),
+            )
+        self._waiting[key] = Job(key, prompt_tokens, max_new_tokens, self._clock())
+
+    def finish(self, key: int) -> int | None:
+        """Forget a request, finished or cancelled, waiting or running; return the row that it leaves, if it had one."""
+        if self._waiting.pop(key, None) is not None:
+            return None
+        job = self._running.pop(key, None)
+        if job is None:
+            return None
+        assert job.row is not None
+        self._rows[job.row] = None
+        self._pace.finished_at.append(self._clock())
+        return job.row
+
+    def admit(self) -> list[Admission]:
+        """Give rows to those who waited longest, as far as rows and cache go."""
+        admissions = []
+        while self._waiting and len(self._running) < self.num_rows:
+            job = next(iter(self._waiting.values()))
+            need = max(job.needed_tokens, self.longest_need_tokens)
+            if self._running and need * (len(self._running) + 1) > self._cache_tokens:
+                break
+            del self._waiting[job.key]
+            job.row = self._rows.index(None)
+            self._rows[job.row] = job.key
+            self._running[job.key] = job
+            admissions.append(Admission(job.key, job.row))
+        return admissions
+
+    def compact(self) -> list[Move]:
+        """Make the rows in use dense by moving the last ones into the holes."""
+        moves = []
+        count = len(self._running)
+        holes = (row for row in range(count) if self._rows[row] is None)
+        for source in range(count, self.num_rows):
+            key = self._rows[source]
+            if key is not None:
+                target = next(holes)
+                self._rows[target], self._rows[source] = key, None
+                self._running[key].row = target
+                moves.append(Move(source, target, self._running[key].held_tokens))
+        return moves
+
+    def reuse(self, key: int, tokens: int) -> None:
+        """Note that the row of a request just admitted holds the first tokens of its prompt already."""
+        job = self._running[key]
+        assert job.held_tokens == 0
+        assert 0 <= tokens < job.prompt_tokens, "the last token of a prompt is always computed"
+        job.held_tokens = job.cached_tokens = tokens
+
+    def plan(self) -> StepPlan:
+        """What goes through the model next; empty if nobody has a row. `advance` says that it did."""
+        jobs = [self._running[key] for key in self._rows if key is not None]
+        decode = tuple(self._span(job, 1) for job in jobs if job.is_answering)
+        reading = [job for job in jobs if not job.is_answering]
+        budget = max(self._tokens_per_step - len(decode), _LEAST_PROMPT_TOKENS, len(reading))
+        shares = _shares([job.prompt_tokens - job.held_tokens for job in reading], budget)
+        prefill = tuple(self._span(job, share) for job, share in zip(reading, shares, strict=True) if share)
+        return StepPlan(decode, prefill)
+
+    def advance(self, plan: StepPlan) -> None:
+        """Note that a step is done. Requests that were finished meanwhile are passed over."""
+        for span in plan.spans:
+            if span.key in self._running:
+                self._running[span.key].held_tokens = span.start + span.length
+
+    def _span(self, job: Job, length: int) -> Span:
+        assert job.row is not None
+        start = job.held_tokens
+        return Span(job.key, job.row, start, length, answers=start + length >= job.prompt_tokens)
+
+
+def _shares(wanted: list[int], budget: int) -> list[int]:
+    """Divide a budget equally; what some leave goes to the others. Everybody gets at least 1 if there is that much."""
+    shares = [0] * len(wanted)
+    open_places = sorted(range(len(wanted)), key=lambda place: wanted[place])
+    while open_places:
+        place = open_places.pop(0)
+        shares[place] = min(wanted[place], -(-budget // (len(open_places) + 1)))
+        budget -= shares[place]
+    return shares

@@ -1,0 +1,313 @@
+"""A served name whose version can be swapped while requests are in flight.
+
+    resolve → verify → load → warm_up → probe → switch
+
+Everything up to `switch` happens beside the version that serves; a failure changes nothing. Then one pointer moves. A
+request stays on the generation that it began with: the old one answers what it has taken, and is kept warm for a rollback
+until the next swap needs the room.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psutil
+import torch
+
+from nightschool.engine.engine import Engine
+from nightschool.engine.handle import Handle
+from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.errors import Conflict, NightschoolError, NotLoaded, SwapFailed
+from nightschool.events import now
+from nightschool.models.load import LoadedModel, load_version
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry, Version
+from nightschool.store.versions import Probe
+
+log = logging.getLogger("nightschool.engine")
+
+_PROBE_SECONDS = 120.0
+# Bytes of memory per byte of weights that a version may take: weights in fp32 from bf16 files, and its cache.
+_ROOM = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One version while it is served. Its engine outlives the switch until every request that it took is answered."""
+
+    version: Version
+    engine: Engine
+    loaded_at: datetime
+
+    def load(self) -> tuple[int, int]:
+        """How many requests wait, and how many are being answered."""
+        return self.engine.load()
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did: from which version to which, and the seconds of each stage."""
+
+    before: str | None
+    after: str
+    changed: bool
+    seconds: dict[str, float]
+
+
+class Slot:
+    """Serves one name. `submit` may be called from any thread at any time; swaps wait for each other.
+
+    Args:
+        name: Of the registry.
+        home: Whose registry.
+        dtype: Of the parameters.
+        device: Where they go.
+        engine: Settings of `Engine`, such as `num_rows`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        home: Home,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **engine: Any,
+    ) -> None:
+        self.name = name
+        self.home = home
+        self._dtype = dtype
+        self._device = device
+        self._engine_settings = engine
+        self._current: Generation | None = None
+        self._previous: Generation | None = None
+        self._pointer = threading.Lock()
+        self._swapping = threading.Lock()
+        self._is_closed = False
+
+    @property
+    def current(self) -> Generation | None:
+        """What serves now, or None before the first swap."""
+        return self._current
+
+    @property
+    def previous(self) -> Generation | None:
+        """What served before and is still warm, or None."""
+        return self._previous
+
+    def submit(self, request: GenerationRequest) -> Handle:
+        """Queue a request on the generation that serves now; it stays there.
+
+        Raises:
+            NotLoaded: If no version is served.
+            PromptTooLong, UsageError, QueueFull: See `Engine.submit`.
+        """
+        while True:
+            generation = self._current
+            if generation is None:
+                raise NotLoaded(f"No version of {self.name!r} is served. Promote one, then refresh.")
+            try:
+                return generation.engine.submit(request)
+            except NotLoaded:
+                # Swapped out between the two lines above; whoever serves now takes it.
+                if self._current is generation:
+                    raise
+
+    def swap(self, ref: str) -> SwapReport:
+        """Serve another version.
+
+        Args:
+            ref: `name@version`, `name@alias`, or the bare name for its champion.
+
+        Raises:
+            SwapFailed: With the stage; whatever served before still does.
+        """
+        with self._swapping:
+            return self._swap(ref)
+
+    def rollback(self) -> SwapReport:
+        """Serve what served before, which is still warm: one pointer moves.
+
+        Raises:
+            Conflict: If there is nothing before this version.
+        """
+        with self._swapping:
+            previous = self._previous
+            if previous is None:
+                raise Conflict(f"No earlier version of {self.name!r} is warm. Name one to swap to.")
+            return self._swap(previous.version.ref, is_trusted=True)
+
+    def refresh(self) -> bool:
+        """Serve the registry's champion if another version, or none, serves now. Returns whether the version changed.
+
+        Raises:
+            NotFound: If the name has no champion.
+            SwapFailed: With the stage; whatever served before still does.
+        """
+        champion = Registry(self.home).resolve(self.name)
+        with self._swapping:
+            current = self._current
+            return (current is None or current.version.ref != champion.ref) and self._swap(champion.ref).changed
+
+    def close(self, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
+        """End all generations; `drain` answers first what was taken."""
+        with self._swapping:
+            self._is_closed = True
+            with self._pointer:
+                generations = [g for g in (self._current, self._previous) if g is not None]
+                self._current = self._previous = None
+            for generation in generations:
+                generation.engine.close(drain=drain, timeout_seconds=timeout_seconds)
+
+    def _swap(self, ref: str, *, is_trusted: bool = False) -> SwapReport:
+        """`is_trusted` takes a version that is still warm without comparing its files again."""
+        swap = _Swap(self.name, self.home)
+        if self._is_closed:
+            raise SwapFailed("resolve", f"the slot {self.name!r} is closed. Open another one.")
+        version = swap.resolve(ref)
+        before = self._current
+        if before is not None and before.version.ref == version.ref:
+            return SwapReport(before.version.ref, version.ref, changed=False, seconds=swap.seconds)
+        if not is_trusted:
+            swap.verify(version)
+        after = self._warm(version.ref) or self._load(swap, version)
+        with swap.stage("switch"), self._pointer:
+            dropped, self._previous, self._current = self._previous, before, after
+        if dropped is not None and dropped is not after:
+            _let_go(dropped)
+        log.info(
+            "version swapped",
+            extra={"facts": {"before": before and before.version.ref, "after": version.ref, "seconds": swap.seconds}},
+        )
+        return SwapReport(before.version.ref if before else None, version.ref, changed=True, seconds=swap.seconds)
+
+    def _warm(self, ref: str) -> Generation | None:
+        """The previous generation, if it is of this version."""
+        previous = self._previous
+        return previous if previous is not None and previous.version.ref == ref else None
+
+    def _load(self, swap: _Swap, version: Version) -> Generation:
+        """Load a version beside the one that serves, up to and including its probes."""
+        previous = self._previous
+        if previous is not None and not _has_room_for(version):
+            with self._pointer:
+                self._previous = None
+            _let_go(previous)
+        loaded = swap.load(version, self._dtype, self._device)
+        engine = swap.warm_up(version, loaded, self._engine_settings)
+        try:
+            swap.probe(version, engine)
+        except BaseException:
+            engine.close()
+            raise
+        return Generation(version, engine, now())
+
+
+def _let_go(generation: Generation) -> None:
+    """End a generation once it has answered what it took."""
+    # On a thread of its own, because one slow answer must not hold up the swap.
+    threading.Thread(target=generation.engine.close, kwargs={"drain": True}, daemon=True).start()
+
+
+def _has_room_for(version: Version) -> bool:
+    """Whether a third version fits beside the one that serves and the one before."""
+    needed = sum(path.stat().st_size for path in version.path.iterdir() if path.suffix == ".safetensors")
+    return psutil.virtual_memory().available > _ROOM * needed
+
+
+class _Swap:
+    """The stages of one swap, timed; whatever goes wrong becomes `SwapFailed` with the stage."""
+
+    def __init__(self, name: str, home: Home) -> None:
+        self._name = name
+        self._home = home
+        self.seconds: dict[str, float] = {}
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(name, self.seconds)
+
+    def resolve(self, ref: str) -> Version:
+        with self.stage("resolve"):
+            version = Registry(self._home).resolve(ref)
+            if version.name != self._name:
+                raise Conflict(
+                    f"{version.ref} is no version of {self._name!r}, which this slot serves. Name one that is."
+                )
+            return version
+
+    def verify(self, version: Version) -> None:
+        with self.stage("verify"):
+            version.verify(digests=True)
+
+    def load(self, version: Version, dtype: torch.dtype, device: torch.device | str) -> LoadedModel:
+        with self.stage("load"):
+            return load_version(version, self._home, dtype=dtype, device=device, merge=True)
+
+    def warm_up(self, version: Version, loaded: LoadedModel, settings: dict[str, Any]) -> Engine:
+        """Start the engine and make it answer once, so that the first client pays for no first time."""
+        with self.stage("warm_up"):
+            engine = Engine(loaded, version.ref, **settings)
+            try:
+                length = min(8, engine.context_tokens - 1)
+                params = SamplingParams(max_new_tokens=1, temperature=0)
+                _answer(engine, GenerationRequest("warm-up", [0] * length, params, cache_salt="warm-up"))
+            except BaseException:
+                engine.close()
+                raise
+            return engine
+
+    def probe(self, version: Version, engine: Engine) -> None:
+        """The golden prompts: a version that answers them otherwise is not what was published."""
+        with self.stage("probe"):
+            for number, probe in enumerate(version.facts.probes, start=1):
+                self._ask(version, engine, probe, number)
+
+    @staticmethod
+    def _ask(version: Version, engine: Engine, probe: Probe, number: int) -> None:
+        params = SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True)
+        answer = _answer(
+            engine, GenerationRequest(f"probe-{number}", list(probe.prompt_ids), params, cache_salt="probe")
+        )
+        if list(answer) != list(probe.expected_ids):
+            raise Conflict(
+                f"probe {number} of {version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded version "
+                f"answers {_few(answer)}. Publish it again."
+            )
+
+
+def _answer(engine: Engine, request: GenerationRequest) -> tuple[int, ...]:
+    """The tokens of an answer that must come.
+
+    Raises:
+        Conflict: If it ends in an error.
+    """
+    answer = engine.submit(request).result(_PROBE_SECONDS)
+    if answer.finish_reason == "error":
+        raise Conflict(f"{engine.version_ref} cannot answer: {answer.error}")
+    return answer.token_ids
+
+
+def _few(token_ids: list[int] | tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, token_ids[:12]))
+    return f"[{shown}, …]" if len(token_ids) > 12 else f"[{shown}]"
+
+
+class _Stage:
+    """Times a stage and names it in what goes wrong."""
+
+    def __init__(self, name: str, seconds: dict[str, float]) -> None:
+        self._name = name
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._seconds[self._name] = time.perf_counter() - self._started
+        if isinstance(error, NightschoolError | OSError | RuntimeError | ValueError | TimeoutError):
+            raise SwapFailed(self._name, str(error) or type(error).__name__) from error
