@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,13 +57,13 @@ def run_page(page: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which somebody has followed the README to its end."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("recipes", "data"):
         shutil.copytree(ROOT / name, folder / name)
     run_page(ROOT / "README.md", folder)
-    yield folder
+    return folder
 
 
 @pytest.mark.timeout(300)
