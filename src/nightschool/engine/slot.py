@@ -217,7 +217,7 @@ def _let_go(generation: Generation) -> None:
 def _has_room_for(version: Version) -> bool:
     """Whether a third version fits beside the one that serves and the one before."""
     needed = sum(path.stat().st_size for path in version.path.iterdir() if path.suffix == ".safetensors")
-    return psutil.virtual_memory().available > _ROOM * needed
+    return int(psutil.virtual_memory().available) > _ROOM * needed
 
 
 class _Swap:
