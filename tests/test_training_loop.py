@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -85,8 +86,8 @@ def test_adding_padding_changes_neither_loss_nor_gradients(architecture):
 
     plain = build_model(architecture, VOCAB_SIZE, seed=1).train()
     bounds = batch.cu_seqlens.tolist()
-    total, longest = torch.zeros(()), max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) + 5
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    total, longest = torch.zeros(()), max(b - a for a, b in itertools.pairwise(bounds)) + 5
+    for a, b in itertools.pairwise(bounds):
         ids = torch.zeros(1, longest, dtype=torch.long)
         ids[0, : b - a] = batch.input_ids[0, a:b]
         mask = (torch.arange(longest) < b - a).long()[None]
@@ -207,10 +208,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_pa
 
     task.loss = loss
     run_state = TrainState(task.fingerprint)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
     with pytest.raises(
         NonFiniteLoss, match=r"loss became nan in step 8 \(epoch 1, micro-batch 4\).*the one of step 5"
     ) as caught:
-        metrics = MetricsLog(tmp_path / "metrics.jsonl")
         fit(task, run_state, run.budget, schedule=run.schedule, metrics=metrics, save=run.save)
     metrics.close()
     assert "learning_rate" in str(caught.value)
@@ -220,9 +221,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_pa
 
 def test_a_gradient_that_is_not_finite_is_noticed_where_losses_are_logged_rarely(tmp_path):
     task = make_task()
-    name, parameter = next(iter(task.trainable().items()))
+    parameter = next(iter(task.trainable().values()))
     parameter.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NonFiniteLoss, match="gradient norm became (nan|inf) in step 1 .*There is no checkpoint yet"):
+    with pytest.raises(NonFiniteLoss, match=r"gradient norm became (nan|inf) in step 1 .*There is no checkpoint yet"):
         train(
             task, tmp_path, steps=10, log_every=5, save=lambda state: pytest.fail("saved"), save_every=Every(3, "steps")
         )

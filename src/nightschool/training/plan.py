@@ -186,7 +186,7 @@ def measure(task: FinetuneTask) -> Probe:
     sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.num_batches(0)))]
     smallest, tokens, seconds, batches = min(sizes)[1], 0, 0.0, 0
     _compute(task, smallest)
-    while batches < PROBE_BATCHES and seconds < PROBE_SECONDS:
+    while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
         size, index = sizes[batches % len(sizes)]
         started = time.perf_counter()
         _compute(task, index)

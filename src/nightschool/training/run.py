@@ -75,6 +75,9 @@ def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopReq
     """Run it, and write into the status how it ended, whatever happens."""
     try:
         with lock(run.lock_path, f"the run {run.id}"):
+            published = run.status.candidate
+            if published is not None:
+                raise Conflict(f"The run {run.id} has published {published} already. Start a new run.")
             try:
                 execute(home, run, resume=resume, root=root, stop=stop)
             except Interrupted as error:
@@ -123,8 +126,6 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         Interrupted: After a signal; the state was saved if a step was done.
         NightschoolError: For everything that the user can do something about.
     """
-    if run.status.candidate is not None:
-        raise Conflict(f"The run {run.id} has published {run.status.candidate} already. Start a new run.")
     recipe = Recipe.model_validate(run.recipe())
     point = _checkpoint_to_resume(run, resume)
     run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
