@@ -114,15 +114,15 @@ class FakeEngine:
         self.handles.append(handle)
         return handle
 
+    def load(self) -> tuple[int, int]:
+        return 0, sum(not (handle.finished or handle.cancelled) for handle in self.handles)
+
 
 @dataclass
 class FakeGeneration:
     version: FakeVersion
     engine: FakeEngine
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-    def load(self) -> tuple[int, int]:
-        return 0, sum(not (h.finished or h.cancelled) for h in self.engine.handles)
 
 
 class FakeSlot:

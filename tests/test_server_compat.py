@@ -91,6 +91,17 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_lengths():
         assert client.post("/generate", json={"query": "x"}).status_code == 200, "the default adapts to the context"
 
 
+def test_a_prompt_that_is_far_too_long_is_refused_early_and_one_that_just_fits_is_not():
+    with client_of(FakeSlot(context_tokens=50_000)) as client:
+        answer = client.post("/v1/completions", json={"model": "bot", "prompt": "x " * 900_000})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "holds 50000" in answer.json()["error"]["message"]
+        fits = {"model": "bot", "prompt": "x " * 24_999, "max_tokens": 2}
+        assert client.post("/v1/completions", json=fits).json()["usage"]["prompt_tokens"] == 49_998
+        assert client.post("/v1/completions", json=fits | {"max_tokens": 3}).status_code == 400
+
+
 def test_without_a_model_it_serves_503_and_stays_healthy():
     with client_of(FakeSlot(promoted=None)) as client:
         for answer in (client.post("/generate", json={"query": "a"}), client.get("/model_info")):

@@ -24,6 +24,8 @@ from nightschool.server.ports import GenerationPort, HandlePort, SlotPort
 
 Prompt = Sequence[Message] | str | list[int]
 Result = TypeVar("Result")
+_PIECE_CHARACTERS = 20_000
+_SPLIT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,11 @@ class Answering:
             generation = self._slot.current
             if generation is None:
                 raise NotLoaded("No version is served. Train and promote one, or wait until it is loaded.")
+            tokenizer, context_tokens = generation.engine.loaded.tokenizer, generation.engine.context_tokens
             with self._encoding:
-                prompts = [_encode(generation.engine.loaded.tokenizer, prompt) for prompt in ask.prompts]
+                for prompt in ask.prompts:
+                    _refuse_hopeless(tokenizer, prompt, context_tokens)
+                prompts = [_encode(tokenizer, prompt) for prompt in ask.prompts]
             try:
                 handles = self._submit(generation, prompts, ask, request_id)
             except NotLoaded:
@@ -223,6 +228,31 @@ def _with_length(ask: Ask, prompt_tokens: int, context_tokens: int) -> SamplingP
             raise PromptTooLong(prompt_tokens, 1, context_tokens)
         wanted = min(ask.default_max_new_tokens, room)
     return replace(ask.params, max_new_tokens=wanted)
+
+
+def _refuse_hopeless(tokenizer: Any, prompt: Prompt, context_tokens: int) -> None:
+    """Refuse a prompt that is far too long as soon as its beginning fills the context.
+
+    Rendering megabytes takes seconds, and lists of a million tokens are made without letting anybody else run
+    (measured: 1 s for 600 kB). Counting piece by piece leaves the interpreter to others, and stops early.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [part.content for part in prompt if isinstance(part, Message)]
+    if not tokenizer.is_fast or sum(map(len, texts)) <= _PIECE_CHARACTERS:
+        return
+    tokens = 0
+    for text in texts:
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            piece = text[start : start + _PIECE_CHARACTERS]
+            # A cut may split a token into a few; they are not held against the prompt.
+            [encoding] = tokenizer.backend_tokenizer.encode_batch([piece], add_special_tokens=False)
+            tokens += max(0, len(encoding) - _SPLIT_TOKENS)
+            if tokens >= context_tokens:
+                raise Refusal(
+                    400,
+                    f"The prompt has at least {tokens} tokens, and the context of this model holds {context_tokens}, "
+                    "prompt and answer together. Shorten the prompt.",
+                    "context_length_exceeded",
+                )
 
 
 def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -44,6 +44,7 @@ def create_app(
     *,
     registry: Registry | None = None,
     conversations: Conversations | None = None,
+    device: str | None = None,
 ) -> FastAPI:
     """The server of one slot.
 
@@ -52,6 +53,7 @@ def create_app(
         settings: Bounds and keys.
         registry: Lists and moves versions; without it `/model_info` lists none, and `/api/models` says so.
         conversations: Where conversations are kept; needed if, and used only if, the settings ask for it.
+        device: `cuda` or `cpu`, where the slot puts its models; without it, what this machine has.
 
     Raises:
         UsageError: If the settings ask for recording and there is nowhere to record.
@@ -67,7 +69,7 @@ def create_app(
         refresher=Refresher(slot, metrics, settings.model_check_interval),
         recorder=Recorder(conversations if settings.record_conversations else None, metrics),
         answering=Answering(slot, metrics),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     app = FastAPI(
         title="nightschool",

@@ -61,7 +61,7 @@ class _SlotGauges:
 
     def collect(self) -> Iterable[Metric]:
         generation = self._current()
-        waiting, running = generation.load() if generation is not None else (0, 0)
+        waiting, running = generation.engine.load() if generation is not None else (0, 0)
         yield GaugeMetricFamily("nightschool_model_loaded", "1 if a model is served.", value=float(bool(generation)))
         yield GaugeMetricFamily("nightschool_requests_waiting", "Requests in the queue.", value=waiting)
         yield GaugeMetricFamily("nightschool_rows_running", "Answers being generated.", value=running)

@@ -38,18 +38,17 @@ class LoadedPort(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
-    @property
-    def context_tokens(self) -> int: ...
 
 
 class EnginePort(Protocol):
-    """Generates; `submit` may be called from any thread."""
+    """Generates; `submit` may be called from any thread. `load` counts requests that wait and that are answered."""
 
     @property
     def loaded(self) -> LoadedPort: ...
     @property
     def context_tokens(self) -> int: ...
     def submit(self, request: GenerationRequest) -> HandlePort: ...
+    def load(self) -> tuple[int, int]: ...
 
 
 class GenerationPort(Protocol):

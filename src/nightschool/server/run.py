@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -35,7 +36,7 @@ def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[st
         home: Where versions and conversations are.
         name: The served name. No version of it needs to exist yet.
         settings: Address, keys, bounds.
-        engine: Settings of the engine, such as `num_rows`.
+        engine: Settings of the slot and its engines, such as `device` and `num_rows`.
 
     Raises:
         UsageError: If the address is open to others without a key, or cannot be listened on.
@@ -45,8 +46,11 @@ def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[st
     configure_logs(settings.log_level)
     with listening(settings) as listener:
         conversations = ConversationStore(open_database(home)) if settings.record_conversations else None
-        slot = Slot(name, home, **(engine or {}))
-        app = create_app(slot, settings, registry=Registry(home), conversations=conversations)
+        chosen = dict(engine or {})
+        device = torch.device(chosen.get("device", "cpu")).type
+        app = create_app(
+            Slot(name, home, **chosen), settings, registry=Registry(home), conversations=conversations, device=device
+        )
         run_app(app, settings, listener)
 
 
