@@ -15,11 +15,13 @@ from crash_points import kill_everywhere
 from store_databases import db, environment, postgres, postgres_url  # noqa: F401
 
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
+from nightschool.events import now
 from nightschool.store import database as module
 from nightschool.store.conversations import ConversationStore
-from nightschool.store.database import HEAD, forgotten, metadata, open_database, pins, schedules
+from nightschool.store.database import HEAD, open_database
 from nightschool.store.home import Home
 from nightschool.store.migrations.upgrade import alembic_config
+from nightschool.store.tables import forgotten, metadata, pins, schedules
 
 
 @pytest.fixture
@@ -169,9 +171,7 @@ def test_a_writer_that_does_not_end(home, monkeypatch):
 
 def test_threads_that_read_and_then_write_lose_no_update(db):  # noqa: F811
     with db.write() as connection:
-        connection.execute(
-            pins.insert().values(name="n", question=0, answer=0, created_at=module.datetime.now(module.UTC))
-        )
+        connection.execute(pins.insert().values(name="n", question=0, answer=0, created_at=now()))
 
     def increment(_):
         with db.write() as connection:

@@ -70,7 +70,7 @@ def test_a_half_written_version_is_invisible(registry):
 
 
 def test_version_ids_are_the_time_and_move_on(registry, monkeypatch):
-    monkeypatch.setattr("nightschool.store.registry.now", lambda: datetime(2026, 11, 21, 2, 30, tzinfo=UTC))
+    monkeypatch.setattr("nightschool.store.shelf.now", lambda: datetime(2026, 11, 21, 2, 30, tzinfo=UTC))
     assert [registry.new_version_id("bot") for _ in range(3)] == [
         "20261121_023000",
         "20261121_023001",
@@ -78,7 +78,7 @@ def test_version_ids_are_the_time_and_move_on(registry, monkeypatch):
     ]
     assert registry.new_version_id("other") == "20261121_023000"
     # A clock that went back must not make an older-looking newest version.
-    monkeypatch.setattr("nightschool.store.registry.now", lambda: datetime(2026, 1, 1, tzinfo=UTC))
+    monkeypatch.setattr("nightschool.store.shelf.now", lambda: datetime(2026, 1, 1, tzinfo=UTC))
     assert registry.new_version_id("bot") == "20261121_023003"
 
 
@@ -291,6 +291,31 @@ def test_a_champion_that_was_deleted_by_hand_can_be_rolled_back(registry):
     with pytest.raises(NotFound, match="deleted by hand"):
         registry.resolve("bot")
     assert registry.rollback("bot", by="x") == a
+
+
+def test_readers_beside_a_busy_publisher_always_find_a_champion(registry):
+    publish(registry)
+    registry.promote("bot", "latest", by="x")
+    done, errors = threading.Event(), []
+
+    def read():
+        while not done.is_set():
+            try:
+                for ref in ("bot", "bot@latest"):
+                    registry.resolve(ref).facts  # noqa: B018
+            except Exception as error:
+                errors.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(40):
+        publish(registry)
+        registry.promote("bot", "latest", by="x")
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert errors == []
 
 
 def test_reports(registry):

@@ -20,7 +20,9 @@ NUM_KILLS = int(os.environ.get("NIGHTSCHOOL_TEST_KILLS", "8"))
 
 BUSY = """
 import sys
+from contextlib import suppress
 from pathlib import Path
+from nightschool.errors import Conflict, NotFound
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionFacts
 from nightschool.store.runs import RunStore
@@ -38,10 +40,12 @@ while True:
     version = registry.publish("bot", fill, VersionFacts(run_id=run.id))
     registry.promote("bot", version.id, by="busy")
     print(version.id, flush=True)
-    for old in registry.versions("bot")[3:]:
-        registry.remove("bot", old.id)
-    for old in runs.ls()[3:]:
-        runs.remove(old.id)
+    for old in registry.versions("bot")[8:]:
+        with suppress(NotFound, Conflict):  # The other process was quicker.
+            registry.remove("bot", old.id)
+    for old in runs.ls()[8:]:
+        with suppress(NotFound):
+            runs.remove(old.id)
 """
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from nightschool.store.database import Database, accepted_examples, accepted_versions, forgotten
+from nightschool.store.database import Database
+from nightschool.store.tables import accepted_examples, accepted_versions, forgotten
 
 
 def example_digest(example: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ from sqlalchemy.exc import IntegrityError
 
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import now
-from nightschool.store.database import Database, accepted_examples, conversations, feedback, forgotten
+from nightschool.store.database import Database
+from nightschool.store.tables import accepted_examples, conversations, feedback, forgotten
 
 Rating = Literal["good", "bad"]
 RATINGS: tuple[Rating, ...] = ("good", "bad")

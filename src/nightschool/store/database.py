@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Connection, Dialect, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
 from nightschool.store.atomic import make_folder
@@ -31,126 +29,6 @@ _CLEAR_WAIT_SECONDS = 1
 _MIGRATION_WAIT_SECONDS = 120.0
 # Any number will do, if only every nightschool takes the same one.
 _POSTGRES_MIGRATION_LOCK = 6_178_236_450
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """Aware datetimes in, aware datetimes in UTC out, also where the database keeps no time zone."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        assert value is None or value.tzinfo is not None, "moments carry their time zone"
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-# Texts that models and people wrote are kept as JSON strings: any text survives, also a NUL character (refused by
-# PostgreSQL in TEXT) and half a surrogate pair (refused by SQLite).
-AnyJson: TypeEngine[Any] = sa.JSON(none_as_null=True)
-
-metadata = sa.MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-
-conversations = sa.Table(
-    "conversations",
-    metadata,
-    sa.Column("request_id", sa.String(200), primary_key=True),
-    sa.Column("recorded_at", UtcDateTime, nullable=False, index=True),
-    sa.Column("model", sa.String(64), nullable=False, index=True),
-    sa.Column("version", sa.String(64), nullable=False),
-    sa.Column("tenant", sa.String(64), index=True),
-    sa.Column("messages", AnyJson, nullable=False),
-    sa.Column("answer", AnyJson, nullable=False),
-)
-
-feedback = sa.Table(
-    "feedback",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column(
-        "request_id",
-        sa.ForeignKey("conversations.request_id", ondelete="CASCADE"),
-        nullable=False,
-        index=True,
-    ),
-    sa.Column("recorded_at", UtcDateTime, nullable=False),
-    sa.Column("rating", sa.String(8)),
-    sa.Column("correction", AnyJson),
-)
-
-forgotten = sa.Table(
-    "forgotten",
-    metadata,
-    sa.Column("request_id", sa.String(200), primary_key=True),
-    sa.Column("forgotten_at", UtcDateTime, nullable=False),
-)
-
-accepted_versions = sa.Table(
-    "accepted_versions",
-    metadata,
-    sa.Column("name", sa.String(64), primary_key=True),
-    sa.Column("version", sa.String(32), primary_key=True),
-    sa.Column("active", sa.Boolean, nullable=False),
-)
-
-accepted_examples = sa.Table(
-    "accepted_examples",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(64), nullable=False),
-    sa.Column("version", sa.String(32), nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
-    sa.Column("origin", sa.String(200), index=True),
-    sa.Column("example", AnyJson, nullable=False),
-    sa.ForeignKeyConstraint(["name", "version"], ["accepted_versions.name", "accepted_versions.version"]),
-    sa.UniqueConstraint("name", "version", "digest"),
-)
-
-pins = sa.Table(
-    "pins",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(64), nullable=False, index=True),
-    sa.Column("question", AnyJson, nullable=False),
-    sa.Column("answer", AnyJson, nullable=False),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-)
-
-cycles = sa.Table(
-    "cycles",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(64), nullable=False),
-    sa.Column("due_at", UtcDateTime, nullable=False),
-    sa.Column("trigger", sa.String(32), nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("started_at", UtcDateTime, nullable=False),
-    sa.Column("finished_at", UtcDateTime),
-    sa.Column("outcome", sa.String(16)),
-    sa.Column("detail", AnyJson),
-    sa.Column("run_id", sa.String(100)),
-    sa.Column("candidate", sa.String(100)),
-    sa.Column("data_fingerprint", sa.String(128)),
-    sa.UniqueConstraint("name", "due_at"),
-)
-
-schedules = sa.Table(
-    "schedules",
-    metadata,
-    sa.Column("name", sa.String(64), primary_key=True),
-    sa.Column("paused_at", UtcDateTime),
-)
 
 
 class Database:

@@ -12,8 +12,9 @@ from sqlalchemy.exc import IntegrityError
 
 from nightschool.errors import Conflict, Locked, NotFound, UsageError
 from nightschool.events import now
-from nightschool.store.database import Database, cycles, schedules
+from nightschool.store.database import Database
 from nightschool.store.names import check_name
+from nightschool.store.tables import cycles, schedules
 
 Outcome = Literal["promoted", "published", "refused", "skipped", "failed", "interrupted"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

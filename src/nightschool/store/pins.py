@@ -9,8 +9,9 @@ import sqlalchemy as sa
 
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import now
-from nightschool.store.database import Database, pins
+from nightschool.store.database import Database
 from nightschool.store.names import check_name
+from nightschool.store.tables import pins
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nightschool.errors import Conflict, Damaged, DiskFull, NameRefused, NotFound
 from nightschool.events import now
-from nightschool.store.aliases import AliasBook, AliasMove, read_book, write_book
-from nightschool.store.atomic import publish_directory, read_json, remove_folder, sweep_partials, write_json
+from nightschool.store.aliases import AliasBook, AliasMove
+from nightschool.store.atomic import publish_directory, read_json, remove_folder, write_json
 from nightschool.store.home import Home
-from nightschool.store.locks import lock
-from nightschool.store.manifest import MANIFEST, write_manifest
+from nightschool.store.manifest import write_manifest
 from nightschool.store.names import (
     CHAMPION,
     LATEST,
@@ -34,19 +32,14 @@ from nightschool.store.names import (
     check_alias,
     check_name,
     check_version_id,
-    is_stamp,
     model_path,
-    moment_of,
-    next_free_stamp,
     parse_ref,
     version_path,
 )
+from nightschool.store.shelf import Shelf
 from nightschool.store.versions import FACTS, Version, VersionFacts
 
 __all__ = ["AliasMove", "Registry", "Version", "VersionFacts"]
-
-# How long a move of an alias waits for another one; each takes milliseconds.
-_WAIT_SECONDS = 30.0
 
 
 class Registry:
@@ -59,11 +52,13 @@ class Registry:
         """The names that have at least one version, in order."""
         if not self.home.models.is_dir():
             return []
-        return sorted(path.name for path in self.home.models.iterdir() if _is_name(path.name) and self._ids(path.name))
+        return sorted(
+            path.name for path in self.home.models.iterdir() if _is_name(path.name) and self._shelf(path.name).ids()
+        )
 
     def versions(self, name: str) -> list[Version]:
         """The versions of a name, newest first; none if the name is unknown."""
-        return [Version(name, id_, version_path(self.home, name, id_)) for id_ in self._ids(name)]
+        return [Version(name, id_, version_path(self.home, name, id_)) for id_ in self._shelf(name).ids()]
 
     def resolve(self, ref: str) -> Version:
         """The version that `name` (its champion), `name@alias` or `name@version` points to.
@@ -73,8 +68,11 @@ class Registry:
             NotFound: If there is no such version; the message lists what exists.
         """
         wanted = parse_ref(ref)
-        ids = self._ids(wanted.name)
-        aliases = self.aliases(wanted.name)
+        shelf = self._shelf(wanted.name)
+        # The book before the folders: read the other way round, a version that is published and promoted in between
+        # would be a champion that does not exist.
+        book, ids = shelf.book(), shelf.ids()
+        aliases = _aliases(book, ids)
         version = wanted.version or aliases.get(wanted.alias or "")
         if version in ids:
             return Version(wanted.name, version, version_path(self.home, wanted.name, version))
@@ -97,17 +95,16 @@ class Registry:
 
     def aliases(self, name: str) -> dict[str, str]:
         """Where each alias of a name points to, with `champion`, `latest` and `previous` where there are any."""
-        book, ids = self._book(name), self._ids(name)
-        derived = {LATEST: ids[0] if ids else None, PREVIOUS: book.previous(ids)}
-        return {**book.aliases, **{alias: version for alias, version in derived.items() if version}}
+        shelf = self._shelf(name)
+        return _aliases(shelf.book(), shelf.ids())
 
     def history(self, name: str) -> list[AliasMove]:
         """Every move of an alias of a name, oldest first."""
-        return list(self._book(name).history)
+        return list(self._shelf(name).book().history)
 
     def pinned(self, name: str) -> Version | None:
         """The version that the champion is pinned to, if it is."""
-        book = self._book(name)
+        book = self._shelf(name).book()
         return self.resolve(f"{name}@{book.champion}") if book.pinned else None
 
     def new_version_id(self, name: str) -> str:
@@ -115,12 +112,7 @@ class Registry:
 
         Two processes that ask in the same second get different ones: the second moves on by a second.
         """
-        with self._editing(name) as edit:
-            newest = max([*edit.book.issued, *edit.book.removed, *self._folders(name)], default=None)
-            moment = max(now(), moment_of(newest) + timedelta(seconds=1)) if newest else now()
-            version = next_free_stamp(moment, edit.book.used)
-            edit.book = dataclasses.replace(edit.book, issued=(*edit.book.issued, version))
-        return version
+        return self._shelf(name).issue()
 
     def publish(self, name: str, fill: Callable[[Path], None], facts: VersionFacts) -> Version:
         """Publish a version as a whole or not at all; `latest` then points to it.
@@ -139,12 +131,12 @@ class Registry:
             DiskFull: If there is no room.
         """
         version = check_version_id(facts.version) if facts.version else self.new_version_id(name)
-        book = self._book(name)
+        book = self._shelf(name).book()
         if version in book.removed or version not in book.issued:
             why = "was removed" if version in book.removed else "was never given out"
             raise Conflict(f"{name}@{version} {why}, and ids are never used again. Publish without a version id.")
         path = version_path(self.home, name, version)
-        self._sweep(name)
+        self._shelf(name).sweep()
         facts = facts.model_copy(update={"name": name, "version": version, "created_at": now()})
         with publish_directory(path) as folder:
             fill(folder)
@@ -169,7 +161,7 @@ class Registry:
             Conflict: If the champion is pinned to another version.
         """
         found = self._whole(name, version)
-        with self._editing(name) as edit:
+        with self._shelf(name).editing() as edit:
             self._refuse_pinned(name, edit.book, found.id)
             self._refuse_gone(found)
             if edit.book.champion != found.id:
@@ -184,8 +176,8 @@ class Registry:
             Conflict: If there is no previous champion, or the champion is pinned.
             Damaged: If the previous champion was altered since it was published.
         """
-        with self._editing(name) as edit:
-            ids = self._ids(name)
+        with self._shelf(name).editing() as edit:
+            ids = self._shelf(name).ids()
             if not ids:
                 self.resolve(f"{name}@{LATEST}")
             version = edit.book.previous(ids)
@@ -208,7 +200,7 @@ class Registry:
             Conflict: If another version is pinned.
         """
         found = self._whole(name, version)
-        with self._editing(name) as edit:
+        with self._shelf(name).editing() as edit:
             self._refuse_pinned(name, edit.book, found.id)
             self._refuse_gone(found)
             if not edit.book.pinned:
@@ -217,7 +209,7 @@ class Registry:
 
     def unpin(self, name: str, *, by: str = "user") -> None:
         """Let the champion move again. Raises Conflict if it is not pinned."""
-        with self._editing(name) as edit:
+        with self._shelf(name).editing() as edit:
             if not edit.book.pinned:
                 raise Conflict(
                     f"The champion of {name!r} is not pinned, so there is nothing to unpin. List the models."
@@ -233,7 +225,7 @@ class Registry:
         """
         self._refuse_reserved(alias)
         found = self.resolve(f"{name}@{version}")
-        with self._editing(name) as edit:
+        with self._shelf(name).editing() as edit:
             self._refuse_gone(found)
             edit.book = edit.book.moved(alias, found.id, "set", by)
         return found
@@ -241,7 +233,7 @@ class Registry:
     def remove_alias(self, name: str, alias: str, *, by: str = "user") -> None:
         """Take an alias of the user's own away. Raises NotFound if there is none, Conflict if it is one of ours."""
         self._refuse_reserved(alias)
-        with self._editing(name) as edit:
+        with self._shelf(name).editing() as edit:
             if alias not in edit.book.aliases:
                 raise NotFound(
                     f"{name!r} has no alias {alias!r}. It has {', '.join(sorted(edit.book.aliases)) or 'none'}."
@@ -256,7 +248,7 @@ class Registry:
             Conflict: If it is the champion, the previous one, pinned, named by an alias, or the base of an adapter.
         """
         found = self.resolve(f"{name}@{version}")
-        with self._editing(name) as edit:
+        with self._shelf(name).editing() as edit:
             self._refuse_gone(found)
             self._refuse_used(found, edit.book)
             edit.book = dataclasses.replace(edit.book, removed=(*edit.book.removed, found.id))
@@ -283,42 +275,8 @@ class Registry:
             raise NotFound(f"There is no report of {name}@{version}: the gate has not examined it. Evaluate it first.")
         return read_json(path)
 
-    def _folders(self, name: str) -> list[str]:
-        folder = model_path(self.home, name)
-        return [path.name for path in folder.iterdir() if is_stamp(path.name)] if folder.is_dir() else []
-
-    def _ids(self, name: str) -> list[str]:
-        """Ids of the versions that exist, newest first."""
-        folder = model_path(self.home, name)
-        finished = [id_ for id_ in self._folders(name) if (folder / id_ / MANIFEST).is_file()]
-        if not finished:
-            return []
-        removed = self._book(name).removed
-        return sorted((id_ for id_ in finished if id_ not in removed), reverse=True)
-
-    def _sweep(self, name: str) -> None:
-        """Remove what crashes left: folders of dead publishers, and versions whose removal was begun."""
-        folder = model_path(self.home, name)
-        sweep_partials(folder)
-        with self._editing(name) as edit:
-            for version in edit.book.removed:
-                if (folder / version).exists():
-                    remove_folder(folder / version)
-
-    def _book_path(self, name: str) -> Path:
-        return model_path(self.home, name) / "aliases.json"
-
-    def _book(self, name: str) -> AliasBook:
-        return read_book(self._book_path(name))
-
-    @contextmanager
-    def _editing(self, name: str) -> Iterator[_Edit]:
-        """Hold the lock of a name while its book changes; what was assigned to `.book` is saved at the end."""
-        path = self._book_path(name)
-        with lock(self.home.locks / f"models-{name}.lock", f"the aliases of {name}", wait_seconds=_WAIT_SECONDS):
-            edit = _Edit(path, self._book(name))
-            yield edit
-            edit.save()
+    def _shelf(self, name: str) -> Shelf:
+        return Shelf(self.home, name)
 
     def _whole(self, name: str, version: str) -> Version:
         found = self.resolve(f"{name}@{version}")
@@ -327,7 +285,7 @@ class Registry:
 
     def _refuse_gone(self, found: Version) -> None:
         """A version may have been removed between finding it and taking the lock."""
-        if found.id not in self._ids(found.name):
+        if found.id not in self._shelf(found.name).ids():
             raise NotFound(f"{found.ref} was removed by another process. Choose another version.")
 
     def _refuse_used(self, found: Version, book: AliasBook) -> None:
@@ -361,18 +319,9 @@ class Registry:
             )
 
 
-class _Edit:
-    """A book that is being changed under the lock of its name."""
-
-    def __init__(self, path: Path, book: AliasBook) -> None:
-        self._path = path
-        self._saved = book
-        self.book = book
-
-    def save(self) -> None:
-        if self.book is not self._saved:
-            write_book(self._path, self.book)
-            self._saved = self.book
+def _aliases(book: AliasBook, ids: list[str]) -> dict[str, str]:
+    derived = {LATEST: ids[0] if ids else None, PREVIOUS: book.previous(ids)}
+    return {**book.aliases, **{alias: version for alias, version in derived.items() if version}}
 
 
 def _is_name(text: str) -> bool:
