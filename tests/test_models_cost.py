@@ -88,17 +88,17 @@ torch.optim.AdamW(warm.parameters(), fused=True).step()
 del warm
 before = peak()
 for checkpointing in (True, False):
-    model = build_model("small", 8192, 0).train()
+    model = build_model("small", 4096, 0).train()
     if checkpointing:
         checkpoint_activations(model)
     path = prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch = documents_of([64] * 48, 8192)
+    batch = documents_of([64] * 24, 4096)
     for _ in range(2):
         document_loss(model, path, batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(peak() - before, expected_peak_bytes(model, 48 * 64, gradient_checkpointing=checkpointing).total)
+    print(peak() - before, expected_peak_bytes(model, 24 * 64, gradient_checkpointing=checkpointing).total)
     del model, path, optimizer, batch
 """
 

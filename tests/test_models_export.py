@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tests.documents import ARCHITECTURES, documents_of
 from tests.tokenizers_for_tests import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nightschool.config.recipe import Lora
-from nightschool.errors import Damaged, ModelError
+from nightschool.errors import Damaged, DiskFull, ModelError
 from nightschool.layers.forward import document_loss, prepare
 from nightschool.models.adapters import attach_lora, describe_adapter, load_adapter, merge_adapter
 from nightschool.models.build import build_model
@@ -256,6 +257,15 @@ def test_an_adapter_on_weights_that_lie_nowhere_is_refused(tmp_path):
     wrapped = attach_lora(build_model("tiny-llama", VOCAB, 1), Lora(r=2), seed=0)
     with pytest.raises(ModelError, match=r"lie in no folder.*Publish the base first"):
         save_version_folder(wrapped, TOKENIZER, tmp_path / "out")
+
+
+def test_a_full_disk_is_told_as_one(base, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(DiskFull, match="There is no room on the disk"):
+        save_version_folder(base.model, TOKENIZER, tmp_path / "out")
 
 
 @pytest.mark.parametrize("keep", [0, 50, -1])

@@ -123,10 +123,27 @@ def test_versions_are_loaded_by_name_alias_and_id(tmp_path, home):
 
 def test_a_hub_id_that_is_not_here_says_what_to_do(monkeypatch, home):
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
-    with pytest.raises(NotFound, match=r"'nobody/nothing' is not on this machine, and HF_HUB_OFFLINE is set.*new:tiny"):
+    with pytest.raises(
+        NotFound,
+        match=r"'nobody/nothing' is no name of the registry and not on this machine, and HF_HUB_OFFLINE is set.*new:tiny",
+    ):
         load_base("nobody/nothing", home)
     with pytest.raises(NotFound, match="no possible hub id"):
         load_base("a b/c?", home)
+
+
+def test_a_hub_model_is_taken_from_the_cache(tmp_path, monkeypatch, home):
+    snapshot = tmp_path / "hub/models--someone--small/snapshots/0123456789012345678901234567890123456789"
+    folder_of(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    loaded = load_base("someone/small", home)
+    assert (loaded.ref, loaded.base_location, loaded.path) == ("someone/small", "someone/small", snapshot)
+    (snapshot / "config.json").unlink()
+    with pytest.raises(NotFound, match=r"config\.json was never fetched"):
+        load_base("someone/small", home)
 
 
 def test_a_folder_that_is_not_there(tmp_path, home):
@@ -273,6 +290,22 @@ def test_a_tied_head_that_lies_in_the_file_too_is_accepted(tmp_path, home):
         tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     )
     assert load_base(str(tmp_path / "m"), home).model.config.tie_word_embeddings
+
+
+def test_buffers_of_old_files_are_not_counted(tmp_path, home):
+    folder_of(tmp_path / "m", "tiny-gpt-neox")
+    name = "gpt_neox.layers.0.attention.{}"
+    old = {name.format("bias"): torch.ones(1, 1, 8, 8), name.format("masked_bias"): torch.tensor(-1e9)}
+    edit_weights(tmp_path / "m", lambda tensors: tensors.update(old))
+    load_base(str(tmp_path / "m"), home)
+
+
+def test_a_count_that_does_not_fit_is_found_even_if_transformers_reports_nothing(tmp_path, home, monkeypatch):
+    folder_of(tmp_path / "m")
+    monkeypatch.setattr("nightschool.models.load.not_loaded", lambda report: "")
+    edit_weights(tmp_path / "m", lambda tensors: tensors.update(stranger=torch.ones(3)))
+    with pytest.raises(Damaged, match=r"hold [\d,]+ numbers and the model takes [\d,]+"):
+        load_base(str(tmp_path / "m"), home)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_names_both_numbers(tmp_path, home):

@@ -85,6 +85,11 @@ def checkpoint_activations(model: nn.Module) -> None:
         ) from None
 
 
+def compile_backbone(model: nn.Module) -> None:
+    """torch.compile what `document_loss` runs; compiling the model around it would have no effect. In place."""
+    _backbone(model).compile(dynamic=True)
+
+
 def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, adapters included; a bare model is returned as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -21,6 +21,7 @@ from nightschool.errors import ModelError
 from nightschool.models.adapters import adapter_tensors
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import distinct_tensors, not_loaded
+from nightschool.store.atomic import room_needed
 
 # The tensors are equal bit by bit; logits may still differ by the order of sums in kernels that choose their own
 # blocking (none does on a CPU with one thread). Relative to the largest logit.
@@ -43,15 +44,16 @@ def save_version_folder(
         folder: Nothing else should be in it.
         stop_ids: Ids at which generation stops; without any, the tokenizer's end of text. Written into
             `generation_config.json`, so that plain transformers stops where we stop.
-        base_path: For an adapter, the folder or hub id of its base.
+        base_path: For an adapter, the folder or hub id of its base: `LoadedModel.base_location`.
 
     Raises:
         ModelError: If an adapter has no base that can be loaded again.
+        DiskFull: If there is no room. What was written so far stays in `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     stops = list(dict.fromkeys(stop_ids)) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     generation = _generation_config(model, tokenizer, stops)
-    with quiet_libraries():
+    with quiet_libraries(), room_needed(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         if isinstance(model, PeftModel):
             adapter = cast(Any, model.peft_config["default"])
             base = base_path or adapter.base_model_name_or_path

@@ -37,7 +37,7 @@ def fetch_from_hub(ref: str) -> Path:
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             why = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({type(error).__name__})"
             raise NotFound(
-                f"The base {ref!r} is not on this machine, and {why}. Go online once, copy the model's folder here and "
+                f"The base {ref!r} is no name of the registry and not on this machine, and {why}. Go online once, copy the model's folder here and "
                 "write its path, or start with new:tiny."
             ) from None
     if not (Path(folder) / "config.json").is_file():

@@ -68,6 +68,14 @@ class LoadedModel:
         """The reference of the base under an adapter that is kept apart."""
         return self.base_ref if self.adapter else None
 
+    @property
+    def base_location(self) -> str | None:
+        """Where plain peft finds the base under an adapter: a hub id or an absolute folder; None where there is none."""
+        if self.path is None:
+            return None
+        of_the_hub = "@" not in self.base_ref and not Path(self.base_ref).is_absolute()
+        return self.base_ref if of_the_hub else str(self.path)
+
 
 def load_base(
     ref: str,

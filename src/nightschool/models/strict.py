@@ -41,12 +41,12 @@ def check_elements(model: PreTrainedModel, facts: FolderFacts, ref: str) -> None
         return
     here = sum(tensor.numel() for tensor in distinct_tensors(model).values())
     ignored = [re.compile(pattern) for pattern in (*_DERIVED, *(model._keys_to_ignore_on_load_unexpected or ()))]
-    stored = [tensor for tensor in facts.tensors if not any(pattern.search(tensor.name) for pattern in ignored)]
-    count = sum(tensor.num_elements for tensor in stored)
-    # Tied weights may lie in the file under both names.
+    derived = sum(t.num_elements for t in facts.tensors if any(pattern.search(t.name) for pattern in ignored))
+    # Tied weights may lie in the file once or under both names.
     tied: dict[str, Any] = getattr(model, "all_tied_weights_keys", {}) or {}
-    copies = sum(tensor.num_elements for tensor in stored if tensor.name in tied)
-    if here not in (count, count - copies):
+    copies = sum(model.get_parameter(name).numel() for name in tied)
+    count = sum(tensor.num_elements for tensor in facts.tensors)
+    if here not in {count - d - c for d in (0, derived) for c in (0, copies)}:
         raise Damaged(
             f"The files of the base {ref!r} hold {count:,} numbers and the model takes {here:,}. "
             "Its config.json does not describe these weights; fetch it again."
