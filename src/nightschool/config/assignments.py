@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ruamel.yaml import YAML
@@ -65,18 +65,17 @@ class Source:
     kind: SourceKind
     assignments: list[Assignment]
     problems: list[Problem]
+    sections: dict[Path, str] = field(default_factory=dict)
+    """Where each key stands that has keys or entries below it."""
 
 
 def read_yaml(text: str, file: str) -> Source:
     """Read a recipe. Problems of syntax end the reading; all others are collected."""
     source = Source("recipe", [], [])
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        root = _compose(text)
     except YAMLError as error:
         source.problems.append(_syntax_problem(error, text, file))
-        return source
-    except RecursionError:
-        source.problems.append(Problem(f"{file}:1", "", f"is nested more than {MAX_DEPTH} levels deep; flatten it"))
         return source
     if root is None or (isinstance(root, ScalarNode) and str(root.tag).endswith(":null")):
         return source
@@ -123,12 +122,12 @@ def _read_value(source: Source, path: Path, text: str, *, where: str, spelling: 
     read = Source(source.kind, [], [])
     raw = Assignment(path, text.strip(), where, spelling, raw=text.strip())
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        root = _compose(text)
         if root is None:
             read.assignments.append(Assignment(path, None, where, spelling))
         else:
             _Walk(where, read, lines=False).node(root, path)
-    except (YAMLError, RecursionError):
+    except YAMLError:
         # `>= 50%` opens a folded block in YAML. What takes text gets the text; what does not says so.
         read.assignments.append(raw)
     if any(problem.key for problem in read.problems):
@@ -149,11 +148,51 @@ def _read_value(source: Source, path: Path, text: str, *, where: str, spelling: 
         )
 
 
+class _TooDeep(YAMLError):
+    """Nested too deep to be read; `line` is the first such line."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
+        super().__init__()
+
+
+def _compose(text: str) -> Node | None:
+    line = _line_too_deep(text)
+    if line is not None:
+        raise _TooDeep(line)
+    try:
+        node: Node | None = YAML(typ="safe", pure=True).compose(text)
+    except RecursionError:
+        raise _TooDeep(1) from None
+    return node
+
+
+def _line_too_deep(text: str) -> int | None:
+    """The line on which brackets or dashes nest too deep to be read, if any.
+
+    YAML's own reader takes seconds and all of the stack for some thousand of them. Brackets in quotes count too: no
+    recipe leaves so many open.
+    """
+    depth = 0
+    for number, line in enumerate(text.split("\n"), 1):
+        if not re.search(r"[\[{\]}]|- -|\? \?|: :", line):
+            continue
+        for character in line:
+            depth += (character in "[{") - (character in "]}")
+            if depth > MAX_DEPTH:
+                return number
+        if len(re.findall(r"[-?:]\s", line)) > 2 * MAX_DEPTH and re.match(rf"\s*([-?:]\s+){{{MAX_DEPTH}}}", line):
+            return number
+    return None
+
+
 def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1
 
 
 def _syntax_problem(error: YAMLError, text: str, file: str) -> Problem:
+    if isinstance(error, _TooDeep):
+        return Problem(f"{file}:{error.line}", "", f"is nested more than {MAX_DEPTH} levels deep; flatten it")
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else 1
@@ -182,6 +221,7 @@ class _Walk:
                 self.source.problems.append(Problem(where, dotted(path), message))
             return
         if isinstance(node, MappingNode):
+            self.source.sections.setdefault(path, where)
             for key, value_node, key_node in self._entries(node, path):
                 self.node(value_node, (*path, key), at=key_node)
         elif isinstance(node, SequenceNode):
@@ -191,7 +231,7 @@ class _Walk:
         else:
             self._scalar(node, path, where)
 
-    def _entries(self, node: MappingNode, path: Path) -> Iterator[tuple[str, Node, Node]]:
+    def _entries(self, node: MappingNode, path: Path, depth: int = 0) -> Iterator[tuple[str, Node, Node]]:
         """The entries of a mapping, with what it merges in (`<<: *defaults`) where it says nothing itself."""
         own: dict[str, Node] = {}
         merged: list[Node] = []
@@ -211,8 +251,10 @@ class _Walk:
             self.num_nodes += 1
             if not isinstance(source, MappingNode):
                 self._problem(source, (*path, "<<"), "merges what is no mapping; write <<: *anchor_of_a_mapping")
+            elif depth >= MAX_DEPTH:
+                self._problem(source, (*path, "<<"), "merges itself; merge another mapping")
             elif self.num_nodes <= MAX_NODES:
-                for key, value_node, key_node in self._entries(source, path):
+                for key, value_node, key_node in self._entries(source, path, depth + 1):
                     if key not in own:
                         own[key] = key_node
                         yield key, value_node, key_node

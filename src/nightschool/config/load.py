@@ -81,8 +81,10 @@ def parse_recipe(
     base_values: Mapping[str, Any] | None = None,
 ) -> LoadedRecipe:
     """As `load_recipe`, from the text of a recipe. `file` names it in messages."""
+    written = read_yaml(text, file)
+    unreadable = bool(written.problems and not written.assignments)
     layers = [
-        (name_settings(read_yaml(text, file)), "recipe"),
+        (name_settings(written), "recipe"),
         (name_settings(read_environment(os.environ if env is None else env)), "environment"),
         (name_settings(read_overrides(overrides)), "override"),
     ]
@@ -97,8 +99,14 @@ def parse_recipe(
             if problem is not None:
                 problems.append(problem)
     tree.settle_rhythm()
-    recipe, found = _validate(tree, file, text, syntax_ok=not any(not p.key for p in problems))
-    problems += found
+    recipe, found = _validate(tree, file, text)
+    # What is missing because a file or a key could not be understood would bury the reason.
+    bad_keys = [problem.key for problem in problems]
+    problems += [
+        problem
+        for problem in ([] if unreadable else found)
+        if not any(key.startswith(f"{problem.key}.") for key in bad_keys)
+    ]
     if recipe is None or problems:
         raise RecipeError(_in_order(problems, file))
     notes = tuple(note for named, _ in layers for note in named.notes)
@@ -217,15 +225,13 @@ class _Tree:
         return file
 
 
-def _validate(tree: _Tree, file: str, text: str, *, syntax_ok: bool) -> tuple[Recipe | None, list[Problem]]:
+def _validate(tree: _Tree, file: str, text: str) -> tuple[Recipe | None, list[Problem]]:
     try:
         return Recipe.model_validate(tree.root), []
     except ValidationError as error:
         problems: dict[str, Problem] = {}
         for details in error.errors(include_url=False):
             path = _known(details["loc"])
-            if details["type"] == "missing" and not syntax_ok:
-                continue  # a file that could not be read misses everything
             where = tree.where(path, f"{file}:1" if text else file)
             problem = Problem(where, dotted(path), explain(details, find(path)))
             problems.setdefault(f"{problem.where} {problem.key}", problem)
@@ -271,4 +277,4 @@ def _line_of(where: str) -> int:
 
 def _in_order(problems: list[Problem], file: str) -> list[Problem]:
     """Those of the file by line, then the others as they came."""
-    return sorted(problems, key=lambda p: (not p.where.startswith(file), _line_of(p.where)))
+    return sorted(dict.fromkeys(problems), key=lambda p: (not p.where.startswith(file), _line_of(p.where)))

@@ -41,15 +41,15 @@ def name_settings(source: Source) -> Named:
         try:
             understood = _understand(assignment)
         except _Unknown as unknown:
-            # In YAML the lines below a bad key have places of their own and are as bad.
-            dead += [(unknown.prefix, where) for where in {a.where for a in _below(source, unknown.prefix)}]
-            named.problems.append(Problem(assignment.where, dotted(unknown.prefix), str(unknown)))
+            dead += _places_below(source, unknown.prefix)
+            where = source.sections.get(unknown.prefix, assignment.where)
+            named.problems.append(Problem(where, dotted(unknown.prefix), str(unknown)))
             continue
         if understood is None:
             named.notes.append(f"{assignment.spelling} ({assignment.where}) changes nothing")
             continue
-        if isinstance(assignment.value, EmptyList) and not isinstance(understood.value, EmptyList):
-            dead.append((assignment.path, assignment.where))
+        if isinstance(assignment.value, EmptyList) and not _takes_elements(understood):
+            dead += _places_below(source, assignment.path)
         if understood.path != assignment.path:
             named.notes.append(_note(assignment, understood))
         named.assignments.append(understood)
@@ -57,8 +57,15 @@ def name_settings(source: Source) -> Named:
     return named
 
 
-def _below(source: Source, prefix: Path) -> list[Assignment]:
-    return [a for a in source.assignments if a.path[: len(prefix)] == prefix]
+def _places_below(source: Source, prefix: Path) -> list[tuple[Path, str]]:
+    """What lies below a bad key, which is as bad but need not be said. In YAML it has lines of its own."""
+    wheres = {a.where for a in source.assignments if a.path[: len(prefix)] == prefix}
+    return [(prefix, where) for where in wheres]
+
+
+def _takes_elements(assignment: Assignment) -> bool:
+    setting = find(assignment.path)
+    return isinstance(assignment.value, EmptyList) and setting is not None and setting.is_list
 
 
 def _note(assignment: Assignment, understood: Assignment) -> str:

@@ -339,7 +339,9 @@ class Recipe(Section):
         ..., description="Starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>."
     )
     method: Method = Field("full", description="full: all weights; lora: adapters on a frozen base.")
-    data: list[DataSource] = Field(default_factory=list, description="Where the examples come from.")
+    data: list[DataSource] = Field(
+        default_factory=list, validate_default=True, description="Where the examples come from."
+    )
     held_out: HeldOut = Field(default_factory=HeldOut, description="What is never trained.")
     replay: Replay = Field(default_factory=Replay, description="What is trained again.")
     train: Train = Field(default_factory=Train, description="The optimization.")

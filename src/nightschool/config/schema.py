@@ -93,6 +93,8 @@ def settings() -> Mapping[str, Setting]:
 
 def find(path: Sequence[str | int]) -> Setting | None:
     """The setting at a path such as `("data", 0, "path")`; None if there is none."""
+    if any(isinstance(part, str) and ("." in part or part == "*") for part in path):
+        return None
     return settings().get(".".join("*" if isinstance(part, int) else part for part in path))
 
 
