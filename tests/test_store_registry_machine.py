@@ -117,5 +117,5 @@ class RegistryMachine(RuleBasedStateMachine):
             version.verify()
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+RegistryMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestRegistryMachine = RegistryMachine.TestCase
