@@ -11,7 +11,7 @@ from nightschool.store import checkpoints
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
-from nightschool.store.runs import Run
+from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes
 
 
@@ -73,12 +73,10 @@ def verify(target: str | None = None, /) -> int:
         target: A run, or one checkpoint; the newest run without it.
     """
     home = Home.find()
-    try:
+    if target is None or target in [run.id for run in RunStore(home).ls()]:
         run = find_run(home, target)
         points = checkpoints.ls(run)
-    except NotFound:
-        if target is None:
-            raise
+    else:
         run, point = find_checkpoint(home, target)
         points = [point]
     rows = []

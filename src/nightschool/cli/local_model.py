@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from nightschool.data.chat import render_prompt
 from nightschool.data.example import Message
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
 from nightschool.engine.request import GenerationRequest, SamplingParams
-from nightschool.models.dtype import resolve_device
+from nightschool.models.dtype import probe_dtype, resolve_device
 from nightschool.models.load import LoadedModel, load_base
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
+
+
+def serving_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU that computes it natively; fp32 elsewhere, as trained."""
+    return probe_dtype(device) if device.type == "cuda" else torch.float32
 
 
 class LocalModel:
@@ -24,7 +31,8 @@ class LocalModel:
 
     def __init__(self, home: Home, ref: str, *, num_rows: int = 1) -> None:
         with quiet_libraries():
-            self.loaded: LoadedModel = load_base(ref, home, device=resolve_device())
+            device = resolve_device()
+            self.loaded: LoadedModel = load_base(ref, home, device=device, dtype=serving_dtype(device))
         self.ref = self.loaded.ref
         self.engine = Engine(self.loaded, self.ref, num_rows=num_rows)
 

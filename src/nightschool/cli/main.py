@@ -138,6 +138,7 @@ def build_app(words: Sequence[str] = ()) -> App:
         help_format="plaintext",
         version=__version__,
         default_parameter=DEFAULTS,
+        suppress_keyboard_interrupt=False,
     )
     for verb, (path, line) in VERBS.items():
         _add(app, path, verb, line, chosen=chosen[:1] == [verb])

@@ -45,6 +45,8 @@ def serve(
     """
     from pydantic import ValidationError
 
+    from nightschool.cli.local_model import serving_dtype
+    from nightschool.models.dtype import resolve_device
     from nightschool.server.run import serve as serve_name
     from nightschool.server.settings import ServerSettings, read_api_keys
 
@@ -66,5 +68,12 @@ def serve(
         raise UsageError(f"--model-check-interval: {error}.") from None
     if record_conversations:
         note("Conversations are kept in the home (--record-conversations), so that a later night can study them.")
-    engine = {"num_rows": num_rows, "context_tokens": context_tokens, "queue_limit": queue_limit}
+    device = resolve_device()
+    engine = {
+        "device": device,
+        "dtype": serving_dtype(device),
+        "num_rows": num_rows,
+        "context_tokens": context_tokens,
+        "queue_limit": queue_limit,
+    }
     serve_name(Home.find(), check_name(name), settings, engine=engine)

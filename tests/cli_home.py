@@ -1,0 +1,58 @@
+"""A home with runs, checkpoints, versions and reports, made without training anything."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+from nightschool.config.recipe import Recipe
+from nightschool.store.atomic import publish_directory
+from nightschool.store.checkpoints import checkpoint_path
+from nightschool.store.home import Home
+from nightschool.store.manifest import write_manifest
+from nightschool.store.registry import Registry, VersionFacts
+from nightschool.store.runs import RunStore
+
+MORNING = datetime(2026, 11, 21, 6, 0, tzinfo=UTC)
+STEPS = 12
+
+
+def make_run(home: Home, *, name="bot", minutes=0, state="completed", epochs=3, **status):
+    """A run whose loss falls from 3 to 1.9 in 12 steps."""
+    recipe = Recipe(name=name, base="new:tiny", data=[{"path": "a.json"}], train={"epochs": epochs})
+    run = RunStore(home).create(recipe.as_plain(), name=name, moment=MORNING + timedelta(minutes=minutes))
+    for step in range(1, STEPS + 1):
+        row = {
+            "step": step,
+            "epoch": (step - 1) // 4,
+            "loss": 3.0 - 0.1 * (step - 1),
+            "tokens_per_second": 100.0 * step,
+            "tokens_trained": 50,
+            "tokens_trained_total": 50 * step,
+            "learning_rate": 1e-3,
+            "grad_norm": 0.5,
+            "peak_bytes": 10**8,
+            "seconds": float(step),
+        }
+        if step % 4 == 0:
+            row["heldout_loss"] = 3.2 - 0.1 * step
+        with run.metrics_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    run.log_path.write_text("\x1b[32mpreparing\x1b[0m\nstep 12/12\n")
+    run.update_status(state="running", pid=None)
+    run.update_status(state=state, step=STEPS, steps_total=STEPS, **status)
+    return run
+
+
+def add_checkpoint(run, step, *, heldout_loss=None):
+    path = checkpoint_path(run, step // 4, step, 1)
+    with publish_directory(path) as folder:
+        (folder / "weights.safetensors").write_bytes(b"w" * 1000)
+        write_manifest(folder, **({} if heldout_loss is None else {"heldout_loss": heldout_loss}))
+    return path
+
+
+def add_version(home: Home, *, name="bot", text="weights", run_id=None, **facts):
+    return Registry(home).publish(
+        name,
+        lambda folder: (folder / "model.safetensors").write_text(text) and None,
+        VersionFacts(num_parameters=853_000, run_id=run_id, **facts),
+    )
