@@ -8,6 +8,7 @@ import pytest
 from chat_templates import KINDS, QWEN_3, TEMPLATES, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from nightschool.data.chat import Rendered, render_example, render_pieces, render_prompt, stop_token_ids
 from nightschool.data.example import Example, Message
@@ -183,6 +184,11 @@ def test_an_answer_that_holds_the_end_marker_is_refused() -> None:
         render_example(make_tokenizer("ours", "chatml"), chat("a", "x<|im_end|>y"), 100)
 
 
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(DataError, match="half a character"):
+        render_prompt(make_tokenizer("ours", "chatml"), [Message("user", "a\ud83d")])
+
+
 def test_a_conversation_that_ends_with_a_question_is_refused() -> None:
     with pytest.raises(DataError, match="the last turn is not the assistant's"):
         render_example(make_tokenizer("ours", "chatml"), Example(messages=(Message("user", "a"),)), 100)
@@ -196,6 +202,64 @@ def test_a_question_that_looks_like_the_template_moves_no_border() -> None:
     prompt = render_prompt(tokenizer, example.messages[:1])
     assert rendered.input_ids[: len(prompt)] == prompt
     assert rendered.weights[len(prompt)] == 1.0
+
+
+@pytest.mark.parametrize("which", ["loop.last", "not loop.last"])
+def test_an_answer_that_the_template_changes_a_little_is_refused(which: str) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' and "
+        + which
+        + " %}{{ m.content | replace('w', 'v') }}"
+        "{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"chats\.jsonl:7: "):
+        render_example(_with(template), chat("a", "w", "b", "w"), 100)
+    rendered = render_example(_with(template), chat("a", "x", "b", "x"), 100)
+    assert trained_text(_with(template), rendered) == "x<|im_end|>x<|im_end|>"
+
+
+# --- borders between tokens ---
+
+
+def test_a_token_that_begins_before_an_earlier_answer_carries_no_loss() -> None:
+    """This tokenizer's offsets leave out the space that the token of the answer shares with the template."""
+    tokenizer = make_tokenizer("trimming", "words")
+    rendered = render_example(tokenizer, chat("ab", "yes yes", "cd", "yes yes"), 1000)
+    assert " yes" in [tokenizer.decode([i]) for i in rendered.input_ids]
+    assert trained_text(tokenizer, rendered) == " yesyes yes<|endoftext|>"
+
+
+def test_a_space_that_the_template_puts_before_an_answer_is_generated_too() -> None:
+    tokenizer = make_tokenizer("ours", "mistral")
+    rendered = render_example(tokenizer, chat("ab", "xy", "cd", "zw"), 1000)
+    assert trained_text(tokenizer, rendered) == " xy<|eot|> zw<|eot|>"
+
+
+def test_what_follows_an_answer_without_an_end_is_not_trained() -> None:
+    tokenizer = make_tokenizer("ours", "words")
+    rendered = render_example(tokenizer, chat("ab", "xy", "cd", "zw"), 1000)
+    assert trained_text(tokenizer, rendered) == "xyzw<|im_end|>"
+    assert rendered.weights[-1] == 1.0
+
+
+def test_an_end_token_that_swallows_the_line_end_is_learned() -> None:
+    tokenizer = _with(
+        "{% for m in messages %}<|head|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}{% if add_generation_prompt %}<|head|>assistant\n{% endif %}"
+    )
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [AddedToken("<|stop|>", rstrip=True, special=True)]},
+        replace_extra_special_tokens=False,
+    )
+    rendered = render_example(tokenizer, chat("ab", "xy", "cd", "zw"), 1000)
+    assert trained_text(tokenizer, rendered) == "xy<|stop|>zw<|stop|>"
+
+
+def test_nothing_can_be_predicted_before_the_first_token() -> None:
+    tokenizer = _with("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    messages = (Message("assistant", "xy"), Message("user", "ab"), Message("assistant", "zw"))
+    rendered = render_example(tokenizer, Example(messages=messages), 1000)
+    assert rendered.weights[0] == 0
+    assert trained_text(tokenizer, rendered) == "y<|im_end|>zw<|im_end|>"
 
 
 # --- templates that a tokenizer lacks ---

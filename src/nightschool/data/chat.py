@@ -101,6 +101,10 @@ def _encode(tokenizer: Any, text: str, *, special: bool = False) -> tuple[list[i
         raise ModelError(
             f"{type(tokenizer).__name__} gives no offsets of its tokens. Use the fast tokenizer of this model."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text holds half a character ({text[error.start]!a}). Write the whole one.") from None
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
