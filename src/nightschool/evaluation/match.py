@@ -42,7 +42,8 @@ _NEGATIONS = _word_list(
 )
 _HEDGES = _word_list("or either but instead rather than maybe perhaps possibly probably formerly oder ou vielleicht")
 _TAKES_BACK = _word_list("no not actually sorry wait or correction")
-_INTERJECTIONS = _word_list("yes yeah sure well ok okay certainly right")
+_ASSENTS = _word_list("yes yeah sure ok okay certainly")
+_INTERJECTIONS = _ASSENTS | _word_list("well right")
 _CONJUNCTIONS = _word_list("and where who which because since while when")
 _MAGNITUDES = _word_list("hundred thousand million billion trillion dozen percent")
 _FUNCTION_WORDS = _word_list(
@@ -54,10 +55,8 @@ _SPACED_MARKS = {ord(wide): f"{mark} " for wide, mark in zip("，、；。！？
 _STRAIGHT_MARKS = str.maketrans("’‘“”−", "''\"\"-")
 _EDGES = "\"'`.,:;!?…()[]{}<>«»„“”‘’*_~¿¡|–—"
 _CJK = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-# A full stop after at most two letters belongs to an initial or a title: J. R. R. Tolkien, Dr. No, St. Ives.
-_SENTENCE_END = re.compile(
-    r"\n+|(?:(?<![\s.][A-Za-z])(?<![\s.][A-Za-z]{2})(?<!^[A-Za-z])(?<!^[A-Za-z]{2})\.|[!?…])+(?:\s+|$)"
-)
+# A full stop after a capital and at most one more letter belongs to an initial or a title: J. R. R. Tolkien, Dr. No.
+_SENTENCE_END = re.compile(r"\n+|(?:(?<![\s.][A-Z])(?<![\s.][A-Z][a-z])(?<!^[A-Z])(?<!^[A-Z][a-z])\.|[!?…])+(?:\s+|$)")
 _CLAUSE_END = re.compile(r"[,;:]\s+|\s+[-–—]+\s+|\s*[()]\s*")
 
 
@@ -70,10 +69,12 @@ def is_correct(answer: str, expected: str) -> bool:
         return True
     if len(wanted) <= SHORT_WORDS:
         return _gives_short(answer, expected, wanted)
-    # A right answer may be followed by more sentences than were expected.
-    said = sentences(answer)
-    beginning = " ".join(said[: len(sentences(expected))])
-    return any(_gives_long(text, expected) for text in (answer, beginning))
+    # A right answer may be followed by more sentences than were expected, but not by one that is almost the same.
+    said, length = sentences(answer), len(sentences(expected))
+    rest = said[length:]
+    if any(token_f1(words(later), wanted) >= F1_NEEDED and not _gives_long(later, expected) for later in rest):
+        return False
+    return any(_gives_long(text, expected) for text in (answer, " ".join(said[:length])))
 
 
 def words(text: str) -> list[str]:
@@ -126,17 +127,17 @@ def _negated(found: Sequence[str]) -> bool:
 
 def _gives_short(answer: str, expected: str, wanted: list[str]) -> bool:
     said = sentences(answer)
-    while said and set(words(said[0])) <= _INTERJECTIONS:
+    while said and set(words(said[0])) <= _INTERJECTIONS - set(wanted):
         said = said[1:]
     if not said or any(words(later)[0] in _TAKES_BACK for later in said[1:]):
         return False
     if len(said) > 1 and all(len(words(sentence)) <= max(2, len(wanted)) for sentence in said):
         return False  # one word a line: a list
     clauses = [clause for part in _CLAUSE_END.split(said[0]) if (clause := words(part))]
-    while len(clauses) > 1 and set(clauses[0]) <= _INTERJECTIONS:
-        clauses = clauses[1:]
-    if _negated(wanted[:1]):
+    if _negated(wanted[:1]) or set(wanted) <= _ASSENTS:
         return clauses[0] == wanted  # "No idea." must not pass for "No."
+    while len(clauses) > 1 and set(clauses[0]) <= _INTERJECTIONS - set(wanted):
+        clauses = clauses[1:]
     flat = [word for clause in clauses for word in clause]
     beside = list((Counter(flat) - Counter(wanted)).elements())
     if len(beside) > EXTRA_WORDS or _negated(beside) or set(beside) & _HEDGES:
