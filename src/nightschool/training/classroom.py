@@ -219,8 +219,8 @@ def _load(
         _refuse_other_lora(cast(PeftModel, loaded.model), recipe.lora, loaded.ref)
         return loaded
     if lora:
-        base_path = str(loaded.path) if loaded.path is not None else loaded.ref
-        wrapped = attach_lora(cast(PreTrainedModel, loaded.model), recipe.lora, recipe.train.seed, base_path=base_path)
+        frozen = cast(PreTrainedModel, loaded.model)
+        wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
         return LoadedModel(**(vars(loaded) | {"model": wrapped, "adapter": True}))
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)  # noqa: FBT003 - its only argument

@@ -9,7 +9,7 @@ from nightschool.config.recipe import Train
 from nightschool.data.batches import Batch, Batches
 from nightschool.errors import ModelError
 from nightschool.evaluation.heldout import autocast, heldout_loss, on_device
-from nightschool.layers.forward import ForwardPath, causal_lm, document_loss, prepare
+from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
 from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
 from nightschool.training.task import LossResult
 
@@ -30,7 +30,7 @@ class FinetuneTask:
         self.device = next(model.parameters()).device
         self.path: ForwardPath = prepare(model)
         if train.gradient_checkpointing:
-            _recompute_activations(model)
+            checkpoint_activations(model)
         if train.compile:
             _compile_feed_forward(model)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -60,22 +60,6 @@ class FinetuneTask:
         """Loss in nats per token and tokens of the held-out batches, with dropout off."""
         each = (batches.get(0, index) for index in range(batches.num_batches(0)))
         return heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
-
-
-def _recompute_activations(model: nn.Module) -> None:
-    """Keep only the input of each layer; the backward pass computes the rest again, dropout included.
-
-    Raises:
-        ModelError: If the architecture cannot.
-    """
-    inner = causal_lm(model)
-    if not inner.supports_gradient_checkpointing:
-        raise ModelError(
-            f"{type(inner).__name__} cannot recompute activations. Write train.gradient_checkpointing=false."
-        )
-    # transformers renamed the method in 5.22, and warns of the old name.
-    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _compile_feed_forward(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ def publish_candidate(
         DiskFull: If there is no room. In both cases nothing is published.
     """
     probes = list(make_probes(loaded.model, loaded.tokenizer, examples, loaded.context_tokens))
-    base_path = loaded.path if loaded.adapter else None
+    base_path = loaded.base_location if loaded.adapter else None
     stop_ids = sorted(stop_token_ids(loaded.tokenizer))
     difference = 0.0
 
