@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.documents import ARCHITECTURES, documents_of
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
+from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments, packed_attention
 from nightschool.layers.forward import (
     checkpoint_activations,
@@ -214,3 +215,10 @@ def test_gradient_checkpointing_sees_the_same_layout():
     document_loss(model, path, batch)[0].backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_an_architecture_that_cannot_recompute_its_activations_is_told_so(monkeypatch):
+    model = build_model("tiny-llama", VOCAB, seed=0)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot recompute activations\. Write train\.grad"):
+        checkpoint_activations(model)

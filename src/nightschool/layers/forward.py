@@ -71,23 +71,19 @@ def prepare(model: nn.Module) -> ForwardPath:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only the input of each layer and compute the rest again in the backward pass.
+    """Keep only the input of each layer; the backward pass computes the rest again, dropout included.
 
     Raises:
         ModelError: If the architecture cannot.
     """
     inner = causal_lm(model)
-    try:
-        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError:
+    if not inner.supports_gradient_checkpointing:
         raise ModelError(
-            f"{type(inner).__name__} cannot recompute its activations. Write train.gradient_checkpointing: false."
-        ) from None
-
-
-def compile_backbone(model: nn.Module) -> None:
-    """torch.compile what `document_loss` runs; compiling the model around it would have no effect. In place."""
-    _backbone(model).compile(dynamic=True)
+            f"{type(inner).__name__} cannot recompute activations. Write train.gradient_checkpointing=false."
+        )
+    # transformers renamed the method in 5.22, and warns of the old name.
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def causal_lm(model: nn.Module) -> Any:
