@@ -56,7 +56,7 @@ def chat(
 
 
 def ask(
-    question: str,
+    question: str | None = None,
     /,
     *,
     model: Annotated[list[str] | None, Parameter(name=["--model", "-m"])] = None,
@@ -70,7 +70,7 @@ def ask(
     """Ask one question and print the answer. Greedy unless --temperature says otherwise.
 
     Args:
-        question: The question; - reads it from stdin.
+        question: The question; without it, it is read from stdin.
         model: NAME (its champion), NAME@VERSION, a folder or a hub id. Several are asked one after another.
         url: Ask a running server in place of loading the model here.
         system: A system message.
@@ -80,7 +80,7 @@ def ask(
         seed: Draw the same way each time.
     """
     params = _params(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
-    text = sys.stdin.read().strip() if question == "-" else question
+    text = question if question is not None else sys.stdin.read().strip()
     if not text:
         raise UsageError("The question is blank. Write nightschool ask 'QUESTION'.")
     turns = [*([Message("system", system)] if system else []), Message("user", text)]
