@@ -144,7 +144,7 @@ def _sample_restricted(scaled_sv: Tensor, params: Sequence[SamplingParams], draw
 def _invert(weights_sk: Tensor, draws_s: Tensor) -> Tensor:
     """The place [S] at which the running sum of the weights passes the drawn share of it; never one of weight 0."""
     sums_sk = weights_sk.double().cumsum(dim=-1)
-    total_s1 = sums_sk[:, -1:]
+    total_s1 = sums_sk[:, -1:].contiguous()  # else searchsorted warns, and copies
     place_s1 = torch.searchsorted(sums_sk, draws_s[:, None] * total_s1, right=True)
     last_s1 = torch.searchsorted(sums_sk, total_s1)
     return torch.minimum(place_s1, last_s1)[:, 0]
