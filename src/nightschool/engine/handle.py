@@ -29,6 +29,7 @@ class Handle:
         self._finished = threading.Event()
         self._readers = 0
         self._wakers: list[Callable[[], None]] = []
+        self._end_wakers: list[Callable[[], None]] = []
 
     @property
     def is_finished(self) -> bool:
@@ -103,11 +104,31 @@ class Handle:
                     self._wakers.remove(wake)
             self.cancel()
 
+    async def finished(self) -> None:
+        """Wait for the end, for asyncio, without waking up at every token. Leaving early cancels the request."""
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(ready.set)
+
+        with self._changed:
+            waiting = not self._chunks or self._chunks[-1].finish_reason is None
+            if waiting:
+                self._end_wakers.append(wake)
+        try:
+            if waiting:
+                await ready.wait()
+        finally:
+            self.cancel()
+
     def publish(self, chunk: Chunk) -> None:
         """Add a chunk. Only the engine calls this."""
         with self._changed:
             self._chunks.append(chunk)
             wakers, self._wakers = self._wakers, []
+            if chunk.finish_reason is not None:
+                wakers += self._end_wakers
             if self._readers:
                 self._changed.notify_all()
         if chunk.finish_reason is not None:

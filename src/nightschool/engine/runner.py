@@ -128,9 +128,7 @@ class Runner:
 
     def _own_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [T,V] by the attention that transformers would choose."""
-        self._model.set_attn_implementation(
-            "sdpa" if getattr(self._model, "_supports_sdpa", False) else "eager"
-        )
+        self._model.set_attn_implementation("sdpa" if getattr(self._model, "_supports_sdpa", False) else "eager")
         ids = torch.tensor([token_ids], device=self.device)
         return cast(Tensor, self._model(input_ids=ids, use_cache=False).logits)[0]
 
