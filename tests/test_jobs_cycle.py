@@ -11,6 +11,7 @@ import pytest
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, DataError, Locked
+from nightschool.events import read_events
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.cycle import CycleFacts, Studied, Surroundings, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.promotion import promote, roll_back
@@ -323,6 +324,11 @@ def test_the_champion_itself_cannot_be_a_candidate(school):
     with_candidate = continue_cycle(school.home, result.run_id)
     assert with_candidate.outcome == "failed"
     assert "is the champion already" in with_candidate.detail
+
+
+def test_the_outcome_is_kept_with_the_run(school):
+    run = RunStore(school.home).get(school.cycle().run_id)
+    assert [(row["event"], row["outcome"]) for row in read_events(run.events_path)][-1] == ("cycle", "promoted")
 
 
 def test_the_result_is_json(school):

@@ -342,7 +342,9 @@ def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> C
 
 
 def _result(run: Run, home: Home, facts: CycleFacts, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
+    """End a cycle: its outcome is kept with the run, too."""
     champion = _champion(Registry(home), run.name)
+    run.events.write("cycle", outcome=outcome, detail=detail)
     return CycleResult(
         outcome,
         detail,

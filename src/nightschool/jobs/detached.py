@@ -9,11 +9,10 @@ from pathlib import Path
 from nightschool.errors import NightschoolError
 from nightschool.jobs.cycle import Surroundings, continue_cycle
 from nightschool.store.home import Home
-from nightschool.store.runs import RunStore
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do the rest of a cycle that was begun. Prints into the run's own log; the outcome goes to its events too."""
+    """Do the rest of a cycle that was begun. Prints into the run's own log."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--run", required=True)
@@ -25,7 +24,6 @@ def main(arguments: list[str] | None = None) -> int:
     except NightschoolError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  stdout and stderr are the log of the run
         return error.exit_code
-    RunStore(home).get(given.run).events.write("cycle", outcome=result.outcome, detail=result.detail)
     print(f"{result.outcome}: {result.detail}")  # noqa: T201
     return result.exit_code
 

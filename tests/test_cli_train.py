@@ -1,0 +1,256 @@
+"""train, plan, schedule run, serve and doctor: what they hand on, and what they exit with."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cli_home import add_checkpoint
+
+from nightschool.cli import doctor as doctor_module
+from nightschool.cli import train as train_module
+from nightschool.cli.main import main
+from nightschool.cli.reference import reference
+from nightschool.config.load import load_recipe
+from nightschool.errors import Interrupted
+from nightschool.jobs import detached
+from nightschool.jobs.cycle import CycleFacts, CycleResult
+from nightschool.store.home import Home
+from nightschool.store.runs import RunStore
+
+RECIPE = "name: bot\nbase: new:tiny\ndata: [{path: train.json}]\ntrain: {epochs: 3}\n"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "home"))
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "train.json").write_text(json.dumps([{"query": "q?", "retrieved": "a"}]))
+    return Home(tmp_path / "home").ensure()
+
+
+@pytest.fixture
+def cycles(monkeypatch):
+    """Cycles that do nothing but remember what they were asked, and end as `result` says."""
+    asked = SimpleNamespace(result=CycleResult("promoted", "passed", run_id="r", candidate="bot@v"), calls=[])
+
+    def run_cycle(home, recipe, *, trigger, root, around):
+        asked.calls.append(("run", recipe, trigger, root))
+        if around.on_line:
+            around.on_line("step 1/2 loss 1.0")
+        around.say("Run r")
+        return asked.result
+
+    def continue_cycle(home, run_id, *, resume, around):
+        asked.calls.append(("continue", run_id, resume))
+        return asked.result
+
+    monkeypatch.setattr(train_module, "run_cycle", run_cycle)
+    monkeypatch.setattr(train_module, "continue_cycle", continue_cycle)
+    return asked
+
+
+def _begun(home):
+    """A run that a cycle of r.yaml began."""
+    run = RunStore(home).create(load_recipe(Path("r.yaml"), env={}).recipe.as_plain(), name="bot")
+    CycleFacts("manual", str(Path.cwd()), "new:tiny", None, "data", 1).write(run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("outcome", "exit_code"),
+    [("promoted", 0), ("published", 0), ("refused", 3), ("interrupted", 75), ("failed", 2)],
+)
+def test_train_exits_as_its_cycle_ended(outcome, exit_code, home, cycles, capsys):
+    cycles.result = CycleResult(outcome, "so it was", run_id="bot-1", candidate="bot@v", failed_exit_code=2)
+    assert main(["train", "r.yaml", "train.epochs=5"]) == exit_code
+    out = capsys.readouterr().out
+    assert f"{outcome}: so it was" in out
+    assert "step 1/2 loss 1.0\n[Cycle] Run r\n" in out
+    assert "see nightschool models report bot@v" in out
+    assert ("train --resume bot-1" in out) == (outcome == "interrupted")
+    kind, recipe, trigger, root = cycles.calls[0]
+    assert (kind, recipe.train.epochs, trigger, root) == ("run", 5, "manual", Path.cwd())
+
+
+def test_train_with_json_has_stdout_for_the_result(home, cycles, capsys):
+    assert main(["train", "r.yaml", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["outcome"] == "promoted"
+    assert "step 1/2" in captured.err
+    assert main(["train", "r.yaml", "-q"]) == 0
+    assert capsys.readouterr().out == "bot@v\n"
+
+
+def test_train_needs_something_to_train(home, cycles, capsys):
+    assert main(["train"]) == 2
+    assert main(["train", "nowhere.yaml"]) == 4
+    assert main(["train", "r.yaml", "train.epoch=5"]) == 2
+    assert "train.epochs" in capsys.readouterr().err
+    assert cycles.calls == []
+
+
+def test_resume_takes_a_run_or_a_checkpoint(home, cycles, capsys):
+    run = _begun(home)
+    path = add_checkpoint(run, 4)
+    for wanted in (run.id, path.name, f"{run.id}/{path.name}", str(path)):
+        assert main(["train", "--resume", wanted]) == 0
+    assert main(["train", "r.yaml", "--resume", run.id]) == 0
+    assert cycles.calls == [("continue", run.id, "latest"), *[("continue", run.id, path.name)] * 3, cycles.calls[0]]
+    capsys.readouterr()
+    assert main(["train", "--resume", "bot-20200101_000000"]) == 4
+    assert f"neither a run nor a checkpoint in {home.runs}. Runs: {run.id}" in capsys.readouterr().err
+
+
+def test_resume_with_another_recipe_is_refused_with_both_values(home, cycles, capsys):
+    run = _begun(home)
+    assert main(["train", "r.yaml", "train.epochs=9", "--resume", run.id]) == 1
+    assert "train.epochs is 3 there and 9 here" in capsys.readouterr().err
+    assert cycles.calls == []
+
+
+def test_detach_prints_the_run_and_leaves_a_process_with_it(home, monkeypatch, capsys):
+    started = []
+
+    def start_process(arguments, *, log, directory):
+        started.append((arguments, log, directory))
+        return SimpleNamespace(pid=4711, returncode=None)
+
+    monkeypatch.setattr(train_module, "start_process", start_process)
+    assert main(["train", "r.yaml", "--detach", "-q"]) == 0
+    run = RunStore(home).ls()[0]
+    assert capsys.readouterr().out == f"{run.id}\n"
+    arguments, log, directory = started[0]
+    assert arguments == ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id]
+    assert (log, directory) == (run.log_path, Path.cwd())
+
+
+@pytest.mark.parametrize("outcome", ["promoted", "refused"])
+def test_the_detached_process_does_the_rest_and_exits_as_it_ended(outcome, home, monkeypatch, capsys):
+    run = _begun(home)
+    result = CycleResult(outcome, "so it was", run_id=run.id)
+    monkeypatch.setattr(detached, "continue_cycle", lambda home, run_id, **_: result)
+    assert detached.main(["--home", str(home.path), "--run", run.id]) == result.exit_code
+    assert f"{outcome}: so it was" in capsys.readouterr().out
+
+
+def test_the_detached_process_says_what_stopped_it(home, monkeypatch, capsys):
+    def stopped(home, run_id, **_):
+        raise Interrupted("by a signal.")
+
+    monkeypatch.setattr(detached, "continue_cycle", stopped)
+    assert detached.main(["--home", str(home.path), "--run", "x"]) == 75
+    assert capsys.readouterr().err == "error: by a signal.\n"
+
+
+def test_a_dry_run_is_the_plan_and_trains_nothing(home, cycles, monkeypatch, capsys):
+    planned = []
+    monkeypatch.setattr(train_module, "plan", lambda recipe, *overrides: planned.append((recipe, overrides)) or 0)
+    assert main(["train", "r.yaml", "train.epochs=5", "-n"]) == 0
+    assert planned == [(Path("r.yaml"), ("train.epochs=5",))]
+    assert main(["train", "-n", "--resume", "x"]) == 2
+    assert cycles.calls == []
+
+
+def test_serve_hands_its_options_to_the_server(home, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(
+        "nightschool.server.run.serve",
+        lambda home, name, settings, *, engine: served.append((name, settings, engine)),
+    )
+    words = ["serve", "bot", "--port", "0", "--model-check-interval", "10m", "--record-conversations"]
+    assert main([*words, "--num-rows", "4"]) == 0
+    name, settings, engine = served[0]
+    assert (name, settings.port, settings.model_check_interval, settings.record_conversations) == (
+        "bot",
+        0,
+        600.0,
+        True,
+    )
+    assert (engine["num_rows"], engine["queue_limit"]) == (4, 256)
+    assert "Conversations are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--port", "99999"], "--port 99999"),
+        (["--model-check-interval", "soon"], "--model-check-interval: 'soon' is no duration"),
+        (["--model-check-interval", "0"], "--model-check-interval 0"),
+        (["--log-level", "loud"], "--log-level loud"),
+        (["--host", "0.0.0.0"], "there is no API key"),
+    ],
+)
+def test_serve_refuses_options_that_cannot_be(words, message, home, monkeypatch, capsys):
+    monkeypatch.delenv("NIGHTSCHOOL_API_KEY", raising=False)
+    assert main(["serve", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_with_a_remedy(home, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 1
+    assert f"Port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_everything_and_says_what_to_do(home, monkeypatch, capsys):
+    monkeypatch.setattr(doctor_module, "HUB", ("127.0.0.1", 9))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert main(["doctor", "--json"]) == 0
+    findings = {one["subject"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+    assert list(findings) == ["versions", "CPU", "RAM", "GPU", "dtype", "home", "disk", "port", "network"]
+    assert "everything works offline" in findings["network"]["found"]
+    assert "name@version" in findings["network"]["todo"]
+
+
+def test_the_doctor_fails_where_nothing_can_be_written(home, monkeypatch, capsys):
+    def refuses(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuses)
+    monkeypatch.setattr(doctor_module, "network", lambda: doctor_module.Finding("network", "PASS", "-"))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  home" in out
+    assert "Set NIGHTSCHOOL_HOME" in out
+
+
+def test_the_doctor_survives_a_look_that_breaks(home, monkeypatch, capsys):
+    def gpu():
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr(doctor_module, "gpu", gpu)
+    monkeypatch.setattr(doctor_module, "network", lambda: doctor_module.Finding("network", "PASS", "-"))
+    assert main(["doctor", "-q"]) == 1
+    assert "FAIL gpu" in capsys.readouterr().out
+
+
+def test_the_doctor_warns_of_a_taken_port(home, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(doctor_module, "PORT", taken.getsockname()[1])
+        assert doctor_module.port().verdict == "WARN"
+
+
+def test_the_reference_in_the_docs_is_up_to_date():
+    page = ROOT / "docs" / "cli.md"
+    assert page.read_text("utf-8") == reference(), "run python -m nightschool.cli.reference"
+
+
+def test_the_check_of_the_reference_fails_when_it_is_out_of_date(tmp_path):
+    page = tmp_path / "cli.md"
+    page.write_text("old")
+    done = subprocess.run(
+        [sys.executable, "-m", "nightschool.cli.reference", "--check", str(page)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "is out of date" in done.stderr
