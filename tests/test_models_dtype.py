@@ -16,8 +16,8 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize(("speedup", "compute"), [(7.3, torch.bfloat16), (1.9, torch.float32), (0.014, torch.float32)])
-def test_auto_takes_bf16_on_a_cpu_only_where_it_is_twice_as_fast(monkeypatch, speedup, compute):
+@pytest.mark.parametrize(("speedup", "compute"), [(7.3, torch.bfloat16), (2.4, torch.float32), (0.014, torch.float32)])
+def test_auto_takes_bf16_on_a_cpu_only_where_it_is_much_faster(monkeypatch, speedup, compute):
     monkeypatch.setattr(module, "bf16_speedup", lambda width: speedup)
     choice = resolve_dtype("auto", "cpu")
     assert (choice.parameters, choice.compute) == (torch.float32, compute)
@@ -53,6 +53,20 @@ def test_the_probe_takes_little_time_once_and_leaves_no_gradient():
     # On a CPU that emulates bf16 a layer of this width takes about 50 ms.
     assert time.perf_counter() - start < 2
     assert bf16_speedup(256) == first
+
+
+def test_where_bf16_is_emulated_nothing_large_is_tried(monkeypatch):
+    tried = []
+
+    def seconds(num_tokens, width, *, bf16):
+        tried.append((num_tokens, width))
+        return 1.0 if bf16 else 0.014
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    bf16_speedup.cache_clear()
+    assert bf16_speedup(512) == 0.014
+    assert set(tried) == {(32, 128)}
+    bf16_speedup.cache_clear()
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
