@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.documents import ARCHITECTURES, documents_of
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, MambaConfig
 
 from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments, packed_attention
@@ -180,6 +180,25 @@ def test_a_model_whose_state_runs_on_is_found_and_padded_with_the_same_loss():
     supported, why = supports_packing(model)
     assert not supported
     assert why
+
+
+def test_a_model_that_attends_in_chunks_is_padded():
+    model = build_model("tiny-llama", VOCAB, seed=0)
+    model.config.attention_chunk_size = 8192
+    path = prepare(model)
+    assert not path.packed
+    assert "attends in chunks" in path.why_padded
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_that_does_not_reach_attention_is_found(monkeypatch):
+    model = build_model("tiny-mixtral", VOCAB, seed=0)
+    assert supports_packing(model)[0]
+    without = lambda *args, sliding_window=None, **kwargs: packed_attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, without)
+    supported, why = supports_packing(model)
+    assert not supported
+    assert "differ" in why
 
 
 def test_learned_positions_are_packed_and_leave_the_model_as_it_was():

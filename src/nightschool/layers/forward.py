@@ -165,14 +165,20 @@ def supports_packing(model: nn.Module) -> tuple[bool, str]:
     layers) or one that counts positions by itself.
     """
     inner = causal_lm(model)
+    if getattr(inner.config.get_text_config(), "attention_chunk_size", None):
+        return False, f"{type(inner).__name__} attends in chunks, which packed attention does not compute"
     before = inner.config._attn_implementation
-    documents = _random_documents(inner, (11, 7, 11))
+    # A window shorter than this is looked at from both sides; longer ones are handed to attention in the same way.
+    window = getattr(inner.config.get_text_config(), "sliding_window", None) or 0
+    longest = window + 11 if window <= 128 else 11
+    lengths = (longest, 7, longest)
+    documents = _random_documents(inner, lengths)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             inner.set_attn_implementation(_unpacked(model))
-            bounds = [0, 11, 18, 29]
+            bounds = documents.cu_seqlens.tolist()
             alone = torch.cat(
                 [
                     inner(input_ids=documents.input_ids[:, a:b], use_cache=False).logits[0]
