@@ -63,9 +63,20 @@ class FakeHandle:
     def __init__(self, engine: FakeEngine, request: GenerationRequest, text: str) -> None:
         self.engine, self.request, self.text = engine, request, text
         self.cancelled = False
-        self.finished = False
+        self.is_finished = False
+        self.kept: list[Chunk] | None = None
+
+    async def finished(self) -> None:
+        self.kept = [chunk async for chunk in self._stream()]
 
     async def stream(self) -> AsyncIterator[Chunk]:
+        if self.kept is None:
+            async for chunk in self._stream():
+                yield chunk
+        for chunk in self.kept or ():
+            yield chunk
+
+    async def _stream(self) -> AsyncIterator[Chunk]:
         tokenizer = self.engine.loaded.tokenizer
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"][: self.request.params.max_new_tokens]
         sent = ""
@@ -81,13 +92,13 @@ class FakeHandle:
             top = self.request.params.logprobs
             logprobs = None if top is None else (TokenLogprob(token, -0.5, tuple((t, -1.0 - t) for t in range(top))),)
             yield Chunk(text=text, token_ids=(token,), logprobs=logprobs)
-        self.finished = True
+        self.is_finished = True
         reason = "length" if len(ids) < len(self.text.encode()) else "stop"
         usage = Usage(len(self.request.prompt_ids), len(ids))
         yield Chunk(finish_reason=reason, usage=usage)
 
     def cancel(self) -> None:
-        if not self.finished:
+        if not self.is_finished:
             self.cancelled = True
 
 
@@ -107,7 +118,7 @@ class FakeEngine:
             raise NotLoaded("This version is drained.")
         if len(request.prompt_ids) + request.params.max_new_tokens > self.context_tokens:
             raise PromptTooLong(len(request.prompt_ids), request.params.max_new_tokens, self.context_tokens)
-        if sum(not (h.finished or h.cancelled) for h in self.handles) >= self.queue_limit:
+        if sum(not (h.is_finished or h.cancelled) for h in self.handles) >= self.queue_limit:
             raise QueueFull(f"{self.queue_limit} requests wait. Try again later.", retry_after_seconds=3)
         prompt = self.loaded.tokenizer.decode(request.prompt_ids)
         handle = FakeHandle(self, request, self.answer(prompt))
@@ -115,7 +126,7 @@ class FakeEngine:
         return handle
 
     def load(self) -> tuple[int, int]:
-        return 0, sum(not (handle.finished or handle.cancelled) for handle in self.handles)
+        return 0, sum(not (handle.is_finished or handle.cancelled) for handle in self.handles)
 
 
 @dataclass

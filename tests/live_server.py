@@ -59,7 +59,7 @@ class LiveServer:
 
 
 @contextmanager
-def live(slot: Any, **settings: Any) -> Iterator[LiveServer]:
+def live(slot: Any, *, wait: bool = True, **settings: Any) -> Iterator[LiveServer]:
     """A server on a free port of this machine, with a model if the slot promises one."""
     more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
     chosen = ServerSettings(port=0, **settings)
@@ -67,7 +67,7 @@ def live(slot: Any, **settings: Any) -> Iterator[LiveServer]:
         server = LiveServer(create_app(slot, chosen, **more), listener)
         server.thread.start()
         eventually(lambda: server.server.started)
-        if getattr(slot, "promoted", True) is not None and not getattr(slot, "seconds_per_load", 0):
+        if wait and getattr(slot, "promoted", True) is not None and not getattr(slot, "seconds_per_load", 0):
             eventually(lambda: httpx2.get(f"{server.url}/readyz").status_code == 200, 30)
         try:
             yield server

@@ -77,9 +77,11 @@ def test_an_id_that_means_two_things_is_refused(tmp_path: Path) -> None:
 def test_problems_of_all_files_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"query": "1", "retrieved": ""}\nbad\n')
     (tmp_path / "b.json").write_text("")
+    (tmp_path / "c.json").write_text("[]")
     with pytest.raises(DataError) as caught:
-        load_sources([source("a.jsonl"), source("b.json")], root=tmp_path)
-    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == ["a.jsonl:1", "a.jsonl:2", "b.json"]
+        load_sources([source("a.jsonl"), source("b.json"), source("c.json")], root=tmp_path)
+    said = [line.split(": ")[0] for line in str(caught.value).splitlines()]
+    assert said == ["a.jsonl:1", "a.jsonl:2", "b.json", "c.json"]
 
 
 def test_a_missing_file_is_named_by_its_key(tmp_path: Path) -> None:

@@ -226,6 +226,15 @@ def test_an_exam_that_fails_leaves_the_champion_and_keeps_the_candidate(school):
     assert school.champion is None
 
 
+def test_an_exam_that_fails_says_why_in_its_own_words(school, monkeypatch):
+    def broken(home, run, *, on_line, **_):
+        on_line("the weights of bot@x were altered.")
+        return 1
+
+    monkeypatch.setattr(cycles, "run_exam", broken)
+    assert "the exam failed: the weights of bot@x were altered." in school.cycle().detail
+
+
 def test_data_that_cannot_be_read_creates_no_run(school):
     (school.root / "train.json").write_text('[{"query": 1,\n}]')
     with pytest.raises(DataError, match=r"train\.json"):

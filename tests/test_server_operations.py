@@ -114,7 +114,7 @@ def test_metrics_count_requests_tokens_and_swaps():
         assert found[requests, "method=GET", "path=/v1/models/{model}", "status=200"] == 1
         assert found[requests, "method=GET", "path=/v1/models/{model}", "status=404"] == 1
         assert found[requests, "method=GET", "path=other", "status=404"] == 1
-        assert found["nightschool_time_to_first_token_seconds_count",] == 2
+        assert found["nightschool_time_to_first_token_seconds_count",] == 1
         assert found["nightschool_http_request_seconds_count", "path=/generate"] == 2
         assert found["nightschool_refreshes_total", "outcome=swapped"] == 1
         assert found["nightschool_version_info", "name=bot", "version=20251202_115436"] == 1

@@ -62,7 +62,7 @@ def test_a_client_that_stays_is_not_cancelled():
     slot = FakeSlot(answer=lambda prompt: "x" * 20, seconds_per_token=0.005)
     with live(slot) as server:
         assert httpx2.post(f"{server.url}/generate", json={"query": "hi"}).json()["response"] == "x" * 20
-        assert slot.current.engine.handles[0].finished
+        assert slot.current.engine.handles[0].is_finished
         assert not slot.current.engine.handles[0].cancelled
 
 

@@ -265,10 +265,26 @@ def test_a_model_in_which_nothing_learns_is_refused():
         make_task(model=model)
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing"])
-def test_recomputing_activations_changes_no_number(tmp_path, option):
+def test_compiling_the_feed_forward_blocks_changes_no_number(tmp_path, monkeypatch):
+    """With the compiler's own front end, but without its code generator, which needs a C++ compiler and half a minute."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def eagerly(module, **settings):
+        compiled.append(module)
+        compile_module(module, backend="eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    _, plain = train(make_task("tiny-llama"), tmp_path / "plain", steps=3)
+    assert not compiled
+    _, faster = train(make_task("tiny-llama", compile=True), tmp_path / "compiled", steps=3)
+    assert [type(module).__name__ for module in compiled] == ["LlamaMLP", "LlamaMLP"]
+    assert [row["loss"] for row in plain] == pytest.approx([row["loss"] for row in faster], rel=1e-5)
+
+
+def test_recomputing_activations_changes_no_number(tmp_path):
     plain = MiniRun(tmp_path / "plain", lora=LORA).go()
-    recomputed = MiniRun(tmp_path / "recomputed", lora=LORA, **{option: True}).go()
+    recomputed = MiniRun(tmp_path / "recomputed", lora=LORA, gradient_checkpointing=True).go()
     assert recomputed.task.model.get_base_model().is_activation_checkpointing
     assert plain.state.loss_history == pytest.approx(recomputed.state.loss_history, rel=1e-6)
 

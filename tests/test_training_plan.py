@@ -86,7 +86,8 @@ def test_what_is_cut_is_named_example_by_example(tmp_path, home):
     assert plan.cuts[0].share == pytest.approx(2 / longest)
     assert 0 < plan.cuts[0].trained_share < 0.5
     assert plan.cut_share == pytest.approx(2 / whole.tokens)
-    assert plan.cut_trained_share == pytest.approx(2 / whole.tokens_trained)
+    # One of the two is the line break after the answer's end, which carries no loss.
+    assert plan.cut_trained_share == pytest.approx(1 / whole.tokens_trained)
 
 
 def test_too_much_cut_does_not_start(tmp_path, home):

@@ -333,6 +333,28 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly(home, tmp_path, c
     assert not differing(a, b)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
+    """fp16 with its loss scale; weights and optimizer stay in fp32."""
+    recipe = {"train": {"dtype": dtype, "epochs": 6}, "checkpoints": {"every": "5 steps", "keep": {"last": 9}}}
+    run = new_run(home, **recipe)
+    assert train(home, run) == 0
+    first, last = checkpoints.ls(run)[0], checkpoints.ls(run)[-1]
+    state = json.loads((first.path / "state.json").read_text())
+    assert state["dtype"] == dtype
+    assert (state["scaler"] is None) == (dtype == "bf16")
+    weights = load_tensors(last.path / "weights.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    losses = [row["loss"] for row in read_events(run.metrics_path)]
+    assert losses[-1] < losses[0] - 0.5
+    assert version_of(home, run).facts.dtype == "float32"
+
+    run.update_status(candidate=None)
+    assert train(home, run, "--resume", first.name) == 0
+    assert [row["loss"] for row in read_events(run.metrics_path)] == losses
+    assert not differing(weights, load_tensors(checkpoints.ls(run)[-1].path / "weights.safetensors"))
+
+
 def test_a_second_signal_exits_at_once(home):
     run = new_run(home, train=LONG | {"max_steps": 100_000})
     process = start(home, run)
@@ -402,6 +424,27 @@ def test_a_resumed_run_keeps_its_examples_when_the_file_has_changed(home):
         run_module.publish_candidate = publish_candidate
     write_facts(home.path.parent / "facts.json", FACTS[:1])
     assert train(home, run, "--resume", "latest") == 0
+
+
+def test_a_run_with_checkpoints_does_not_begin_again_beside_them(home, monkeypatch, capsys):
+    run = new_run(home, train={"epochs": 2})
+    monkeypatch.setattr(run_module, "publish_candidate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+    assert train(home, run) == 1
+    monkeypatch.undo()
+    assert train(home, run) == 1
+    assert "--resume latest" in capsys.readouterr().err
+    assert train(home, run, "--resume", "latest") == 0
+
+
+def test_a_failed_start_can_be_started_again_with_other_examples(home):
+    run = new_run(home, train={"epochs": 1, "max_seq_len": 8})
+    assert train(home, run) == 1
+    kept = (run.path / "tokenizer" / "tokenizer.json").read_bytes()
+    recipe = run.recipe_path.read_text().replace("max_seq_len: 8", "max_seq_len: 64")
+    run.recipe_path.write_text(recipe)
+    write_facts(home.path.parent / "facts.json", [("What is a zebra?", "A striped horse that runs.")])
+    assert train(home, run) == 0
+    assert (run.path / "tokenizer" / "tokenizer.json").read_bytes() != kept
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

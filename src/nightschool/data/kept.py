@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Protocol
 
 from nightschool.data.example import Example, Message
@@ -18,8 +17,6 @@ class Kept(Protocol):
 
     @property
     def request_id(self) -> str: ...
-    @property
-    def time(self) -> datetime: ...
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]: ...
     @property
@@ -40,7 +37,7 @@ class Studied:
 
 
 def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
-    """Turn kept conversations into examples, oldest first.
+    """Turn kept conversations, which come oldest first, into examples.
 
     The last answer is the correction where there is one, else the answer as given; earlier answers are context only.
     An answer that was rated bad and not corrected is never learned. Of the same question answered several times in
@@ -48,7 +45,7 @@ def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
     """
     by_question: dict[tuple[Message, ...], Example] = {}
     bad = superseded = 0
-    for kept in sorted(conversations, key=lambda one: one.time):
+    for kept in conversations:
         if kept.correction is None and kept.rating == "bad":
             bad += 1
             continue
