@@ -177,9 +177,16 @@ def test_a_model_whose_state_runs_on_is_found_and_padded_with_the_same_loss():
         vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=1, expand=1, time_step_rank=2
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    supported, why = supports_packing(model)
-    assert not supported
-    assert why
+    path = prepare(model)
+    assert not path.packed
+    assert path.why_padded
+    batch = documents_of((4, 13, 6), VOCAB)
+    loss, _ = document_loss(model, path, batch)
+    logits, bounds = [], batch.cu_seqlens.tolist()
+    for start, end in itertools.pairwise(bounds):
+        logits.append(model(input_ids=batch.input_ids[:, start:end], use_cache=False).logits[0])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), batch.labels[0], reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_model_that_attends_in_chunks_is_padded():
