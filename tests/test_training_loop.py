@@ -265,6 +265,7 @@ def test_a_model_in_which_nothing_learns_is_refused():
         make_task(model=model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own look at .grad
 def test_compiling_the_feed_forward_blocks_changes_no_number(tmp_path, monkeypatch):
     """With the compiler's own front end, but without its code generator, which needs a C++ compiler and half a minute."""
     compile_module = torch.nn.Module.compile

@@ -21,11 +21,13 @@ from nightschool.errors import ModelError, NothingToTrain, UsageError
 from nightschool.models.adapters import attach_lora
 from nightschool.models.dtype import DtypeChoice, num_threads_here, resolve_device, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
+from nightschool.store.atomic import publish_directory
 from nightschool.store.home import Home
 from nightschool.training import rng
 from nightschool.training.finetune import FinetuneTask
 from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.optimizer import Schedule
+from nightschool.training.precision import choose_by_measuring
 from nightschool.training.selection import Selection
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
@@ -118,6 +120,8 @@ def prepare_classroom(
         size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
     batches = Batches(lessons.all, **size, seed=train.seed)
     task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute)
+    if wanted == "auto" and device.type == "cpu":
+        dtype = choose_by_measuring(task, dtype, hidden_size)
     budget = make_budget(recipe, batches)
     return Classroom(
         recipe=recipe,
@@ -191,7 +195,8 @@ def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedToken
     ]
     tokenizer = train_bpe(texts, NEW_VOCAB_SIZE)
     if folder is not None:
-        tokenizer.save_pretrained(str(folder))
+        with publish_directory(folder) as partial:
+            tokenizer.save_pretrained(str(partial))
     return tokenizer
 
 

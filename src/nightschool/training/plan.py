@@ -17,10 +17,10 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.chat import Rendered
 from nightschool.models.cost import count_parameters, expected_peak_bytes
 from nightschool.store.home import Home
-from nightschool.training import rng
 from nightschool.training.classroom import Classroom, prepare_classroom
 from nightschool.training.finetune import FinetuneTask
 from nightschool.training.loop import steps_in_epoch
+from nightschool.training.precision import compute, measuring
 from nightschool.training.preview import Span, loss_mask, render_mask
 from nightschool.training.selection import select_examples
 from nightschool.units import format_bytes
@@ -180,30 +180,18 @@ class Probe:
 
 def measure(task: FinetuneTask) -> Probe:
     """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
-    plain, tensors = rng.capture()
-    training = task.model.training
-    task.model.train()
     sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.num_batches(0)))]
-    smallest, tokens, seconds, batches = min(sizes)[1], 0, 0.0, 0
-    _compute(task, smallest)
-    while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
-        size, index = sizes[batches % len(sizes)]
-        started = time.perf_counter()
-        _compute(task, index)
-        seconds += time.perf_counter() - started
-        tokens += size
-        batches += 1
-    task.optimizer.zero_grad()
-    task.model.train(training)
-    rng.restore(plain, tensors)
+    tokens, seconds, batches = 0, 0.0, 0
+    with measuring(task):
+        compute(task, min(sizes)[1])
+        while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
+            size, index = sizes[batches % len(sizes)]
+            started = time.perf_counter()
+            compute(task, index)
+            seconds += time.perf_counter() - started
+            tokens += size
+            batches += 1
     return Probe(batches, tokens / max(seconds, 1e-9))
-
-
-def _compute(task: FinetuneTask, index: int) -> None:
-    loss = task.loss(task.batch(0, index))
-    (loss.sum / max(1, loss.tokens)).backward()  # type: ignore[no-untyped-call]
-    loss.sum.item()  # waits until the device is done
-    task.optimizer.zero_grad()
 
 
 def tokens_by_role(rendered: list[Rendered]) -> dict[str, RoleTokens]:

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -131,16 +132,18 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
     run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
     say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
+    tokenizer_folder = run.path / "tokenizer"
     selection = read_selection(run.path) if resume is not None else None
     if selection is None:
         selection = select_examples(recipe, home, root)
+        shutil.rmtree(tokenizer_folder, ignore_errors=True)  # of an attempt that failed, with other examples
         write_selection(run.path, selection)
     classroom = prepare_classroom(
         recipe,
         selection,
         home,
         root=root,
-        tokenizer_folder=run.path / "tokenizer",
+        tokenizer_folder=tokenizer_folder,
         rerun=rerun_of(point.path) if point else None,
     )
     write_json(run.path / "environment.json", describe_environment(classroom))
@@ -159,9 +162,16 @@ def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
 
     Raises:
         NotFound: If there is no checkpoint of that name.
+        Conflict: If the run would begin at step 0 beside checkpoints of an earlier attempt.
         Damaged: If none is whole.
     """
     if resume is None:
+        there = checkpoints.ls(run)
+        if there:
+            raise Conflict(
+                f"The run {run.id} has {len(there)} checkpoints, the newest of step {there[-1].step}. "
+                "Go on from it with --resume latest, or start a new run."
+            )
         return None
     if resume != "latest":
         return checkpoints.get(run, resume)
