@@ -57,6 +57,7 @@ def test_variables_that_are_no_settings_are_left_alone():
         "NIGHTSCHOOL_API_KEY": "secret",
         "NIGHTSCHOOL_DEBUG": "1",
         "NIGHTSCHOOL_SERVICE_HOST": "10.0.0.1",
+        "NIGHTSCHOOL_TEST_KILLS": "20",
         "NIGHTSCHOOL_PORT_8001_TCP": "tcp://10.0.0.1:8001",
         "OTHER_TRAIN__EPOCHS": "1",
     }

@@ -34,8 +34,8 @@ RESERVED_VARIABLES = frozenset(
         "NIGHTSCHOOL_DEBUG",
     }
 )
-# Kubernetes sets these in every container beside a service that is called nightschool.
-_SERVICE_LINK = re.compile(r"NIGHTSCHOOL_(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?)")
+# Kubernetes sets the first in every container beside a service that is called nightschool; tests use the last.
+_NO_SETTING = re.compile(r"NIGHTSCHOOL_(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?|TEST_\w+)")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_environment(env: Mapping[str, str]) -> Source:
     source = Source("environment", [], [])
     for variable in sorted(env):
         name = variable.upper()
-        if not name.startswith(_ENVIRONMENT_PREFIX) or name in RESERVED_VARIABLES or _SERVICE_LINK.fullmatch(name):
+        if not name.startswith(_ENVIRONMENT_PREFIX) or name in RESERVED_VARIABLES or _NO_SETTING.fullmatch(name):
             continue
         parts = name.removeprefix(_ENVIRONMENT_PREFIX).lower().split("__")
         path: Path = tuple(int(part) if part.isascii() and part.isdecimal() else part for part in parts)
