@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import threading
-import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import anyio.to_thread
-from jinja2 import TemplateError
-from starlette.types import Receive
 
 from nightschool.data.chat import render_prompt
 from nightschool.data.example import Message
-from nightschool.engine.request import Chunk, GenerationRequest, SamplingParams
-from nightschool.errors import NightschoolError, NotLoaded, PromptTooLong, UsageError
-from nightschool.server.errors import ClientGone, Refusal, log
+from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
+from nightschool.server.errors import Refusal
 from nightschool.server.metrics import Metrics
 from nightschool.server.ports import GenerationPort, HandlePort, SlotPort
+from nightschool.server.running import Running
 
 Prompt = Sequence[Message] | str | list[int]
 Result = TypeVar("Result")
@@ -42,121 +38,6 @@ class Ask:
     default_max_new_tokens: int
     cache_salt: str
     n: int = 1
-
-
-@dataclass
-class Answer:
-    """One finished answer; `chunks` hold its tokens in order."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join(chunk.text for chunk in self.chunks)
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.chunks[-1].finish_reason if self.chunks else None
-
-
-class Running:
-    """The answers in the making of one request, all by the same version."""
-
-    def __init__(
-        self, generation: GenerationPort, prompts: list[list[int]], handles: list[HandlePort], metrics: Metrics
-    ) -> None:
-        self.version = generation.version
-        self.tokenizer = generation.engine.loaded.tokenizer
-        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self.cached_tokens = 0
-        self.generated_tokens = 0
-        self._handles = handles
-        self._metrics = metrics
-        self._started = time.perf_counter()
-        self._first_seen = False
-        metrics.prompt_tokens.inc(self.prompt_tokens)
-
-    def cancel(self) -> None:
-        """Stop generating; finished answers are not touched."""
-        for handle in self._handles:
-            handle.cancel()
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens so far, as OpenAI counts them."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.generated_tokens,
-            "total_tokens": self.prompt_tokens + self.generated_tokens,
-            "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """What the access log says."""
-        return {"version": self.version.ref, "tokens_in": self.prompt_tokens, "tokens_out": self.generated_tokens}
-
-    async def events(self) -> AsyncGenerator[tuple[int, Chunk]]:
-        """Every chunk of every answer as it comes, with the index of the answer; cancels what is left at the end."""
-        queue: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(i, handle, queue)) for i, handle in enumerate(self._handles)]
-        open_answers = len(pumps)
-        try:
-            while open_answers:
-                index, item = await queue.get()
-                if item is None:
-                    open_answers -= 1
-                elif isinstance(item, BaseException):
-                    raise _failure(item) from item
-                else:
-                    self._count(item)
-                    _refuse_broken(item)
-                    yield index, item
-        finally:
-            self.cancel()
-            for pump in pumps:
-                pump.cancel()
-
-    async def answers(self) -> list[Answer]:
-        """All answers, when all are finished."""
-        answers = [Answer() for _ in self._handles]
-        async with contextlib.aclosing(self.events()) as events:
-            async for index, chunk in events:
-                answers[index].chunks.append(chunk)
-        return answers
-
-    def _count(self, chunk: Chunk) -> None:
-        self.generated_tokens += len(chunk.token_ids)
-        self._metrics.generated_tokens.inc(len(chunk.token_ids))
-        if chunk.usage is not None:
-            self.cached_tokens += chunk.usage.cached_tokens
-        if chunk.token_ids and not self._first_seen:
-            self._first_seen = True
-            self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
-
-
-def _refuse_broken(chunk: Chunk) -> None:
-    """Raise what ended an answer before its time."""
-    if chunk.finish_reason == "error":
-        raise Refusal(500, f"Generation failed: {chunk.error}", "generation_failed")
-    if chunk.finish_reason == "cancelled":
-        message = "The answer was cancelled, because its version is being unloaded. Ask again."
-        raise Refusal(503, message, "cancelled", headers={"Retry-After": "1"})
-
-
-def _failure(error: BaseException) -> BaseException:
-    """Our own errors as they are; whatever else broke, in the words of row 000-37."""
-    if isinstance(error, NightschoolError | Refusal):
-        return error
-    log.error("generation failed", exc_info=error)
-    return Refusal(500, f"Generation failed: {error}", "generation_failed")
-
-
-async def _pump(index: int, handle: HandlePort, queue: asyncio.Queue[tuple[int, Chunk | BaseException | None]]) -> None:
-    try:
-        async for chunk in handle.stream():
-            queue.put_nowait((index, chunk))
-        queue.put_nowait((index, None))
-    except Exception as error:  # it is raised where the queue is read
-        queue.put_nowait((index, error))
 
 
 class Answering:
@@ -269,35 +150,8 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     else:
         try:
             ids = render_prompt(tokenizer, [part for part in prompt if isinstance(part, Message)])
-        except TemplateError as error:
-            raise UsageError(
-                f"The chat template of this model refuses the conversation: {error}. Change the order of its roles."
-            ) from None
+        except DataError as error:
+            raise UsageError(str(error)) from None
     if not ids:
         raise UsageError("The prompt has 0 tokens, and an answer needs at least 1. Write something into the prompt.")
     return ids
-
-
-async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """The result of `work`, which is cancelled as soon as the client goes away.
-
-    Raises:
-        ClientGone: If it did.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.create_task(_gone(receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        with contextlib.suppress(BaseException):
-            await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field
 
 from nightschool.data.example import Message
 from nightschool.engine.request import SamplingParams
-from nightschool.server.answering import Ask, while_connected
+from nightschool.server.answering import Ask
 from nightschool.server.bodies import Body, Integer, Number
 from nightschool.server.documents import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.recording import Exchange
+from nightschool.server.running import while_connected
 from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf, published_at, timestamp
 
 router = APIRouter(tags=["Parametric memory"])

@@ -29,7 +29,7 @@ class Metrics:
         )
         self.first_token_seconds = Histogram(
             "nightschool_time_to_first_token_seconds",
-            "Seconds from the submission of a prompt to its first token.",
+            "Seconds from the submission of a prompt to its first token, of streamed answers.",
             buckets=_SECONDS,
             registry=registry,
         )

@@ -11,13 +11,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nightschool.engine.request import SamplingParams
-from nightschool.server.answering import Answer, Ask, Running, while_connected
+from nightschool.server.answering import Ask
 from nightschool.server.documents import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.openai_answers import ChatShape, CompletionShape, Shape
 from nightschool.server.openai_models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai_schema import ChatRequest, CompletionRequest, Sampling
 from nightschool.server.recording import Exchange
+from nightschool.server.running import Answer, Running, while_connected
 from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf
 from nightschool.server.stream import EventStream
 from nightschool.server.token_text import TokenText

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nightschool.engine.request import Chunk
-from nightschool.server.answering import Answer
+from nightschool.server.running import Answer
 from nightschool.server.token_text import TokenText
 
 

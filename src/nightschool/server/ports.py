@@ -27,9 +27,10 @@ class VersionPort(Protocol):
 
 
 class HandlePort(Protocol):
-    """An answer in the making."""
+    """An answer in the making. `stream` may be read again once it is finished."""
 
     def stream(self) -> AsyncIterator[Chunk]: ...
+    async def finished(self) -> None: ...
     def cancel(self) -> None: ...
 
 
