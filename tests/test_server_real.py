@@ -200,6 +200,26 @@ def test_leaving_frees_the_row(bot, server):
     assert server.slot.current.engine.stats().generated_tokens < 200
 
 
+def test_health_answers_at_once_while_it_generates(bot, server):
+    times = []
+
+    def ask() -> None:
+        for _ in range(3):
+            generate(server, max_new_tokens=150)
+
+    asking = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    with httpx2.Client() as client:
+        while any(thread.is_alive() for thread in asking):
+            started = time.perf_counter()
+            assert client.get(f"{server.url}/healthz").status_code == 200
+            times.append(time.perf_counter() - started)
+            time.sleep(0.002)
+    assert len(times) > 10
+    assert sorted(times)[int(0.95 * len(times))] < 0.1
+
+
 def test_a_thousand_requests_at_once_are_answered_or_told_to_come_again(bot, server):
     statuses = []
 

@@ -14,8 +14,9 @@ import pytest
 from live_server import eventually
 
 from nightschool.errors import Conflict, UsageError
-from nightschool.server.run import listening
+from nightschool.server.run import listening, serve
 from nightschool.server.settings import ServerSettings
+from nightschool.store.home import Home
 
 SCRIPT = """
 import sys
@@ -35,9 +36,25 @@ print("closed" if slot.closed else "left open", flush=True)
 """
 
 
+SERVE = """
+import sys
+from pathlib import Path
+from nightschool.errors import NightschoolError
+from nightschool.server.run import serve
+from nightschool.server.settings import ServerSettings
+from nightschool.store.home import Home
+
+try:
+    serve(Home(Path(sys.argv[1])), "bot", ServerSettings(port=0, record_conversations=True), engine={"num_rows": 2})
+except NightschoolError as error:
+    print(error)
+print("ended")
+"""
+
+
 class Process:
-    def __init__(self) -> None:
-        command = [sys.executable, "-W", "error", "-c", SCRIPT, str(Path(__file__).parent)]
+    def __init__(self, script: str, argument: Path, ready: int = 200) -> None:
+        command = [sys.executable, "-c", script, str(argument)]
         self.popen = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
         )
@@ -45,7 +62,7 @@ class Process:
         self.reading = threading.Thread(target=self._read)
         self.reading.start()
         self.url = eventually(self._url, 30)
-        eventually(lambda: httpx2.get(f"{self.url}/readyz").status_code == 200, 30)
+        eventually(lambda: httpx2.get(f"{self.url}/readyz").status_code == ready, 30)
 
     def _read(self) -> None:
         for line in self.popen.stdout:
@@ -62,16 +79,15 @@ class Process:
         return code
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_the_running_answer_and_ends_with_0(number):
-    process = Process()
+def test_sigterm_drains_the_running_answer_and_ends_with_0():
+    process = Process(SCRIPT, Path(__file__).parent)
     answers = []
     asking = threading.Thread(
         target=lambda: answers.append(httpx2.post(f"{process.url}/generate", json={"query": "a secret"}))
     )
     asking.start()
     eventually(lambda: "nightschool_rows_running 1.0" in httpx2.get(f"{process.url}/metrics").text)
-    process.popen.send_signal(number)
+    process.popen.send_signal(signal.SIGTERM)
     asking.join()
     assert process.ended() == 0, "".join(process.lines)
     assert answers[0].json()["response"] == "x" * 50
@@ -81,6 +97,25 @@ def test_a_signal_drains_the_running_answer_and_ends_with_0(number):
     [line] = [row for row in rows if row["message"] == "request" and row["path"] == "/generate"]
     assert line["request_id"] == answers[0].headers["x-request-id"]
     assert "a secret" not in "".join(process.lines)
+
+
+def test_it_serves_an_empty_home_until_ctrl_c(tmp_path):
+    process = Process(SERVE, tmp_path, ready=503)
+    health = httpx2.get(f"{process.url}/health").json()
+    assert (health["status"], health["model_loaded"], health["device"]) == ("healthy", False, "cpu")
+    assert httpx2.get(f"{process.url}/refresh_model").json()["current_model_version"] is None
+    assert httpx2.get(f"{process.url}/api/settings").json()["record_conversations"] is True
+    assert httpx2.get(f"{process.url}/api/models").json() == {"models": []}
+    process.popen.send_signal(signal.SIGINT)
+    assert process.ended() == 0, "".join(process.lines)
+    assert process.lines[-1] == "ended\n"
+    assert not [line for line in process.lines if "error" in line]
+
+
+def test_it_never_serves_others_without_a_key(tmp_path):
+    with pytest.raises(UsageError, match="NIGHTSCHOOL_API_KEY"):
+        serve(Home(tmp_path), "bot", ServerSettings(host="0.0.0.0", port=0))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_in_use_names_the_port_and_the_option():
