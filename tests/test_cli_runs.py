@@ -239,6 +239,21 @@ def test_top_prints_one_frame_of_the_running_run(home, capsys):
         child.wait()
 
 
+def test_top_draws_frame_after_frame_until_ctrl_c(home, capsys, monkeypatch):
+    run = make_run(home)
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("nightschool.cli.top.time.sleep", nap)
+    assert main(["top", "--refresh", "2"]) == 0
+    assert naps == [2.0, 2.0, 2.0]
+    assert run.id in capsys.readouterr().out
+
+
 def test_top_without_a_run_exits_4_and_a_refresh_of_0_is_refused(home, capsys):
     assert main(["top", "--once"]) == 4
     assert main(["top", "--once", "--refresh", "0"]) == 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nightschool.config.recipe import Schedule
 from nightschool.errors import UsageError
-from nightschool.jobs.schedule import Timetable, format_hours
+from nightschool.jobs.schedule import Timetable, format_hours, roughly
 
 PARIS = ZoneInfo("Europe/Paris")
 START = datetime(2026, 1, 1, 2, 30, tzinfo=UTC)
@@ -92,3 +92,4 @@ def test_the_log_names_the_interval_in_hours():
     assert str(Timetable.of(Schedule(every="15m"))) == "interval: 0.25h"
     assert str(Timetable.of(Schedule(cron="0 3 * * *", timezone="Europe/Paris"))) == "cron: 0 3 * * * Europe/Paris"
     assert format_hours(90) == "90s"
+    assert [roughly(seconds) for seconds in (86400, 83571, 750, 40)] == ["24h", "23.21h", "12.5m", "40s"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -114,7 +115,7 @@ def _watch(home: Home, run_id: str | None, refresh: float, *, logs: bool) -> Non
         except NotFound as error:
             return Text(str(error))
 
-    with Live(look(), console=Console(), auto_refresh=False, screen=False) as live:
+    with Live(look(), console=Console(), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(refresh)
             live.update(look(), refresh=True)

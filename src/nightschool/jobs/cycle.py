@@ -397,12 +397,20 @@ def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around
     champion = _champion(registry, run.name)
     if champion is not None and champion.id == candidate.id:
         raise Conflict(f"{candidate.ref} is the champion already. Begin a new cycle to go on from it.")
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        # Its last line is for programs: the report says the same to people.
+        if around.on_line is not None and not line.startswith("{"):
+            around.on_line(line)
+
     exit_code = run_exam(
         home,
         run,
         candidate=candidate.ref,
         champion=champion.ref if champion else None,
-        on_line=around.on_line,
+        on_line=on_line,
         stop=around.stop,
         machine=around.machine,
         directory=Path(facts.root),
@@ -410,9 +418,8 @@ def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around
     if around.stop.requested:
         raise Interrupted(f"The exam of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
     if exit_code != 0:
-        raise Damaged(
-            f"{how_it_ended(exit_code)}. See nightschool runs logs {run.id}; {candidate.ref} stays published."
-        )
+        said = lines[-1] if exit_code > 0 and lines else how_it_ended(exit_code)
+        raise Damaged(f"{said} ({candidate.ref} stays published; go on with nightschool train --resume {run.id})")
     return Exam(candidate, champion, registry.load_report(run.name, candidate.id))
 
 

@@ -17,7 +17,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.jobs.cycle import CycleFacts, CycleResult, Studied, Surroundings, Trigger, continue_cycle, run_cycle
-from nightschool.jobs.schedule import Timetable, format_hours
+from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -29,7 +29,7 @@ from nightschool.store.runs import RunStore
 # A cycle that begins later than this was missed, as when the machine slept, and not merely late.
 LATE = timedelta(minutes=2)
 # The clock of a machine can be set, and a machine can sleep: look at it at least this often.
-LONGEST_NAP_SECONDS = 30.0
+LONGEST_NAP_SECONDS = 60.0
 
 FINISHED = ("promoted", "published", "refused")
 
@@ -164,9 +164,7 @@ class Scheduler:
         """Sleep until `due_at`; True if a stop was requested."""
         left = (due_at - self._clock.now()).total_seconds()
         if left > 0:
-            self._say(
-                f"[Scheduler] Waiting {format_hours(round(left))} for next training (at {due_at:%Y-%m-%d %H:%M:%S} UTC)"
-            )
+            self._say(f"[Scheduler] Waiting {roughly(left)} for next training (at {due_at:%Y-%m-%d %H:%M:%S} UTC)")
         while left > 0:
             if self._clock.wait(min(left, LONGEST_NAP_SECONDS)):
                 return True

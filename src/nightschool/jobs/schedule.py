@@ -83,3 +83,11 @@ def format_hours(seconds: float) -> str:
     """`24h`, `0.25h` for whole hundredths of an hour; other lengths as `90s` or `10m`."""
     hours = seconds / 3600
     return f"{hours:g}h" if round(hours, 2) == hours and hours > 0 else format_seconds(seconds)
+
+
+def roughly(seconds: float) -> str:
+    """A length of time to four digits, in its own unit: `23.21h`, `12.5m`, `40s`."""
+    for size, unit in ((3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.4g}{unit}"
+    return f"{seconds:.0f}s"
