@@ -130,13 +130,15 @@ def test_measuring_leaves_weights_random_state_and_gradients_as_they_were(tmp_pa
     assert not task.optimizer.inner.state
 
 
-def test_the_plan_on_paper(tmp_path, home):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_plan_without_colour_marks_what_is_trained(tmp_path, home, terminal):
     out = io.StringIO()
-    render_plan(plan_for(tmp_path, home, CHATS), Console(file=out, width=120, no_color=True))
+    render_plan(plan_for(tmp_path, home, CHATS), Console(file=out, width=120, force_terminal=terminal, no_color=True))
     text = out.getvalue()
     assert "▏Hello.<|im_end|>▕" in text
     assert "2 new, 0 replayed, 0 held out" in text
-    assert "\x1b[" not in text
+    assert "\x1b[32m" not in text
+    assert "\x1b[1;32m" not in text
 
 
 def test_the_plan_in_colour(tmp_path, home):

@@ -260,7 +260,7 @@ def render_plan(plan: Plan, console: Console) -> None:
         )
     for note in plan.notes:
         console.print(Text(f"  {note}"))
-    colour = console.color_system is not None
+    colour = console.color_system is not None and not console.no_color
     how = "bold green is trained, dim is context" if colour else "▏between bars▕ is trained, the rest is context"
     console.print(Text(f"Loss mask of the first examples ({how}):"))
     for spans in plan.loss_masks:
