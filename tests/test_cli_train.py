@@ -176,6 +176,32 @@ def test_serve_hands_its_options_to_the_server(home, monkeypatch, capsys):
     assert "Conversations are kept" in capsys.readouterr().err
 
 
+def test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise(home, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(
+        "nightschool.server.run.serve", lambda home, name, settings, *, engine: served.append((name, settings))
+    )
+    recipe = Path("wishes.yaml")
+    recipe.write_text(
+        "name: wisher\nbase: new:tiny\ndata: [{path: a.json}]\n"
+        "serve: {record_conversations: true, model_check_interval: 5m}\n"
+    )
+    assert main(["serve", "wishes.yaml", "--port", "0"]) == 0
+    assert main(["serve", "wishes.yaml", "serve.record_conversations=false", "--model-check-interval", "7"]) == 0
+    assert [(name, one.record_conversations, one.model_check_interval) for name, one in served] == [
+        ("wisher", True, 300.0),
+        ("wisher", False, 7.0),
+    ]
+    assert main(["serve", "wisher", "serve.record_conversations=true"]) == 2
+    assert "is a setting of a recipe" in capsys.readouterr().err
+
+
+def test_names_that_were_translated_are_said(home, capsys):
+    Path("r.yaml").write_text("base: new:tiny\ndata: [{path: a.json}]\n")
+    assert main(["schedule", "next", "r.yaml", "interval_hours=12"]) == 0
+    assert "interval_hours" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

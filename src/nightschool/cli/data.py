@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nightschool.cli.recipes import read_recipe
 from nightschool.cli.session import answer, bold, confirm
-from nightschool.config.load import load_recipe
 from nightschool.data.example import Example
 from nightschool.data.load import Loaded, load_sources, read_file, split_held_out
 from nightschool.store.accepted import AcceptedExamples
@@ -53,7 +53,7 @@ def check(source: Path, /, *overrides: str) -> None:
         "with_paraphrases": sum(1 for one in loaded.examples if one.paraphrases),
     }
     if source.suffix in RECIPE_ENDINGS:
-        recipe = load_recipe(source, overrides).recipe
+        recipe = read_recipe(source, overrides)
         split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd())
         known = AcceptedExamples(open_database(Home.find())).digests(recipe.name)
         data |= {
@@ -98,7 +98,7 @@ def forget(request_id: str, /, *, yes: bool = False) -> None:
 def _load(source: Path, overrides: tuple[str, ...]) -> Loaded:
     if source.suffix not in RECIPE_ENDINGS:
         return read_file(source, root=Path.cwd())
-    recipe = load_recipe(source, overrides).recipe
+    recipe = read_recipe(source, overrides)
     return load_sources(recipe.data, root=Path.cwd(), home=Home.find(), name=recipe.name)
 
 

@@ -157,7 +157,9 @@ def promote(model: str, /) -> None:
     registry = Registry(home)
     wanted = parse_ref(model)
     if "@" not in model:
-        raise UsageError(f"{model!r} names no version. Write {model}@VERSION; nightschool models ls {model} lists them.")
+        raise UsageError(
+            f"{model!r} names no version. Write {model}@VERSION; nightschool models ls {model} lists them."
+        )
     before = _champion(registry, wanted.name)
     version = promote_version(home, wanted.name, registry.resolve(model).id, by=_who())
     _moved(before, version)
@@ -234,7 +236,9 @@ def rm(model: str, /, *more: str, yes: bool = False) -> None:
     registry = Registry(Home.find())
     for one in (model, *more):
         if parse_ref(one).version is None:
-            raise UsageError(f"{one!r} names no version by its id. Write NAME@VERSION, such as default@20261121_023000.")
+            raise UsageError(
+                f"{one!r} names no version by its id. Write NAME@VERSION, such as default@20261121_023000."
+            )
     versions = [registry.resolve(one) for one in (model, *more)]
     size = sum(folder_bytes(version.path) for version in versions)
     confirm(f"Delete {', '.join(version.ref for version in versions)} ({format_bytes(size)})?", yes=yes)

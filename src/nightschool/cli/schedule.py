@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nightschool.cli.recipes import read_recipe
 from nightschool.cli.session import answer, session, table
 from nightschool.cli.terms import moment
-from nightschool.config.load import load_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Locked
 from nightschool.events import now
@@ -38,7 +38,7 @@ def run(recipe: Path, /, *overrides: str) -> int:
     root = Path.cwd()
 
     def load() -> Recipe:
-        return load_recipe(recipe, overrides).recipe
+        return read_recipe(recipe, overrides)
 
     # With --json the log is not the answer: it goes beside it.
     stream = sys.stderr if session().json else sys.stdout
@@ -94,7 +94,7 @@ def next_due(recipe: Path, /, *overrides: str, count: int = 3) -> None:
         count: How many due times to show.
     """
     home = Home.find()
-    settings = load_recipe(recipe, overrides).recipe
+    settings = read_recipe(recipe, overrides)
     ledger = Ledger(open_database(home))
     timetable = Timetable.of(settings.schedule)
     running, last = _is_running(home, settings.name), ledger.last(settings.name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nightschool.cli.recipes import read_recipe
 from nightschool.cli.session import note
+from nightschool.config.recipe import Serve
 from nightschool.errors import UsageError
 from nightschool.store.home import Home
 from nightschool.store.names import check_name
@@ -14,11 +16,11 @@ from nightschool.units import parse_seconds
 def serve(
     name: str = "default",
     /,
-    *,
+    *overrides: str,
     host: str = "127.0.0.1",
     port: int = 8001,
-    model_check_interval: str = "3600",
-    record_conversations: bool = False,
+    model_check_interval: str | None = None,
+    record_conversations: bool | None = None,
     api_keys_file: Path | None = None,
     num_rows: int = 16,
     context_tokens: int | None = None,
@@ -31,10 +33,11 @@ def serve(
     Starts with or without a model. Runs until SIGTERM or Ctrl-C; running answers may finish.
 
     Args:
-        name: The name whose champion is served.
+        name: The name whose champion is served; or a recipe file, whose `name` and `serve` settings then hold.
+        overrides: Settings of the recipe, as serve.record_conversations=true.
         host: Address to listen on. Other than 127.0.0.1 needs an API key, in NIGHTSCHOOL_API_KEY or a file.
         port: Port to listen on; 0 takes a free one.
-        model_check_interval: How often to look for a newly promoted version: 3600, 10m, 1h.
+        model_check_interval: How often to look for a newly promoted version: 3600, 10m, 1h; 3600 s without it.
         record_conversations: Keep conversations and feedback, so that a later night can study them.
         api_keys_file: A file with one API key a line.
         num_rows: Requests that are answered at the same time.
@@ -50,12 +53,17 @@ def serve(
     from nightschool.server.run import serve as serve_name
     from nightschool.server.settings import ServerSettings, read_api_keys
 
+    served, wishes = _what_is_served(name, overrides)
+    if record_conversations is None:
+        record_conversations = wishes.record_conversations
     try:
         settings = ServerSettings(
             host=host,
             port=port,
             api_keys=read_api_keys(file=api_keys_file),
-            model_check_interval=parse_seconds(model_check_interval),
+            model_check_interval=(
+                wishes.model_check_interval if model_check_interval is None else parse_seconds(model_check_interval)
+            ),
             record_conversations=record_conversations,
             requests_per_minute=requests_per_minute,
             log_level=log_level,
@@ -67,7 +75,7 @@ def serve(
     except ValueError as error:
         raise UsageError(f"--model-check-interval: {error}.") from None
     if record_conversations:
-        note("Conversations are kept in the home (--record-conversations), so that a later night can study them.")
+        note("Conversations are kept in the home (record_conversations), so that a later night can study them.")
     device = resolve_device()
     engine = {
         "device": device,
@@ -76,4 +84,21 @@ def serve(
         "context_tokens": context_tokens,
         "queue_limit": queue_limit,
     }
-    serve_name(Home.find(), check_name(name), settings, engine=engine)
+    serve_name(Home.find(), served, settings, engine=engine)
+
+
+def _what_is_served(name: str, overrides: tuple[str, ...]) -> tuple[str, Serve]:
+    """The served name and what its recipe wishes; a name alone has the defaults.
+
+    Raises:
+        UsageError: If settings follow a name, which has none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        recipe = read_recipe(Path(name), overrides)
+        return recipe.name, recipe.serve
+    if overrides:
+        raise UsageError(
+            f"{overrides[0]!r} is a setting of a recipe, but {name!r} is a name. Write nightschool serve RECIPE.yaml "
+            f"{overrides[0]}, or use the options of nightschool serve --help."
+        )
+    return check_name(name), Serve()

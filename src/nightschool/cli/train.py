@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from nightschool.cli.recipes import read_recipe
 from nightschool.cli.runs import flatten
 from nightschool.cli.session import answer, colour_wanted, note, session
 from nightschool.cli.terms import find_checkpoint
-from nightschool.config.load import load_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.jobs.cycle import (
@@ -65,7 +65,7 @@ def train(
         return _show(continue_cycle(home, run.id, resume=checkpoint, around=_around()))
     if recipe is None:
         raise UsageError("There is nothing to train: no RECIPE and no --resume. Write nightschool train RECIPE.")
-    settings = load_recipe(recipe, overrides).recipe
+    settings = read_recipe(recipe, overrides)
     if not detach:
         return _show(run_cycle(home, settings, trigger="manual", root=Path.cwd(), around=_around()))
     with lock(cycle_lock_path(home, settings.name), f"a cycle of {settings.name}"):
@@ -86,7 +86,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     from nightschool.training.plan import make_plan, render_plan
 
     home = Home.find()
-    settings = load_recipe(recipe, overrides).recipe
+    settings = read_recipe(recipe, overrides)
     settings = settings.model_copy(update={"base": starting_weights(home, settings, say=note)})
     made = make_plan(settings, home, Path.cwd())
 
@@ -152,7 +152,7 @@ def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ..
     """
     if recipe is None:
         return
-    given = flatten(load_recipe(recipe, overrides).recipe.as_plain())
+    given = flatten(read_recipe(recipe, overrides).as_plain())
     kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleFacts.read(run).recipe_base}
     differing = [key for key in given | kept if given.get(key) != kept.get(key)]
     if differing:
