@@ -89,7 +89,9 @@ def examine(home: Home, run_id: str, candidate_ref: str, champion_ref: str | Non
         sheets.append(_score(version.ref, loaded, papers))
         del loaded  # one model at a time
     report = decide(sheets[0], sheets[1] if champion is not None else None, recipe.gate)
-    registry.save_report(candidate.name, candidate.id, report.to_json())
+    # With all the answers, so that `nightschool models diff` can compare versions without asking again.
+    kept = {"candidate": sheets[0].to_json(), "champion": sheets[1].to_json() if champion is not None else None}
+    registry.save_report(candidate.name, candidate.id, report.to_json() | {"sheets": kept})
     return report
 
 
