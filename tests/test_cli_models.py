@@ -192,6 +192,11 @@ def test_data_is_previewed_and_checked_from_recipes_and_files(source, home, caps
     assert (checked.get("new"), "new" in checked) == ((3, True) if source == "r.yaml" else (None, False))
 
 
+def test_settings_beside_a_data_file_are_refused_not_ignored(home, capsys):
+    assert main(["data", "check", "train.json", "train.epochs=5"]) == 2
+    assert "train.json is a data file" in capsys.readouterr().err
+
+
 def test_data_that_is_wrong_is_named_with_its_line(home, capsys, tmp_path):
     (tmp_path / "train.json").write_text('[{"query": "a", "retrieved": "b"},\n{"query": "c"}]')
     assert main(["data", "check", "r.yaml"]) == 1

@@ -210,4 +210,4 @@ def _reader(chat: Chat) -> Callable[[], str]:
     prompt: PromptSession[str] = PromptSession(
         history=FileHistory(str(chat.home.path / "chat_history")), completer=words, complete_while_typing=False
     )
-    return lambda: prompt.prompt("> ")
+    return lambda: prompt.prompt("> ", reserve_space_for_menu=4)

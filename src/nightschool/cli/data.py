@@ -8,8 +8,10 @@ from typing import Any
 
 from nightschool.cli.recipes import read_recipe
 from nightschool.cli.session import answer, bold, confirm
+from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
 from nightschool.data.load import Loaded, load_sources, read_file, split_held_out
+from nightschool.errors import UsageError
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import open_database
@@ -26,7 +28,7 @@ def preview(source: Path, /, *overrides: str, count: int = 3) -> None:
         overrides: Settings of the recipe, as data.0.path=train.json.
         count: How many examples.
     """
-    loaded = _load(source, overrides)
+    loaded = _load(_recipe(source, overrides), source)
     shown = loaded.examples[: max(0, count)]
 
     def text() -> str:
@@ -43,7 +45,8 @@ def check(source: Path, /, *overrides: str) -> None:
         source: A recipe, or a data file.
         overrides: Settings of the recipe, as data.0.path=train.json.
     """
-    loaded = _load(source, overrides)
+    recipe = _recipe(source, overrides)
+    loaded = _load(recipe, source)
     data: dict[str, Any] = {
         "examples": len(loaded.examples),
         "sources": [asdict(report) for report in loaded.sources],
@@ -52,8 +55,7 @@ def check(source: Path, /, *overrides: str) -> None:
         "superseded": loaded.superseded,
         "with_paraphrases": sum(1 for one in loaded.examples if one.paraphrases),
     }
-    if source.suffix in RECIPE_ENDINGS:
-        recipe = read_recipe(source, overrides)
+    if recipe is not None:
         split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd())
         known = AcceptedExamples(open_database(Home.find())).digests(recipe.name)
         data |= {
@@ -95,10 +97,18 @@ def forget(request_id: str, /, *, yes: bool = False) -> None:
     )
 
 
-def _load(source: Path, overrides: tuple[str, ...]) -> Loaded:
-    if source.suffix not in RECIPE_ENDINGS:
+def _recipe(source: Path, overrides: tuple[str, ...]) -> Recipe | None:
+    """The recipe; None if the source is a data file."""
+    if source.suffix in RECIPE_ENDINGS:
+        return read_recipe(source, overrides)
+    if overrides:
+        raise UsageError(f"{source} is a data file, and {overrides[0]} a setting of a recipe. Name a recipe.")
+    return None
+
+
+def _load(recipe: Recipe | None, source: Path) -> Loaded:
+    if recipe is None:
         return read_file(source, root=Path.cwd())
-    recipe = read_recipe(source, overrides)
     return load_sources(recipe.data, root=Path.cwd(), home=Home.find(), name=recipe.name)
 
 
