@@ -13,7 +13,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from harness import Benchmark
@@ -68,7 +68,7 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def ours(setting: Setting, *, steps: int, packed: bool) -> Outcome:
+def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "fp32", "bf16"] = "auto") -> Outcome:
     """Our loop with the recipe's defaults but for batch and rate."""
     from nightschool.config.recipe import Train
     from nightschool.data.batches import Batches
@@ -77,14 +77,17 @@ def ours(setting: Setting, *, steps: int, packed: bool) -> Outcome:
     from nightschool.training.loop import Budget, fit
     from nightschool.training.metrics import MetricsLog
     from nightschool.training.optimizer import Schedule
+    from nightschool.training.precision import choose_by_measuring
     from nightschool.training.state import TrainState
 
     model = copy.deepcopy(setting.model)
     size: dict[str, int] = {"tokens_per_batch": 8 * MAX_SEQ_LEN} if packed else {"batch_size": 8}
     batches = Batches(setting.rendered, seed=0, **size)
     train = Train(learning_rate=LEARNING_RATE, accumulation_steps=1, lr_schedule="constant", weight_decay=0.0)
-    choice = resolve_dtype("auto", torch.device("cpu"))
+    choice = resolve_dtype(dtype, torch.device("cpu"), hidden_size=model.config.hidden_size)
     task = FinetuneTask(model, batches, train, compute_dtype=choice.compute)
+    if dtype == "auto":
+        choice = choose_by_measuring(task, choice, model.config.hidden_size)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsLog(Path(folder) / "metrics.jsonl")

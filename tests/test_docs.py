@@ -23,10 +23,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def run_page(page: Path, folder: Path) -> None:
     """Run the page's blocks in order in one shell, as a reader would who types them one after the other."""
-    script = ["set -e"]
+    script, earlier = ["set -e"], ""
     for number, (language, text) in enumerate(blocks(page)):
         if language == "python":
-            (folder / f"block{number}.py").write_text(text)
+            earlier += text  # a page's Python is one session
+            (folder / f"block{number}.py").write_text(earlier)
             text = f"python block{number}.py"
         script.append(text)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("NIGHTSCHOOL")}
