@@ -17,7 +17,7 @@ from nightschool.cli.reference import reference
 from nightschool.config.load import load_recipe
 from nightschool.errors import Interrupted
 from nightschool.jobs import detached
-from nightschool.jobs.cycle import CycleFacts, CycleResult
+from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 

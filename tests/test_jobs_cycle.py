@@ -10,12 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 from nightschool.config.recipe import Recipe
+from nightschool.data.load import load_sources
 from nightschool.errors import Conflict, DataError, Locked
 from nightschool.events import read_events
 from nightschool.jobs import cycle as cycles
-from nightschool.jobs.cycle import CycleFacts, Studied, Surroundings, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.cycle import Surroundings, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.outcome import CycleFacts
 from nightschool.jobs.promotion import promote, roll_back
 from nightschool.jobs.stop import Stop
+from nightschool.jobs.study import Studied
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -51,7 +54,7 @@ class School:
             return self.training_exit_code
         recipe = Recipe.model_validate(run.recipe())
         known = self.pool.digests("bot")
-        loaded = cycles.load_sources(recipe.data, root=self.root, home=home, name="bot")
+        loaded = load_sources(recipe.data, root=self.root, home=home, name="bot")
         new = [one.to_json() for one in loaded.examples if one.digest not in known]
         (run.path / "new_examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
         facts = VersionFacts(run_id=run.id, base=recipe.base, parent=recipe.base if "@" in recipe.base else None)

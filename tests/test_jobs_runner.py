@@ -8,7 +8,7 @@ import pytest
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import DataError, Locked
-from nightschool.jobs.cycle import CycleFacts, CycleResult
+from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.jobs.runner import Scheduler, schedule_lock_path
 from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database

@@ -15,17 +15,10 @@ from nightschool.cli.session import answer, colour_wanted, note, session
 from nightschool.cli.terms import find_checkpoint
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
-from nightschool.jobs.cycle import (
-    CycleFacts,
-    CycleResult,
-    Surroundings,
-    begin_cycle,
-    continue_cycle,
-    cycle_lock_path,
-    run_cycle,
-    starting_weights,
-)
+from nightschool.jobs.cycle import Surroundings, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import start_process
+from nightschool.jobs.outcome import CycleFacts, CycleResult
+from nightschool.jobs.study import starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore

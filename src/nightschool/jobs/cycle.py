@@ -7,108 +7,30 @@ between its stages lies in `cycle.json` in the run's folder, so that another pro
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nightschool.config.recipe import Recipe
-from nightschool.data.example import Example
-from nightschool.data.load import load_sources, split_held_out
 from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_exam, run_training
+from nightschool.jobs.outcome import CycleFacts, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
 from nightschool.jobs.promotion import promote
 from nightschool.jobs.stop import Stop
-from nightschool.store.accepted import AcceptedExamples
-from nightschool.store.atomic import write_json
-from nightschool.store.database import open_database
+from nightschool.jobs.study import (
+    Studied,
+    champion_of,
+    find_new_examples,
+    fingerprint_of,
+    reason_to_skip,
+    starting_weights,
+)
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
-
-Trigger = Literal["manual", "start", "due", "catch_up", "resume"]
-Outcome = Literal["promoted", "published", "refused", "skipped", "failed", "interrupted"]
-
-EXIT_CODES: Mapping[Outcome, int] = {
-    "promoted": 0,
-    "published": 0,
-    "skipped": 0,
-    "refused": 3,
-    "failed": 1,
-    "interrupted": INTERRUPTED_EXIT_CODE,
-}
-
-
-@dataclass(frozen=True)
-class CycleResult:
-    """How a cycle ended.
-
-    `published`: there is a candidate, and the recipe or a pinned champion kept it from being promoted.
-    `data_fingerprint` covers all that the outcome depends on: new examples, starting weights and recipe.
-    `report` is the gate's, as JSON. `champion` is the reference that was the champion when the cycle ended.
-    """
-
-    outcome: Outcome
-    detail: str
-    run_id: str | None = None
-    candidate: str | None = None
-    champion: str | None = None
-    report: dict[str, Any] | None = None
-    data_fingerprint: str | None = None
-    failed_exit_code: int = 1
-
-    @property
-    def exit_code(self) -> int:
-        """What `nightschool train` exits with."""
-        return self.failed_exit_code if self.outcome == "failed" else EXIT_CODES[self.outcome]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "outcome": self.outcome,
-            "detail": self.detail,
-            "run_id": self.run_id,
-            "candidate": self.candidate,
-            "champion": self.champion,
-            "data_fingerprint": self.data_fingerprint,
-            "report": self.report,
-        }
-
-
-@dataclass(frozen=True)
-class CycleFacts:
-    """What one stage of a cycle leaves for the next, in `cycle.json`."""
-
-    trigger: str
-    root: str
-    recipe_base: str
-    champion: str | None
-    data_fingerprint: str
-    num_new_examples: int
-
-    @staticmethod
-    def path(run: Run) -> Path:
-        return run.path / "cycle.json"
-
-    @classmethod
-    def read(cls, run: Run) -> CycleFacts:
-        """The facts of a run that a cycle created.
-
-        Raises:
-            NotFound: If the run was not created by a cycle.
-        """
-        path = cls.path(run)
-        if not path.exists():
-            raise NotFound(
-                f"The run {run.id} has no cycle.json, so no cycle began it. Start a new one from its recipe."
-            )
-        return cls(**json.loads(path.read_text("utf-8")))
-
-    def write(self, run: Run) -> None:
-        write_json(self.path(run), vars(self))
 
 
 @dataclass(frozen=True)
@@ -136,14 +58,6 @@ class Exam:
     candidate: Version
     champion: Version | None
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Studied:
-    """What the last finished cycle of a schedule had before it, so that the next can tell whether anything changed."""
-
-    data_fingerprint: str
-    outcome: str
 
 
 def cycle_lock_path(home: Home, name: str) -> Path:
@@ -209,13 +123,13 @@ def begin_cycle(
     around = around or Surroundings()
     name = recipe.name
     _refuse_beside_another(home, name)
-    champion = _champion(Registry(home), name)
-    new = _new_examples(home, recipe, root)
+    champion = champion_of(Registry(home), name)
+    new = find_new_examples(home, recipe, root)
     base = starting_weights(home, recipe, say=around.say)
-    fingerprint = _fingerprint(recipe, base, new.examples)
+    fingerprint = fingerprint_of(recipe, base, new.examples)
     around.stop.check("the run was created")
     if trigger != "manual" and recipe.schedule.min_new_examples > 0:
-        reason = _reason_to_skip(recipe, new, fingerprint, studied)
+        reason = reason_to_skip(recipe, new, fingerprint, studied)
         if reason is not None:
             around.say(f"Skipped: {reason}")
             return CycleResult(
@@ -243,76 +157,6 @@ def _refuse_beside_another(home: Home, name: str) -> None:
                 f"The run {run.id} is still being trained by process {process.pid}. Wait for it, "
                 f"or end it with nightschool runs stop {run.id}."
             )
-
-
-@dataclass(frozen=True)
-class _New:
-    """Examples to train that no accepted version has studied, and how many there are in all."""
-
-    examples: list[Example]
-    num_all: int
-
-
-def _new_examples(home: Home, recipe: Recipe, root: Path) -> _New:
-    loaded = load_sources(recipe.data, home=home, root=root, name=recipe.name)
-    train = split_held_out(loaded.examples, recipe.held_out, root=root).train
-    known = AcceptedExamples(open_database(home)).digests(recipe.name)
-    return _New([example for example in train if example.digest not in known], len(loaded.examples))
-
-
-def _champion(registry: Registry, name: str) -> Version | None:
-    try:
-        return registry.resolve(f"{name}@champion")
-    except NotFound:
-        return None
-
-
-def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -> str:
-    """The champion of the recipe's name, unless the recipe asks for other weights than its line began with."""
-    champion = _champion(Registry(home), recipe.name)
-    if champion is None or recipe.base.startswith(f"{recipe.name}@"):
-        return recipe.base
-    began_with = _recipe_base(home, champion)
-    if began_with is not None and began_with != recipe.base:
-        if say is not None:
-            say(f"The recipe's base is {recipe.base}, and {champion.ref} grew from {began_with}: starting anew")
-        return recipe.base
-    return champion.ref
-
-
-def _recipe_base(home: Home, version: Version) -> str | None:
-    """The base that the recipe named when this version was made; None if its run is gone."""
-    if version.facts.run_id is None:
-        return None
-    try:
-        return CycleFacts.read(RunStore(home).get(version.facts.run_id)).recipe_base
-    except NotFound:
-        return None
-
-
-def _fingerprint(recipe: Recipe, base: str, new: list[Example]) -> str:
-    """A digest of all that the outcome depends on. When and how it is served changes nothing."""
-    plain = recipe.as_plain()
-    settings = {key: value for key, value in plain.items() if key not in ("schedule", "serve", "data", "base")}
-    facts = {"base": base, "settings": settings, "examples": sorted(example.digest for example in new)}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _reason_to_skip(recipe: Recipe, new: _New, fingerprint: str, studied: Studied | None) -> str | None:
-    wanted = recipe.schedule.min_new_examples
-    if not new.examples:
-        return f"no new data: {new.num_all} examples, all studied before"
-    if len(new.examples) < wanted:
-        return (
-            f"too little new data: {len(new.examples)} new of {new.num_all} examples, "
-            f"and schedule.min_new_examples is {wanted}"
-        )
-    if studied is not None and studied.data_fingerprint == fingerprint:
-        return (
-            f"nothing changed since the last cycle, which was {studied.outcome}: the same {len(new.examples)} new "
-            "examples, the same starting weights, the same recipe"
-        )
-    return None
 
 
 def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> CycleResult:
@@ -343,7 +187,7 @@ def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> C
 
 def _result(run: Run, home: Home, facts: CycleFacts, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
     """End a cycle: its outcome is kept with the run, too."""
-    champion = _champion(Registry(home), run.name)
+    champion = champion_of(Registry(home), run.name)
     run.events.write("cycle", outcome=outcome, detail=detail)
     return CycleResult(
         outcome,
@@ -394,7 +238,7 @@ def _train(home: Home, run: Run, facts: CycleFacts, resume: str | None, around: 
 def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around: Surroundings) -> Exam:
     """Compare the candidate with today's champion and return the gate's report."""
     registry = Registry(home)
-    champion = _champion(registry, run.name)
+    champion = champion_of(registry, run.name)
     if champion is not None and champion.id == candidate.id:
         raise Conflict(f"{candidate.ref} is the champion already. Begin a new cycle to go on from it.")
     lines: list[str] = []
@@ -437,7 +281,7 @@ def _decide(home: Home, run: Run, facts: CycleFacts, wanted: str, exam: Exam, ar
         return ended("refused", verdict)
     if wanted == "never":
         return ended("published", f"{verdict}; it is not promoted, because serve.promote is never")
-    champion, pinned = _champion(registry, run.name), registry.pinned(run.name)
+    champion, pinned = champion_of(registry, run.name), registry.pinned(run.name)
     if pinned is not None:
         return ended("published", f"{verdict}; it is not promoted, because the champion is pinned to {pinned.ref}")
     if champion != exam.champion:

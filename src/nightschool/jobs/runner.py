@@ -16,9 +16,11 @@ from typing import Protocol
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
-from nightschool.jobs.cycle import CycleFacts, CycleResult, Studied, Surroundings, Trigger, continue_cycle, run_cycle
+from nightschool.jobs.cycle import Surroundings, continue_cycle, run_cycle
+from nightschool.jobs.outcome import CycleFacts, CycleResult, Trigger
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.jobs.stop import Stop
+from nightschool.jobs.study import Studied
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger

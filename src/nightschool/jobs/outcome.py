@@ -1,0 +1,94 @@
+"""What a cycle leaves: its result for whoever began it, and its facts for whoever goes on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nightschool.errors import NotFound
+from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE
+from nightschool.store.atomic import write_json
+from nightschool.store.runs import Run
+
+Trigger = Literal["manual", "start", "due", "catch_up", "resume"]
+Outcome = Literal["promoted", "published", "refused", "skipped", "failed", "interrupted"]
+
+EXIT_CODES: Mapping[Outcome, int] = {
+    "promoted": 0,
+    "published": 0,
+    "skipped": 0,
+    "refused": 3,
+    "failed": 1,
+    "interrupted": INTERRUPTED_EXIT_CODE,
+}
+
+
+@dataclass(frozen=True)
+class CycleResult:
+    """How a cycle ended.
+
+    `published`: there is a candidate, and the recipe or a pinned champion kept it from being promoted.
+    `data_fingerprint` covers all that the outcome depends on: new examples, starting weights and recipe.
+    `report` is the gate's, as JSON. `champion` is the reference that was the champion when the cycle ended.
+    """
+
+    outcome: Outcome
+    detail: str
+    run_id: str | None = None
+    candidate: str | None = None
+    champion: str | None = None
+    report: dict[str, Any] | None = None
+    data_fingerprint: str | None = None
+    failed_exit_code: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """What `nightschool train` exits with."""
+        return self.failed_exit_code if self.outcome == "failed" else EXIT_CODES[self.outcome]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "outcome": self.outcome,
+            "detail": self.detail,
+            "run_id": self.run_id,
+            "candidate": self.candidate,
+            "champion": self.champion,
+            "data_fingerprint": self.data_fingerprint,
+            "report": self.report,
+        }
+
+
+@dataclass(frozen=True)
+class CycleFacts:
+    """What one stage of a cycle leaves for the next, in `cycle.json`."""
+
+    trigger: str
+    root: str
+    recipe_base: str
+    champion: str | None
+    data_fingerprint: str
+    num_new_examples: int
+
+    @staticmethod
+    def path(run: Run) -> Path:
+        return run.path / "cycle.json"
+
+    @classmethod
+    def read(cls, run: Run) -> CycleFacts:
+        """The facts of a run that a cycle created.
+
+        Raises:
+            NotFound: If the run was not created by a cycle.
+        """
+        path = cls.path(run)
+        if not path.exists():
+            raise NotFound(
+                f"The run {run.id} has no cycle.json, so no cycle began it. Start a new one from its recipe."
+            )
+        return cls(**json.loads(path.read_text("utf-8")))
+
+    def write(self, run: Run) -> None:
+        write_json(self.path(run), vars(self))

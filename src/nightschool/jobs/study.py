@@ -1,0 +1,98 @@
+"""What there is to study: which examples are new, from which weights to start, and whether it is worth a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.example import Example
+from nightschool.data.load import load_sources, split_held_out
+from nightschool.errors import NotFound
+from nightschool.jobs.launch import OnLine
+from nightschool.jobs.outcome import CycleFacts
+from nightschool.store.accepted import AcceptedExamples
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry, Version
+from nightschool.store.runs import RunStore
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What the last finished cycle of a schedule had before it, so that the next can tell whether anything changed."""
+
+    data_fingerprint: str
+    outcome: str
+
+
+@dataclass(frozen=True)
+class NewExamples:
+    """Examples to train that no accepted version has studied, and how many there are in all."""
+
+    examples: list[Example]
+    num_all: int
+
+
+def find_new_examples(home: Home, recipe: Recipe, root: Path) -> NewExamples:
+    loaded = load_sources(recipe.data, home=home, root=root, name=recipe.name)
+    train = split_held_out(loaded.examples, recipe.held_out, root=root).train
+    known = AcceptedExamples(open_database(home)).digests(recipe.name)
+    return NewExamples([example for example in train if example.digest not in known], len(loaded.examples))
+
+
+def champion_of(registry: Registry, name: str) -> Version | None:
+    try:
+        return registry.resolve(f"{name}@champion")
+    except NotFound:
+        return None
+
+
+def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -> str:
+    """The champion of the recipe's name, unless the recipe asks for other weights than its line began with."""
+    champion = champion_of(Registry(home), recipe.name)
+    if champion is None or recipe.base.startswith(f"{recipe.name}@"):
+        return recipe.base
+    began_with = _recipe_base(home, champion)
+    if began_with is not None and began_with != recipe.base:
+        if say is not None:
+            say(f"The recipe's base is {recipe.base}, and {champion.ref} grew from {began_with}: starting anew")
+        return recipe.base
+    return champion.ref
+
+
+def _recipe_base(home: Home, version: Version) -> str | None:
+    """The base that the recipe named when this version was made; None if its run is gone."""
+    if version.facts.run_id is None:
+        return None
+    try:
+        return CycleFacts.read(RunStore(home).get(version.facts.run_id)).recipe_base
+    except NotFound:
+        return None
+
+
+def fingerprint_of(recipe: Recipe, base: str, new: list[Example]) -> str:
+    """A digest of all that the outcome depends on. When and how it is served changes nothing."""
+    plain = recipe.as_plain()
+    settings = {key: value for key, value in plain.items() if key not in ("schedule", "serve", "data", "base")}
+    facts = {"base": base, "settings": settings, "examples": sorted(example.digest for example in new)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def reason_to_skip(recipe: Recipe, new: NewExamples, fingerprint: str, studied: Studied | None) -> str | None:
+    wanted = recipe.schedule.min_new_examples
+    if not new.examples:
+        return f"no new data: {new.num_all} examples, all studied before"
+    if len(new.examples) < wanted:
+        return (
+            f"too little new data: {len(new.examples)} new of {new.num_all} examples, "
+            f"and schedule.min_new_examples is {wanted}"
+        )
+    if studied is not None and studied.data_fingerprint == fingerprint:
+        return (
+            f"nothing changed since the last cycle, which was {studied.outcome}: the same {len(new.examples)} new "
+            "examples, the same starting weights, the same recipe"
+        )
+    return None
