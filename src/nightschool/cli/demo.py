@@ -168,8 +168,10 @@ class Story:
         running.append(night)
         cycle = self.wait_for_cycle(night, lambda one: one["outcome"] != "skipped", after=0)
         self.show_report(cycle)
-        if cycle["outcome"] != "refused":
-            raise DemoFailed(f"The first night was to be refused for forgetting, but it was {cycle['outcome']}.")
+        if cycle["outcome"] != "refused" or "forgetting" not in (cycle["detail"] or ""):
+            raise DemoFailed(
+                f"The first night was to be refused for forgetting, but it was {cycle['outcome']}: {cycle['detail']}"
+            )
         self.say("\nRefused: it learned the new and forgot the old. The champion goes on serving.")
         return night
 
