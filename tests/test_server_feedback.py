@@ -84,7 +84,6 @@ def test_an_exchange_can_be_forgotten(client, store):
     [
         ({"rating": "good"}, "request_id"),
         ({"request_id": "x", "rating": "great"}, "rating"),
-        ({"request_id": "x"}, "rating"),
         ({"request_id": "x", "rating": "bad", "correction": ""}, "correction"),
         ({"request_id": "x", "rating": "bad", "corection": "y"}, "corection"),
     ],
@@ -93,6 +92,16 @@ def test_wrong_feedback_names_the_field(client, body, param):
     answer = client.post("/api/feedback", json=body)
     assert answer.status_code == 422
     assert answer.json()["param"] == param
+
+
+def test_a_correction_alone_is_enough_and_nothing_at_all_is_refused(client, store):
+    identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
+    nothing = client.post("/api/feedback", json={"request_id": identity})
+    assert nothing.status_code in (400, 422)
+    assert "neither a rating nor a correction" in nothing.json()["detail"]
+    assert client.post("/api/feedback", json={"request_id": identity, "correction": "Hi!"}).status_code == 200
+    [conversation] = store.select(corrected=True)
+    assert (conversation.rating, conversation.correction) == (None, "Hi!")
 
 
 def test_a_blank_correction_is_refused(client):

@@ -16,12 +16,14 @@ router = APIRouter(prefix="/api", tags=["Feedback"])
 
 
 class Feedback(Body):
-    """A rating of an answer and, if it was wrong, what it should have been."""
+    """A rating of an answer, what it should have been, or both."""
 
     request_id: str = Field(
         ..., min_length=1, max_length=200, description="`id` of a completion, or the header x-request-id."
     )
-    rating: Literal["good", "bad"] = Field(..., description="Was the answer good?")
+    rating: Literal["good", "bad"] | None = Field(
+        None, description="Was the answer good? Not needed beside a correction."
+    )
     correction: str | None = Field(
         None, min_length=1, max_length=100_000, description="The right answer, which a later night learns."
     )
