@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from nightschool.config.recipe import Lora
 from nightschool.models.adapters import attach_lora
@@ -67,6 +68,41 @@ def test_frozen_weights_cost_no_weight_gradient():
     model = build_model("tiny-llama", 300, 0)
     full = flops_per_token(model)
     assert flops_per_token(attach_lora(model, Lora(r=2), seed=0)) == pytest.approx(full * 2 / 3, rel=0.1)
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QWEN3_4B = Qwen3Config(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+QWEN2_7B = Qwen2Config(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "r", "weights_gb", "total_gb"), [(QWEN3_4B, 32, 8.0, 12.4), (QWEN2_7B, 16, 15.2, 20.2)]
+)
+def test_lora_takes_what_the_guide_and_the_recipe_say(config, r, weights_gb, total_gb):
+    """Chats of 4k tokens, activations recomputed, the base in bf16. Nothing is filled: the meta device holds no bytes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        wrapped = attach_lora(model, Lora(r=r, target_modules=LINEAR), seed=0)
+    cost = expected_peak_bytes(wrapped, 4096, gradient_checkpointing=True, compute=torch.bfloat16)
+    frozen = sum(2 * p.numel() for p in wrapped.parameters() if not p.requires_grad)
+    assert (round(frozen / 1e9, 1), round(cost.total / 1e9, 1)) == (weights_gb, total_gb)
 
 
 MEASURE = """

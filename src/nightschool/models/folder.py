@@ -18,11 +18,12 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 
 @dataclass(frozen=True)
 class TensorFact:
-    """One tensor as a file declares it."""
+    """One tensor as a file declares it. `dtype` is the file's own word, such as `BF16`."""
 
     name: str
     shape: tuple[int, ...]
     file: str
+    dtype: str
 
     @property
     def num_elements(self) -> int:
@@ -114,7 +115,8 @@ def _tensors(folder: Path, ref: str) -> Iterator[TensorFact]:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
-                    yield TensorFact(key, tuple(file.get_slice(key).get_shape()), name)
+                    stored = file.get_slice(key)
+                    yield TensorFact(key, tuple(stored.get_shape()), name, str(stored.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise Damaged(
                 f"{path} of the base {ref!r} cannot be read ({error}). Fetch or copy the folder again."

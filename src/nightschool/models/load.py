@@ -108,7 +108,7 @@ def load_base(
     """
     if ref.startswith("new:"):
         return _build_new(ref, tokenizer, seed, dtype, device)
-    folder = _as_folder(ref, root)
+    folder = as_folder(ref, root)
     if folder is not None:
         return _load_folder(folder, str(folder), home, dtype=dtype, device=device, merge=merge)
     registry = Registry(home)
@@ -146,7 +146,7 @@ def context_of(model: PreTrainedModel | PeftModel) -> int:
     return int(stated) if stated else _UNSTATED_CONTEXT_TOKENS
 
 
-def _as_folder(ref: str, root: Path | None) -> Path | None:
+def as_folder(ref: str, root: Path | None) -> Path | None:
     """The folder that `ref` means, or None. What begins like a path is a folder, there or not."""
     path = Path(ref).expanduser()
     path = path if path.is_absolute() or root is None else root / path

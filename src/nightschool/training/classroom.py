@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from nightschool.errors import ModelError, NothingToTrain, UsageError
 from nightschool.models.adapters import attach_lora
 from nightschool.models.dtype import DtypeChoice, num_threads_here, resolve_device, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.store.atomic import publish_directory
 from nightschool.store.home import Home
 from nightschool.training import rng
@@ -107,12 +108,18 @@ def prepare_classroom(
         rng.require_determinism()
 
     tokenizer = _new_tokenizer(selection, tokenizer_folder) if recipe.base.startswith("new:") else None
-    loaded = _load(recipe, home, tokenizer, device, root)
+    wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
+    stored = _stored_in_16_bits(recipe, home, root)
+    base_dtype = torch.float32
+    # The compute dtype alone decides, without measuring steps, which would need the base in both formats. A checkpoint
+    # keeps that dtype, so a resumed run has the same base bit by bit.
+    if stored and resolve_dtype(wanted, device, hidden_size=stored.hidden_size).compute != torch.float32:
+        base_dtype = stored.dtype
+    loaded = _load(recipe, home, tokenizer, device, base_dtype, root)
     ensure_template(loaded.tokenizer)
     lessons = render_lessons(loaded.tokenizer, selection.train, train.max_seq_len, train.num_workers)
     refuse_nothing_to_train(lessons.all, train.max_seq_len, train.max_cut_share)
     hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
-    wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
     dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
 
     size: dict[str, int | None] = {"batch_size": train.batch_size, "tokens_per_batch": None}
@@ -120,7 +127,9 @@ def prepare_classroom(
         size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
     batches = Batches(lessons.all, **size, seed=train.seed)
     task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute)
-    if wanted == "auto" and device.type == "cpu":
+    if base_dtype != torch.float32:
+        dtype = replace(dtype, why=f"{dtype.why}; the frozen base stays in {DTYPE_NAMES[base_dtype]}, as it is stored")
+    elif wanted == "auto" and device.type == "cpu" and stored is None:
         dtype = choose_by_measuring(task, dtype, hidden_size)
     budget = make_budget(recipe, batches)
     return Classroom(
@@ -200,8 +209,21 @@ def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedToken
     return tokenizer
 
 
+def _stored_in_16_bits(recipe: Recipe, home: Home, root: Path | None) -> StoredWeights | None:
+    """The base below an adapter if its files hold 16-bit numbers, which need not be widened: nothing is added to them."""
+    if recipe.method != "lora" or recipe.base.startswith("new:"):
+        return None
+    stored = stored_weights(recipe.base, home, root)
+    return None if stored.dtype == torch.float32 else stored
+
+
 def _load(
-    recipe: Recipe, home: Home, tokenizer: PreTrainedTokenizerBase | None, device: torch.device, root: Path | None
+    recipe: Recipe,
+    home: Home,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    base_dtype: torch.dtype,
+    root: Path | None,
 ) -> LoadedModel:
     """The base as the method wants it: all weights free, or frozen below an adapter, a fresh one or the base's own."""
     lora = recipe.method == "lora"
@@ -213,7 +235,7 @@ def _load(
     loaded = load_base(
         recipe.base,
         home,
-        dtype=torch.float32,
+        dtype=base_dtype,
         device=device,
         tokenizer=tokenizer,
         seed=recipe.train.seed,

@@ -1,0 +1,135 @@
+"""The base below an adapter keeps the number format of its files, in training, resuming and publishing."""
+
+import json
+
+import pytest
+import torch
+from training_setups import differing, one_deterministic_thread
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.tokenizer import train_bpe
+from nightschool.events import read_events
+from nightschool.models import dtype as dtype_module
+from nightschool.models.build import build_model
+from nightschool.models.export import save_version_folder
+from nightschool.store import checkpoints
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
+from nightschool.training.checkpoint import load_tensors
+from nightschool.training.classroom import prepare_classroom
+from nightschool.training.plan import make_plan
+from nightschool.training.run import main
+from nightschool.training.selection import select_examples
+
+ROWS = [{"prompt": f"Where is number {i}?", "completion": f"In room {i + 7}."} for i in range(6)]
+LORA = {"r": 4, "alpha": 8}
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    with one_deterministic_thread():
+        yield
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return Home(tmp_path / "home").ensure()
+
+
+def make_base(root, dtype, architecture="tiny-qwen3"):
+    tokenizer = train_bpe([text for row in ROWS for text in row.values()] * 3, 300)
+    model = build_model(architecture, len(tokenizer), 1).to(dtype)
+    save_version_folder(model, tokenizer, root / "base")
+    return root / "base"
+
+
+def recipe_of(*, dtype, base="./base", **train):
+    settings = {"num_threads": 1, "dtype": dtype, "batch_size": 2, "epochs": 4, "learning_rate": 1e-2}
+    return Recipe.model_validate(
+        {
+            "name": "bot",
+            "base": base,
+            "method": "lora",
+            "lora": LORA,
+            "data": [{"path": "rows.jsonl"}],
+            "train": settings | {"accumulation_steps": 1} | train,
+            "checkpoints": {"every": "4 steps", "keep": {"last": 9}},
+        }
+    )
+
+
+def classroom_of(recipe, home, root):
+    return prepare_classroom(recipe, select_examples(recipe, home, root), home, root=root)
+
+
+def dtypes_of(model):
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    return frozen, trained
+
+
+@pytest.mark.parametrize(
+    ("stored", "compute", "frozen"),
+    [
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.float16, "bf16", torch.float16),
+        (torch.float16, "fp16", torch.float16),
+        (torch.bfloat16, "fp32", torch.float32),
+        (torch.float32, "bf16", torch.float32),
+    ],
+)
+def test_the_base_keeps_its_format_where_products_run_in_16_bits(home, tmp_path, stored, compute, frozen):
+    make_base(tmp_path, stored)
+    model = classroom_of(recipe_of(dtype=compute), home, tmp_path).task.model
+    assert dtypes_of(model) == ({frozen}, {torch.float32})
+
+
+@pytest.mark.parametrize(("speedup", "frozen"), [(9.0, torch.bfloat16), (0.1, torch.float32)])
+def test_on_a_cpu_a_measurement_decides(home, tmp_path, monkeypatch, speedup, frozen):
+    make_base(tmp_path, torch.bfloat16)
+    monkeypatch.setattr(dtype_module, "bf16_speedup", lambda width: speedup)
+    classroom = classroom_of(recipe_of(dtype="auto"), home, tmp_path)
+    assert dtypes_of(classroom.task.model) == ({frozen}, {torch.float32})
+    assert classroom.task.compute_dtype == classroom.dtype.compute == frozen
+    assert ("the frozen base stays in bf16" in classroom.dtype.why) == (frozen == torch.bfloat16)
+
+
+def test_the_plan_counts_half_the_bytes(home, tmp_path):
+    make_base(tmp_path, torch.bfloat16)
+    narrow, wide = (make_plan(recipe_of(dtype=dtype), home, tmp_path) for dtype in ("bf16", "fp32"))
+    frozen = narrow.parameters_total - narrow.parameters_trainable
+    assert wide.expected_peak_bytes - narrow.expected_peak_bytes >= 2 * frozen
+
+
+def losses_of(run):
+    return [row["loss"] for row in read_events(run.metrics_path)]
+
+
+@pytest.mark.parametrize("architecture", ["tiny-qwen3", "tiny-qwen3-moe", "tiny-mixtral", "tiny-gpt-neox"])
+def test_an_adapter_on_16_bits_learns_resumes_exactly_and_goes_on_the_next_night(home, tmp_path, architecture):
+    make_base(tmp_path, torch.bfloat16, architecture)
+
+    def train(run, *more):
+        return main(["--home", str(home.path), "--run", run.id, "--root", str(tmp_path), *more])
+
+    run = RunStore(home).create(recipe_of(dtype="bf16").as_plain(), name="bot")
+    assert train(run) == 0, run.status.error
+    losses, version = losses_of(run), Registry(home).resolve(run.status.candidate)
+    assert losses[-1] < losses[0] - 0.3
+    adapter = load_tensors(version.path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+    run.update_status(candidate=None)
+    assert train(run, "--resume", checkpoints.ls(run)[0].name) == 0, run.status.error
+    again = Registry(home).resolve(run.status.candidate)
+    assert again.id != version.id
+    assert losses_of(run) == losses
+    assert not differing(adapter, load_tensors(again.path / "adapter_model.safetensors"))
+
+    recipe = recipe_of(dtype="bf16", base=again.ref, epochs=1)
+    assert dtypes_of(classroom_of(recipe, home, tmp_path).task.model) == ({torch.bfloat16}, {torch.float32})
+    following = RunStore(home).create(recipe.as_plain(), name="bot")
+    assert train(following) == 0, following.status.error
+    assert losses_of(following)[0] < losses[0] - 0.3
