@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import nn
 
 from nightschool.data.chat import stop_token_ids
 from nightschool.engine.answer import Answer
@@ -29,8 +30,9 @@ from nightschool.models.load import LoadedModel
 
 log = logging.getLogger("nightschool.engine")
 
-# Of the memory that is free when the engine starts, keys and values may take this share.
+# Of the memory that is free when the engine starts: for keys and values, and for weights in a second layout.
 _CACHE_SHARE = 0.25
+_BLOCKED_SHARE = 0.125
 _PREFIX_BYTES = 256 << 20
 
 
@@ -104,9 +106,10 @@ class Engine:
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens)
         self.stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
         self._vocabulary = Vocabulary(loaded.tokenizer)
-        self._runner = Runner(loaded.model)
+        free_bytes = _free_bytes(loaded.model)
+        self._runner = Runner(loaded.model, blocked_bytes=int(free_bytes * _BLOCKED_SHARE))
         cache = self._runner.make_cache(num_rows, 1)
-        budget_bytes = cache_bytes or _free_bytes(self._runner.device) * _CACHE_SHARE
+        budget_bytes = cache_bytes or free_bytes * _CACHE_SHARE
         budget_tokens = max(1, int(budget_bytes / cache.bytes_per_token))
         self._cache = self._runner.make_cache(num_rows, budget_tokens)
         self._prefix = PrefixCache(version_ref, prefix_cache_bytes) if prefix_cache else None
@@ -341,7 +344,9 @@ class Engine:
         active.handle.publish(chunk)
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(model: nn.Module) -> int:
+    """Memory that is free where the model is."""
+    device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nightschool.engine.attention import ROW_ATTENTION, RowStep
 from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.scheduler import Span, StepPlan
+from nightschool.engine.weights import block_weights
 from nightschool.errors import ModelError
 
 # Logits of one pass over packed prompts against those of the model's own attention, as a share of the largest.
@@ -30,12 +31,13 @@ class Runner:
 
     Args:
         model: A causal language model of transformers, without adapters that are kept apart.
+        blocked_bytes: What a second copy of the weights, laid out for decoding, may take; see `engine.weights`.
 
     Raises:
         ModelError: If the model's attention is none that rows of a cache can serve, with the reason.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, blocked_bytes: int = 0) -> None:
         self._model: Any = _private_copy(model)
         parameter = next(self._model.parameters())
         self.device: torch.device = parameter.device
@@ -43,6 +45,7 @@ class Runner:
         # Four dimensions make transformers hand the mask down as it is instead of building one.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         with torch.inference_mode():
+            block_weights(self._model, blocked_bytes)
             self.shapes = self._check()
 
     @property
