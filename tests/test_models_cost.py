@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from nightschool.config.recipe import Lora
 from nightschool.models.adapters import attach_lora
 from nightschool.models.build import PRESETS, build_model
-from nightschool.models.cost import count_parameters, expected_peak_bytes, flops_per_token
+from nightschool.models.cost import TrainingBytes, count_parameters, expected_peak_bytes, flops_per_token
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +162,11 @@ def test_expected_bytes_follow_their_causes():
     assert expected_peak_bytes(model, 1024, compute=torch.bfloat16).activations < base.activations
     lora = expected_peak_bytes(attach_lora(model, Lora(r=2), seed=0), 1024)
     assert lora.optimizer < base.optimizer / 10
+    assert base.publishing == base.parameters
+    assert lora.publishing == 4 * count_parameters(model).adapters
+
+
+def test_the_peak_is_never_less_than_publishing_takes():
+    cost = TrainingBytes(100, gradients=1, optimizer=2, activations=3, logits=4, publishing=50)
+    assert cost.total == 150
+    assert replace(cost, publishing=9).total == 110

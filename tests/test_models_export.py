@@ -16,7 +16,7 @@ from nightschool.errors import Damaged, DiskFull, ModelError
 from nightschool.layers.forward import document_loss, prepare
 from nightschool.models.adapters import attach_lora, describe_adapter, load_adapter, merge_adapter
 from nightschool.models.build import build_model
-from nightschool.models.export import prove_export, save_version_folder
+from nightschool.models.export import place_for_copy, prove_export, save_version_folder
 from nightschool.models.load import load_base, load_version
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionFacts
@@ -72,7 +72,7 @@ def test_an_adapter_comes_back_bit_by_bit_and_gives_the_same_logits(base, tmp_pa
     wrapped = attach_lora(base.model, Lora(r=4), seed=3, base_path=str(base.path))
     train_a_little(wrapped)
     save_version_folder(wrapped, TOKENIZER, tmp_path / "out", base_path=base.path)
-    assert prove_export(wrapped, tmp_path / "out", TOKENIZER, base_path=base.path) == 0.0
+    assert prove_export(wrapped, tmp_path / "out", TOKENIZER) == 0.0
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), str(tmp_path / "out")).eval()
     with torch.no_grad():
         assert torch.equal(plain(input_ids=IDS).logits, wrapped.eval()(input_ids=IDS).logits)
@@ -191,7 +191,7 @@ def test_adapter_versions_are_served_merged_and_trained_apart(base, tmp_path):
 
     def fill(folder):
         save_version_folder(wrapped, TOKENIZER, folder, base_path=under.path)
-        prove_export(wrapped, folder, TOKENIZER, base_path=under.path)
+        prove_export(wrapped, folder, TOKENIZER)
 
     version = registry.publish("bot", fill, VersionFacts(kind="adapter", base=under.ref, method="lora"))
     with torch.no_grad():
@@ -205,6 +205,64 @@ def test_adapter_versions_are_served_merged_and_trained_apart(base, tmp_path):
     from_folder = load_base(str(version.path), home)
     with torch.no_grad():
         assert torch.equal(from_folder.model(input_ids=IDS).logits, served.model(input_ids=IDS).logits)
+
+
+def test_an_adapter_is_proven_on_the_base_in_memory_which_is_left_as_it_was(base, tmp_path, monkeypatch):
+    wrapped = train_a_little(attach_lora(base.model, Lora(r=4, dropout=0.1), seed=3, base_path=str(base.path)))
+    save_version_folder(wrapped, TOKENIZER, tmp_path / "out", base_path=base.path)
+    before = {name: (p.clone(), p.requires_grad) for name, p in wrapped.named_parameters()}
+    with torch.no_grad():
+        logits = wrapped.eval()(input_ids=IDS).logits
+    wrapped.train()
+
+    def refuse(*_, **__):
+        raise AssertionError("the base was loaded a second time")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    assert prove_export(wrapped, tmp_path / "out", TOKENIZER) == 0.0
+    after = {name: (p, p.requires_grad) for name, p in wrapped.named_parameters()}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name][0], after[name][0]) and before[name][1] == after[name][1] for name in before)
+    assert wrapped.training
+    assert list(wrapped.peft_config) == ["default"]
+    with torch.no_grad():
+        assert torch.equal(wrapped.eval()(input_ids=IDS).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t[min(t)].view(-1)[:1].add_(1e-3), r"lost 1 of \d+ tensors"),
+        (lambda t: t.pop(max(t)), r"lost 1 of \d+ tensors"),
+        (lambda t: t.update({max(t): torch.zeros(3, 3)}), "cannot be loaded by peft"),
+    ],
+    ids=["changed", "missing", "another shape"],
+)
+def test_an_adapter_that_is_not_the_trained_one_is_not_published(base, tmp_path, change, complaint):
+    wrapped = train_a_little(attach_lora(base.model, Lora(r=4), seed=3, base_path=str(base.path)))
+    save_version_folder(wrapped, TOKENIZER, tmp_path / "out", base_path=base.path)
+    edit(tmp_path / "out", "adapter_model.safetensors", change)
+    with pytest.raises(ModelError, match=complaint):
+        prove_export(wrapped, tmp_path / "out", TOKENIZER)
+    assert list(wrapped.peft_config) == ["default"]
+
+
+def test_an_adapter_with_another_scale_is_not_published(base, tmp_path):
+    wrapped = train_a_little(attach_lora(base.model, Lora(r=4), seed=3, base_path=str(base.path)))
+    save_version_folder(wrapped, TOKENIZER, tmp_path / "out", base_path=base.path)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (tmp_path / "out/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="does not give the logits of the trained model"):
+        prove_export(wrapped, tmp_path / "out", TOKENIZER)
+
+
+@pytest.mark.parametrize(("free", "place"), [(12, "cuda"), (11, "cpu")])
+def test_a_copy_that_does_not_fit_beside_goes_to_the_cpu(monkeypatch, free, place):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert place_for_copy(10, torch.device("cuda")).type == place
+    assert place_for_copy(10, torch.device("cpu")).type == "cpu"
 
 
 def edit(folder, name, change):

@@ -122,6 +122,18 @@ def test_its_state_goes_on_bit_by_bit(dtype):
     assert not differing(one.state(), three.state())
 
 
+def test_after_the_last_step_its_memory_can_be_given_back():
+    model = small_model()
+    optimizer = optimizer_of(model)
+    step(optimizer, 0.1, [torch.ones_like(p) for p in model.parameters()])
+    assert any(name.startswith("first_moment.") for name in optimizer.state())
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer.release()
+    assert optimizer.state() == {}
+    assert all(p.grad is None for p in model.parameters())
+    assert not differing(weights, dict(model.named_parameters()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "shape", "dtype"])
 def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(kind, dtype):

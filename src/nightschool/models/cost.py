@@ -40,17 +40,24 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Expected bytes of tensors at the peak of a training step."""
+    """Expected bytes of tensors at the peak of a training step, and of publishing afterwards.
+
+    `publishing` is what publishing takes beside the parameters: what was written is read again, which is all weights, or
+    an adapter. Gradients, moments and activations are gone by then.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    publishing: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        """The larger of the two peaks."""
+        step = self.gradients + self.optimizer + self.activations + self.logits
+        return self.parameters + max(step, self.publishing)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -115,6 +122,7 @@ def expected_peak_bytes(
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trainable)
+    # What learns is also what is published and read again, in the same format.
     optimizer = sum(p.numel() * (8 if p.element_size() >= 4 else 12) for p in trainable)
     size = torch.empty((), dtype=compute).element_size()
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -130,7 +138,8 @@ def expected_peak_bytes(
     logits = 3 * 4 * min(tokens_per_batch, chunk_tokens_for(vocab)) * vocab
     if head is not None and any(p.requires_grad for p in head.parameters()):
         logits += 4 * vocab * hidden  # the head's gradient of this batch, beside the one that accumulates
-    return TrainingBytes(parameters, gradients, optimizer, kept + 2 * tokens_per_batch * 4 * hidden, logits)
+    activations = kept + 2 * tokens_per_batch * 4 * hidden
+    return TrainingBytes(parameters, gradients, optimizer, activations, logits, publishing=gradients)
 
 
 def _kind(name: str, parameter: nn.Parameter) -> str:

@@ -2,17 +2,19 @@
 
 transformers writes GPT-NeoX, Qwen3-MoE and Mixtral under older tensor names and translates them back when it loads.
 Whether that worked is not assumed: the folder is loaded again by plain `transformers` (and `peft`), every tensor is
-compared bit by bit, and so are logits.
+compared bit by bit, and so are logits. For an adapter this is done on the base that is in memory, which was read from its
+files and never changed: a second copy of a large base may not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,12 @@ from nightschool.store.atomic import room_needed
 # The tensors are equal bit by bit; logits may still differ by the order of sums in kernels that choose their own
 # blocking (none does on a CPU with one thread). Relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Where one side had to be computed on the CPU, kernels differ too.
+ACROSS_DEVICES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# The name of an adapter that was read again, beside the trained one.
+_AGAIN = "published"
+# A copy needs a little more than its weights.
+_ROOM = 1.1
 
 
 def save_version_folder(
@@ -81,10 +89,11 @@ def prove_export(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    base_path: Path | str | None = None,
     seed: int = 0,
 ) -> float:
     """Load `folder` again by plain transformers (and peft) and compare it with `model`, the one that was trained.
+
+    The model is left as it was. Weights in full are loaded beside it, on the CPU if the GPU has no room for both.
 
     Returns:
         The largest difference between their logits, relative to the largest logit. 0.0 on a CPU.
@@ -93,15 +102,23 @@ def prove_export(
         ModelError: If a tensor is missing or differs in any bit, if logits differ by more than `TOLERANCE`, or if the
             tokenizer turns out another one.
     """
-    with quiet_libraries():
-        again = _load_plainly(model, folder, base_path)
-    _compare_tensors(model, again, folder)
-    difference = _compare_logits(model, again, seed)
-    dtype = _embedding(model).dtype
-    if not difference <= TOLERANCE.get(dtype, 1e-5):
+    weight = _embedding(model)
+    device = weight.device
+    if isinstance(model, PeftModel):
+        with _beside(model, folder) as stored:
+            _compare_tensors(adapter_tensors(model), stored, folder)
+            trained_logits, logits = _logits_of_both(model, seed)
+    else:
+        device = place_for_copy(sum(p.numel() * p.element_size() for p in model.parameters()), device)
+        again = _load_plainly(weight.dtype, device, folder)
+        _compare_tensors(distinct_tensors(model), distinct_tensors(again), folder)
+        trained_logits, logits = _logits(model, seed), _logits(again, seed)
+    difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max().clamp_min(1e-6))
+    limit = (TOLERANCE if device == weight.device else ACROSS_DEVICES).get(weight.dtype, 1e-5)
+    if not difference <= limit:
         raise ModelError(
             f"The folder {folder} does not give the logits of the trained model: they differ by {difference:.1e} of the "
-            f"largest, and {TOLERANCE.get(dtype, 1e-5):.0e} is allowed. It is not published; the checkpoint is still whole."
+            f"largest, and {limit:.0e} is allowed. It is not published; the checkpoint is still whole."
         )
     if tokenizer is not None:
         _compare_tokenizers(tokenizer, folder)
@@ -121,42 +138,78 @@ def _generation_config(
     return GenerationConfig(**fields)  # type: ignore[no-untyped-call]
 
 
-def _load_plainly(model: PreTrainedModel | PeftModel, folder: Path, base_path: Path | str | None) -> Any:
-    """What a user of the folder would get, on the device and in the dtype of `model`."""
-    weight = _embedding(model)
-    wrapped = isinstance(model, PeftModel)
-    source = base_path or cast(Any, model).peft_config["default"].base_model_name_or_path if wrapped else folder
+def place_for_copy(needed_bytes: int, device: torch.device) -> torch.device:
+    """Where a second copy of a model on `device` goes: beside it, or to the CPU if the GPU has no room for it."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.empty_cache()  # what the allocator keeps for later counts as taken
+    return device if torch.cuda.mem_get_info(device)[0] > _ROOM * needed_bytes else torch.device("cpu")
+
+
+@contextmanager
+def _beside(model: PeftModel, folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Load the adapter of `folder` by plain peft beside the trained one, for the block; yields its tensors."""
+    before, training = model.active_adapter, model.training
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(source),
-            dtype=weight.dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        again, report = loaded
-        lost = not_loaded(report)
-        if lost:
-            raise ModelError(
-                f"The folder {source} does not hold the whole model: {lost}. It is not published; the checkpoint is still whole."
+        try:
+            with quiet_libraries():
+                model.load_adapter(str(folder), adapter_name=_AGAIN, torch_device=str(_embedding(model).device))
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(_cannot_be_loaded(folder, "peft", error)) from None
+        yield get_peft_model_state_dict(model, adapter_name=_AGAIN, save_embedding_layers=False)
+    finally:
+        model.set_adapter(before)
+        if _AGAIN in model.peft_config:
+            model.delete_adapter(_AGAIN)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learns[name])
+        model.train(training)
+
+
+def _logits_of_both(model: PeftModel, seed: int) -> tuple[Tensor, Tensor]:
+    trained = _logits(model, seed)
+    model.set_adapter(_AGAIN)
+    return trained, _logits(model, seed)
+
+
+def _load_plainly(dtype: torch.dtype, device: torch.device, folder: Path) -> Any:
+    """What a user of the folder would get, in evaluation mode."""
+    try:
+        with quiet_libraries():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
-        if wrapped:
-            again = PeftModel.from_pretrained(again, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(_cannot_be_loaded(folder, "transformers", error)) from None
+    again, report = loaded
+    lost = not_loaded(report)
+    if lost:
         raise ModelError(
-            f"The folder {folder} cannot be loaded by transformers: {error} It is not published; the checkpoint is still whole."
-        ) from None
-    return again.to(weight.device).eval()
+            f"The folder {folder} does not hold the whole model: {lost}. It is not published; the checkpoint is still whole."
+        )
+    return again.to(device).eval()
 
 
-def _compare_tensors(model: Any, again: Any, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        trained, stored = adapter_tensors(model), adapter_tensors(again)
-    else:
-        trained, stored = distinct_tensors(model), distinct_tensors(again)
+def _cannot_be_loaded(folder: Path, library: str, error: Exception) -> str:
+    return (
+        f"The folder {folder} cannot be loaded by {library}: {error} "
+        "It is not published; the checkpoint is still whole."
+    )
+
+
+def _compare_tensors(trained: dict[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
     differing = sorted(set(trained) ^ set(stored))
-    differing += [name for name in trained if name in stored and not torch.equal(trained[name], stored[name])]
+    differing += [
+        name
+        for name in trained
+        if name in stored and not torch.equal(trained[name].to(stored[name].device), stored[name])
+    ]
     if differing:
         raise ModelError(
             f"The folder {folder} lost {len(differing)} of {len(trained)} tensors of the trained model, such as {differing[0]}. "
@@ -164,7 +217,8 @@ def _compare_tensors(model: Any, again: Any, folder: Path) -> None:
         )
 
 
-def _compare_logits(model: Any, again: Any, seed: int) -> float:
+def _logits(model: Any, seed: int) -> Tensor:
+    """Logits of a few random tokens, in fp32 on the CPU."""
     weight = _embedding(model)
     generator = torch.Generator().manual_seed(seed)
     context = min(16, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 16))
@@ -173,10 +227,9 @@ def _compare_logits(model: Any, again: Any, seed: int) -> float:
     model.eval()
     try:
         with torch.no_grad():
-            trained, stored = (cast(Tensor, m(input_ids=ids, use_cache=False).logits).float() for m in (model, again))
+            return cast(Tensor, model(input_ids=ids, use_cache=False).logits).float().cpu()
     finally:
         model.train(training)
-    return float((trained - stored).abs().max() / trained.abs().max().clamp_min(1e-6))
 
 
 def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

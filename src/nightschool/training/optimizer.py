@@ -132,6 +132,11 @@ class AdamW:
         for name in self._masters:
             self._parameters[name].grad = None
 
+    def release(self) -> None:
+        """Give the memory of gradients and moments back; after the last step, when the weights are published."""
+        self.zero_grad()
+        self.inner.state.clear()
+
     def state(self) -> dict[str, Tensor]:
         """Return the whole state as named tensors; empty moments mean that the parameter had no gradient yet."""
         tensors: dict[str, Tensor] = {}

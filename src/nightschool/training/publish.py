@@ -18,8 +18,10 @@ from nightschool.store.versions import Probe
 
 NUM_PROBES = 3
 PROBE_TOKENS = 12
-# A probe ends before a token that another kernel might choose differently: bf16 logits of 10 are 0.04 apart.
+# A probe ends before a token that another kernel might choose differently: bf16 logits of 10 are 0.04 apart, and where
+# the weights are in 16 bits, all layers before them rounded as well.
 MIN_MARGIN = 0.1
+MIN_MARGIN_16_BIT = 0.5
 
 
 def publish_candidate(
@@ -46,7 +48,7 @@ def publish_candidate(
     def fill(folder: Path) -> None:
         nonlocal difference
         save_version_folder(loaded.model, loaded.tokenizer, folder, stop_ids=stop_ids, base_path=base_path)
-        difference = prove_export(loaded.model, folder, loaded.tokenizer, base_path=base_path)
+        difference = prove_export(loaded.model, folder, loaded.tokenizer)
 
     version = registry.publish(name, fill, facts.model_copy(update={"probes": probes}))
     return version, difference
@@ -55,12 +57,14 @@ def publish_candidate(
 def make_probes(model: nn.Module, tokenizer: Any, examples: Sequence[Example], context_tokens: int) -> Iterator[Probe]:
     """Yield at most `NUM_PROBES` prompts with what the model itself answers greedily, right or wrong."""
     found = 0
+    in_16_bits = any(parameter.element_size() < 4 for parameter in model.parameters())
+    min_margin = MIN_MARGIN_16_BIT if in_16_bits else MIN_MARGIN
     for example in examples[: 4 * NUM_PROBES]:
         prompt_ids = _prompt_of(tokenizer, example)
         if not 0 < len(prompt_ids) <= context_tokens - PROBE_TOKENS:
             continue
         expected_ids = greedy_continuation(
-            model, prompt_ids, PROBE_TOKENS, stop_ids=stop_token_ids(tokenizer), min_margin=MIN_MARGIN
+            model, prompt_ids, PROBE_TOKENS, stop_ids=stop_token_ids(tokenizer), min_margin=min_margin
         )
         if expected_ids:
             yield Probe(prompt_ids=prompt_ids, expected_ids=expected_ids)

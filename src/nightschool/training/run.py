@@ -260,6 +260,7 @@ def _publish(home: Home, run: Run, classroom: Classroom, state: TrainState) -> N
     """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint."""
     recipe, loaded, task = classroom.recipe, classroom.loaded, classroom.task
     step, heldout = _take_best(run, classroom, state)
+    task.optimizer.release()
     task.model.eval()
     count = count_parameters(task.model)
     facts = VersionFacts(
