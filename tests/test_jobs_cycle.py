@@ -18,7 +18,7 @@ from nightschool.jobs.cycle import Surroundings, continue_cycle, cycle_lock_path
 from nightschool.jobs.outcome import CycleFacts
 from nightschool.jobs.promotion import promote, roll_back
 from nightschool.jobs.stop import Stop
-from nightschool.jobs.study import Studied
+from nightschool.jobs.study import Studied, starting_weights
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -208,6 +208,45 @@ def test_another_base_in_the_recipe_starts_anew_and_says_so(school):
     result = school.cycle(base="new:llama")
     assert RunStore(school.home).get(result.run_id).recipe()["base"] == "new:llama"
     assert any("grew from new:tiny: starting anew" in line for line in school.news)
+
+
+def be_adapter(school, run_recipe, *, r=16, alpha=32, base="base@20250101_000000"):
+    """A champion that is an adapter, as a night with this recipe would have published it."""
+    run = RunStore(school.home).create(run_recipe.as_plain(), name="bot")
+
+    def fill(folder):
+        (folder / "adapter_config.json").write_text(json.dumps({"r": r, "lora_alpha": alpha, "target_modules": ["q"]}))
+
+    version = school.registry.publish(
+        "bot", fill, VersionFacts(kind="adapter", method="lora", run_id=run.id, base=base)
+    )
+    school.registry.promote("bot", version.id, by="test")
+    return version
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({}, None),
+        ({"dropout": 0.1}, None),
+        ({"target_modules": ["v_proj", "q_proj"]}, None),
+        ({"r": 8}, "lora.r is 8 and its adapter has 16"),
+        ({"alpha": 64}, "lora.alpha is 64.0 and its adapter has 32"),
+        ({"target_modules": "all-linear"}, "lora.target_modules is all-linear and its adapter has q_proj, v_proj"),
+    ],
+)
+def test_another_shape_of_adapter_begins_on_the_base_of_the_champion_and_says_so(school, lora, said):
+    began = {"target_modules": ["q_proj", "v_proj"]}
+    champion = be_adapter(school, school.recipe(method="lora", lora=began))
+    wanted = school.recipe(method="lora", lora=began | lora)
+    base = starting_weights(school.home, wanted, say=school.news.append)
+    if said is None:
+        assert (base, school.news) == (champion.ref, [])
+    else:
+        assert base == "base@20250101_000000"
+        assert school.news == [f"A new adapter begins on {base}, the base of {champion.ref}: {said}"]
+    # All weights begin with the adapter merged, whatever its shape.
+    assert starting_weights(school.home, school.recipe(method="full", lora=lora)) == champion.ref
 
 
 def test_training_that_fails_leaves_the_champion_and_says_where_it_failed(school):

@@ -232,6 +232,10 @@ def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
     other = new_run(home, name="adapted", facts=lesson, base=version.ref, method="lora", lora=lora | {"r": 4})
     assert train(home, other) == 1
     assert "lora.r=4" in other.status.error
+    elsewhere = lora | {"target_modules": ["q_proj"]}
+    other = new_run(home, name="adapted", facts=lesson, base=version.ref, method="lora", lora=elsewhere)
+    assert train(home, other) == 1
+    assert "lora.target_modules=q_proj, but the adapter" in other.status.error
 
 
 def test_lora_on_random_weights_is_refused(home, capsys):

@@ -255,8 +255,15 @@ def _load(
 
 
 def _refuse_other_lora(model: PeftModel, lora: Lora, ref: str) -> None:
-    """An adapter goes on with the rank that it has; dropout may change from run to run."""
+    """An adapter goes on with the rank and the places that it has; dropout may change from run to run."""
     config: Any = model.peft_config["default"]
+    wanted = lora.target_modules
+    has = config.target_modules or ()
+    if not isinstance(wanted, str) and not isinstance(has, str) and set(wanted) != set(has):
+        raise ModelError(
+            f"The recipe has lora.target_modules={', '.join(wanted)}, but the adapter {ref} has "
+            f"{', '.join(sorted(has))}. Write the adapter's, or start again from its base."
+        )
     if (config.r, float(config.lora_alpha)) != (lora.r, float(lora.alpha)):
         raise ModelError(
             f"The recipe has lora.r={lora.r} and lora.alpha={lora.alpha:g}, but the adapter {ref} has r={config.r} and "
