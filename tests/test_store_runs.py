@@ -38,7 +38,9 @@ def test_a_new_run(store):
     assert not run.status.is_final
     assert store.get(run.id) == run
     run.events.write("began", step=1)
-    assert [event["event"] for event in read_events(run.events_path)] == ["began"]
+    assert [(row["event"], row["run_id"], row["step"]) for row in read_events(run.events_path)] == [
+        ("began", run.id, 1)
+    ]
     assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "status.json", "checkpoints", "events.jsonl"}
 
 

@@ -18,18 +18,20 @@ def now() -> datetime:
 class EventLog:
     """Appends events to a JSONL file, one line per event, from any thread.
 
-    Each line is written by a single `write` in append mode, so that two processes never mix within a line.
+    Each line is written by a single `write` in append mode, so that two processes never mix within a line. `always`
+    are facts that every event carries, such as the id of its run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **always: Any) -> None:
         self.path = path
+        self._always = always
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append `{"time": …, "event": event, **facts}`."""
-        self.append({"time": now().isoformat(), "event": event, **facts})
+        """Append `{"time": …, "event": event, **always, **facts}`."""
+        self.append({"time": now().isoformat(), "event": event, **self._always, **facts})
 
     def append(self, row: dict[str, Any]) -> None:
         """Append one object as it is."""

@@ -118,8 +118,11 @@ class Run:
 
     @cached_property
     def events(self) -> EventLog:
-        """The log to append to; opened at first use, closed with this object. To read, use `read_events(events_path)`."""
-        log = EventLog(self.events_path)
+        """The log to append to, each row with the id of this run; to read, use `read_events(events_path)`.
+
+        Opened at first use, closed with this object.
+        """
+        log = EventLog(self.events_path, run_id=self.id)
         weakref.finalize(self, log.close)
         return log
 
