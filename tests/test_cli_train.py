@@ -1,6 +1,7 @@
 """train, plan, schedule run, serve and doctor: what they hand on, and what they exit with."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -280,3 +281,20 @@ def test_the_check_of_the_reference_fails_when_it_is_out_of_date(tmp_path):
     )
     assert done.returncode == 1
     assert "is out of date" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_colour", "words", "wish"),
+    [(True, None, [], "1"), (False, None, [], None), (True, "1", [], None), (True, None, ["--json"], None)],
+)
+def test_a_child_is_told_of_colour_only_where_a_person_looks(
+    terminal, no_colour, words, wish, home, cycles, monkeypatch
+):
+    # Set and deleted, so that monkeypatch puts back what stood there before.
+    for name, value in (("FORCE_COLOR", None), ("NO_COLOR", no_colour)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["train", "r.yaml", *words]) == 0
+    assert os.environ.get("FORCE_COLOR") == wish

@@ -542,3 +542,16 @@ def test_probes_end_before_a_token_that_could_fall_out_differently(taught):
     prompt = render_prompt(loaded.tokenizer, [Message("user", FACTS[0][0])])
     assert greedy_continuation(loaded.model, prompt, 5, min_margin=1e9) == []
     assert len(greedy_continuation(loaded.model, prompt, 5)) == 5
+
+
+def test_the_log_has_colour_only_where_somebody_follows_it_on_a_terminal(home, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert train(home, new_run(home, train={"epochs": 1})) == 0
+    assert "\x1b[1;32m" in capsys.readouterr().out
+    monkeypatch.delenv("FORCE_COLOR")
+    assert train(home, new_run(home, name="other", train={"epochs": 1})) == 0
+    plain = capsys.readouterr().out
+    assert "\x1b[" not in plain
+    assert "▏between bars▕ is trained" in plain

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nightschool.cli.recipes import read_recipe
-from nightschool.cli.session import answer, session, table
+from nightschool.cli.session import answer, let_children_colour, session, table
 from nightschool.cli.terms import moment
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Locked
@@ -47,6 +47,7 @@ def run(recipe: Path, /, *overrides: str) -> int:
         if not session().quiet or line.startswith(("[Scheduler]", "[Error]")):
             print(line, file=stream, flush=True)
 
+    let_children_colour()
     stop = Stop()
     return Scheduler(Home.find(), load, root=root, stop=stop, say=say).serve()
 

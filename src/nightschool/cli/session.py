@@ -58,6 +58,12 @@ def colour_wanted() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not session().json
 
 
+def let_children_colour() -> None:
+    """Tell the processes that we start, whose output goes through a file, that a person looks at it here."""
+    if colour_wanted():
+        os.environ.setdefault("FORCE_COLOR", "1")
+
+
 def bold(text: str) -> str:
     return f"\x1b[1m{text}\x1b[0m" if colour_wanted() else text
 

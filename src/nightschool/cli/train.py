@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from nightschool.cli.recipes import read_recipe
 from nightschool.cli.runs import flatten
-from nightschool.cli.session import answer, colour_wanted, note, session
+from nightschool.cli.session import answer, colour_wanted, let_children_colour, note, session
 from nightschool.cli.terms import find_checkpoint
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
@@ -95,6 +95,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
 
 def _around() -> Surroundings:
     """Live output on the terminal; with --json beside the answer, with -q none."""
+    let_children_colour()
     stream = sys.stderr if session().json else sys.stdout
     on_line: Callable[[str], None] | None = None
     if not session().quiet:

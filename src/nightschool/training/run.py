@@ -149,7 +149,8 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
     write_json(run.path / "environment.json", describe_environment(classroom))
     plan = plan_of(classroom, home)
     write_json(run.path / "plan.json", plan.to_json())
-    render_plan(plan, Console(file=sys.stdout, width=120, no_color=not sys.stdout.isatty(), highlight=False))
+    # stdout is a file. FORCE_COLOR, which rich honours, says that somebody follows it on a terminal.
+    render_plan(plan, Console(file=sys.stdout, width=120, highlight=False))
     sys.stdout.flush()
 
     surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
