@@ -10,10 +10,14 @@ from live_server import eventually
 from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import byte_tokenizer
 
+from nightschool.config.recipe import Lora
 from nightschool.engine import slot as slot_module
+from nightschool.engine.room import free_bytes, needed_bytes
 from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, ModelError, NotFound, NotLoaded, PromptTooLong, SwapFailed
+from nightschool.models.adapters import attach_lora
 from nightschool.models.export import save_version_folder
+from nightschool.models.load import load_version
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Probe, VersionFacts
@@ -244,11 +248,42 @@ def test_a_dropped_version_answers_what_it_has_taken(school, slot):
 def test_without_room_for_a_third_version_the_one_before_makes_room(school, slot, monkeypatch):
     slot.swap(school.old)
     slot.swap(school.new)
-    monkeypatch.setattr(slot_module, "_has_room_for", lambda _: False)
+    monkeypatch.setattr(slot_module, "free_bytes", lambda _: 10**12 if school.old not in engines() else 0)
     third = school.publish(lively_model("tiny-llama", seed=3))
     slot.swap(third)
     assert slot.previous.version.ref == school.new
     eventually(lambda: engines() == sorted([third, school.new]))
+
+
+def test_without_room_for_a_second_version_nothing_is_loaded_and_both_numbers_are_said(school, slot, monkeypatch):
+    slot.swap(school.old)
+    monkeypatch.setattr(slot_module, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(slot_module, "load_version", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(SwapFailed, match=r"takes about .* and 1 kB of this machine are free") as failed:
+        slot.swap(school.new)
+    assert failed.value.stage == "load"
+    school.answers_exactly(slot, school.old)
+
+
+def test_an_adapter_takes_the_room_of_its_whole_base(school):
+    base = school.registry.resolve(school.old)
+    under = load_version(base, school.home)
+    elements = sum(p.numel() for p in under.model.parameters())
+    wrapped = attach_lora(under.model, Lora(r=2), seed=0, base_path=str(base.path))
+    facts = VersionFacts(kind="adapter", base=base.ref, method="lora")
+    adapter = school.registry.publish(
+        "bot", lambda folder: save_version_folder(wrapped, byte_tokenizer(), folder, base_path=base.path), facts
+    )
+    for version in (base, adapter):
+        assert needed_bytes(version, school.home, torch.float32) > 4 * elements
+        assert needed_bytes(version, school.home, torch.bfloat16) < 4 * elements
+
+
+def test_on_a_gpu_its_own_memory_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
+    assert free_bytes("cuda") == 123
+    assert free_bytes("cpu") > 10**6
 
 
 def test_every_answer_is_exact_for_the_version_that_it_reports_while_versions_change(school, slot):

@@ -16,24 +16,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import psutil
 import torch
 
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
 from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.engine.room import free_bytes, needed_bytes
 from nightschool.errors import Conflict, NotLoaded, SwapFailed
 from nightschool.events import now
 from nightschool.models.load import LoadedModel, load_version
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 from nightschool.store.versions import Probe
+from nightschool.units import format_bytes
 
 log = logging.getLogger("nightschool.engine")
 
 _PROBE_SECONDS = 120.0
-# Bytes of memory per byte of weights that a version may take: weights in fp32 from bf16 files, and its cache.
-_ROOM = 3
+# How long a swap that needs the room waits for the last answers of a version that was dropped.
+_DRAIN_SECONDS = 30.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,11 +194,7 @@ class Slot:
 
     def _load(self, swap: _Swap, version: Version) -> Generation:
         """Load a version beside the one that serves, up to and including its probes."""
-        previous = self._previous
-        if previous is not None and not _has_room_for(version):
-            with self._pointer:
-                self._previous = None
-            _let_go(previous)
+        self._make_room(swap, version)
         loaded = swap.load(version, self._dtype, self._device)
         engine = swap.warm_up(version, loaded, self._engine_settings)
         try:
@@ -207,17 +204,38 @@ class Slot:
             raise
         return Generation(version, engine, now())
 
+    def _make_room(self, swap: _Swap, version: Version) -> None:
+        """Drop the generation before if a third one does not fit beside it.
 
-def _let_go(generation: Generation) -> None:
-    """End a generation once it has answered what it took."""
+        Raises:
+            SwapFailed: If there is too little room even then. Nothing was loaded.
+        """
+        with swap.stage("load"):
+            needed = needed_bytes(version, self.home, self._dtype)
+            if free_bytes(self._device) >= needed:
+                return
+            with self._pointer:
+                dropped, self._previous = self._previous, None
+            if dropped is not None:
+                ended = _let_go(dropped)
+                del dropped
+                ended.join(_DRAIN_SECONDS)
+            free = free_bytes(self._device)
+            if free < needed:
+                where = "the GPU" if torch.device(self._device).type == "cuda" else "this machine"
+                raise Conflict(
+                    f"{version.ref} takes about {format_bytes(needed)} beside the version that is served, and "
+                    f"{format_bytes(free)} of {where} are free. Free some memory, or stop the server and start it with "
+                    f"{version.ref}."
+                )
+
+
+def _let_go(generation: Generation) -> threading.Thread:
+    """End a generation once it has answered what it took; the thread ends when it has."""
     # On a thread of its own, because one slow answer must not hold up the swap.
-    threading.Thread(target=generation.engine.close, kwargs={"drain": True}, daemon=True).start()
-
-
-def _has_room_for(version: Version) -> bool:
-    """Whether a third version fits beside the one that serves and the one before."""
-    needed = sum(path.stat().st_size for path in version.path.iterdir() if path.suffix == ".safetensors")
-    return int(psutil.virtual_memory().available) > _ROOM * needed
+    thread = threading.Thread(target=generation.engine.close, kwargs={"drain": True}, daemon=True)
+    thread.start()
+    return thread
 
 
 class _Swap:
@@ -308,7 +326,8 @@ class _Stage:
         self._started = time.perf_counter()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._seconds[self._name] = time.perf_counter() - self._started
+        spent = time.perf_counter() - self._started
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
         # Any exception: a library may raise what it likes, and whoever asked for the swap must learn that nothing changed.
         if isinstance(error, Exception):
             raise SwapFailed(self._name, str(error) or type(error).__name__) from error

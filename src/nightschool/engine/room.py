@@ -1,0 +1,35 @@
+"""Whether a version fits into memory, asked before anything is loaded."""
+
+from __future__ import annotations
+
+import gc
+
+import psutil
+import torch
+
+from nightschool.models.stored import stored_weights_of
+from nightschool.store.home import Home
+from nightschool.store.registry import Version
+
+# Beside its weights a version needs keys and values of a few requests, and what a forward pass holds.
+_ROOM = 1.15
+
+
+def needed_bytes(version: Version, home: Home, dtype: torch.dtype) -> int:
+    """What serving a version takes. An adapter is merged, so it takes what its whole base takes.
+
+    Raises:
+        NotFound, ModelError, Damaged: If its base is not there, or cannot be read.
+    """
+    size = torch.empty((), dtype=dtype).element_size()
+    return int(_ROOM * size * stored_weights_of(version, home).num_elements)
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Memory that is free where versions are loaded: the GPU's own, or the machine's."""
+    device = torch.device(device)
+    gc.collect()  # a closed engine and its model refer to each other
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()  # what the allocator keeps for later counts as taken
+    return int(torch.cuda.mem_get_info(device)[0])
