@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cli_home import add_checkpoint
 
 from nightschool.cli import doctor as doctor_module
@@ -19,6 +20,7 @@ from nightschool.config.load import load_recipe
 from nightschool.errors import Interrupted
 from nightschool.jobs import detached
 from nightschool.jobs.outcome import CycleFacts, CycleResult
+from nightschool.models import dtype as dtype_module
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 
@@ -236,6 +238,17 @@ def test_the_doctor_looks_at_everything_and_says_what_to_do(home, monkeypatch, c
     assert list(findings) == ["versions", "CPU", "RAM", "GPU", "dtype", "home", "disk", "port", "network"]
     assert "everything works offline" in findings["network"]["found"]
     assert "name@version" in findings["network"]["todo"]
+
+
+@pytest.mark.parametrize("speedup", [0.02, 1.5, 7.0])
+def test_the_doctor_reports_products_and_leaves_the_choice_to_the_run(monkeypatch, speedup):
+    """Training may choose otherwise: it times whole steps, so the doctor names no dtype."""
+    monkeypatch.setattr(dtype_module, "bf16_speedup", lambda width: speedup)
+    monkeypatch.setattr(dtype_module, "resolve_device", lambda: torch.device("cpu"))
+    found = doctor_module.number_formats().found
+    assert found == (
+        f"bf16 products are {speedup:.2g} times as fast as fp32 ones on this CPU; each run measures its own steps"
+    )
 
 
 def test_the_doctor_fails_where_nothing_can_be_written(home, monkeypatch, capsys):
