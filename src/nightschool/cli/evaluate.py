@@ -13,7 +13,8 @@ from nightschool.cli.session import answer, bold, note
 from nightschool.cli.terms import figure
 from nightschool.data.example import Example, Message
 from nightschool.data.load import read_file
-from nightschool.errors import NameRefused, NotFound, NothingToTrain, UsageError
+from nightschool.errors import NameRefused, NightschoolError, NotFound, NothingToTrain, PromptTooLong, UsageError
+from nightschool.evaluation.diff import shortened
 from nightschool.events import read_events
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.atomic import write_text
@@ -53,7 +54,8 @@ def evaluate(
     """Ask a model questions, greedily, and take its loss on what it was never trained on.
 
     Without --suite, all that is known of the model is asked: what its run taught (new), what was accepted before
-    (old), what is pinned (pins); the loss is that of its run's held-out examples.
+    (old), what is pinned (pins); the loss is that of its run's held-out examples. A question that is longer than the
+    model's context is listed as not asked and counts neither as right nor as wrong.
 
     Args:
         model: NAME (its champion), NAME@VERSION, a folder or a hub id.
@@ -77,7 +79,7 @@ def evaluate(
             "example. Name a file: --suite questions.jsonl."
         )
     with local_model(home, model, num_rows=NUM_ROWS) as local:
-        answers = _ask(local, questions, max_new_tokens)
+        answers, not_asked = _ask(local, questions, max_new_tokens)
         loss, tokens = _loss(local, asked.held_out, max_seq_len)
         ref = local.ref
     counts = {
@@ -90,6 +92,7 @@ def evaluate(
         "model": ref,
         "questions": counts,
         "accuracy": sum(one.correct for one in answers) / len(answers) if answers else None,
+        "not_asked": not_asked,
         "heldout_loss": figure_to_json(loss),
         "perplexity": figure_to_json(perplexity),
         "heldout_tokens": tokens,
@@ -111,6 +114,12 @@ def evaluate(
             lines.append(
                 f"{'held-out':<10} {loss:.4f} nats a token over {tokens} tokens, perplexity {figure(perplexity)}"
             )
+        if not_asked:
+            lines.append(f"{'not asked':<10} {len(not_asked)}, too long for the model's context")
+            lines += [
+                f"  {one['tokens']} of {one['context_tokens']} tokens  {shortened(one['question'])}"
+                for one in not_asked
+            ]
         for one in wrong_first:
             lines += ["", f"{'✓' if one.correct else '✗'} {bold(one.question)}"]
             lines += [f"  expected {one.expected}", f"  answered {one.answer}"]
@@ -159,19 +168,50 @@ def _of_run(home: Home, version: Version, file: str) -> list[Example]:
     return [Example.from_json(row) for row in read_events(run.path / file)]
 
 
-def _ask(local: Any, questions: Sequence[Any], max_new_tokens: int) -> list[Any]:
-    from nightschool.engine.request import SamplingParams
+def _ask(local: Any, questions: Sequence[Any], max_new_tokens: int) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The answers, and the questions that do not fit the context.
 
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0)
-    answered = []
+    Raises:
+        NightschoolError: If an answer could not be generated.
+    """
+    answered: list[Any] = []
+    not_asked: list[dict[str, Any]] = []
     # As many at a time as the engine has room to queue.
     for start in range(0, len(questions), 128):
-        part = questions[start : start + 128]
-        handles = [
-            local.ask(one.id, [Message(turn["role"], turn["content"]) for turn in one.messages], params) for one in part
-        ]
-        answered += [one.answered(handle.result().text) for one, handle in zip(part, handles, strict=True)]
-    return answered
+        handles = []
+        for one in questions[start : start + 128]:
+            try:
+                handles.append((one, _submit(local, one, max_new_tokens)))
+            except PromptTooLong as error:
+                facts = {"tokens": error.prompt_tokens, "context_tokens": error.context_tokens}
+                not_asked.append({"id": one.id, "kind": one.kind, "question": one.question, **facts})
+        for one, handle in handles:
+            generated = handle.result()
+            if generated.finish_reason == "error":
+                raise NightschoolError(
+                    f"{local.ref} failed at the question {shortened(one.question)!r}: {generated.error}. Nothing was "
+                    "counted; try again."
+                )
+            answered.append(one.answered(generated.text))
+    return answered, not_asked
+
+
+def _submit(local: Any, question: Any, max_new_tokens: int) -> Any:
+    """Queue a question; where the context is nearly full, its answer has what room there is.
+
+    Raises:
+        PromptTooLong: If there is none.
+    """
+    from nightschool.engine.request import SamplingParams
+
+    turns = [Message(turn["role"], turn["content"]) for turn in question.messages]
+    try:
+        return local.ask(question.id, turns, SamplingParams(max_new_tokens=max_new_tokens, temperature=0))
+    except PromptTooLong as error:
+        room = error.context_tokens - error.prompt_tokens
+        if room < 1:
+            raise
+        return local.ask(question.id, turns, SamplingParams(max_new_tokens=room, temperature=0))
 
 
 def _loss(local: Any, held_out: Sequence[Example], max_seq_len: int) -> tuple[float | None, int]:
