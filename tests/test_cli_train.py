@@ -1,5 +1,6 @@
 """train, plan, schedule run, serve and doctor: what they hand on, and what they exit with."""
 
+import inspect
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import torch
 from cli_home import add_checkpoint
 
 from nightschool.cli import doctor as doctor_module
+from nightschool.cli import serve as serve_module
 from nightschool.cli import train as train_module
 from nightschool.cli.main import main
 from nightschool.cli.reference import reference
@@ -21,6 +23,7 @@ from nightschool.errors import Interrupted
 from nightschool.jobs import detached
 from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.models import dtype as dtype_module
+from nightschool.server.settings import ServerSettings
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 
@@ -179,6 +182,21 @@ def test_serve_hands_its_options_to_the_server(home, monkeypatch, capsys):
     assert "Conversations are kept" in capsys.readouterr().err
 
 
+def test_serve_has_an_option_for_each_bound_of_the_server(home, monkeypatch):
+    served = []
+    monkeypatch.setattr("nightschool.server.run.serve", lambda home, name, settings, *, engine: served.append(settings))
+    words = "--allowed-hosts Proxy.example --allowed-hosts b.example --max-body-bytes 5000 --max-new-tokens-limit 64"
+    assert main(["serve", "bot", *words.split(), "--request-burst", "3", "--drain-seconds", "2.5"]) == 0
+    (settings,) = served
+    assert settings.allowed_hosts == ("proxy.example", "b.example")
+    assert (settings.max_body_bytes, settings.max_new_tokens_limit) == (5000, 64)
+    assert (settings.request_burst, settings.drain_seconds) == (3, 2.5)
+    parameters = set(inspect.signature(serve_module.serve).parameters) - {"name", "overrides"}
+    # The time for a body is no matter of taste, and keys come from a file, never from a command line.
+    missing = set(ServerSettings.model_fields) - parameters - {"api_keys", "body_timeout_seconds"}
+    assert not missing, f"no option sets {missing}"
+
+
 def test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise(home, monkeypatch, capsys):
     served = []
     monkeypatch.setattr(
@@ -212,6 +230,8 @@ def test_names_that_were_translated_are_said(home, capsys):
         (["--model-check-interval", "soon"], "--model-check-interval: 'soon' is no duration"),
         (["--model-check-interval", "0"], "--model-check-interval 0"),
         (["--log-level", "loud"], "--log-level loud"),
+        (["--max-body-bytes", "1"], "--max-body-bytes 1"),
+        (["--request-burst", "0"], "--request-burst 0"),
         (["--host", "0.0.0.0"], "there is no API key"),
     ],
 )

@@ -26,6 +26,11 @@ def serve(
     context_tokens: int | None = None,
     queue_limit: int = 256,
     requests_per_minute: float | None = None,
+    request_burst: int = 10,
+    allowed_hosts: list[str] | None = None,
+    max_body_bytes: int = 2_000_000,
+    max_new_tokens_limit: int = 8192,
+    drain_seconds: float = 30.0,
     log_level: str = "info",
 ) -> None:
     """Answer over HTTP with the champion of a name, and swap when another version is promoted.
@@ -44,6 +49,12 @@ def serve(
         context_tokens: Longest prompt and answer together, in tokens; the model's own limit without it.
         queue_limit: Requests that may wait; more are refused with 429.
         requests_per_minute: Bound per key, or per address without keys.
+        request_burst: Requests that may come at once before that bound applies.
+        allowed_hosts: A further name that may stand in the Host header, for a reverse proxy before a server on
+            127.0.0.1. May be given several times.
+        max_body_bytes: Largest request body; a larger one is refused with 413.
+        max_new_tokens_limit: Most tokens that one answer may be asked to have.
+        drain_seconds: How long running answers may take to finish after SIGTERM.
         log_level: debug, info, warning or error.
     """
     from pydantic import ValidationError
@@ -66,6 +77,11 @@ def serve(
             ),
             record_conversations=record_conversations,
             requests_per_minute=requests_per_minute,
+            request_burst=request_burst,
+            allowed_hosts=tuple(one.lower() for one in allowed_hosts or ()),
+            max_body_bytes=max_body_bytes,
+            max_new_tokens_limit=max_new_tokens_limit,
+            drain_seconds=drain_seconds,
             log_level=log_level,
         )
     except ValidationError as error:

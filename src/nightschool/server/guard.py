@@ -72,7 +72,7 @@ class Guard:
             raise Refusal(
                 403,
                 f"The Host header {host[:200]!r} is not this machine. "
-                "Ask for localhost or 127.0.0.1, or add the name to allowed_hosts.",
+                "Ask for localhost or 127.0.0.1, or start the server with --allowed-hosts NAME.",
                 "host_refused",
             )
         changes = method not in ("GET", "HEAD", "OPTIONS") or path == "/refresh_model"
