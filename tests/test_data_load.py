@@ -197,6 +197,24 @@ def test_a_correction_becomes_the_answer_and_earlier_answers_are_context(home: H
     assert loaded.sources[0].examples == 1
 
 
+def test_a_recipe_studies_the_conversations_of_its_own_name_unless_it_names_others(home: Home, tmp_path: Path) -> None:
+    for request_id, name in (("r1", "bot"), ("r2", "other")):
+        with open_database(home) as database:
+            store = ConversationStore(database)
+            turns = [{"role": "user", "content": f"Who are you, {name}?"}]
+            store.record(request_id, name, "20260101_000000", turns, "?")
+            store.feedback(request_id, None, f"I am {name}.")
+
+    def studied(**where: object) -> list[str]:
+        source = kept(where={"corrected": True} | where)
+        loaded = load_sources([source], root=tmp_path, home=home, name="bot")
+        return [example.answer for example in loaded.examples]
+
+    assert studied() == ["I am bot."]
+    assert studied(model="other") == ["I am other."]
+    assert studied(model="any") == ["I am bot.", "I am other."]
+
+
 def test_good_answers_can_be_studied_and_bad_ones_never_are(home: Home, tmp_path: Path) -> None:
     keep(home, "r1", "1", "good", rating="good")
     keep(home, "r2", "2", "bad", rating="bad")

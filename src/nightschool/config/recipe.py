@@ -90,6 +90,10 @@ def plain_types(annotation: Any) -> Iterator[Any]:
         yield origin or annotation
 
 
+ANY_NAME = "any"
+"""In `where.model`: conversations of whatever served name."""
+
+
 class ConversationFilter(Section):
     """Which of the kept conversations are studied."""
 
@@ -99,7 +103,9 @@ class ConversationFilter(Section):
     corrected: bool | None = Field(
         None, description="true: only answers that a person corrected; false: only uncorrected ones."
     )
-    model: str | None = Field(None, description="Keep only answers of this served name.")
+    model: str | None = Field(
+        None, description="Keep only answers of this served name; without it, of the recipe's own; `any` keeps all."
+    )
 
 
 class DataSource(Section):

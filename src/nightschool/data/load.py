@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from nightschool.config.recipe import DataSource, HeldOut
+from nightschool.config.recipe import ANY_NAME, DataSource, HeldOut
 from nightschool.data.example import Example
 from nightschool.data.formats import detect, to_examples
 from nightschool.data.kept import study
@@ -67,7 +67,8 @@ def load_sources(
         sources: `recipe.data`.
         root: Where relative paths begin.
         home: Where conversations were kept; needed for `from: conversations`.
-        name: The recipe's name, whose champion `since: last_promoted` asks for.
+        name: The recipe's name: whose champion `since: last_promoted` asks for, and whose conversations are studied
+            unless the source names others.
 
     Raises:
         NotFound: If a path names nothing; the message begins with its key, such as `data.0.path`.
@@ -204,13 +205,19 @@ def _read_conversations(source: DataSource, home: Home | None, name: str | None,
     database = open_database(home)
     try:
         kept = ConversationStore(database).select(
-            source.where.rating, source.where.corrected, source.where.model, since
+            source.where.rating, source.where.corrected, _studied_name(source, name), since
         )
     finally:
         database.close()
     studied = study(kept, problems)
     report = SourceReport("conversations", {"conversations": len(kept)}, len(studied.examples))
     return Loaded(studied.examples, [report], bad=studied.bad, superseded=studied.superseded)
+
+
+def _studied_name(source: DataSource, name: str | None) -> str | None:
+    """The served name whose conversations are meant, or None for those of all."""
+    wanted = source.where.model
+    return name if wanted is None else None if wanted == ANY_NAME else wanted
 
 
 def _champion_began(home: Home, name: str) -> datetime | None:
