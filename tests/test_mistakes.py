@@ -1,0 +1,536 @@
+"""What systems like this get wrong: one test for each mistake, here or where `PROVEN_ELSEWHERE` says."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import get_args
+
+import httpx2
+import pytest
+import torch
+from engine_setups import lively_model
+from live_server import eventually, live
+from pydantic import BaseModel
+from tokenizers_for_tests import byte_tokenizer
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.chat import render_prompt
+from nightschool.data.example import Example, Message
+from nightschool.data.load import load_sources
+from nightschool.engine import exam
+from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.engine.slot import Slot
+from nightschool.errors import NightschoolError
+from nightschool.evaluation.gate import decide
+from nightschool.evaluation.questions import make_questions
+from nightschool.evaluation.scores import ScoreSheet
+from nightschool.jobs.schedule import Timetable
+from nightschool.jobs.study import NewExamples, reason_to_skip
+from nightschool.models.export import save_version_folder
+from nightschool.store.accepted import AcceptedExamples
+from nightschool.store.conversations import ConversationStore
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
+from nightschool.store.versions import VersionFacts
+from nightschool.training import classroom as classroom_module
+from nightschool.training.classroom import prepare_classroom
+from nightschool.training.loop import fit
+from nightschool.training.metrics import MetricsLog
+from nightschool.training.plan import plan_of
+from nightschool.training.selection import select_examples
+from nightschool.training.state import TrainState
+
+TESTS = Path(__file__).parent
+
+PROVEN_ELSEWHERE = {
+    "adding padding must not change loss, accuracy or gradients": [
+        "test_training_loop.py::test_adding_padding_changes_neither_loss_nor_gradients",
+        "test_layers_attention.py::test_packed_and_padded_give_one_loss_and_one_gradient",
+    ],
+    "the model must overfit one example and reproduce its answer greedily": [
+        "test_training_loop.py::test_the_model_overfits_one_example_and_repeats_its_answer_greedily",
+        "test_training_run.py::test_a_published_version_generates_what_was_taught_under_plain_transformers",
+    ],
+    "printed counts equal numel(); measured peak memory reported": [
+        "test_models_cost.py::test_counts_add_up_to_numel",
+        "test_models_cost.py::test_expected_bytes_are_within_a_factor_of_two_of_measured_ones",
+        "test_training_plan.py::test_the_plan_counts_what_is_there",
+    ],
+    "a half-written or failed version is never served": [
+        "test_store_registry.py::test_a_half_written_version_is_invisible",
+        "test_store_registry.py::test_a_damaged_version_is_neither_promoted_nor_rolled_back_to",
+        "test_engine_slot.py::test_a_swap_that_fails_changes_nothing",
+        "test_server_real.py::test_a_tampered_version_is_refused_and_the_old_one_serves_on",
+    ],
+    "/health answers < 100 ms during generate; cancel stops within one step": [
+        "test_server_real.py::test_health_answers_at_once_while_it_generates",
+        "test_engine_generate.py::test_a_cancelled_request_leaves_its_row_to_the_next_at_once",
+    ],
+    "interrupted+resumed run equals the uninterrupted one bit for bit": [
+        "test_training_resume.py::test_interrupted_and_resumed_equals_uninterrupted",
+        "test_training_run.py::test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly",
+    ],
+    "failures surface with a non-zero exit / error code": [
+        "test_training_run.py::test_what_cannot_be_trained_fails_with_its_error",
+        "test_cli_train.py::test_train_exits_as_its_cycle_ended",
+        "test_engine_exam.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam",
+        "test_server_compat.py::test_a_failed_refresh_is_500_is_counted_and_the_old_version_serves_on",
+        "test_server_openai.py::test_a_failure_in_the_middle_of_a_stream_reaches_the_client_as_an_error",
+    ],
+}
+
+
+def exists(test):
+    file, name = test.split("::")
+    tree = ast.parse((TESTS / file).read_text())
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body)
+
+
+@pytest.mark.parametrize("mistake", PROVEN_ELSEWHERE)
+def test_each_mistake_has_its_tests(mistake):
+    assert [test for test in PROVEN_ELSEWHERE[mistake] if not exists(test)] == []
+
+
+def test_a_test_that_is_gone_would_be_noticed():
+    assert not exists("test_models_cost.py::test_counts")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+
+
+# Each option changes an observable.
+
+NAMES = ["Bela", "Mista", "Toron", "Ilka", "Sonno", "Vera", "Ondo", "Palu"]
+
+
+class Place:
+    """A home with accepted examples and kept conversations, two bases, and files to study."""
+
+    def __init__(self, path):
+        self.root = path
+        self.home = Home(path / "home").ensure()
+        self.tokenizer = byte_tokenizer()
+        for seed, name in enumerate(("base", "other")):
+            (path / name).mkdir()
+            save_version_folder(lively_model("tiny-llama", seed=seed), self.tokenizer, path / name)
+        self.write("train", [(f"{name}?", f"{name} lives in {'Rome' * (n % 3 + 1)}.") for n, name in enumerate(NAMES)])
+        self.write("fewer", [("Bela?", "Rome"), ("Mista?", "Oslo")])
+        self.write("held", [("Ilka lives?", "Graz")])
+        database = open_database(self.home)
+        accepted = [
+            Example((Message("user", f"Who is {n}?"), Message("assistant", f"Number {n}"))).to_json() for n in range(12)
+        ]
+        AcceptedExamples(database).add("bot", "20260101_000000", accepted)
+        self.conversations = ConversationStore(database)
+        for number, (model, rating, correction) in enumerate(
+            [("bot", "good", None), ("bot", "bad", "Oslo."), ("bot", "bad", None), ("aide", "good", "Bern.")]
+        ):
+            asked = [{"role": "user", "content": f"Question {number}?"}]
+            self.conversations.record(f"r{number}", model, "20260101_000000", asked, f"Answer {number}.")
+            self.conversations.feedback(f"r{number}", rating, correction)
+        database.close()
+
+    def write(self, name, rows):
+        (self.root / f"{name}.json").write_text(json.dumps([{"query": q, "retrieved": a} for q, a in rows]))
+
+    def recipe(self, changes):
+        """The recipe of these tests, small and short, with some settings changed by their dotted names."""
+        plain = {
+            "name": "bot",
+            "base": "./base",
+            "data": [{"path": "train.json"}],
+            "held_out": {"share": 0.4, "min_examples": 0},
+            "train": {
+                "learning_rate": 1e-2, "epochs": 2, "batch_size": 2, "accumulation_steps": 2, "max_seq_len": 128,
+                "max_cut_share": 0.9, "weight_decay": 0.01, "dtype": "fp32", "num_threads": 1,
+            },
+            "lora": {"r": 4, "alpha": 8},
+        }  # fmt: skip
+        for dotted, value in changes.items():
+            *way, last = dotted.split(".")
+            place = plain
+            for key in way:
+                place = place.setdefault(key, {})
+            place[last] = value
+        return Recipe.model_validate(plain)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+def a_run(place, recipe, monkeypatch):
+    """Everything that can be seen of a whole training, without files."""
+    seen = {"evaluated": [], "saved": [], "rows": [], "compiled": 0, "blocks": 0}
+    render = classroom_module.render_examples
+
+    def rendering(*arguments, num_workers=1):
+        seen["workers"] = max(seen.get("workers", 0), num_workers)
+        return render(*arguments)
+
+    def compiling(module, **_):
+        seen["compiled"] += 1
+
+    monkeypatch.setattr(classroom_module, "render_examples", rendering)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    try:
+        selection = select_examples(recipe, place.home, place.root)
+        room = prepare_classroom(recipe, selection, place.home, root=place.root)
+    except NightschoolError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        monkeypatch.undo()
+    for name, module in room.task.model.named_modules():
+        if name.endswith("layers.0.mlp"):
+            # Before, not after: recomputing stops in the middle, as soon as it has all that it needs.
+            module.register_forward_pre_hook(lambda *_: seen.update(blocks=seen["blocks"] + 1))
+
+    def evaluate():
+        seen["evaluated"].append(len(seen["rows"]))
+        return room.task.heldout_loss(room.held_out)[0]
+
+    metrics = MetricsLog(place.root / "metrics.jsonl", resumed_step=0)
+    fit(
+        room.task,
+        TrainState(room.task.fingerprint),
+        room.budget,
+        schedule=room.schedule,
+        metrics=metrics,
+        evaluate=evaluate if room.held_out else None,
+        save=lambda state: seen["saved"].append(state.step),
+        scaler=room.scaler,
+        on_row=lambda row: seen["rows"].append((row["step"], row["loss"], row["learning_rate"])),
+    )
+    metrics.close()
+    weights = {name: float(weight.detach().double().square().sum()) for name, weight in room.task.trainable().items()}
+    examples = [sorted(e.digest for e in part) for part in (selection.new, selection.replayed, selection.held_out)]
+    return seen | {
+        "weights": weights,
+        "examples": examples,
+        "dtype": room.dtype.compute,
+        "device": str(next(room.task.model.parameters()).device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def studied(place, recipe, monkeypatch):
+    """The examples that the sources give."""
+    loaded = load_sources(recipe.data, root=place.root, home=place.home, name=recipe.name)
+    return sorted((example.question, example.answer) for example in loaded.examples)
+
+
+def disk(place, recipe, monkeypatch):
+    """What the plan reserves for checkpoints."""
+    room = prepare_classroom(recipe, select_examples(recipe, place.home, place.root), place.home, root=place.root)
+    return plan_of(room, place.home).disk_needed_bytes
+
+
+def judged(place, recipe, monkeypatch):
+    """The rules that the gate applies, and their limits."""
+    new = [Example((Message("user", "Bela?"), Message("assistant", "Rome")))]
+    questions = make_questions(new, [], [], 10, 0)
+    sheet = ScoreSheet("bot@1", 1.0, 10, tuple(question.answered("Rome") for question in questions))
+    return [(result.rule, result.limit) for result in decide(sheet, sheet, recipe.gate).rules]
+
+
+def asked(place, recipe, monkeypatch):
+    """What the exam asks, and how long an answer may be."""
+    papers = exam._papers(place.home, recipe, place.root, place.tokenizer)
+    return len(papers.questions), papers.max_new_tokens
+
+
+def next_night(place, recipe, monkeypatch):
+    moment = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    return Timetable.of(recipe.schedule).next_due(moment - timedelta(minutes=1), moment)
+
+
+def skipped(place, recipe, monkeypatch):
+    new = [Example(text="a text")]
+    return reason_to_skip(recipe, NewExamples(new, 1), "fingerprint", None)
+
+
+KEPT = {"data": [{"from": "conversations", "where": {"rating": "any", "corrected": None}}]}
+
+
+def kept(**where):
+    source = {"from": "conversations", "where": {"rating": "any", "corrected": None} | where}
+    return {"data": [source]}
+
+
+LORA = {"method": "lora"}
+CRON = {"schedule.cron": "0 3 * * *"}
+
+# For each setting: who looks, at which recipe, and what is changed in it. Or the test that proves it.
+OBSERVED = {
+    "name": (a_run, {}, {"name": "another"}),
+    "base": (a_run, {}, {"base": "./other"}),
+    "method": (a_run, {}, LORA),
+    "data.path": (a_run, {}, {"data": [{"path": "fewer.json"}]}),
+    "data.format": "test_data_load.py::test_a_pinned_format_is_used",
+    "data.from_": (studied, {}, KEPT),
+    "data.where.rating": (studied, KEPT, kept(rating="good")),
+    "data.where.corrected": (studied, KEPT, kept(corrected=True)),
+    "data.where.model": (studied, KEPT, kept(model="aide")),
+    "data.since": "test_data_load.py::test_since_the_last_promotion_means_since_its_run_began",
+    "held_out.share": (a_run, {}, {"held_out.share": 0.8}),
+    "held_out.min_examples": (a_run, {}, {"held_out.min_examples": 100}),
+    "held_out.path": (a_run, {}, {"held_out.path": "held.json"}),
+    "replay.ratio": (a_run, {}, {"replay.ratio": 0.5}),
+    "replay.minimum": (a_run, {}, {"replay.minimum": 10}),
+    "train.learning_rate": (a_run, {}, {"train.learning_rate": 5e-3}),
+    "train.epochs": (a_run, {}, {"train.epochs": 1}),
+    "train.max_steps": (a_run, {}, {"train.max_steps": 1}),
+    "train.batch_size": (a_run, {}, {"train.batch_size": 3}),
+    "train.tokens_per_batch": (a_run, {}, {"train.tokens_per_batch": 200}),
+    "train.accumulation_steps": (a_run, {}, {"train.accumulation_steps": 1}),
+    "train.max_seq_len": (a_run, {}, {"train.max_seq_len": 48}),
+    "train.max_cut_share": (a_run, {"train.max_seq_len": 48}, {"train.max_cut_share": 0.01}),
+    "train.weight_decay": (a_run, {}, {"train.weight_decay": 0.5}),
+    "train.beta1": (a_run, {}, {"train.beta1": 0.5}),
+    "train.beta2": (a_run, {}, {"train.beta2": 0.9}),
+    "train.epsilon": (a_run, {}, {"train.epsilon": 1e-3}),
+    "train.max_grad_norm": (a_run, {"train.epsilon": 1e-3}, {"train.max_grad_norm": 0.01}),
+    "train.lr_schedule": (a_run, {}, {"train.lr_schedule": "constant"}),
+    "train.warmup_steps": (a_run, {}, {"train.warmup_steps": 2}),
+    "train.min_lr_ratio": (a_run, {}, {"train.min_lr_ratio": 0.5}),
+    "train.dtype": (a_run, {"train.max_steps": 1}, {"train.dtype": "bf16"}),
+    "train.gradient_checkpointing": (a_run, {}, {"train.gradient_checkpointing": True}),
+    "train.compile": (a_run, {}, {"train.compile": True}),
+    "train.device": (a_run, {"train.device": "cpu"}, {"train.device": "cuda"}),
+    "train.num_threads": (a_run, {}, {"train.num_threads": 2}),
+    "train.num_workers": (a_run, {}, {"train.num_workers": 2}),
+    "train.seed": (a_run, {}, {"train.seed": 43}),
+    "train.log_every": (a_run, {}, {"train.log_every": 2}),
+    "train.evaluate_every": (a_run, {}, {"train.evaluate_every": "1 steps"}),
+    "lora.r": (a_run, LORA, {"lora.r": 2}),
+    "lora.alpha": (a_run, LORA, {"lora.alpha": 16}),
+    "lora.dropout": (a_run, LORA, {"lora.dropout": 0.3}),
+    "lora.target_modules": (a_run, LORA, {"lora.target_modules": ["q_proj"]}),
+    "checkpoints.every": (a_run, {}, {"checkpoints.every": "1 steps"}),
+    "checkpoints.keep.last": (disk, {}, {"checkpoints.keep.last": 1}),
+    "checkpoints.keep.best": (disk, {}, {"checkpoints.keep.best": 0}),
+    "gate.holdout_loss": (judged, {}, {"gate.holdout_loss": "<= 1.5"}),
+    "gate.forgetting": (judged, {}, {"gate.forgetting": "<= 1%"}),
+    "gate.new_facts": (judged, {}, {"gate.new_facts": "off"}),
+    "gate.pins": "test_engine_exam.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
+    "gate.sample": (asked, {}, {"gate.sample": 2}),
+    "gate.max_new_tokens": (asked, {}, {"gate.max_new_tokens": 7}),
+    "schedule.every": (next_night, {}, {"schedule.every": "6h"}),
+    "schedule.cron": (next_night, {}, CRON),
+    "schedule.timezone": (next_night, CRON, {"schedule.timezone": "Asia/Tokyo"}),
+    "schedule.missed": "test_jobs_runner.py::test_what_was_missed_is_skipped_where_the_recipe_says_so",
+    "schedule.overlap": "test_jobs_runner.py::test_cycles_that_fall_due_while_one_runs_are_skipped_and_counted",
+    "schedule.min_new_examples": (skipped, {}, {"schedule.min_new_examples": 2}),
+    "serve.promote": "test_jobs_cycle.py::test_the_recipe_says_when_the_champion_moves",
+    "serve.model_check_interval": (
+        "test_cli_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"
+    ),
+    "serve.record_conversations": (
+        "test_cli_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"
+    ),
+}
+
+
+# Where the change is to be refused: a message names the setting by itself, or the machine has no GPU.
+REFUSING = ("train.device",)
+
+
+def settings_of(model, prefix=""):
+    """The dotted names of all settings; the places of a list are left out."""
+    names = []
+    for name, field in model.model_fields.items():
+        parts = [field.annotation, *get_args(field.annotation)]
+        section = next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
+        names += settings_of(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return names
+
+
+def test_each_option_has_an_observer():
+    assert sorted(settings_of(Recipe)) == sorted(OBSERVED)
+
+
+def test_an_option_without_an_observer_would_be_noticed():
+    class Wider(Recipe):
+        num_candidates: int = 1
+
+    assert set(settings_of(Wider)) - set(OBSERVED) == {"num_candidates"}
+
+
+def test_the_same_recipe_looks_the_same_twice(place, monkeypatch):
+    observers = {
+        (look, json.dumps(before)) for look, before, _ in filter(lambda o: not isinstance(o, str), OBSERVED.values())
+    }
+    for look, before in sorted(observers, key=str):
+        recipe = place.recipe(json.loads(before))
+        assert look(place, recipe, monkeypatch) == look(place, recipe, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def looked():
+    return {}
+
+
+@pytest.mark.parametrize("option", OBSERVED)
+def test_each_option_changes_an_observable(place, looked, monkeypatch, option):
+    if isinstance(OBSERVED[option], str):
+        assert exists(OBSERVED[option])
+        return
+    look, before, change = OBSERVED[option]
+    key = look.__name__, json.dumps(before)
+    if key not in looked:
+        looked[key] = look(place, place.recipe(before), monkeypatch)
+        assert not isinstance(looked[key], str), looked[key]
+    changed = look(place, place.recipe(before | change), monkeypatch)
+    assert changed != looked[key]
+    if look is a_run and isinstance(changed, str):
+        assert option in changed or option in REFUSING, f"it does not run at all: {changed}"
+
+
+# The event loop is never blocked.
+
+
+class Bot:
+    """A home with a version that is served, another one to be promoted, and a base to train."""
+
+    def __init__(self, path):
+        self.path, self.tokenizer = path, byte_tokenizer()
+        self.home = Home(path / "home").ensure()
+        self.registry = Registry(self.home)
+        self.models = {}
+        for seed in (1, 2):
+            model = lively_model("tiny-llama", seed=seed)
+            version = self.registry.publish(
+                "bot", lambda folder, model=model: save_version_folder(model, self.tokenizer, folder), VersionFacts()
+            )
+            self.models[version.id] = model
+        self.old, self.new = self.models
+        self.registry.promote("bot", self.old, by="test")
+
+    def expected(self, version, question, max_new_tokens):
+        ids = torch.tensor([render_prompt(self.tokenizer, [Message("user", question)])])
+        stop = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        with torch.inference_mode():
+            out = self.models[version].generate(ids, max_new_tokens=max_new_tokens, do_sample=False, **stop)
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture
+def bot(tmp_path):
+    return Bot(tmp_path)
+
+
+@pytest.fixture
+def server(bot):
+    slot = Slot("bot", bot.home, num_rows=4)
+    with live(slot, registry=bot.registry) as server:
+        server.slot = slot
+        yield server
+
+
+def generate(server, question, **more):
+    body = {"query": question, "max_new_tokens": 12, "temperature": 0} | more
+    return httpx2.post(f"{server.url}/generate", json=body, timeout=60)
+
+
+def test_health_answers_under_100_ms_during_train_load_generate(bot, server):
+    """The run is a process of its own, on the same machine; loads and answers are in this one."""
+    (bot.path / "train.json").write_text(json.dumps([{"query": "Bela?", "retrieved": "Rome " * 20}] * 8))
+    recipe = {
+        "name": "night",
+        "base": f"bot@{bot.old}",
+        "data": [{"path": str(bot.path / "train.json")}],
+        "train": {"max_steps": 100_000, "dtype": "fp32", "num_threads": 1, "max_seq_len": 128},
+    }
+    run = RunStore(bot.home).create(Recipe.model_validate(recipe).as_plain(), name="night")
+    command = [sys.executable, "-m", "nightschool.training.run", "--home", str(bot.home.path), "--run", run.id]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (bot.path / "log").open("wb") as log:
+        training = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=bot.path)
+    seconds, versions = [], set()
+    try:
+        eventually(lambda: training.poll() is not None or run.status.step > 3, 60)
+        assert training.poll() is None, (bot.path / "log").read_text()
+        first_step = run.status.step
+        with httpx2.Client() as client:
+            until = time.monotonic() + 4
+            number = 0
+            while time.monotonic() < until:
+                if number % 100 == 50:
+                    bot.registry.promote("bot", (bot.new, bot.old)[number // 100 % 2], by="test")
+                    with suppress(httpx2.TimeoutException):  # nobody waits for the end of the load
+                        client.get(f"{server.url}/refresh_model", timeout=0.001)
+                if number % 20 == 0:
+                    with suppress(httpx2.TimeoutException):
+                        client.post(f"{server.url}/generate", json={"query": "Bela?"}, timeout=0.001)
+                started = time.perf_counter()
+                health = client.get(f"{server.url}/health")
+                seconds.append(time.perf_counter() - started)
+                assert health.json()["model_loaded"] is True
+                versions.add(server.slot.current.version.id)
+                number += 1
+                time.sleep(0.01)
+        eventually(lambda: run.status.step > first_step, 20)
+        assert training.poll() is None
+    finally:
+        training.kill()
+        training.wait()
+    assert len(seconds) > 50
+    assert versions == {bot.old, bot.new}
+    assert sorted(seconds)[int(0.95 * len(seconds))] < 0.1
+
+
+# Failures surface.
+
+
+def test_failures_surface_with_an_error_code_and_their_reason(bot, server):
+    engine = server.slot.current.engine
+    run, engine._runner.run = engine._runner.run, lambda *_: (_ for _ in ()).throw(RuntimeError("a broken expert"))
+    answer = generate(server, "Bela?")
+    assert answer.status_code == 500
+    assert "a broken expert" in answer.json()["detail"]
+    chat = {"model": "bot", "messages": [{"role": "user", "content": "Bela?"}]}
+    answer = httpx2.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60)
+    assert (answer.status_code, "choices" in answer.json()) == (500, False)
+    stream = httpx2.post(f"{server.url}/v1/chat/completions", json=chat | {"stream": True}, timeout=60).text
+    assert "a broken expert" in stream
+    assert '"finish_reason":"stop"' not in stream.replace(" ", "")
+    engine._runner.run = run
+    assert generate(server, "Bela?").json()["response"] == bot.expected(bot.old, "Bela?", 12)
+
+
+# Temperature 0.
+
+
+def test_0_means_greedy_deterministic_through_both_routes_whatever_else_is_asked(bot, server):
+    question = "Who sings?"
+    expected = bot.expected(bot.old, question, 12)
+    chat = {"model": "bot", "messages": [{"role": "user", "content": question}], "max_tokens": 12, "temperature": 0}
+    for seed in (None, 1, 2):
+        engine = server.slot.current.engine
+        noise = [
+            engine.submit(GenerationRequest("noise", [n, n + 1], SamplingParams(max_new_tokens=40, seed=n)))
+            for n in range(5, 8)
+        ]
+        assert generate(server, question).json()["response"] == expected
+        more = {} if seed is None else {"seed": seed, "top_p": 0.5}
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=chat | more, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"] == expected
+        for handle in noise:
+            handle.cancel()
+    warm = [generate(server, question, temperature=1.5).json()["response"] for _ in range(4)]
+    assert len({*warm, expected}) > 2, "and 1.5 does not"
