@@ -1,5 +1,7 @@
 """The scheduler: at once, on time, once only, and nothing half-done."""
 
+import errno
+import os
 import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nightschool.config.recipe import Recipe
-from nightschool.errors import DataError, Locked
+from nightschool.errors import DataError, DiskFull, Locked
 from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.jobs.runner import Scheduler, schedule_lock_path
 from nightschool.jobs.stop import Stop
@@ -269,3 +271,55 @@ def test_a_cycle_that_the_ledger_has_already_is_not_done_twice(tmp_path):
     night.serve()
     assert [moment for moment, _ in night.ran] == [START, START + 2 * DAY]
     assert any("is done already" in line for line in night.lines)
+
+
+def full_disk_of(ledger_method):
+    if ledger_method == "begin":
+        return DiskFull("There is no room on the disk for state.db.")
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.db")
+
+
+@pytest.mark.parametrize("method", ["begin", "finish", "paused"])
+def test_a_full_disk_costs_a_night_and_not_the_scheduler(method, tmp_path, monkeypatch):
+    night = Night(tmp_path, until=START + 3 * DAY + HOUR)
+    whole = getattr(Ledger, method)
+
+    def write(ledger, *arguments, **more):
+        # Full in the first two nights.
+        if night.clock.moment < START + DAY + 2 * HOUR:
+            raise full_disk_of(method)
+        return whole(ledger, *arguments, **more)
+
+    monkeypatch.setattr(Ledger, method, write)
+    assert night.serve() == 0
+    errors = [line for line in night.lines if line.startswith("[Error]")]
+    assert len(errors) >= 2
+    assert all("No space left" in line or "no room on the disk" in line for line in errors)
+    if method == "begin":  # nothing could be kept, so nothing was trained
+        assert night.ran == [(START + k * DAY, "due") for k in (2, 3)]
+        assert night.entries == [("due", "promoted")] * 2
+    else:  # what was trained is entered when there is room again
+        assert night.ran == [(START, "start"), *((START + k * DAY, "due") for k in (1, 2, 3))]
+        assert night.entries == [("start", "promoted"), *[("due", "promoted")] * 3]
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_scheduler(tmp_path):
+    night = Night(tmp_path, until=START + DAY + HOUR)
+
+    def say(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    night.lines = type("Full", (), {"append": staticmethod(say)})()
+    assert night.serve() == 0
+    assert night.entries == [("start", "promoted"), ("due", "promoted")]
+
+
+def test_another_trouble_with_the_log_is_not_hidden(tmp_path):
+    night = Night(tmp_path, until=START + DAY + HOUR)
+
+    def say(line):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    night.lines = type("Gone", (), {"append": staticmethod(say)})()
+    with pytest.raises(BrokenPipeError):
+        night.serve()

@@ -21,6 +21,7 @@ from nightschool.jobs.outcome import CycleFacts, CycleResult, Trigger
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.jobs.stop import Stop
 from nightschool.jobs.study import Studied
+from nightschool.store.atomic import FULL
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
@@ -112,13 +113,15 @@ class Scheduler:
         self._root = root
         self._stop = stop
         self._clock = clock or MachineClock(stop)
-        self._say = say
+        self._write_line = say
         self._run = run
         self._go_on = go_on
         self._recipe = load()
         self._timetable = Timetable.of(self._recipe.schedule)
         self._ledger = Ledger(open_database(home))
         self._last_outcome: str | None = None
+        # Cycles that have ended and whose end the ledger could not take yet.
+        self._unentered: list[tuple[int, CycleResult]] = []
 
     @property
     def name(self) -> str:
@@ -217,7 +220,7 @@ class Scheduler:
 
     def _cycle(self, night: Night) -> None:
         """One cycle, entered in the ledger."""
-        if self._ledger.paused(self.name):
+        if self._is_paused():
             self._say("[Scheduler] Paused: skipping this training (nightschool schedule resume)")
             self._skip(night, "paused")
             return
@@ -226,12 +229,57 @@ class Scheduler:
             self._entered(cycle, lambda: self._begin_new(night))
 
     def _begin(self, night: Night) -> int | None:
-        """Enter a cycle; None if the ledger has it already, as after the machine's clock was set back."""
+        """Enter a cycle; None if the ledger has it already, as after the machine's clock was set back.
+
+        None also if it cannot be written: on a full disk nothing could be trained either. The next due time tries again.
+        """
+        self._enter_what_waits()
         try:
             return self._ledger.begin(self.name, night.due_at, night.trigger)
         except Conflict as error:
             self._say(f"[Scheduler] Skipped: {error}")
-            return None
+        except (NightschoolError, OSError) as error:
+            self._say(f"[Error] Skipped, and tried again at the next due time: the ledger cannot be written: {error}")
+        return None
+
+    def _end(self, cycle_id: int, result: CycleResult) -> None:
+        """Enter how a cycle ended; what the ledger cannot take now is kept, and entered before the next begins."""
+        self._unentered.append((cycle_id, result))
+        self._enter_what_waits()
+
+    def _enter_what_waits(self) -> None:
+        while self._unentered:
+            cycle_id, result = self._unentered[0]
+            try:
+                self._ledger.finish(
+                    cycle_id,
+                    result.outcome,
+                    result.detail,
+                    run_id=result.run_id,
+                    candidate=result.candidate,
+                    data_fingerprint=result.data_fingerprint,
+                )
+            except (Conflict, NotFound) as error:  # somebody else has settled it, and it stays as that one said
+                self._say(f"[Scheduler] {error}")
+            except (NightschoolError, OSError) as error:
+                self._say(f"[Error] The end of a cycle ({result.outcome}) cannot be entered yet: {error}")
+                return
+            self._unentered.pop(0)
+
+    def _is_paused(self) -> bool:
+        try:
+            return self._ledger.paused(self.name)
+        except (NightschoolError, OSError) as error:
+            self._say(f"[Error] Whether {self.name} is paused cannot be read: {error}")
+            return False
+
+    def _say(self, text: str) -> None:
+        """One line of the log; the log may lie on the very disk that is full, and the nights must go on."""
+        try:
+            self._write_line(text)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
 
     def _begin_new(self, night: Night) -> CycleResult:
         recipe = self._same_name(self._load())
@@ -264,14 +312,7 @@ class Scheduler:
         except Exception as error:  # a mistake of one night must not end all the later ones
             result = CycleResult("failed", str(error) or type(error).__name__)
         self._last_outcome = result.outcome
-        self._ledger.finish(
-            cycle_id,
-            result.outcome,
-            result.detail,
-            run_id=result.run_id,
-            candidate=result.candidate,
-            data_fingerprint=result.data_fingerprint,
-        )
+        self._end(cycle_id, result)
         line = (
             f"[Error] Training failed: {result.detail}"
             if result.outcome == "failed"
@@ -286,7 +327,7 @@ class Scheduler:
     def _skip(self, night: Night, detail: str) -> None:
         cycle = self._begin(night)
         if cycle is not None:
-            self._ledger.finish(cycle, "skipped", detail)
+            self._end(cycle, CycleResult("skipped", detail))
 
     def _studied(self) -> Studied | None:
         """What the last cycle that came to a verdict had before it."""
