@@ -189,6 +189,23 @@ def test_a_model_whose_state_runs_on_is_found_and_padded_with_the_same_loss():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounding_to_16_bits_is_no_leak(architecture, seed):
+    path = prepare(build_model(architecture, VOCAB, seed=seed).to(torch.bfloat16))
+    assert path.packed, path.why_padded
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_leak_is_found_in_16_bits_too():
+    """Its linear attention runs on into the next document, and nothing but the numbers says so."""
+    layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields = layers | {"model_type": "qwen3_next", "num_key_value_heads": 2, "head_dim": 16}
+    path = prepare(build_model(fields, VOCAB, seed=1).to(torch.bfloat16))
+    assert not path.packed
+    assert "differ by" in path.why_padded
+
+
 def test_a_model_that_attends_in_chunks_is_padded():
     model = build_model("tiny-llama", VOCAB, seed=0)
     model.config.attention_chunk_size = 8192

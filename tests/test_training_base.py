@@ -1,4 +1,4 @@
-"""The base below an adapter keeps the number format of its files, in training, resuming and publishing."""
+"""What a base must be: servable, before it is trained; and below an adapter it keeps the number format of its files."""
 
 import json
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 from training_setups import differing, one_deterministic_thread
 
-from nightschool.config.recipe import Recipe
+from nightschool.config.recipe import Recipe, Serve
 from nightschool.data.tokenizer import train_bpe
+from nightschool.engine.runner import Runner
+from nightschool.errors import ModelError
 from nightschool.events import read_events
+from nightschool.layers.forward import prepare
 from nightschool.models import dtype as dtype_module
-from nightschool.models.build import build_model
+from nightschool.models.build import PRESETS, build_model
 from nightschool.models.export import save_version_folder
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
@@ -18,7 +21,7 @@ from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.training.checkpoint import load_tensors
 from nightschool.training.classroom import prepare_classroom
-from nightschool.training.plan import make_plan
+from nightschool.training.plan import make_plan, plan_of
 from nightschool.training.run import main
 from nightschool.training.selection import select_examples
 
@@ -36,6 +39,15 @@ def _deterministic():
 def home(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return Home(tmp_path / "home").ensure()
+
+
+SMALL = PRESETS["tiny-llama"]
+OTHERS = [
+    SMALL | {"model_type": "gemma2", "query_pre_attn_scalar": 16},
+    SMALL | {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
+    {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": False},
+    {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4},
+]
 
 
 def make_base(root, dtype, architecture="tiny-qwen3"):
@@ -101,6 +113,30 @@ def test_the_plan_counts_half_the_bytes(home, tmp_path):
     narrow, wide = (make_plan(recipe_of(dtype=dtype), home, tmp_path) for dtype in ("bf16", "fp32"))
     frozen = narrow.parameters_total - narrow.parameters_trainable
     assert wide.expected_peak_bytes - narrow.expected_peak_bytes >= 2 * frozen
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config["model_type"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_could_not_be_served_is_refused_before_step_1(home, tmp_path, config):
+    make_base(tmp_path, torch.float32, config)
+    recipe = recipe_of(dtype="fp32", base="./base").model_copy(update={"method": "full"})
+    with pytest.raises(ModelError, match="can be trained, but neither examined nor served"):
+        classroom_of(recipe, home, tmp_path)
+    elsewhere = recipe.model_copy(update={"serve": Serve(promote="never")})
+    classroom = classroom_of(elsewhere, home, tmp_path)
+    assert not classroom.task.path.packed
+    assert any("the exam of its candidate will fail" in note for note in plan_of(classroom, home).notes)
+
+
+@pytest.mark.parametrize("config", [*PRESETS, *OTHERS], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_refused_before_training_is_what_the_engine_refuses(config):
+    model = build_model(config, 300, 1).eval()
+    if prepare(model).packed:
+        Runner(model)
+    else:
+        with pytest.raises(ModelError, match="The engine cannot serve"):
+            Runner(model)
 
 
 def losses_of(run):

@@ -22,6 +22,10 @@ from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments
 from nightschool.layers.loss import chunked_cross_entropy, logits_cross_entropy
 
+# Of each document of the probe: what a convolution over 4 tokens reaches, and what lies beyond a window.
+_BEGIN_TOKENS = 3
+_END_TOKENS = 7
+
 
 class Documents(Protocol):
     """What a batch must have: documents end to end in one row. `nightschool.data.batches.Batch` is one."""
@@ -190,7 +194,7 @@ def supports_packing(model: nn.Module) -> tuple[bool, str]:
                 return False, f"{type(inner).__name__} does not let its attention be replaced"
             layout = lay_out(documents.cu_seqlens, documents.input_ids.device)
             packed = inner(**packed_arguments(layout, documents.input_ids, documents.position_ids)).logits[0]
-            difference = _relative_difference(_restored(packed, layout), alone)
+            difference = _difference_of_documents(inner, _restored(packed, layout), alone, lengths)
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         return False, f"{type(inner).__name__} does not run on packed documents: {error}"
     finally:
@@ -293,6 +297,21 @@ def _random_documents(inner: Any, lengths: Sequence[int]) -> _Probe:
 
 def _relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
+
+
+def _difference_of_documents(inner: Any, a_nv: Tensor, b_nv: Tensor, lengths: Sequence[int]) -> float:
+    """The largest difference of a token; in 16 bits that of a whole beginning or end of a document.
+
+    Rounding sends single tokens of a mixture to other experts, which is no leak (measured: 6e-2 of the largest logit for
+    one token, and 5e-3 for the median). A neighbour leaks into the first tokens (measured: a median of 8e-2 for linear
+    attention behind a convolution); positions counted anew and windows forgotten change the last ones.
+    """
+    if _tolerance(inner) < 1e-3:
+        return _relative_difference(a_nv, b_nv)
+    tokens_n = (a_nv.float() - b_nv.float()).abs().amax(dim=-1)
+    documents = torch.split(tokens_n, list(lengths))
+    parts = [part.median() for one in documents for part in (one[:_BEGIN_TOKENS], one[-_END_TOKENS:])]
+    return float(torch.stack(parts).max() / b_nv.float().abs().max().clamp_min(1e-6))
 
 
 def _tolerance(inner: Any) -> float:

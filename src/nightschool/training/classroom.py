@@ -18,6 +18,7 @@ from nightschool.data.example import Example
 from nightschool.data.rendering import render_examples
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import ModelError, NothingToTrain, UsageError
+from nightschool.layers.forward import ForwardPath
 from nightschool.models.adapters import attach_lora
 from nightschool.models.dtype import DtypeChoice, num_threads_here, resolve_device, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
@@ -127,6 +128,8 @@ def prepare_classroom(
         size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
     batches = Batches(lessons.all, **size, seed=train.seed)
     task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute)
+    if recipe.serve.promote != "never":
+        refuse_what_cannot_be_served(task.path, recipe.base)
     if base_dtype != torch.float32:
         dtype = replace(dtype, why=f"{dtype.why}; the frozen base stays in {DTYPE_NAMES[base_dtype]}, as it is stored")
     elif wanted == "auto" and device.type == "cpu" and stored is None:
@@ -173,6 +176,19 @@ def refuse_nothing_to_train(rendered: Sequence[Rendered], max_seq_len: int, max_
         raise NothingToTrain(
             f"train.max_seq_len={max_seq_len} cuts off {share:.0%} of the {cut + trained} tokens that would carry loss, "
             f"and train.max_cut_share allows {max_cut_share:.0%}. Raise one of the two, or shorten the examples."
+        )
+
+
+def refuse_what_cannot_be_served(path: ForwardPath, base: str) -> None:
+    """Raise ModelError, before a night is spent, if the server would refuse what this base becomes.
+
+    Serving sends each token to its own row of a cache by replacing attention, just as packing keeps documents apart, and
+    both are found out by numbers. They go together: 25 architectures were put to both questions, and none got two answers.
+    """
+    if not path.packed:
+        raise ModelError(
+            f"The base {base} can be trained, but neither examined nor served: {path.why_padded}. Take a base whose "
+            "layers are all ordinary attention, or write serve.promote: never to train candidates for use elsewhere."
         )
 
 

@@ -240,6 +240,7 @@ def _notes(classroom: Classroom) -> list[str]:
         note
         for note in (
             path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
+            path.why_padded and "Nor can such a model be examined or served here: the exam of its candidate will fail.",
             path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
             "" if classroom.held_out else "Nothing is held out, so no held-out loss is taken.",
         )
