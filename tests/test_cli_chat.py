@@ -2,13 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from fake_slot import FakeSlot
 from live_server import live
 
 from nightschool.cli import chat as chat_module
-from nightschool.cli.chat_backends import Params, Reply, ServerBackend
+from nightschool.cli.chat_backends import LocalBackend, Params, Reply, ServerBackend
 from nightschool.cli.chat_commands import COMMANDS
 from nightschool.cli.main import main
 from nightschool.data.example import Message
@@ -237,3 +238,27 @@ def test_no_server_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):
     assert "No server answers at http://127.0.0.1:9" in capsys.readouterr().err
     assert main(["ask", "hi", "--url", "ftp://x"]) == 2
     assert main(["chat", "--url", "http://127.0.0.1:9", "--record"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "ref", "kept"),
+    [
+        ("bot", "bot@20261121_060000", ("bot", "20261121_060000")),
+        ("bot@champion", "bot@20261121_060000", ("bot", "20261121_060000")),
+        ("./folder", "./folder", ("local", "./folder")),
+        ("org/model", "org/model", ("local", "org/model")),
+        ("gpt2", "gpt2", ("local", "gpt2")),
+    ],
+)
+def test_a_local_answer_is_kept_with_the_version_as_a_server_keeps_it(model, ref, kept, tmp_path, monkeypatch):
+    def answer_hello(request_id, messages, params):
+        chunk = SimpleNamespace(error=None, finish_reason="stop", text="Hello.")
+        return SimpleNamespace(chunks=lambda: iter([chunk]), cancel=lambda: None)
+
+    loaded = SimpleNamespace(ref=ref, ask=answer_hello, close=lambda: None)
+    monkeypatch.setattr("nightschool.cli.local_model.LocalModel", lambda home, model: loaded)
+    home = Home(tmp_path).ensure()
+    backend, reply = LocalBackend(home, model, record=True), Reply()
+    assert list(backend.stream([Message("user", "hi")], Params(), reply)) == ["Hello."]
+    one = ConversationStore(open_database(home)).get(reply.request_id)
+    assert (one.model, one.version) == kept

@@ -20,6 +20,7 @@ from nightschool.store import database as module
 from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import HEAD, open_database
 from nightschool.store.home import Home
+from nightschool.store.ledger import Ledger
 from nightschool.store.migrations.upgrade import alembic_config
 from nightschool.store.tables import forgotten, metadata, pins, schedules
 
@@ -29,9 +30,15 @@ def home(tmp_path):
     return Home(tmp_path / "home")
 
 
+def types_differ(context, _column, _wanted_column, inspected, wanted):
+    """SQLite holds no text to its length, so migrations leave the lengths there as they were."""
+    both_text = isinstance(inspected, sa.String) and isinstance(wanted, sa.String)
+    return False if context.dialect.name == "sqlite" and both_text else None
+
+
 def test_migrations_make_exactly_the_tables(db):  # noqa: F811
     with db.read() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        context = MigrationContext.configure(connection, opts={"compare_type": types_differ})
         assert compare_metadata(context, metadata) == []
         assert context.get_current_revision() == HEAD
     assert ScriptDirectory.from_config(alembic_config()).get_heads() == [HEAD]
@@ -209,4 +216,35 @@ def test_an_old_database_is_brought_up_to_date_with_what_it_holds(home, environm
     with open_database(home, env=environment) as database, database.read() as connection:
         assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
         assert connection.execute(sa.select(forgotten)).all() == []
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        context = MigrationContext.configure(connection, opts={"compare_type": types_differ})
+        assert compare_metadata(context, metadata) == []
+
+
+LONGEST_NAME = "n" * 64
+LONG_PATH = "/models/" + "deep/" * 100
+
+
+def test_long_names_and_paths_are_kept_on_every_server(db):  # noqa: F811
+    store = ConversationStore(db)
+    store.record("r1", LONGEST_NAME, "20261121_060000", [{"role": "user", "content": "?"}], "!")
+    store.record("r2", "local", LONG_PATH, [{"role": "user", "content": "?"}], "!", tenant="t" * 128)
+    assert (store.get("r1").model, store.get("r2").version) == (LONGEST_NAME, LONG_PATH)
+    ledger = Ledger(db)
+    run_id, ref = f"{LONGEST_NAME}-20261121_060000", f"{LONGEST_NAME}@20261121_060000"
+    cycle = ledger.begin(LONGEST_NAME, now(), "start")
+    assert ledger.finish(cycle, "promoted", run_id=run_id, candidate=ref).candidate == ref
+
+
+def test_versions_that_were_kept_with_their_name_are_kept_without_it(home, environment):  # noqa: F811
+    with open_database(home, env=environment) as database:
+        for request_id, name, version in (
+            ("r1", "bot", "bot@20261121_060000"),
+            ("r2", "bot", "20261121_060000"),
+            ("r3", "local", "./some@folder"),
+        ):
+            ConversationStore(database).record(request_id, name, version, [{"role": "user", "content": "?"}], "!")
+        with database.write() as connection:
+            connection.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
+    with open_database(home, env=environment) as database:
+        versions = [one.version for one in ConversationStore(database).select()]
+    assert versions == ["20261121_060000", "20261121_060000", "./some@folder"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nightschool.cli.local_model import LocalModel
 
 TIMEOUT_SECONDS = 600.0
+LOCAL = "local"
 KEY_VARIABLE = "NIGHTSCHOOL_API_KEY"
 
 
@@ -232,13 +233,18 @@ class LocalBackend:
         if self._conversations is None or not reply.text:
             return
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        name = parse_ref(self.model).name if _is_name(self.model) else "local"
-        self._conversations.record(reply.request_id, name, reply.version, turns, reply.text)
+        name, version = _name_and_version(self.model, reply.version)
+        self._conversations.record(reply.request_id, name, version, turns, reply.text)
 
 
-def _is_name(model: str) -> bool:
+def _name_and_version(model: str, answered: str) -> tuple[str, str]:
+    """What is kept of who answered: a served name and a version id, as a server keeps them.
+
+    What was loaded from a folder or the hub has neither, and is kept as `local` with where it came from.
+    """
     try:
         parse_ref(model)
+        ref = parse_ref(answered)
     except NameRefused:
-        return False
-    return True
+        return LOCAL, answered
+    return (LOCAL, answered) if ref.version is None else (ref.name, ref.version)

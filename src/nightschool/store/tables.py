@@ -44,9 +44,9 @@ conversations = sa.Table(
     metadata,
     sa.Column("request_id", sa.String(200), primary_key=True),
     sa.Column("recorded_at", UtcDateTime, nullable=False, index=True),
-    sa.Column("model", sa.String(64), nullable=False, index=True),
-    sa.Column("version", sa.String(64), nullable=False),
-    sa.Column("tenant", sa.String(64), index=True),
+    sa.Column("model", sa.String(200), nullable=False, index=True),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("tenant", sa.String(200), index=True),
     sa.Column("messages", AnyJson, nullable=False),
     sa.Column("answer", AnyJson, nullable=False),
 )
@@ -116,8 +116,8 @@ cycles = sa.Table(
     sa.Column("finished_at", UtcDateTime),
     sa.Column("outcome", sa.String(16)),
     sa.Column("detail", AnyJson),
-    sa.Column("run_id", sa.String(100)),
-    sa.Column("candidate", sa.String(100)),
+    sa.Column("run_id", sa.String(200)),
+    sa.Column("candidate", sa.String(200)),
     sa.Column("data_fingerprint", sa.String(128)),
     sa.UniqueConstraint("name", "due_at"),
 )
