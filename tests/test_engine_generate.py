@@ -369,7 +369,7 @@ def test_logits_that_are_no_numbers_end_only_the_request_that_has_them(model):
             for place, span in enumerate(answering):
                 if span.key == 0 and span.start >= 5:
                     logits[place] = torch.nan
-                    cache.layer(0)[0][span.row, :, span.start] = torch.nan
+                    cache.layer(0)[1][span.row, :, span.start] = torch.nan
             return logits
 
         engine._runner.run = poisoned
