@@ -16,13 +16,13 @@ from nightschool.events import read_events
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.cycle import Surroundings, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.outcome import CycleFacts
-from nightschool.jobs.promotion import promote, roll_back
 from nightschool.jobs.stop import Stop
 from nightschool.jobs.study import Studied, starting_weights
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
+from nightschool.store.promotion import promote, roll_back
 from nightschool.store.registry import Registry, VersionFacts
 from nightschool.store.runs import RunStore
 

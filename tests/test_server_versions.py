@@ -1,5 +1,6 @@
 """Published versions over HTTP, with a real registry and a slot without tensors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,12 @@ from fake_slot import FakeSlot
 from live_server import client_of
 
 from nightschool.errors import SwapFailed
+from nightschool.store.accepted import AcceptedExamples
+from nightschool.store.database import open_database
 from nightschool.store.home import Home
+from nightschool.store.promotion import promote
 from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionFacts
 
 
@@ -74,6 +79,24 @@ def test_promote_serves_the_version_and_rollback_the_one_before(registry, versio
         assert shown["aliases"]["champion"] == first.id
         assert shown["served_version"] == first.id
         assert [model["name"] for model in client.get("/api/models").json()["models"]] == ["bot"]
+
+
+def test_what_a_version_learned_leaves_the_pool_with_its_rollback_and_returns_with_its_promotion(registry):
+    learned = []
+    for number in range(2):
+        run = RunStore(registry.home).create({}, name="bot")
+        (run.path / "new_examples.jsonl").write_text(json.dumps({"text": f"fact {number}"}) + "\n")
+        facts = VersionFacts(run_id=run.id, parent=learned[0].ref if learned else None)
+        learned.append(registry.publish("bot", lambda folder: (folder / "w").write_text("w") and None, facts))
+    pool = AcceptedExamples(open_database(registry.home))
+    promote(registry.home, "bot", learned[0].id, by="test")
+    with client_of(RegistrySlot(registry), registry=registry) as client:
+        client.post("/api/models/bot/promote", json={"version": learned[1].id})
+        assert [row["text"] for row in pool.all("bot")] == ["fact 0", "fact 1"]
+        client.post("/api/models/bot/rollback")
+        assert [row["text"] for row in pool.all("bot")] == ["fact 0"]
+        client.post("/api/models/bot/promote", json={"version": learned[1].id})
+        assert pool.count("bot") == 2
 
 
 def test_other_names_are_moved_without_touching_what_is_served(registry, versions):

@@ -14,11 +14,11 @@ from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import ScoreSheet, figure_to_json
 from nightschool.evaluation.verdict import GateReport
-from nightschool.jobs.promotion import pin as pin_champion
-from nightschool.jobs.promotion import promote as promote_version
-from nightschool.jobs.promotion import roll_back
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
+from nightschool.store.promotion import pin as pin_champion
+from nightschool.store.promotion import promote as promote_version
+from nightschool.store.promotion import roll_back
 from nightschool.store.registry import Registry, Version
 from nightschool.units import format_bytes
 

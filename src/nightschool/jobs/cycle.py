@@ -17,7 +17,6 @@ from nightschool.errors import Conflict, Damaged, Interrupted, Locked, Nightscho
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_exam, run_training
 from nightschool.jobs.outcome import CycleFacts, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
-from nightschool.jobs.promotion import promote
 from nightschool.jobs.stop import Stop
 from nightschool.jobs.study import (
     Studied,
@@ -29,6 +28,7 @@ from nightschool.jobs.study import (
 )
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
+from nightschool.store.promotion import promote
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 

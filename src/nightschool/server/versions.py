@@ -16,6 +16,7 @@ from nightschool.server.bodies import Body
 from nightschool.server.documents import problems
 from nightschool.server.errors import Refusal
 from nightschool.server.service import Service, ServiceOf, published_at, timestamp
+from nightschool.store import promotion
 from nightschool.store.registry import Registry
 
 router = APIRouter(prefix="/api/models", tags=["Versions"])
@@ -79,14 +80,14 @@ async def one_model(name: str, service: ServiceOf) -> Response:
 async def promote(name: str, body: Promote, service: ServiceOf) -> Response:
     """Make a version the champion, and serve it if this server serves the name."""
     registry = _registry(service)
-    return await _move(service, registry, name, lambda: registry.promote(name, body.version, by="http"))
+    return await _move(service, registry, name, lambda: promotion.promote(registry.home, name, body.version, by="http"))
 
 
 @router.post("/{name}/rollback", response_model=Moved, responses=problems(400, 404, 409))
 async def rollback(name: str, service: ServiceOf) -> Response:
     """Make the champion before this one the champion again, and serve it if this server serves the name."""
     registry = _registry(service)
-    return await _move(service, registry, name, lambda: registry.rollback(name, by="http"))
+    return await _move(service, registry, name, lambda: promotion.roll_back(registry.home, name, by="http"))
 
 
 async def _move(service: Service, registry: Registry, name: str, move: Callable[[], Any]) -> Response:
