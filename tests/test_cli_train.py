@@ -1,5 +1,6 @@
 """train, plan, schedule run, serve and doctor: what they hand on, and what they exit with."""
 
+import errno
 import inspect
 import json
 import os
@@ -19,12 +20,14 @@ from nightschool.cli import train as train_module
 from nightschool.cli.main import main
 from nightschool.cli.reference import reference
 from nightschool.config.load import load_recipe
-from nightschool.errors import Interrupted
+from nightschool.errors import Interrupted, Locked
 from nightschool.jobs import detached
+from nightschool.jobs.cycle import cycle_lock_path
 from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.models import dtype as dtype_module
 from nightschool.server.settings import ServerSettings
 from nightschool.store.home import Home
+from nightschool.store.locks import lock, lock_to_hand_over
 from nightschool.store.runs import RunStore
 
 RECIPE = "name: bot\nbase: new:tiny\ndata: [{path: train.json}]\ntrain: {epochs: 3}\n"
@@ -123,8 +126,10 @@ def test_resume_with_another_recipe_is_refused_with_both_values(home, cycles, ca
 def test_detach_prints_the_run_and_leaves_a_process_with_it(home, monkeypatch, capsys):
     started = []
 
-    def start_process(arguments, *, log, directory):
+    def start_process(arguments, *, log, directory, keep_open):
         started.append((arguments, log, directory))
+        with pytest.raises(Locked), lock(cycle_lock_path(home, "bot"), "a cycle of bot"):
+            pass
         return SimpleNamespace(pid=4711, returncode=None)
 
     monkeypatch.setattr(train_module, "start_process", start_process)
@@ -132,8 +137,63 @@ def test_detach_prints_the_run_and_leaves_a_process_with_it(home, monkeypatch, c
     run = RunStore(home).ls()[0]
     assert capsys.readouterr().out == f"{run.id}\n"
     arguments, log, directory = started[0]
-    assert arguments == ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id]
+    assert arguments == [
+        "nightschool.jobs.detached",
+        "--home",
+        str(home.path),
+        "--run",
+        run.id,
+        "--lock",
+        arguments[-1],
+    ]
     assert (log, directory) == (run.log_path, Path.cwd())
+
+
+def test_nobody_gets_between_who_begins_a_cycle_and_who_goes_on_with_it(home, tmp_path):
+    path, ready, go_on = cycle_lock_path(home, "bot"), tmp_path / "ready", tmp_path / "go_on"
+    child = (
+        "import pathlib, sys, time\n"
+        "from nightschool.store.locks import taken_over\n"
+        "with taken_over(int(sys.argv[1])):\n"
+        "    pathlib.Path(sys.argv[2]).touch()\n"
+        "    while not pathlib.Path(sys.argv[3]).exists(): time.sleep(0.01)\n"
+    )
+    with lock_to_hand_over(path, "a cycle of bot") as held:
+        words = [sys.executable, "-c", child, str(held), str(ready), str(go_on)]
+        process = subprocess.Popen(words, pass_fds=[held])
+    # Also before it has said anything.
+    with pytest.raises(Locked), lock(path, "a cycle of bot"):
+        pass
+    while not ready.exists():
+        assert process.poll() is None
+    with pytest.raises(Locked, match=f"pid {process.pid}"), lock(path, "a cycle of bot"):
+        pass
+    go_on.touch()
+    assert process.wait(20) == 0
+    with lock(path, "a cycle of bot"):
+        pass
+
+
+def test_a_detached_run_that_cannot_begin_says_why(home, monkeypatch, capsys):
+    run = _begun(home)
+
+    def refuse(*_, **__):
+        raise Locked("Another process (pid 1) holds a cycle of bot.")
+
+    monkeypatch.setattr(detached, "continue_cycle", refuse)
+    assert detached.main(["--home", str(home.path), "--run", run.id]) == 1
+    assert (run.status.state, run.status.error) == ("cancelled", "Another process (pid 1) holds a cycle of bot.")
+
+
+def test_a_detached_run_whose_process_cannot_start_has_failed(home, monkeypatch, capsys):
+    def start_process(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(train_module, "start_process", start_process)
+    assert main(["train", "r.yaml", "--detach"]) == 1
+    status = RunStore(home).ls()[0].status
+    assert status.state == "failed"
+    assert "Cannot allocate memory" in status.error
 
 
 @pytest.mark.parametrize("outcome", ["promoted", "refused"])
@@ -150,7 +210,9 @@ def test_the_detached_process_says_what_stopped_it(home, monkeypatch, capsys):
         raise Interrupted("by a signal.")
 
     monkeypatch.setattr(detached, "continue_cycle", stopped)
-    assert detached.main(["--home", str(home.path), "--run", "x"]) == 75
+    run = _begun(home)
+    assert detached.main(["--home", str(home.path), "--run", run.id]) == 75
+    assert run.status.state == "interrupted"
     assert capsys.readouterr().err == "error: by a signal.\n"
 
 

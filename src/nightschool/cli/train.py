@@ -20,7 +20,7 @@ from nightschool.jobs.launch import start_process
 from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.jobs.study import starting_weights
 from nightschool.store.home import Home
-from nightschool.store.locks import lock
+from nightschool.store.locks import lock_to_hand_over
 from nightschool.store.runs import Run, RunStore
 
 
@@ -54,17 +54,18 @@ def train(
         run, checkpoint = _to_resume(home, resume)
         _refuse_other_recipe(run, recipe, overrides)
         if detach:
-            return _detach(home, run, checkpoint)
+            with lock_to_hand_over(cycle_lock_path(home, run.name), f"a cycle of {run.name}") as held:
+                return _detach(home, run, checkpoint, held)
         return _show(continue_cycle(home, run.id, resume=checkpoint, around=_around()))
     if recipe is None:
         raise UsageError("There is nothing to train: no RECIPE and no --resume. Write nightschool train RECIPE.")
     settings = read_recipe(recipe, overrides)
     if not detach:
         return _show(run_cycle(home, settings, trigger="manual", root=Path.cwd(), around=_around()))
-    with lock(cycle_lock_path(home, settings.name), f"a cycle of {settings.name}"):
+    with lock_to_hand_over(cycle_lock_path(home, settings.name), f"a cycle of {settings.name}") as held:
         begun = begin_cycle(home, settings, trigger="manual", root=Path.cwd())
-    assert isinstance(begun, Run), "a manual cycle is never skipped"
-    return _detach(home, begun, None)
+        assert isinstance(begun, Run), "a manual cycle is never skipped"
+        return _detach(home, begun, None, held)
 
 
 def plan(recipe: Path, /, *overrides: str) -> int:
@@ -157,11 +158,18 @@ def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ..
         )
 
 
-def _detach(home: Home, run: Run, checkpoint: str | None) -> int:
-    arguments = ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id]
+def _detach(home: Home, run: Run, checkpoint: str | None, held_lock: int) -> int:
+    """Leave the rest of the cycle, and its lock, to a process of its own."""
+    arguments = ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id, "--lock", str(held_lock)]
     if checkpoint is not None:
         arguments += ["--resume", checkpoint]
-    process = start_process(arguments, log=run.log_path, directory=Path(CycleFacts.read(run).root))
+    directory = Path(CycleFacts.read(run).root)
+    try:
+        process = start_process(arguments, log=run.log_path, directory=directory, keep_open=[held_lock])
+    except OSError as error:
+        if run.status.state == "queued":
+            run.update_status(state="failed", error=f"Its process could not be started: {error}", exit_code=1)
+        raise
     data: dict[str, Any] = {"run_id": run.id, "pid": process.pid, "log": str(run.log_path)}
     answer(data, f"{run.id} runs by itself. Follow it with nightschool runs watch {run.id}.", quiet=run.id)
     # Popen warns when it is dropped while its child runs, and this child is meant to outlive us.

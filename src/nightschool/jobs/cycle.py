@@ -27,7 +27,7 @@ from nightschool.jobs.study import (
     starting_weights,
 )
 from nightschool.store.home import Home
-from nightschool.store.locks import lock
+from nightschool.store.locks import lock, taken_over
 from nightschool.store.promotion import promote
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
@@ -94,11 +94,17 @@ def run_cycle(
 
 
 def continue_cycle(
-    home: Home, run_id: str, *, resume: str | None = "latest", around: Surroundings | None = None
+    home: Home,
+    run_id: str,
+    *,
+    resume: str | None = "latest",
+    around: Surroundings | None = None,
+    held_lock: int | None = None,
 ) -> CycleResult:
     """Go on with a cycle that was interrupted, from where it stopped: training, exam or promotion.
 
-    `resume` is a checkpoint's name, or `latest`, which is step 0 where no checkpoint was written yet.
+    `resume` is a checkpoint's name, or `latest`, which is step 0 where no checkpoint was written yet. `held_lock` is
+    the descriptor of the cycle's lock, where whoever started this process handed it over.
 
     Raises:
         NotFound: If there is no such run, or no cycle began it.
@@ -106,7 +112,8 @@ def continue_cycle(
     """
     around = around or Surroundings()
     run = RunStore(home).get(run_id)
-    with around.stop, lock(cycle_lock_path(home, run.name), f"a cycle of {run.name}"):
+    path, what = cycle_lock_path(home, run.name), f"a cycle of {run.name}"
+    with around.stop, lock(path, what) if held_lock is None else taken_over(held_lock):
         return _finish(home, run, resume, around)
 
 

@@ -49,8 +49,11 @@ def start_process(
     log: Path,
     machine: Machine = "alone",
     directory: Path | None = None,
+    keep_open: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `python -m arguments…` in a process group of its own, its output appended to `log`.
+
+    It inherits the descriptors `keep_open`.
 
     In its own group it gets no Ctrl-C from the terminal by itself: who waits for it forwards the signal, once.
     """
@@ -64,6 +67,7 @@ def start_process(
             cwd=directory,
             env=child_environment(machine),
             start_new_session=True,
+            pass_fds=tuple(keep_open),
         )
 
 

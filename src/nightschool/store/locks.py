@@ -36,13 +36,53 @@ def lock(path: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _acquire(file, what, time.monotonic() + wait_seconds)
-        _sign(file)
-        try:
+        with _signed(file):
             yield
-        finally:
-            os.ftruncate(file, 0)
     finally:
         os.close(file)
+
+
+@contextmanager
+def lock_to_hand_over(path: Path, what: str) -> Iterator[int]:
+    """Hold the lock file for the time of the block, which may start a process that goes on holding it.
+
+    Yields the file's descriptor. A process that inherits it holds the lock from its first moment, so that nobody gets
+    in between; it says so with `taken_over`.
+
+    Raises:
+        Locked, DiskFull: As `lock` does.
+    """
+    make_folder(path.parent)
+    with room_needed(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _acquire(file, what, time.monotonic())
+        _sign(file)
+        yield file
+    finally:
+        # Closing is all: emptying the file could wipe out the signature of whoever took the lock over.
+        os.close(file)
+
+
+@contextmanager
+def taken_over(file: int) -> Iterator[None]:
+    """Hold the lock whose descriptor was inherited from `lock_to_hand_over` for the time of the block."""
+    # What this process starts must not hold it longer than we do.
+    os.set_inheritable(file, False)  # noqa: FBT003
+    try:
+        with _signed(file):
+            yield
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _signed(file: int) -> Iterator[None]:
+    _sign(file)
+    try:
+        yield
+    finally:
+        os.ftruncate(file, 0)
 
 
 def _acquire(file: int, what: str, deadline: float) -> None:
