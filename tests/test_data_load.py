@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 
 from nightschool.config.recipe import ConversationFilter, DataSource, HeldOut
 from nightschool.data.example import Example, Message
-from nightschool.data.load import fingerprint, is_held_out, load_sources, read_file, split_held_out
+from nightschool.data.load import (
+    fingerprint,
+    is_held_out,
+    load_sources,
+    read_file,
+    split_held_out,
+    without_duplicates,
+)
 from nightschool.errors import DataError, NotFound
 from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import open_database
@@ -113,6 +121,21 @@ def test_the_share_is_chosen_by_digest_and_stays_when_data_grows() -> None:
     assert {e.digest for e in few.held_out} <= {e.digest for e in many.held_out}
     assert {e.digest for e in few.train} <= {e.digest for e in many.train}
     assert len(many.train) + len(many.held_out) == 800
+
+
+def test_corrections_are_never_held_out_by_share() -> None:
+    corrections = [replace(example, source="conversations", line=0) for example in examples(400)[::2]]
+    split = split_held_out([*examples(400)[1::2], *corrections], HeldOut(share=0.5, min_examples=10))
+    assert set(corrections) <= set(split.train)
+    assert 60 < len(split.held_out) < 140  # of the others
+
+
+def test_a_correction_that_a_file_says_too_is_still_a_correction() -> None:
+    (said,) = examples(1)
+    corrected = replace(said, source="conversations", line=0, id="r1")
+    for order in ([said, corrected], [corrected, said]):
+        (kept,), duplicates = without_duplicates(order)
+        assert (kept.source, kept.id, duplicates) == ("conversations", "r1", 1)
 
 
 def test_with_few_examples_nothing_is_held_out() -> None:

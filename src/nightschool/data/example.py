@@ -7,6 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+CONVERSATIONS = "conversations"
+"""The `source` of what the server kept, in place of a file."""
+
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nightschool.data.example import Example, Message
+from nightschool.data.example import CONVERSATIONS, Example, Message
 from nightschool.data.formats import parse_messages
 from nightschool.data.problems import Problems
 from nightschool.errors import DataError
@@ -64,6 +64,6 @@ def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
         question = tuple(Message(turn.role, turn.content, 0.0 if turn.role == "assistant" else 1.0) for turn in turns)
         superseded += by_question.pop(question, None) is not None
         by_question[question] = Example(
-            messages=(*question, Message("assistant", answer)), id=kept.request_id, source="conversations"
+            messages=(*question, Message("assistant", answer)), id=kept.request_id, source=CONVERSATIONS
         )
     return Studied(list(by_question.values()), bad, superseded)

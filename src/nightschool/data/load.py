@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nightschool.config.recipe import ANY_NAME, DataSource, HeldOut
-from nightschool.data.example import Example
+from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.data.formats import detect, to_examples
 from nightschool.data.kept import study
 from nightschool.data.problems import Problems
@@ -108,7 +108,10 @@ def read_file(path: Path, *, format: str = "auto", root: Path | None = None) -> 
 
 
 def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
-    """The first of each content, with the paraphrases of all of them, and how many others there were."""
+    """The first of each content, with the paraphrases of all of them, and how many others there were.
+
+    Where one of them is a kept conversation, that one stays: what a person said is always studied.
+    """
     unique: dict[str, Example] = {}
     duplicates = 0
     for example in examples:
@@ -118,15 +121,17 @@ def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]
             continue
         duplicates += 1
         wordings = tuple(dict.fromkeys(first.paraphrases + example.paraphrases))
-        if wordings != first.paraphrases:
-            unique[example.digest] = replace(first, paraphrases=wordings)
+        kept = example if example.source == CONVERSATIONS != first.source else first
+        if kept is not first or wordings != first.paraphrases:
+            unique[example.digest] = replace(kept, paraphrases=wordings)
     return list(unique.values()), duplicates
 
 
 def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path | None = None) -> Split:
     """Part what is trained from what never is.
 
-    By share, an example's digest decides, so that it is on the same side every night, whatever else is there.
+    By share, an example's digest decides, so that it is on the same side every night, whatever else is there. Kept
+    conversations are never held out by share: who corrected an answer wants it learned.
     With a file of its own, what is in that file is left out of the training.
 
     Args:
@@ -145,7 +150,7 @@ def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path
         return Split(list(examples), [])
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[is_held_out(example, held_out.share)].append(example)
+        sides[example.source != CONVERSATIONS and is_held_out(example, held_out.share)].append(example)
     return Split(*sides)
 
 
