@@ -25,6 +25,7 @@ from nightschool.engine.request import Chunk, GenerationRequest
 from nightschool.engine.runner import Runner
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
+from nightschool.engine.turns import TURNS
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.load import LoadedModel
 
@@ -213,7 +214,8 @@ class Engine:
         with torch.inference_mode():
             while self._wait_for_work():
                 try:
-                    self._step()
+                    with TURNS:
+                        self._step()
                 except Exception as error:
                     # A mistake of ours, not of a request: nobody may wait for ever, and the next request may succeed.
                     log.exception("a step of the engine failed", extra={"facts": {"version": self.version_ref}})

@@ -13,11 +13,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name under which everybody knows it
 from torch import Tensor, nn
+
+from nightschool.engine.turns import TURNS
 
 # With 1 or 2 rows a product takes as long as reading the weights does, which the usual layout is best for; with very many
 # the rearranging is a small part.
@@ -86,12 +89,13 @@ def block_weights(model: nn.Module, limit_bytes: int) -> int:
         return 0
     if any(layer.weight.device.type != "cpu" or layer.weight.dtype != torch.float32 for layer in layers.values()):
         return 0
-    blocked = {name: BlockedLinear(layer) for name, layer in layers.items()}
-    if _speedup(_sample(list(blocked.values()))) < _WORTH_IT:
+    if _speedup(_sample(list(layers.values())), torch.get_num_threads()) < _WORTH_IT:
         return 0
-    for name, layer in blocked.items():
+    for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
+        # Layer by layer, so that an engine which answers meanwhile waits for one layer and not for all.
+        with TURNS:
+            setattr(model.get_submodule(parent), attribute, BlockedLinear(layer))
     return needed
 
 
@@ -101,22 +105,25 @@ def _columns(out: int) -> int:
     return min(fitting, key=lambda columns: abs(columns - _COLUMNS), default=min(_COLUMNS, out))
 
 
-def _sample(layers: Sequence[BlockedLinear]) -> Sequence[BlockedLinear]:
-    """The last layers, with the output head, which together make up the bytes to be measured."""
+def _sample(layers: Sequence[nn.Linear]) -> tuple[tuple[int, int], ...]:
+    """Shapes of the last layers, with the output head, which together make up the bytes to be measured."""
     sizes = accumulate(layer.weight.numel() * layer.weight.element_size() for layer in reversed(layers))
     count = next((count for count, size in enumerate(sizes, start=1) if size >= _MEASURED_BYTES), len(layers))
-    return layers[-count:]
+    return tuple((layer.in_features, layer.out_features) for layer in layers[-count:])
 
 
-def _speedup(layers: Sequence[BlockedLinear]) -> float:
-    """How many times faster the blocks are here."""
-    inputs = [torch.zeros(_MEASURED_ROWS, layer.weight.shape[1]) for layer in layers]
+@cache
+def _speedup(shapes: tuple[tuple[int, int], ...], num_threads: int) -> float:  # noqa: ARG001 - it depends on them
+    """How many times faster blocks are here for layers of these shapes. Measured once a process."""
+    layers = [BlockedLinear(nn.Linear(*shape, bias=False)) for shape in shapes]
+    inputs = [torch.zeros(_MEASURED_ROWS, shape[0]) for shape in shapes]
 
     def seconds(multiply: Callable[[BlockedLinear, Tensor], Tensor]) -> float:
-        started = time.perf_counter()
-        for layer, x in zip(layers, inputs, strict=True):
-            multiply(layer, x)
-        return time.perf_counter() - started
+        with TURNS:
+            started = time.perf_counter()
+            for layer, x in zip(layers, inputs, strict=True):
+                multiply(layer, x)
+            return time.perf_counter() - started
 
     # In turn, so that a busy moment of the machine hits both.
     pairs = [
