@@ -8,7 +8,10 @@ import time
 
 import pytest
 from cli_home import add_checkpoint, make_run
+from hypothesis import given
+from hypothesis import strategies as st
 
+from nightschool.cli.chart import chart
 from nightschool.cli.main import main
 from nightschool.cli.terms import duration, sparkline
 from nightschool.store.home import Home
@@ -265,3 +268,55 @@ def test_a_sparkline_has_the_newest_at_the_right_and_takes_any_values():
     assert sparkline([float("nan")]) == ""
     assert len(sparkline(range(1000), width=10)) == 10
     assert (duration(42), duration(187), duration(8100)) == ("0:42", "3:07", "2:15:00")
+
+
+def test_the_curves_of_a_run_and_of_a_checkpoint_are_drawn(home, capsys, monkeypatch):
+    run = make_run(home)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["checkpoints", "plot"]) == 0
+    drawn = capsys.readouterr().out
+    assert all(len(line) <= 60 for line in drawn.splitlines())
+    for name in ("loss", "held-out loss", "learning rate"):
+        assert f"\n{name}\n" in drawn
+    top = next(line for line in drawn.splitlines() if line.strip().startswith("3 ┤"))
+    assert chr(0x2800) < top.partition("┤")[2] < chr(0x2900)  # the curve begins at the top left
+    data = _json(capsys, "checkpoints", "plot", run.id)
+    assert data["curves"]["held-out loss"] == [{"step": s, "value": pytest.approx(3.2 - 0.1 * s)} for s in (4, 8, 12)]
+    path = add_checkpoint(run, 8)
+    kept = {"loss_steps": [4, 8], "loss_history": [2.0, 1.0], "learning_rates": [1e-3, 5e-4]}
+    (path / "training_metrics.json").write_text(json.dumps(kept))
+    data = _json(capsys, "checkpoints", "plot", path.name)
+    assert data["curves"]["loss"] == [{"step": 4, "value": 2.0}, {"step": 8, "value": 1.0}]
+
+
+def test_a_run_without_figures_cannot_be_drawn(home, capsys):
+    run = make_run(home)
+    run.metrics_path.unlink()
+    assert main(["checkpoints", "plot", run.id]) == 4
+    assert "has no figures yet" in capsys.readouterr().err
+
+
+def test_a_picture_needs_the_extra_and_says_so(home, capsys, monkeypatch):
+    make_run(home)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["checkpoints", "plot", "--save", "x.png"]) == 2
+    assert "pip install 'nightschool[plot]'" in capsys.readouterr().err
+
+
+def test_a_picture_is_written_where_matplotlib_is(home, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    make_run(home)
+    assert main(["checkpoints", "plot", "--save", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=50),
+    st.integers(1, 200),
+    st.integers(1, 20),
+)
+def test_a_chart_has_its_size_whatever_the_values(points, width, height):
+    lines = chart("loss", points, width=width, height=height).splitlines()
+    if len(lines) > 1:
+        assert len(lines) == height + 2
+        assert all(len(line) <= max(width, 14) for line in lines[1:-1])

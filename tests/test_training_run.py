@@ -14,6 +14,7 @@ from peft import PeftModel
 from training_setups import differing, one_deterministic_thread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nightschool.cli.main import main as nightschool
 from nightschool.config.recipe import Recipe
 from nightschool.data.chat import render_prompt
 from nightschool.data.example import Example, Message
@@ -555,3 +556,31 @@ def test_the_log_has_colour_only_where_somebody_follows_it_on_a_terminal(home, c
     plain = capsys.readouterr().out
     assert "\x1b[" not in plain
     assert "▏between bars▕ is trained" in plain
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_is_exported_as_a_folder_that_plain_libraries_load(method, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(home.path))
+    monkeypatch.chdir(home.path.parent)
+    first = new_run(home, train={"epochs": 2}, checkpoints={"every": "1 epochs"})
+    assert train(home, first) == 0
+    run = first
+    if method == "lora":
+        base = version_of(home, first).ref
+        run = new_run(
+            home, name="adapted", base=base, method="lora", train={"epochs": 1}, checkpoints={"every": "1 epochs"}
+        )
+        assert train(home, run) == 0
+    point = checkpoints.ls(run)[0]
+    folder = tmp_path / "mine"
+    assert nightschool(["checkpoints", "export", f"{run.id}/{point.name}", str(folder)]) == 0
+    stored = load_tensors(point.path / "weights.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(str(folder))  # transformers loads an adapter with its base
+    if method == "full":
+        loaded = dict(model.named_parameters())
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items() if name in loaded)
+        assert set(loaded) & set(stored)
+    else:
+        assert (folder / "adapter_config.json").is_file()
+    assert nightschool(["checkpoints", "export", f"{run.id}/{point.name}", str(folder)]) == 1
+    assert "exists" in capsys.readouterr().err

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from nightschool.cli.session import answer, confirm, table
-from nightschool.cli.terms import figure, find_checkpoint, find_run, moment
-from nightschool.errors import Damaged, NotFound
+from nightschool.cli.chart import chart
+from nightschool.cli.session import answer, bold, confirm, note, table
+from nightschool.cli.terms import figure, find_checkpoint, find_run, folder_bytes, moment
+from nightschool.errors import Damaged, NotFound, UsageError
+from nightschool.evaluation.scores import figure_to_json
+from nightschool.events import read_events
+from nightschool.jobs.outcome import CycleFacts
 from nightschool.store import checkpoints
+from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
@@ -139,6 +146,118 @@ def compare(first: str, second: str, /) -> None:
             [(key, figure(facts[0].get(key), 6), figure(facts[1].get(key), 6)) for key in keys],
         ),
     )
+
+
+def plot(target: str | None = None, /, *, save: Path | None = None) -> None:
+    """Draw the curves of a run, or those up to a checkpoint: loss, held-out loss, learning rate.
+
+    Args:
+        target: A run, or one checkpoint; the newest run without it.
+        save: Also write them as a picture, such as curves.png. Needs the extra `plot`.
+    """
+    home = Home.find()
+    if target is None or target in [run.id for run in RunStore(home).ls()]:
+        run = find_run(home, target)
+        title, curves = run.id, _curves_of_run(run)
+    else:
+        run, point = find_checkpoint(home, target)
+        title, curves = f"{run.id} {point.name}", _curves_of_checkpoint(point)
+    if not any(curves.values()):
+        raise NotFound(f"{title} has no figures yet. See nightschool runs watch {run.id}.")
+    if save is not None:
+        _save_picture(title, curves, save)
+        note(f"Wrote {save}.")
+    size = shutil.get_terminal_size((100, 24))
+
+    def text() -> str:
+        drawn = [
+            chart(name, points, width=min(size.columns, 120), height=8) for name, points in curves.items() if points
+        ]
+        return "\n\n".join([bold(title), *drawn])
+
+    data = {
+        name: [{"step": step, "value": figure_to_json(value)} for step, value in points]
+        for name, points in curves.items()
+    }
+    answer({"title": title, "curves": data}, text)
+
+
+def export(checkpoint: str, folder: Path, /) -> None:
+    """Write the weights of a checkpoint as a folder of your own, which transformers (or PEFT) loads.
+
+    The folder is loaded again and compared with the checkpoint, bit by bit, before it appears.
+
+    Args:
+        checkpoint: Its folder, RUN/CHECKPOINT, or its name.
+        folder: A folder that does not exist yet.
+    """
+    from nightschool.training.checkpoint_export import export_checkpoint
+
+    home = Home.find()
+    run, point = find_checkpoint(home, checkpoint)
+    target = folder.absolute()
+    try:
+        root = Path(CycleFacts.read(run).root)
+    except NotFound:  # begun without a cycle: its paths begin here
+        root = Path.cwd()
+    difference = export_checkpoint(home, run, point, target, root=root)
+    size = folder_bytes(target)
+    answer(
+        {
+            "run_id": run.id,
+            "name": point.name,
+            "path": str(target),
+            "size_bytes": size,
+            "logits_difference": difference,
+        },
+        f"Exported {point.name} of {run.id} to {folder} ({format_bytes(size)}); loaded again, it is the same model.",
+        quiet=str(folder),
+    )
+
+
+def _curves_of_run(run: Run) -> dict[str, list[tuple[float, float]]]:
+    rows = list(read_events(run.metrics_path))
+    keys = {"loss": "loss", "held-out loss": "heldout_loss", "learning rate": "learning_rate"}
+    return {name: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for name, key in keys.items()}
+
+
+def _curves_of_checkpoint(point: Checkpoint) -> dict[str, list[tuple[float, float]]]:
+    kept = read_json(point.path / "training_metrics.json")
+
+    def curve(steps: str, values: str) -> list[tuple[float, float]]:
+        pairs = zip(kept.get(steps, []), kept.get(values, []), strict=False)
+        return [(step, value) for step, value in pairs if value is not None]
+
+    return {
+        "loss": curve("loss_steps", "loss_history"),
+        "held-out loss": curve("heldout_steps", "heldout_history"),
+        "learning rate": curve("loss_steps", "learning_rates"),
+    }
+
+
+def _save_picture(title: str, curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Write the curves below each other.
+
+    Raises:
+        UsageError: If matplotlib is missing, or knows no such kind of picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UsageError(
+            f"--save {path} needs matplotlib, which is not installed. Install it with pip install 'nightschool[plot]', "
+            "or leave --save out."
+        ) from None
+    figure_ = Figure(figsize=(8, 9), layout="constrained")
+    figure_.suptitle(title)
+    for axes, (name, points) in zip(figure_.subplots(len(curves), sharex=True), curves.items(), strict=True):
+        axes.plot([step for step, _ in points], [value for _, value in points], marker="." if len(points) < 50 else "")
+        axes.set_ylabel(name)
+    axes.set_xlabel("step")
+    try:
+        figure_.savefig(path)
+    except ValueError as error:
+        raise UsageError(f"--save {path}: {error}. Write for example curves.png.") from None
 
 
 def _facts(run: Run, point: Checkpoint) -> dict[str, Any]:

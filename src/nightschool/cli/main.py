@@ -78,6 +78,8 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "verify": ("nightschool.cli.checkpoints:verify", "Compare every file with its manifest."),
             "prune": ("nightschool.cli.checkpoints:prune", "Delete old checkpoints, never the only whole one."),
             "compare": ("nightschool.cli.checkpoints:compare", "The figures of two checkpoints."),
+            "plot": ("nightschool.cli.checkpoints:plot", "Draw loss, held-out loss and learning rate."),
+            "export": ("nightschool.cli.checkpoints:export", "Write its weights as a plain Hugging Face folder."),
         },
     ),
     "models": (
