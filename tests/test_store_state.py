@@ -10,7 +10,7 @@ from store_databases import db, environment, postgres, postgres_url  # noqa: F40
 
 from nightschool.data.example import ROLES, Example, Message
 from nightschool.errors import Conflict, Locked, NameRefused, NotFound, UsageError
-from nightschool.store.accepted import AcceptedExamples, example_digest
+from nightschool.store.accepted import AcceptedExamples, example_context, example_digest
 from nightschool.store.conversations import ConversationStore
 from nightschool.store.ledger import Ledger
 from nightschool.store.pins import Pins
@@ -180,6 +180,44 @@ def test_what_a_rolled_back_version_learned_leaves_and_returns(db):  # noqa: F81
     assert accepted.all("bot") == [qa("b"), qa("c")]
     accepted.drop_version("bot", "v9")  # a version that learned nothing
     accepted.restore_version("bot", "v9")
+    assert accepted.count("bot") == 2
+
+
+@settings(deadline=None)
+@given(
+    st.builds(Example, messages=MESSAGES.map(tuple)) | st.builds(Example, text=TEXT),
+    st.builds(Example, messages=MESSAGES.map(tuple)),
+)
+def test_the_context_is_that_of_the_example(one, other):
+    for example in (one, other):
+        assert (example_context(example.to_json()) is None) == (example.context is None)
+    same = example_context(one.to_json()) == example_context(other.to_json())
+    assert same == (one.context == other.context)
+
+
+def answered(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def test_a_newer_answer_replaces_the_older_one_while_its_version_is_in(db):  # noqa: F811
+    accepted = AcceptedExamples(db)
+    oslo, bergen, sea = answered("Capital?", "Oslo"), answered("Capital?", "Bergen"), answered("Sea?", "North")
+    accepted.add("bot", "v1", [oslo, sea])
+    accepted.add("bot", "v2", [bergen])
+    assert accepted.all("bot") == [sea, bergen]
+    assert (accepted.count("bot"), len(accepted.digests("bot")), len(accepted.trained("bot"))) == (2, 2, 3)
+    assert oslo not in accepted.sample("bot", 9, seed=1)
+    accepted.drop_version("bot", "v2")
+    assert accepted.all("bot") == [oslo, sea]
+    accepted.restore_version("bot", "v2")
+    assert accepted.all("bot") == [sea, bergen]
+    accepted.add("bot", "v3", [oslo])  # corrected back
+    assert accepted.all("bot") == [oslo, sea]
+
+
+def test_answers_of_one_version_to_one_question_all_stay(db):  # noqa: F811
+    accepted = AcceptedExamples(db)
+    accepted.add("bot", "v1", [answered("A joke?", "One"), answered("A joke?", "Two")])
     assert accepted.count("bot") == 2
 
 

@@ -59,6 +59,14 @@ class Example:
         """The final assistant turn, or None for plain text."""
         return self.messages[-1].content if self.messages and self.messages[-1].role == "assistant" else None
 
+    @property
+    def context(self) -> tuple[tuple[str, str], ...] | None:
+        """Role and content of all turns before the answer, or None where `question` is None.
+
+        Of two examples with the same context and different answers, the newer one corrects the older.
+        """
+        return None if self.question is None else tuple((m.role, m.content) for m in self.messages[:-1])
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal example."""
         row: dict[str, Any] = {"id": self.id, "source": self.source, "line": self.line}

@@ -1,7 +1,8 @@
 """The examples that promoted versions have learned: what replay draws from, and what is not new any more.
 
 Each example belongs to the version that learned it. When that version is rolled back its examples leave the pool;
-when it is promoted again they return.
+when it is promoted again they return. Where a newer version learned another answer to the same context, the older
+example is replaced: it is in the pool only while no version with a newer answer is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,6 +32,25 @@ def example_digest(example: dict[str, Any]) -> str:
 def example_origin(example: dict[str, Any]) -> str | None:
     """The request id of the conversation that an example was made of: its `id`, if its source is `conversations`."""
     return example.get("id") or None if example.get("source") == "conversations" else None
+
+
+def example_context(example: dict[str, Any]) -> str | None:
+    """What an example answers, the same as `Example.context`, as one text; None if it answers no question."""
+    *before, last = example.get("messages") or [{"role": ""}]
+    if last["role"] != "assistant" or all(message["role"] != "user" for message in before):
+        return None
+    return json.dumps([[message["role"], message["content"]] for message in before], ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """One example as one version learned it. `active`: that version is the champion or one that it grew from."""
+
+    version: str
+    digest: str
+    context: str | None
+    active: bool
+    example: dict[str, Any]
 
 
 class AcceptedExamples:
@@ -80,26 +101,51 @@ class AcceptedExamples:
         return list(self._pool(name).values())
 
     def sample(self, name: str, count: int, seed: int) -> list[dict[str, Any]]:
-        """`count` examples of the pool, or all if there are fewer; the same for the same pool and seed.
+        """`count` examples of the pool, or all if there are fewer; the same for the same pool and seed."""
+        return self.shuffled(name, seed)[: max(count, 0)]
 
-        Each example has its place in the order of a seed whatever else is in the pool, so that a pool which grew
-        by a few examples gives almost the same sample.
+    def shuffled(self, name: str, seed: int) -> list[dict[str, Any]]:
+        """The whole pool in the order of a seed.
+
+        Each example has its place in that order whatever else is in the pool, so that the first ones of a pool which
+        grew by a few examples are almost the same.
         """
         pool = self._pool(name)
         order = sorted(pool, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
-        return [pool[digest] for digest in order[: max(count, 0)]]
+        return [pool[digest] for digest in order]
 
     def count(self, name: str) -> int:
         """How many different examples the pool holds."""
-        with self._db.read() as connection:
-            query = sa.select(sa.func.count(sa.distinct(accepted_examples.c.digest))).select_from(_joined())
-            return connection.execute(query.where(*_active(name))).scalar_one()
+        return len(self._pool(name))
 
     def digests(self, name: str) -> set[str]:
         """The identities (`Example.digest`) of what the pool holds."""
+        return set(self._pool(name))
+
+    def trained(self, name: str) -> set[str]:
+        """The identities of all that a version of this name has learned, rolled back or replaced since or not."""
         with self._db.read() as connection:
-            query = sa.select(accepted_examples.c.digest).select_from(_joined()).where(*_active(name)).distinct()
+            query = sa.select(accepted_examples.c.digest).where(accepted_examples.c.name == name).distinct()
             return set(connection.execute(query).scalars())
+
+    def versions(self, name: str) -> set[str]:
+        """The versions whose examples were added. Adding is one step, so each has all of its examples."""
+        with self._db.read() as connection:
+            query = sa.select(accepted_examples.c.version).where(accepted_examples.c.name == name).distinct()
+            return set(connection.execute(query).scalars())
+
+    def rows(self, name: str) -> list[Accepted]:
+        """All that versions of this name have learned, in the order in which it was accepted."""
+        columns = (
+            accepted_examples.c.version,
+            accepted_examples.c.digest,
+            accepted_examples.c.example,
+            accepted_versions.c.active,
+        )
+        query = sa.select(*columns).select_from(_joined()).where(accepted_examples.c.name == name)
+        with self._db.read() as connection:
+            found = connection.execute(query.order_by(accepted_examples.c.id)).all()
+        return [Accepted(v, digest, example_context(example), active, example) for v, digest, example, active in found]
 
     def drop_version(self, name: str, version: str) -> None:
         """Take the examples of a version that was rolled back out of the pool; other versions' stay."""
@@ -113,19 +159,24 @@ class AcceptedExamples:
 
     def _pool(self, name: str) -> dict[str, dict[str, Any]]:
         pool: dict[str, dict[str, Any]] = {}
-        query = sa.select(accepted_examples.c.digest, accepted_examples.c.example).select_from(_joined())
-        with self._db.read() as connection:
-            for digest, example in connection.execute(query.where(*_active(name)).order_by(accepted_examples.c.id)):
-                pool.setdefault(digest, example)
+        for row in current(self.rows(name)):
+            pool.setdefault(row.digest, row.example)
         return pool
+
+
+def current(rows: Iterable[Accepted]) -> list[Accepted]:
+    """Those of active versions whose context no newer active version has answered otherwise, in their order."""
+    active = [row for row in rows if row.active]
+    newest: dict[str, str] = {}
+    for row in active:
+        if row.context is not None:
+            newest[row.context] = max(row.version, newest.get(row.context, ""))
+    latest = {row.digest for row in active if row.context is not None and row.version == newest[row.context]}
+    return [row for row in active if row.context is None or row.digest in latest]
 
 
 def _joined() -> sa.Join:
     return accepted_examples.join(accepted_versions)
-
-
-def _active(name: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return accepted_examples.c.name == name, accepted_versions.c.active.is_(True)
 
 
 def _mark(connection: sa.Connection, name: str, version: str, *, active: bool) -> None:

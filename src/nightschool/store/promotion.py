@@ -6,19 +6,20 @@ rolling back therefore switch the examples of versions on and off; none is ever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from nightschool.errors import NotFound
+from nightschool.errors import Damaged, NotFound
 from nightschool.events import read_events
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
+from nightschool.store.lineage import line_of
 from nightschool.store.names import CHAMPION
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import RunStore
 
 NEW_EXAMPLES = "new_examples.jsonl"
+REPLAYED = "replayed.jsonl"
 
 
 def promote(home: Home, name: str, version: str, *, by: str) -> Version:
@@ -61,40 +62,41 @@ def pin(home: Home, name: str, version: str, *, by: str) -> Version:
     return champion
 
 
+def settle(home: Home, name: str) -> None:
+    """Let the pool of accepted examples follow the champion, where a crash kept it from that; twice is as once.
+
+    Raises:
+        NotFound: If the name has no champion.
+    """
+    registry = Registry(home)
+    _follow(home, registry, registry.resolve(f"{name}@{CHAMPION}"))
+
+
 def _follow(home: Home, registry: Registry, champion: Version) -> None:
     """Switch on what the champion's line learned, and off what only others learned."""
     accepted = AcceptedExamples(open_database(home))
     name = champion.name
-    versions = {version.id: version for version in registry.versions(name)}
-    line = list(_line(champion, versions))
-    champions_before = {move.after for move in registry.history(name)[:-1] if move.alias == CHAMPION}
-    for version in line:
-        # What a champion learned is in the pool since it became one; asking the disk again for each would take long.
-        if version == champion or version.id not in champions_before:
-            accepted.add(name, version.id, _new_examples(home, version))
-        accepted.restore_version(name, version.id)
-    oldest = line[-1]
-    for version in versions.values():
-        # Where the line breaks off at a version that was deleted, what is older may belong to it, and stays.
-        if version not in line and (version.id > oldest.id or oldest.facts.parent is None):
+    line = line_of(registry, champion)
+    # What a version learned stays in the pool's table; asking the disk again for each of the line would take long.
+    added = accepted.versions(name)
+    for version in line.versions:
+        if version.id in added:
+            accepted.restore_version(name, version.id)
+        else:
+            began_anew = version is line.versions[-1] and not line.broken
+            files = (REPLAYED, NEW_EXAMPLES) if began_anew else (NEW_EXAMPLES,)
+            accepted.add(name, version.id, [row for file in files for row in _studied(home, version, file)])
+    for version in registry.versions(name):
+        if not line.may_hold(version.id):
             accepted.drop_version(name, version.id)
 
 
-def _line(version: Version, versions: dict[str, Version]) -> Iterator[Version]:
-    """The version and those that it grew from, newest first, as far as they still exist."""
-    current: Version | None = version
-    while current is not None:
-        yield current
-        name, _, parent = (current.facts.parent or "").partition("@")
-        current = versions.get(parent) if name == version.name else None
-
-
-def _new_examples(home: Home, version: Version) -> list[dict[str, Any]]:
-    """The examples that were new to the run which made this version; none if that run was deleted."""
-    if version.facts.run_id is None:
-        return []
+def _studied(home: Home, version: Version, file: str) -> list[dict[str, Any]]:
+    """Examples of the run which made this version; none if that run was deleted, or nobody knows which it was."""
     try:
+        if version.facts.run_id is None:
+            return []
         run = RunStore(home).get(version.facts.run_id)
-    except NotFound:
+    except (NotFound, Damaged):
         return []
-    return list(read_events(run.path / NEW_EXAMPLES))
+    return list(read_events(run.path / file))
