@@ -204,9 +204,11 @@ def test_held_out_examples_are_not_new(school):
 
 def test_another_base_in_the_recipe_starts_anew_and_says_so(school):
     school.cycle()
-    school.teach(2, first=10)
-    result = school.cycle(base="new:llama")
-    assert RunStore(school.home).get(result.run_id).recipe()["base"] == "new:llama"
+    school.teach(3)
+    result = school.cycle("due", base="new:llama")
+    run = RunStore(school.home).get(result.run_id)
+    assert run.recipe()["base"] == "new:llama"
+    assert CycleFacts.read(run).num_new_examples == 3  # all of them: this base has learned none
     assert any("grew from new:tiny: starting anew" in line for line in school.news)
 
 
@@ -368,6 +370,28 @@ def test_a_deleted_ancestor_does_not_take_the_examples_before_it_out_of_the_pool
     school.registry.remove("bot", second.id)
     promote(school.home, "bot", newest.id, by="test")
     assert school.pool.count("bot") == 4
+
+
+def test_a_version_from_another_name_ends_the_line_before_it(school):
+    school.cycle()
+    run = RunStore(school.home).create(school.recipe().as_plain(), name="bot")
+    (run.path / "new_examples.jsonl").write_text('{"text": "a"}\n')
+    facts = VersionFacts(run_id=run.id, parent="other@20250101_000000")
+    version = school.registry.publish("bot", lambda folder: (folder / "w").write_text("w") and None, facts)
+    promote(school.home, "bot", version.id, by="test")
+    assert school.pool.all("bot") == [{"text": "a"}]
+
+
+def test_an_ancestor_with_damaged_facts_keeps_nobody_from_being_promoted(school):
+    first = school.cycle()
+    school.teach(2, first=10)
+    school.decision = "refuse"
+    second = school.cycle()
+    facts = school.registry.resolve(first.candidate).path / "nightschool.json"
+    facts.chmod(0o644)
+    facts.write_text("{")
+    promote(school.home, "bot", second.candidate.partition("@")[2], by="test")
+    assert school.pool.count("bot") == 5
 
 
 def test_the_champion_itself_cannot_be_a_candidate(school):

@@ -10,8 +10,10 @@ from nightschool.cli.recipes import read_recipe
 from nightschool.cli.session import answer, bold, confirm
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
+from nightschool.data.known import lesson_for
 from nightschool.data.load import Loaded, load_sources, read_file, split_held_out
 from nightschool.errors import UsageError
+from nightschool.jobs.study import starting_weights
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import open_database
@@ -56,12 +58,14 @@ def check(source: Path, /, *overrides: str) -> None:
         "with_paraphrases": sum(1 for one in loaded.examples if one.paraphrases),
     }
     if recipe is not None:
-        split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd())
-        known = AcceptedExamples(open_database(Home.find())).digests(recipe.name)
+        home = Home.find()
+        trained = AcceptedExamples(open_database(home)).trained(recipe.name)
+        split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd(), trained=trained)
+        new = lesson_for(home, recipe.name, starting_weights(home, recipe), split.train).new
         data |= {
             "held_out": len(split.held_out),
-            "new": sum(1 for one in split.train if one.digest not in known),
-            "studied_before": sum(1 for one in split.train if one.digest in known),
+            "new": len(new),
+            "studied_before": len(split.train) - len(new),
         }
 
     def text() -> str:
@@ -109,7 +113,9 @@ def _recipe(source: Path, overrides: tuple[str, ...]) -> Recipe | None:
 def _load(recipe: Recipe | None, source: Path) -> Loaded:
     if recipe is None:
         return read_file(source, root=Path.cwd())
-    return load_sources(recipe.data, root=Path.cwd(), home=Home.find(), name=recipe.name)
+    home = Home.find()
+    base = starting_weights(home, recipe)
+    return load_sources(recipe.data, root=Path.cwd(), home=home, name=recipe.name, base=base)
 
 
 def _turns(example: Example) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from nightschool.errors import DataError, NotFound
 from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
+from nightschool.store.lineage import start_of
 from nightschool.store.names import CHAMPION, is_stamp, moment_of
 from nightschool.store.registry import Registry
 
@@ -59,7 +60,12 @@ class Split(NamedTuple):
 
 
 def load_sources(
-    sources: Sequence[DataSource], *, root: Path, home: Home | None = None, name: str | None = None
+    sources: Sequence[DataSource],
+    *,
+    root: Path,
+    home: Home | None = None,
+    name: str | None = None,
+    base: str | None = None,
 ) -> Loaded:
     """Read every source of a recipe.
 
@@ -69,6 +75,8 @@ def load_sources(
         home: Where conversations were kept; needed for `from: conversations`.
         name: The recipe's name: whose champion `since: last_promoted` asks for, and whose conversations are studied
             unless the source names others.
+        base: What the run starts from, if that is not the champion: `since: last_promoted` then asks for what came
+            after that version's run began, and for everything where it is none of `name`'s.
 
     Raises:
         NotFound: If a path names nothing; the message begins with its key, such as `data.0.path`.
@@ -81,7 +89,7 @@ def load_sources(
             for path in expand(source.path, root, f"data.{index}.path"):
                 parts.append(_read_file(path, source.format, root, problems))  # noqa: PERF401 - nested
         else:
-            parts.append(_read_conversations(source, home, name, problems))
+            parts.append(_read_conversations(source, home, name, base, problems))
     problems.check()
     unique, duplicates = without_duplicates(example for part in parts for example in part.examples)
     return Loaded(
@@ -127,7 +135,9 @@ def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]
     return list(unique.values()), duplicates
 
 
-def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path | None = None) -> Split:
+def split_held_out(
+    examples: Sequence[Example], held_out: HeldOut, *, root: Path | None = None, trained: Collection[str] = ()
+) -> Split:
     """Part what is trained from what never is.
 
     By share, an example's digest decides, so that it is on the same side every night, whatever else is there. Kept
@@ -138,6 +148,8 @@ def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path
         examples: All that there are.
         held_out: `recipe.held_out`.
         root: Where a relative path begins; by default the working directory.
+        trained: Digests of what accepted versions have trained, when there were fewer than `min_examples`. It is never
+            held out by share: the champion knows it by heart, so that no candidate could compare.
 
     Raises:
         NotFound, DataError: If `held_out.path` cannot be read.
@@ -150,7 +162,8 @@ def split_held_out(examples: Sequence[Example], held_out: HeldOut, *, root: Path
         return Split(list(examples), [])
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[example.source != CONVERSATIONS and is_held_out(example, held_out.share)].append(example)
+        studied = example.source == CONVERSATIONS or example.digest in trained
+        sides[not studied and is_held_out(example, held_out.share)].append(example)
     return Split(*sides)
 
 
@@ -201,12 +214,14 @@ def _read_file(path: Path, format_name: str, root: Path, problems: Problems) -> 
     return Loaded(examples, [SourceReport(source, dict(formats), len(examples))])
 
 
-def _read_conversations(source: DataSource, home: Home | None, name: str | None, problems: Problems) -> Loaded:
+def _read_conversations(
+    source: DataSource, home: Home | None, name: str | None, base: str | None, problems: Problems
+) -> Loaded:
     assert home is not None, "conversations are kept in a home"
     since = None
     if source.since == "last_promoted":
         assert name is not None, "only a name has a champion"
-        since = _champion_began(home, name)
+        since = _base_began(home, name, base)
     database = open_database(home)
     try:
         kept = ConversationStore(database).select(
@@ -225,15 +240,17 @@ def _studied_name(source: DataSource, name: str | None) -> str | None:
     return name if wanted is None else None if wanted == ANY_NAME else wanted
 
 
-def _champion_began(home: Home, name: str) -> datetime | None:
-    """When the run that made the champion began to read its data, or None while there is no champion.
+def _base_began(home: Home, name: str, base: str | None) -> datetime | None:
+    """When the run that made the base, or without one the champion, began to read its data; None if there is none.
 
-    Not when the champion was promoted: what people said while it was being trained would never be studied.
+    Not when it was promoted: what people said while it was being trained would never be studied.
     """
     registry = Registry(home)
     try:
-        facts = registry.resolve(f"{name}@{CHAMPION}").facts
+        version = registry.resolve(f"{name}@{CHAMPION}") if base is None else start_of(registry, name, base)
     except NotFound:
         return None
-    stamp = (facts.run_id or "")[-len("YYYYmmdd_HHMMSS") :]
-    return moment_of(stamp) - _STAMP_SLACK if is_stamp(stamp) else facts.created_at
+    if version is None:
+        return None
+    stamp = (version.facts.run_id or "")[-len("YYYYmmdd_HHMMSS") :]
+    return moment_of(stamp) - _STAMP_SLACK if is_stamp(stamp) else version.facts.created_at

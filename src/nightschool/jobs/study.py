@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
+from nightschool.data.known import lesson_for
 from nightschool.data.load import load_sources, split_held_out
 from nightschool.errors import NotFound
 from nightschool.jobs.launch import OnLine
@@ -31,17 +32,19 @@ class Studied:
 
 @dataclass(frozen=True)
 class NewExamples:
-    """Examples to train that no accepted version has studied, and how many there are in all."""
+    """Examples to train that the starting weights have not learned, and how many there are in all."""
 
     examples: list[Example]
     num_all: int
 
 
 def find_new_examples(home: Home, recipe: Recipe, root: Path) -> NewExamples:
-    loaded = load_sources(recipe.data, home=home, root=root, name=recipe.name)
-    train = split_held_out(loaded.examples, recipe.held_out, root=root).train
-    known = AcceptedExamples(open_database(home)).digests(recipe.name)
-    return NewExamples([example for example in train if example.digest not in known], len(loaded.examples))
+    """What is new to the weights that a run of this recipe would start from."""
+    base = starting_weights(home, recipe)
+    loaded = load_sources(recipe.data, home=home, root=root, name=recipe.name, base=base)
+    trained = AcceptedExamples(open_database(home)).trained(recipe.name)
+    train = split_held_out(loaded.examples, recipe.held_out, root=root, trained=trained).train
+    return NewExamples(lesson_for(home, recipe.name, base, train).new, len(loaded.examples))
 
 
 def champion_of(registry: Registry, name: str) -> Version | None:

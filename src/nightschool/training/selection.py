@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
+from nightschool.data.known import lesson_for
 from nightschool.data.load import load_sources, split_held_out
 from nightschool.events import read_events
 from nightschool.store.accepted import AcceptedExamples
@@ -21,7 +23,7 @@ NEW, REPLAYED, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "heldout.jsonl
 
 @dataclass(frozen=True)
 class Selection:
-    """The examples of a run. `num_known` examples were left out because an accepted version studied them before."""
+    """The examples of a run. `num_known` examples were left out: the base has learned them, or they were corrected."""
 
     new: list[Example]
     replayed: list[Example]
@@ -41,23 +43,21 @@ class Selection:
 
 
 def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
-    """Read the sources, hold some examples out, drop what was accepted before, and add replay.
+    """Read the sources, hold some examples out, drop what the base has learned, and add replay.
 
-    If nothing is new, everything is studied again: whoever started the run wanted one.
+    What accepted versions have learned is new to a base that is none of them. If nothing is new, everything is studied again: whoever started the run wanted one.
 
     Raises:
         DataError: If a source cannot be read.
     """
-    loaded = load_sources(recipe.data, root=root, home=home, name=recipe.name)
-    split = split_held_out(loaded.examples, recipe.held_out, root=root)
+    loaded = load_sources(recipe.data, root=root, home=home, name=recipe.name, base=recipe.base)
     accepted = AcceptedExamples(open_database(home))
-    known = accepted.digests(recipe.name)
-    new = [example for example in split.train if example.digest not in known] or split.train
+    split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
+    lesson = lesson_for(home, recipe.name, recipe.base, split.train)
+    new = lesson.new or lesson.all
     return Selection(
         new=new,
-        replayed=_replay(
-            recipe, accepted, taken={example.digest for example in [*new, *split.held_out]}, num_new=len(new)
-        ),
+        replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
         held_out=split.held_out,
         num_known=len(split.train) - len(new),
         num_duplicates=loaded.duplicates,
@@ -65,15 +65,21 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
     )
 
 
-def _replay(recipe: Recipe, accepted: AcceptedExamples, *, taken: set[str], num_new: int) -> list[Example]:
-    """Sample what was accepted before; the same for the same seed and pool."""
-    wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * num_new)) if recipe.replay.ratio > 0 else 0
+def _replay(
+    recipe: Recipe, accepted: AcceptedExamples, *, new: list[Example], held_out: list[Example]
+) -> list[Example]:
+    """Sample what was accepted before; the same for the same seed and pool.
+
+    What a new example answers otherwise is no longer true, and is left out.
+    """
+    wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * len(new))) if recipe.replay.ratio > 0 else 0
     if wanted == 0:
         return []
-    # Some of the sample may be taken; a larger one has the same order, so the first that are free are a fixed choice.
-    rows = accepted.sample(recipe.name, wanted + len(taken), recipe.train.seed)
-    examples = [Example.from_json(row) for row in rows]
-    return [example for example in examples if example.digest not in taken][:wanted]
+    taken = {example.digest for example in [*new, *held_out]}
+    answered = {example.context for example in new} - {None}
+    pool = (Example.from_json(row) for row in accepted.shuffled(recipe.name, recipe.train.seed))
+    free = (example for example in pool if example.digest not in taken and example.context not in answered)
+    return list(islice(free, wanted))
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
