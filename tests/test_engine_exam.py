@@ -99,9 +99,9 @@ class Room:
         self.accepted.add("bot", self.refs["old"].split("@")[1], [example.to_json() for example in OLD])
         self.run = self.make_run(NEW, HELD_OUT)
 
-    def make_run(self, new, held_out, **gate):
+    def make_run(self, new, held_out, base="new:tiny-llama", **gate):
         recipe = Recipe.model_validate(
-            {"name": "bot", "base": "new:tiny-llama", "data": [{"path": "x.json"}]}
+            {"name": "bot", "base": base, "data": [{"path": "x.json"}]}
             | {"gate": {"max_new_tokens": 8} | gate, "train": {"max_seq_len": CONTEXT_TOKENS}}
         )
         run = RunStore(self.home).create(recipe.as_plain(), name="bot")
@@ -212,6 +212,47 @@ def test_a_wording_that_was_not_trained_is_asked_in_place_of_the_trained_one(roo
     room.examine("both", "old", run)
     sheet = ScoreSheet.from_json(room.kept("both")["sheets"]["candidate"])
     assert [(a.question, a.wording) for a in sheet.of_kind("new")] == [("Where is Ilka?", "paraphrase")]
+
+
+MANY = [fact(f"Town {number}?", f"Lake {number}") for number in range(40)]
+
+
+def asked_of(room, run, kind):
+    recipe = Recipe.model_validate(run.recipe())
+    papers = exam._papers(room.home, recipe, run.path, byte_tokenizer())
+    return {question.question for question in papers.questions if question.kind == kind}
+
+
+def test_old_questions_are_those_that_were_not_replayed_tonight(room):
+    room.accepted.add("bot", room.refs["old"].split("@")[1], [example.to_json() for example in MANY])
+    run = room.make_run(NEW, [], sample=10)
+    replayed = room.accepted.sample("bot", 20, run.recipe()["train"]["seed"])
+    (run.path / "replayed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replayed))
+    trained_tonight = {Example.from_json(row).question for row in replayed}
+    asked = asked_of(room, run, "old")
+    assert len(asked) == 10
+    assert not asked & trained_tonight
+    (run.path / "replayed.jsonl").unlink()
+    assert asked_of(room, run, "old") != {Example.from_json(row).question for row in replayed[:10]}, "another order"
+    more = room.make_run(NEW, [], sample=30)
+    (more.path / "replayed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replayed))
+    filled = asked_of(room, more, "old")
+    everything = {example.question for example in OLD + MANY}
+    assert len(filled) == 30
+    assert everything - trained_tonight < filled, "replayed ones fill up"
+
+
+def test_a_base_that_starts_anew_is_asked_what_the_champion_knows_as_old(room):
+    anew = room.make_run(NEW + OLD, HELD_OUT)
+    assert asked_of(room, anew, "new") == {"Ilka?", "Sonno?"}
+    assert asked_of(room, anew, "old") == {"Bela?", "Mista?", "Toron?"}
+    report = room.examine("forgetful", "old", anew)
+    assert "forgetting" in failed(report)
+
+
+def test_a_run_that_studies_everything_again_is_asked_it_as_new(room):
+    again = room.make_run(OLD, HELD_OUT, base=room.refs["old"])
+    assert (asked_of(room, again, "new"), asked_of(room, again, "old")) == ({"Bela?", "Mista?", "Toron?"}, set())
 
 
 def test_a_pin_that_is_lost_stands_in_the_way_alone(room):

@@ -23,6 +23,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.batches import Batches
 from nightschool.data.chat import render_prompt
 from nightschool.data.example import Example, Message
+from nightschool.data.known import learned_by
 from nightschool.data.rendering import render_examples
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
@@ -47,6 +48,8 @@ _NUM_ROWS = 16
 _HELD_OUT_TOKENS_PER_BATCH = 2048
 # Some old examples are left out as questions, because a new one or a pin asks the same; so more are drawn than asked.
 _OLD_PER_QUESTION = 4
+# The seed of the run orders what is replayed. In the same order, exactly that would be asked.
+_SEED_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,35 @@ def examine(home: Home, run_id: str, candidate_ref: str, champion_ref: str | Non
 
 def _papers(home: Home, recipe: Recipe, folder: Path, tokenizer: Any) -> Papers:
     database = open_database(home)
-    wanted = _OLD_PER_QUESTION * recipe.gate.sample
-    old = AcceptedExamples(database).sample(recipe.name, wanted, recipe.train.seed)
+    accepted = AcceptedExamples(database)
+    replayed = {example.digest for example in _read(folder / "replayed.jsonl")}
+    old = accepted.sample(
+        recipe.name, _OLD_PER_QUESTION * recipe.gate.sample + len(replayed), recipe.train.seed + _SEED_APART
+    )
     questions = make_questions(
-        _read(folder / "new_examples.jsonl"),
+        _not_accepted(home, recipe, accepted, _read(folder / "new_examples.jsonl")),
         [Example.from_json(row) for row in old],
         Pins(database).ls(recipe.name),
         recipe.gate.sample,
         recipe.train.seed,
         max_answer_tokens=recipe.gate.max_new_tokens,
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        replayed=replayed,
     )
     return Papers(questions, _read(folder / "heldout.jsonl"), recipe.gate.max_new_tokens, recipe.train.max_seq_len)
+
+
+def _not_accepted(home: Home, recipe: Recipe, accepted: AcceptedExamples, examples: list[Example]) -> list[Example]:
+    """The examples of a run without those that are new to its base alone.
+
+    A run that starts anew is taught what the champion knows, too: that is asked as old, so that losing it counts.
+    """
+    pool = accepted.digests(recipe.name)
+    if not any(example.digest in pool for example in examples):
+        return examples
+    learned = learned_by(home, recipe.name, recipe.base)
+    of_base = {row.digest for row in accepted.rows(recipe.name) if learned(row.version)}
+    return [example for example in examples if example.digest not in pool or example.digest in of_base]
 
 
 def _read(path: Path) -> list[Example]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from nightschool.data.example import Example
@@ -36,6 +36,7 @@ def make_questions(
     *,
     max_answer_tokens: int = 64,
     count_tokens: Callable[[str], int] = count_words,
+    replayed: Collection[str] = (),
 ) -> list[ProbeQuestion]:
     """Return what is asked: new questions, then old ones, then pins.
 
@@ -55,6 +56,8 @@ def make_questions(
         seed: Chooses the sample.
         max_answer_tokens: Longest expected answer.
         count_tokens: Length of a text in the model's tokens. Without it, words are counted.
+        replayed: Digests of the old examples that the run trained again. They are asked only where there are too few
+            others: they say least of what was forgotten.
     """
 
     def fits(example: Example) -> bool:
@@ -68,7 +71,9 @@ def make_questions(
     new = [
         _untrained(example, trained) or [_as_trained("new", example)] for example in _ordered(new_examples, seed, fits)
     ]
-    old = [[_as_trained("old", example)] for example in _ordered(old_examples, seed, fits)]
+    # False sorts before True, and sorting keeps the order among equals.
+    old_in_order = sorted(_ordered(old_examples, seed, fits), key=lambda example: example.digest in replayed)
+    old = [[_as_trained("old", example)] for example in old_in_order]
     return [
         *_sample(new, sample),
         *_sample([[question] for (question,) in old if _key(question) not in taken], sample),
