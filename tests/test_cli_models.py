@@ -283,3 +283,19 @@ def test_runs_of_the_registry_are_left_alone_by_runs_rm(home, capsys):
     version = add_version(home, run_id=run.id)
     assert main(["runs", "rm", run.id, "--yes"]) == 0
     assert main(["models", "promote", version.ref]) == 0
+
+
+def test_aliases_of_ones_own_are_set_moved_and_taken_away(home, capsys):
+    registry = Registry(home)
+    versions = [add_version(home, text=text) for text in ("one", "two")]
+    registry.promote("bot", versions[0].id, by="test")
+    assert _json(capsys, "models", "alias", versions[0].ref, "stable")["ref"] == versions[0].ref
+    assert registry.resolve("bot@stable").id == versions[0].id
+    assert main(["models", "alias", versions[-1].ref, "stable"]) == 0
+    assert capsys.readouterr().out == f"bot@stable is {versions[-1].ref}.\n"
+    assert main(["models", "alias", "bot", "champion"]) == 1
+    assert "cannot be set by hand" in capsys.readouterr().err
+    assert main(["models", "alias", "bot", "stable", "--rm"]) == 0
+    assert "stable" not in registry.aliases("bot")
+    assert main(["models", "alias", "bot", "stable", "--rm"]) == 1 + 3
+    assert "has no alias 'stable'" in capsys.readouterr().err

@@ -93,6 +93,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "rollback": ("nightschool.cli.models:rollback", "Make the previous champion the champion again."),
             "pin": ("nightschool.cli.models:pin", "Hold the champion: no cycle moves it."),
             "unpin": ("nightschool.cli.models:unpin", "Let cycles move the champion again."),
+            "alias": ("nightschool.cli.models:alias", "Point a name of your own to a version; --rm takes it away."),
             "export": ("nightschool.cli.models:export", "Copy a version to a folder of your own."),
             "rm": ("nightschool.cli.models:rm", "Delete a version that nothing points at."),
         },

@@ -198,6 +198,24 @@ def unpin(name: str, /) -> None:
     answer({"unpinned": name}, f"Unpinned {name}: the next candidate that passes becomes the champion.", quiet=name)
 
 
+def alias(model: str, alias: str, /, *, rm: bool = False) -> None:
+    """Point an alias of your own to a version, so that NAME@ALIAS means it. A version with an alias is never deleted.
+
+    Args:
+        model: NAME@VERSION or NAME@ALIAS; NAME is its champion. With --rm only the name counts.
+        alias: A word of your own, such as stable. champion, previous and latest move by themselves.
+        rm: Take the alias away.
+    """
+    registry = Registry(Home.find())
+    name = parse_ref(model).name
+    if rm:
+        registry.remove_alias(name, alias, by=_who())
+        answer({"alias": alias, "name": name, "ref": None}, f"{name} has no alias {alias} any more.", quiet=alias)
+        return
+    version = registry.set_alias(name, alias, registry.resolve(model).id, by=_who())
+    answer({"alias": alias, "name": name, "ref": version.ref}, f"{name}@{alias} is {version.ref}.", quiet=version.ref)
+
+
 def export(model: str, folder: Path, /) -> None:
     """Copy a version to a folder of your own: a plain Hugging Face folder, which transformers and vLLM load.
 
