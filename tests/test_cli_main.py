@@ -11,7 +11,7 @@ import pytest
 from nightschool import __version__
 from nightschool.cli import main as cli
 from nightschool.cli.main import NOUNS, VERBS, main, split_global_options
-from nightschool.errors import DiskFull, GateRefused, Interrupted
+from nightschool.errors import DiskFull, Interrupted
 
 EVERY_VERB = [[verb] for verb in VERBS] + [[noun, verb] for noun, (_, verbs) in NOUNS.items() for verb in verbs]
 TWO_STEPS = "import sys, nightschool.cli.main as m; code = m.main(sys.argv[1:]); print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)"
@@ -157,7 +157,6 @@ def test_a_recipe_with_problems_exits_2_and_lists_all_of_them(here, capsys):
 @pytest.mark.parametrize(
     ("error", "exit_code", "message"),
     [
-        (GateRefused("refused."), 3, "error: refused."),
         (Interrupted("stopped."), 75, "error: stopped."),
         (DiskFull("full."), 1, "error: full."),
         (FileNotFoundError(2, "No such file", "a.txt"), 4, "error: a.txt: No such file."),

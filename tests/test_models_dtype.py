@@ -36,14 +36,6 @@ def test_what_the_recipe_says_is_obeyed_without_a_probe(monkeypatch, wanted, com
     assert "as the recipe says" in choice.why
 
 
-def test_autocast_follows_the_choice():
-    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
-    with resolve_dtype("bf16", "cpu").autocast():
-        assert layer(x).dtype is torch.bfloat16
-    with resolve_dtype("fp32", "cpu").autocast():
-        assert layer(x).dtype is torch.float32
-
-
 def test_the_probe_takes_little_time_once_and_leaves_no_gradient():
     bf16_speedup.cache_clear()
     start = time.perf_counter()

@@ -265,7 +265,7 @@ def test_a_cycle_from_begin_to_finish(db):  # noqa: F811
     ledger = Ledger(db)
     assert ledger.last("bot") is None
     cycle_id = ledger.begin("bot", T0, "schedule")
-    (cycle,) = ledger.unfinished("bot")
+    (cycle,) = ledger.ls("bot")
     assert (cycle.id, cycle.due_at, cycle.trigger, cycle.outcome) == (cycle_id, T0, "schedule", None)
     done = ledger.finish(cycle_id, "promoted", "all good", "bot-x", "bot@v", "f00")
     assert done == ledger.last("bot")
@@ -277,7 +277,7 @@ def test_a_cycle_from_begin_to_finish(db):  # noqa: F811
         "f00",
     )
     assert done.finished_at >= done.started_at
-    assert ledger.unfinished("bot") == []
+    assert ledger.ls("bot") == [done]
 
 
 def test_a_cycle_is_begun_once_and_finished_once(db):  # noqa: F811

@@ -10,7 +10,6 @@
     ├── NotFound                         exit 4    HTTP 404   a model, version, run, checkpoint or file is not there
     ├── Conflict                         exit 1    HTTP 409   the state forbids it (exists, is served, is pinned)
     │   ├── Locked                       exit 1    HTTP 409   another process holds the lock
-    │   ├── GateRefused                  exit 3    HTTP 409   the candidate did not pass
     │   └── SwapFailed                   exit 1    HTTP 409   a swap changed nothing; `stage` says where it failed
     ├── Damaged                          exit 1    HTTP 500   a stored artifact is incomplete or altered
     │   └── StateMismatch                exit 1    HTTP 409   a checkpoint does not fit the run that resumes from it
@@ -110,11 +109,6 @@ class Conflict(NightschoolError):
 
 class Locked(Conflict):
     code = "locked"
-
-
-class GateRefused(Conflict):
-    exit_code = 3
-    code = "gate_refused"
 
 
 class SwapFailed(Conflict):

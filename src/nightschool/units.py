@@ -12,17 +12,6 @@ from typing import Literal
 
 _NUMBER = r"(?P<number>\d+(?:\.\d+)?)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_BYTES = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 _MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -40,22 +29,6 @@ def parse_seconds(value: str | float) -> float:
     if match is None or (match["unit"] or "s") not in _SECONDS:
         raise ValueError(f"{value!r} is no duration; write for example 90s, 10m, 24h or 7d")
     return float(match["number"]) * _SECONDS[match["unit"] or "s"]
-
-
-def parse_bytes(value: str | int) -> int:
-    """Bytes from `1048576`, `512 MB`, `1.5GiB`; a bare number is bytes.
-
-    Raises:
-        ValueError: If the text is no size, or is negative.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 0:
-            raise ValueError(f"{value} is negative; a size is at least 0 bytes")
-        return value
-    match = re.fullmatch(rf"{_NUMBER}\s*(?P<unit>[a-z]*)", str(value).strip().lower())
-    if match is None or (match["unit"] or "b") not in _BYTES:
-        raise ValueError(f"{value!r} is no size; write for example 512 MB or 1.5 GiB")
-    return int(float(match["number"]) * _BYTES[match["unit"] or "b"])
 
 
 def parse_tokens(value: str | int) -> int:

@@ -92,11 +92,3 @@ def confirm(question: str, *, yes: bool) -> None:
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UsageError("The answer was no; nothing was changed. Answer y, or add --yes.")
-
-
-def ago(seconds: float) -> str:
-    """`3 min`, `2 h`, `5 days`: how long something is, or was, roughly."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size or (unit != "days" and seconds >= size):
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

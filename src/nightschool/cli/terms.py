@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from nightschool.errors import NotFound, UsageError
-from nightschool.events import now
 from nightschool.store import checkpoints
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
@@ -49,10 +48,6 @@ def moment(value: datetime | str | None) -> str | None:
     if value is None:
         return None
     return f"{datetime.fromisoformat(value) if isinstance(value, str) else value:%Y-%m-%d %H:%M:%S}"
-
-
-def seconds_since(value: str) -> float:
-    return (now() - datetime.fromisoformat(value)).total_seconds()
 
 
 def figure(value: Any, digits: int = 4) -> str | None:

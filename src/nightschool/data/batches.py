@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from nightschool.data.chat import Rendered
 from nightschool.data.packing import plan_epoch
-from nightschool.errors import NothingToTrain, StateMismatch
+from nightschool.errors import NothingToTrain
 
 IGNORED = -100
 
@@ -34,22 +32,6 @@ class Batch:
     cu_seqlens: torch.Tensor  # [D + 1] int32, from 0 to N
     max_seqlen: int  # tokens of the longest document
     tokens_trained: int  # labels that carry loss
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is in its data: the micro-batch that comes next, and the tokens consumed before it in all epochs."""
-
-    epoch: int = 0
-    batch_index: int = 0
-    tokens_consumed: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Position:
-        return cls(int(row["epoch"]), int(row["batch_index"]), int(row["tokens_consumed"]))
 
 
 class Batches:
@@ -89,7 +71,7 @@ class Batches:
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
         self._settings = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "seed": seed}
         self._batch_size, self._tokens_per_batch, self._seed = batch_size, tokens_per_batch, seed
-        self._planned: tuple[int, list[list[int]], npt.NDArray[np.int64]] | None = None
+        self._planned: tuple[int, list[list[int]]] | None = None
         self.fingerprint = self._fingerprint()
 
     @property
@@ -108,7 +90,7 @@ class Batches:
 
     def num_batches(self, epoch: int) -> int:
         """Micro-batches of an epoch. With `tokens_per_batch` epochs may differ by a few."""
-        return len(self._plan(epoch)[0])
+        return len(self._plan(epoch))
 
     def get(self, epoch: int, index: int) -> Batch:
         """Micro-batch number `index`, from 0, of an epoch.
@@ -116,7 +98,7 @@ class Batches:
         Raises:
             IndexError: If the epoch has no such micro-batch.
         """
-        plan, _ = self._plan(epoch)
+        plan = self._plan(epoch)
         if not 0 <= index < len(plan):
             raise IndexError(f"epoch {epoch} has {len(plan)} micro-batches, so there is no number {index}")
         members = plan[index]
@@ -144,31 +126,8 @@ class Batches:
             tokens_trained=int(np.count_nonzero(weights_n)),
         )
 
-    def position(self, epoch: int, batch_index: int) -> Position:
-        """The position before a micro-batch; the place after the last one of an epoch is the start of the next."""
-        plan, consumed = self._plan(epoch)
-        if batch_index == len(plan):
-            return Position(epoch + 1, 0, self.tokens * (epoch + 1))
-        return Position(epoch, batch_index, self.tokens * epoch + int(consumed[batch_index]))
-
-    def check(self, position: Position, fingerprint: str) -> None:
-        """Make sure that a stored position means the same here.
-
-        Raises:
-            StateMismatch: If data, tokenizer or settings changed since it was stored.
-        """
-        if fingerprint != self.fingerprint:
-            raise StateMismatch(
-                f"The data has the fingerprint {self.fingerprint[:12]}, but the checkpoint was made with {fingerprint[:12]}: "
-                "examples, tokenizer, chat template, max_seq_len, batch size or seed changed. Restore them, or start a new run."
-            )
-        if position.batch_index > self.num_batches(position.epoch) or position != self.position(
-            position.epoch, position.batch_index
-        ):
-            raise StateMismatch(f"The data position {position.to_json()} does not exist in this data. Start a new run.")
-
-    def _plan(self, epoch: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
-        """The micro-batches of an epoch, and the tokens before each. The last epoch that was asked for is kept."""
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """The micro-batches of an epoch. The last epoch that was asked for is kept."""
         if self._planned is None or self._planned[0] != epoch:
             plan = plan_epoch(
                 self._lengths,
@@ -177,9 +136,8 @@ class Batches:
                 seed=self._seed,
                 epoch=epoch,
             )
-            tokens = np.array([int(self._lengths[members].sum()) for members in plan], dtype=np.int64)
-            self._planned = (epoch, plan, np.concatenate([[0], np.cumsum(tokens)]))
-        return self._planned[1], self._planned[2]
+            self._planned = (epoch, plan)
+        return self._planned[1]
 
     def _fingerprint(self) -> str:
         """SHA-256 over what is trained: tokens, weights, borders and settings. Text and tokenizer are in the tokens."""

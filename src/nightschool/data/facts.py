@@ -111,15 +111,6 @@ class World:
         people = _names(-(-count // len(RELATIONS)), chance, taken=self.people)
         return _facts(people, chance)[:count]
 
-    def changed_facts(self, count: int = 3, *, seed: int = 0) -> list[Example]:
-        """Facts of people who are known, which have become other ones: the old answers are wrong from now on."""
-        chance = random.Random(f"changed {self.seed} {seed}")
-        changed = []
-        for fact in chance.sample(self.facts, count):
-            what = chance.choice([value for value in fact.relation.values if value != fact.what])
-            changed.append(Fact(fact.relation, fact.who, what, fact.trained, fact.asked))
-        return [example for fact in changed for example in fact.examples()]
-
     def texts(self) -> list[str]:
         """Everything that can be said in this world, for the tokenizer: all wordings, values and possible names."""
         said = [message.content for example in self.examples() for message in example.messages]

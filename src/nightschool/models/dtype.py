@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -45,12 +44,6 @@ class DtypeChoice:
     def needs_loss_scaling(self) -> bool:
         """fp16 gradients underflow unless the loss is scaled up before the backward pass."""
         return self.compute is torch.float16
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Run the forward pass inside this."""
-        if self.compute is self.parameters:
-            return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.compute)
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:

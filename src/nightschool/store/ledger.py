@@ -127,11 +127,6 @@ class Ledger:
         with self._db.read() as connection:
             return list(connection.execute(sa.select(cycles.c.name).distinct().order_by(cycles.c.name)).scalars())
 
-    def unfinished(self, name: str) -> list[Cycle]:
-        """Cycles that were begun and not finished: one that is under way, or those of schedulers that died."""
-        with self._db.read() as connection:
-            return _load(connection, cycles.c.name == name, cycles.c.outcome.is_(None))
-
     def pause(self, name: str) -> None:
         """Let no cycle of a name begin by the clock until `resume`. Pausing twice is the same as once."""
         check_name(name)
