@@ -11,7 +11,7 @@ import pytest
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.load import load_sources
-from nightschool.errors import Conflict, DataError, Locked
+from nightschool.errors import Conflict, DataError, DiskFull, Locked
 from nightschool.events import read_events
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.cycle import Surroundings, continue_cycle, cycle_lock_path, run_cycle
@@ -392,6 +392,64 @@ def test_an_ancestor_with_damaged_facts_keeps_nobody_from_being_promoted(school)
     facts.write_text("{")
     promote(school.home, "bot", second.candidate.partition("@")[2], by="test")
     assert school.pool.count("bot") == 5
+
+
+def killed_at(name, monkeypatch):
+    """Break off, once, as a process that is killed does, when this method of the pool is called."""
+    whole = getattr(AcceptedExamples, name)
+
+    def broken(self, *arguments):
+        monkeypatch.setattr(AcceptedExamples, name, whole)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AcceptedExamples, name, broken)
+
+
+@pytest.mark.parametrize("step", ["versions", "add", "restore_version", "drop_version"])
+def test_a_cycle_that_is_killed_after_the_champion_moved_is_completed(school, monkeypatch, step):
+    first = school.cycle()
+    school.decision = "refuse"
+    school.teach(1, first=50)
+    refused = school.cycle()  # so that there is a version to drop
+    school.decision = "promote"
+    school.teach(2, first=10)
+    school.before_exam = lambda: killed_at(step, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        school.cycle()
+    school.before_exam = lambda: None
+    run = RunStore(school.home).ls()[0]
+    assert run.id not in (first.run_id, refused.run_id)
+    result = continue_cycle(school.home, run.id)
+    assert (result.outcome, result.candidate) == ("promoted", f"bot@{school.champion}")
+    assert school.pool.count("bot") == 5
+    assert len(school.examined) == 3, "nothing is examined twice"
+    assert len([move for move in school.registry.history("bot") if move.alias == "champion"]) == 2
+    assert school.cycle("due").outcome == "skipped", "nothing is left to study"
+
+
+def test_a_disk_that_is_full_after_the_champion_moved_is_completed_when_there_is_room(school, monkeypatch):
+    def full(*_):
+        raise DiskFull("No room is left for the database. Free some.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AcceptedExamples, "add", full)
+        result = school.cycle()
+    assert (result.outcome, result.detail) == (
+        "failed",
+        "promotion failed: No room is left for the database. Free some.",
+    )
+    assert school.pool.count("bot") == 0
+    again = continue_cycle(school.home, result.run_id)
+    assert (again.outcome, again.exit_code, school.pool.count("bot")) == ("promoted", 0, 3)
+    assert again.report["decision"] == "promote"
+
+
+def test_where_nobody_continues_the_next_cycle_lets_the_pool_follow(school, monkeypatch):
+    killed_at("add", monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        school.cycle()
+    result = school.cycle("due")
+    assert (result.outcome, result.detail) == ("skipped", "no new data: 3 examples, all studied before")
 
 
 def test_the_champion_itself_cannot_be_a_candidate(school):

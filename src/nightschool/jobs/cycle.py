@@ -14,6 +14,7 @@ from typing import Any
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
+from nightschool.events import read_events
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_exam, run_training
 from nightschool.jobs.outcome import CycleFacts, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
@@ -28,7 +29,8 @@ from nightschool.jobs.study import (
 )
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
-from nightschool.store.promotion import promote
+from nightschool.store.names import CHAMPION
+from nightschool.store.promotion import promote, settle
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 
@@ -131,6 +133,8 @@ def begin_cycle(
     name = recipe.name
     _refuse_beside_another(home, name)
     champion = champion_of(Registry(home), name)
+    if champion is not None:
+        settle(home, name)  # what an earlier cycle may have been killed before
     new = find_new_examples(home, recipe, root)
     base = starting_weights(home, recipe, say=around.say)
     fingerprint = fingerprint_of(recipe, base, new.examples)
@@ -180,6 +184,9 @@ def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> C
             candidate = _candidate(home, run)
         if candidate is None:
             raise Damaged(f"The run {run.id} ended well, but published no version. See nightschool runs logs {run.id}.")
+        stage = "promotion"
+        if _is_half_promoted(home, run, candidate):
+            return _complete_promotion(home, run, facts, candidate, around)
         stage = "the exam"
         around.stop.check("the exam began")
         exam = _examine(home, run, facts, candidate, around)
@@ -298,8 +305,32 @@ def _decide(home: Home, run: Run, facts: CycleFacts, wanted: str, exam: Exam, ar
             "published",
             f"{verdict}; it is not promoted, because the champion moved from {before} to {now_champion} meanwhile",
         )
-    promote(home, run.name, exam.candidate.id, by=f"cycle {run.id}")
+    promote(home, run.name, exam.candidate.id, by=_mover(run))
     return ended("promoted", verdict if passed else f"{verdict}; promoted all the same: serve.promote is always")
+
+
+def _mover(run: Run) -> str:
+    """Who moves the champion, in the registry's history."""
+    return f"cycle {run.id}"
+
+
+def _is_half_promoted(home: Home, run: Run, candidate: Version) -> bool:
+    """Whether this cycle made its candidate the champion and was then stopped before it had said so."""
+    moves = [move for move in Registry(home).history(run.name) if move.alias == CHAMPION]
+    if not moves or (moves[-1].after, moves[-1].by) != (candidate.id, _mover(run)):
+        return False
+    return all(row.get("outcome") != "promoted" for row in read_events(run.events_path) if row["event"] == "cycle")
+
+
+def _complete_promotion(
+    home: Home, run: Run, facts: CycleFacts, candidate: Version, around: Surroundings
+) -> CycleResult:
+    """Do what was left to do after the champion had moved."""
+    settle(home, run.name)
+    report = Registry(home).load_report(run.name, candidate.id)
+    detail = f"{candidate.ref} was made the champion before the cycle was stopped; the accepted examples follow it now"
+    around.say(f"Promoted: {detail}")
+    return _result(run, home, facts, "promoted", detail, candidate=candidate.ref, report=report)
 
 
 def failed_rules(report: Mapping[str, Any]) -> list[str]:
