@@ -1,7 +1,7 @@
 """What does a night cost of what was known, and what does replay buy?
 
-A tiny model learns a made-up world; then it studies six new facts for one night, with replay and without. All answers
-are asked in wordings that were never trained. Ours against ours: the same night without replay is the peer.
+A tiny model learns a made-up world; then it studies six new facts for one night, with replay and without. Old
+facts are asked as they were trained, new ones in wordings that were not. Ours against ours: the same night without replay is the peer.
 """
 
 from __future__ import annotations
