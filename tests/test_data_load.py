@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from nightschool.config.recipe import ConversationFilter, DataSource, HeldOut
 from nightschool.data.example import Example, Message
 from nightschool.data.load import (
-    fingerprint,
     is_held_out,
     load_sources,
     read_file,
@@ -155,12 +154,6 @@ def test_what_a_file_holds_out_is_never_trained(tmp_path: Path) -> None:
     train, held_out = split_held_out(examples(3), HeldOut.model_validate({"path": "dev.json"}), root=tmp_path)
     assert [example.question for example in train] == ["q0", "q2"]
     assert [example.question for example in held_out] == ["q1", "q9"]
-
-
-def test_the_fingerprint_is_of_the_set() -> None:
-    some = examples(5)
-    assert fingerprint(some) == fingerprint(some[::-1])
-    assert fingerprint(some) != fingerprint(some[1:])
 
 
 # --- kept conversations ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -183,11 +182,6 @@ def load_held_out(pattern: str, root: Path) -> list[Example]:
 def is_held_out(example: Example, share: float) -> bool:
     """Whether the digest, read as a number between 0 and 1, lies below the share."""
     return int(example.digest[:13], 16) < share * 16**13
-
-
-def fingerprint(examples: Iterable[Example]) -> str:
-    """One digest of a set of examples, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(example.digest for example in examples)).encode()).hexdigest()
 
 
 def _read_file(path: Path, format_name: str, root: Path, problems: Problems) -> Loaded:
