@@ -281,6 +281,7 @@ OBSERVED = {
     "base": (a_run, {}, {"base": "./other"}),
     "method": (a_run, {}, LORA),
     "data.path": (a_run, {}, {"data": [{"path": "fewer.json"}]}),
+    "data.repeat": "test_data_repeat.py::test_a_new_example_is_studied_as_often_as_its_source_says",
     "data.format": "test_data_load.py::test_a_pinned_format_is_used",
     "data.from_": (studied, {}, KEPT),
     "data.where.rating": (studied, KEPT, kept(rating="good")),

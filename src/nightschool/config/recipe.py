@@ -128,6 +128,10 @@ class DataSource(Section):
         "always", description="`last_promoted`: only what came after the champion was promoted."
     )
 
+    repeat: int = Field(
+        1, ge=1, description="Times each new example is studied in an epoch; replayed ones are studied once."
+    )
+
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     @model_validator(mode="after")

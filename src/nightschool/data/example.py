@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ class Example:
 
     `paraphrases` are other wordings of the last question. They are never trained; the gate asks them.
     `source` and `line` say where the example came from: a file and its 1-based line or row, or
-    `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning.
+    `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning. `corrects` is the answer
+    that a person replaced by this one, or the empty string. `repeat` is how often it is studied in an epoch while it is
+    new.
     """
 
     messages: tuple[Message, ...] = ()
@@ -38,6 +41,8 @@ class Example:
     id: str = ""
     source: str = ""
     line: int = 0
+    corrects: str = ""
+    repeat: int = 1
 
     digest: str = field(init=False, compare=False, default="")
 
@@ -79,6 +84,10 @@ class Example:
             row["text"] = self.text
         if self.paraphrases:
             row["paraphrases"] = list(self.paraphrases)
+        if self.corrects:
+            row["corrects"] = self.corrects
+        if self.repeat != 1:
+            row["repeat"] = self.repeat
         return row
 
     @classmethod
@@ -93,4 +102,19 @@ class Example:
             id=row.get("id", ""),
             source=row.get("source", ""),
             line=int(row.get("line", 0)),
+            corrects=row.get("corrects", ""),
+            repeat=int(row.get("repeat", 1)),
         )
+
+
+# Fewer words than this say too little: whoever corrects one "yes" does not doubt all others.
+_LEAST_WORDS = 3
+
+
+def corrected_answers(examples: Iterable[Example]) -> frozenset[str]:
+    """Answers that are known to be wrong, because a person replaced them.
+
+    The same sentence was learned from other wordings of the question, too. Tonight it is neither replayed nor asked.
+    """
+    wrong = (example.corrects.strip() for example in examples if example.corrects != example.answer)
+    return frozenset(answer for answer in wrong if len(answer.split()) >= _LEAST_WORDS)

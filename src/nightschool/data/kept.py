@@ -64,6 +64,9 @@ def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
         question = tuple(Message(turn.role, turn.content, 0.0 if turn.role == "assistant" else 1.0) for turn in turns)
         superseded += by_question.pop(question, None) is not None
         by_question[question] = Example(
-            messages=(*question, Message("assistant", answer)), id=kept.request_id, source=CONVERSATIONS
+            messages=(*question, Message("assistant", answer)),
+            id=kept.request_id,
+            source=CONVERSATIONS,
+            corrects=kept.answer if kept.correction is not None else "",
         )
     return Studied(list(by_question.values()), bad, superseded)

@@ -86,9 +86,9 @@ def load_sources(
     for index, source in enumerate(sources):
         if source.path is not None:
             for path in expand(source.path, root, f"data.{index}.path"):
-                parts.append(_read_file(path, source.format, root, problems))  # noqa: PERF401 - nested
+                parts.append(_repeated(_read_file(path, source.format, root, problems), source.repeat))  # noqa: PERF401 - nested
         else:
-            parts.append(_read_conversations(source, home, name, base, problems))
+            parts.append(_repeated(_read_conversations(source, home, name, base, problems), source.repeat))
     problems.check()
     unique, duplicates = without_duplicates(example for part in parts for example in part.examples)
     return Loaded(
@@ -98,6 +98,10 @@ def load_sources(
         sum(part.bad for part in parts),
         sum(part.superseded for part in parts),
     )
+
+
+def _repeated(loaded: Loaded, times: int) -> Loaded:
+    return loaded if times == 1 else replace(loaded, examples=[replace(one, repeat=times) for one in loaded.examples])
 
 
 def read_file(path: Path, *, format: str = "auto", root: Path | None = None) -> Loaded:  # noqa: A002 - the recipe's word

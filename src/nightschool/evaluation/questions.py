@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from nightschool.data.example import Example
+from nightschool.data.example import Example, corrected_answers
 from nightschool.evaluation.match import words
 from nightschool.evaluation.scores import Kind, ProbeQuestion, Wording
 
@@ -45,8 +45,8 @@ def make_questions(
     second one. The choice depends on the seed and the examples' digests, not on their order.
 
     Left out are plain texts, blank answers, answers of more than `max_answer_tokens`, repeated questions, wordings
-    that another new example trains, and old questions that a new example or a pin asks too: a correction is no
-    forgetting.
+    that another new example trains, and old questions that a new example or a pin asks too, or whose answer a
+    person has corrected: a correction is no forgetting.
 
     Args:
         new_examples: What the run taught.
@@ -73,7 +73,12 @@ def make_questions(
     ]
     # False sorts before True, and sorting keeps the order among equals.
     old_in_order = sorted(_ordered(old_examples, seed, fits), key=lambda example: example.digest in replayed)
-    old = [[_as_trained("old", example)] for example in old_in_order]
+    wrong = corrected_answers(new_examples)
+    old = [
+        [_as_trained("old", example)]
+        for example in old_in_order
+        if example.answer is None or example.answer.strip() not in wrong
+    ]
     return [
         *_sample(new, sample),
         *_sample([[question] for (question,) in old if _key(question) not in taken], sample),

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from nightschool.config.recipe import Recipe
-from nightschool.data.example import Example
+from nightschool.data.example import Example, corrected_answers
 from nightschool.data.known import lesson_for
 from nightschool.data.load import load_sources, split_held_out
 from nightschool.events import read_events
@@ -34,7 +34,8 @@ class Selection:
 
     @property
     def train(self) -> list[Example]:
-        return [*self.new, *self.replayed]
+        """What one epoch is made of: new examples as often as their source says, replayed ones once."""
+        return [*(example for example in self.new for _ in range(example.repeat)), *self.replayed]
 
     @property
     def num_files(self) -> int:
@@ -70,15 +71,23 @@ def _replay(
 ) -> list[Example]:
     """Sample what was accepted before; the same for the same seed and pool.
 
-    What a new example answers otherwise is no longer true, and is left out.
+    What a new example answers otherwise is no longer true, and is left out; so is the very sentence that a person
+    corrected, in whatever wording it was asked for.
     """
     wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * len(new))) if recipe.replay.ratio > 0 else 0
     if wanted == 0:
         return []
     taken = {example.digest for example in [*new, *held_out]}
     answered = {example.context for example in new} - {None}
+    wrong = corrected_answers(new)
     pool = (Example.from_json(row) for row in accepted.shuffled(recipe.name, recipe.train.seed))
-    free = (example for example in pool if example.digest not in taken and example.context not in answered)
+    free = (
+        example
+        for example in pool
+        if example.digest not in taken
+        and example.context not in answered
+        and (example.answer is None or example.answer.strip() not in wrong)
+    )
     return list(islice(free, wanted))
 
 
