@@ -19,7 +19,7 @@ from torch import nn
 from nightschool.data.chat import stop_token_ids
 from nightschool.engine.answer import Answer
 from nightschool.engine.detokenize import Vocabulary
-from nightschool.engine.handle import Handle
+from nightschool.engine.handle import Handle, Sleeper, wake
 from nightschool.engine.prefix import BLOCK, PrefixCache
 from nightschool.engine.request import Chunk, GenerationRequest
 from nightschool.engine.runner import Runner
@@ -120,6 +120,7 @@ class Engine:
         self._keys = itertools.count()
         self._active: dict[int, _Active] = {}
         self._cancelled: list[int] = []
+        self._sleepers: list[Sleeper] = []
         self._counts = dict.fromkeys(("steps", "prompt", "cached", "generated", "finished", "failed"), 0)
         self._state = "open"
         self._lock = threading.Condition()
@@ -220,6 +221,8 @@ class Engine:
                     # A mistake of ours, not of a request: nobody may wait for ever, and the next request may succeed.
                     log.exception("a step of the engine failed", extra={"facts": {"version": self.version_ref}})
                     self._fail_all(error)
+                sleepers, self._sleepers = self._sleepers, []
+                wake(sleepers)
             self._cache.release()
 
     def _wait_for_work(self) -> bool:
@@ -240,7 +243,7 @@ class Engine:
             admissions = self._scheduler.admit()
             moves = self._scheduler.compact()
         for active in gone:
-            active.handle.publish(active.answer.end("cancelled"))
+            self._publish(active, active.answer.end("cancelled"))
         self._arrange(moves)
         for admission in admissions:
             self._reuse(admission.key, admission.row)
@@ -289,7 +292,12 @@ class Engine:
         self._keep_prompts(plan)
         answering = [span for span in plan.spans if span.answers]
         for span, choice in zip(answering, choices, strict=True):
-            self._hand_out(span, choice)
+            try:
+                self._hand_out(span, choice)
+            except Exception as error:
+                log.exception("a request failed", extra={"facts": {"version": self.version_ref}})
+                if span.key in self._active:
+                    self._fail(span.key, error)
 
     def _choose(self, plan: StepPlan) -> list[Choice]:
         logits = self._runner.run(plan, self._cache, self._tokens_of)
@@ -315,7 +323,7 @@ class Engine:
             self._keep(active, span.row, span.start + span.length)
             self._leave(active, chunk)
         else:
-            active.handle.publish(chunk)
+            self._publish(active, chunk)
 
     def _keep_prompts(self, plan: StepPlan) -> None:
         for span in plan.prefill:
@@ -338,12 +346,15 @@ class Engine:
         for key in list(self._active):
             self._fail(key, error)
 
+    def _publish(self, active: _Active, chunk: Chunk) -> None:
+        self._sleepers += active.handle.publish(chunk)
+
     def _leave(self, active: _Active, chunk: Chunk) -> None:
         with self._lock:
             self._scheduler.finish(active.key)
             del self._active[active.key]
             self._counts["finished"] += 1
-        active.handle.publish(chunk)
+        self._publish(active, chunk)
 
 
 def _free_bytes(model: nn.Module) -> int:

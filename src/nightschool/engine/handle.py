@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from nightschool.engine.request import Chunk, Generated, GenerationRequest
+
+# A reader in asyncio that waits for a chunk.
+Sleeper = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
 _NO_USAGE = "the last chunk of an answer has its usage"
 
@@ -28,7 +32,7 @@ class Handle:
         self._changed = threading.Condition()
         self._finished = threading.Event()
         self._readers = 0
-        self._wakers: list[Callable[[], None]] = []
+        self._sleepers: list[Sleeper] = []
         self._end_wakers: list[Callable[[], None]] = []
 
     @property
@@ -76,12 +80,8 @@ class Handle:
 
     async def stream(self) -> AsyncIterator[Chunk]:
         """Every chunk as it comes, for asyncio. Leaving early cancels the request."""
-        loop = asyncio.get_running_loop()
         ready = asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(ready.set)
-
+        sleeper = (asyncio.get_running_loop(), ready)
         index = 0
         try:
             while True:
@@ -89,7 +89,7 @@ class Handle:
                     waiting = len(self._chunks) <= index
                     if waiting:
                         ready.clear()
-                        self._wakers.append(wake)
+                        self._sleepers.append(sleeper)
                 if waiting:
                     await ready.wait()
                 while index < len(self._chunks):
@@ -100,44 +100,20 @@ class Handle:
                         return
         finally:
             with self._changed:
-                if wake in self._wakers:
-                    self._wakers.remove(wake)
+                if sleeper in self._sleepers:
+                    self._sleepers.remove(sleeper)
             self.cancel()
 
-    async def finished(self) -> None:
-        """Wait for the end, for asyncio, without waking up at every token. Leaving early cancels the request."""
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(ready.set)
-
-        with self._changed:
-            waiting = not self._chunks or self._chunks[-1].finish_reason is None
-            if waiting:
-                self._end_wakers.append(wake)
-        try:
-            if waiting:
-                await ready.wait()
-        finally:
-            self.cancel()
-
-    def publish(self, chunk: Chunk) -> None:
-        """Add a chunk. Only the engine calls this."""
+    def publish(self, chunk: Chunk) -> list[Sleeper]:
+        """Add a chunk; return the asyncio readers to be woken by `wake`. Only the engine calls this."""
         with self._changed:
             self._chunks.append(chunk)
-            wakers, self._wakers = self._wakers, []
-            if chunk.finish_reason is not None:
-                wakers += self._end_wakers
+            sleepers, self._sleepers = self._sleepers, []
             if self._readers:
                 self._changed.notify_all()
         if chunk.finish_reason is not None:
             self._finished.set()
-        for wake in wakers:
-            try:
-                wake()
-            except RuntimeError:  # its event loop is closed, so nobody reads any more
-                self.cancel()
+        return sleepers
 
     def _whole(self) -> Generated:
         last = self._chunks[-1]
@@ -155,3 +131,19 @@ class Handle:
             logprobs=logprobs,
             error=last.error,
         )
+
+
+def wake(sleepers: Iterable[Sleeper]) -> None:
+    """Wake asyncio readers from another thread; all of one event loop at once, because each call is a system call."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for loop, ready in sleepers:
+        by_loop.setdefault(loop, []).append(ready)
+    for loop, events in by_loop.items():
+        # A loop that was closed has no readers any more; their requests were cancelled when their streams were.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

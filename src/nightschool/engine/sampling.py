@@ -31,6 +31,7 @@ class RowSampling:
     ) -> None:
         self.params = params
         self._random = random.Random(params.seed)
+        self._drawn: float | None = None
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
         if params.has_penalties:
@@ -39,11 +40,14 @@ class RowSampling:
             self._counts = torch.zeros(vocab_size, device=device)
 
     def draw(self) -> float:
-        """The next random number in [0, 1)."""
-        return self._random.random()
+        """The random number in [0, 1) for the next token: the same until it is noted, so that a step can be repeated."""
+        if self._drawn is None:
+            self._drawn = self._random.random()
+        return self._drawn
 
     def note(self, token_id: int) -> None:
         """The answer goes on with this token."""
+        self._drawn = None
         if self._seen is not None and self._counts is not None:
             self._seen[token_id] = True
             self._counts[token_id] += 1
@@ -75,11 +79,14 @@ def choose(logits_sv: Tensor, rows: Sequence[RowSampling]) -> list[Choice]:
     if all(row.params.is_plain_greedy for row in rows):
         return [Choice(token_id, math.isfinite(value)) for token_id, value in _likeliest(logits_sv)]
     logits_sv = logits_sv.float()
-    finite = logits_sv.amax(dim=-1).isfinite().tolist()
+    finite_s = logits_sv.amax(dim=-1).isfinite()
+    # Rows that are no numbers fail anyway; zeros keep them from failing the others with them.
+    logits_sv = torch.where(finite_s[:, None], logits_sv, 0.0)
     adjusted_sv = logits_sv
     if any(row.params.has_penalties for row in rows):
         adjusted_sv = torch.stack([row.penalise(logits_v) for row, logits_v in zip(rows, logits_sv, strict=True)])
     token_ids_s = adjusted_sv.argmax(dim=-1)
+    finite = finite_s.tolist()
     sampled = [place for place, row in enumerate(rows) if row.params.temperature > 0]
     # Whether a row is restricted to its likeliest tokens depends on its own settings only, so that its choice does too.
     for restricted in (False, True):
@@ -126,25 +133,23 @@ def _sample_restricted(scaled_sv: Tensor, params: Sequence[SamplingParams], draw
     """Token ids [S] drawn from the likeliest `top_k`, of them `top_p` of the probability, of them `min_p`."""
     vocab_size = scaled_sv.shape[1]
     num_looked = min(vocab_size, max(p.top_k or _FIRST_LOOK for p in params))
-    total_s = scaled_sv.exp().sum(dim=-1, keepdim=True)
+    total_s1 = scaled_sv.exp().sum(dim=-1, keepdim=True)
+    top_p_s1 = _column([p.top_p for p in params], scaled_sv.device)
     while True:
         values_sk, ids_sk = scaled_sv.topk(num_looked, dim=-1)
         weights_sk = values_sk.exp()
-        enough = [p.top_k == 0 and p.top_p < 1 for p in params]
-        covered = (
-            weights_sk.sum(dim=-1) >= total_s[:, 0] * _column([p.top_p for p in params], scaled_sv.device)[:, 0]
-        ).tolist()
-        if num_looked == vocab_size or all(c or not e for c, e in zip(covered, enough, strict=True)):
+        is_covered = (weights_sk.sum(dim=-1, keepdim=True) >= total_s1 * top_p_s1)[:, 0].tolist()
+        if num_looked == vocab_size or all(c or p.top_k > 0 for c, p in zip(is_covered, params, strict=True)):
             break
         num_looked = vocab_size
     rank_k = torch.arange(num_looked, device=scaled_sv.device)
     top_k = torch.tensor([min(p.top_k, vocab_size) or num_looked for p in params], device=scaled_sv.device)
     weights_sk = weights_sk * (rank_k < top_k[:, None])
     bounded = torch.tensor([p.top_k > 0 for p in params], device=scaled_sv.device)[:, None]
-    mass_s = torch.where(bounded, weights_sk.sum(dim=-1, keepdim=True), total_s)
+    mass_s1 = torch.where(bounded, weights_sk.sum(dim=-1, keepdim=True), total_s1)
     before_sk = weights_sk.cumsum(dim=-1) - weights_sk
     # The token that crosses top_p is the last one in, so the likeliest always is.
-    weights_sk = weights_sk * (before_sk < mass_s * _column([p.top_p for p in params], scaled_sv.device))
+    weights_sk = weights_sk * (before_sk < mass_s1 * top_p_s1)
     weights_sk = weights_sk * (weights_sk >= _column([p.min_p for p in params], scaled_sv.device))
     return ids_sk.gather(1, _invert(weights_sk, draws_s)[:, None])[:, 0]
 

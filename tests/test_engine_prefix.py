@@ -1,0 +1,102 @@
+"""The prefix cache: longest known beginnings, whole blocks, never another tenant's, never more bytes than allowed."""
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+
+from nightschool.engine.prefix import BLOCK, PrefixCache
+
+BLOCK_BYTES = BLOCK * 4
+
+
+def reader(token_ids):
+    """Pieces that show which tokens they stand for."""
+    return lambda start, end: [torch.tensor(token_ids[:end], dtype=torch.float32)[start:end].clone()]
+
+
+def held(cache, salt, token_ids):
+    """How many tokens are known; their pieces must be the right ones."""
+    blocks = cache.match(salt, token_ids)
+    found = torch.cat([pieces[0] for pieces in blocks]).tolist() if blocks else []
+    assert found == [float(token) for token in token_ids[: len(found)]]
+    return len(found)
+
+
+def keep(cache, salt, token_ids):
+    cache.insert(salt, token_ids, reader(token_ids))
+
+
+def test_a_shared_beginning_is_known_up_to_whole_blocks():
+    cache = PrefixCache("bot@1", 1 << 20)
+    keep(cache, "", list(range(100)))
+    assert held(cache, "", list(range(100))) == 96
+    assert held(cache, "", [*range(70), 0, 0, 0]) == 64
+    assert held(cache, "", list(range(20))) == 0
+    assert held(cache, "", [5, *range(1, 100)]) == 0
+
+
+def test_the_last_token_of_a_prompt_is_always_left_to_be_computed():
+    cache = PrefixCache("bot@1", 1 << 20)
+    keep(cache, "", list(range(64)))
+    assert held(cache, "", list(range(64))) == 32
+    assert held(cache, "", list(range(65))) == 64
+
+
+def test_salts_share_nothing():
+    cache = PrefixCache("bot@1", 1 << 20)
+    keep(cache, "a", list(range(64)))
+    assert held(cache, "b", list(range(65))) == 0
+    assert held(cache, "a", list(range(65))) == 64
+
+
+def test_what_is_known_is_not_read_again():
+    cache, reads = PrefixCache("bot@1", 1 << 20), []
+    tokens = list(range(96))
+
+    def read(start, end):
+        reads.append((start, end))
+        return reader(tokens)(start, end)
+
+    cache.insert("", tokens[:64], read)
+    cache.insert("", tokens, read)
+    assert reads == [(0, 32), (32, 64), (64, 96)]
+    assert (cache.num_blocks, cache.num_bytes) == (3, 3 * BLOCK_BYTES)
+
+
+def test_the_least_recently_used_end_goes_first():
+    cache = PrefixCache("bot@1", 4 * BLOCK_BYTES)
+    first, second = list(range(64)), list(range(1000, 1064))
+    keep(cache, "", first)
+    keep(cache, "", second)
+    assert held(cache, "", [*first, 0]) == 64
+    keep(cache, "", list(range(2000, 2032)))
+    assert held(cache, "", [*first, 0]) == 64
+    assert held(cache, "", [*second, 0]) == 32
+    assert cache.num_bytes == 4 * BLOCK_BYTES
+
+
+def test_what_is_longer_than_the_cache_is_kept_as_far_as_it_goes():
+    cache = PrefixCache("bot@1", 2 * BLOCK_BYTES)
+    keep(cache, "", list(range(32 * 5)))
+    assert held(cache, "", list(range(32 * 5))) == 64
+    nothing = PrefixCache("bot@1", 10)
+    keep(nothing, "", list(range(64)))
+    assert (nothing.num_blocks, nothing.num_bytes) == (0, 0)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 2), min_size=1, max_size=5), st.booleans())),
+    st.integers(0, 6),
+)
+@settings(max_examples=100, deadline=None)
+def test_anything_that_is_found_is_right_and_within_the_limit(events, limit_blocks):
+    cache = PrefixCache("bot@1", limit_blocks * BLOCK_BYTES)
+    inserted = set()
+    for salt, kinds, is_insert in events:
+        tokens = [kind * 1000 + i for kind in kinds for i in range(BLOCK)]
+        if is_insert:
+            keep(cache, salt, tokens)
+            inserted |= {(salt, tuple(tokens[: (n + 1) * BLOCK])) for n in range(len(kinds))}
+        found = held(cache, salt, [*tokens, 0])
+        assert found == 0 or (salt, tuple(tokens[:found])) in inserted
+        assert cache.num_bytes == cache.num_blocks * BLOCK_BYTES <= limit_blocks * BLOCK_BYTES
