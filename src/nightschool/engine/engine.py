@@ -22,7 +22,7 @@ from nightschool.engine.detokenize import Vocabulary
 from nightschool.engine.handle import Handle, Sleeper, wake
 from nightschool.engine.prefix import BLOCK, PrefixCache
 from nightschool.engine.request import Chunk, GenerationRequest
-from nightschool.engine.runner import Runner
+from nightschool.engine.runner import Runner, exact_context
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
 from nightschool.engine.turns import TURNS
@@ -72,7 +72,8 @@ class Engine:
         loaded: The model, adapters merged, and its tokenizer.
         version_ref: What every answer is labelled with, and what cached prefixes belong to.
         num_rows: Answers that grow at once, at most.
-        context_tokens: Longest prompt and answer together; the model's own by default, and never more than it.
+        context_tokens: Longest prompt and answer together; the model's own by default, and never more than it, or than
+            what `runner.exact_context` says.
         queue_limit: Requests that may wait.
         prefix_cache: Whether beginnings that were read before are kept.
         prefix_cache_bytes: How much of them.
@@ -104,7 +105,8 @@ class Engine:
             raise ModelError(f"The adapter of {version_ref} is kept apart. Load it with merge=True to serve it.")
         self.loaded = loaded
         self.version_ref = version_ref
-        self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens)
+        exact_tokens = exact_context(loaded.model.config)
+        self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self.stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
         self._vocabulary = Vocabulary(loaded.tokenizer)
         free_bytes = _free_bytes(loaded.model)
@@ -289,7 +291,6 @@ class Engine:
             self._scheduler.advance(plan)
             self._counts["steps"] += 1
             self._counts["generated"] += len(choices)
-        self._keep_prompts(plan)
         answering = [span for span in plan.spans if span.answers]
         for span, choice in zip(answering, choices, strict=True):
             try:
@@ -316,6 +317,8 @@ class Engine:
                 span.key, ModelError(f"{self.version_ref} computed no finite number. Roll back to another version.")
             )
             return
+        if span.start < len(active.handle.request.prompt_ids):
+            self._keep(active, span.row, span.start + span.length)
         active.token_ids.append(choice.token_id)
         active.sampling.note(choice.token_id)
         chunk = active.answer.add(choice.token_id, choice.logprob)
@@ -324,11 +327,6 @@ class Engine:
             self._leave(active, chunk)
         else:
             self._publish(active, chunk)
-
-    def _keep_prompts(self, plan: StepPlan) -> None:
-        for span in plan.prefill:
-            if span.answers:
-                self._keep(self._active[span.key], span.row, span.start + span.length)
 
     def _keep(self, active: _Active, row: int, tokens: int) -> None:
         """Put the first tokens of a row into the prefix cache."""

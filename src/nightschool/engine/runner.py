@@ -6,6 +6,7 @@ S spans that want an answer, V entries of the vocabulary, T tokens of a step.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -136,6 +137,23 @@ class Runner:
         self._model.set_attn_implementation("sdpa" if getattr(self._model, "_supports_sdpa", False) else "eager")
         ids = torch.tensor([token_ids], device=self.device)
         return cast(Tensor, self._model(input_ids=ids, use_cache=False).logits)[0]
+
+
+def exact_context(config: Any) -> int:
+    """Tokens up to which a token's answer depends on its own row alone; practically endless for most models.
+
+    Models with `longrope` turn all positions of a batch otherwise as soon as one of them is long (transformers decides by
+    the largest position), so beyond the length that they were first trained on, one request would change another.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    limits = [
+        kind.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
