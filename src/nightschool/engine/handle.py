@@ -33,7 +33,7 @@ class Handle:
         self._finished = threading.Event()
         self._readers = 0
         self._sleepers: list[Sleeper] = []
-        self._end_wakers: list[Callable[[], None]] = []
+        self._end_sleepers: list[Sleeper] = []
 
     @property
     def is_finished(self) -> bool:
@@ -104,11 +104,26 @@ class Handle:
                     self._sleepers.remove(sleeper)
             self.cancel()
 
+    async def finished(self) -> None:
+        """Wait for the end, for asyncio, without waking up at every token. Leaving early cancels the request."""
+        ready = asyncio.Event()
+        with self._changed:
+            waiting = not self._chunks or self._chunks[-1].finish_reason is None
+            if waiting:
+                self._end_sleepers.append((asyncio.get_running_loop(), ready))
+        try:
+            if waiting:
+                await ready.wait()
+        finally:
+            self.cancel()
+
     def publish(self, chunk: Chunk) -> list[Sleeper]:
         """Add a chunk; return the asyncio readers to be woken by `wake`. Only the engine calls this."""
         with self._changed:
             self._chunks.append(chunk)
             sleepers, self._sleepers = self._sleepers, []
+            if chunk.finish_reason is not None:
+                sleepers += self._end_sleepers
             if self._readers:
                 self._changed.notify_all()
         if chunk.finish_reason is not None:
