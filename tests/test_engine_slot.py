@@ -12,6 +12,7 @@ from tokenizers_for_tests import byte_tokenizer
 
 from nightschool.config.recipe import Lora
 from nightschool.engine import slot as slot_module
+from nightschool.engine.compute import COMPUTE
 from nightschool.engine.room import free_bytes, needed_bytes
 from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, ModelError, NotFound, NotLoaded, PromptTooLong, SwapFailed
@@ -79,7 +80,7 @@ def slot(school):
 
 def engines():
     """The versions whose engines still run."""
-    return sorted(thread.name.removeprefix("engine ") for thread in threading.enumerate() if "engine " in thread.name)
+    return sorted(engine.version_ref for engine in COMPUTE.members)
 
 
 def test_it_starts_without_a_model_and_says_so(slot):

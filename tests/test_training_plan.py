@@ -144,7 +144,8 @@ def test_the_plan_without_colour_marks_what_is_trained(tmp_path, home, terminal)
 def test_the_plan_in_colour(tmp_path, home):
     out = io.StringIO()
     render_plan(
-        plan_for(tmp_path, home, CHATS), Console(file=out, width=120, force_terminal=True, color_system="standard")
+        plan_for(tmp_path, home, CHATS),
+        Console(file=out, width=120, force_terminal=True, color_system="standard", no_color=False),
     )
     assert "\x1b[1;32mHello.<|im_end|>" in out.getvalue()
     assert "▏" not in out.getvalue()

@@ -1,7 +1,7 @@
 """One model version that answers many requests at once, token by token.
 
-A thread of its own runs the steps: requests join and leave between any two of them. The lock guards the queue and is
-never held while the model runs.
+Requests join and leave between any two steps, which run on the thread of all engines (`compute`). The lock guards the
+queue and is never held while the model runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from nightschool.data.chat import stop_token_ids
 from nightschool.engine.answer import Answer
+from nightschool.engine.compute import COMPUTE
 from nightschool.engine.detokenize import Vocabulary
 from nightschool.engine.handle import Handle, Sleeper, wake
 from nightschool.engine.prefix import BLOCK, PrefixCache
@@ -25,7 +26,6 @@ from nightschool.engine.request import Chunk, GenerationRequest
 from nightschool.engine.runner import Runner, exact_context
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
-from nightschool.engine.turns import TURNS
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.load import LoadedModel
 
@@ -125,9 +125,9 @@ class Engine:
         self._sleepers: list[Sleeper] = []
         self._counts = dict.fromkeys(("steps", "prompt", "cached", "generated", "finished", "failed"), 0)
         self._state = "open"
-        self._lock = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name=f"engine {version_ref}", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        COMPUTE.add(self)
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.
@@ -161,7 +161,7 @@ class Engine:
             self._scheduler.submit(key, prompt_tokens, most)
             self._active[key] = active
             self._counts["prompt"] += prompt_tokens
-            self._lock.notify_all()
+        COMPUTE.wake()
         return handle
 
     def load(self) -> tuple[int, int]:
@@ -197,48 +197,49 @@ class Engine:
                 self._state = "draining" if drain else "closing"
             elif not drain:
                 self._state = "closing"
-            self._lock.notify_all()
-        self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
+        COMPUTE.wake()
+        if not self._ended.wait(timeout_seconds):
             with self._lock:
                 self._state = "closing"
-                self._lock.notify_all()
-            self._thread.join()
+            COMPUTE.wake()
+            self._ended.wait()
 
     def _cancel(self, key: int) -> None:
         with self._lock:
             if key in self._active:
                 self._cancelled.append(key)
-                self._lock.notify_all()
+        COMPUTE.wake()
 
-    # What follows runs on the engine's own thread.
+    # What follows runs on the thread of all engines.
 
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait_for_work():
-                try:
-                    with TURNS:
-                        self._step()
-                except Exception as error:
-                    # A mistake of ours, not of a request: nobody may wait for ever, and the next request may succeed.
-                    log.exception("a step of the engine failed", extra={"facts": {"version": self.version_ref}})
-                    self._fail_all(error)
-                sleepers, self._sleepers = self._sleepers, []
-                wake(sleepers)
-            self._cache.release()
-
-    def _wait_for_work(self) -> bool:
-        """Block until there is something to do; False when the engine shall end."""
+    def has_work(self) -> bool:
+        """Whether there is something to do. For `compute`."""
         with self._lock:
-            while not self._cancelled and self._scheduler.is_idle and self._state == "open":
-                self._lock.wait()
-            if self._state == "closing":
-                self._cancelled = list(self._active)
-            return bool(self._cancelled) or not self._scheduler.is_idle
+            return bool(self._cancelled) or not self._scheduler.is_idle or self._state != "open"
+
+    def turn(self) -> bool:
+        """Take one step; False when all is answered after `close`. For `compute`."""
+        try:
+            self._step()
+        except Exception as error:
+            # A mistake of ours, not of a request: nobody may wait for ever, and the next request may succeed.
+            log.exception("a step of the engine failed", extra={"facts": {"version": self.version_ref}})
+            self._fail_all(error)
+        sleepers, self._sleepers = self._sleepers, []
+        wake(sleepers)
+        with self._lock:
+            return self._state == "open" or bool(self._active)
+
+    def leave(self) -> None:
+        """Give the memory back and let `close` return. For `compute`."""
+        self._cache.release()
+        self._ended.set()
 
     def _step(self) -> None:
         with self._lock:
             cancelled, self._cancelled = self._cancelled, []
+            if self._state == "closing":
+                cancelled = list(self._active)
             for key in cancelled:
                 self._scheduler.finish(key)
             gone = [active for key in cancelled if (active := self._active.pop(key, None))]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nightschool.engine.attention import ROW_ATTENTION, RowStep
 from nightschool.engine.cache import LayerShape, RowCache
+from nightschool.engine.compute import COMPUTE
 from nightschool.engine.scheduler import Span, StepPlan
-from nightschool.engine.turns import TURNS
 from nightschool.engine.weights import block_weights
 from nightschool.errors import ModelError
 
@@ -46,10 +46,8 @@ class Runner:
         self.dtype: torch.dtype = parameter.dtype
         # Four dimensions make transformers hand the mask down as it is instead of building one.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        with torch.inference_mode():
-            block_weights(self._model, blocked_bytes)
-            with TURNS:
-                self.shapes = self._check()
+        block_weights(self._model, blocked_bytes)
+        self.shapes = COMPUTE.call(self._check)
 
     @property
     def vocab_size(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
 from nightschool.engine.request import GenerationRequest, SamplingParams
@@ -264,7 +265,7 @@ class _Swap:
 
     def load(self, version: Version, dtype: torch.dtype, device: torch.device | str) -> LoadedModel:
         with self.stage("load"):
-            return load_version(version, self._home, dtype=dtype, device=device, merge=True)
+            return apart(lambda: load_version(version, self._home, dtype=dtype, device=device, merge=True))
 
     def warm_up(self, version: Version, loaded: LoadedModel, settings: dict[str, Any]) -> Engine:
         """Start the engine and make it answer once, so that the first client pays for no first time."""

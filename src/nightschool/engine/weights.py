@@ -13,14 +13,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name under which everybody knows it
 from torch import Tensor, nn
 
-from nightschool.engine.turns import TURNS
+from nightschool.engine.compute import COMPUTE
 
 # With 1 or 2 rows a product takes as long as reading the weights does, which the usual layout is best for; with very many
 # the rearranging is a small part.
@@ -94,8 +94,7 @@ def block_weights(model: nn.Module, limit_bytes: int) -> int:
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         # Layer by layer, so that an engine which answers meanwhile waits for one layer and not for all.
-        with TURNS:
-            setattr(model.get_submodule(parent), attribute, BlockedLinear(layer))
+        setattr(model.get_submodule(parent), attribute, COMPUTE.call(partial(BlockedLinear, layer)))
     return needed
 
 
@@ -112,22 +111,25 @@ def _sample(layers: Sequence[nn.Linear]) -> tuple[tuple[int, int], ...]:
     return tuple((layer.in_features, layer.out_features) for layer in layers[-count:])
 
 
+def _made(shape: tuple[int, int]) -> BlockedLinear:
+    return BlockedLinear(nn.Linear(*shape, bias=False))
+
+
 @cache
 def _speedup(shapes: tuple[tuple[int, int], ...], num_threads: int) -> float:  # noqa: ARG001 - it depends on them
     """How many times faster blocks are here for layers of these shapes. Measured once a process."""
-    layers = [BlockedLinear(nn.Linear(*shape, bias=False)) for shape in shapes]
+    layers = [COMPUTE.call(partial(_made, shape)) for shape in shapes]
     inputs = [torch.zeros(_MEASURED_ROWS, shape[0]) for shape in shapes]
 
     def seconds(multiply: Callable[[BlockedLinear, Tensor], Tensor]) -> float:
-        with TURNS:
-            started = time.perf_counter()
-            for layer, x in zip(layers, inputs, strict=True):
-                multiply(layer, x)
-            return time.perf_counter() - started
+        started = time.perf_counter()
+        for layer, x in zip(layers, inputs, strict=True):
+            multiply(layer, x)
+        return time.perf_counter() - started
 
-    # In turn, so that a busy moment of the machine hits both.
-    pairs = [
-        (seconds(lambda layer, x: F.linear(x, layer.weight)), seconds(lambda layer, x: layer.product(x)))
-        for _ in range(7)
-    ]
+    def both() -> tuple[float, float]:
+        return seconds(lambda layer, x: F.linear(x, layer.weight)), seconds(lambda layer, x: layer.product(x))
+
+    # One after the other, so that a busy moment of the machine hits both.
+    pairs = [COMPUTE.call(both) for _ in range(7)]
     return statistics.median(usual / blocked for usual, blocked in pairs)
