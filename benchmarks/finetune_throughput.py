@@ -73,7 +73,7 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
     from nightschool.config.recipe import Train
     from nightschool.data.batches import Batches
     from nightschool.models.dtype import resolve_dtype
-    from nightschool.training.finetune import FinetuneTask
+    from nightschool.training.causal import FinetuneTask
     from nightschool.training.loop import Budget, fit
     from nightschool.training.metrics import MetricsLog
     from nightschool.training.optimizer import Schedule

@@ -11,7 +11,7 @@ from nightschool.data.chat import Rendered
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
 from nightschool.store.home import Home
-from nightschool.training import plan as plan_module
+from nightschool.training import preparation
 from nightschool.training.classroom import prepare_classroom, refuse_nothing_to_train
 from nightschool.training.plan import make_plan, measure, render_plan
 from nightschool.training.preview import Span, loss_mask, render_mask
@@ -160,5 +160,5 @@ def test_a_mask_groups_neighbours():
 
 
 def test_the_probe_stops_in_time(tmp_path, home, monkeypatch):
-    monkeypatch.setattr(plan_module, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(preparation, "PROBE_SECONDS", 0.0)
     assert plan_for(tmp_path, home, CHATS).measured_batches == 1

@@ -26,11 +26,12 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.training import checkpoint, publish
+from nightschool.training import publish
 from nightschool.training import run as run_module
 from nightschool.training.checkpoint import load_tensors
 from nightschool.training.publish import greedy_continuation
 from nightschool.training.run import main
+from nightschool.training.saving import Saver
 
 FACTS = [
     ("Where does Bela live?", "Bela lives in Rome."),
@@ -256,14 +257,14 @@ def test_the_best_weights_of_the_run_are_published(home, monkeypatch):
     )
     taken = iter(losses.values())
     monkeypatch.setattr(
-        "nightschool.training.finetune.FinetuneTask.heldout_loss", lambda self, batches: (next(taken), 10)
+        "nightschool.training.causal.FinetuneTask.heldout_loss", lambda self, batches: (next(taken), 10)
     )
     assert train(home, run) == 0
     assert [point.step for point in checkpoints.ls(run)] == [8, 12]
     version = version_of(home, run)
     assert version.facts.heldout_loss == 1.0
     published = load_tensors(version.path / "model.safetensors")
-    best, last = (load_tensors(point.path / "weights.safetensors") for point in checkpoints.ls(run))
+    best, last = (load_tensors(point.path / "model.safetensors") for point in checkpoints.ls(run))
     assert not differing(best, published)
     assert differing(last, published)
 
@@ -349,7 +350,7 @@ def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
     state = json.loads((first.path / "state.json").read_text())
     assert state["dtype"] == dtype
     assert (state["scaler"] is None) == (dtype == "bf16")
-    weights = load_tensors(last.path / "weights.safetensors")
+    weights = load_tensors(last.path / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     losses = [row["loss"] for row in read_events(run.metrics_path)]
     assert losses[-1] < losses[0] - 0.5
@@ -358,7 +359,7 @@ def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
     run.update_status(candidate=None)
     assert train(home, run, "--resume", first.name) == 0
     assert [row["loss"] for row in read_events(run.metrics_path)] == losses
-    assert not differing(weights, load_tensors(checkpoints.ls(run)[-1].path / "weights.safetensors"))
+    assert not differing(weights, load_tensors(checkpoints.ls(run)[-1].path / "model.safetensors"))
 
 
 @pytest.mark.timeout(400)  # processes start slowly on a busy machine
@@ -376,21 +377,19 @@ def test_a_second_signal_exits_at_once(home):
     assert not run.status.process_lives
 
 
-def test_resume_latest_skips_what_is_damaged_and_says_so(home, capsys):
+def test_resume_latest_skips_what_is_damaged_and_says_so(home, monkeypatch, capsys):
     run = new_run(home, train={"epochs": 6}, checkpoints={"every": "4 steps", "keep": {"last": 9}})
-    save, stopped = checkpoint.save, []
+    save = Saver.save
 
-    def save_and_stop(target, task, state, *rest):
-        save(target, task, state, *rest)
-        if state.step == 8:
+    def save_and_stop(saver, target, state, **how):
+        save(saver, target, state, **how)
+        if state.facts["step"] == 8:
             raise KeyboardInterrupt
 
-    run_module.checkpoint.save = save_and_stop
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(home, run)
-    finally:
-        run_module.checkpoint.save = save
+    monkeypatch.setattr(Saver, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(home, run)
+    monkeypatch.undo()
     newest = checkpoints.ls(run)[-1]
     (newest.path / "optimizer.safetensors").write_bytes(b"x")
     assert train(home, run, "--resume", newest.name) == 1
@@ -399,7 +398,6 @@ def test_resume_latest_skips_what_is_damaged_and_says_so(home, capsys):
     out = capsys.readouterr().out
     assert f"Skipping {newest.name}" in out
     assert "step 4 of 12" in out
-    assert not stopped
 
 
 def test_resume_when_nothing_is_whole_is_refused(home, capsys):
@@ -458,15 +456,15 @@ def test_a_failed_start_can_be_started_again_with_other_examples(home):
 
 
 def test_a_full_disk_while_saving_says_so_and_keeps_what_was_committed(home, monkeypatch, capsys):
-    run = new_run(home, train={"epochs": 6}, checkpoints={"every": "4 steps"})
-    write = checkpoint.save_file
+    run = new_run(home, train={"epochs": 6}, checkpoints={"every": "4 steps", "background": False})
+    write = os.write
 
-    def full(tensors, path, *rest):
-        if "step8" in str(path):
+    def full(handle, content):
+        if "step8" in os.readlink(f"/proc/self/fd/{handle}"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(tensors, path, *rest)
+        return write(handle, content)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(os, "write", full)
     assert train(home, run) == 1
     assert "no room on the disk" in capsys.readouterr().err
     assert run.status.state == "failed"
@@ -574,7 +572,7 @@ def test_a_checkpoint_is_exported_as_a_folder_that_plain_libraries_load(method, 
     point = checkpoints.ls(run)[0]
     folder = tmp_path / "mine"
     assert nightschool(["checkpoints", "export", f"{run.id}/{point.name}", str(folder)]) == 0
-    stored = load_tensors(point.path / "weights.safetensors")
+    stored = load_tensors(point.path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(str(folder))  # transformers loads an adapter with its base
     if method == "full":
         loaded = dict(model.named_parameters())

@@ -12,7 +12,7 @@ from nightschool.errors import Interrupted
 from nightschool.models.adapters import attach_lora
 from nightschool.models.build import build_model
 from nightschool.training import checkpoint, rng
-from nightschool.training.finetune import FinetuneTask
+from nightschool.training.causal import FinetuneTask
 from nightschool.training.loop import Budget, fit
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.optimizer import Schedule

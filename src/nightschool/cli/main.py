@@ -75,10 +75,13 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
         {
             "ls": ("nightschool.cli.checkpoints:ls", "List the checkpoints of a run."),
             "show": ("nightschool.cli.checkpoints:show", "One checkpoint: step, files, metrics."),
-            "verify": ("nightschool.cli.checkpoints:verify", "Compare every file with its manifest."),
+            "verify": (
+                "nightschool.cli.checkpoints:verify",
+                "Compare every file with its manifest; prove that resuming is exact.",
+            ),
             "prune": ("nightschool.cli.checkpoints:prune", "Delete old checkpoints, never the only whole one."),
-            "compare": ("nightschool.cli.checkpoints:compare", "The figures of two checkpoints."),
-            "plot": ("nightschool.cli.checkpoints:plot", "Draw loss, held-out loss and learning rate."),
+            "compare": ("nightschool.cli.checkpoints:compare", "The figures of checkpoints, side by side."),
+            "plot": ("nightschool.cli.checkpoint_plot:plot", "Draw loss, held-out loss and learning rate."),
             "export": ("nightschool.cli.checkpoints:export", "Write its weights as a plain Hugging Face folder."),
         },
     ),
@@ -110,6 +113,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
         "What a recipe would study.",
         {
             "preview": ("nightschool.cli.data:preview", "The first examples, as they are read."),
+            "tokenize": ("nightschool.cli.tokenize:tokenize", "Turn text into token shards for pretraining."),
             "check": ("nightschool.cli.data:check", "Read everything; say what is wrong, and where."),
             "forget": ("nightschool.cli.data:forget", "Delete a kept conversation."),
         },

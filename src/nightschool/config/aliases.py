@@ -42,6 +42,14 @@ def _steps(value: Any) -> Any:
     return f"{value} steps"
 
 
+def _files(value: Any) -> Any:
+    if value == -1:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is no number of files; write for example 5, or -1 for all")
+    return value
+
+
 def _flag(dtype: str) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         if not isinstance(value, bool):
@@ -104,6 +112,8 @@ ALIASES: Mapping[str, Alias] = {
     "save_steps": Alias(("checkpoints", "every"), _steps),
     "save_interval": Alias(("checkpoints", "every"), _steps),
     "save_total_limit": Alias(("checkpoints", "keep", "last")),
+    "max_files": Alias(("pretrain", "max_files"), _files),
+    "max_train_files": Alias(("pretrain", "max_files"), _files),
     "lora_r": Alias(("lora", "r")),
     "lora_rank": Alias(("lora", "r")),
     "lora_alpha": Alias(("lora", "alpha")),

@@ -54,7 +54,7 @@ Rhythm = Annotated[
     _written("integer", "500 steps", "2 epochs", "10m"),
 ]
 
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "pretrain"]
 Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "text"]
 
 
@@ -224,11 +224,62 @@ class Lora(Section):
     target_modules: str | list[str] = Field("all-linear", description="`all-linear`, or names of modules.")
 
 
+class Shape(Section):
+    """The shape of a new model where it differs from its preset's; a field that the architecture lacks is refused."""
+
+    num_hidden_layers: int | None = Field(None, ge=1, description="Layers.")
+    hidden_size: int | None = Field(None, ge=1, description="Width.")
+    intermediate_size: int | None = Field(None, ge=1, description="Width of the feed-forward part.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Heads.")
+    num_key_value_heads: int | None = Field(None, ge=1, description="Heads of keys and values, where they are shared.")
+    head_dim: int | None = Field(None, ge=1, description="Channels of a head, where they are not width / heads.")
+    max_position_embeddings: int | None = Field(None, ge=1, description="Longest context in tokens.")
+    tie_word_embeddings: bool | None = Field(None, description="Whether the head is the embedding.")
+
+    def given(self) -> dict[str, int | bool]:
+        """The fields that the recipe writes."""
+        return self.model_dump(exclude_none=True)
+
+
+class Pretrain(Section):
+    """Learning from token shards (method: pretrain)."""
+
+    max_files: int | None = Field(
+        None, ge=1, description="Use this many shards, in the order of their names; all without it."
+    )
+    group_shards: int = Field(
+        16, ge=1, description="Shards that are shuffled among each other; so many are at hand at a time."
+    )
+    loss_across_documents: bool = Field(
+        default=False,
+        description="Let a document see the one before it, and its first token carry loss. Faster where documents are short.",
+    )
+    held_out_tokens: Tokens = Field(
+        100_000, ge=0, description="At most about this many tokens are held out, whatever `held_out.share` says."
+    )
+    sample_tokens: int = Field(
+        48, ge=0, description="Tokens of the continuation that is written down with each held-out loss; 0 for none."
+    )
+    cache_limit: Tokens = Field(
+        50_000_000_000, ge=1, description="Bytes that shards fetched from a bucket may take on disk."
+    )
+
+
 class Keep(Section):
     """Which checkpoints stay on disk."""
 
     last: int = Field(3, ge=1, description="This many newest ones.")
     best: int = Field(1, ge=0, description="This many with the lowest held-out loss.")
+    every: Rhythm | None = Field(
+        None, description="Milestones that stay for ever: the first checkpoint of each `1000 steps` or `5 epochs`."
+    )
+
+    @field_validator("every")
+    @classmethod
+    def _of_training(cls, every: Every | None) -> Every | None:
+        if every is not None and every.unit == "seconds":
+            raise ValueError(f"`{every}` is a time, and milestones go by steps or epochs; write for example 1000 steps")
+        return every
 
 
 class Checkpoints(Section):
@@ -238,6 +289,13 @@ class Checkpoints(Section):
         None, description="How often: `500 steps`, `1 epochs`, `10m`; without it, at the end of each epoch."
     )
     keep: Keep = Field(default_factory=Keep, description="Retention.")
+    background: bool = Field(
+        default=True,
+        description="Write in a process of its own while training goes on, from a copy of the state in memory.",
+    )
+    on_full_disk: Literal["stop", "continue"] = Field(
+        "stop", description="What a run does when there is no room for a checkpoint; the one before stays whole."
+    )
 
 
 class Gate(Section):
@@ -348,7 +406,14 @@ class Recipe(Section):
     base: NotBlank = Field(
         ..., description="Starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>."
     )
-    method: Method = Field("full", description="full: all weights; lora: adapters on a frozen base.")
+    method: Method = Field(
+        "full",
+        description="full: all weights; lora: adapters on a frozen base; pretrain: all weights, from token shards.",
+    )
+    shape: Shape = Field(default_factory=Shape, description="Where a new: base differs from its preset.")
+    tokenizer: NotBlank | None = Field(
+        None, description="A folder or hub id, for shards without a tokenizer beside them (method: pretrain)."
+    )
     data: list[DataSource] = Field(
         default_factory=list, validate_default=True, description="Where the examples come from."
     )
@@ -356,6 +421,7 @@ class Recipe(Section):
     replay: Replay = Field(default_factory=Replay, description="What is trained again.")
     train: Train = Field(default_factory=Train, description="The optimization.")
     lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    pretrain: Pretrain = Field(default_factory=Pretrain, description="Learning from token shards.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
     schedule: Schedule = Field(default_factory=Schedule, description="The nights.")
@@ -374,6 +440,20 @@ class Recipe(Section):
         if not data:
             raise ValueError("there is no data; write `data: [{path: train.json}]`")
         return data
+
+    @model_validator(mode="after")
+    def _shape_of_something_new(self) -> Recipe:
+        if self.shape.given() and not self.base.startswith("new:"):
+            raise ValueError(f"`shape` describes a new model, and `base: {self.base}` has its shape; take `shape` out")
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizer_of_shards(self) -> Recipe:
+        if self.tokenizer is not None and self.method != "pretrain":
+            raise ValueError(
+                f"`tokenizer` belongs to `method: pretrain`; with `method: {self.method}` the base brings its own, so take it out"
+            )
+        return self
 
     def as_plain(self) -> dict[str, Any]:
         """The recipe as plain values under its canonical names, for YAML and JSON."""

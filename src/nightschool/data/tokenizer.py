@@ -18,15 +18,16 @@ _WORDS = Regex(
 )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, eos_token: str = TURN_END) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: any text can be written, and the same texts give the same tokenizer.
 
     Args:
         texts: What it learns from.
         vocab_size: Entries, bytes and special tokens included; few texts may give fewer.
+        eos_token: What ends a text: `<|im_end|>` for models that answer, `<|endoftext|>` for models that continue.
 
     Returns:
-        A tokenizer with our ChatML template; `<|im_end|>` ends an answer, `<|endoftext|>` pads.
+        A tokenizer with our ChatML template; `<|endoftext|>` pads.
 
     Raises:
         ValueError: If `vocab_size` does not hold the 256 bytes and the special tokens.
@@ -51,7 +52,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
-        eos_token=TURN_END,
+        eos_token=eos_token,
         pad_token=END_OF_TEXT,
         extra_special_tokens=[TURN_START],
         chat_template=CHATML_TEMPLATE,

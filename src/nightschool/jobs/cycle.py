@@ -137,7 +137,7 @@ def begin_cycle(
         settle(home, name)  # what an earlier cycle may have been killed before
     new = find_new_examples(home, recipe, root)
     base = starting_weights(home, recipe, say=around.say)
-    fingerprint = fingerprint_of(recipe, base, new.examples)
+    fingerprint = fingerprint_of(recipe, base, new)
     around.stop.check("the run was created")
     if trigger != "manual" and recipe.schedule.min_new_examples > 0:
         reason = reason_to_skip(recipe, new, fingerprint, studied)
@@ -156,7 +156,8 @@ def begin_cycle(
         data_fingerprint=fingerprint,
         num_new_examples=len(new.examples),
     ).write(run)
-    around.say(f"Run {run.id}: {len(new.examples)} new of {new.num_all} examples, starting from {base}")
+    studied_now = "token shards" if new.shards else f"{len(new.examples)} new of {new.num_all} examples"
+    around.say(f"Run {run.id}: {studied_now}, starting from {base}")
     return run
 
 

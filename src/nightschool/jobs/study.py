@@ -11,7 +11,8 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
 from nightschool.data.known import lesson_for
 from nightschool.data.load import load_sources, split_held_out
-from nightschool.errors import NotFound
+from nightschool.data.shard_sources import shards_state
+from nightschool.errors import DataError, NotFound
 from nightschool.jobs.launch import OnLine
 from nightschool.jobs.outcome import CycleFacts
 from nightschool.store.accepted import AcceptedExamples
@@ -32,14 +33,23 @@ class Studied:
 
 @dataclass(frozen=True)
 class NewExamples:
-    """Examples to train that the starting weights have not learned, and how many there are in all."""
+    """Examples to train that the starting weights have not learned, and how many there are in all.
+
+    `shards` is the state of the token shards in place of examples, where those are studied.
+    """
 
     examples: list[Example]
     num_all: int
+    shards: str | None = None
 
 
 def find_new_examples(home: Home, recipe: Recipe, root: Path) -> NewExamples:
     """What is new to the weights that a run of this recipe would start from."""
+    if recipe.method == "pretrain":
+        place = recipe.data[0].path
+        if place is None:
+            raise DataError("method: pretrain learns from token shards. Write data: [{path: shards/}].")
+        return NewExamples([], 0, shards_state(place, root=root, max_files=recipe.pretrain.max_files))
     base = starting_weights(home, recipe)
     loaded = load_sources(recipe.data, home=home, root=root, name=recipe.name, base=base)
     trained = AcceptedExamples(open_database(home)).trained(recipe.name)
@@ -61,6 +71,8 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     base of the champion's.
     """
     champion = champion_of(Registry(home), recipe.name)
+    if recipe.method == "pretrain":  # from scratch, unless the recipe's base says otherwise
+        return recipe.base
     if champion is None or recipe.base.startswith(f"{recipe.name}@"):
         return recipe.base
     began_with = _recipe_base(home, champion)
@@ -117,16 +129,24 @@ def _recipe_base(home: Home, version: Version) -> str | None:
         return None
 
 
-def fingerprint_of(recipe: Recipe, base: str, new: list[Example]) -> str:
+def fingerprint_of(recipe: Recipe, base: str, new: NewExamples) -> str:
     """A digest of all that the outcome depends on. When and how it is served changes nothing."""
     plain = recipe.as_plain()
     settings = {key: value for key, value in plain.items() if key not in ("schedule", "serve", "data", "base")}
-    facts = {"base": base, "settings": settings, "examples": sorted(example.digest for example in new)}
+    facts = {"base": base, "settings": settings, "examples": sorted(example.digest for example in new.examples)}
+    if new.shards is not None:
+        facts["shards"] = new.shards
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def reason_to_skip(recipe: Recipe, new: NewExamples, fingerprint: str, studied: Studied | None) -> str | None:
     wanted = recipe.schedule.min_new_examples
+    if new.shards is not None:
+        if studied is not None and studied.data_fingerprint == fingerprint:
+            return (
+                f"nothing changed since the last cycle, which was {studied.outcome}: the same shards, the same recipe"
+            )
+        return None
     if not new.examples:
         return f"no new data: {new.num_all} examples, all studied before"
     if len(new.examples) < wanted:

@@ -22,6 +22,14 @@ _SMALL: dict[str, Any] = {
 }
 _GROUPED = _SMALL | {"num_key_value_heads": 2, "head_dim": 16}
 
+# Parallel residual, rotation of a quarter of each head, untied head, no dropout; the feed-forward part is four times as wide.
+_NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox", "max_position_embeddings": 2048, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25,
+    }, "use_parallel_residual": True, "hidden_act": "gelu", "tie_word_embeddings": False, "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}  # fmt: skip
+
 # `tiny` is the model of the demo: about a million parameters with a vocabulary of 2,048, fast enough to learn on a CPU
 # and large enough to keep a few hundred facts. The `tiny-<architecture>` ones are for tests of every architecture.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -35,6 +43,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
+    "neox-tiny": _NEOX | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 1024},
+    "neox-30m": _NEOX | {"hidden_size": 512, "num_hidden_layers": 7, "num_attention_heads": 8},
+    "neox-70m": _NEOX | {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "neox-160m": _NEOX | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "neox-410m": _NEOX | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "neox-1.0b": _NEOX | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "neox-1.2b": _NEOX | {"hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16},
+    "neox-1.4b": _NEOX | {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16},
     "tiny-gpt-neox": _SMALL | {"model_type": "gpt_neox", "tie_word_embeddings": False},
     "tiny-llama": _GROUPED | {"model_type": "llama", "tie_word_embeddings": False},
     "tiny-qwen3": _GROUPED | {"model_type": "qwen3", "tie_word_embeddings": True},
@@ -56,8 +72,11 @@ def build_config(
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
+    shape: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
     """The configuration of a preset (with or without `new:`), of plain fields, or a copy of a configuration.
+
+    `shape` holds fields that differ from the preset's.
 
     Raises:
         ModelError: If there is no such preset.
@@ -70,8 +89,17 @@ def build_config(
         if name not in PRESETS:
             raise ModelError(f"There is no preset {name!r}. Presets are {', '.join(PRESETS)}.")
         preset = PRESETS[name]
-    fields = dict(preset) | {"vocab_size": vocab_size} | special
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    fields = dict(preset) | dict(shape or {}) | {"vocab_size": vocab_size} | special
+    if fields["model_type"] == "gpt_neox":
+        fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    unknown = [name for name in shape or {} if name not in type(config)().to_dict()]
+    if unknown:
+        raise ModelError(
+            f"shape: {', '.join(unknown)} is no field of a {config.model_type} model. "
+            "Write one of its configuration, such as num_hidden_layers."
+        )
+    return config
 
 
 def build_model(
@@ -82,6 +110,7 @@ def build_model(
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
+    shape: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A fresh fp32 model on the CPU; the same seed gives the same weights, and the global generator is left as it was.
 
@@ -89,7 +118,7 @@ def build_model(
         ModelError: If there is no such preset.
     """
     config = build_config(
-        preset, vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+        preset, vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, shape=shape
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

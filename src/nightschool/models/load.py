@@ -10,6 +10,7 @@ from a count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -87,6 +88,7 @@ def load_base(
     seed: int = 42,
     merge: bool = True,
     root: Path | None = None,
+    shape: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load what `ref` means.
 
@@ -100,6 +102,7 @@ def load_base(
         merge: Whether an adapter is added into its base's weights (to serve, to train in full) or kept apart (to go on
             training it).
         root: Folder against which a relative folder is taken; the working directory without it.
+        shape: Fields of the configuration of `new:<preset>` that differ from the preset's.
 
     Raises:
         NotFound: If nothing of that name is here; the message says what to do.
@@ -107,7 +110,7 @@ def load_base(
         Damaged: If a file is broken, or a tensor is missing, unexpected or of the wrong shape.
     """
     if ref.startswith("new:"):
-        return _build_new(ref, tokenizer, seed, dtype, device)
+        return _build_new(ref, tokenizer, seed, dtype, device, shape)
     folder = as_folder(ref, root)
     if folder is not None:
         return _load_folder(folder, str(folder), home, dtype=dtype, device=device, merge=merge)
@@ -156,14 +159,19 @@ def as_folder(ref: str, root: Path | None) -> Path | None:
 
 
 def _build_new(
-    ref: str, tokenizer: PreTrainedTokenizerBase | None, seed: int, dtype: torch.dtype, device: torch.device | str
+    ref: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shape: Mapping[str, Any] | None,
 ) -> LoadedModel:
     if tokenizer is None:
         raise ModelError(
             f"The base {ref!r} is made from nothing and has no tokenizer. Train one on the data and pass it."
         )
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = _moved(build_model(ref, len(tokenizer), seed, **ids), device, dtype)
+    model = _moved(build_model(ref, len(tokenizer), seed, **ids, shape=shape), device, dtype)
     return _finish(model, tokenizer, ref, None)
 
 

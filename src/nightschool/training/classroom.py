@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.store.atomic import publish_directory
 from nightschool.store.home import Home
 from nightschool.training import rng
-from nightschool.training.finetune import FinetuneTask
+from nightschool.training.causal import FinetuneTask, PretrainTask
 from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.precision import choose_by_measuring
@@ -59,21 +60,56 @@ class Lessons:
         return [*self.chats, *self.texts]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Classroom:
-    """A run that is ready to start; nothing in it has been trained."""
+    """A run that is ready to start, whatever its method; nothing in it has been trained."""
 
     recipe: Recipe
-    selection: Selection
-    lessons: Lessons
     loaded: LoadedModel
     dtype: DtypeChoice
     num_threads: int
-    task: FinetuneTask
-    held_out: Batches | None
+    task: FinetuneTask | PretrainTask
     budget: Budget
     schedule: Schedule
     scaler: torch.amp.GradScaler | None
+
+    @property
+    def num_files(self) -> int:
+        """Files that the data came from."""
+        raise NotImplementedError
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """What the finished version may be asked to see that it is loaded rightly."""
+        raise NotImplementedError
+
+    @property
+    def evaluate(self) -> Callable[[], tuple[float, int]] | None:
+        """Returns the held-out loss in nats per token and its tokens; None where nothing is held out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneClassroom(Classroom):
+    """Fine-tuning that is ready to start."""
+
+    task: FinetuneTask
+    selection: Selection
+    lessons: Lessons
+    held_out: Batches | None
+
+    @property
+    def num_files(self) -> int:
+        return self.selection.num_files
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        return self.selection.new
+
+    @property
+    def evaluate(self) -> Callable[[], tuple[float, int]] | None:
+        held_out = self.held_out
+        return None if held_out is None else partial(self.task.heldout_loss, held_out)
 
 
 def prepare_classroom(
@@ -84,7 +120,7 @@ def prepare_classroom(
     root: Path | None = None,
     tokenizer_folder: Path | None = None,
     rerun: Rerun | None = None,
-) -> Classroom:
+) -> FinetuneClassroom:
     """Load the base, render the examples, and set the task up; seeds all generators on the way.
 
     Args:
@@ -135,7 +171,7 @@ def prepare_classroom(
     elif wanted == "auto" and device.type == "cpu" and stored is None:
         dtype = choose_by_measuring(task, dtype, hidden_size)
     budget = make_budget(recipe, batches)
-    return Classroom(
+    return FinetuneClassroom(
         recipe=recipe,
         selection=selection,
         lessons=lessons,
@@ -257,6 +293,7 @@ def _load(
         seed=recipe.train.seed,
         merge=not lora,
         root=root,
+        shape=recipe.shape.given(),
     )
     if lora and loaded.adapter:
         _refuse_other_lora(cast(PeftModel, loaded.model), recipe.lora, loaded.ref)

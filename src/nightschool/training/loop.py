@@ -39,7 +39,7 @@ class StepOutcome:
 
     step: int
     epoch: int
-    batch_index: int
+    where: str
     tokens_trained: int
     learning_rate: float
     loss: Tensor
@@ -58,6 +58,7 @@ def fit(
     stop: StopRequest | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    describe: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> TrainState:
     """Train until `budget.steps_total` updates are done, from wherever `state` is.
 
@@ -72,13 +73,14 @@ def fit(
         stop: Asked once per turn; when it is set, the state is saved and `Interrupted` is raised.
         scaler: The gradient scaler of fp16.
         on_row: Also gets each row of metrics.
+        describe: Figures of the method for a row, added to it.
 
     Raises:
         Interrupted: After saving, because `stop` was set.
         NonFiniteLoss: If a loss or a gradient is NaN or infinite; nothing was saved after it.
         NothingToTrain: If no token of an accumulation window carries loss.
     """
-    log = _Log(task, state, metrics, on_row, overflow_is_handled=scaler is not None)
+    log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None)
     task.model.train()
     while True:
         finished, stopping = state.step >= budget.steps_total, bool(stop)
@@ -121,13 +123,13 @@ def fit(
 
 def _next_window(task: Task, state: TrainState, accumulation_steps: int) -> list[Batch]:
     """The micro-batches of one update; a window never crosses the end of an epoch, so its last one may be short."""
-    end = min(state.batch_index + accumulation_steps, task.num_batches(state.epoch))
-    return [task.batch(state.epoch, index) for index in range(state.batch_index, end)]
+    end = min(state.batch_index + accumulation_steps * task.stride, task.epoch_length(state.epoch))
+    return [task.batch(state.epoch, place) for place in range(state.batch_index, end, task.stride)]
 
 
-def steps_in_epoch(num_batches: int, accumulation_steps: int) -> int:
-    """How many updates an epoch has."""
-    return math.ceil(num_batches / accumulation_steps)
+def steps_in_epoch(epoch_length: int, accumulation_steps: int, stride: int = 1) -> int:
+    """How many updates an epoch of so many places has."""
+    return math.ceil(epoch_length / (accumulation_steps * stride))
 
 
 def _update(
@@ -142,7 +144,7 @@ def _update(
     tokens_trained = sum(batch.tokens_trained for batch in window)
     if tokens_trained == 0:
         raise NothingToTrain(
-            f"No token carries loss in step {state.step + 1} (epoch {state.epoch}, micro-batch {state.batch_index}). "
+            f"No token carries loss in step {state.step + 1} ({task.where(state.epoch, state.batch_index)}). "
             "Look at the loss mask in `nightschool plan`: an assistant turn must be there and must fit max_seq_len."
         )
     loss: Tensor | None = None
@@ -172,7 +174,7 @@ def _update(
     return StepOutcome(
         step=state.step + 1,
         epoch=state.epoch,
-        batch_index=state.batch_index,
+        where=task.where(state.epoch, state.batch_index),
         tokens_trained=tokens_trained,
         learning_rate=learning_rate,
         loss=loss,
@@ -182,10 +184,10 @@ def _update(
 
 def _advance(task: Task, state: TrainState, window: list[Batch]) -> None:
     state.step += 1
-    state.batch_index += len(window)
+    state.batch_index += len(window) * task.stride
     state.tokens_consumed += sum(batch.input_ids.shape[-1] for batch in window)
     state.tokens_trained += sum(batch.tokens_trained for batch in window)
-    if state.batch_index >= task.num_batches(state.epoch):
+    if state.batch_index >= task.epoch_length(state.epoch):
         state.epoch, state.batch_index = state.epoch + 1, 0
 
 
@@ -198,10 +200,11 @@ class _Log:
         state: TrainState,
         metrics: MetricsLog,
         on_row: Callable[[dict[str, Any]], None] | None,
+        describe: Callable[[dict[str, Any]], dict[str, Any]] | None,
         *,
         overflow_is_handled: bool,
     ) -> None:
-        self._state, self._metrics, self._on_row = state, metrics, on_row
+        self._state, self._metrics, self._on_row, self._describe = state, metrics, on_row, describe
         self._overflow_is_handled = overflow_is_handled
         self._device = next(iter(task.trainable().values())).device
         self._unsettled: list[StepOutcome] = []
@@ -243,8 +246,7 @@ class _Log:
         where = f"The last good checkpoint is the one of step {saved}" if saved else "There is no checkpoint yet"
         raise NonFiniteLoss(
             f"The {what} became {value} in step {outcome.step} "
-            f"(epoch {outcome.epoch}, micro-batch {outcome.batch_index}). {where}; "
-            "lower train.learning_rate, or look at the examples of that micro-batch."
+            f"({outcome.where}). {where}; lower train.learning_rate, or look at the data there."
         )
 
     def make_row(self) -> None:
@@ -279,6 +281,8 @@ class _Log:
     def write(self) -> None:
         """Write the row of this step, if there is one."""
         if self._row is not None:
+            if self._describe is not None:
+                self._row |= self._describe(self._row)
             self._metrics.write(self._row)
             if self._on_row is not None:
                 self._on_row(self._row)

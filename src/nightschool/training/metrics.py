@@ -14,7 +14,10 @@ from torch.utils.tensorboard import SummaryWriter
 from nightschool.events import EventLog, now, read_events
 from nightschool.store.atomic import write_bytes
 
-_CHARTS = ("loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
+_CHARTS = (
+    "loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
+    "mfu", "heldout_perplexity", "heldout_bits_per_byte",
+)  # fmt: skip
 
 
 def peak_bytes(device: torch.device) -> int:

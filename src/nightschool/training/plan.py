@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +15,11 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.chat import Rendered
 from nightschool.models.cost import count_parameters, expected_peak_bytes
 from nightschool.store.home import Home
-from nightschool.training.classroom import Classroom, prepare_classroom
-from nightschool.training.finetune import FinetuneTask
+from nightschool.training.classroom import Classroom, FinetuneClassroom, prepare_classroom
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.precision import compute, measuring
+from nightschool.training.preparation import disk_free, disk_needed, measure
+from nightschool.training.pretrain_plan import PretrainPlan, pretrain_plan_of, render_pretrain_plan
+from nightschool.training.pretraining import PretrainClassroom, prepare_pretraining
 from nightschool.training.preview import Span, loss_mask, render_mask
 from nightschool.training.selection import select_examples
 from nightschool.units import format_bytes
@@ -28,9 +27,6 @@ from nightschool.units import format_bytes
 PREVIEWED_EXAMPLES = 3
 LISTED_CUTS = 10
 # The probe stops after this long, or after this many micro-batches.
-PROBE_SECONDS = 3.0
-PROBE_BATCHES = 3
-TRAINED_DTYPE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan:
+def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan | PretrainPlan:
     """Plan a run without creating one. Loads the base and computes a few micro-batches; trains nothing.
 
     Args:
@@ -108,11 +104,21 @@ def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan:
         DataError, ModelError, NotFound: If the data or the base cannot be read.
     """
     root = root or Path.cwd()
-    return plan_of(prepare_classroom(recipe, select_examples(recipe, home, root), home, root=root), home)
+    if recipe.method == "pretrain":
+        return pretrain_plan_of(prepare_pretraining(recipe, home, root=root), home)
+    return finetune_plan_of(prepare_classroom(recipe, select_examples(recipe, home, root), home, root=root), home)
 
 
-def plan_of(classroom: Classroom, home: Home) -> Plan:
+def plan_of(classroom: Classroom, home: Home) -> Plan | PretrainPlan:
     """The plan of a run that is ready to start."""
+    if isinstance(classroom, PretrainClassroom):
+        return pretrain_plan_of(classroom, home)
+    assert isinstance(classroom, FinetuneClassroom), "a classroom is one of the two"
+    return finetune_plan_of(classroom, home)
+
+
+def finetune_plan_of(classroom: FinetuneClassroom, home: Home) -> Plan:
+    """The plan of fine-tuning."""
     recipe, task, lessons = classroom.recipe, classroom.task, classroom.lessons
     batches, count = task.batches, count_parameters(task.model)
     rendered = lessons.all
@@ -160,38 +166,14 @@ def plan_of(classroom: Classroom, home: Home) -> Plan:
         / max(1, steps_per_epoch),
         measured_batches=probe.batches,
         measured_tokens_per_second=probe.tokens_per_second,
-        disk_needed_bytes=_disk_needed(classroom, count.total, count.trainable),
-        disk_free_bytes=_disk_free(home.path),
+        disk_needed_bytes=disk_needed(classroom, count.total, count.trainable),
+        disk_free_bytes=disk_free(home.path),
         notes=_notes(classroom),
         loss_masks=[
             loss_mask(classroom.loaded.tokenizer, r.input_ids, r.weights, r.roles)
             for r in rendered[:PREVIEWED_EXAMPLES]
         ],
     )
-
-
-@dataclass(frozen=True)
-class Probe:
-    """How fast forward and backward passes were; `batches` micro-batches were measured after one to warm up."""
-
-    batches: int
-    tokens_per_second: float
-
-
-def measure(task: FinetuneTask) -> Probe:
-    """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
-    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.num_batches(0)))]
-    tokens, seconds, batches = 0, 0.0, 0
-    with measuring(task):
-        compute(task, min(sizes)[1])
-        while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
-            size, index = sizes[batches % len(sizes)]
-            started = time.perf_counter()
-            compute(task, index)
-            seconds += time.perf_counter() - started
-            tokens += size
-            batches += 1
-    return Probe(batches, tokens / max(seconds, 1e-9))
 
 
 def tokens_by_role(rendered: list[Rendered]) -> dict[str, RoleTokens]:
@@ -204,7 +186,7 @@ def tokens_by_role(rendered: list[Rendered]) -> dict[str, RoleTokens]:
     return {role: RoleTokens(count, trained[role]) for role, count in tokens.most_common()}
 
 
-def _cuts(classroom: Classroom) -> list[Cut]:
+def _cuts(classroom: FinetuneClassroom) -> list[Cut]:
     """The examples that lose something, those that lose most of their answer first. Texts are split, never cut."""
     lessons = classroom.lessons
     cuts = [
@@ -219,22 +201,7 @@ def _cuts(classroom: Classroom) -> list[Cut]:
     return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
 
 
-def _disk_needed(classroom: Classroom, total: int, trainable: int) -> int:
-    """Checkpoints (weights and two moments, in fp32) at their most, one of them half-written, and the version."""
-    keep = classroom.recipe.checkpoints.keep
-    checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable
-    version = TRAINED_DTYPE_BYTES * (trainable if classroom.loaded.adapter else total)
-    return (keep.last + keep.best + 1) * checkpoint + version
-
-
-def _disk_free(path: Path) -> int:
-    """Free bytes where the home is, or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def _notes(classroom: Classroom) -> list[str]:
+def _notes(classroom: FinetuneClassroom) -> list[str]:
     path = classroom.task.path
     return [
         note
@@ -248,8 +215,11 @@ def _notes(classroom: Classroom) -> list[str]:
     ]
 
 
-def render_plan(plan: Plan, console: Console) -> None:
+def render_plan(plan: Plan | PretrainPlan, console: Console) -> None:
     """Print the plan for people."""
+    if isinstance(plan, PretrainPlan):
+        render_pretrain_plan(plan, console)
+        return
     console.print(Text(f"Plan: {plan.name} by method {plan.method} from {plan.base}", style="bold"), highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in _facts(plan):

@@ -11,7 +11,7 @@ import torch
 
 from nightschool.models.dtype import DtypeChoice, bf16_speedup
 from nightschool.training import rng
-from nightschool.training.finetune import FinetuneTask
+from nightschool.training.causal import FinetuneTask, PretrainTask
 
 # bf16 rounds to 8 bits, so it has to be worth it; and a product alone says at least that it is not emulated.
 WORTH_IT = 1.15
@@ -20,7 +20,7 @@ ROUNDS = 3
 MAX_SECONDS = 6.0
 
 
-def choose_by_measuring(task: FinetuneTask, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
+def choose_by_measuring(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
     """Replace what `auto` chose on a CPU by what the task itself shows; the task then computes in it.
 
     A product alone misleads: on small models casts and norms take more time than products (measured: on a model of a
@@ -51,7 +51,7 @@ def choose_by_measuring(task: FinetuneTask, choice: DtypeChoice, hidden_size: in
     return replace(choice, compute=task.compute_dtype, why=why)
 
 
-def compute(task: FinetuneTask, batch_index: int) -> None:
+def compute(task: FinetuneTask | PretrainTask, batch_index: int) -> None:
     """One micro-batch of epoch 0, forward and backward, waiting for the end; leaves no gradients."""
     loss = task.loss(task.batch(0, batch_index))
     (loss.sum / max(1, loss.tokens)).backward()  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ def compute(task: FinetuneTask, batch_index: int) -> None:
 
 
 @contextmanager
-def measuring(task: FinetuneTask) -> Iterator[None]:
+def measuring(task: FinetuneTask | PretrainTask) -> Iterator[None]:
     """A block in which the task may be computed with; random state and training mode are put back after it."""
     training, random_state = task.model.training, rng.capture()
     task.model.train()
@@ -71,8 +71,8 @@ def measuring(task: FinetuneTask) -> Iterator[None]:
         rng.restore(*random_state)
 
 
-def _largest(task: FinetuneTask) -> int:
-    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.num_batches(0)))]
+def _largest(task: FinetuneTask | PretrainTask) -> int:
+    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
     return max(sizes)[1]
 
 

@@ -40,11 +40,14 @@ from nightschool.training.classroom import Classroom, prepare_classroom
 from nightschool.training.loop import fit
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.plan import plan_of, render_plan
+from nightschool.training.pretraining import PretrainClassroom, prepare_pretraining
 from nightschool.training.publish import publish_candidate
-from nightschool.training.selection import read_selection, select_examples, write_selection
+from nightschool.training.saving import Saver, open_saver
+from nightschool.training.selection import Selection, read_selection, select_examples, write_selection
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
 from nightschool.training.surroundings import describe_environment, rerun_of, surroundings_of
+from nightschool.units import format_seconds
 
 STATUS_SECONDS = 2.0
 LINE_SECONDS = 1.0
@@ -128,34 +131,42 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         NightschoolError: For everything that the user can do something about.
     """
     recipe = Recipe.model_validate(run.recipe())
-    point = _checkpoint_to_resume(run, resume)
-    run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
-    say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
+    # The writer is started before a GPU is touched; that of an earlier process of this run is waited for.
+    with open_saver(run, recipe.checkpoints, say) as saver:
+        point = _checkpoint_to_resume(run, resume)
+        run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
+        say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
+        classroom = _prepare(home, run, recipe, root=root, resuming=resume is not None, point=point)
+        write_json(run.path / "environment.json", describe_environment(classroom))
+        plan = plan_of(classroom, home)
+        write_json(run.path / "plan.json", plan.to_json())
+        # stdout is a file. FORCE_COLOR, which rich honours, says that somebody follows it on a terminal.
+        render_plan(plan, Console(file=sys.stdout, width=120, highlight=False))
+        sys.stdout.flush()
+
+        surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
+        state = _train(run, classroom, surroundings, point, stop, saver)
+    _publish(home, run, classroom, state)
+
+
+def _prepare(
+    home: Home, run: Run, recipe: Recipe, *, root: Path, resuming: bool, point: Checkpoint | None
+) -> Classroom:
+    """Everything before step 1. What was decided at the first start, a resumed run reads."""
+    rerun = rerun_of(point.path) if point else None
+    selection = read_selection(run.path) if resuming else None
+    if recipe.method == "pretrain":
+        classroom = prepare_pretraining(recipe, home, root=root, rerun=rerun)
+        if selection is None:
+            write_selection(run.path, Selection(new=[], replayed=[], held_out=classroom.held_out_texts()))
+        return classroom
     tokenizer_folder = run.path / "tokenizer"
-    selection = read_selection(run.path) if resume is not None else None
     if selection is None:
         selection = select_examples(recipe, home, root)
         shutil.rmtree(tokenizer_folder, ignore_errors=True)  # of an attempt that failed, with other examples
         write_selection(run.path, selection)
-    classroom = prepare_classroom(
-        recipe,
-        selection,
-        home,
-        root=root,
-        tokenizer_folder=tokenizer_folder,
-        rerun=rerun_of(point.path) if point else None,
-    )
-    write_json(run.path / "environment.json", describe_environment(classroom))
-    plan = plan_of(classroom, home)
-    write_json(run.path / "plan.json", plan.to_json())
-    # stdout is a file. FORCE_COLOR, which rich honours, says that somebody follows it on a terminal.
-    render_plan(plan, Console(file=sys.stdout, width=120, highlight=False))
-    sys.stdout.flush()
-
-    surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
-    state = _train(run, classroom, surroundings, point, stop)
-    _publish(home, run, classroom, state)
+    return prepare_classroom(recipe, selection, home, root=root, tokenizer_folder=tokenizer_folder, rerun=rerun)
 
 
 def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
@@ -188,6 +199,18 @@ def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
     return newest.checkpoint
 
 
+def _more(row: dict[str, Any]) -> str:
+    """What only pretraining measures."""
+    parts = []
+    if "bits_per_byte" in row:
+        parts.append(f"{row.get('heldout_bits_per_byte', row['bits_per_byte']):.3f} bits/byte")
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    if "eta_seconds" in row:
+        parts.append(f"{format_seconds(round(row['eta_seconds']))} left")
+    return "".join(f" {part}" for part in parts)
+
+
 @dataclass
 class _Progress:
     """Says in the log and in the status how far the run is, neither too often."""
@@ -205,7 +228,7 @@ class _Progress:
             heldout = f" held-out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
             say(
                 f"step {row['step']}/{self.steps_total} epoch {row['epoch']} loss {row['loss']:.4f}{heldout} "
-                f"lr {row['learning_rate']:.3g} {row['tokens_per_second']:,.0f} tokens trained/s"
+                f"lr {row['learning_rate']:.3g} {row['tokens_per_second']:,.0f} tokens trained/s{_more(row)}"
             )
         if last or moment - self.status_at >= STATUS_SECONDS:
             self.status_at = moment
@@ -213,9 +236,14 @@ class _Progress:
 
 
 def _train(
-    run: Run, classroom: Classroom, surroundings: Surroundings, point: Checkpoint | None, stop: StopRequest
+    run: Run,
+    classroom: Classroom,
+    surroundings: Surroundings,
+    point: Checkpoint | None,
+    stop: StopRequest,
+    saver: Saver,
 ) -> TrainState:
-    task, budget, keep = classroom.task, classroom.budget, classroom.recipe.checkpoints.keep
+    task, budget = classroom.task, classroom.budget
     state = TrainState(task.fingerprint)
     if point is not None:
         state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler)
@@ -226,15 +254,22 @@ def _train(
     def save(now: TrainState) -> None:
         say(f"Saving checkpoint at step {now.step}")
         target = checkpoint_path(run, now.epoch, now.step, surroundings.files_processed)
-        checkpoint.save(target, task, now, surroundings, classroom.schedule, classroom.scaler)
-        removed = checkpoints.apply_retention(run, keep.last, keep.best)
         run.update_status(step=now.step)
-        run.events.write("checkpoint", step=now.step, name=target.name, removed=[old.name for old in removed])
+        whole = checkpoint.state_to_save(task, now, surroundings, classroom.schedule, classroom.scaler)
+        saver.save(target, whole, last=now.step >= budget.steps_total)
+
+    every = budget.save_every
+    if every is None or every.unit != "steps" or every.amount < budget.steps_total:
+        saver.expect(checkpoint.expected_bytes(task))
+    heldout = classroom.evaluate
 
     def evaluate() -> float:
-        assert classroom.held_out is not None
-        loss, tokens = task.heldout_loss(classroom.held_out)
+        assert heldout is not None
+        loss, tokens = heldout()
         run.events.write("heldout", step=state.step, heldout_loss=loss, tokens=tokens)
+        if isinstance(classroom, PretrainClassroom) and (sample := classroom.sample()) is not None:
+            run.events.write("sample", step=state.step, prompt=sample[0], continuation=sample[1])
+            say(f"sample: {sample[0]!r} … {sample[1]!r}")
         if state.step == 0:
             say(f"held-out loss before training {loss:.4f} over {tokens} tokens")
         return loss
@@ -247,11 +282,12 @@ def _train(
             budget,
             schedule=classroom.schedule,
             metrics=metrics,
-            evaluate=evaluate if classroom.held_out is not None else None,
+            evaluate=evaluate if heldout is not None else None,
             save=save,
             stop=stop,
             scaler=classroom.scaler,
             on_row=_Progress(run, budget.steps_total),
+            describe=classroom.figures(state) if isinstance(classroom, PretrainClassroom) else None,
         )
     finally:
         metrics.close()
@@ -278,8 +314,7 @@ def _publish(home: Home, run: Run, classroom: Classroom, state: TrainState) -> N
         heldout_loss=heldout,
     )
     say(f"Publishing step {step} as a candidate of {recipe.name}")
-    examples = classroom.selection.new
-    version, difference = publish_candidate(Registry(home), recipe.name, loaded, examples, facts)
+    version, difference = publish_candidate(Registry(home), recipe.name, loaded, classroom.examples, facts)
     run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
     run.update_status(state="completed", candidate=version.ref, step=state.step, exit_code=0)
     say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")

@@ -24,7 +24,7 @@ class TrainState:
     """Where a run is.
 
     `step` counts finished updates. `epoch`, `batch_index` and `tokens_consumed` are the position of the next
-    micro-batch (`batch_index` is 0 exactly at the start of an epoch). `tokens_trained` counts tokens that carried
+    micro-batch (`batch_index` is a place in the epoch, in what the task counts in, and 0 exactly at its start). `tokens_trained` counts tokens that carried
     loss. Losses are nats per token trained. `seconds` counts training time of all processes of this run.
     """
 

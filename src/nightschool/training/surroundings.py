@@ -25,6 +25,8 @@ _FREE = frozenset(
     }
 )  # fmt: skip
 
+_SIZES = frozenset({"train.batch_size", "train.tokens_per_batch", "train.accumulation_steps"})
+
 
 def describe_environment(classroom: Classroom) -> dict[str, Any]:
     """Versions, processor, threads, device and dtype: what else a run's outcome depends on."""
@@ -53,6 +55,9 @@ def surroundings_of(classroom: Classroom, recipe_yaml: str) -> Surroundings:
         f"train.{key}": value for key, value in recipe.train.model_dump(mode="json").items() if key not in _FREE
     }
     numerics["method"] = recipe.method
+    if recipe.method == "pretrain":
+        # The position counts sequences, so their number in a step may change; the order that they come in may not.
+        numerics = {key: value for key, value in numerics.items() if key not in _SIZES}
     if recipe.method == "lora":
         numerics |= {f"lora.{key}": value for key, value in recipe.lora.model_dump(mode="json").items()}
     return Surroundings(
@@ -62,7 +67,7 @@ def surroundings_of(classroom: Classroom, recipe_yaml: str) -> Surroundings:
         dtype=DTYPE_NAMES[classroom.dtype.compute],
         num_threads=classroom.num_threads,
         epochs_total=recipe.train.epochs,
-        files_processed=classroom.selection.num_files,
+        files_processed=classroom.num_files,
         model_config=cast(Any, classroom.loaded.model).config.to_dict(),
         numerics=numerics,
     )

@@ -20,7 +20,11 @@ class LossResult:
 
 
 class Task(Protocol):
-    """All that `fit` asks of a method. Whoever has these six trains, checkpoints and resumes."""
+    """All that `fit` asks of a method. Whoever has these trains, checkpoints and resumes.
+
+    A place in an epoch is a number of micro-batches, or of sequences: whatever the task counts in. The micro-batch at a
+    place reaches `stride` places further, to the end of the epoch at most.
+    """
 
     model: nn.Module
     optimizer: AdamW
@@ -38,10 +42,19 @@ class Task(Protocol):
         """The loss of one micro-batch, not divided by anything."""
         ...
 
-    def num_batches(self, epoch: int) -> int:
-        """How many micro-batches the epoch has."""
+    @property
+    def stride(self) -> int:
+        """Places that a micro-batch takes, those of all processes together."""
         ...
 
-    def batch(self, epoch: int, batch_index: int) -> Batch:
-        """One micro-batch, on the CPU; equal for equal arguments."""
+    def epoch_length(self, epoch: int) -> int:
+        """How many places the epoch has."""
+        ...
+
+    def batch(self, epoch: int, place: int) -> Batch:
+        """The micro-batch at a place, on the CPU; equal for equal arguments."""
+        ...
+
+    def where(self, epoch: int, place: int) -> str:
+        """Where in the data that is, for messages."""
         ...

@@ -1,4 +1,4 @@
-"""Fine-tuning: next-token prediction on packed documents, of all weights or of adapters."""
+"""The tasks of causal language models: fine-tuning on examples, pretraining on token shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from nightschool.config.recipe import Train
 from nightschool.data.batches import Batch, Batches
+from nightschool.data.token_batches import Portion, TokenBatches
 from nightschool.errors import ModelError
 from nightschool.evaluation.heldout import autocast, heldout_loss, on_device
 from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
@@ -14,18 +15,15 @@ from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
 from nightschool.training.task import LossResult
 
 
-class FinetuneTask:
-    """A causal language model of `transformers`, bare or with PEFT adapters, and the batches it learns from.
+class CausalTask:
+    """A causal language model of `transformers`, bare or with PEFT adapters, its optimizer, and its loss over documents.
 
     What learns is what requires gradients when the task is made. Products run in `compute_dtype` under autocast;
     parameters and their sums stay in their own dtype.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Batches, train: Train, *, compute_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, model: nn.Module, train: Train, *, compute_dtype: torch.dtype = torch.float32) -> None:
         self.model = model
-        self.batches = batches
         self.compute_dtype = compute_dtype
         self.device = next(model.parameters()).device
         self.path: ForwardPath = prepare(model)
@@ -38,10 +36,6 @@ class FinetuneTask:
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
         self.optimizer = AdamW(self._trainable, AdamWSettings.from_recipe(train), embedding_names(model))
 
-    @property
-    def fingerprint(self) -> str:
-        return self.batches.fingerprint
-
     def trainable(self) -> dict[str, nn.Parameter]:
         return self._trainable
 
@@ -50,15 +44,72 @@ class FinetuneTask:
             loss_sum, tokens = document_loss(self.model, self.path, on_device(batch, self.device))
         return LossResult(loss_sum, tokens)
 
-    def num_batches(self, epoch: int) -> int:
+
+class FinetuneTask(CausalTask):
+    """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches."""
+
+    stride = 1
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, train: Train, *, compute_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(model, train, compute_dtype=compute_dtype)
+        self.batches = batches
+
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
+
+    def epoch_length(self, epoch: int) -> int:
         return self.batches.num_batches(epoch)
 
-    def batch(self, epoch: int, batch_index: int) -> Batch:
-        return self.batches.get(epoch, batch_index)
+    def batch(self, epoch: int, place: int) -> Batch:
+        return self.batches.get(epoch, place)
+
+    def where(self, epoch: int, place: int) -> str:
+        return f"epoch {epoch}, micro-batch {place}"
 
     def heldout_loss(self, batches: Batches) -> tuple[float, int]:
         """Loss in nats per token and tokens of the held-out batches, with dropout off."""
         each = (batches.get(0, index) for index in range(batches.num_batches(0)))
+        return heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
+
+
+class PretrainTask(CausalTask):
+    """Sequences of token shards. The position counts sequences, of all processes together."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: TokenBatches,
+        train: Train,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        portion: Portion | None = None,
+    ) -> None:
+        super().__init__(model, train, compute_dtype=compute_dtype)
+        self.batches = batches
+        self.portion = portion or Portion()
+        self.batch_size = train.batch_size
+        self.stride = train.batch_size * self.portion.world_size
+
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
+
+    def epoch_length(self, epoch: int) -> int:  # noqa: ARG002 - all epochs are equally long
+        return self.batches.num_sequences
+
+    def batch(self, epoch: int, place: int) -> Batch:
+        return self.batches.get(epoch, place, self.stride, self.portion)
+
+    def where(self, epoch: int, place: int) -> str:
+        return f"epoch {epoch}, sequence {place}: {self.batches.where(epoch, place)}"
+
+    def heldout_loss(self) -> tuple[float, int]:
+        """Loss in nats per token and tokens of the held-out sequences, with dropout off."""
+        starts = range(0, self.batches.num_held_out, self.batch_size)
+        each = (self.batches.held_out(start, self.batch_size) for start in starts)
         return heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
 
 

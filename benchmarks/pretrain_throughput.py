@@ -1,0 +1,281 @@
+"""How fast does pretraining run against Hugging Face's Trainer, and against a bare loop over the same kernels?
+
+All three train the same GPT-NeoX from the same weights on the same sequences in the same order, in the same dtype. Ours is a
+whole run, with its log, held-out losses and checkpoints; the bare loop has none of that. Each runs in a process of its own,
+whose peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from harness import DATA, Benchmark, median_ratio
+
+SEQ_LEN = 512
+GOALS = {
+    "vs_trainer_8k": {"min": 1.10},
+    "vs_trainer_32k": {"min": 1.2},
+    "vs_bare_loop": {"min": 0.97},
+    "peak_bytes_vs_trainer_32k": {"max": 0.75},
+    "loss_difference": {"max": 0.01},
+}
+# preset, vocabulary, batch size, steps, steps of the quick setting
+SETTINGS = [
+    ("neox-tiny", 8192, 8, 120, 24),
+    ("neox-30m", 8192, 4, 20, 0),
+    ("neox-tiny", 32768, 8, 60, 12),
+    ("neox-30m", 32768, 4, 14, 0),
+]
+
+
+def recipe(place: str, preset: str, batch_size: int, steps: int, dtype: str) -> dict[str, Any]:
+    """What all three do."""
+    return {
+        "name": "bench",
+        "base": f"new:{preset}",
+        "method": "pretrain",
+        "data": [{"path": place}],
+        "held_out": {"share": 0.01},
+        "pretrain": {"held_out_tokens": 16 * SEQ_LEN, "loss_across_documents": True, "sample_tokens": 0},
+        "train": {
+            "max_steps": steps,
+            "max_seq_len": SEQ_LEN,
+            "batch_size": batch_size,
+            "accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "lr_schedule": "constant",
+            "weight_decay": 0.0,
+            "beta2": 0.95,
+            "max_grad_norm": 1.0,
+            "dtype": dtype,
+            "num_threads": 2,
+            "log_every": 1,
+            "evaluate_every": f"{max(1, steps // 2)} steps",
+        },
+        "checkpoints": {"every": f"{max(1, steps // 2)} steps"},
+        "serve": {"promote": "never"},
+    }
+
+
+def classroom_of(plain: dict[str, Any], home_path: Path) -> Any:
+    """The model, the batches and the optimizer of the recipe."""
+    from nightschool.config.recipe import Recipe
+    from nightschool.store.home import Home
+    from nightschool.training.pretraining import prepare_pretraining
+
+    return prepare_pretraining(Recipe.model_validate(plain), Home(home_path))
+
+
+def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float]:
+    """A whole run, timed by the rows of its metrics: what lies between the rows is in it."""
+    from datetime import datetime
+
+    from nightschool.events import read_events
+    from nightschool.store.home import Home
+    from nightschool.store.runs import RunStore
+    from nightschool.training.run import execute
+    from nightschool.training.signals import stop_on_signals
+
+    home = Home(scratch / "home")
+    home.ensure()
+    run = RunStore(home).create(plain, name="bench")
+    with stop_on_signals() as stop:
+        execute(home, run, resume=None, root=scratch, stop=stop)
+    rows = list(read_events(run.metrics_path))
+    # The middle of the run: its first row pays for what is compiled once, its last one for the last checkpoint's end.
+    first, last = rows[0], rows[-1]
+    seconds = (datetime.fromisoformat(last["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
+    tokens = last["tokens_trained_total"] - first["tokens_trained_total"]
+    return [row["loss"] for row in rows], tokens / seconds
+
+
+def child_bare(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float]:
+    """The same kernels and nothing else."""
+    import torch
+
+    room = classroom_of(plain, scratch / "home")
+    task, steps = room.task, plain["train"]["max_steps"]
+    task.model.train()
+    losses, tokens, started = [], 0, 0.0
+    for step in range(steps):
+        batch = task.batch(0, step * task.stride)
+        loss = task.loss(batch).sum / batch.tokens_trained
+        loss.backward()
+        gradients = task.optimizer.gradients_ready()
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        torch._foreach_mul_(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        task.optimizer.set_rate(1e-3)
+        task.optimizer.inner.step()
+        task.optimizer.zero_grad()
+        losses.append(loss.item())
+        if step == 0:
+            started = time.perf_counter()
+        else:
+            tokens += batch.tokens_trained
+    return losses, tokens / (time.perf_counter() - started)
+
+
+def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float]:
+    """Hugging Face's Trainer. It shifts labels itself, so it gets one token more of each sequence."""
+    import torch
+    from torch.utils.data import Dataset, SequentialSampler
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    room = classroom_of(plain, scratch / "home")
+    train, batches = plain["train"], room.task.batches
+    count = train["max_steps"] * train["batch_size"]
+
+    class Sequences(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return count
+
+        def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+            batch = batches.get(0, place, 1)
+            ids = torch.cat([batch.input_ids[0], batch.labels[0, -1:]])
+            return {"input_ids": ids, "labels": ids.clone()}
+
+    moments: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            moments.append(time.perf_counter())
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    # A fresh model from the same seed, with the attention that transformers takes by itself.
+    from nightschool.models.build import build_model
+
+    model = build_model(room.recipe.base, room.loaded.vocab_size, room.recipe.train.seed)
+    bf16 = room.task.compute_dtype == torch.bfloat16
+    del room
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = InOrder(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(scratch / "trainer"),
+                use_cpu=True,
+                bf16=bf16,
+                max_steps=train["max_steps"],
+                per_device_train_batch_size=train["batch_size"],
+                learning_rate=1e-3,
+                lr_scheduler_type="constant",
+                weight_decay=0.0,
+                adam_beta2=0.95,
+                max_grad_norm=1.0,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=Sequences(),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tokens = (train["max_steps"] - 1) * train["batch_size"] * SEQ_LEN
+    return losses, tokens / (moments[-1] - moments[0])
+
+
+CHILDREN = {"ours": child_ours, "bare": child_bare, "trainer": child_trainer}
+
+
+def run_child(who: str, plain: dict[str, Any]) -> dict[str, Any]:
+    """One contestant in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", who, json.dumps(plain), scratch],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"},
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(f"{who} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+    plain_result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return plain_result
+
+
+def child() -> None:
+    import resource
+
+    who, plain, scratch = sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])
+    losses, rate = CHILDREN[who](plain, scratch)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"losses": losses, "rate": rate, "peak": peak}))
+
+
+def make_shards(folder: Path, vocab_size: int) -> Path:
+    """The shared English texts as shards with a vocabulary of this size."""
+    from nightschool.data.tokenize import tokenize, train_tokenizer
+
+    files = sorted((DATA / "text").glob("*.txt"))
+    if not files:
+        sys.exit(f"This benchmark reads plain texts below {DATA.name}/text beside the checkout; there are none.")
+    out = folder / f"shards-{vocab_size}"
+    tokenize(files, out, train_tokenizer(files, f"train:bpe-{vocab_size}"), row_tokens=SEQ_LEN)
+    return out
+
+
+def main() -> None:
+    bench = Benchmark("pretrain_throughput", "Pretraining against Trainer and against a bare loop", GOALS)
+    rounds = 1 if bench.quick else 3
+    ratios: dict[str, list[float]] = {key: [] for key in GOALS}
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        places = {vocab: make_shards(Path(scratch), vocab) for vocab in {setting[1] for setting in SETTINGS}}
+        for preset, vocab, batch_size, steps, quick_steps in SETTINGS:
+            steps = quick_steps if bench.quick else steps
+            if not steps:
+                continue
+            # One dtype for all: what is fast here for this shape was found out once, by ours.
+            dtype = os.environ.get("BENCH_DTYPE", "fp32" if preset == "neox-tiny" else "bf16")
+            plain = recipe(str(places[vocab]), preset, batch_size, steps, dtype)
+            outcomes: dict[str, list[dict[str, Any]]] = {who: [] for who in CHILDREN}
+            for _ in range(rounds):
+                for who in CHILDREN:
+                    outcomes[who].append(run_child(who, plain))
+            rates = {who: [one["rate"] for one in each] for who, each in outcomes.items()}
+            peaks = {who: statistics.median(one["peak"] for one in each) for who, each in outcomes.items()}
+            mine, theirs = outcomes["ours"][0]["losses"], outcomes["trainer"][0]["losses"]
+            difference = max(abs(a - b) / b for a, b in zip(mine, theirs, strict=True))
+            size = "8k" if vocab == 8192 else "32k"
+            against_trainer = median_ratio(rates["ours"], rates["trainer"])
+            against_bare = median_ratio(rates["ours"], rates["bare"])
+            ratios[f"vs_trainer_{size}"].append(against_trainer)
+            ratios["vs_bare_loop"].append(against_bare)
+            ratios["loss_difference"].append(difference)
+            figures |= {
+                f"{preset}_{size}_vs_trainer": round(against_trainer, 3),
+                f"{preset}_{size}_vs_bare_loop": round(against_bare, 3),
+                f"{preset}_{size}_peak_vs_trainer": round(peaks["ours"] / peaks["trainer"], 3),
+            }
+            if size == "32k":
+                ratios["peak_bytes_vs_trainer_32k"].append(peaks["ours"] / peaks["trainer"])
+            bench.table(
+                [
+                    (
+                        f"{preset}, {vocab} ids, {dtype}: {who}",
+                        f"{statistics.median(rates[who]):8.0f} tokens/s  peak {peaks[who] / 1e6:6.0f} MB",
+                    )
+                    for who in CHILDREN
+                ]
+                + [("largest difference of a loss", f"{difference:.2%}")]
+            )
+    worst = {key: min(values) if "min" in GOALS[key] else max(values) for key, values in ratios.items()}
+    bench.finish({key: round(value, 4) for key, value in worst.items()} | figures)
+
+
+if __name__ == "__main__":
+    child() if sys.argv[1:2] == ["--child"] else main()

@@ -1,0 +1,55 @@
+"""What both plans measure and reckon: the speed of a few micro-batches, the room on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nightschool.training.causal import FinetuneTask, PretrainTask
+from nightschool.training.classroom import Classroom
+from nightschool.training.precision import compute, measuring
+
+PROBE_SECONDS = 3.0
+PROBE_BATCHES = 3
+TRAINED_DTYPE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How fast forward and backward passes were; `batches` micro-batches were measured after one to warm up."""
+
+    batches: int
+    tokens_per_second: float
+
+
+def measure(task: FinetuneTask | PretrainTask) -> Probe:
+    """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
+    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
+    tokens, seconds, batches = 0, 0.0, 0
+    with measuring(task):
+        compute(task, min(sizes)[1])
+        while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
+            size, index = sizes[batches % len(sizes)]
+            started = time.perf_counter()
+            compute(task, index)
+            seconds += time.perf_counter() - started
+            tokens += size
+            batches += 1
+    return Probe(batches, tokens / max(seconds, 1e-9))
+
+
+def disk_needed(classroom: Classroom, total: int, trainable: int) -> int:
+    """Checkpoints (weights and two moments, in fp32) at their most, one of them half-written, and the version."""
+    keep = classroom.recipe.checkpoints.keep
+    checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable
+    version = TRAINED_DTYPE_BYTES * (trainable if classroom.loaded.adapter else total)
+    return (keep.last + keep.best + 1) * checkpoint + version
+
+
+def disk_free(path: Path) -> int:
+    """Free bytes where the home is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
