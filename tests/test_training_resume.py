@@ -10,6 +10,7 @@ from nightschool.errors import Damaged, DiskFull, NotFound, StateMismatch
 from nightschool.events import read_events
 from nightschool.store import atomic
 from nightschool.store.manifest import write_manifest
+from nightschool.store.writing import commit
 from nightschool.training import checkpoint, rng
 from nightschool.training.checkpoint import REQUIRED, saved_tensors
 from nightschool.training.optimizer import Schedule
@@ -220,7 +221,7 @@ def test_an_adapter_on_another_base_is_refused(tmp_path):
 
 def test_an_adapter_checkpoint_holds_the_adapter_only(tmp_path):
     run = MiniRun(tmp_path, "tiny-llama", lora=LORA).go(stop_after=2)
-    weights = checkpoint.load_tensors(run.saved[-1] / "weights.safetensors")
+    weights = checkpoint.load_tensors(run.saved[-1] / "model.safetensors")
     assert weights
     assert all(".lora_" in name for name in weights)
 
@@ -242,18 +243,18 @@ def test_metadata_tells_what_people_ask(saved):
 
 def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatch):
     run = MiniRun(tmp_path)
-    write = checkpoint.save_file
+    write = commit.write_file
 
-    def full(tensors, path, *rest):
+    def full(path, pieces):
         if "checkpoint-10" in str(path) and "optimizer" in str(path):
-            raise OSError(28, "No space left on device")
-        write(tensors, path, *rest)
+            raise DiskFull("There is no room; what was stored before is still whole.")
+        return write(path, pieces)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(commit, "write_file", full)
     with pytest.raises(DiskFull, match="still whole"):
         run.go()
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-5"]
-    monkeypatch.setattr(checkpoint, "save_file", write)
+    monkeypatch.setattr(commit, "write_file", write)
     resumed = MiniRun(tmp_path).go(resume=tmp_path / "checkpoint-5")
     straight = uninterrupted(tmp_path / "straight", "tiny-qwen3")
     assert not differing(saved_tensors(straight.task), saved_tensors(resumed.task))

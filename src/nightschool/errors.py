@@ -12,7 +12,8 @@
     │   ├── Locked                       exit 1    HTTP 409   another process holds the lock
     │   └── SwapFailed                   exit 1    HTTP 409   a swap changed nothing; `stage` says where it failed
     ├── Damaged                          exit 1    HTTP 500   a stored artifact is incomplete or altered
-    │   └── StateMismatch                exit 1    HTTP 409   a checkpoint does not fit the run that resumes from it
+    │   ├── StateMismatch                exit 1    HTTP 409   a checkpoint does not fit the run that resumes from it
+    │   └── MadeByNewer                  exit 1    HTTP 409   written by a newer version, in a form that this one cannot read
     ├── ModelError                       exit 1    HTTP 422   a base that is no causal LM, or does not fit its tokenizer
     ├── NonFiniteLoss                    exit 1    HTTP 500   the loss became NaN or infinite
     ├── DiskFull                         exit 1    HTTP 507   no room; what was committed is still whole
@@ -128,6 +129,11 @@ class Damaged(NightschoolError):
 class StateMismatch(Damaged):
     http_status = 409
     code = "state_mismatch"
+
+
+class MadeByNewer(Damaged):
+    http_status = 409
+    code = "made_by_newer"
 
 
 class ModelError(NightschoolError):

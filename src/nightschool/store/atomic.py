@@ -137,25 +137,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def publish_directory(target: Path) -> Iterator[Path]:
+def publish_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill a folder that appears under its name only when it is whole and durable.
 
     Yields `<target>.partial`, empty. After the block every file and folder in it is fsynced, it is renamed to
     `target`, and the parent is fsynced. If anything fails, `target` does not exist and the partial is removed.
 
+    With `replace`, a folder that is there already stays until the new one is whole, and then makes room for it.
+
     Raises:
-        Conflict: If `target` exists: what is published is never written again.
+        Conflict: If `target` exists: what is published is never written again, unless `replace` says so.
         Locked: If another process is writing the same target.
         DiskFull: If there is no room.
     """
     make_folder(target.parent)
     partial = target.with_name(target.name + PARTIAL)
-    _refuse_existing(target)
+    if not replace:
+        _refuse_existing(target)
     with room_needed(target):
         handle = _claim_folder(partial)
         try:
             yield partial
             sync_tree(partial)
+            if replace and target.is_dir():
+                remove_folder(target)
             _refuse_existing(target)
             partial.rename(target)
             try:
@@ -172,7 +177,7 @@ def publish_directory(target: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that it is either there as a whole or not at all; a crash leaves a partial to sweep."""
-    doomed = folder.with_name(f".removed-{folder.name}-{secrets.token_hex(4)}{PARTIAL}")
+    doomed = folder.with_name(f".trash-{folder.name[:100]}-{secrets.token_hex(4)}{PARTIAL}")
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if not _lock_now(handle):

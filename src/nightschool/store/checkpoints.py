@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nightschool.errors import Damaged, NotFound
+from nightschool.errors import Damaged, MadeByNewer, NotFound
 from nightschool.store.atomic import remove_folder, sweep_partials
 from nightschool.store.manifest import Manifest, read_manifest, verify
 from nightschool.store.runs import Run
+from nightschool.units import Every
 
 HELDOUT_LOSS = "heldout_loss"
+ATTEMPT = "attempt"
+# A file beside the checkpoints with the name of the one that was written last: for people and for other programs.
+# Whoever resumes looks at the checkpoints themselves, because a crash can come between the two.
+LATEST = "latest"
 _NAME = re.compile(r"checkpoint-epoch(0|[1-9][0-9]*)-step(0|[1-9][0-9]*)-files(0|[1-9][0-9]*)")
 
 
@@ -43,6 +49,14 @@ class Checkpoint:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return None
         return float(value)
+
+    def attempt(self) -> int:
+        """Which attempt to train the run wrote it, from 1; 0 if its manifest does not say, or cannot be read."""
+        try:
+            value = read_manifest(self.path).facts.get(ATTEMPT)
+        except (Damaged, NotFound):
+            return 0
+        return value if isinstance(value, int) else 0
 
 
 @dataclass(frozen=True)
@@ -96,17 +110,36 @@ def get(run: Run, name: str) -> Checkpoint:
     raise NotFound(f"The run {run.id} has no checkpoint {name!r}. {exists}")
 
 
+def by_age(points: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """In the order in which they were written, which is that of their steps, except where a run went back.
+
+    A run that was resumed from an earlier step than its last leaves later ones behind that are not its own any more;
+    each attempt counts one more (the fact `attempt`). Clocks are not asked: they are corrected at times.
+    """
+    return sorted(points, key=lambda point: (point.attempt(), point.step, point.epoch, point.num_files))
+
+
+def next_attempt(run: Run) -> int:
+    """The number of the attempt that now begins to train this run, from 1."""
+    return 1 + max((point.attempt() for point in ls(run)), default=0)
+
+
 def newest_whole(run: Run, *, digests: bool = True) -> Newest:
     """The checkpoint to resume from: the newest that equals its manifest, byte by byte.
 
     Args:
         run: The run.
         digests: False compares only names and sizes.
+
+    Raises:
+        MadeByNewer: If a newer version of nightschool wrote it: an older one in its place would lose steps silently.
     """
     skipped = []
-    for point in reversed(ls(run)):
+    for point in reversed(by_age(ls(run))):
         try:
             point.verify(digests=digests)
+        except MadeByNewer:
+            raise
         except (Damaged, NotFound) as error:
             skipped.append(Skipped(point, str(error)))
         else:
@@ -114,29 +147,61 @@ def newest_whole(run: Run, *, digests: bool = True) -> Newest:
     return Newest(None, tuple(skipped))
 
 
-def apply_retention(run: Run, keep_last: int, keep_best: int) -> list[Checkpoint]:
-    """Remove what is neither among the `keep_last` newest nor the `keep_best` with the lowest held-out loss.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: this many newest, this many with the lowest held-out loss, and milestones for ever.
 
-    Only whole checkpoints (by names and sizes) count, so that a damaged one never pushes out the only one that
-    can be resumed from; damaged ones go once an equally new whole one is kept. What dead writers left is swept.
+    A milestone is the first checkpoint at or after each multiple of `every` (steps or epochs).
+    """
+
+    last: int = 3
+    best: int = 1
+    every: Every | None = None
+
+
+def nothing_is_pending(_: Path) -> bool:
+    """For runs that upload nothing."""
+    return False
+
+
+def apply_retention(
+    run: Run, keep: Keep, *, is_pending: Callable[[Path], bool] = nothing_is_pending
+) -> list[Checkpoint]:
+    """Remove whole checkpoints that `keep` does not name, but none that must still be uploaded.
+
+    Only whole checkpoints (by names and sizes) count, so that a damaged one never pushes out the only one that can be
+    resumed from. Damaged ones are left for their owner to look at. What dead writers left is swept.
+
+    Args:
+        run: The run.
+        keep: What stays.
+        is_pending: Whether the checkpoint at a path waits to be uploaded.
 
     Returns:
         The removed checkpoints, oldest first.
     """
-    assert keep_last >= 1, "the newest checkpoint always stays"
+    assert keep.last >= 1, "the newest checkpoint always stays"
     sweep_partials(run.checkpoints_path)
-    points = ls(run)
-    whole = [point for point in points if _is_whole(point)]
-    if not whole:
-        return []
+    whole = by_age(point for point in ls(run) if _is_whole(point))
     losses = {point: loss for point in whole if (loss := point.heldout_loss()) is not None}
     # Of equal losses the newer one is better: it has learned longer.
-    best = sorted(losses, key=lambda point: (losses[point], -point.step))[:keep_best]
-    kept = {*whole[-keep_last:], *best}
-    removed = [point for point in points if point not in kept and (point in whole or point.step <= whole[-1].step)]
+    best = sorted(losses, key=lambda point: (losses[point], -point.step))[: keep.best]
+    kept = {*whole[-keep.last :], *best, *_milestones(whole, keep.every)}
+    removed = [point for point in whole if point not in kept and not is_pending(point.path)]
     for point in removed:
         remove_folder(point.path)
     return removed
+
+
+def _milestones(points: Iterable[Checkpoint], every: Every | None) -> list[Checkpoint]:
+    if every is None:
+        return []
+    first: dict[int, Checkpoint] = {}
+    for point in sorted(points, key=lambda point: point.step):
+        place = point.epoch if every.unit == "epochs" else point.step
+        first.setdefault(place // int(every.amount), point)
+    first.pop(0, None)
+    return list(first.values())
 
 
 def _is_whole(point: Checkpoint) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,11 +43,13 @@ def lock(path: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def lock_to_hand_over(path: Path, what: str) -> Iterator[int]:
+def lock_to_hand_over(
+    path: Path, what: str, *, wait_seconds: float = 0.0, on_wait: Callable[[], None] | None = None
+) -> Iterator[int]:
     """Hold the lock file for the time of the block, which may start a process that goes on holding it.
 
     Yields the file's descriptor. A process that inherits it holds the lock from its first moment, so that nobody gets
-    in between; it says so with `taken_over`.
+    in between; it says so with `taken_over`. `on_wait` is called once if there is another holder to wait for.
 
     Raises:
         Locked, DiskFull: As `lock` does.
@@ -56,7 +58,7 @@ def lock_to_hand_over(path: Path, what: str) -> Iterator[int]:
     with room_needed(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _acquire(file, what, time.monotonic())
+        _acquire(file, what, time.monotonic() + wait_seconds, on_wait)
         _sign(file)
         yield file
     finally:
@@ -85,12 +87,15 @@ def _signed(file: int) -> Iterator[None]:
         os.ftruncate(file, 0)
 
 
-def _acquire(file: int, what: str, deadline: float) -> None:
+def _acquire(file: int, what: str, deadline: float, on_wait: Callable[[], None] | None = None) -> None:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() < deadline:
+                if on_wait is not None:
+                    on_wait()
+                    on_wait = None
                 time.sleep(_POLL_SECONDS)
                 continue
             holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nightschool.errors import Damaged, NotFound
+from nightschool.errors import Damaged, MadeByNewer, NotFound
 from nightschool.events import now
 from nightschool.store.atomic import read_json, write_json
 
@@ -51,7 +51,16 @@ def write_manifest(folder: Path, **facts: Any) -> Manifest:
         DiskFull: If there is no room.
     """
     files = {name: FileFacts(_sha256(folder / name), (folder / name).stat().st_size) for name in _files_in(folder)}
-    manifest = Manifest(now(), facts, files)
+    return seal(folder, files, facts)
+
+
+def seal(folder: Path, files: dict[str, FileFacts], facts: dict[str, Any]) -> Manifest:
+    """Write `manifest.json` with digests that were computed from the bytes as they were written, durably.
+
+    Raises:
+        DiskFull: If there is no room.
+    """
+    manifest = Manifest(now(), facts, dict(sorted(files.items())))
     content = _plain(manifest)
     write_json(folder / MANIFEST, content | {"digest": _digest(content)})
     return manifest
@@ -62,6 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         NotFound: If there is no manifest: then what is in the folder was never finished, and does not exist.
+        MadeByNewer: If a newer version of nightschool wrote it.
         Damaged: If the manifest was altered or cut.
     """
     path = folder / MANIFEST
@@ -75,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     if stated != actual:
         raise Damaged(f"{path} has the digest {actual}, but states {stated}. {_REMEDY}")
     if content.get("format") != _FORMAT:
-        raise Damaged(
+        raise MadeByNewer(
             f"{path} has the format {content.get('format')!r}, but this version of nightschool reads {_FORMAT}. "
             f"Use the version of nightschool that wrote it."
         )

@@ -116,6 +116,11 @@ class Run:
         """Held by the process that trains this run, for as long as it does."""
         return self.path / "run.lock"
 
+    @property
+    def writing_lock_path(self) -> Path:
+        """Held by whoever writes its checkpoints, which may go on for a while after the training process died."""
+        return self.path / "writing.lock"
+
     @cached_property
     def events(self) -> EventLog:
         """The log to append to, each row with the id of this run; to read, use `read_events(events_path)`.

@@ -2,41 +2,47 @@
 
 A checkpoint is a folder of safetensors and JSON; nothing in it is a pickle:
 
-    weights.safetensors       every parameter that learns and every persistent buffer
+    model.safetensors         every parameter that learns and every persistent buffer
     optimizer.safetensors     moments, update counters, fp32 masters;  optimizer.json: hyper-parameters, schedule
     rng.safetensors           torch on every device;                   rng.json: Python, NumPy
     state.json                step, position in the data, loss history, gradient scaler, base
-    recipe.yaml               the resolved recipe
+    recipe.yaml               the resolved recipe;                     training_config.json: the same as JSON
     metadata.json             for people and for `checkpoints show`;   training_metrics.json: the curves
     manifest.json             SHA-256 and size of every file above, written last
+
+Above 1 GiB of tensors, `model-00001-of-00003.safetensors` … and `model.safetensors.index.json` take the place of one
+file, and so for the optimizer. What the first format called `weights.safetensors` is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nightschool.errors import Damaged, StateMismatch
-from nightschool.events import now
-from nightschool.store.atomic import publish_directory, remove_folder
-from nightschool.store.manifest import verify, write_manifest
+from nightschool.errors import Damaged, MadeByNewer, StateMismatch
+from nightschool.store.manifest import verify
+from nightschool.store.writing.commit import write_folder
+from nightschool.store.writing.tensorfile import index_name
 from nightschool.training import rng
+from nightschool.training.checkpoint_facts import metadata, training_config, training_metrics
 from nightschool.training.optimizer import Schedule, check_tensors
+from nightschool.training.snapshot import State
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
 
-FORMAT = 1
+FORMAT = 2
+# The weights were called otherwise in format 1; everything else is the same.
+_MODEL_STEMS = ("model", "weights")
 REQUIRED = (
-    "weights.safetensors",
+    "model.safetensors",
     "optimizer.safetensors",
     "optimizer.json",
     "rng.safetensors",
@@ -87,22 +93,16 @@ def frozen_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save(
-    target: Path,
+def state_to_save(
     task: Task,
     state: TrainState,
     surroundings: Surroundings,
     schedule: Schedule,
     scaler: torch.amp.GradScaler | None = None,
-) -> Path:
-    """Write a checkpoint to the folder `target`, whole or not at all, and return it.
-
-    A checkpoint that is already there under this name (the run was resumed from an earlier one) is replaced.
-
-    Raises:
-        DiskFull: If there is no room; nothing of the target remains, and other checkpoints are untouched.
-    """
+) -> State:
+    """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step."""
     rng_plain, rng_tensors = rng.capture()
+    recipe = training_config(surroundings.recipe_yaml)
     optimizer = {
         "hyper_parameters": task.optimizer.hyper_parameters(),
         "schedule": asdict(schedule),
@@ -118,27 +118,63 @@ def save(
         "num_threads": surroundings.num_threads,
         "numerics": surroundings.numerics,
     }
-    if target.exists():
-        remove_folder(target)
-    with publish_directory(target) as folder:
-        _save_tensors(saved_tensors(task), folder / "weights.safetensors")
-        _save_tensors(task.optimizer.state(), folder / "optimizer.safetensors")
-        _save_tensors(rng_tensors, folder / "rng.safetensors")
-        _save_json(optimizer, folder / "optimizer.json")
-        _save_json(rng_plain, folder / "rng.json")
-        _save_json(plain_state, folder / "state.json")
-        _save_json(_metadata(state, surroundings), folder / "metadata.json")
-        _save_json(_training_metrics(state), folder / "training_metrics.json")
-        (folder / "recipe.yaml").write_text(surroundings.recipe_yaml, encoding="utf-8")
-        write_manifest(
-            folder,
-            kind="checkpoint",
-            step=state.step,
-            epoch=state.epoch,
-            loss=state.current_loss,
-            heldout_loss=state.heldout_loss,
-            data_fingerprint=state.fingerprint,
-        )
+    facts = metadata(
+        state,
+        steps_total=schedule.steps_total,
+        epochs_total=surroundings.epochs_total,
+        files_processed=surroundings.files_processed,
+        dtype=surroundings.dtype,
+        base=surroundings.base,
+        model_config=surroundings.model_config,
+        recipe=recipe,
+    )
+    plain = {
+        "optimizer.json": optimizer,
+        "rng.json": rng_plain,
+        "state.json": plain_state,
+        "training_config.json": recipe,
+        "metadata.json": facts,
+        "training_metrics.json": training_metrics(state, schedule.steps_total, surroundings.epochs_total),
+    }
+    return State(
+        tensors={"model": saved_tensors(task), "optimizer": task.optimizer.state(), "rng": rng_tensors},
+        texts={name: _to_json(value) for name, value in plain.items()} | {"recipe.yaml": surroundings.recipe_yaml},
+        facts={
+            "kind": "checkpoint",
+            "format": FORMAT,
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": state.current_loss,
+            "heldout_loss": state.heldout_loss,
+            "data_fingerprint": state.fingerprint,
+        },
+    )
+
+
+def expected_bytes(task: Task) -> int:
+    """About how many bytes of tensors a checkpoint will hold, also before the optimizer has its moments."""
+    learning = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in task.trainable().values())
+    return learning + sum(t.numel() * t.element_size() for t in saved_tensors(task).values())
+
+
+def save(
+    target: Path,
+    task: Task,
+    state: TrainState,
+    surroundings: Surroundings,
+    schedule: Schedule,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Path:
+    """Write a checkpoint to the folder `target` in this process, whole or not at all, and return it.
+
+    A checkpoint that is already there under this name (the run was resumed from an earlier one) is replaced. A run
+    saves with `saving.Saver`, which does the same beside the training.
+
+    Raises:
+        DiskFull: If there is no room; nothing of the target remains, and other checkpoints are untouched.
+    """
+    whole = state_to_save(task, state, surroundings, schedule, scaler)
+    write_folder(target, whole.facts, whole.contents())
     return target
 
 
@@ -153,26 +189,28 @@ def load(
 
     Raises:
         Damaged: If a file is missing, truncated or altered.
+        MadeByNewer: If a newer version of nightschool wrote it.
         StateMismatch: If anything in it does not fit this run; the message names it.
     """
     verify(folder, digests=True)
-    absent = [name for name in REQUIRED if not (folder / name).is_file()]
+    plain = _load_json(folder / "state.json") if (folder / "state.json").is_file() else {}
+    _refuse_newer(folder, plain.get("format", FORMAT))
+    absent = [name for name in REQUIRED if not _is_there(folder, name)]
     if absent:
         raise StateMismatch(
             f"The checkpoint {folder.name} has no {', '.join(absent)}, and without it the run would go on differently. "
             "Resume from another checkpoint."
         )
-    plain = _load_json(folder / "state.json")
     optimizer = _load_json(folder / "optimizer.json")
     _check_plain(folder, plain, optimizer, task, surroundings, schedule, scaler)
     state = TrainState.from_json(plain["train"])
-    weights = load_tensors(folder / "weights.safetensors")
+    weights = load_group(folder, "model")
     check_tensors(weights, saved_tensors(task), what=f"weights of {folder.name}")
-    task.optimizer.load_state(load_tensors(folder / "optimizer.safetensors"), set(optimizer["without_state"]))
+    task.optimizer.load_state(load_group(folder, "optimizer"), set(optimizer["without_state"]))
     _copy_weights(task, weights)
     if scaler is not None:
         scaler.load_state_dict(plain["scaler"])
-    rng.restore(_load_json(folder / "rng.json"), load_tensors(folder / "rng.safetensors"))
+    rng.restore(_load_json(folder / "rng.json"), load_group(folder, "rng"))
     return state
 
 
@@ -184,7 +222,7 @@ def load_weights(folder: Path, task: Task) -> None:
         StateMismatch: If a tensor is missing, unexpected, or of another shape or dtype.
     """
     verify(folder, digests=True)
-    weights = load_tensors(folder / "weights.safetensors")
+    weights = load_group(folder, "model")
     check_tensors(weights, saved_tensors(task), what=f"weights of {folder.name}")
     _copy_weights(task, weights)
 
@@ -209,6 +247,52 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def load_group(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Read all tensors of a group (`model`, `optimizer`, `rng`), in however many files they lie.
+
+    Raises:
+        Damaged: If a file cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in group_files(folder, stem):
+        tensors |= load_tensors(folder / name)
+    return tensors
+
+
+def group_files(folder: Path, stem: str) -> list[str]:
+    """The files in which a group of tensors lies; none if it is not there.
+
+    Raises:
+        Damaged: If the index names a file outside the folder.
+    """
+    for name in _MODEL_STEMS if stem == "model" else (stem,):
+        if (folder / f"{name}.safetensors").is_file():
+            return [f"{name}.safetensors"]
+    if not (folder / index_name(stem)).is_file():
+        return []
+    names = sorted(set(_load_json(folder / index_name(stem))["weight_map"].values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise Damaged(
+            f"{index_name(stem)} of {folder.name} names the file {outside[0]!r}, which lies elsewhere. "
+            "Resume from another checkpoint."
+        )
+    return names
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    stem = name.removesuffix(".safetensors")
+    return bool(group_files(folder, stem)) if stem != name else (folder / name).is_file()
+
+
+def _refuse_newer(folder: Path, written: object) -> None:
+    if isinstance(written, int) and written > FORMAT:
+        raise MadeByNewer(
+            f"The checkpoint {folder.name} has the format {written}, and this version of nightschool reads up to "
+            f"{FORMAT}. Resume with the version that saved it."
+        )
+
+
 def _check_plain(
     folder: Path,
     plain: dict[str, Any],
@@ -220,7 +304,6 @@ def _check_plain(
 ) -> None:
     """Compare everything that is not a tensor, and report all differences together."""
     mine = {
-        "format": FORMAT,
         "base fingerprint": surroundings.base_fingerprint,
         "dtype": surroundings.dtype,
         "gradient scaler": scaler is not None,
@@ -230,7 +313,6 @@ def _check_plain(
         **{f"schedule {name}": value for name, value in asdict(schedule).items()},
     }
     theirs = {
-        "format": plain["format"],
         "base fingerprint": plain["base_fingerprint"],
         "dtype": plain["dtype"],
         "gradient scaler": plain["scaler"] is not None,
@@ -261,62 +343,10 @@ def _without_state(task: Task) -> set[str]:
     return set(task.trainable()) - held
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _save_json(value: object, path: Path) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")
+def _to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def _load_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
-
-
-def _validation_metrics(state: TrainState) -> dict[str, Any]:
-    recent = state.loss_history[-10:]
-    best = state.best_loss
-    return {
-        "current_avg_loss": statistics.fmean(recent) if recent else None,
-        "steps_since_best": state.step - state.loss_steps[state.loss_history.index(best)] if best is not None else None,
-        "loss_trend": "falling" if len(recent) > 1 and recent[-1] < recent[0] else "not falling",
-        "heldout_loss": state.heldout_loss,
-        "best_heldout_loss": state.best_heldout[1] if state.best_heldout else None,
-    }
-
-
-def _training_metrics(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "epoch": state.epoch,
-        "current_loss": state.current_loss,
-        "best_loss": state.best_loss,
-        "loss_steps": state.loss_steps,
-        "loss_history": state.loss_history,
-        "learning_rates": state.learning_rates,
-        "heldout_steps": state.heldout_steps,
-        "heldout_history": state.heldout_history,
-        "validation_metrics": _validation_metrics(state),
-        "timestamp": now().isoformat(),
-    }
-
-
-def _metadata(state: TrainState, surroundings: Surroundings) -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return _training_metrics(state) | {
-        "training_progress": {
-            "completed_steps": state.step,
-            "total_epochs": surroundings.epochs_total,
-            "files_processed": surroundings.files_processed,
-            "tokens_trained": state.tokens_trained,
-        },
-        "system_info": {
-            "cuda_available": cuda,
-            "device_count": torch.cuda.device_count() if cuda else 0,
-            "mixed_precision": surroundings.dtype,
-        },
-        "files_processed": surroundings.files_processed,
-        "model_config": surroundings.model_config,
-        "base": surroundings.base,
-    }

@@ -1,0 +1,156 @@
+"""The order of the writes that makes a checkpoint: whoever is interrupted leaves the old state or the new one.
+
+    files, each synced → manifest.json → folder synced → renamed → parent synced → `latest` → retention → event
+
+The digests are computed from the bytes on their way to the disk: what the disk then loses is found when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nightschool.errors import DiskFull, NightschoolError
+from nightschool.events import EventLog
+from nightschool.store import checkpoints
+from nightschool.store.atomic import publish_directory, room_needed, write_text
+from nightschool.store.checkpoints import LATEST, Keep
+from nightschool.store.manifest import FileFacts, seal
+from nightschool.store.runs import Run
+from nightschool.units import Every, format_bytes
+
+Pieces = Iterable[bytes | memoryview]
+Contents = Callable[[], Iterator[tuple[str, Pieces]]]
+
+_CHUNK_BYTES = 4 << 20
+# So much is on its way to the disk at most. Without this bound, whoever else calls fsync (the status file of the run,
+# each few seconds) waits for a gigabyte that is not theirs.
+_SYNC_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be committed, besides the bytes. Plain values, so that it can go to another process.
+
+    `target` lies in the checkpoints of the run at `run`; `facts` go into the manifest; the rest is the recipe's.
+    """
+
+    run: str
+    target: str
+    facts: dict[str, Any]
+    keep_last: int = 3
+    keep_best: int = 1
+    keep_every: str | None = None
+
+    @property
+    def keep(self) -> Keep:
+        return Keep(self.keep_last, self.keep_best, Every.parse(self.keep_every) if self.keep_every else None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an order ended. `error` is None, or says why there is no checkpoint; `disk_full` tells the reason apart."""
+
+    name: str
+    step: int
+    seconds: float
+    size_bytes: int = 0
+    removed: list[str] = field(default_factory=list)
+    error: str | None = None
+    disk_full: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One line for the log of the run."""
+        if self.error is not None:
+            return f"Not saved {self.name}: {self.error}"
+        return f"Saved {self.name}: {format_bytes(self.size_bytes)} in {self.seconds:.1f} s"
+
+
+def write_folder(target: Path, facts: dict[str, Any], contents: Contents) -> int:
+    """Publish a folder of files with a manifest; an older one under that name is replaced. Returns its bytes.
+
+    Raises:
+        DiskFull: If there is no room; nothing of the target remains, and what was there before stays.
+    """
+    with publish_directory(target, replace=True) as folder:
+        files = {name: write_file(folder / name, pieces) for name, pieces in contents()}
+        manifest = seal(folder, files, facts)
+    return manifest.size_bytes
+
+
+def write_file(path: Path, pieces: Pieces) -> FileFacts:
+    """Write a new file as a stream, durably, and return its digest and size.
+
+    Raises:
+        DiskFull: If there is no room.
+    """
+    digest = hashlib.sha256()
+    size_bytes = unsynced = 0
+    with room_needed(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            for piece in pieces:
+                whole = memoryview(piece).cast("B")
+                for start in range(0, len(whole), _CHUNK_BYTES):
+                    chunk = whole[start : start + _CHUNK_BYTES]
+                    digest.update(chunk)
+                    size_bytes += len(chunk)
+                    unsynced += len(chunk)
+                    while chunk:
+                        chunk = chunk[os.write(handle, chunk) :]
+                    if unsynced >= _SYNC_BYTES:
+                        os.fdatasync(handle)
+                        unsynced = 0
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    return FileFacts(digest.hexdigest(), size_bytes)
+
+
+def carry_out(order: Order, contents: Contents) -> Outcome:
+    """Commit a checkpoint of a run, and what follows from it. Never raises for what the outcome can say.
+
+    On a full disk retention makes room first, if it can, and the write is tried once more.
+    """
+    started = time.monotonic()
+    target, run = Path(order.target), Run(Path(order.run).name, Path(order.run))
+    events = EventLog(run.events_path, run_id=run.id)
+    step = int(order.facts["step"])
+    try:
+        try:
+            size_bytes = write_folder(target, order.facts, contents)
+        except DiskFull:
+            removed = checkpoints.apply_retention(run, order.keep)
+            events.write("disk_full", step=step, name=target.name, removed=[point.name for point in removed])
+            size_bytes = write_folder(target, order.facts, contents)
+        write_text(run.checkpoints_path / LATEST, target.name + "\n")
+        removed = checkpoints.apply_retention(run, order.keep)
+        seconds = time.monotonic() - started
+        outcome = Outcome(target.name, step, seconds, size_bytes, [point.name for point in removed])
+        events.write("checkpoint", **{key: value for key, value in outcome.to_json().items() if key in _TOLD})
+    except (NightschoolError, OSError) as error:
+        seconds = time.monotonic() - started
+        outcome = Outcome(target.name, step, seconds, error=str(error), disk_full=isinstance(error, DiskFull))
+        _note_failure(events, outcome)
+    finally:
+        events.close()
+    return outcome
+
+
+_TOLD = ("step", "name", "seconds", "size_bytes", "removed")
+
+
+def _note_failure(events: EventLog, outcome: Outcome) -> None:
+    try:
+        events.write("checkpoint_failed", step=outcome.step, name=outcome.name, error=outcome.error)
+    except OSError:
+        # On a full disk there is no room for the note either; the outcome itself goes to the trainer.
+        return

@@ -1,0 +1,99 @@
+"""Memory that two processes share by a file descriptor: it has no name, and lives as long as one of them holds it.
+
+A named segment could be removed by a resource tracker when the trainer dies, just when the writer needs it most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+
+_HUGE_PAGE_BYTES = 2 << 20
+# What a machine needs besides: without it a snapshot that just fits would make everything else swap.
+_RESERVE_SHARE = 0.05
+_GROUP = Path("/sys/fs/cgroup")
+# Limit, usage, statistics, and the line there of what the kernel can take back: version 2, then version 1.
+_CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+class SharedMemory:
+    """One buffer that grows, never shrinks, and is used again for every snapshot.
+
+    `view` is writable; whoever made objects upon it (a tensor, say) must drop them before it grows.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.size_bytes = 0
+        self._map: mmap.mmap | None = None
+
+    @classmethod
+    def create(cls) -> SharedMemory:
+        """Anonymous memory; where the kernel has none to give by descriptor, a file without a name."""
+        if hasattr(os, "memfd_create"):
+            with contextlib.suppress(OSError):
+                return cls(os.memfd_create("nightschool-checkpoint"))
+        with tempfile.TemporaryFile() as file:
+            return cls(os.dup(file.fileno()))
+
+    @property
+    def view(self) -> mmap.mmap:
+        assert self._map is not None, "nothing was reserved yet"
+        return self._map
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make sure of `size_bytes` whose pages exist: touching a fresh page costs more than the copy into it.
+
+        Raises:
+            OSError: If there is no such memory.
+        """
+        if size_bytes <= self.size_bytes:
+            return
+        size_bytes += -size_bytes % _HUGE_PAGE_BYTES
+        # `posix_fallocate` fails where there is no room; touching a page that cannot be had would kill the process.
+        os.posix_fallocate(self.handle, 0, size_bytes)
+        self.attach(size_bytes)
+
+    def attach(self, size_bytes: int) -> None:
+        """Map what the other process reserved."""
+        if size_bytes <= self.size_bytes:
+            return
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        self._map = mmap.mmap(self.handle, size_bytes, flags=flags)
+        self.size_bytes = size_bytes
+
+    def close(self) -> None:
+        """Give it back, as soon as nobody looks at it any more."""
+        if self._map is not None:
+            # Whoever still has a view (a tensor) keeps the mapping; the last one of them lets it go.
+            with contextlib.suppress(BufferError):
+                self._map.close()
+            self._map = None
+        os.close(self.handle)
+        self.size_bytes = 0
+
+
+def available_bytes() -> int:
+    """How much memory this process may still take, with something left for everything else.
+
+    The machine's, or that of its control group, whichever is less.
+    """
+    machine = psutil.virtual_memory()
+    ceiling, free = int(machine.total), int(machine.available)
+    for files in _CONTROL_GROUPS:
+        try:
+            limit, used = (int((_GROUP / name).read_text()) for name in files[:2])
+            lines = (_GROUP / files[2]).read_text().splitlines()
+        except (OSError, ValueError):  # no such group, or `max`: no limit
+            continue
+        reclaimable = next((int(line.split()[1]) for line in lines if line.split()[0] == files[3]), 0)
+        ceiling, free = min(ceiling, limit), min(free, limit - used + reclaimable)
+    return max(0, free - int(_RESERVE_SHARE * ceiling))

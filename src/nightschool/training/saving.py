@@ -1,0 +1,170 @@
+"""Saving while training goes on: what the loop calls, and what happens when a save fails.
+
+`Saver.save` returns when the state is copied and the order is in the writer's hands: from then on the checkpoint is
+written even if this process is killed. One save is under way at a time; the next one waits for it, and hears how it
+ended. A writer that was killed is replaced, and what it had in hand is written again from the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nightschool.config.recipe import Checkpoints
+from nightschool.errors import DiskFull, NightschoolError
+from nightschool.store import checkpoints
+from nightschool.store.runs import Run
+from nightschool.store.writing.client import WriterProcess, writing_lock
+from nightschool.store.writing.commit import Order, Outcome, carry_out
+from nightschool.store.writing.memory import SharedMemory, available_bytes
+from nightschool.store.writing.process import slices_of
+from nightschool.training.snapshot import Snapshot, State
+from nightschool.units import format_bytes
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def open_saver(run: Run, settings: Checkpoints, say: Say) -> Iterator[Saver]:
+    """Start the writer of a run; at the end wait until everything is written.
+
+    Enter it before a GPU is touched, so that the writer inherits nothing of it. Where the writer of an earlier process
+    of this run is still at work, it waits for that one first.
+
+    Raises:
+        Locked: If that takes more than ten minutes.
+        DiskFull: At the end, if the last checkpoint found no room and the recipe says `stop`.
+    """
+    with writing_lock(run, say) as lock_file:
+        saver = Saver(run, settings, lock_file, say)
+        try:
+            yield saver
+            saver.settle()
+        except BaseException:
+            saver.settle_quietly()
+            raise
+        finally:
+            saver.close()
+
+
+class Saver:
+    """Writes the checkpoints of one run. See `open_saver`."""
+
+    def __init__(self, run: Run, settings: Checkpoints, lock_file: int, say: Say) -> None:
+        self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
+        self.attempt = checkpoints.next_attempt(run)
+        self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
+        self._failed: Outcome | None = None
+        self._memory: SharedMemory | None = None
+        self._snapshot: Snapshot | None = None
+        self._writer: WriterProcess | None = None
+        if settings.background:
+            self._memory = SharedMemory.create()
+            self._snapshot = Snapshot(self._memory)
+            self._writer = WriterProcess(lock_file, self._memory)
+
+    def expect(self, size_bytes: int) -> None:
+        """Make memory for a state of about this size ready, in the background: more saves than one will come."""
+        if self._writer is not None and self._fits(size_bytes):
+            self._writer.reserve(size_bytes)
+
+    def save(self, target: Path, state: State, *, last: bool = False) -> None:
+        """Save the state as the checkpoint `target`; on return it is safe from the death of this process.
+
+        Args:
+            target: Its folder; an older one of that name is replaced.
+            state: What it will hold; it may change as soon as this returns.
+            last: Nothing is trained afterwards, so that there is nothing to be gained by a copy that was not made before.
+
+        Raises:
+            DiskFull: If the save before this one, or this one, found no room, and the recipe says `stop`.
+            NightschoolError: If the save before this one failed for another reason.
+        """
+        self.settle()
+        facts = state.facts | {checkpoints.ATTEMPT: self.attempt}
+        keep = self._settings.keep
+        every = None if keep.every is None else str(keep.every)
+        order = Order(str(self._run.path), str(target), facts, keep.last, keep.best, every)
+        copied_before = self._memory is not None and self._memory.size_bytes > 0
+        if self._writer is None or (last and not copied_before) or not self._fits(state.tensor_bytes):
+            self._conclude(carry_out(order, state.contents()))
+            self._raise_failure()
+            return
+        assert self._snapshot is not None
+        files, end = self._snapshot.take(state, order)
+        self._writer.hand_over(order, files, end)  # a dead writer is found in `settle`
+        self._pending = order, files
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, and raise what went wrong with it, as `save` does."""
+        self._wait()
+        self._raise_failure()
+
+    def settle_quietly(self) -> None:
+        """Wait for the save that is under way, and only write down what went wrong: something else did already."""
+        self._wait()
+        self._failed = None
+
+    def close(self) -> None:
+        """End the writer."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
+
+    def _fits(self, size_bytes: int) -> bool:
+        """Whether the copy finds room beside everything else; if not, this run writes in its own process from now on."""
+        assert self._memory is not None
+        needed, available = size_bytes - self._memory.size_bytes, available_bytes()
+        if needed <= available or self._writer is None:
+            return True
+        self._say(
+            f"Saving stops the training for as long as it writes: a copy of the state takes {format_bytes(needed)}, and "
+            f"{format_bytes(available)} of memory are left"
+        )
+        self._run.events.write("saving_in_process", needed_bytes=needed, available_bytes=available)
+        self.close()
+        return False
+
+    def _wait(self) -> None:
+        if self._pending is None:
+            return
+        assert self._writer is not None
+        (order, files), self._pending = self._pending, None
+        outcome = self._writer.wait()
+        if outcome is None:
+            outcome = self._replace_writer(order, files)
+        self._conclude(outcome, told=True)
+
+    def _replace_writer(self, order: Order, files: list[tuple[str, int, int]]) -> Outcome:
+        """The writer was killed: do what it had in hand from the memory that it left, and start another one."""
+        assert self._writer is not None
+        assert self._memory is not None
+        exit_code = self._writer.close()
+        name = Path(order.target).name
+        self._say(f"The writer of checkpoints ended with {exit_code} while it wrote {name}: writing it again")
+        self._run.events.write("writer_died", exit_code=exit_code, name=name)
+        outcome = carry_out(order, slices_of(self._memory, [list(file) for file in files]))
+        self._say(str(outcome))
+        self._writer = WriterProcess(self._lock_file, self._memory)
+        return outcome
+
+    def _conclude(self, outcome: Outcome, *, told: bool = False) -> None:
+        if not told:
+            self._say(str(outcome))
+        if outcome.error is None:
+            return
+        if outcome.disk_full and self._settings.on_full_disk == "continue":
+            self._say(f"Training goes on without the checkpoint {outcome.name}, as checkpoints.on_full_disk says")
+            return
+        self._failed = outcome
+
+    def _raise_failure(self) -> None:
+        if self._failed is None:
+            return
+        failed, self._failed = self._failed, None
+        assert failed.error is not None
+        raise DiskFull(failed.error) if failed.disk_full else NightschoolError(failed.error)
