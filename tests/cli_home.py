@@ -42,12 +42,39 @@ def make_run(home: Home, *, name="bot", minutes=0, state="completed", epochs=3, 
     return run
 
 
-def add_checkpoint(run, step, *, heldout_loss=None):
+def add_checkpoint(run, step, *, heldout_loss=None, files=None):
+    """A checkpoint of the run, with `files` (JSON by name) beside its weights."""
     path = checkpoint_path(run, step // 4, step, 1)
     with publish_directory(path) as folder:
-        (folder / "weights.safetensors").write_bytes(b"w" * 1000)
+        (folder / "model.safetensors").write_bytes(b"w" * 1000)
+        for name, content in (files or {}).items():
+            (folder / name).write_text(json.dumps(content))
         write_manifest(folder, **({} if heldout_loss is None else {"heldout_loss": heldout_loss}))
     return path
+
+
+def training_metrics(losses, *, heldout=(), rate=1.9e-4):
+    """`training_metrics.json` and `metadata.json` as a run writes them: a loss each step, held-out losses by step."""
+    steps = list(range(1, len(losses) + 1))
+    metrics = {
+        "step": steps[-1],
+        "epoch": steps[-1] // 4,
+        "current_loss": losses[-1],
+        "best_loss": min(losses),
+        "loss_steps": steps,
+        "loss_history": list(losses),
+        "learning_rates": [rate] * len(losses),
+        "heldout_steps": [step for step, _ in heldout],
+        "heldout_history": [loss for _, loss in heldout],
+        "validation_metrics": {"current_avg_loss": losses[-1], "steps_since_best": 0, "loss_trend": "falling"},
+        "timestamp": "2026-11-21T06:00:30+00:00",
+    }
+    metadata = metrics | {
+        "training_progress": {"completed_steps": steps[-1], "total_epochs": 3, "files_processed": 1},
+        "system_info": {"cuda_available": False, "device_count": 0, "mixed_precision": "fp32"},
+        "files_processed": 1,
+    }
+    return {"training_metrics.json": metrics, "metadata.json": metadata}
 
 
 def add_version(home: Home, *, name="bot", text="weights", run_id=None, **facts):

@@ -1,4 +1,4 @@
-"""train, plan, schedule run, serve and doctor: what they hand on, and what they exit with."""
+"""train, plan, schedule run and serve: what they hand on, and what they exit with."""
 
 import errno
 import inspect
@@ -11,10 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from cli_home import add_checkpoint
 
-from nightschool.cli import doctor as doctor_module
 from nightschool.cli import serve as serve_module
 from nightschool.cli import train as train_module
 from nightschool.cli.main import main
@@ -24,7 +22,6 @@ from nightschool.errors import Interrupted, Locked
 from nightschool.jobs import detached
 from nightschool.jobs.cycle import cycle_lock_path
 from nightschool.jobs.outcome import CycleFacts, CycleResult
-from nightschool.models import dtype as dtype_module
 from nightschool.server.settings import ServerSettings
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, lock_to_hand_over
@@ -310,57 +307,6 @@ def test_a_port_in_use_is_said_with_a_remedy(home, capsys):
         port = taken.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 1
     assert f"Port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
-
-
-def test_the_doctor_looks_at_everything_and_says_what_to_do(home, monkeypatch, capsys):
-    monkeypatch.setattr(doctor_module, "HUB", ("127.0.0.1", 9))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert main(["doctor", "--json"]) == 0
-    findings = {one["subject"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
-    assert list(findings) == ["versions", "CPU", "RAM", "GPU", "dtype", "home", "disk", "port", "network"]
-    assert "everything works offline" in findings["network"]["found"]
-    assert "name@version" in findings["network"]["todo"]
-
-
-@pytest.mark.parametrize("speedup", [0.02, 1.5, 7.0])
-def test_the_doctor_reports_products_and_leaves_the_choice_to_the_run(monkeypatch, speedup):
-    """Training may choose otherwise: it times whole steps, so the doctor names no dtype."""
-    monkeypatch.setattr(dtype_module, "bf16_speedup", lambda width: speedup)
-    monkeypatch.setattr(dtype_module, "resolve_device", lambda: torch.device("cpu"))
-    found = doctor_module.number_formats().found
-    assert found == (
-        f"bf16 products are {speedup:.2g} times as fast as fp32 ones on this CPU; each run measures its own steps"
-    )
-
-
-def test_the_doctor_fails_where_nothing_can_be_written(home, monkeypatch, capsys):
-    def refuses(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.TemporaryDirectory", refuses)
-    monkeypatch.setattr(doctor_module, "network", lambda: doctor_module.Finding("network", "PASS", "-"))
-    assert main(["doctor"]) == 1
-    out = capsys.readouterr().out
-    assert "FAIL  home" in out
-    assert "Set NIGHTSCHOOL_HOME" in out
-
-
-def test_the_doctor_survives_a_look_that_breaks(home, monkeypatch, capsys):
-    def gpu():
-        raise RuntimeError("the driver is gone")
-
-    monkeypatch.setattr(doctor_module, "gpu", gpu)
-    monkeypatch.setattr(doctor_module, "network", lambda: doctor_module.Finding("network", "PASS", "-"))
-    assert main(["doctor", "-q"]) == 1
-    assert "FAIL gpu" in capsys.readouterr().out
-
-
-def test_the_doctor_warns_of_a_taken_port(home, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        monkeypatch.setattr(doctor_module, "PORT", taken.getsockname()[1])
-        assert doctor_module.port().verdict == "WARN"
 
 
 def test_the_reference_in_the_docs_is_up_to_date():

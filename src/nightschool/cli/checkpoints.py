@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.chart import chart
-from nightschool.cli.session import answer, bold, confirm, note, table
+from nightschool.cli import checkpoint_figures as figures
+from nightschool.cli.checkpoint_figures import facts_of, figures_of
+from nightschool.cli.runs import flatten
+from nightschool.cli.session import answer, confirm, table
 from nightschool.cli.terms import figure, find_checkpoint, find_run, folder_bytes, moment
 from nightschool.errors import Damaged, NotFound, UsageError
-from nightschool.evaluation.scores import figure_to_json
-from nightschool.events import read_events
 from nightschool.jobs.outcome import CycleFacts
 from nightschool.store import checkpoints
-from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
-from nightschool.units import format_bytes
+from nightschool.units import Every, format_bytes
 
 
 def ls(run_id: str | None = None, /) -> None:
-    """List the checkpoints of a run, oldest first.
+    """List the checkpoints of a run by their steps, oldest first, with loss, held-out loss, size and time.
 
     Args:
         run_id: The run; the newest without it.
     """
     run = find_run(Home.find(), run_id)
-    rows = [_facts(run, point) for point in checkpoints.ls(run)]
+    points = checkpoints.ls(run)
+    rows = [facts_of(run, point) for point in points]
+    _mark(rows, [point.name for point in checkpoints.by_age(points)])
     answer(
         rows,
-        lambda: (
-            table(
-                ("CHECKPOINT", "EPOCH", "STEP", "HELD-OUT", "SIZE", "CREATED"),
-                [
-                    (
-                        row["name"],
-                        row["epoch"],
-                        row["step"],
-                        figure(row["heldout_loss"]),
-                        format_bytes(row["size_bytes"]),
-                        moment(row["created_at"]),
-                    )
-                    for row in rows
-                ],
-            )
-            if rows
-            else f"The run {run.id} has no checkpoints."
-        ),
+        lambda: f"Found {len(rows)} checkpoints of {run.id}:\n{_listed(rows)}" if rows else _none_of(run.id),
         quiet=lambda: "\n".join(row["name"] for row in rows),
     )
 
 
+def _mark(rows: list[dict[str, Any]], names_by_age: list[str]) -> None:
+    """Say which one a resume would take, and which has the lowest held-out loss."""
+    whole = {row["name"]: row for row in rows if row["damaged"] is None}
+    newest = next((whole[name] for name in reversed(names_by_age) if name in whole), None)
+    scored = [row for row in whole.values() if row["heldout_loss"] is not None]
+    best = min(scored, key=lambda row: (row["heldout_loss"], -row["step"]), default=None)
+    for row in rows:
+        row["newest"], row["best"] = row is newest, row is best
+
+
+def _listed(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for index, row in enumerate(rows, 1):
+        size = None if row["size_bytes"] is None else format_bytes(row["size_bytes"])
+        marks = ", ".join(mark for mark in ("newest", "best") if row[mark])
+        lines.append(
+            (
+                index,
+                row["name"],
+                row["epoch"],
+                row["step"],
+                figures.loss(row["loss"]),
+                figures.loss(row["heldout_loss"]),
+                size,
+                moment(row["created_at"]),
+                "DAMAGED" if row["damaged"] else marks,
+            )
+        )
+    return table(("#", "CHECKPOINT", "EPOCH", "STEP", "LOSS", "HELD-OUT", "SIZE", "TIME", ""), lines)
+
+
+def _none_of(run_id: str) -> str:
+    return f"The run {run_id} has no checkpoints."
+
+
 def show(checkpoint: str, /) -> None:
-    """Show one checkpoint: where training was, its files, its figures.
+    """Show one checkpoint: where training was, its losses and learning rate, the machine, its files.
 
     Args:
         checkpoint: Its folder, RUN/CHECKPOINT, or its name.
@@ -63,23 +82,79 @@ def show(checkpoint: str, /) -> None:
     run, point = find_checkpoint(Home.find(), checkpoint)
     manifest = read_manifest(point.path)
     files = {name: file.size_bytes for name, file in manifest.files.items()}
-    data = {**_facts(run, point), "path": str(point.path), "facts": manifest.facts, "files": files}
+    kept = figures_of(point)
+    data = {
+        **facts_of(run, point),
+        "path": str(point.path),
+        "facts": manifest.facts,
+        "figures": kept,
+        "files": files,
+    }
 
     def text() -> str:
-        lines = [f"{key:<14} {figure(value, 6)}" for key, value in data.items() if key not in ("files", "facts")]
-        lines += [f"{key:<14} {figure(value, 6)}" for key, value in manifest.facts.items() if key not in data]
-        return "\n".join([*lines, "", table(("FILE", "SIZE"), [(n, format_bytes(s)) for n, s in files.items()])])
+        sizes = table(("FILE", "SIZE"), [(name, format_bytes(size)) for name, size in files.items()])
+        lines = [(key, value) for key, value in _shown(data, kept) if value is not None]
+        return "\n".join([f"{point.name} of {run.id}", *(f"{key:<16} {value}" for key, value in lines), "", sizes])
 
     answer(data, text, quiet=point.name)
 
 
-def verify(target: str | None = None, /) -> int:
-    """Compare every file with its manifest, byte by byte. Exits 1 if one is damaged.
+def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The lines of `show`: name and value; None is left out."""
+    shown: list[tuple[str, str | None]] = [
+        ("timestamp", moment(kept["timestamp"] or data["created_at"])),
+        ("step", str(data["step"])),
+        ("epoch", str(data["epoch"])),
+        ("files processed", str(data["num_files"])),
+        ("size", format_bytes(data["size_bytes"])),
+        ("CUDA", {True: "yes", False: "no"}.get(kept["cuda_available"])),
+        ("GPUs", _text(kept["device_count"])),
+        ("precision", _text(kept["mixed_precision"])),
+        ("current loss", figures.loss(kept["current_loss"] if kept["current_loss"] is not None else data["loss"])),
+        ("best loss", figures.loss(kept["best_loss"])),
+        ("held-out loss", figures.loss(kept["heldout_loss"] or data["heldout_loss"])),
+        ("best held-out", _best_heldout(kept)),
+        ("loss history", f"{kept['num_losses']} values" if kept["num_losses"] else None),
+        ("mean loss", figures.loss(kept["mean_loss"])),
+        ("deviation", figures.loss(kept["loss_deviation"])),
+        ("trend", figures.arrow(kept["loss_trend"])),
+        ("learning rate", figures.rate(kept["learning_rate"])),
+        ("rate history", f"{kept['num_learning_rates']} values" if kept["num_learning_rates"] else None),
+    ]
+    for name in ("validation_metrics", "training_progress"):
+        shown += [(f"  {key}", figure(value, 6)) for key, value in kept[name].items()]
+    shown += [(key, figure(value, 6)) for key, value in data["facts"].items() if key not in data]
+    shown.append(("path", data["path"]))
+    return shown
+
+
+def _best_heldout(kept: dict[str, Any]) -> str | None:
+    loss, step = kept["best_heldout_loss"], kept["best_heldout_step"]
+    return None if loss is None else f"{figures.loss(loss)} at step {step:g}"
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def verify(target: str | None = None, /, *, resume: bool = False, steps: int = 4) -> int:
+    """Compare every file with its manifest, byte by byte; with --resume, prove that resuming is exact.
+
+    --resume trains some steps from a checkpoint twice, in copies that are thrown away: once without a break, once
+    stopped, saved and resumed by another process. It compares every tensor, and changes nothing in the run.
+
+    Exits 1 if a file is damaged, or a tensor differs.
 
     Args:
         target: A run, or one checkpoint; the newest run without it.
+        resume: Prove the resume instead.
+        steps: How many steps --resume trains.
     """
     home = Home.find()
+    if resume:
+        from nightschool.cli.rehearsal import verify_resume
+
+        return verify_resume(home, target, steps)
     if target is None or target in [run.id for run in RunStore(home).ls()]:
         run = find_run(home, target)
         points = checkpoints.ls(run)
@@ -98,29 +173,41 @@ def verify(target: str | None = None, /) -> int:
         {"run_id": run.id, "checkpoints": rows},
         lambda: (
             "\n".join(f"{'ok     ' if row['whole'] else 'DAMAGED'}  {row['name']}  {row['detail']}" for row in rows)
-            or f"The run {run.id} has no checkpoints."
+            or _none_of(run.id)
         ),
         quiet=lambda: "\n".join(str(row["name"]) for row in damaged),
     )
     return 1 if damaged else 0
 
 
-def prune(run_id: str | None = None, /, *, keep_last: int = 1, keep_best: int = 1, yes: bool = False) -> None:
-    """Delete old checkpoints of a run; never the only whole one.
+def prune(
+    run_id: str | None = None,
+    /,
+    *,
+    keep_last: int = 1,
+    keep_best: int = 1,
+    keep_every: str | None = None,
+    yes: bool = False,
+) -> None:
+    """Delete old checkpoints of a run; never the only whole one, and none that waits to be uploaded.
 
     Args:
         run_id: The run; the newest without it.
         keep_last: This many newest ones stay.
         keep_best: This many with the lowest held-out loss stay.
+        keep_every: The first one of each "1000 steps" or "5 epochs" stays; without it, as the run's recipe says.
         yes: Do not ask.
     """
-    run = find_run(Home.find(), run_id)
+    home = Home.find()
+    run = find_run(home, run_id)
+    keep = checkpoints.Keep(max(1, keep_last), max(0, keep_best), _milestones(run, keep_every))
+    milestones = f", the first of each {keep.every}" if keep.every else ""
     confirm(
-        f"Keep the newest {max(1, keep_last)} and the best {keep_best} of {len(checkpoints.ls(run))} checkpoints of "
+        f"Keep the newest {keep.last} and the best {keep.best}{milestones} of {len(checkpoints.ls(run))} checkpoints of "
         f"{run.id} and delete the others?",
         yes=yes,
     )
-    removed = checkpoints.apply_retention(run, max(1, keep_last), keep_best)
+    removed = checkpoints.apply_retention(run, keep)
     answer(
         {"run_id": run.id, "removed": [point.name for point in removed]},
         lambda: "\n".join([*(f"deleted  {point.name}" for point in removed), f"{len(removed)} deleted"]),
@@ -128,58 +215,90 @@ def prune(run_id: str | None = None, /, *, keep_last: int = 1, keep_best: int = 
     )
 
 
-def compare(first: str, second: str, /) -> None:
-    """Show the figures of two checkpoints side by side.
+def _milestones(run: Run, wanted: str | None) -> Every | None:
+    """Which checkpoints stay for ever.
+
+    Raises:
+        UsageError: If `wanted` is no rhythm of steps or epochs.
+    """
+    if wanted is None:
+        kept = ((run.recipe().get("checkpoints") or {}).get("keep") or {}).get("every")
+        return None if kept is None else Every.parse(kept)
+    try:
+        every = Every.parse(wanted)
+    except ValueError as error:
+        raise UsageError(f"--keep-every: {error}.") from None
+    if every.unit == "seconds":
+        raise UsageError(f"--keep-every {wanted} is a time. Write steps or epochs, such as '1000 steps'.")
+    return every
+
+
+# What `compare` shows, in order: the key among the figures, and how it is written.
+_COMPARED: dict[str, Callable[[Any], str | None]] = {
+    "step": str,
+    "epoch": str,
+    "files_processed": str,
+    "current_loss": figures.loss,
+    "best_loss": figures.loss,
+    "mean_loss": figures.loss,
+    "loss_deviation": figures.loss,
+    "loss_trend": figures.arrow,
+    "heldout_loss": figures.loss,
+    "best_heldout_loss": figures.loss,
+    "learning_rate": figures.rate,
+    "mixed_precision": str,
+    "size_bytes": format_bytes,
+    "timestamp": moment,
+}
+_DIFFERENCES = ("current_loss", "best_loss", "mean_loss", "heldout_loss", "best_heldout_loss")
+
+
+def compare(first: str, second: str, /, *more: str) -> None:
+    """Show the figures of checkpoints side by side, by their steps, with the losses' difference from the first.
 
     Args:
         first: A checkpoint: its folder, RUN/CHECKPOINT, or its name.
         second: Another one.
+        more: More of them.
     """
     home = Home.find()
-    pairs = [find_checkpoint(home, one) for one in (first, second)]
-    facts = [{**_facts(run, point), **read_manifest(point.path).facts} for run, point in pairs]
-    keys = list(facts[0] | facts[1])
-    answer(
-        {key: [facts[0].get(key), facts[1].get(key)] for key in keys},
-        lambda: table(
-            ("", pairs[0][1].name, pairs[1][1].name),
-            [(key, figure(facts[0].get(key), 6), figure(facts[1].get(key), 6)) for key in keys],
-        ),
-    )
-
-
-def plot(target: str | None = None, /, *, save: Path | None = None) -> None:
-    """Draw the curves of a run, or those up to a checkpoint: loss, held-out loss, learning rate.
-
-    Args:
-        target: A run, or one checkpoint; the newest run without it.
-        save: Also write them as a picture, such as curves.png. Needs the extra `plot`.
-    """
-    home = Home.find()
-    if target is None or target in [run.id for run in RunStore(home).ls()]:
-        run = find_run(home, target)
-        title, curves = run.id, _curves_of_run(run)
-    else:
-        run, point = find_checkpoint(home, target)
-        title, curves = f"{run.id} {point.name}", _curves_of_checkpoint(point)
-    if not any(curves.values()):
-        raise NotFound(f"{title} has no figures yet. See nightschool runs watch {run.id}.")
-    if save is not None:
-        _save_picture(title, curves, save)
-        note(f"Wrote {save}.")
-    size = shutil.get_terminal_size((100, 24))
+    pairs = sorted((find_checkpoint(home, one) for one in (first, second, *more)), key=lambda pair: pair[1].step)
+    columns = [_compared(*pair) for pair in pairs]
+    several_runs = len({run.id for run, _ in pairs}) > 1
+    names = [f"{run.id}/{point.name}" if several_runs else point.name for run, point in pairs]
+    kept = {key: [column[key] for column in columns] for key in _COMPARED}
+    settings = _settings_that_differ([flatten(run.recipe()) for run, _ in pairs]) if several_runs else {}
 
     def text() -> str:
-        drawn = [
-            chart(name, points, width=min(size.columns, 120), height=8) for name, points in curves.items() if points
-        ]
-        return "\n\n".join([bold(title), *drawn])
+        rows = [(key, *_with_differences(key, values)) for key, values in kept.items() if set(values) != {None}]
+        return table(("", *names), [*rows, *((key, *values) for key, values in settings.items())])
 
-    data = {
-        name: [{"step": step, "value": figure_to_json(value)} for step, value in points]
-        for name, points in curves.items()
+    answer({"checkpoints": names, "figures": kept, "settings": settings}, text)
+
+
+def _compared(run: Run, point: Checkpoint) -> dict[str, Any]:
+    facts, kept = facts_of(run, point), figures_of(point)
+    return kept | {
+        "size_bytes": facts["size_bytes"],
+        "current_loss": kept["current_loss"] if kept["current_loss"] is not None else facts["loss"],
+        "heldout_loss": kept["heldout_loss"] if kept["heldout_loss"] is not None else facts["heldout_loss"],
+        "timestamp": kept["timestamp"] or facts["created_at"],
     }
-    answer({"title": title, "curves": data}, text)
+
+
+def _with_differences(key: str, values: list[Any]) -> list[str | None]:
+    shown = [None if value is None else _COMPARED[key](value) for value in values]
+    if key in _DIFFERENCES and values[0] is not None:
+        for index, value in enumerate(values[1:], 1):
+            if value is not None:
+                shown[index] = f"{shown[index]} ({value - values[0]:+.6f})"
+    return shown
+
+
+def _settings_that_differ(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    keys = {key: None for one in settings for key in one}
+    columns = {key: [one.get(key) for one in settings] for key in keys}
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
 
 
 def export(checkpoint: str, folder: Path, /) -> None:
@@ -213,62 +332,3 @@ def export(checkpoint: str, folder: Path, /) -> None:
         f"Exported {point.name} of {run.id} to {folder} ({format_bytes(size)}); loaded again, it is the same model.",
         quiet=str(folder),
     )
-
-
-def _curves_of_run(run: Run) -> dict[str, list[tuple[float, float]]]:
-    rows = list(read_events(run.metrics_path))
-    keys = {"loss": "loss", "held-out loss": "heldout_loss", "learning rate": "learning_rate"}
-    return {name: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for name, key in keys.items()}
-
-
-def _curves_of_checkpoint(point: Checkpoint) -> dict[str, list[tuple[float, float]]]:
-    kept = read_json(point.path / "training_metrics.json")
-
-    def curve(steps: str, values: str) -> list[tuple[float, float]]:
-        pairs = zip(kept.get(steps, []), kept.get(values, []), strict=False)
-        return [(step, value) for step, value in pairs if value is not None]
-
-    return {
-        "loss": curve("loss_steps", "loss_history"),
-        "held-out loss": curve("heldout_steps", "heldout_history"),
-        "learning rate": curve("loss_steps", "learning_rates"),
-    }
-
-
-def _save_picture(title: str, curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Write the curves below each other.
-
-    Raises:
-        UsageError: If matplotlib is missing, or knows no such kind of picture.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UsageError(
-            f"--save {path} needs matplotlib, which is not installed. Install it with pip install 'nightschool[plot]', "
-            "or leave --save out."
-        ) from None
-    figure_ = Figure(figsize=(8, 9), layout="constrained")
-    figure_.suptitle(title)
-    for axes, (name, points) in zip(figure_.subplots(len(curves), sharex=True), curves.items(), strict=True):
-        axes.plot([step for step, _ in points], [value for _, value in points], marker="." if len(points) < 50 else "")
-        axes.set_ylabel(name)
-    axes.set_xlabel("step")
-    try:
-        figure_.savefig(path)
-    except ValueError as error:
-        raise UsageError(f"--save {path}: {error}. Write for example curves.png.") from None
-
-
-def _facts(run: Run, point: Checkpoint) -> dict[str, Any]:
-    manifest = read_manifest(point.path)
-    return {
-        "run_id": run.id,
-        "name": point.name,
-        "epoch": point.epoch,
-        "step": point.step,
-        "num_files": point.num_files,
-        "heldout_loss": point.heldout_loss(),
-        "size_bytes": manifest.size_bytes,
-        "created_at": manifest.created_at.isoformat(),
-    }

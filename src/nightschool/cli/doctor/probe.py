@@ -1,0 +1,111 @@
+"""`python -m nightschool.cli.doctor.probe`: what torch sees and computes here, as one JSON object on the last line.
+
+In a process of its own, because a broken driver may hang or kill whoever asks it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nightschool.models.dtype import bf16_speedup, num_threads_here, resolve_device, resolve_dtype
+
+# The width of the products whose results are compared, and of those that are timed on a GPU.
+WIDTH, GPU_WIDTH = 1000, 4096
+# A format that is slower than this at the small width is emulated; the large width would take minutes.
+SMALL_WIDTH, SLOW_SECONDS = 200, 0.05
+LAYER_WIDTH = 512
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The largest relative error of a product of normal numbers (Frobenius norm), several times what is measured.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
+# GPUs may round fp32 to 10 bits first (TF32).
+GPU_FP32_TOLERANCE = 5e-3
+
+
+def main() -> None:
+    """Print what was found."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
+        "available": torch.cuda.is_available(),
+        "architectures": torch.cuda.get_arch_list() if torch.cuda.is_available() else [],
+        "threads": num_threads_here(),
+        "devices": [_device(index) for index in range(torch.cuda.device_count())],
+    }
+    facts["products"] = [_product("cpu", name) for name in DTYPES]
+    for index in range(len(facts["devices"])):
+        facts["products"] += [_product(f"cuda:{index}", name) for name in DTYPES]
+    device = resolve_device()
+    if device.type == "cuda":
+        facts["dtype"] = {"device": "cuda", "why": resolve_dtype("auto", device).why}
+    else:
+        facts["dtype"] = {"device": "cpu", "speedup": bf16_speedup(LAYER_WIDTH)}
+    print(json.dumps(facts))
+
+
+def _device(index: int) -> dict[str, Any]:
+    facts = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "free_bytes": free,
+        "total_bytes": total,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+
+
+def _product(device: str, name: str) -> dict[str, Any]:
+    """One product of two matrices on a device: its error against the same product in fp64, and its speed."""
+    found: dict[str, Any] = {"device": device, "dtype": name}
+    try:
+        dtype, width = DTYPES[name], WIDTH
+        if device == "cpu" and _seconds(*_pair(SMALL_WIDTH, dtype, device)) > SLOW_SECONDS:
+            width = SMALL_WIDTH
+        a, b = _pair(width, dtype, device)
+        wanted = a.double().cpu() @ b.double().cpu()
+        error = float(((a @ b).double().cpu() - wanted).norm() / wanted.norm())
+        limit = GPU_FP32_TOLERANCE if device != "cpu" and name == "fp32" else TOLERANCE[name]
+        right = math.isfinite(error) and error <= limit
+        if device != "cpu":
+            width = GPU_WIDTH
+            a, b = _pair(width, dtype, device)
+        seconds = _seconds(a, b)
+        return found | {
+            "width": width,
+            "error": error if math.isfinite(error) else None,
+            "right": right,
+            "seconds": seconds,
+            "flops": 2 * width**3 / seconds,
+        }
+    except Exception as error:  # whatever the driver says is what the user has to know
+        return found | {"right": False, "failure": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _pair(width: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(width, width, generator=generator) for _ in range(2))
+    return a.to(device, dtype), b.to(device, dtype)
+
+
+def _seconds(a: Tensor, b: Tensor) -> float:
+    """The best of several products, each awaited."""
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        if a.device.type == "cuda":
+            torch.cuda.synchronize(a.device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+if __name__ == "__main__":
+    main()

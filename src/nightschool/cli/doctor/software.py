@@ -1,0 +1,108 @@
+"""Looks at what is installed: the system, Python, the libraries that are needed, and those that may be there."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import resource
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+from nightschool import __version__
+from nightschool.cli.doctor.finding import Finding
+from nightschool.store.home import Home
+
+# Shown with their versions, because they decide about speed and results.
+SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
+# For developers; nobody misses them who trains and serves.
+_DEVELOPMENT = frozenset({"test", "bench"})
+# A trainer, a server and their connections; each shard of data that is mapped takes one, too.
+FEW_OPEN_FILES = 1024
+
+
+def system() -> Finding:
+    """Operating system, Python, and how many files a process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = "any number of" if soft == resource.RLIM_INFINITY else f"{soft}"
+    found = f"{platform.platform()}, Python {platform.python_version()}, {files} open files"
+    if soft != resource.RLIM_INFINITY and soft < FEW_OPEN_FILES:
+        return Finding("system", "WARN", found, f"Allow more open files: ulimit -n {4 * FEW_OPEN_FILES}")
+    return Finding("system", "PASS", found)
+
+
+def versions() -> Finding:
+    """The libraries that nightschool cannot do without, in versions that it was tested with."""
+    wrong = list(_wrong(""))
+    shown = [f"nightschool {__version__}", *(f"{name} {_version(name)}" for name in SHOWN if _version(name))]
+    if wrong:
+        wanted = " ".join(f"'{requirement.name}{requirement.specifier}'" for requirement, _ in wrong)
+        found = ", ".join(f"{requirement.name}: {present or 'missing'}" for requirement, present in wrong)
+        return Finding("versions", "FAIL", found, f"pip install {wanted}")
+    return Finding("versions", "PASS", ", ".join(shown))
+
+
+def optional() -> Finding:
+    """What the extras of the package would add."""
+    missing: dict[str, list[str]] = {}
+    present = []
+    for extra in sorted(_extras() - _DEVELOPMENT):
+        for requirement in _requirements(extra):
+            if (found := _version(requirement.name)) is None:
+                missing.setdefault(extra, []).append(requirement.name)
+            else:
+                present.append(f"{requirement.name} {found}")
+    parts = [*present, *(f"no {', '.join(names)} (extra {extra})" for extra, names in missing.items())]
+    todo = f"Only where you want them: pip install 'nightschool[{','.join(missing)}]'" if missing else ""
+    return Finding("optional", "PASS", ", ".join(parts) or "none", todo)
+
+
+def tensorboard() -> Finding:
+    """TensorBoard, which every run writes for."""
+    runs = Home.find().runs
+    try:
+        module = importlib.import_module("tensorboard.version")
+    except Exception as error:  # a half-installed package raises whatever it likes
+        return Finding(
+            "TensorBoard", "FAIL", f"cannot be imported: {error}", "pip install --force-reinstall tensorboard"
+        )
+    return Finding("TensorBoard", "PASS", f"{module.VERSION}; see curves with tensorboard --logdir {runs}")
+
+
+def _wrong(extra: str) -> Iterator[tuple[Requirement, str | None]]:
+    """Requirements that are not met, with the version that is there instead."""
+    for requirement in _requirements(extra):
+        present = _version(requirement.name)
+        if present is None or not requirement.specifier.contains(present, prereleases=True):
+            yield requirement, present
+
+
+def _requirements(extra: str) -> Iterator[Requirement]:
+    """What the package itself says that it needs, always (`""`) or for an extra."""
+    for text in _declared():
+        requirement = Requirement(text)
+        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if always == (extra == "") and (
+            always or (requirement.marker and requirement.marker.evaluate({"extra": extra}))
+        ):
+            yield requirement
+
+
+def _extras() -> set[str]:
+    texts = [str(marker) for text in _declared() if (marker := Requirement(text).marker) is not None]
+    return {text.partition('extra == "')[2].partition('"')[0] for text in texts if 'extra == "' in text}
+
+
+def _declared() -> list[str]:
+    try:
+        return requires("nightschool") or []
+    except PackageNotFoundError:  # run from its source, without being installed
+        return list(SHOWN)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
