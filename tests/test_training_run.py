@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -460,7 +461,7 @@ def test_a_full_disk_while_saving_says_so_and_keeps_what_was_committed(home, mon
     write = os.write
 
     def full(handle, content):
-        if "step8" in os.readlink(f"/proc/self/fd/{handle}"):
+        if "step8" in str(Path(f"/proc/self/fd/{handle}").readlink()):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(handle, content)
 
