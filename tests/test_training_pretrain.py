@@ -1,0 +1,225 @@
+"""Pretraining end to end: it learns, it resumes exactly, its figures are right, and what is wrong is said before step 1."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from shard_setups import tokenizer, write_shards
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.shards import INDEX
+from nightschool.errors import DataError, Interrupted, ModelError, NonFiniteLoss
+from nightschool.events import read_events
+from nightschool.models.cost import count_parameters
+from nightschool.store import checkpoints
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
+from nightschool.training.loop import steps_in_epoch
+from nightschool.training.plan import make_plan
+from nightschool.training.pretraining import prepare_pretraining
+from nightschool.training.run import execute
+from nightschool.training.signals import StopRequest
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(before[0])
+    torch.use_deterministic_algorithms(before[1])
+
+
+def recipe_of(corpus, **changes):
+    train = {
+        "max_steps": 12,
+        "max_seq_len": 32,
+        "batch_size": 2,
+        "accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "dtype": "fp32",
+        "num_threads": 1,
+        "evaluate_every": "4 steps",
+    } | changes.pop("train", {})
+    return {
+        "name": "neox",
+        "base": "new:neox-tiny",
+        "method": "pretrain",
+        "shape": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+        "data": [{"path": str(corpus / "shards")}],
+        "held_out": {"share": 0.2},
+        "pretrain": {"sample_tokens": 4},
+        "train": train,
+        "checkpoints": {"every": "3 steps", "keep": {"last": 9}},
+        "serve": {"promote": "always"},
+    } | changes
+
+
+class StopAtStep(StopRequest):
+    """Asks to stop at the first look after so many looks."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    def __bool__(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+def pretrain(home, corpus, *, stop=None, run=None, **changes):
+    home.ensure()
+    new = run is None
+    run = run or RunStore(home).create(recipe_of(corpus, **changes), name="neox")
+    execute(home, run, resume=None if new else "latest", root=corpus, stop=StopRequest() if stop is None else stop)
+    return run
+
+
+def test_a_run_learns_and_publishes_what_it_learned(tmp_path, corpus, capsys):
+    home = Home(tmp_path / "home")
+    run = pretrain(home, corpus)
+    rows = list(read_events(run.metrics_path))
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["heldout_loss"] < rows[0]["loss"] - 0.5
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert 0 < row["mfu"] < 1
+    index = json.loads((corpus / "shards" / INDEX).read_text())
+    assert rows[3]["bits_per_byte"] == pytest.approx(rows[3]["loss"] / math.log(2) / index["bytes_per_token"])
+    assert "heldout_bits_per_byte" in rows[3]
+    assert rows[-1]["eta_seconds"] == 0
+    samples = [event for event in read_events(run.events_path) if event["event"] == "sample"]
+    assert samples[0]["step"] == 0
+    assert samples[-1]["continuation"]
+    version = Registry(home).resolve(run.status.candidate)
+    assert version.facts.method == "pretrain"
+    assert "MFU" in capsys.readouterr().out
+    assert (run.path / "tensorboard").is_dir()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, corpus):
+    straight, broken = Home(tmp_path / "a"), Home(tmp_path / "b")
+    first = pretrain(straight, corpus)
+    with pytest.raises(Interrupted):
+        pretrain(broken, corpus, stop=StopAtStep(7))
+    second = RunStore(broken).ls()[0]
+    assert checkpoints.newest_whole(second).checkpoint.step == 7
+    pretrain(broken, corpus, run=second)
+    keys = ("step", "loss", "heldout_loss", "grad_norm", "learning_rate", "tokens_trained_total")
+    rows = [[{key: row.get(key) for key in keys} for row in read_events(run.metrics_path)] for run in (first, second)]
+    assert rows[0] == rows[1]
+    one, two = (checkpoints.newest_whole(run).checkpoint.path for run in (first, second))
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_adding_padding_changes_no_loss(tmp_path, corpus):
+    """Rows padded to twice their length hold the same tokens, and train the same."""
+    padded = tmp_path / "padded"
+    padded.mkdir()
+    for path in sorted((corpus / "shards").glob("*.npz")):
+        with np.load(path) as shard:
+            rows = [row[:n] for row, n in zip(shard["input_ids"], shard["sequence_lengths"], strict=True)]
+        flat = np.concatenate(rows).astype(np.int32)
+        ids = np.zeros((1, 2 * len(flat)), dtype=np.int32)
+        ids[0, : len(flat)] = flat
+        mask = (np.arange(2 * len(flat)) < len(flat))[None].astype(np.int32)
+        np.savez(padded / path.name, input_ids=ids, attention_mask=mask)
+    mine = tokenizer()
+    mine.save_pretrained(tmp_path / "tokenizer")
+    losses = []
+    for place, more in ((corpus / "shards", {}), (padded, {"tokenizer": str(tmp_path / "tokenizer")})):
+        plain = recipe_of(corpus, data=[{"path": str(place)}], **more)
+        room = prepare_pretraining(Recipe.model_validate(plain), Home(tmp_path / "home"))
+        batch = room.task.batch(0, 0)
+        losses.append((room.task.loss(batch).sum.item(), batch.tokens_trained))
+    assert losses[0] == losses[1]
+
+
+def test_the_plan_counts_what_is_there(tmp_path, corpus):
+    home = Home(tmp_path / "home")
+    recipe = Recipe.model_validate(recipe_of(corpus))
+    plan, room = make_plan(recipe, home), prepare_pretraining(recipe, home)
+    assert plan.parameters_total == sum(p.numel() for p in room.task.model.parameters())
+    assert plan.parameters_total == count_parameters(room.task.model).total
+    assert plan.sequences + plan.sequences_held_out == (plan.tokens - plan.tokens_left_over) // 32
+    assert plan.steps_per_epoch == steps_in_epoch(plan.sequences, 2, 2)
+    assert plan.tokens_per_step == 2 * 2 * 32
+
+
+@pytest.mark.parametrize("size", ["1.0b", "1.2b", "1.4b"])
+def test_presets_are_called_what_they_are(size):
+    from transformers import AutoModelForCausalLM
+
+    from nightschool.models.build import build_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_config(f"new:neox-{size}", 50_257))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count / 1e9:.1f}b" == size
+    config = model.config
+    assert (config.hidden_size, config.num_attention_heads, config.max_position_embeddings) == (2048, 16, 2048)
+    assert (config.intermediate_size, config.use_parallel_residual, config.tie_word_embeddings) == (8192, True, False)
+
+
+def test_a_loss_that_is_no_number_names_shard_and_token(tmp_path, corpus):
+    with pytest.raises(NonFiniteLoss, match=r"step \d+ \(epoch 0, sequence \d+: tokens_0000\d\.npz, token \d+\)"):
+        pretrain(Home(tmp_path / "home"), corpus, train={"learning_rate": 1e30, "max_grad_norm": 0.0})
+
+
+def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
+    home = Home(tmp_path / "home")
+
+    def prepare(**changes):
+        return prepare_pretraining(Recipe.model_validate(recipe_of(corpus, **changes)), home)
+
+    with pytest.raises(ModelError, match="max_position_embeddings"):
+        prepare(shape={"max_position_embeddings": 16})
+    other = tmp_path / "other"
+    from nightschool.data.tokenizer import train_bpe
+
+    train_bpe(["something else entirely"], 280).save_pretrained(other)
+    with pytest.raises(DataError, match="were written with the tokenizer"):
+        prepare(tokenizer=str(other))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    np.savez(bare / "a.npz", input_ids=np.arange(400, dtype=np.int32) % 250)
+    with pytest.raises(ModelError, match="no tokenizer beside the shards"):
+        prepare(data=[{"path": str(bare)}])
+    np.savez(bare / "a.npz", input_ids=np.arange(400, dtype=np.int32))
+    tokenizer().save_pretrained(tmp_path / "own")
+    with pytest.raises(DataError, match="token id 399"):
+        prepare(data=[{"path": str(bare)}], tokenizer=str(tmp_path / "own"))
+    with pytest.raises(DataError, match="2 sources"):
+        prepare(data=[{"path": "a"}, {"path": "b"}])
+
+
+def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
+    write_shards(tmp_path, count=1, words=16, shard_tokens=4096)
+    home = Home(tmp_path / "home")
+    home.ensure()
+    run = pretrain(
+        home,
+        tmp_path,
+        held_out={"share": 0},
+        train={"max_steps": 60, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 2e-2, "max_seq_len": 16},
+    )
+    assert list(read_events(run.metrics_path))[-1]["loss"] < 0.1
+    room = prepare_pretraining(
+        Recipe.model_validate(recipe_of(tmp_path, train={"max_seq_len": 16}, held_out={"share": 0})), home
+    )
+    from nightschool.models.load import load_version
+    from nightschool.training.publish import greedy_continuation
+
+    model = load_version(Registry(home).resolve(run.status.candidate), home).model
+    ids = room.task.batches.get(0, 0, 1).input_ids[0].tolist()
+    assert greedy_continuation(model, ids[:4], 8) == ids[4:12]
