@@ -7,7 +7,7 @@ n  tokens of a shard
 
 Sequence i of a shard has the inputs i·T … i·T + T - 1 of its stream, and each input's label is the token after it; so
 every token is predicted once, and none is shifted twice. What is left of a shard after its last whole sequence, fewer
-than T + 1 tokens, is not trained. The last sequences of each shard are held out.
+than T + 1 tokens, is not trained. Of each shard, sequences at equal distances are held out, so that every text has its share.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class TokenBatches:
                 f"needs {seq_len + 1}. Lower train.max_seq_len, or tokenize more text."
             )
         wanted = min(held_out_share * sum(counts), held_out_tokens / seq_len)
-        self._held = [min(n - 1, round(wanted * n / sum(counts))) if n > 1 else 0 for n in counts]
+        self._held = [min(n // 2, round(wanted * n / sum(counts))) for n in counts]
         if held_out_share > 0 and held_out_tokens > 0 and not any(self._held) and sum(counts) > 1:
             largest = int(np.argmax(counts))
             self._held[largest] = 1 if counts[largest] > 1 else 0
@@ -90,9 +90,9 @@ class TokenBatches:
             [n - held for n, held in zip(counts, self._held, strict=True)], seed=seed, group_shards=group_shards
         )
         self._held_places = [
-            (shard, n - 1 - back)
+            (shard, turn * (n // held) + n // held - 1)
             for shard, (n, held) in enumerate(zip(counts, self._held, strict=True))
-            for back in range(held)
+            for turn in range(held)
         ]
         self._settings = {
             "seq_len": seq_len,
@@ -139,8 +139,7 @@ class TokenBatches:
         idle = last == first
         if idle:
             first, last = place, place + 1
-        shards, sequences = self._order.locate(epoch, np.arange(first, last, dtype=INDEX_TYPE))
-        return self._batch(list(zip(shards.tolist(), sequences.tolist(), strict=True)), without_loss=idle)
+        return self._batch(self._members(epoch, first, last), without_loss=idle)
 
     def held_out(self, place: int, count: int) -> Batch:
         """The held-out sequences `place` … `place + count - 1`, fewer at the end."""
@@ -148,13 +147,29 @@ class TokenBatches:
 
     def where(self, epoch: int, place: int) -> str:
         """The shard and the token of a sequence, for messages."""
-        shards, sequences = self._order.locate(epoch, np.array([place], dtype=INDEX_TYPE))
-        shard, sequence = int(shards[0]), int(sequences[0])
+        shard, sequence = self._members(epoch, place, place + 1)[0]
         return f"{self._shards.index.shards[shard].file}, token {sequence * self.seq_len}"
 
     def upcoming(self, epoch: int, place: int) -> list[int]:
         """The shards that are needed from here on, in their order."""
         return self._order.upcoming_shards(epoch, place)
+
+    def _members(self, epoch: int, first: int, last: int) -> list[tuple[int, int]]:
+        """Shard and sequence at each of the places `first` … `last - 1`."""
+        shards, numbers = self._order.locate(epoch, np.arange(first, last, dtype=INDEX_TYPE))
+        return [
+            (shard, self._sequence(shard, number))
+            for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True)
+        ]
+
+    def _sequence(self, shard: int, number: int) -> int:
+        """Which sequence of the shard is number `number` of those that are not held out."""
+        held = self._held[shard]
+        if not held:
+            return number
+        distance = self._counts[shard] // held
+        turn, within = divmod(number, distance - 1)
+        return turn * distance + within if turn < held else number + held
 
     def _batch(self, members: list[tuple[int, int]], *, without_loss: bool = False) -> Batch:
         T, count = self.seq_len, len(members)  # noqa: N806 - the legend's letters
