@@ -136,6 +136,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def partial_of(target: Path) -> Path:
+    """Where `publish_directory` puts things together."""
+    return target.with_name(target.name + PARTIAL)
+
+
+@contextmanager
+def own_partial(target: Path) -> Iterator[Path]:
+    """Fill `<target>.partial` for somebody else to take, and hold its lock for the time of the block.
+
+    It begins empty. If the block fails, or nobody took it, it is removed.
+
+    Raises:
+        Locked: If another process is writing it.
+        DiskFull: If there is no room.
+    """
+    make_folder(target.parent)
+    partial = partial_of(target)
+    with room_needed(target):
+        handle = _claim_folder(partial)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(handle)
+
+
 @contextmanager
 def publish_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill a folder that appears under its name only when it is whole and durable.
@@ -151,7 +177,7 @@ def publish_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         DiskFull: If there is no room.
     """
     make_folder(target.parent)
-    partial = target.with_name(target.name + PARTIAL)
+    partial = partial_of(target)
     if not replace:
         _refuse_existing(target)
     with room_needed(target):

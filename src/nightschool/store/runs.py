@@ -116,10 +116,9 @@ class Run:
         """Held by the process that trains this run, for as long as it does."""
         return self.path / "run.lock"
 
-    @property
-    def writing_lock_path(self) -> Path:
+    def writing_lock_path(self, rank: int = 0) -> Path:
         """Held by whoever writes its checkpoints, which may go on for a while after the training process died."""
-        return self.path / "writing.lock"
+        return self.path / (f"writing-rank{rank}.lock" if rank else "writing.lock")
 
     @cached_property
     def events(self) -> EventLog:

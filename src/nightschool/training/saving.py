@@ -3,6 +3,12 @@
 `Saver.save` returns when the state is copied and the order is in the writer's hands: from then on the checkpoint is
 written even if this process is killed. One save is under way at a time; the next one waits for it, and hears how it
 ended. A writer that was killed is replaced, and what it had in hand is written again from the same memory.
+
+Where several processes train together, each opens a saver with its rank, and all of them call `save` for the same target,
+each with a `State` of what only that rank has; the names of its groups and texts must differ between ranks
+(`optimizer-rank1`, `rng-rank1.json`). The facts of rank 0 go into the manifest, and `step` must be in those of each. Each
+rank has a writer of its own; that of rank 0 waits for the parts of the others and commits (`store.writing.parts`). No
+collective call is made: `save` does not wait for other ranks, and `settle` on any rank tells whether all were written.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def open_saver(run: Run, settings: Checkpoints, say: Say) -> Iterator[Saver]:
+def open_saver(run: Run, settings: Checkpoints, say: Say, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Saver]:
     """Start the writer of a run; at the end wait until everything is written.
 
     Enter it before a GPU is touched, so that the writer inherits nothing of it. Where the writer of an earlier process
@@ -36,8 +42,8 @@ def open_saver(run: Run, settings: Checkpoints, say: Say) -> Iterator[Saver]:
         Locked: If that takes more than ten minutes.
         DiskFull: At the end, if the last checkpoint found no room and the recipe says `stop`.
     """
-    with writing_lock(run, say) as lock_file:
-        saver = Saver(run, settings, lock_file, say)
+    with writing_lock(run, say, rank=rank) as lock_file:
+        saver = Saver(run, settings, lock_file, say, rank=rank, num_ranks=num_ranks)
         try:
             yield saver
             saver.settle()
@@ -51,7 +57,10 @@ def open_saver(run: Run, settings: Checkpoints, say: Say) -> Iterator[Saver]:
 class Saver:
     """Writes the checkpoints of one run. See `open_saver`."""
 
-    def __init__(self, run: Run, settings: Checkpoints, lock_file: int, say: Say) -> None:
+    def __init__(
+        self, run: Run, settings: Checkpoints, lock_file: int, say: Say, *, rank: int = 0, num_ranks: int = 1
+    ) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
         self.attempt = checkpoints.next_attempt(run)
         self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
@@ -84,8 +93,16 @@ class Saver:
         self.settle()
         facts = state.facts | {checkpoints.ATTEMPT: self.attempt}
         keep = self._settings.keep
-        every = None if keep.every is None else str(keep.every)
-        order = Order(str(self._run.path), str(target), facts, keep.last, keep.best, every)
+        order = Order(
+            run=str(self._run.path),
+            target=str(target),
+            facts=facts,
+            keep_last=keep.last,
+            keep_best=keep.best,
+            keep_every=None if keep.every is None else str(keep.every),
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+        )
         copied_before = self._memory is not None and self._memory.size_bytes > 0
         if self._writer is None or (last and not copied_before) or not self._fits(state.tensor_bytes):
             self._conclude(carry_out(order, state.contents()))
@@ -93,8 +110,9 @@ class Saver:
             return
         assert self._snapshot is not None
         files, end = self._snapshot.take(state, order)
-        self._writer.hand_over(order, files, end)  # a dead writer is found in `settle`
         self._pending = order, files
+        if not self._writer.hand_over(order, files, end):
+            self.settle()
 
     def settle(self) -> None:
         """Wait for the save that is under way, and raise what went wrong with it, as `save` does."""

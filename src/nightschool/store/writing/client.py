@@ -27,8 +27,10 @@ _POLL_SECONDS = 0.1
 
 
 @contextmanager
-def writing_lock(run: Run, say: Callable[[str], None], *, wait_seconds: float = WAIT_SECONDS) -> Iterator[int]:
-    """Hold the writing lock of a run, after a writer that is still at work for it has finished.
+def writing_lock(
+    run: Run, say: Callable[[str], None], *, rank: int = 0, wait_seconds: float = WAIT_SECONDS
+) -> Iterator[int]:
+    """Hold the writing lock of a run (of one rank of it), after a writer that is still at work for it has finished.
 
     Yields a descriptor to hand over.
 
@@ -40,7 +42,7 @@ def writing_lock(run: Run, say: Callable[[str], None], *, wait_seconds: float = 
         say(f"Waiting for the writer of an earlier process to finish a checkpoint of {run.id}")
 
     what = f"the checkpoints of {run.id}"
-    with lock_to_hand_over(run.writing_lock_path, what, wait_seconds=wait_seconds, on_wait=told) as file:
+    with lock_to_hand_over(run.writing_lock_path(rank), what, wait_seconds=wait_seconds, on_wait=told) as file:
         yield file
 
 

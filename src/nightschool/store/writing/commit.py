@@ -1,6 +1,6 @@
 """The order of the writes that makes a checkpoint: whoever is interrupted leaves the old state or the new one.
 
-    files, each synced → manifest.json → folder synced → renamed → parent synced → `latest` → retention → event
+    files, each synced → manifest.json → folder synced → renamed → parent synced → retention → `latest` → event
 
 The digests are computed from the bytes on their way to the disk: what the disk then loses is found when it is read.
 """
@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ from nightschool.store.atomic import publish_directory, room_needed, write_text
 from nightschool.store.checkpoints import LATEST, Keep
 from nightschool.store.manifest import FileFacts, seal
 from nightschool.store.runs import Run
+from nightschool.store.writing.parts import (
+    await_commit,
+    deliver_part,
+    own_part,
+    refuse_parts,
+    release_parts,
+    take_parts,
+)
 from nightschool.units import Every, format_bytes
 
 Pieces = Iterable[bytes | memoryview]
@@ -37,7 +46,8 @@ _SYNC_BYTES = 64 << 20
 class Order:
     """What is to be committed, besides the bytes. Plain values, so that it can go to another process.
 
-    `target` lies in the checkpoints of the run at `run`; `facts` go into the manifest; the rest is the recipe's.
+    `target` lies in the checkpoints of the run at `run`; `facts` go into the manifest; what is kept is the recipe's.
+    `rank` says which of the `num_ranks` processes that train together gave it: see `parts`.
     """
 
     run: str
@@ -46,6 +56,8 @@ class Order:
     keep_last: int = 3
     keep_best: int = 1
     keep_every: str | None = None
+    rank: int = 0
+    num_ranks: int = 1
 
     @property
     def keep(self) -> Keep:
@@ -74,15 +86,19 @@ class Outcome:
         return f"Saved {self.name}: {format_bytes(self.size_bytes)} in {self.seconds:.1f} s"
 
 
-def write_folder(target: Path, facts: dict[str, Any], contents: Contents) -> int:
+def write_folder(target: Path, facts: dict[str, Any], contents: Contents, *, num_ranks: int = 1) -> int:
     """Publish a folder of files with a manifest; an older one under that name is replaced. Returns its bytes.
 
     Raises:
+        Conflict: If one of the other ranks did not deliver its part in time.
         DiskFull: If there is no room; nothing of the target remains, and what was there before stays.
     """
     with publish_directory(target, replace=True) as folder:
         files = {name: write_file(folder / name, pieces) for name, pieces in contents()}
+        if num_ranks > 1:
+            files |= take_parts(target, num_ranks, folder, facts)
         manifest = seal(folder, files, facts)
+    release_parts(target, num_ranks)
     return manifest.size_bytes
 
 
@@ -122,35 +138,60 @@ def carry_out(order: Order, contents: Contents) -> Outcome:
     """
     started = time.monotonic()
     target, run = Path(order.target), Run(Path(order.run).name, Path(order.run))
-    events = EventLog(run.events_path, run_id=run.id)
     step = int(order.facts["step"])
     try:
-        try:
-            size_bytes = write_folder(target, order.facts, contents)
-        except DiskFull:
-            removed = checkpoints.apply_retention(run, order.keep)
-            events.write("disk_full", step=step, name=target.name, removed=[point.name for point in removed])
-            size_bytes = write_folder(target, order.facts, contents)
-        write_text(run.checkpoints_path / LATEST, target.name + "\n")
-        removed = checkpoints.apply_retention(run, order.keep)
-        seconds = time.monotonic() - started
-        outcome = Outcome(target.name, step, seconds, size_bytes, [point.name for point in removed])
-        events.write("checkpoint", **{key: value for key, value in outcome.to_json().items() if key in _TOLD})
+        if order.rank > 0:
+            size_bytes = _write_part(order, contents)
+            return Outcome(target.name, step, time.monotonic() - started, size_bytes)
+        size_bytes = _write_with_room(run, order, contents)
     except (NightschoolError, OSError) as error:
+        note(run, "checkpoint_failed", step=step, name=target.name, rank=order.rank, error=str(error))
+        if order.rank == 0:
+            with suppress(NightschoolError, OSError):  # without the word they wait until their time is up
+                refuse_parts(target, order.num_ranks, str(error))
         seconds = time.monotonic() - started
-        outcome = Outcome(target.name, step, seconds, error=str(error), disk_full=isinstance(error, DiskFull))
-        _note_failure(events, outcome)
-    finally:
-        events.close()
+        return Outcome(target.name, step, seconds, error=str(error), disk_full=isinstance(error, DiskFull))
+    removed, trouble = _tidy_up(run, order)
+    outcome = Outcome(target.name, step, time.monotonic() - started, size_bytes, removed)
+    facts = {"seconds": outcome.seconds, "size_bytes": size_bytes, "removed": removed}
+    note(run, "checkpoint", step=step, name=target.name, **facts, **({"trouble": trouble} if trouble else {}))
     return outcome
 
 
-_TOLD = ("step", "name", "seconds", "size_bytes", "removed")
+def note(run: Run, event: str, **facts: Any) -> None:
+    """Write an event of the run, if there is room for it: a checkpoint matters more than the word of it."""
+    with suppress(OSError):
+        events = EventLog(run.events_path, run_id=run.id)
+        try:
+            events.write(event, **facts)
+        finally:
+            events.close()
 
 
-def _note_failure(events: EventLog, outcome: Outcome) -> None:
+def _write_with_room(run: Run, order: Order, contents: Contents) -> int:
+    target = Path(order.target)
     try:
-        events.write("checkpoint_failed", step=outcome.step, name=outcome.name, error=outcome.error)
-    except OSError:
-        # On a full disk there is no room for the note either; the outcome itself goes to the trainer.
-        return
+        return write_folder(target, order.facts, contents, num_ranks=order.num_ranks)
+    except DiskFull:
+        removed = checkpoints.apply_retention(run, order.keep)
+        note(run, "disk_full", step=order.facts["step"], name=target.name, removed=[point.name for point in removed])
+    return write_folder(target, order.facts, contents, num_ranks=order.num_ranks)
+
+
+def _tidy_up(run: Run, order: Order) -> tuple[list[str], str | None]:
+    """Point at the new checkpoint and remove old ones. What goes wrong here makes it no less of a checkpoint."""
+    removed: list[str] = []
+    try:
+        removed = [point.name for point in checkpoints.apply_retention(run, order.keep)]
+        write_text(run.checkpoints_path / LATEST, Path(order.target).name + "\n")
+    except (NightschoolError, OSError) as error:
+        return removed, str(error)
+    return removed, None
+
+
+def _write_part(order: Order, contents: Contents) -> int:
+    with own_part(Path(order.target), order.rank) as folder:
+        files = {name: write_file(folder / name, pieces) for name, pieces in contents()}
+        deliver_part(folder, files, order.facts)
+        await_commit(folder)
+    return sum(file.size_bytes for file in files.values())
