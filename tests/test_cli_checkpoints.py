@@ -186,7 +186,7 @@ def test_show_has_the_documented_figures(home, capsys):
         "best loss 1.500000",
         "loss history 8 values",
         f"mean loss {statistics.fmean(FALLING):.6f}",
-        f"deviation {statistics.stdev(FALLING):.6f}",
+        f"deviation {statistics.pstdev(FALLING):.6f}",
         "trend ↓ falling",
         "learning rate 1.90e-04",
         "rate history 8 values",

@@ -73,7 +73,7 @@ def figures_of(point: Checkpoint) -> dict[str, Any]:
         "best_loss": _number(kept.get("best_loss", min(losses, default=None))),
         "num_losses": len(losses),
         "mean_loss": statistics.fmean(losses) if losses else None,
-        "loss_deviation": statistics.stdev(losses) if len(losses) > 1 else None,
+        "loss_deviation": statistics.pstdev(losses) if losses else None,
         "loss_trend": trend(losses),
         "learning_rate": rates[-1] if rates else None,
         "num_learning_rates": len(rates),

@@ -45,7 +45,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("nightschool.cli.chat:chat", "Talk with a model, here or behind a server."),
     "ask": ("nightschool.cli.chat:ask", "One question, one answer."),
     "serve": ("nightschool.cli.serve:serve", "Answer over HTTP with the champion; swap when a new one is promoted."),
-    "top": ("nightschool.cli.top:top", "Watch the newest run."),
+    "top": ("nightschool.cli.top:top", "Watch the runs, the machine and the uploads."),
 }
 NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "schedule": (

@@ -43,8 +43,8 @@ def _lines(verdict: Verdict) -> list[str]:
     lines = [
         f"run            {verdict.run_id}",
         f"from           {verdict.checkpoint or 'step 0: no checkpoint lies early enough'}",
-        f"uninterrupted  steps {first + 1}…{last} by one process",
-        f"resumed        steps {first + 1}…{middle}, saved, then {middle + 1}…{last} by another process",
+        f"uninterrupted  {_steps(first, last)} by one process",
+        f"resumed        {_steps(first, middle)}, saved, then {_steps(middle, last)} by another process",
         f"compared       {found.num_tensors} tensors ({format_bytes(found.tensor_bytes)}) bit by bit, "
         f"and {found.num_values} plain values",
     ]
@@ -58,6 +58,10 @@ def _lines(verdict: Verdict) -> list[str]:
     if len(found.differences) > SHOWN_DIFFERENCES:
         lines.append(f"               and {len(found.differences) - SHOWN_DIFFERENCES} more; --json lists them")
     return [*lines, f"DIFFERENT      {len(found.differences)} things differ after the resume"]
+
+
+def _steps(after: int, last: int) -> str:
+    return f"step {last}" if last == after + 1 else f"steps {after + 1} to {last}"
 
 
 def _root_of(run: Run) -> Path:

@@ -108,7 +108,7 @@ def rehearse(
     """
     total = _steps_total(run)
     if point is None:
-        point = _early_enough(run, total)
+        point = _early_enough(run, total - steps) or _early_enough(run, total - FEWEST_STEPS)
     first = point.step if point else 0
     steps = min(steps, total - 1 - first)
     if steps < FEWEST_STEPS:
@@ -155,10 +155,10 @@ def _steps_total(run: Run) -> int:
     return total
 
 
-def _early_enough(run: Run, total: int) -> Checkpoint | None:
-    """The newest whole checkpoint after which enough steps follow."""
+def _early_enough(run: Run, before_step: int) -> Checkpoint | None:
+    """The newest whole checkpoint of an earlier step than this."""
     for point in reversed(checkpoints.ls(run)):
-        if point.step + FEWEST_STEPS < total:
+        if point.step < before_step:
             try:
                 point.verify(digests=True)
             except NightschoolError:
