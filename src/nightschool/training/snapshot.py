@@ -7,6 +7,9 @@ into fresh pages at 1.2 GB/s. On a GPU the memory is page-locked, so that the co
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +88,40 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array) if flat.numel() else memoryview(b"")
 
 
+# Where to, where from, and how many bytes.
+_Move = tuple[int, int, int]
+_SHARE_BYTES = 8 << 20
+_NUM_THREADS = min(4, len(os.sched_getaffinity(0)))
+
+
+def _move(moves: list[_Move]) -> None:
+    """Copy memory with several threads: one alone uses half of what two cores get from it (6.5 against 11.6 GB/s here).
+
+    The training stands still meanwhile, so its cores are free.
+    """
+    shares = [
+        (to + start, source + start, min(_SHARE_BYTES, count - start))
+        for to, source, count in moves
+        for start in range(0, count, _SHARE_BYTES)
+    ]
+    if sum(count for _, _, count in shares) <= _SHARE_BYTES or _NUM_THREADS == 1:
+        for share in shares:
+            ctypes.memmove(*share)
+        return
+    waiting = iter(shares)
+
+    def work() -> None:
+        for share in waiting:  # a list's iterator hands each item to one thread
+            ctypes.memmove(*share)  # without the interpreter's lock
+
+    threads = [threading.Thread(target=work) for _ in range(_NUM_THREADS - 1)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+
+
 class Snapshot:
     """Shared memory with the newest state in it."""
 
@@ -127,8 +164,10 @@ class Snapshot:
         self.make_room(end + len(order_bytes(order, files)), page_locked=on_gpu)
         assert self._flat is not None
         places = {name: offset for name, offset, _ in files}
+        moves: list[_Move] = []
         for stem, file in tensor_files:
-            self._copy_file(state.tensors[stem], file, places[file.name], non_blocking=on_gpu)
+            moves += self._copy_file(state.tensors[stem], file, places[file.name])
+        _move(moves)
         with memoryview(self._memory.view) as view:
             for name, text in encoded.items():
                 view[places[name] : places[name] + len(text)] = text
@@ -137,16 +176,22 @@ class Snapshot:
         return files, end
 
     @torch.no_grad()
-    def _copy_file(self, tensors: dict[str, Tensor], file: TensorFile, offset: int, *, non_blocking: bool) -> None:
+    def _copy_file(self, tensors: dict[str, Tensor], file: TensorFile, offset: int) -> list[_Move]:
+        """Copy the header, and what is no plain run of bytes on the host; return the moves for the rest."""
         assert self._flat is not None
+        moves = []
         with memoryview(self._memory.view) as view:
             view[offset : offset + len(file.header)] = file.header
         offset += len(file.header)
         for facts in file.tensors:
-            source = tensors[facts.name]
-            place = self._flat[offset : offset + facts.size_bytes].view(source.dtype).view(source.shape)
-            place.copy_(source, non_blocking=non_blocking)
+            source = tensors[facts.name].detach()
+            if source.device.type == "cpu" and source.is_contiguous():
+                moves.append((self._flat.data_ptr() + offset, source.data_ptr(), facts.size_bytes))
+            else:
+                place = self._flat[offset : offset + facts.size_bytes].view(source.dtype).view(source.shape)
+                place.copy_(source, non_blocking=True)
             offset += facts.size_bytes
+        return moves
 
     def close(self) -> None:
         """Let go of the memory, which then is given back."""
