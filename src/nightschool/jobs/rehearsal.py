@@ -129,9 +129,9 @@ def rehearse(
         start(broken, steps - half)
         ends = [_wait_for_checkpoint(copy, first + steps) for copy in (straight, broken)]
         comparison = compare_checkpoints(ends[0].path, ends[1].path)
-        rows = [_rows(copy, first) for copy in (straight, broken)]
+        rows = [_rows(copy, first, first + steps) for copy in (straight, broken)]
         comparison = _with_rows(comparison, *rows)
-        recorded = _rows(run, first)
+        recorded = _rows(run, first, first + steps)
         losses = {step: row["loss"] for step, row in rows[0].items()}
     both = [step for step in losses if step in recorded]
     equal = sum(recorded[step]["loss"] == losses[step] for step in both)
@@ -287,12 +287,12 @@ def _wait_for_checkpoint(copy: Run, step: int) -> Checkpoint:
         time.sleep(0.1)
 
 
-def _rows(run: Run, after_step: int) -> dict[int, dict[str, Any]]:
-    """The rows of metrics after a step, by step, with the figures that do not depend on the clock."""
+def _rows(run: Run, after_step: int, last_step: int) -> dict[int, dict[str, Any]]:
+    """The rows of metrics of some steps, by step, with the figures that do not depend on the clock."""
     return {
         row["step"]: {key: row[key] for key in _EXACT_FIGURES if key in row}
         for row in read_events(run.metrics_path)
-        if row["step"] > after_step
+        if after_step < row["step"] <= last_step
     }
 
 
