@@ -133,6 +133,47 @@ def test_compare_shows_what_differs_and_nothing_else(home, capsys):
     assert "train.epochs" in capsys.readouterr().out
 
 
+def test_more_than_two_runs_are_compared_with_the_figures_of_pretraining(home, capsys):
+    runs = [make_run(home, minutes=minute, epochs=epochs) for minute, epochs in enumerate((3, 7, 3))]
+    _pretraining_row(runs[1])
+    data = _json(capsys, "runs", "compare", *(run.id for run in runs))
+    assert data["settings"] == {"train.epochs": [3, 7, 3]}
+    assert data["figures"]["bits_per_byte"] == [None, 0.91, None]
+    assert main(["runs", "compare", *(run.id for run in runs)]) == 0
+    out = capsys.readouterr().out
+    assert "heldout_perplexity" in out
+    assert "mfu" in out
+
+
+def _pretraining_row(run):
+    row = {"step": 13, "loss": 2.0, "perplexity": 7.389, "bits_per_byte": 0.91, "mfu": 0.424, "eta_seconds": 75.0}
+    row |= {"heldout_loss": 2.1, "heldout_perplexity": 8.2, "heldout_bits_per_byte": 0.95, "tokens_per_second": 9.0}
+    with run.metrics_path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def test_watch_and_show_have_the_figures_of_pretraining(home, capsys):
+    run = make_run(home)
+    _pretraining_row(run)
+    assert main(["runs", "watch"]) == 0
+    assert capsys.readouterr().out.splitlines()[12] == (
+        "step 13/12  loss 2.0000  held-out 2.1000  perplexity 7.389  0.910 bits/byte  held-out 0.950 bits/byte  "
+        "9 tok/s  MFU 42.4%  eta 1:15"
+    )
+    assert main(["runs", "show"]) == 0
+    assert "heldout_bits_per_byte 0.95" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1}', '{"step": 13}', '{"step": 13, "loss": null}', "\x00\x00"])
+def test_rows_that_are_broken_stop_nobody_from_looking(line, home, capsys):
+    run = make_run(home)
+    with run.metrics_path.open("a") as file:
+        file.write(line + "\n")
+    for words in (["ls"], ["show"], ["watch"], ["compare", run.id, run.id]):
+        assert main(["runs", *words]) == 0, words
+    assert main(["checkpoints", "plot"]) == 0
+
+
 def test_rm_asks_and_without_a_terminal_needs_yes(home, capsys):
     run = make_run(home)
     assert main(["runs", "rm", run.id]) == 2

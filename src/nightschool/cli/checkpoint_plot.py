@@ -9,7 +9,7 @@ from typing import Any
 
 from nightschool.cli.chart import chart
 from nightschool.cli.checkpoint_figures import Points, curves_of
-from nightschool.cli.metrics_rows import read_rows
+from nightschool.cli.metrics_rows import is_number, read_rows
 from nightschool.cli.session import answer, bold, note
 from nightschool.cli.terms import find_checkpoint, find_run
 from nightschool.errors import NotFound, UsageError
@@ -60,7 +60,7 @@ def plot(target: str | None = None, /, *, save: Path | None = None) -> None:
 def _curves_of_run(run: Run) -> Curves:
     rows = read_rows(run.metrics_path)
     keys = {"loss": "loss", "held-out loss": "heldout_loss", "learning rate": "learning_rate"}
-    return {name: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for name, key in keys.items()}
+    return {name: [(row["step"], row[key]) for row in rows if is_number(row.get(key))] for name, key in keys.items()}
 
 
 def save_picture(title: str, curves: Curves, path: Path) -> None:

@@ -51,6 +51,11 @@ def read_rows(path: Path) -> list[Row]:
     return RowsFollower(path).update()
 
 
+def is_number(value: Any) -> bool:
+    """Whether a figure of a row is one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _parsed(line: bytes) -> Row | None:
     try:
         row = json.loads(line)

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from nightschool.cli.metrics_rows import Row, RowsFollower, is_number, read_rows
 from nightschool.cli.session import answer, confirm, session, table
 from nightschool.cli.terms import duration, figure, find_run, folder_bytes, moment, plain, sparkline
 from nightschool.errors import NotFound
-from nightschool.events import read_events
 from nightschool.jobs.processes import ask_to_stop, effective_state, training_process
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
@@ -63,15 +63,16 @@ def show(run_id: str | None = None, /) -> None:
         run_id: The run; the newest without it.
     """
     run = find_run(Home.find(), run_id)
-    rows = list(read_events(run.metrics_path))
+    rows = read_rows(run.metrics_path)
     points = [point.name for point in checkpoints.ls(run)]
     data = {**_summary(run, rows), "checkpoints": points, "path": str(run.path), "recipe": run.recipe()}
 
     def text() -> str:
         facts = [(key, value) for key, value in data.items() if key not in ("recipe", "checkpoints", "error")]
         lines = [f"{key:<16} {figure(value, 6)}" for key, value in facts if value is not None]
-        if len(rows) > 1:
-            lines.append(f"{'loss curve':<16} {sparkline([row['loss'] for row in rows])}")
+        losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
+        if len(losses) > 1:
+            lines.append(f"{'loss curve':<16} {sparkline(losses)}")
         lines += [f"{'checkpoint':<16} {name}" for name in points]
         if data["error"]:
             lines.append(f"{'error':<16} {data['error']}")
@@ -135,40 +136,48 @@ def stop(run_id: str | None = None, /) -> None:
     )
 
 
-def compare(first: str, second: str, /) -> None:
-    """Show the settings and the figures in which two runs differ.
+# The figures of a run that `compare` shows, in order; those that no run has are left out.
+_COMPARED = (
+    "state",
+    "step",
+    "loss",
+    "best_loss",
+    "heldout_loss",
+    "best_heldout_loss",
+    "perplexity",
+    "bits_per_byte",
+    "heldout_perplexity",
+    "heldout_bits_per_byte",
+    "tokens_trained",
+    "tokens_per_second",
+    "mfu",
+    "seconds",
+    "peak_bytes",
+)
+
+
+def compare(first: str, second: str, /, *more: str) -> None:
+    """Show the figures of runs side by side, and the settings in which they differ.
 
     Args:
         first: A run.
         second: Another run.
+        more: More runs.
     """
     home = Home.find()
-    runs = [find_run(home, first), find_run(home, second)]
+    runs = [find_run(home, one) for one in (first, second, *more)]
     settings = [flatten(run.recipe()) for run in runs]
-    keys = [key for key in settings[0] | settings[1] if settings[0].get(key) != settings[1].get(key)]
-    figures = [_summary(run) for run in runs]
-    names = (
-        "state",
-        "step",
-        "loss",
-        "best_loss",
-        "heldout_loss",
-        "best_heldout_loss",
-        "tokens_per_second",
-        "seconds",
-        "peak_bytes",
-    )
-    data = {
-        "runs": [run.id for run in runs],
-        "settings": {key: [settings[0].get(key), settings[1].get(key)] for key in keys},
-        "figures": {key: [figures[0][key], figures[1][key]] for key in names},
-    }
+    keys = {key: None for one in settings for key in one}
+    differing = {key: [one.get(key) for one in settings] for key in keys}
+    differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
+    summaries = [_summary(run) for run in runs]
+    figures = {key: [summary[key] for summary in summaries] for key in _COMPARED}
     answer(
-        data,
+        {"runs": [run.id for run in runs], "settings": differing, "figures": figures},
         lambda: table(
-            ("", runs[0].id, runs[1].id),
-            [(key, figure(figures[0][key]), figure(figures[1][key])) for key in names]
-            + [(key, settings[0].get(key), settings[1].get(key)) for key in keys],
+            ("", *(run.id for run in runs)),
+            [(key, *map(figure, values)) for key, values in figures.items() if set(values) != {None}]
+            + [(key, *values) for key, values in differing.items()],
         ),
     )
 
@@ -209,30 +218,41 @@ def flatten(plain_values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _summary(run: Run, rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    rows = list(read_events(run.metrics_path)) if rows is None else rows
-    heldout = [row["heldout_loss"] for row in rows if row.get("heldout_loss") is not None]
-    last: dict[str, Any] = rows[-1] if rows else {}
+def _summary(run: Run, rows: list[Row] | None = None) -> dict[str, Any]:
+    rows = read_rows(run.metrics_path) if rows is None else rows
+    heldout, losses = ([row[key] for row in rows if is_number(row.get(key))] for key in ("heldout_loss", "loss"))
+    last: Row = rows[-1] if rows else {}
+    state = effective_state(run)
     return {
         **dataclasses.asdict(run.status),
-        "state": effective_state(run),
+        "state": state,
         "loss": last.get("loss"),
-        "best_loss": min((row["loss"] for row in rows), default=None),
+        "best_loss": min(losses, default=None),
         "heldout_loss": heldout[-1] if heldout else None,
         "best_heldout_loss": min(heldout, default=None),
         "tokens_per_second": last.get("tokens_per_second"),
         "tokens_trained": last.get("tokens_trained_total"),
         "peak_bytes": last.get("peak_bytes"),
         "seconds": last.get("seconds"),
+        "perplexity": last.get("perplexity"),
+        "bits_per_byte": last.get("bits_per_byte"),
+        "heldout_perplexity": _newest(rows, "heldout_perplexity"),
+        "heldout_bits_per_byte": _newest(rows, "heldout_bits_per_byte"),
+        "mfu": last.get("mfu"),
+        "eta_seconds": last.get("eta_seconds") if state == "running" else None,
     }
 
 
-def _follow_metrics(run: Run) -> Iterator[dict[str, Any]]:
+def _newest(rows: list[Row], key: str) -> Any:
+    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def _follow_metrics(run: Run) -> Iterator[Row]:
     """Every row, those that are there and those that come, until the run has ended."""
-    seen = 0
+    seen, follower = 0, RowsFollower(run.metrics_path)
     while True:
         ended = run.status.is_final or (run.status.state == "running" and training_process(run) is None)
-        rows = list(read_events(run.metrics_path))
+        rows = follower.update()
         # A resumed run rewrites the rows after its checkpoint: go on from what is there.
         seen = min(seen, len(rows))
         yield from rows[seen:]
@@ -242,15 +262,27 @@ def _follow_metrics(run: Run) -> Iterator[dict[str, Any]]:
         time.sleep(POLL_SECONDS)
 
 
-def _metrics_line(run: Run, row: dict[str, Any]) -> str:
+# What a line of `watch` says after the step, where a row has it.
+_WATCHED = {
+    "loss": "loss {:.4f}",
+    "heldout_loss": "held-out {:.4f}",
+    "perplexity": "perplexity {:.4g}",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "heldout_bits_per_byte": "held-out {:.3f} bits/byte",
+    "tokens_per_second": "{:.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+    "learning_rate": "lr {:.3g}",
+}
+
+
+def _metrics_line(run: Run, row: Row) -> str:
     total = run.status.steps_total
-    parts = [f"step {row['step']}" + (f"/{total}" if total else ""), f"loss {row['loss']:.4f}"]
-    if row.get("heldout_loss") is not None:
-        parts.append(f"held-out {row['heldout_loss']:.4f}")
-    parts += [f"{row['tokens_per_second']:.0f} tok/s", f"lr {row['learning_rate']:.3g}"]
-    if total and row["step"]:
-        parts.append(f"eta {duration((total - row['step']) * row['seconds'] / row['step'])}")
-    return "  ".join(parts)
+    parts = [f"step {row['step']}" + (f"/{total}" if total else "")]
+    parts += [text.format(row[key]) for key, text in _WATCHED.items() if is_number(row.get(key))]
+    left: Any = row.get("eta_seconds")
+    if left is None and total and row["step"] and is_number(row.get("seconds")):
+        left = (total - row["step"]) * row["seconds"] / row["step"]
+    return "  ".join([*parts, f"eta {duration(left)}"] if is_number(left) else parts)
 
 
 def _json_line(row: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from nightschool.cli.metrics_rows import Row, RowsFollower
+from nightschool.cli.metrics_rows import Row, RowsFollower, is_number
 from nightschool.cli.terms import plain
 from nightschool.errors import NightschoolError, NotFound
 from nightschool.events import now
@@ -114,9 +114,9 @@ class Monitor:
         newest = _tried(lambda: checkpoints.ls(run)[-1].name if summary["num_checkpoints"] else None, None)
         return {
             **summary,
-            "losses": [row["loss"] for row in rows if _is_number(row.get("loss"))],
-            "loss_steps": [row["step"] for row in rows if _is_number(row.get("loss"))],
-            "heldout_losses": [row["heldout_loss"] for row in rows if _is_number(row.get("heldout_loss"))],
+            "losses": [row["loss"] for row in rows if is_number(row.get("loss"))],
+            "loss_steps": [row["step"] for row in rows if is_number(row.get("loss"))],
+            "heldout_losses": [row["heldout_loss"] for row in rows if is_number(row.get("heldout_loss"))],
             "learning_rate": last.get("learning_rate"),
             "grad_norm": last.get("grad_norm"),
             "tokens_trained": last.get("tokens_trained_total"),
@@ -226,7 +226,7 @@ def _seconds_left(rows: list[Row], total: int | None) -> float | None:
 
 
 def _last(rows: list[Row], key: str) -> float | None:
-    return next((float(row[key]) for row in reversed(rows) if _is_number(row.get(key))), None)
+    return next((float(row[key]) for row in reversed(rows) if is_number(row.get(key))), None)
 
 
 def _seconds_since(moment: str) -> float:
@@ -235,11 +235,7 @@ def _seconds_since(moment: str) -> float:
 
 def _numbers(row: Row) -> dict[str, float]:
     """The figures of a row that are numbers."""
-    return {key: value for key, value in row.items() if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return {key: value for key, value in row.items() if is_number(value)}
 
 
 def _tried(look: Callable[[], T], otherwise: T) -> T:
