@@ -1,7 +1,9 @@
 """Is a run that was killed again and again, and resumed each time, the run that was never interrupted, bit for bit?
 
-Five architectures, full and LoRA. Each run is a process that SIGKILL hits at random moments, inside saves too, and that
-goes on with `--resume latest`; in the end every tensor of the last checkpoint is compared with the uninterrupted run's.
+Five architectures, full and LoRA. Each run is a process that SIGKILL hits at random moments, and that goes on with
+`--resume latest`. Every second kill hits inside a save and takes the writer of the checkpoint too: while it writes, renames,
+moves the pointer or removes old ones. Each resume must find a checkpoint that can be read, of no older step than the last
+one that was announced. In the end every tensor of the last checkpoint is compared with the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import random
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +71,7 @@ class Trial:
             },
             # Adapters of experts cannot drop out.
             "lora": {"r": 4, "alpha": 8, "dropout": 0.0 if architecture in ("qwen3-moe", "mixtral") else 0.1},
-            "checkpoints": {"every": "1 steps"},
+            "checkpoints": {"every": "1 steps", "keep": {"last": 2, "best": 1}},
         }  # fmt: skip
 
     def begin(self) -> Any:
@@ -95,19 +98,68 @@ class Trial:
             assert process.exitcode == 0, f"the uninterrupted run ended with {process.exitcode}: {run.status.error}"
         return run, time.monotonic() - started
 
-    def interrupted(self, kills: int, seconds: float, chance: random.Random) -> tuple[Any, int]:
-        """The run that is killed up to `kills` times, and how often it really was."""
-        run, killed, resume = self.begin(), 0, False
+    def interrupted(self, kills: int, seconds: float, chance: random.Random) -> tuple[Any, Kills]:
+        """The run that is killed up to `kills` times, and how that went."""
+        run, killed, announced = self.begin(), Kills(), 0
         while True:
-            process = self.process(run, resume=resume)
-            process.join(chance.uniform(0.2, 0.9) * seconds if killed < kills else None)
-            if process.exitcode is not None:
+            starts = len(events(run, "training"))
+            process = self.process(run, resume=killed.total > 0)
+            process.join(chance.uniform(0.2, 0.9) * seconds if killed.total < kills else None)
+            inside = killed.total % 2 == 1 and process.exitcode is None and wait_for_save(run, process)
+            if process.exitcode is None:
+                if inside:
+                    time.sleep(chance.uniform(0, 0.03))  # from the first byte to the removal of old ones
+                kill(process.pid)
+                if inside:
+                    kill(writer_of(run))
+                process.join()
+            begun = events(run, "training")[starts:]  # none if it was killed before it had read the checkpoint
+            killed.older += bool(begun) and begun[0]["step"] < announced
+            if process.exitcode != -signal.SIGKILL:
                 assert process.exitcode == 0, f"a resumed run ended with {process.exitcode}: {run.status.error}"
                 return run, killed
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            killed, resume = killed + 1, True
+            announced = max([row["step"] for row in events(run, "checkpoint")], default=0)
+            killed.total += 1
+            killed.inside += inside
+
+
+@dataclass
+class Kills:
+    """How often a run was killed, how often of that inside a save, and how often it went on from too old a step."""
+
+    total: int = 0
+    inside: int = 0
+    older: int = 0
+
+
+def kill(pid: int | None) -> None:
+    """End a process, if there is one."""
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def writer_of(run: Any) -> int | None:
+    """The process that writes the run's checkpoints: it signs its lock."""
+    text = run.writing_lock_path().read_text().strip()
+    return int(text) if text else None
+
+
+def wait_for_save(run: Any, process: multiprocessing.Process) -> bool:
+    """Wait until a checkpoint is being written; whether it came to that."""
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline and process.is_alive():
+        if any(run.checkpoints_path.glob("checkpoint-*.partial")):
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def events(run: Any, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind."""
+    from nightschool.events import read_events
+
+    return [row for row in read_events(run.events_path) if row["event"] == kind]
 
 
 def compare(one: Any, other: Any) -> tuple[int, int]:
@@ -118,7 +170,7 @@ def compare(one: Any, other: Any) -> tuple[int, int]:
 
     different = total = 0
     a, b = (checkpoints.newest_whole(run).checkpoint.path for run in (one, other))
-    for file in ("weights.safetensors", "optimizer.safetensors", "rng.safetensors"):
+    for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         mine, theirs = load_file(a / file), load_file(b / file)
         for name in mine.keys() | theirs.keys():
             total += 1
@@ -134,7 +186,11 @@ def main() -> None:
     bench = Benchmark(
         "resume_exact",
         "Stopped by SIGKILL at random moments and resumed: tensors lost, tensors that differ",
-        {"tensors_different": {"max": 0}, "runs_not_bitwise_equal": {"max": 0}},
+        {
+            "tensors_different": {"max": 0},
+            "runs_not_bitwise_equal": {"max": 0},
+            "resumed_from_older_than_announced": {"max": 0},
+        },
     )
     torch.set_num_threads(1)
     import nightschool.training.run  # noqa: F401  imported once here, inherited by every process
@@ -146,24 +202,30 @@ def main() -> None:
         else [(a, m) for a in ARCHITECTURES for m in METHODS]
     )
     chance = random.Random(0)
-    rows, different_total, tensors_total, unequal, killed_total = [], 0, 0, 0, 0
+    rows, different_total, tensors_total, unequal = [], 0, 0, 0
+    all_kills = Kills()
     for architecture, method in trials:
         with tempfile.TemporaryDirectory() as folder:
             trial = Trial(Path(folder), architecture, method, epochs=4 if bench.quick else 8)
             reference, seconds = trial.uninterrupted()
             print(f"  ({seconds:.1f} s without interruption)", flush=True)
-            killed = different = total = 0
-            while killed < kills:  # a run that slips through is compared, and another one takes its place
-                run, more = trial.interrupted(kills - killed, seconds, chance)
-                killed += more
+            different = total = 0
+            killed = Kills()
+            while killed.total < kills:  # a run that slips through is compared, and another one takes its place
+                run, more = trial.interrupted(kills - killed.total, seconds, chance)
+                killed = Kills(killed.total + more.total, killed.inside + more.inside, killed.older + more.older)
                 differing, compared = compare(reference, run)
                 different, total = different + differing, total + compared
-        rows.append((f"{architecture} {method}", f"killed {killed:2} times, {different} of {total} values differ"))
+        rows.append(
+            (
+                f"{architecture} {method}",
+                f"killed {killed.total:2} times, {killed.inside} inside a save; {different} of {total} values differ",
+            )
+        )
         print(f"  {rows[-1][0]:<18} {rows[-1][1]}", flush=True)
-        different_total, tensors_total, killed_total = (
-            different_total + different,
-            tensors_total + total,
-            killed_total + killed,
+        different_total, tensors_total = different_total + different, tensors_total + total
+        all_kills = Kills(
+            all_kills.total + killed.total, all_kills.inside + killed.inside, all_kills.older + killed.older
         )
         unequal += different > 0
     bench.finish(
@@ -171,7 +233,9 @@ def main() -> None:
             "tensors_different": different_total,
             "runs_not_bitwise_equal": unequal,
             "values_compared": tensors_total,
-            "kills": killed_total,
+            "resumed_from_older_than_announced": all_kills.older,
+            "kills": all_kills.total,
+            "kills_inside_a_save": all_kills.inside,
             "runs": len(trials),
         }
     )
