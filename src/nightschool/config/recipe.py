@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from nightschool.config.rules import RuleName, parse_rule
-from nightschool.units import Every, format_seconds, parse_seconds, parse_share, parse_tokens
+from nightschool.units import Every, format_seconds, parse_bytes, parse_seconds, parse_share, parse_tokens
 
 
 def _written(kind: Literal["number", "integer"], *examples: str) -> WithJsonSchema:
@@ -45,6 +45,7 @@ def _not_blank(text: str) -> str:
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), _written("integer", "2048", "16k tokens")]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), _written("number", "90s", "10m", "24h", "7d")]
+ByteCount = Annotated[int, BeforeValidator(parse_bytes), _written("integer", "20 MB", "50 GB")]
 Share = Annotated[float, BeforeValidator(parse_share), _written("number", "5%", "0.05")]
 NotBlank = Annotated[str, AfterValidator(_not_blank)]
 Rhythm = Annotated[
@@ -207,6 +208,11 @@ class Train(Section):
     compile: bool = Field(default=False, description="torch.compile; loses on small models on a CPU.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; without it, one per physical core.")
+    num_processes: int = Field(
+        1,
+        ge=1,
+        description="Processes on this machine that train together, one a GPU; torchrun sets it for several machines.",
+    )
     num_workers: int = Field(1, ge=1, description="Processes that turn text into tokens before step 1.")
     seed: int = Field(42, ge=0, description="Seeds weights, order and dropout.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.")
@@ -282,6 +288,25 @@ class Keep(Section):
         return every
 
 
+class Upload(Section):
+    """Where checkpoints go besides the disk. A text alone is its `url`."""
+
+    url: NotBlank = Field(
+        ...,
+        description="`gs://bucket/folder`, `s3://…`, `az://container/…`, `hf://owner/repository` or `file:///folder`.",
+    )
+    background: bool = Field(
+        default=True, description="Upload in a process of its own; otherwise before training goes on."
+    )
+    archive: Literal["none", "tar.gz"] = Field(
+        "none", description="`tar.gz` packs each checkpoint first; that costs CPU time and saves little."
+    )
+    bandwidth: ByteCount | None = Field(None, description="At most so many bytes per second: `20 MB`.")
+    max_pending: ByteCount | None = Field(
+        None, description="With more bytes than this waiting to be uploaded, training waits: `50 GB`."
+    )
+
+
 class Checkpoints(Section):
     """Full training state, resumable."""
 
@@ -296,6 +321,12 @@ class Checkpoints(Section):
     on_full_disk: Literal["stop", "continue"] = Field(
         "stop", description="What a run does when there is no room for a checkpoint; the one before stays whole."
     )
+    upload: Upload | None = Field(None, description="Where checkpoints go besides the disk: an address, or settings.")
+
+    @field_validator("upload", mode="before")
+    @classmethod
+    def _an_address(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
 
 class Gate(Section):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import nn
 
 from nightschool.config.recipe import Train
-from nightschool.data.batches import Batch, Batches
-from nightschool.data.token_batches import Portion, TokenBatches
+from nightschool.data.batches import IGNORED, Batch, Batches
+from nightschool.data.token_batches import TokenBatches
 from nightschool.errors import ModelError
 from nightschool.evaluation.heldout import autocast, heldout_loss, on_device
 from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
 from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
 from nightschool.training.task import LossResult
+from nightschool.training.world import ALONE, World
 
 
 class CausalTask:
@@ -36,8 +41,22 @@ class CausalTask:
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
         self.optimizer = AdamW(self._trainable, AdamWSettings.from_recipe(train), embedding_names(model))
 
+    world: World
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return self._trainable
+
+    def _heldout_loss(self, batches: Sequence[Callable[[], Batch]]) -> tuple[float, int]:
+        """The mean over all batches, of which each process computes every `world.size`-th."""
+        mine = batches[self.world.rank :: self.world.size]
+        loss, tokens = (0.0, 0)
+        if mine:
+            each = (make() for make in mine)
+            loss, tokens = heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
+        if self.world.size == 1:
+            return loss, tokens
+        total, count = self.world.float_sums(loss * tokens, tokens)
+        return total / count, int(count)
 
     def loss(self, batch: Batch) -> LossResult:
         with autocast(self.device, self.compute_dtype):
@@ -46,15 +65,25 @@ class CausalTask:
 
 
 class FinetuneTask(CausalTask):
-    """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches."""
+    """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches.
 
-    stride = 1
+    Several processes take one micro-batch each; one for which none is left at the end of an epoch takes the step without
+    loss.
+    """
 
     def __init__(
-        self, model: nn.Module, batches: Batches, train: Train, *, compute_dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        batches: Batches,
+        train: Train,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
     ) -> None:
         super().__init__(model, train, compute_dtype=compute_dtype)
         self.batches = batches
+        self.world = world
+        self.stride = world.size
 
     @property
     def fingerprint(self) -> str:
@@ -64,15 +93,17 @@ class FinetuneTask(CausalTask):
         return self.batches.num_batches(epoch)
 
     def batch(self, epoch: int, place: int) -> Batch:
-        return self.batches.get(epoch, place)
+        mine = place + self.world.rank
+        if mine < self.batches.num_batches(epoch):
+            return self.batches.get(epoch, mine)
+        return without_loss(self.batches.get(epoch, place))
 
     def where(self, epoch: int, place: int) -> str:
         return f"epoch {epoch}, micro-batch {place}"
 
     def heldout_loss(self, batches: Batches) -> tuple[float, int]:
         """Loss in nats per token and tokens of the held-out batches, with dropout off."""
-        each = (batches.get(0, index) for index in range(batches.num_batches(0)))
-        return heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
+        return self._heldout_loss([partial(batches.get, 0, index) for index in range(batches.num_batches(0))])
 
 
 class PretrainTask(CausalTask):
@@ -85,13 +116,13 @@ class PretrainTask(CausalTask):
         train: Train,
         *,
         compute_dtype: torch.dtype = torch.float32,
-        portion: Portion | None = None,
+        world: World = ALONE,
     ) -> None:
         super().__init__(model, train, compute_dtype=compute_dtype)
         self.batches = batches
-        self.portion = portion or Portion()
+        self.world = world
         self.batch_size = train.batch_size
-        self.stride = train.batch_size * self.portion.world_size
+        self.stride = train.batch_size * world.size
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +132,7 @@ class PretrainTask(CausalTask):
         return self.batches.num_sequences
 
     def batch(self, epoch: int, place: int) -> Batch:
-        return self.batches.get(epoch, place, self.stride, self.portion)
+        return self.batches.get(epoch, place, self.stride, self.world.portion)
 
     def where(self, epoch: int, place: int) -> str:
         return f"epoch {epoch}, sequence {place}: {self.batches.where(epoch, place)}"
@@ -109,8 +140,17 @@ class PretrainTask(CausalTask):
     def heldout_loss(self) -> tuple[float, int]:
         """Loss in nats per token and tokens of the held-out sequences, with dropout off."""
         starts = range(0, self.batches.num_held_out, self.batch_size)
-        each = (self.batches.held_out(start, self.batch_size) for start in starts)
-        return heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
+        return self._heldout_loss([partial(self.batches.held_out, start, self.batch_size) for start in starts])
+
+
+def without_loss(batch: Batch) -> Batch:
+    """The same tokens, none of which carries loss."""
+    return replace(
+        batch,
+        labels=torch.full_like(batch.labels, IGNORED),
+        weights=torch.zeros_like(batch.weights),
+        tokens_trained=0,
+    )
 
 
 def _compile_feed_forward(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ A checkpoint is a folder of safetensors and JSON; nothing in it is a pickle:
     model.safetensors         every parameter that learns and every persistent buffer
     optimizer.safetensors     moments, update counters, fp32 masters;  optimizer.json: hyper-parameters, schedule
     rng.safetensors           torch on every device;                   rng.json: Python, NumPy
+                              (of process 0; those of the others are `rng-rank1` and so on)
     state.json                step, position in the data, loss history, gradient scaler, base
     recipe.yaml               the resolved recipe;                     training_config.json: the same as JSON
     metadata.json             for people and for `checkpoints show`;   training_metrics.json: the curves
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from nightschool.training.optimizer import Schedule, check_tensors
 from nightschool.training.snapshot import State
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
+from nightschool.training.world import ALONE, World
 
 FORMAT = 2
 # The weights were called otherwise in format 1; everything else is the same.
@@ -99,9 +102,13 @@ def state_to_save(
     surroundings: Surroundings,
     schedule: Schedule,
     scaler: torch.amp.GradScaler | None = None,
+    rngs: Sequence[tuple[dict[str, Any], dict[str, Tensor]]] | None = None,
 ) -> State:
-    """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step."""
-    rng_plain, rng_tensors = rng.capture()
+    """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step.
+
+    `rngs` are the random states of all processes, in the order of ranks; without them, that of this one.
+    """
+    rngs = rngs or [rng.capture()]
     recipe = training_config(surroundings.recipe_yaml)
     optimizer = {
         "hyper_parameters": task.optimizer.hyper_parameters(),
@@ -130,14 +137,18 @@ def state_to_save(
     )
     plain = {
         "optimizer.json": optimizer,
-        "rng.json": rng_plain,
+        **{f"{rng.group_of(rank)}.json": rng_plain for rank, (rng_plain, _) in enumerate(rngs)},
         "state.json": plain_state,
         "training_config.json": recipe,
         "metadata.json": facts,
         "training_metrics.json": training_metrics(state, schedule.steps_total, surroundings.epochs_total),
     }
     return State(
-        tensors={"model": saved_tensors(task), "optimizer": task.optimizer.state(), "rng": rng_tensors},
+        tensors={
+            "model": saved_tensors(task),
+            "optimizer": task.optimizer.state(),
+            **{rng.group_of(rank): tensors for rank, (_, tensors) in enumerate(rngs)},
+        },
         texts={name: _to_json(value) for name, value in plain.items()} | {"recipe.yaml": surroundings.recipe_yaml},
         facts={
             "kind": "checkpoint",
@@ -184,8 +195,12 @@ def load(
     surroundings: Surroundings,
     schedule: Schedule,
     scaler: torch.amp.GradScaler | None = None,
+    world: World = ALONE,
 ) -> TrainState:
     """Put a checkpoint back into the task, its optimizer, the random generators and the scaler; return its state.
+
+    A process that the checkpoint knows nothing of, because fewer wrote it, keeps the random state that it was seeded with,
+    moved on by the step.
 
     Raises:
         Damaged: If a file is missing, truncated or altered.
@@ -210,7 +225,11 @@ def load(
     _copy_weights(task, weights)
     if scaler is not None:
         scaler.load_state_dict(plain["scaler"])
-    rng.restore(_load_json(folder / "rng.json"), load_group(folder, "rng"))
+    group = rng.group_of(world.rank)
+    if (folder / f"{group}.json").is_file():
+        rng.restore(_load_json(folder / f"{group}.json"), load_group(folder, group))
+    else:
+        rng.seed_everything(torch.initial_seed() + 1_000_003 * state.step)
     return state
 
 

@@ -32,6 +32,7 @@ from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.precision import choose_by_measuring
 from nightschool.training.selection import Selection
+from nightschool.training.world import ALONE, World
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
 NEW_VOCAB_SIZE = 2048
@@ -120,6 +121,7 @@ def prepare_classroom(
     root: Path | None = None,
     tokenizer_folder: Path | None = None,
     rerun: Rerun | None = None,
+    world: World = ALONE,
 ) -> FinetuneClassroom:
     """Load the base, render the examples, and set the task up; seeds all generators on the way.
 
@@ -130,6 +132,7 @@ def prepare_classroom(
         root: Where relative paths begin.
         tokenizer_folder: Where the tokenizer of a `new:` base is kept; read if it is there, else written.
         rerun: What a checkpoint says about the machine's choices.
+        world: The processes that train together.
 
     Raises:
         NothingToTrain: If no token would carry loss, or more than `train.max_cut_share` of those that would is cut.
@@ -138,13 +141,14 @@ def prepare_classroom(
     """
     train = recipe.train
     device = resolve_device(train.device)
-    num_threads = train.num_threads or (rerun.num_threads if rerun else num_threads_here())
+    num_threads = threads_of(recipe, rerun, world)
     torch.set_num_threads(num_threads)
     rng.seed_everything(train.seed)
     if device.type == "cpu":
         rng.require_determinism()
 
-    tokenizer = _new_tokenizer(selection, tokenizer_folder) if recipe.base.startswith("new:") else None
+    with world.first_goes_first():
+        tokenizer = _new_tokenizer(selection, tokenizer_folder) if recipe.base.startswith("new:") else None
     wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
     stored = _stored_in_16_bits(recipe, home, root)
     base_dtype = torch.float32
@@ -163,14 +167,16 @@ def prepare_classroom(
     if train.tokens_per_batch is not None:
         size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
     batches = Batches(lessons.all, **size, seed=train.seed)
-    task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute)
+    task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
     if recipe.serve.promote != "never":
         refuse_what_cannot_be_served(task.path, recipe.base)
     if base_dtype != torch.float32:
         dtype = replace(dtype, why=f"{dtype.why}; the frozen base stays in {DTYPE_NAMES[base_dtype]}, as it is stored")
     elif wanted == "auto" and device.type == "cpu" and stored is None:
         dtype = choose_by_measuring(task, dtype, hidden_size)
-    budget = make_budget(recipe, batches)
+    if world.size > 1:
+        rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
+    budget = make_budget(recipe, batches, world)
     return FinetuneClassroom(
         recipe=recipe,
         selection=selection,
@@ -228,11 +234,17 @@ def refuse_what_cannot_be_served(path: ForwardPath, base: str) -> None:
         )
 
 
-def make_budget(recipe: Recipe, batches: Batches) -> Budget:
+def threads_of(recipe: Recipe, rerun: Rerun | None, world: World) -> int:
+    """CPU threads of this process: what the recipe or the checkpoint says, else its part of the cores."""
+    return recipe.train.num_threads or (rerun.num_threads if rerun else max(1, num_threads_here() // world.local_size))
+
+
+def make_budget(recipe: Recipe, batches: Batches, world: World = ALONE) -> Budget:
     """How many steps the recipe means, and how often it looks up."""
     train = recipe.train
     steps_total = train.max_steps or sum(
-        steps_in_epoch(batches.num_batches(epoch), train.accumulation_steps) for epoch in range(train.epochs)
+        steps_in_epoch(batches.num_batches(epoch), train.accumulation_steps, world.size)
+        for epoch in range(train.epochs)
     )
     return Budget(
         steps_total=steps_total,

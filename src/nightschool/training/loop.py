@@ -18,6 +18,7 @@ from nightschool.training.optimizer import Schedule
 from nightschool.training.signals import StopRequest
 from nightschool.training.state import Interval, TrainState
 from nightschool.training.task import Task
+from nightschool.training.world import ALONE, World
 from nightschool.units import Every
 
 
@@ -52,13 +53,14 @@ def fit(
     budget: Budget,
     *,
     schedule: Schedule,
-    metrics: MetricsLog,
+    metrics: MetricsLog | None,
     evaluate: Callable[[], float] | None = None,
     save: Callable[[TrainState], None] | None = None,
     stop: StopRequest | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     describe: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    world: World = ALONE,
 ) -> TrainState:
     """Train until `budget.steps_total` updates are done, from wherever `state` is.
 
@@ -67,13 +69,14 @@ def fit(
         state: Where the run is; it is changed in place and returned.
         budget: How long, and how often.
         schedule: The learning rate of each step.
-        metrics: Where rows go.
+        metrics: Where rows go; None in a process that writes nothing.
         evaluate: Returns the held-out loss in nats per token; it must leave the random state as it was.
         save: Writes a checkpoint.
         stop: Asked once per turn; when it is set, the state is saved and `Interrupted` is raised.
         scaler: The gradient scaler of fp16.
         on_row: Also gets each row of metrics.
         describe: Figures of the method for a row, added to it.
+        world: The processes that train together. All of them call `evaluate` and `save`, at the same steps.
 
     Raises:
         Interrupted: After saving, because `stop` was set.
@@ -83,9 +86,15 @@ def fit(
     log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None)
     task.model.train()
     while True:
-        finished, stopping = state.step >= budget.steps_total, bool(stop)
+        finished = state.step >= budget.steps_total
+        # Clocks and signals differ between processes, so they agree on what is due.
+        stopping, evaluation_due, save_due = world.any(
+            bool(stop),
+            evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished),
+            save is not None and state.save_due(budget.save_every, finished=finished),
+        )
 
-        if evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished):
+        if evaluate is not None and evaluation_due:
             log.settle()
             started = time.perf_counter()
             state.heldout_history.append(evaluate())
@@ -94,9 +103,7 @@ def fit(
             log.add_heldout(state.heldout_history[-1], time.perf_counter() - started)
         log.write()
 
-        if save is not None and (
-            state.save_due(budget.save_every, finished=finished) or (stopping and state.save_due(None, finished=True))
-        ):
+        if save is not None and (save_due or (stopping and state.save_due(None, finished=True))):
             log.settle()
             state.saved_at, state.saved_step = state.seconds, state.step
             save(state)
@@ -104,16 +111,21 @@ def fit(
         if finished:
             return state
         if stopping:
-            assert stop is not None
+            reason = stop.reason if stop is not None and stop.reason else "A signal to another process"
             raise Interrupted(
-                f"{stop.reason} stopped the run after step {state.step} of {budget.steps_total}. "
+                f"{reason} stopped the run after step {state.step} of {budget.steps_total}. "
                 "Continue it with --resume latest."
             )
 
         started = time.perf_counter()
         window = _next_window(task, state, budget.accumulation_steps)
-        outcome = _update(task, state, window, budget.max_grad_norm, schedule.rate(state.step), scaler)
-        _advance(task, state, window)
+        tokens = world.sums(
+            sum(batch.tokens_trained for batch in window), sum(batch.input_ids.shape[-1] for batch in window)
+        )
+        outcome = _update(
+            task, state, window, tokens[0], budget.max_grad_norm, schedule.rate(state.step), scaler, world
+        )
+        _advance(task, state, len(window), *tokens)
 
         log.collect(outcome, time.perf_counter() - started)
         if state.step % budget.log_every == 0 or state.step == budget.steps_total:
@@ -136,12 +148,13 @@ def _update(
     task: Task,
     state: TrainState,
     window: list[Batch],
+    tokens_trained: int,
     max_grad_norm: float,
     learning_rate: float,
     scaler: torch.amp.GradScaler | None,
+    world: World,
 ) -> StepOutcome:
-    """One update. Its loss is the sum over the whole window ÷ the tokens trained in the whole window."""
-    tokens_trained = sum(batch.tokens_trained for batch in window)
+    """One update. Its loss is the sum over the whole window ÷ the tokens trained in the whole window, of all processes."""
     if tokens_trained == 0:
         raise NothingToTrain(
             f"No token carries loss in step {state.step + 1} ({task.where(state.epoch, state.batch_index)}). "
@@ -157,6 +170,7 @@ def _update(
 
     optimizer = task.optimizer
     gradients = optimizer.gradients_ready()
+    world.add_up([*gradients, loss])
     if scaler is not None:
         scaler.unscale_(optimizer.inner)
     grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -182,11 +196,11 @@ def _update(
     )
 
 
-def _advance(task: Task, state: TrainState, window: list[Batch]) -> None:
+def _advance(task: Task, state: TrainState, num_batches: int, tokens_trained: int, tokens_consumed: int) -> None:
     state.step += 1
-    state.batch_index += len(window) * task.stride
-    state.tokens_consumed += sum(batch.input_ids.shape[-1] for batch in window)
-    state.tokens_trained += sum(batch.tokens_trained for batch in window)
+    state.batch_index += num_batches * task.stride
+    state.tokens_consumed += tokens_consumed
+    state.tokens_trained += tokens_trained
     if state.batch_index >= task.epoch_length(state.epoch):
         state.epoch, state.batch_index = state.epoch + 1, 0
 
@@ -198,7 +212,7 @@ class _Log:
         self,
         task: Task,
         state: TrainState,
-        metrics: MetricsLog,
+        metrics: MetricsLog | None,
         on_row: Callable[[dict[str, Any]], None] | None,
         describe: Callable[[dict[str, Any]], dict[str, Any]] | None,
         *,
@@ -283,7 +297,8 @@ class _Log:
         if self._row is not None:
             if self._describe is not None:
                 self._row |= self._describe(self._row)
-            self._metrics.write(self._row)
+            if self._metrics is not None:
+                self._metrics.write(self._row)
             if self._on_row is not None:
                 self._on_row(self._row)
             self._row = None

@@ -25,11 +25,16 @@ def choose_by_measuring(task: FinetuneTask | PretrainTask, choice: DtypeChoice, 
 
     A product alone misleads: on small models casts and norms take more time than products (measured: on a model of a
     million parameters bf16 products are 2.5 times faster, and its steps 1.6 times slower). The best of a few
-    alternating attempts counts, so that a busy machine does not decide.
+    alternating attempts counts, so that a busy machine does not decide. Several processes take what the first one found.
     """
+    chosen = task.world.from_first(_measured(task, choice, hidden_size) if task.world.is_first else choice)
+    task.compute_dtype = chosen.compute
+    return chosen
+
+
+def _measured(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
     product = bf16_speedup(min(hidden_size, 1024))
     if product < PRODUCT_WORTH_IT:
-        task.compute_dtype = torch.float32
         why = f"fp32, because a product in bf16 is {product:.2g} times as fast as in fp32 on this CPU"
         return replace(choice, compute=torch.float32, why=why)
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
@@ -45,10 +50,10 @@ def choose_by_measuring(task: FinetuneTask | PretrainTask, choice: DtypeChoice, 
             if time.perf_counter() - started > MAX_SECONDS and max(seconds.values()) < float("inf"):
                 break
     speedup = seconds[torch.float32] / seconds[torch.bfloat16]
-    task.compute_dtype = torch.bfloat16 if speedup >= WORTH_IT else torch.float32
-    name = "bf16" if task.compute_dtype == torch.bfloat16 else "fp32"
+    faster = torch.bfloat16 if speedup >= WORTH_IT else torch.float32
+    name = "bf16" if faster == torch.bfloat16 else "fp32"
     why = f"{name}, because bf16 computes a micro-batch of this run {speedup:.2g} times as fast as fp32 on this CPU"
-    return replace(choice, compute=task.compute_dtype, why=why)
+    return replace(choice, compute=faster, why=why)
 
 
 def compute(task: FinetuneTask | PretrainTask, batch_index: int) -> None:

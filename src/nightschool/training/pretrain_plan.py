@@ -67,7 +67,7 @@ def pretrain_plan_of(classroom: PretrainClassroom, home: Home) -> PretrainPlan:
     per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
     per_step = min(train.accumulation_steps * task.stride, batches.num_sequences) * train.max_seq_len
     probe = measure(task)
-    rate = probe.tokens_per_second * task.portion.world_size
+    rate = probe.tokens_per_second * task.world.size
     peak, _ = peak_flops(task.device, task.compute_dtype)
     cost = expected_peak_bytes(
         task.model,
@@ -96,7 +96,7 @@ def pretrain_plan_of(classroom: PretrainClassroom, home: Home) -> PretrainPlan:
         dtype=classroom.dtype.why,
         device=task.device.type,
         num_threads=classroom.num_threads,
-        processes=task.portion.world_size,
+        processes=task.world.size,
         expected_peak_bytes=cost.total,
         expected_seconds=per_step / rate * classroom.budget.steps_total,
         measured_batches=probe.batches,

@@ -20,18 +20,19 @@ from nightschool.data.token_batches import TokenBatches
 from nightschool.data.tokenize import end_of_text_id, tokenizer_fingerprint
 from nightschool.errors import DataError, ModelError
 from nightschool.models.cost import flops_per_token
-from nightschool.models.dtype import num_threads_here, resolve_device, resolve_dtype
+from nightschool.models.dtype import resolve_device, resolve_dtype
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.load import LoadedModel, as_folder, load_base, load_tokenizer
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training import rng
 from nightschool.training.causal import PretrainTask
-from nightschool.training.classroom import Classroom, Rerun, refuse_what_cannot_be_served
+from nightschool.training.classroom import Classroom, Rerun, refuse_what_cannot_be_served, threads_of
 from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.precision import choose_by_measuring
 from nightschool.training.state import TrainState
+from nightschool.training.world import ALONE, World
 
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_TEMPERATURE, SAMPLE_TOP = 0.8, 50
@@ -71,7 +72,7 @@ class PretrainClassroom(Classroom):
         """What a row of metrics says beside loss and speed."""
         flops = flops_per_token(self.task.model, self.recipe.train.max_seq_len)
         peak, _ = peak_flops(self.task.device, self.task.compute_dtype)
-        peak *= self.task.portion.world_size
+        peak *= self.task.world.size
         bytes_per_token = self.source.shards.index.bytes_per_token
         heldout_bytes_per_token = self._heldout_bytes_per_token()
         begun_at = (state.step, state.seconds)
@@ -115,7 +116,7 @@ class PretrainClassroom(Classroom):
 
 
 def prepare_pretraining(
-    recipe: Recipe, home: Home, *, root: Path | None = None, rerun: Rerun | None = None
+    recipe: Recipe, home: Home, *, root: Path | None = None, rerun: Rerun | None = None, world: World = ALONE
 ) -> PretrainClassroom:
     """Open the shards, build or load the model, and set the task up; seeds all generators on the way.
 
@@ -124,6 +125,7 @@ def prepare_pretraining(
         home: Whose registry is asked for bases, and whose cache is used.
         root: Where relative paths begin.
         rerun: What a checkpoint says about the machine's choices.
+        world: The processes that train together.
 
     Raises:
         NotFound: If there are no shards.
@@ -132,13 +134,14 @@ def prepare_pretraining(
     """
     train, root = recipe.train, root or Path.cwd()
     device = resolve_device(train.device)
-    num_threads = train.num_threads or (rerun.num_threads if rerun else num_threads_here())
+    num_threads = threads_of(recipe, rerun, world)
     torch.set_num_threads(num_threads)
     rng.seed_everything(train.seed)
     if device.type == "cpu":
         rng.require_determinism()
 
-    source, tokenizer = open_source(recipe, home, root)
+    with world.first_goes_first():
+        source, tokenizer = open_source(recipe, home, root)
     loaded = load_base(
         recipe.base, home, device=device, tokenizer=tokenizer, seed=train.seed, root=root, shape=recipe.shape.given()
     )
@@ -159,11 +162,12 @@ def prepare_pretraining(
     hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
     wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
     dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
-    task = PretrainTask(loaded.model, batches, train, compute_dtype=dtype.compute)
+    task = PretrainTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
     if recipe.serve.promote != "never":
         refuse_what_cannot_be_served(task.path, recipe.base)
     if wanted == "auto" and device.type == "cpu":
         dtype = choose_by_measuring(task, dtype, hidden_size)
+    rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
     per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
     budget = Budget(
         steps_total=train.max_steps or per_epoch * train.epochs,

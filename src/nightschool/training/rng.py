@@ -30,6 +30,11 @@ def require_determinism() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def group_of(rank: int) -> str:
+    """The name under which a checkpoint holds the random state of a process."""
+    return "rng" if rank == 0 else f"rng-rank{rank}"
+
+
 def capture() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the random state as JSON-able values and as byte tensors (`torch`, and `cuda.0` … per device)."""
     version, words, gauss = random.getstate()

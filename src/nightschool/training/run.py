@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -34,19 +33,21 @@ from nightschool.store.locks import lock
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
 from nightschool.store.versions import VersionFacts
-from nightschool.training import checkpoint
+from nightschool.training import checkpoint, rng
 from nightschool.training.checkpoint import Surroundings
-from nightschool.training.classroom import Classroom, prepare_classroom
+from nightschool.training.classroom import Classroom
 from nightschool.training.loop import fit
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.plan import plan_of, render_plan
-from nightschool.training.pretraining import PretrainClassroom, prepare_pretraining
+from nightschool.training.preparing import prepare
+from nightschool.training.pretraining import PretrainClassroom
 from nightschool.training.publish import publish_candidate
+from nightschool.training.ranks import follow, started_ranks
 from nightschool.training.saving import Saver, open_saver
-from nightschool.training.selection import Selection, read_selection, select_examples, write_selection
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
-from nightschool.training.surroundings import describe_environment, rerun_of, surroundings_of
+from nightschool.training.surroundings import describe_environment, surroundings_of
+from nightschool.training.world import ALONE, World, joined_world
 from nightschool.units import format_seconds
 
 STATUS_SECONDS = 2.0
@@ -72,10 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = RunStore(home).get(given.run)
         except NightschoolError as error:
             return _complain(error, error.exit_code)
-        return _guarded(home, run, given.resume, given.root.absolute(), stop)
+        root = given.root.absolute()
+        try:
+            with (
+                started_ranks(home, run, root, _wanted_processes(run)) as environment,
+                joined_world(environment) as world,
+            ):
+                if not world.is_first:
+                    follow(home, run, world=world, root=root, stop=stop)
+                    return 0
+                return _guarded(home, run, given.resume, root, stop, world)
+        except Interrupted as error:
+            return error.exit_code
+        except NightschoolError as error:
+            return _complain(error, error.exit_code)
 
 
-def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopRequest) -> int:
+def _wanted_processes(run: Run) -> int:
+    """How many processes this one shall start with itself: those of the recipe, unless somebody started them already."""
+    return 1 if "WORLD_SIZE" in os.environ else Recipe.model_validate(run.recipe()).train.num_processes
+
+
+def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopRequest, world: World = ALONE) -> int:
     """Run it, and write into the status how it ended, whatever happens."""
     try:
         with lock(run.lock_path, f"the run {run.id}"):
@@ -83,7 +102,7 @@ def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopReq
             if published is not None:
                 raise Conflict(f"The run {run.id} has published {published} already. Start a new run.")
             try:
-                execute(home, run, resume=resume, root=root, stop=stop)
+                execute(home, run, resume=resume, root=root, stop=stop, world=world)
             except Interrupted as error:
                 run.update_status(state="interrupted", error=str(error), exit_code=error.exit_code)
                 return _complain(error, error.exit_code)
@@ -120,11 +139,16 @@ def _explained(error: Exception) -> Exception:
             f"The GPU has no more room: {error} Lower train.batch_size and raise train.accumulation_steps, "
             "or write train.gradient_checkpointing=true."
         )
+    if isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or "nccl" in str(error).lower()):
+        return NightschoolError(
+            f"Another process of this run is gone, so it cannot go on: {str(error).splitlines()[0]} "
+            "See log-rank1.txt and so on in the run's folder; go on with --resume latest."
+        )
     return error
 
 
-def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopRequest) -> None:
-    """Train the run and publish its candidate.
+def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopRequest, world: World = ALONE) -> None:
+    """Train the run and publish its candidate; in process 0 of `world`, while the others `follow`.
 
     Raises:
         Interrupted: After a signal; the state was saved if a step was done.
@@ -134,10 +158,11 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
     # The writer is started before a GPU is touched; that of an earlier process of this run is waited for.
     with open_saver(run, recipe.checkpoints, say) as saver:
         point = _checkpoint_to_resume(run, resume)
+        world.from_first((resume is not None, point.name if point else ""))
         run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
         say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
-        classroom = _prepare(home, run, recipe, root=root, resuming=resume is not None, point=point)
+        classroom = prepare(home, run, recipe, root=root, resuming=resume is not None, point=point, world=world)
         write_json(run.path / "environment.json", describe_environment(classroom))
         plan = plan_of(classroom, home)
         write_json(run.path / "plan.json", plan.to_json())
@@ -146,27 +171,8 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         sys.stdout.flush()
 
         surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
-        state = _train(run, classroom, surroundings, point, stop, saver)
+        state = _train(run, classroom, surroundings, point, stop, saver, world)
     _publish(home, run, classroom, state)
-
-
-def _prepare(
-    home: Home, run: Run, recipe: Recipe, *, root: Path, resuming: bool, point: Checkpoint | None
-) -> Classroom:
-    """Everything before step 1. What was decided at the first start, a resumed run reads."""
-    rerun = rerun_of(point.path) if point else None
-    selection = read_selection(run.path) if resuming else None
-    if recipe.method == "pretrain":
-        classroom = prepare_pretraining(recipe, home, root=root, rerun=rerun)
-        if selection is None:
-            write_selection(run.path, Selection(new=[], replayed=[], held_out=classroom.held_out_texts()))
-        return classroom
-    tokenizer_folder = run.path / "tokenizer"
-    if selection is None:
-        selection = select_examples(recipe, home, root)
-        shutil.rmtree(tokenizer_folder, ignore_errors=True)  # of an attempt that failed, with other examples
-        write_selection(run.path, selection)
-    return prepare_classroom(recipe, selection, home, root=root, tokenizer_folder=tokenizer_folder, rerun=rerun)
 
 
 def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
@@ -242,11 +248,12 @@ def _train(
     point: Checkpoint | None,
     stop: StopRequest,
     saver: Saver,
+    world: World,
 ) -> TrainState:
     task, budget = classroom.task, classroom.budget
     state = TrainState(task.fingerprint)
     if point is not None:
-        state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler)
+        state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world)
         say(f"Resumed from {point.name}: step {state.step} of {budget.steps_total}")
     run.update_status(step=state.step, steps_total=budget.steps_total)
     run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=point and point.name)
@@ -255,7 +262,8 @@ def _train(
         say(f"Saving checkpoint at step {now.step}")
         target = checkpoint_path(run, now.epoch, now.step, surroundings.files_processed)
         run.update_status(step=now.step)
-        whole = checkpoint.state_to_save(task, now, surroundings, classroom.schedule, classroom.scaler)
+        rngs = world.gathered(rng.capture())
+        whole = checkpoint.state_to_save(task, now, surroundings, classroom.schedule, classroom.scaler, rngs)
         saver.save(target, whole, last=now.step >= budget.steps_total)
 
     every = budget.save_every
@@ -288,6 +296,7 @@ def _train(
             scaler=classroom.scaler,
             on_row=_Progress(run, budget.steps_total),
             describe=classroom.figures(state) if isinstance(classroom, PretrainClassroom) else None,
+            world=world,
         )
     finally:
         metrics.close()

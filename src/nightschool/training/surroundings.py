@@ -20,7 +20,7 @@ _PACKAGES = ("nightschool", "torch", "transformers", "peft", "tokenizers", "safe
 _FREE = frozenset(
     {
         "epochs", "max_steps", "learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1",
-        "beta2", "epsilon", "max_cut_share", "dtype", "device", "num_threads", "num_workers", "log_every",
+        "beta2", "epsilon", "max_cut_share", "dtype", "device", "num_threads", "num_processes", "num_workers", "log_every",
         "evaluate_every", "gradient_checkpointing", "compile",
     }
 )  # fmt: skip
@@ -37,6 +37,7 @@ def describe_environment(classroom: Classroom) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": classroom.num_threads,
+        "processes": classroom.task.world.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": classroom.dtype.why,
         "packages": {name: _version(name) for name in _PACKAGES},

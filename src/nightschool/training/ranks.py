@@ -1,0 +1,116 @@
+"""The other processes of a run: starting them, and what they do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from nightschool.config.recipe import Recipe
+from nightschool.store import checkpoints
+from nightschool.store.home import Home
+from nightschool.store.runs import Run
+from nightschool.training import checkpoint, rng
+from nightschool.training.loop import fit
+from nightschool.training.preparing import prepare
+from nightschool.training.signals import StopRequest
+from nightschool.training.state import TrainState
+from nightschool.training.surroundings import surroundings_of
+from nightschool.training.world import World
+
+_FAREWELL_SECONDS = 30.0
+
+
+def log_of(run: Run, rank: int) -> Path:
+    """Where a process other than the first one writes what it has to say."""
+    return run.path / f"log-rank{rank}.txt"
+
+
+@contextmanager
+def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapping[str, str]]:
+    """Start the processes 1 … `count` - 1 of the run on this machine; yields the variables that make this one process 0.
+
+    They end by themselves when process 0 is done or gone; what is left of them at the end is killed.
+    """
+    if count == 1:
+        yield os.environ
+        return
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    arguments = ["--home", str(home.path), "--run", run.id, "--root", str(root)]
+    with ExitStack() as stack:
+        for rank in range(1, count):
+            log = stack.enter_context(log_of(run, rank).open("ab"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nightschool.training.run", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            stack.callback(_say_farewell, process)
+        # torch reads them from the environment of the process.
+        os.environ.update(shared | {"RANK": "0", "LOCAL_RANK": "0"})
+        try:
+            yield os.environ
+        finally:
+            for name in (*shared, "RANK", "LOCAL_RANK"):
+                os.environ.pop(name, None)
+
+
+def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest) -> None:
+    """Train along with process 0, which decides and writes.
+
+    Raises:
+        Interrupted: If one of the processes was asked to stop.
+        RuntimeError: If process 0 is gone.
+    """
+    recipe = Recipe.model_validate(run.recipe())
+    resuming, name = world.from_first((False, ""))
+    point = checkpoints.get(run, name) if name else None
+    classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
+    task, evaluate = classroom.task, classroom.evaluate
+    state = TrainState(task.fingerprint)
+    if point is not None:
+        surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
+        state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world=world)
+    fit(
+        task,
+        state,
+        classroom.budget,
+        schedule=classroom.schedule,
+        metrics=None,
+        evaluate=None if evaluate is None else lambda: evaluate()[0],
+        save=lambda _state: hand_in_random_state(world),
+        stop=stop,
+        scaler=classroom.scaler,
+        world=world,
+    )
+
+
+def hand_in_random_state(world: World) -> None:
+    """Give process 0 what only this one knows of the checkpoint that is being saved."""
+    world.gathered(rng.capture())
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _say_farewell(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_FAREWELL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

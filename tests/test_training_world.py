@@ -1,0 +1,134 @@
+"""Several processes that train one model: the same learning, exact resume, any number of them after a resume, honest ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from live_server import eventually
+from shard_setups import write_shards
+from test_training_pretrain import recipe_of
+
+from nightschool.events import read_events
+from nightschool.store import checkpoints
+from nightschool.store.home import Home
+from nightschool.store.runs import RunStore
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shards(folder)
+    return folder
+
+
+def plain_recipe(corpus, processes, **train):
+    return recipe_of(corpus, pretrain={"sample_tokens": 0}, train={"num_processes": processes, **train})
+
+
+def start(home, run, *, resume=None):
+    arguments = ["--home", str(home.path), "--run", run.id]
+    return subprocess.Popen(
+        [sys.executable, "-m", "nightschool.training.run", *arguments, *(["--resume", resume] if resume else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
+
+
+def new_run(home, plain):
+    home.ensure()
+    return RunStore(home).create(plain, name="neox")
+
+
+def rows_of(run):
+    return {row["step"]: row for row in read_events(run.metrics_path)}
+
+
+def last_checkpoint(run):
+    return checkpoints.newest_whole(run).checkpoint.path
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, corpus):
+    """Two processes, twelve steps, undisturbed."""
+    home = Home(tmp_path_factory.mktemp("straight") / "home")
+    run = new_run(home, plain_recipe(corpus, 2))
+    code, output = finish(start(home, run))
+    assert code == 0, output
+    return run
+
+
+def test_two_processes_learn_what_one_learns_from_twice_the_batch(tmp_path, corpus, straight):
+    home = Home(tmp_path / "home")
+    run = new_run(home, plain_recipe(corpus, 1, batch_size=4))
+    code, output = finish(start(home, run))
+    assert code == 0, output
+    one, two = rows_of(run), rows_of(straight)
+    assert one.keys() == two.keys()
+    for step in one:
+        for key in ("loss", "heldout_loss", "grad_norm"):
+            if key in one[step]:
+                assert two[step][key] == pytest.approx(one[step][key], rel=2e-3)
+        for key in ("tokens_trained", "tokens_trained_total", "learning_rate", "epoch"):
+            assert two[step][key] == one[step][key]
+    assert not (straight.path / "log-rank1.txt").read_text()
+
+
+def test_stopped_and_resumed_by_two_and_once_by_one(tmp_path, corpus, straight):
+    """2 → 2 is bitwise; then 2 → 1 goes on with the same data where the two stopped."""
+    home = Home(tmp_path / "home")
+    run = new_run(home, plain_recipe(corpus, 2))
+    process = start(home, run)
+    eventually(lambda: 4 in rows_of(run) if run.metrics_path.exists() else False, seconds=60)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    if code != 0:  # it may have been done already
+        assert code == 75, output
+        code, output = finish(start(home, run, resume="latest"))
+    assert code == 0, output
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "rng-rank1.safetensors"):
+        assert (last_checkpoint(run) / name).read_bytes() == (last_checkpoint(straight) / name).read_bytes()
+
+    other = new_run(home, plain_recipe(corpus, 1, batch_size=4))
+    source = next(point for point in checkpoints.ls(straight) if point.step == 6)
+    other.checkpoints_path.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["cp", "-r", str(source.path), str(other.checkpoints_path)], check=True)
+    code, output = finish(start(home, other, resume=source.name))
+    assert code == 0, output
+    assert rows_of(other)[12]["tokens_trained_total"] == rows_of(straight)[12]["tokens_trained_total"]
+    assert rows_of(other)[12]["loss"] == pytest.approx(rows_of(straight)[12]["loss"], rel=2e-3)
+
+
+def test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed(tmp_path, corpus):
+    home = Home(tmp_path / "home")
+    run = new_run(home, plain_recipe(corpus, 2, max_steps=100_000) | {"checkpoints": {"every": "5 steps"}})
+    process = start(home, run)
+    eventually(lambda: len(checkpoints.ls(run)) > 0, seconds=60)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "training.run"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 1
+    assert "Another process of this run is gone" in output
+    assert run.status.state == "failed"
+    assert checkpoints.newest_whole(run).checkpoint is not None
+    assert json.loads((run.path / "status.json").read_text())["error"]
+
+
+def test_a_world_that_is_half_described_is_refused():
+    from nightschool.errors import UsageError
+    from nightschool.training.world import joined_world
+
+    with pytest.raises(UsageError, match="LOCAL_RANK"), joined_world({"WORLD_SIZE": "2", "RANK": "0"}):
+        pass
