@@ -211,7 +211,8 @@ def test_what_is_forgotten_is_overwritten_while_the_database_is_open(home):
 def test_an_old_database_is_brought_up_to_date_with_what_it_holds(home, environment):  # noqa: F811
     with open_database(home, env=environment) as database, database.write() as connection:
         connection.execute(schedules.insert().values(name="kept"))
-        connection.execute(sa.text("DROP TABLE forgotten"))
+        for table in ("forgotten", "upload_files", "uploads"):
+            connection.execute(sa.text(f"DROP TABLE {table}"))
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
     with open_database(home, env=environment) as database, database.read() as connection:
         assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
@@ -244,6 +245,8 @@ def test_versions_that_were_kept_with_their_name_are_kept_without_it(home, envir
         ):
             ConversationStore(database).record(request_id, name, version, [{"role": "user", "content": "?"}], "!")
         with database.write() as connection:
+            for table in ("upload_files", "uploads"):
+                connection.execute(sa.text(f"DROP TABLE {table}"))
             connection.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
     with open_database(home, env=environment) as database:
         versions = [one.version for one in ConversationStore(database).select()]

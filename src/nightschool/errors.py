@@ -19,6 +19,10 @@
     ├── DiskFull                         exit 1    HTTP 507   no room; what was committed is still whole
     ├── NotLoaded                        exit 1    HTTP 503   no model is being served
     ├── QueueFull                        exit 1    HTTP 429   too many requests wait; retry later
+    ├── RemoteError                      exit 1    HTTP 502   an object store refused, or answered with nonsense
+    │   ├── CredentialsRefused           exit 1    HTTP 502   credentials are missing, wrong, expired or too weak
+    │   ├── BucketMissing                exit 4    HTTP 404   the bucket, container or repository does not exist
+    │   └── Unreachable                  exit 1    HTTP 503   the network or the store failed; later it may work
     └── Interrupted                      exit 75   HTTP 503   stopped by a signal; resumable
 
 Every message has one sentence of fact and one of remedy, in the names that the user typed.
@@ -164,6 +168,26 @@ class QueueFull(NightschoolError):
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         self.retry_after_seconds = retry_after_seconds
         super().__init__(message)
+
+
+class RemoteError(NightschoolError):
+    http_status = 502
+    code = "remote"
+
+
+class CredentialsRefused(RemoteError):
+    code = "credentials_refused"
+
+
+class BucketMissing(RemoteError):
+    exit_code = 4
+    http_status = 404
+    code = "bucket_missing"
+
+
+class Unreachable(RemoteError):
+    http_status = 503
+    code = "unreachable"
 
 
 class Interrupted(NightschoolError):

@@ -12,6 +12,7 @@ from typing import Literal
 
 _NUMBER = r"(?P<number>\d+(?:\.\d+)?)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -48,6 +49,21 @@ def parse_tokens(value: str | int) -> int:
     if tokens != int(tokens):
         raise ValueError(f"{value!r} is no whole number of tokens")
     return int(tokens)
+
+
+def parse_bytes(value: str | int) -> int:
+    """Bytes from `20000000`, `20 MB`, `1.5 GB`, `512 kB`; decimal units, as disks and networks count.
+
+    Raises:
+        ValueError: If the text is no count of bytes, or it is less than 1.
+    """
+    match = re.fullmatch(rf"{_NUMBER}\s*(?P<unit>[kmgt]?)(?:b(?:/s)?)?", str(value).strip().lower())
+    if isinstance(value, bool) or match is None:
+        raise ValueError(f"{value!r} is no count of bytes; write for example 20 MB or 1.5 GB")
+    count = int(Decimal(match["number"]) * _BYTES[match["unit"]])
+    if count < 1:
+        raise ValueError(f"{value!r} is less than one byte; write for example 20 MB or 1.5 GB")
+    return count
 
 
 def parse_share(value: str | float) -> float:

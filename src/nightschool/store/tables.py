@@ -128,3 +128,45 @@ schedules = sa.Table(
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("paused_at", UtcDateTime),
 )
+
+# One row per checkpoint and place. `digest` is the SHA-256 of its manifest.json: a checkpoint that is written again
+# under its name begins anew.
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("home", sa.Text, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("run_id", sa.String(200), nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("archive", sa.Boolean, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("bandwidth", sa.BigInteger),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("next_try_at", UtcDateTime, nullable=False),
+    sa.Column("owner", sa.String(200)),
+    sa.Column("lease_until", UtcDateTime),
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error", AnyJson),
+    sa.Column("queued_at", UtcDateTime, nullable=False),
+    sa.Column("finished_at", UtcDateTime),
+    sa.UniqueConstraint("path", "url"),
+)
+
+upload_files = sa.Table(
+    "upload_files",
+    metadata,
+    sa.Column("upload_id", sa.ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("name", sa.String(500), primary_key=True),
+    sa.Column("place", sa.Integer, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("stamp", sa.String(200)),
+    sa.Column("sent_bytes", sa.BigInteger, nullable=False),
+    sa.Column("session", sa.Text),
+    sa.Column("etag", sa.String(200)),
+)

@@ -1,0 +1,167 @@
+"""`python -m nightschool.jobs.uploader --home H [--drain]`: brings what the journal holds to its place.
+
+One process per home, detached from who started it. It ends when nothing is left to do for a while; whoever enters
+something starts it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nightschool.errors import Interrupted, Locked, NightschoolError
+from nightschool.events import EventLog, now
+from nightschool.store import uploads
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.remotes import TIMEOUT_SECONDS
+from nightschool.store.runs import Run
+from nightschool.store.uploads.journal import Journal, Upload
+from nightschool.store.uploads.push import attempt
+from nightschool.units import format_bytes
+
+# Training comes first.
+_NICENESS = 10
+_IDLE_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+# Whoever looks whether an uploader runs holds its lock for a moment.
+_LOCK_SECONDS = 2.0
+_PAUSE_AFTER_FAULT_SECONDS = 5.0
+
+Say = Callable[[str], None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Upload until there is nothing to do. Prints into the log of the uploads."""
+    parser = argparse.ArgumentParser(prog="python -m nightschool.jobs.uploader", description="Upload what is due.")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--drain", action="store_true", help="end as soon as nothing is queued; 1 if something failed")
+    parser.add_argument("--idle-seconds", type=float, default=_IDLE_SECONDS)
+    parser.add_argument("--timeout-seconds", type=float, default=TIMEOUT_SECONDS)
+    given = parser.parse_args(arguments)
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop.note)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(_NICENESS)
+    idle_seconds = 0.0 if given.drain else given.idle_seconds
+    try:
+        return serve(
+            Home(given.home), idle_seconds=idle_seconds, timeout_seconds=given.timeout_seconds, stop=stop, say=_say
+        )
+    except Locked as error:
+        _say(str(error))
+        # Draining means that all is done when it returns; somebody else is at it.
+        return error.exit_code if given.drain else 0
+    except NightschoolError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+
+
+def serve(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Callable[[], bool], say: Say) -> int:
+    """Upload whatever is due, until nothing is queued for `idle_seconds`.
+
+    Returns:
+        0, or 1 if an upload has failed for good.
+
+    Raises:
+        Locked: If the home has another uploader.
+        Interrupted: If `stop` says so.
+    """
+    while True:
+        with lock(uploads.uploader_lock_path(home), "the uploads of this home", wait_seconds=_LOCK_SECONDS):
+            _work(home, idle_seconds=idle_seconds, timeout_seconds=timeout_seconds, stop=stop, say=say)
+        # Something may have been entered while we still held the lock, by somebody who took us for alive.
+        with open_database(home) as db:
+            if Journal(home, db).seconds_to_next() is None:
+                return 1 if Journal(home, db).ls(states=("failed",)) else 0
+
+
+def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Callable[[], bool], say: Say) -> None:
+    for found in uploads.reconcile(home):
+        say(f"Found {found.name} of {found.run_id}, which was not in the journal")
+    idle_since = time.monotonic()
+    with open_database(home) as db:
+        journal = Journal(home, db)
+        while True:
+            if stop():
+                raise Interrupted("The uploader was stopped; it goes on where it was when it is started again.")
+            try:
+                upload = journal.claim()
+                if upload is not None:
+                    _tell(home, _timed(home, journal, upload, timeout_seconds, stop, say), say)
+                    idle_since = time.monotonic()
+                    continue
+                due = journal.seconds_to_next()
+            except Interrupted:
+                raise
+            except NightschoolError as error:  # of the database: full, or locked by somebody for too long
+                say(f"error: {error}")
+                time.sleep(_PAUSE_AFTER_FAULT_SECONDS)
+                continue
+            if due is None and time.monotonic() - idle_since >= idle_seconds:
+                return
+            # What is due and could not be taken is at work elsewhere.
+            time.sleep(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
+
+
+def _timed(
+    home: Home, journal: Journal, upload: Upload, timeout_seconds: float, stop: Callable[[], bool], say: Say
+) -> tuple[Upload, float]:
+    started = time.monotonic()
+    result = attempt(home, journal, upload, say=say, stop=stop, timeout_seconds=timeout_seconds)
+    return result, time.monotonic() - started
+
+
+def _tell(home: Home, timed: tuple[Upload, float], say: Say) -> None:
+    """Say how an attempt ended, here and in the events of the run."""
+    upload, seconds = timed
+    facts: dict[str, Any]
+    if upload.state == "done":
+        say(f"Uploaded {upload.name} of {upload.run_id}: {format_bytes(upload.size_bytes)} in {seconds:.1f} s")
+        event, facts = "uploaded", {"seconds": seconds, "size_bytes": upload.size_bytes}
+    elif upload.error is not None:
+        again = "waits for nightschool uploads retry" if upload.state == "failed" else "is tried again"
+        say(f"Not uploaded {upload.name} of {upload.run_id} (attempt {upload.attempts}; it {again}): {upload.error}")
+        event, facts = "upload_failed", {"error": upload.error, "attempts": upload.attempts, "state": upload.state}
+    else:
+        return
+    run = Run(upload.run_id, home.runs / upload.run_id)
+    if run.status_path.is_file():
+        with contextlib.suppress(OSError):  # the journal has it; the disk may be full
+            log = EventLog(run.events_path, run_id=run.id)
+            log.write(event, name=upload.name, url=upload.url, **facts)
+            log.close()
+
+
+class _Stop:
+    """Notes signals. The second one ends the process at once: nothing but the part that is under way is sent again."""
+
+    def __init__(self) -> None:
+        self._noted = False
+
+    def __call__(self) -> bool:
+        return self._noted
+
+    def note(self, number: int, _: FrameType | None) -> None:
+        if self._noted:
+            os._exit(128 + number)
+        self._noted = True
+
+
+def _say(text: str) -> None:
+    print(f"{now():%Y-%m-%d %H:%M:%S} {text}", flush=True)  # noqa: T201 - stdout is the log
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Downloads that go on where they broke off, and appear under their name only when they are whole."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from nightschool.errors import Conflict, Damaged, Locked, Unreachable
+from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder
+
+_ATTEMPTS = 6
+_WAIT_SECONDS = 600.0
+
+
+class _Facts(Protocol):
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def etag(self) -> str: ...
+
+
+def download(
+    url: str,
+    path: Path,
+    *,
+    facts: Callable[[], _Facts],
+    stream: Callable[[int, str], Iterator[bytes]],
+    sha256: str | None,
+    size_bytes: int | None,
+    on_bytes: Callable[[int], None] | None,
+) -> Path:
+    """See `Remote.get_to_file`. `facts` asks the store what is there now; `stream` reads it from a byte on."""
+    make_folder(path.parent)
+    with room_needed(path):
+        for attempt in range(_ATTEMPTS):
+            present = facts()
+            if size_bytes is not None and present.size_bytes != size_bytes:
+                raise Damaged(
+                    f"{url} has {present.size_bytes} bytes, but {size_bytes} belong there. "
+                    f"It was cut or replaced in the bucket; take another copy."
+                )
+            # The etag is in the name: a rest of another content is never gone on with.
+            mark = hashlib.sha256(f"{url}\n{present.etag}\n{sha256}".encode()).hexdigest()[:16]
+            rest = path.with_name(f".{path.name[:100]}-{mark}{PARTIAL}")
+            try:
+                _fetch(rest, path, present, stream, sha256=sha256, on_bytes=on_bytes, url=url)
+            except (Unreachable, Conflict) as error:
+                if attempt == _ATTEMPTS - 1 or isinstance(error, Locked):
+                    raise
+                time.sleep(random.uniform(0.1, 0.2 * 2**attempt))
+            else:
+                return path
+    raise AssertionError("the loop returns or raises")
+
+
+def _fetch(
+    rest: Path,
+    path: Path,
+    present: _Facts,
+    stream: Callable[[int, str], Iterator[bytes]],
+    *,
+    sha256: str | None,
+    on_bytes: Callable[[int], None] | None,
+    url: str,
+) -> None:
+    handle = _claim(rest)
+    try:
+        digest = hashlib.sha256()
+        position = _hash_what_is_there(handle, digest)
+        if position > present.size_bytes:
+            _start_over(handle)
+            digest, position = hashlib.sha256(), 0
+        for chunk in stream(position, present.etag) if position < present.size_bytes else ():
+            view = memoryview(chunk)
+            digest.update(view)
+            position += len(view)
+            if on_bytes is not None:
+                on_bytes(len(view))
+            while view:
+                view = view[os.write(handle, view) :]
+        if position != present.size_bytes:
+            raise Unreachable(
+                f"The transfer of {url} ended after {position} of {present.size_bytes} bytes. Try again later."
+            )
+        if sha256 is not None and digest.hexdigest() != sha256:
+            _start_over(handle)
+            raise Damaged(
+                f"{url} has the SHA-256 {digest.hexdigest()}, but {sha256} belongs there. "
+                f"It was altered on the way or in the bucket; try again, or take another copy."
+            )
+        os.fsync(handle)
+        rest.replace(path)
+        sync_folder(path.parent)
+    finally:
+        os.close(handle)
+
+
+def _claim(rest: Path) -> int:
+    """Open and lock what is fetched, or what an earlier process has of it."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        handle = os.open(rest, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.lstat(rest)):
+                return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise Locked(f"Another process is fetching {rest}. Wait until it is done, or stop it.") from None
+            time.sleep(0.05)
+        except FileNotFoundError:  # it became the file itself, or was swept
+            pass
+        os.close(handle)
+
+
+def _hash_what_is_there(handle: int, digest: hashlib._Hash) -> int:
+    position = 0
+    while chunk := os.pread(handle, 4 << 20, position):
+        digest.update(chunk)
+        position += len(chunk)
+    os.lseek(handle, position, os.SEEK_SET)
+    return position
+
+
+def _start_over(handle: int) -> None:
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)

@@ -1,0 +1,107 @@
+"""What lies where in a bucket, and the pointer to the newest checkpoint.
+
+<url>/<run id>/<checkpoint>/…      the files of a checkpoint; it exists when its manifest.json does
+<url>/<run id>/LATEST.json         the newest checkpoint of that run
+<url>/LATEST.json                  the newest checkpoint of the newest run
+<url>/<checkpoint>.tar.gz          an archive, which names no run: give each run an address of its own
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
+from nightschool.events import now
+from nightschool.store.remotes.address import check_key
+from nightschool.store.remotes.remote import Remote
+
+LATEST = "LATEST.json"
+ARCHIVE = ".tar.gz"
+_FORMAT = 1
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Where the newest checkpoint is. `key` is relative to the address; `digest` is the SHA-256 of its manifest."""
+
+    run_id: str
+    name: str
+    key: str
+    step: int
+    attempt: int
+    digest: str
+    updated_at: str
+
+    @property
+    def order(self) -> tuple[str, str, int, int]:
+        """Later is greater. A run's id ends with when it began; clocks of machines are asked for nothing else."""
+        name, _, stamp = self.run_id.rpartition("-")
+        return stamp, name, self.attempt, self.step
+
+
+def checkpoint_key(run_id: str, name: str) -> str:
+    """Where the files of a checkpoint lie."""
+    return check_key(f"{run_id}/{name}")
+
+
+def archive_key(name: str) -> str:
+    """Where the archive of a checkpoint lies."""
+    return check_key(f"{name}{ARCHIVE}")
+
+
+def read_pointer(remote: Remote, key: str = LATEST) -> tuple[Pointer, str] | None:
+    """A pointer and its etag, or None if there is none.
+
+    Raises:
+        Damaged: If it has not the form of a pointer.
+    """
+    try:
+        content = remote.read(key, most_bytes=1 << 16)
+    except NotFound:
+        return None
+    where = remote.url_of(key)
+    try:
+        plain = json.loads(content.data)
+        if plain.pop("format") != _FORMAT:
+            raise MadeByNewer(f"{where} was written by a newer nightschool. Use that version.")
+        pointer = Pointer(**plain)
+        check_key(pointer.key)
+        if not all(isinstance(value, int) for value in (pointer.step, pointer.attempt)):
+            raise TypeError("step and attempt are no numbers")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(
+            f"{where} is no pointer to a checkpoint ({error}). Remove it, or name the checkpoint that you want."
+        ) from error
+    return pointer, content.etag
+
+
+def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
+    """Point to a checkpoint unless a later one is there. Returns whether it did.
+
+    Raises:
+        Conflict: If others keep moving it, which is no reason to doubt the checkpoint itself.
+    """
+    content = (json.dumps({"format": _FORMAT, **asdict(pointer)}, indent=2) + "\n").encode()
+    for attempt in range(_ATTEMPTS):
+        present = read_pointer(remote, key)
+        if present is not None and present[0].order >= pointer.order:
+            return present[0].digest == pointer.digest
+        try:
+            remote.compare_and_swap(key, content, None if present is None else present[1])
+        except Conflict:
+            if attempt == _ATTEMPTS - 1:
+                raise
+        else:
+            return True
+    return False
+
+
+def pointer_to(
+    run_id: str, name: str, key: str, step: int, attempt: int, digest: str, clock: Callable[[], datetime] = now
+) -> Pointer:
+    """The pointer of a checkpoint that has just arrived."""
+    return Pointer(run_id, name, key, step, attempt, digest, clock().isoformat())
