@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from nightschool.cli.terms import find_checkpoint
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.jobs.cycle import Surroundings, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
-from nightschool.jobs.launch import start_process
+from nightschool.jobs.launch import child_environment, start_process
 from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.jobs.study import starting_weights
 from nightschool.store.home import Home
@@ -36,7 +38,7 @@ def train(
 
     The run starts from the champion of the recipe's name where there is one, else from its base. Exits 0 when the
     candidate was promoted (or published, where serve.promote says so), 3 when the gate refused it, 75 when it was
-    interrupted and can be resumed.
+    interrupted and can be resumed. Started by torchrun or accelerate launch, all processes train one run.
 
     Args:
         recipe: A recipe file. Not needed with --resume.
@@ -46,6 +48,13 @@ def train(
         dry_run: Only print the plan, as nightschool plan does.
     """
     home = Home.find()
+    if int(os.environ.get("RANK", "0")) > 0:
+        # One of several that torchrun started: the first one decides, this one trains along.
+        return subprocess.run(
+            [sys.executable, "-m", "nightschool.training.run", "--home", str(home.path)],
+            env=child_environment("alone"),
+            check=False,
+        ).returncode
     if dry_run:
         if recipe is None or resume is not None:
             raise UsageError("A dry run plans a recipe: nightschool train RECIPE -n, without --resume.")

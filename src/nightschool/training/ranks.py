@@ -45,7 +45,7 @@ def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapp
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    arguments = ["--home", str(home.path), "--run", run.id, "--root", str(root)]
+    arguments = ["--home", str(home.path), "--root", str(root)]
     with ExitStack() as stack:
         for rank in range(1, count):
             log = stack.enter_context(log_of(run, rank).open("ab"))

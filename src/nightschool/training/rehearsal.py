@@ -11,12 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nightschool.config.recipe import Recipe
 from nightschool.errors import Interrupted, NightschoolError
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
+from nightschool.training.ranks import started_ranks
 from nightschool.training.run import execute
 from nightschool.training.signals import StopRequest, stop_on_signals
+from nightschool.training.world import joined_world
 
 
 class StopAfter(StopRequest):
@@ -50,8 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             home = Home(given.home.absolute())
             run = RunStore(home).get(given.run)
-            with lock(run.lock_path, f"the run {run.id}"):
-                execute(home, run, resume="latest", root=given.root.absolute(), stop=stop)
+            root, count = given.root.absolute(), Recipe.model_validate(run.recipe()).train.num_processes
+            with started_ranks(home, run, root, count) as environment, joined_world(environment) as world:
+                with lock(run.lock_path, f"the run {run.id}"):
+                    # The other processes ask this one whether to stop.
+                    execute(home, run, resume="latest", root=root, stop=stop, world=world)
         except Interrupted as error:
             if signals.reason is None:
                 return 0

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from nightschool.config.recipe import Recipe
-from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError
+from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError, UsageError
 from nightschool.models.cost import count_parameters
 from nightschool.store import checkpoints
 from nightschool.store.atomic import write_json
@@ -47,7 +47,7 @@ from nightschool.training.saving import Saver, open_saver
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
 from nightschool.training.surroundings import describe_environment, surroundings_of
-from nightschool.training.world import ALONE, World, joined_world
+from nightschool.training.world import ALONE, World, is_about_others, joined_world
 from nightschool.units import format_seconds
 
 STATUS_SECONDS = 2.0
@@ -63,30 +63,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m nightschool.training.run", description="Train one run.")
     parser.add_argument("--home", type=Path, required=True, help="the home that holds the run")
-    parser.add_argument("--run", required=True, help="the id of the run")
+    parser.add_argument("--run", help="the id of the run; a process other than the first hears it from that one")
     parser.add_argument("--resume", help="the name of a checkpoint, or `latest`")
     parser.add_argument("--root", type=Path, default=Path(), help="where relative paths of the recipe begin")
     given = parser.parse_args(arguments)
     with stop_on_signals() as stop:
         try:
-            home = Home(given.home.absolute())
+            home, root = Home(given.home.absolute()), given.root.absolute()
+            if given.run is None or int(os.environ.get("RANK", "0")) > 0:
+                return _follow(home, root, stop)
             run = RunStore(home).get(given.run)
-        except NightschoolError as error:
-            return _complain(error, error.exit_code)
-        root = given.root.absolute()
-        try:
             with (
                 started_ranks(home, run, root, _wanted_processes(run)) as environment,
                 joined_world(environment) as world,
             ):
-                if not world.is_first:
-                    follow(home, run, world=world, root=root, stop=stop)
-                    return 0
+                world.from_first(run.id)
                 return _guarded(home, run, given.resume, root, stop, world)
-        except Interrupted as error:
-            return error.exit_code
         except NightschoolError as error:
             return _complain(error, error.exit_code)
+
+
+def _follow(home: Home, root: Path, stop: StopRequest) -> int:
+    """Be one of the other processes of whatever run process 0 names."""
+    with joined_world() as world:
+        if world.is_first:
+            raise UsageError(
+                "There is no --run, and no other process that could name it. Write nightschool train RECIPE."
+            )
+        try:
+            follow(home, RunStore(home).get(world.from_first("")), world=world, root=root, stop=stop)
+        except RuntimeError as error:
+            if not is_about_others(error):
+                raise
+            return _complain(error, 1)
+    return 0
 
 
 def _wanted_processes(run: Run) -> int:
@@ -139,7 +149,7 @@ def _explained(error: Exception) -> Exception:
             f"The GPU has no more room: {error} Lower train.batch_size and raise train.accumulation_steps, "
             "or write train.gradient_checkpointing=true."
         )
-    if isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or "nccl" in str(error).lower()):
+    if isinstance(error, RuntimeError) and is_about_others(error):
         return NightschoolError(
             f"Another process of this run is gone, so it cannot go on: {str(error).splitlines()[0]} "
             "See log-rank1.txt and so on in the run's folder; go on with --resume latest."

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from nightschool.config.recipe import Checkpoints
 from nightschool.errors import DiskFull, NightschoolError
-from nightschool.store import checkpoints
+from nightschool.store import checkpoints, uploads
+from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.store.writing.client import WriterProcess, writing_lock
 from nightschool.store.writing.commit import Order, Outcome, carry_out
@@ -61,6 +62,7 @@ class Saver:
         self, run: Run, settings: Checkpoints, lock_file: int, say: Say, *, rank: int = 0, num_ranks: int = 1
     ) -> None:
         self._rank, self._num_ranks = rank, num_ranks
+        self._home = Home(run.path.parent.parent)
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
         self.attempt = checkpoints.next_attempt(run)
         self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
@@ -91,6 +93,9 @@ class Saver:
             NightschoolError: If the save before this one failed for another reason.
         """
         self.settle()
+        upload = self._settings.upload
+        if upload is not None and upload.max_pending is not None:
+            uploads.wait_for_room(self._home, upload.max_pending, say=self._say)
         facts = state.facts | {checkpoints.ATTEMPT: self.attempt}
         keep = self._settings.keep
         order = Order(
@@ -111,7 +116,7 @@ class Saver:
         assert self._snapshot is not None
         files, end = self._snapshot.take(state, order)
         self._pending = order, files
-        if not self._writer.hand_over(order, files, end):
+        if not self._writer.hand_over(order, files, end) or (upload is not None and not upload.background):
             self.settle()
 
     def settle(self) -> None:

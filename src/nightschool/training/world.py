@@ -159,6 +159,12 @@ def joined_world(environment: Mapping[str, str] | None = None) -> Iterator[World
         dist.destroy_process_group()
 
 
+def is_about_others(error: RuntimeError) -> bool:
+    """Whether this error of torch says that another process is gone."""
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "socket"))
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in runs of one dtype and at most `_BUCKET_BYTES`; a larger one is alone."""
     bucket: list[Tensor] = []
