@@ -1,6 +1,6 @@
 """The order of the writes that makes a checkpoint: whoever is interrupted leaves the old state or the new one.
 
-    files, each synced → manifest.json → folder synced → renamed → parent synced → retention → `latest` → event
+    files, each synced → manifest.json → folder synced → renamed → parent synced → upload journal → retention → `latest` → event
 
 The digests are computed from the bytes on their way to the disk: what the disk then loses is found when it is read.
 """
@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nightschool.errors import DiskFull, NightschoolError
 from nightschool.events import EventLog
-from nightschool.store import checkpoints
+from nightschool.store import checkpoints, uploads
 from nightschool.store.atomic import publish_directory, room_needed, write_text
 from nightschool.store.checkpoints import LATEST, Keep
+from nightschool.store.home import Home
 from nightschool.store.manifest import FileFacts, seal
 from nightschool.store.runs import Run
 from nightschool.store.writing.parts import (
@@ -173,20 +175,35 @@ def _write_with_room(run: Run, order: Order, contents: Contents) -> int:
     try:
         return write_folder(target, order.facts, contents, num_ranks=order.num_ranks)
     except DiskFull:
-        removed = checkpoints.apply_retention(run, order.keep)
-        note(run, "disk_full", step=order.facts["step"], name=target.name, removed=[point.name for point in removed])
+        note(run, "disk_full", step=order.facts["step"], name=target.name, removed=_retain(run, order))
     return write_folder(target, order.facts, contents, num_ranks=order.num_ranks)
 
 
 def _tidy_up(run: Run, order: Order) -> tuple[list[str], str | None]:
-    """Point at the new checkpoint and remove old ones. What goes wrong here makes it no less of a checkpoint."""
+    """Upload, remove old ones, point at the new one. What goes wrong here makes it no less of a checkpoint."""
     removed: list[str] = []
     try:
-        removed = [point.name for point in checkpoints.apply_retention(run, order.keep)]
+        uploads.after_commit(_home_of(run), run, Path(order.target), say=say)
+        removed = _retain(run, order)
         write_text(run.checkpoints_path / LATEST, Path(order.target).name + "\n")
     except (NightschoolError, OSError) as error:
         return removed, str(error)
     return removed, None
+
+
+def say(text: str) -> None:
+    """One line in the log of the run."""
+    with suppress(OSError):  # the terminal may be gone
+        print(text, flush=True)  # noqa: T201
+
+
+def _retain(run: Run, order: Order) -> list[str]:
+    removed = checkpoints.apply_retention(run, order.keep, is_pending=partial(uploads.is_pending, _home_of(run)))
+    return [point.name for point in removed]
+
+
+def _home_of(run: Run) -> Home:
+    return Home(run.path.parent.parent)
 
 
 def _write_part(order: Order, contents: Contents) -> int:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from nightschool.store.locks import taken_over
-from nightschool.store.writing.commit import Contents, Order, Outcome, Pieces, carry_out
+from nightschool.store.writing.commit import Contents, Order, Outcome, Pieces, carry_out, say
 from nightschool.store.writing.memory import SharedMemory
 
 # Training comes first; the disk is slower than a niced process anyway.
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     memory.reserve(int(message["reserve_bytes"]))
                 continue
             outcome = _obey(message, memory)
-            with suppress(OSError):  # the terminal may be gone
-                print(outcome, flush=True)  # noqa: T201 - stdout is the log of the run
+            say(str(outcome))
             with suppress(OSError):  # the trainer may be gone; the checkpoint is there
                 channel.sendall(json.dumps(outcome.to_json()).encode() + b"\n")
     return 0
