@@ -30,10 +30,10 @@ GOALS = {
 }
 # preset, vocabulary, batch size, steps, steps of the quick setting
 SETTINGS = [
-    ("neox-tiny", 8192, 8, 120, 24),
-    ("neox-30m", 8192, 4, 20, 0),
-    ("neox-tiny", 32768, 8, 60, 12),
-    ("neox-30m", 32768, 4, 14, 0),
+    ("neox-tiny", 8192, 8, 120, 8),
+    ("neox-30m", 8192, 4, 48, 0),
+    ("neox-tiny", 32768, 8, 80, 4),
+    ("neox-30m", 32768, 4, 48, 0),
 ]
 
 
@@ -45,7 +45,7 @@ def recipe(place: str, preset: str, batch_size: int, steps: int, dtype: str) -> 
         "method": "pretrain",
         "data": [{"path": place}],
         "held_out": {"share": 0.01},
-        "pretrain": {"held_out_tokens": 16 * SEQ_LEN, "loss_across_documents": True, "sample_tokens": 0},
+        "pretrain": {"held_out_tokens": 4 * SEQ_LEN, "loss_across_documents": True, "sample_tokens": 0},
         "train": {
             "max_steps": steps,
             "max_seq_len": SEQ_LEN,
