@@ -126,6 +126,12 @@ class AdamW:
         if self._masters:
             torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
 
+    @torch.no_grad()
+    def take_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin from weights that have more digits than the parameters, by the names of these."""
+        for name, master in self._masters.items():
+            master.copy_(weights[name])
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.inner.zero_grad(set_to_none=True)
