@@ -9,11 +9,14 @@ import pytest
 from cli_home import add_checkpoint, make_run, training_metrics
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import update
 
 from nightschool.cli.chart import chart
 from nightschool.cli.checkpoint_figures import trend
 from nightschool.cli.checkpoint_plot import smoothed
 from nightschool.cli.main import main
+from nightschool.store import tables, uploads
+from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
 FALLING = [4.0, 3.5, 3.0, 2.5, 2.25, 2.0, 1.75, 1.5]
@@ -248,6 +251,23 @@ def test_milestones_stay_when_pruned(home, capsys):
     assert removed == ["checkpoint-epoch1-step4-files1", "checkpoint-epoch3-step12-files1"]
     assert main(["checkpoints", "prune", "--yes", "--keep-every", "2h"]) == 2
     assert main(["checkpoints", "prune", "--yes", "--keep-every", "often"]) == 2
+
+
+def test_the_list_says_what_was_uploaded_and_prune_leaves_what_was_not(home, capsys):
+    run = make_run(home)
+    paths = [add_checkpoint(run, step) for step in (4, 8, 12, 16)]
+    for path in paths[:3]:
+        uploads.enqueue(home, run_id=run.id, checkpoint=path, url=f"memory://bucket/{path.name}")
+    with open_database(home) as db, db.write() as connection:
+        for path, state in ((paths[0], "done"), (paths[2], "failed")):
+            connection.execute(update(tables.uploads).where(tables.uploads.c.path == str(path)).values(state=state))
+    assert [row["upload"] for row in _json(capsys, "checkpoints", "ls")] == ["uploaded", "waiting", "failed", None]
+    assert main(["checkpoints", "ls"]) == 0
+    assert capsys.readouterr().out.splitlines()[3].endswith("waiting")
+    assert main(["top", "--once"]) == 0
+    assert "uploads   1 done, 1 waiting" in capsys.readouterr().out
+    removed = _json(capsys, "checkpoints", "prune", "--yes")["removed"]
+    assert removed == [paths[0].name]
 
 
 @pytest.mark.parametrize(

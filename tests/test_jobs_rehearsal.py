@@ -84,7 +84,7 @@ def test_a_run_that_resumes_exactly_is_called_exact_and_is_not_changed(home, qui
     assert main(["checkpoints", "verify", run.id, "--resume"]) == 0
     out = capsys.readouterr().out
     assert "EXACT" in out
-    assert "steps 5 to 6, saved, then steps 7 to 8 by another process" in out
+    assert "steps 5 to 6, saved; then, started anew, steps 7 to 8" in out
     assert "the very same loss in 4 of 4 steps" in out
 
 

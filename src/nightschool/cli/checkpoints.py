@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from nightschool.cli.checkpoint_figures import facts_of, figures_of
 from nightschool.cli.runs import flatten
 from nightschool.cli.session import answer, confirm, table
 from nightschool.cli.terms import figure, find_checkpoint, find_run, folder_bytes, moment
+from nightschool.cli.upload_state import upload_states
 from nightschool.errors import Damaged, NotFound, UsageError
 from nightschool.jobs.outcome import CycleFacts
-from nightschool.store import checkpoints
+from nightschool.store import checkpoints, uploads
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
@@ -27,9 +29,10 @@ def ls(run_id: str | None = None, /) -> None:
     Args:
         run_id: The run; the newest without it.
     """
-    run = find_run(Home.find(), run_id)
-    points = checkpoints.ls(run)
-    rows = [facts_of(run, point) for point in points]
+    home = Home.find()
+    run = find_run(home, run_id)
+    points, sent = checkpoints.ls(run), upload_states(home, run)
+    rows = [{**facts_of(run, point), "upload": sent.get(point.name)} for point in points]
     _mark(rows, [point.name for point in checkpoints.by_age(points)])
     answer(
         rows,
@@ -52,7 +55,7 @@ def _listed(rows: list[dict[str, Any]]) -> str:
     lines = []
     for index, row in enumerate(rows, 1):
         size = None if row["size_bytes"] is None else format_bytes(row["size_bytes"])
-        marks = ", ".join(mark for mark in ("newest", "best") if row[mark])
+        marks = ", ".join([*(mark for mark in ("newest", "best") if row[mark]), *filter(None, [row["upload"]])])
         lines.append(
             (
                 index,
@@ -207,7 +210,7 @@ def prune(
         f"{run.id} and delete the others?",
         yes=yes,
     )
-    removed = checkpoints.apply_retention(run, keep)
+    removed = checkpoints.apply_retention(run, keep, is_pending=partial(uploads.is_pending, home))
     answer(
         {"run_id": run.id, "removed": [point.name for point in removed]},
         lambda: "\n".join([*(f"deleted  {point.name}" for point in removed), f"{len(removed)} deleted"]),

@@ -43,8 +43,8 @@ def _lines(verdict: Verdict) -> list[str]:
     lines = [
         f"run            {verdict.run_id}",
         f"from           {verdict.checkpoint or 'step 0: no checkpoint lies early enough'}",
-        f"uninterrupted  {_steps(first, last)} by one process",
-        f"resumed        {_steps(first, middle)}, saved, then {_steps(middle, last)} by another process",
+        f"uninterrupted  {_steps(first, last)}",
+        f"resumed        {_steps(first, middle)}, saved; then, started anew, {_steps(middle, last)}",
         f"compared       {found.num_tensors} tensors ({format_bytes(found.tensor_bytes)}) bit by bit, "
         f"and {found.num_values} plain values",
     ]

@@ -18,6 +18,7 @@ import psutil
 
 from nightschool.cli.metrics_rows import Row, RowsFollower, is_number
 from nightschool.cli.terms import plain
+from nightschool.cli.upload_state import upload_summary
 from nightschool.errors import NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.jobs.processes import effective_state, training_process
@@ -70,6 +71,7 @@ class Monitor:
             **self._details(chosen, rows[chosen.id]),
             "runs": list(rows.values()),
             "machine": self._machine(),
+            "uploads": _tried(lambda: upload_summary(self.home), None),
         }
 
     def _choose(self, runs: list[Run], rows: dict[str, dict[str, Any]], wanted: str | None) -> Run:

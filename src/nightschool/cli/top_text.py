@@ -84,8 +84,11 @@ def machine_line(machine: Frame) -> str:
 
 
 def uploads_line(uploads: Frame) -> str:
-    """What waits to be uploaded."""
-    return f"uploads   {uploads['pending']} waiting ({format_bytes(uploads['pending_bytes'])})"
+    """What waits to be uploaded, and what could not be."""
+    line = f"uploads   {uploads['done']} done, {uploads['pending']} waiting ({format_bytes(uploads['pending_bytes'])} left)"
+    if uploads["failed"]:
+        line += f", {uploads['failed']} FAILED: {uploads['error']}"
+    return line
 
 
 def _gpu_line(gpu: Frame) -> str:

@@ -35,7 +35,7 @@ from nightschool.units import Every
 
 FEWEST_STEPS = 2
 # What a run writes while it trains; the copy writes its own.
-_NOT_COPIED = ("checkpoints", "tensorboard", "*.lock", "log.txt", "events.jsonl", "status.json", "*.partial")
+_NOT_COPIED = ("checkpoints", "tensorboard", "*.lock", "log*.txt", "events.jsonl", "status.json", "*.partial")
 # Files of published versions are never written again, so that a link to a large one is as good as a copy.
 _LINKED_BYTES = 1 << 16
 # How long a writer that outlives its trainer may take to finish a checkpoint.
@@ -262,13 +262,18 @@ class _Starter:
         if self.stop.requested or code == INTERRUPTED_EXIT_CODE:
             raise Interrupted("A signal ended the rehearsal; the run itself is as it was. Begin the rehearsal again.")
         if code != 0:
-            raise NightschoolError(f"A process of the rehearsal failed: {_last_error(copy.log_path, code)}")
+            raise NightschoolError(f"A process of the rehearsal failed: {_last_error(copy, code)}")
 
 
-def _last_error(log: Path, code: int) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _last_error(copy: Run, code: int) -> str:
+    """What it said last; where several train together, also what the others said, because one of them was the first."""
+    lines = copy.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return said[-1] if said else f"{how_it_ended(code)}. Its last line was: {lines[-1] if lines else 'none'}"
+    texts = [said[-1] if said else f"{how_it_ended(code)}. Its last line was: {lines[-1] if lines else 'none'}"]
+    for log in sorted(copy.path.glob("log-*.txt")):
+        last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        texts += [f"{log.stem}: {last}"] if last else []
+    return " ".join(texts)
 
 
 def _wait_for_checkpoint(copy: Run, step: int) -> Checkpoint:

@@ -54,10 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             home = Home(given.home.absolute())
             run = RunStore(home).get(given.run)
             root, count = given.root.absolute(), Recipe.model_validate(run.recipe()).train.num_processes
-            with started_ranks(home, run, root, count) as environment, joined_world(environment) as world:
-                with lock(run.lock_path, f"the run {run.id}"):
-                    # The other processes ask this one whether to stop.
-                    execute(home, run, resume="latest", root=root, stop=stop, world=world)
+            with (
+                started_ranks(home, run, root, count) as environment,
+                joined_world(environment) as world,
+                lock(run.lock_path, f"the run {run.id}"),
+            ):
+                # The other processes hear from this one which run it is, and when it stops.
+                world.from_first(run.id)
+                execute(home, run, resume="latest", root=root, stop=stop, world=world)
         except Interrupted as error:
             if signals.reason is None:
                 return 0
