@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, load_model, save_file
 from training_setups import differing, one_deterministic_thread
 
+from nightschool.cli.main import main as nightschool
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, NotFound, StateMismatch
 from nightschool.events import read_events
@@ -275,3 +276,24 @@ def test_an_archive_that_reaches_outside_is_refused(home, tmp_path, name):
 def test_plain_safetensors_loads_the_weights(exported):
     model = build_model("tiny-qwen3", vocab_size_of(exported), seed=1)
     assert load_model(model, exported / "model.safetensors") == (set(), [])
+
+
+def test_the_commands_export_and_import(home, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(home.path))
+    monkeypatch.chdir(home.path.parent)
+    point = checkpoints.ls(trained)[0]
+    folder = tmp_path / point.name
+    arguments = ["checkpoints", "export", f"{trained.id}/{point.name}", str(folder), "--layout", "accelerate"]
+    assert nightschool(arguments) == 0
+    assert (folder / "optimizer.bin").is_file()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(trained.recipe_path.read_text())
+    capsys.readouterr()
+    assert nightschool(["checkpoints", "import", str(folder), str(recipe), "train.epochs=5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["name"]) == (point.step, point.name)
+    assert len(told["began_anew"]) == 1
+    assert checkpoints.get(RunStore(home).get(told["run_id"]), point.name)
+    runs = len(RunStore(home).ls())
+    assert nightschool(["checkpoints", "import", str(tmp_path / "nowhere"), str(recipe)]) == 4
+    assert len(RunStore(home).ls()) == runs

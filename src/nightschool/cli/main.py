@@ -82,7 +82,11 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "prune": ("nightschool.cli.checkpoints:prune", "Delete old checkpoints, never the only whole one."),
             "compare": ("nightschool.cli.checkpoints:compare", "The figures of checkpoints, side by side."),
             "plot": ("nightschool.cli.checkpoint_plot:plot", "Draw loss, held-out loss and learning rate."),
-            "export": ("nightschool.cli.checkpoints:export", "Write its weights as a plain Hugging Face folder."),
+            "export": (
+                "nightschool.cli.checkpoint_exchange:export",
+                "Write it as a folder that transformers or accelerate loads.",
+            ),
+            "import": ("nightschool.cli.checkpoint_exchange:import_", "Go on from what accelerate wrote."),
         },
     ),
     "models": (

@@ -13,9 +13,8 @@ from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint import load_weights
-from nightschool.training.classroom import prepare_classroom
+from nightschool.training.preparing import prepare
 from nightschool.training.selection import read_selection
-from nightschool.training.surroundings import rerun_of
 
 
 def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, root: Path) -> float:
@@ -36,17 +35,14 @@ def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
         Damaged: If a file of the checkpoint was altered.
         ModelError: If the folder, loaded again, is not the model.
     """
-    selection = read_selection(run.path)
-    if selection is None:
+    if read_selection(run.path) is None:
         raise NotFound(
             f"The run {run.id} has lost the list of its examples, without which its model cannot be put together. "
             "Export a version that it published: nightschool models export."
         )
     recipe = Recipe.model_validate(run.recipe())
     with publish_directory(folder) as partial:
-        classroom = prepare_classroom(
-            recipe, selection, home, root=root, tokenizer_folder=run.path / "tokenizer", rerun=rerun_of(point.path)
-        )
+        classroom = prepare(home, run, recipe, root=root, resuming=True, point=point)
         load_weights(point.path, classroom.task)
         loaded = classroom.loaded
         classroom.task.optimizer.release()
