@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from nightschool.cli import checkpoint_figures as figures
 from nightschool.cli.checkpoint_figures import facts_of, figures_of
 from nightschool.cli.runs import flatten
 from nightschool.cli.session import answer, confirm, table
-from nightschool.cli.terms import figure, find_checkpoint, find_run, folder_bytes, moment
+from nightschool.cli.terms import figure, find_checkpoint, find_run, moment
 from nightschool.cli.upload_state import upload_states
 from nightschool.errors import Damaged, NotFound, UsageError
-from nightschool.jobs.outcome import CycleFacts
 from nightschool.store import checkpoints, uploads
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
@@ -302,36 +300,3 @@ def _settings_that_differ(settings: list[dict[str, Any]]) -> dict[str, list[Any]
     keys = {key: None for one in settings for key in one}
     columns = {key: [one.get(key) for one in settings] for key in keys}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
-
-
-def export(checkpoint: str, folder: Path, /) -> None:
-    """Write the weights of a checkpoint as a folder of your own, which transformers (or PEFT) loads.
-
-    The folder is loaded again and compared with the checkpoint, bit by bit, before it appears.
-
-    Args:
-        checkpoint: Its folder, RUN/CHECKPOINT, or its name.
-        folder: A folder that does not exist yet.
-    """
-    from nightschool.training.checkpoint_export import export_checkpoint
-
-    home = Home.find()
-    run, point = find_checkpoint(home, checkpoint)
-    target = folder.absolute()
-    try:
-        root = Path(CycleFacts.read(run).root)
-    except NotFound:  # begun without a cycle: its paths begin here
-        root = Path.cwd()
-    difference = export_checkpoint(home, run, point, target, root=root)
-    size = folder_bytes(target)
-    answer(
-        {
-            "run_id": run.id,
-            "name": point.name,
-            "path": str(target),
-            "size_bytes": size,
-            "logits_difference": difference,
-        },
-        f"Exported {point.name} of {run.id} to {folder} ({format_bytes(size)}); loaded again, it is the same model.",
-        quiet=str(folder),
-    )
