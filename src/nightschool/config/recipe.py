@@ -266,8 +266,8 @@ class Pretrain(Section):
     sample_tokens: int = Field(
         48, ge=0, description="Tokens of the continuation that is written down with each held-out loss; 0 for none."
     )
-    cache_limit: Tokens = Field(
-        50_000_000_000, ge=1, description="Bytes that shards fetched from a bucket may take on disk."
+    cache_limit: ByteCount = Field(
+        50_000_000_000, ge=1, description="Room on disk for shards that are fetched from a bucket: `50 GB`."
     )
 
 

@@ -99,10 +99,14 @@ class SequenceOrder:
             sequences[here] = shuffled - (ends - self._counts[members])[member]
         return shards, sequences
 
+    def group_of(self, epoch: int, place: int) -> int:
+        """The number of the group of shards that this place is in."""
+        self._enter(epoch)
+        return int(np.searchsorted(self._group_ends, place, side="right"))
+
     def upcoming_shards(self, epoch: int, place: int) -> list[int]:
         """The shards from this place on to the end of the epoch, in the order in which they are needed."""
-        self._enter(epoch)
-        group = int(np.searchsorted(self._group_ends, place, side="right"))
+        group = self.group_of(epoch, place)
         return [int(shard) for members in self._groups[group:] for shard in members]
 
     def _enter(self, epoch: int) -> None:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from nightschool.data.remote_shards import open_remote_shards, remote_shards_state
 from nightschool.data.shards import (
     INDEX,
     SHARD_ENDING,
@@ -20,6 +21,9 @@ from nightschool.data.shards import (
     read_index,
 )
 from nightschool.errors import DataError, NotFound
+from nightschool.store.remotes import is_url
+
+_LIMIT_BYTES = 50_000_000_000
 
 
 @dataclass(frozen=True)
@@ -31,40 +35,59 @@ class ShardSource:
 
 
 def open_shards(
-    place: str, *, root: Path, cache: Path, max_files: int | None = None, eos_token_id: int | None = None
+    place: str,
+    *,
+    root: Path,
+    cache: Path,
+    max_files: int | None = None,
+    eos_token_id: int | None = None,
+    group_shards: int = 16,
+    limit_bytes: int = _LIMIT_BYTES,
 ) -> ShardSource:
     """Find the shards that a recipe's `data.0.path` names. Reads only their index where there is one.
 
     Args:
-        place: A folder, a pattern, or one file.
+        place: A folder, a pattern, one file, or an address such as gs://bucket/shards.
         root: Where relative paths begin.
         cache: Where indexes of folders that have none, and conversions, are kept.
         max_files: Take so many, in the order of their names.
         eos_token_id: What ends documents in shards whose index does not say it.
+        group_shards: So many are read from at a time.
+        limit_bytes: What fetched shards may take on disk.
 
     Raises:
         NotFound: If nothing is there.
         DataError: If a file is no shard.
         Damaged: If a file is not the one that the index describes.
     """
+    if is_url(place):
+        shards, fetched = open_remote_shards(
+            place,
+            cache=cache,
+            limit_bytes=limit_bytes,
+            num_open=group_shards,
+            max_files=max_files,
+            eos_token_id=eos_token_id,
+        )
+        return ShardSource(shards, fetched)
     path = root / Path(place).expanduser()
     folder = path if path.is_dir() else path.parent
     if (path / INDEX).is_file():
         index = read_index(path / INDEX).first(max_files)
-        shards = Shards(path, index, cache)
-        for number, facts in enumerate(index.shards):
-            check_size(shards.path(number), facts)
+        for facts in index.shards:
+            check_size(path / facts.file, facts)
     else:
         files = _files(path, place, root)[:max_files]
         folder = path if path.is_dir() else _parent(files)
         index = _index_in_cache(folder, files, cache, eos_token_id)
-        shards = Shards(folder, index, cache)
     tokenizer = folder / TOKENIZER_FOLDER
-    return ShardSource(shards, tokenizer if tokenizer.is_dir() else None)
+    return ShardSource(Shards(folder, index, cache), tokenizer if tokenizer.is_dir() else None)
 
 
 def shards_state(place: str, *, root: Path, max_files: int | None = None) -> str:
     """A digest that changes when the shards do, found without reading them. Raises NotFound if there are none."""
+    if is_url(place):
+        return remote_shards_state(place, max_files)
     path = root / Path(place).expanduser()
     if (path / INDEX).is_file():
         return read_index(path / INDEX).first(max_files).fingerprint

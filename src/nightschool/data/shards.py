@@ -159,10 +159,11 @@ class Shards:
         folder: Where the files are.
         index: What they hold.
         cache: Where conversions are kept.
+        num_open: At most so many are mapped at a time.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, cache: Path) -> None:
-        self.folder, self.index, self._cache = folder, index, cache
+    def __init__(self, folder: Path, index: ShardIndex, cache: Path, *, num_open: int = _OPEN_SHARDS) -> None:
+        self.folder, self.index, self._cache, self._num_open = folder, index, cache, num_open
         self._open: OrderedDict[int, TokenIds] = OrderedDict()
 
     def path(self, number: int) -> Path:
@@ -178,15 +179,25 @@ class Shards:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
+        self._opened(number)
         facts, path = self.index.shards[number], self.path(number)
         check_size(path, facts)
         tokens = open_tokens(path, self._cache, facts.sha256, self.index.eos_token_id)
         if len(tokens) != facts.tokens:
             raise Damaged(f"{path} holds {len(tokens)} tokens, but its index says {facts.tokens}. {_AGAIN}")
         self._open[number] = tokens
-        if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
+        if len(self._open) > self._num_open:
+            self._closed(self._open.popitem(last=False)[0])
         return tokens
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Hear which shards are needed next, in this order. For those that have to be fetched."""
+
+    def _opened(self, number: int) -> None:
+        """A shard is about to be mapped."""
+
+    def _closed(self, number: int) -> None:
+        """A shard is mapped no more."""
 
 
 _AGAIN = "It was altered after it was written; restore it from a copy, or tokenize again."

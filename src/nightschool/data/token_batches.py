@@ -85,7 +85,8 @@ class TokenBatches:
         self._shards, self.seq_len, self._vocab_size = shards, seq_len, vocab_size
         self._eos = index.eos_token_id
         self._loss_across_documents = loss_across_documents or self._eos is None
-        self._counts = counts
+        self._counts, self._group_shards = counts, group_shards
+        self._group: tuple[int, int] | None = None
         self._order = SequenceOrder(
             [n - held for n, held in zip(counts, self._held, strict=True)], seed=seed, group_shards=group_shards
         )
@@ -133,6 +134,10 @@ class TokenBatches:
         end = min(place + count, self.num_sequences)
         if not 0 <= place < end:
             raise IndexError(f"an epoch has {self.num_sequences} sequences, so there is no place {place}")
+        group = epoch, self._order.group_of(epoch, place)
+        if group != self._group:
+            self._group = group
+            self._shards.look_ahead(self._order.upcoming_shards(epoch, place)[: 2 * self._group_shards])
         portion = portion or Portion()
         first = place + (end - place) * portion.rank // portion.world_size
         last = place + (end - place) * (portion.rank + 1) // portion.world_size
@@ -149,10 +154,6 @@ class TokenBatches:
         """The shard and the token of a sequence, for messages."""
         shard, sequence = self._members(epoch, place, place + 1)[0]
         return f"{self._shards.index.shards[shard].file}, token {sequence * self.seq_len}"
-
-    def upcoming(self, epoch: int, place: int) -> list[int]:
-        """The shards that are needed from here on, in their order."""
-        return self._order.upcoming_shards(epoch, place)
 
     def _members(self, epoch: int, first: int, last: int) -> list[tuple[int, int]]:
         """Shard and sequence at each of the places `first` … `last - 1`."""

@@ -210,6 +210,8 @@ def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, Pr
         cache=cache,
         max_files=recipe.pretrain.max_files,
         eos_token_id=None if given is None else end_of_text_id(given),
+        group_shards=recipe.pretrain.group_shards,
+        limit_bytes=recipe.pretrain.cache_limit,
     )
     if given is None and source.tokenizer_folder is None:
         raise ModelError(

@@ -1,0 +1,94 @@
+"""Shards in a bucket: the same batches as from a folder, fetched ahead, within the limit, verified."""
+
+import shutil
+
+import pytest
+import torch
+from live_server import eventually
+from shard_setups import write_shards
+
+from nightschool.data.shard_sources import open_shards, shards_state
+from nightschool.data.shards import INDEX
+from nightschool.data.token_batches import TokenBatches
+from nightschool.errors import Conflict, Damaged, NotFound
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    return write_shards(tmp_path / "made")
+
+
+def opened(bucket, tmp_path, **changes):
+    plain = {"root": tmp_path, "cache": tmp_path / "cache", "group_shards": 2}
+    return open_shards(f"file://{bucket}", **(plain | changes))
+
+
+def batches_of(source):
+    return TokenBatches(source.shards, seq_len=16, seed=1, group_shards=2, vocab_size=300)
+
+
+def all_ids(batches):
+    return torch.cat([batches.get(0, place, 1).input_ids for place in range(batches.num_sequences)], dim=1)
+
+
+def fetched(tmp_path):
+    return {path.name for path in (tmp_path / "cache" / "fetched").rglob("*.npz")}
+
+
+def test_the_same_batches_as_from_a_folder(tmp_path, bucket):
+    local = open_shards(str(bucket), root=tmp_path, cache=tmp_path / "local")
+    remote = opened(bucket, tmp_path)
+    assert torch.equal(all_ids(batches_of(remote)), all_ids(batches_of(local)))
+    assert batches_of(remote).fingerprint == batches_of(local).fingerprint
+    assert (remote.tokenizer_folder / "tokenizer.json").is_file()
+
+
+def test_only_what_comes_next_is_fetched(tmp_path, bucket):
+    source = opened(bucket, tmp_path)
+    assert not fetched(tmp_path)
+    batches_of(source).get(0, 0, 1)
+    eventually(lambda: len(fetched(tmp_path)) == 4)
+    assert len(source.shards.index.shards) > 4
+
+
+def test_no_more_is_kept_than_the_limit_allows(tmp_path, bucket):
+    largest = max(path.stat().st_size for path in bucket.glob("*.npz"))
+    others = sum(path.stat().st_size for path in bucket.rglob("*") if path.suffix != ".npz" and path.is_file())
+    limit = 3 * largest + others
+    source = opened(bucket, tmp_path, limit_bytes=limit)
+    all_ids(batches_of(source))
+    kept = [path.stat().st_size for path in (tmp_path / "cache" / "fetched").rglob("*") if path.is_file()]
+    assert sum(kept) <= limit + 2000  # notes of the cache beside them
+    assert len(fetched(tmp_path)) < len(source.shards.index.shards)
+    with pytest.raises(Conflict):
+        opened(bucket, tmp_path / "small", limit_bytes=10)
+
+
+def test_a_shard_that_changed_in_the_bucket_is_found_before_it_is_used(tmp_path, bucket):
+    path = bucket / "tokens_00000.npz"
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(Damaged, match="tokens_00000"):
+        all_ids(batches_of(opened(bucket, tmp_path)))
+
+
+def test_a_place_without_an_index_is_read_once(tmp_path, bucket):
+    whole = opened(bucket, tmp_path).shards.index
+    (bucket / INDEX).unlink()
+    (bucket / "progress.json").unlink()
+    found = opened(bucket, tmp_path, eos_token_id=whole.eos_token_id).shards.index
+    assert found.shards == whole.shards
+    assert (
+        opened(bucket, tmp_path, eos_token_id=whole.eos_token_id, max_files=2).shards.index.shards == whole.shards[:2]
+    )
+
+
+def test_an_empty_place_says_so_and_a_change_is_seen(tmp_path, bucket):
+    before = shards_state(f"file://{bucket}", root=tmp_path)
+    (bucket / "tokens_00000.npz").unlink()
+    assert shards_state(f"file://{bucket}", root=tmp_path) != before
+    shutil.rmtree(bucket)
+    bucket.mkdir()
+    with pytest.raises(NotFound, match="no token shards"):
+        opened(bucket, tmp_path)
