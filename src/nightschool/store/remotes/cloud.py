@@ -236,7 +236,7 @@ class _Parts:
         self._digests: list[bytes] = []
         self.failure: Exception | None = None
 
-    def __iter__(self) -> Iterator[bytearray]:
+    def __iter__(self) -> Iterator[bytes]:
         try:
             for part in self._source.pieces(self._part_bytes):
                 self._digests.append(hashlib.md5(part, usedforsecurity=False).digest())

@@ -19,7 +19,7 @@ _BURST_SECONDS = 0.25
 class Digest(Protocol):
     """What `hashlib` and the CRC libraries have in common."""
 
-    def update(self, data: memoryview, /) -> None: ...
+    def update(self, data: bytes, /) -> None: ...
 
 
 class Throttle:
@@ -91,7 +91,7 @@ class SourceFile:
         """What the content should have, where it was asked for."""
         return self._transfer.sha256
 
-    def pieces(self, chunk_bytes: int, *digests: Digest, start: int = 0) -> Iterator[bytearray]:
+    def pieces(self, chunk_bytes: int, *digests: Digest, start: int = 0) -> Iterator[bytes]:
         """Chunks of exactly `chunk_bytes` (the last one shorter) from `start`, after each went through `digests`.
 
         What comes before `start` is hashed too, but not yielded, paced or counted.
@@ -107,11 +107,9 @@ class SourceFile:
         while position < self.size_bytes:
             counted = position >= start
             end = min(position + chunk_bytes, self.size_bytes if counted else start)
-            chunk = bytearray(end - position)
-            self._fill(chunk, position, counted=counted)
-            with memoryview(chunk) as view:
-                for digest in everyone:
-                    digest.update(view)
+            chunk = self._read(end - position, position, counted=counted)
+            for digest in everyone:
+                digest.update(chunk)
             position = end
             if position == self.size_bytes:
                 # Before the last chunk leaves, so that the store never has the whole of a wrong file.
@@ -128,22 +126,24 @@ class SourceFile:
                 f"It was altered on this disk, and is not uploaded; remove that checkpoint."
             )
 
-    def _fill(self, chunk: bytearray, position: int, *, counted: bool) -> None:
-        filled = 0
-        with memoryview(chunk) as view:
-            while filled < len(chunk):
-                wanted = len(chunk) - filled
-                if counted:
-                    wanted = self._transfer.throttle.piece_bytes(wanted)
-                    self._transfer.throttle.wait_for(wanted)
-                    self._transfer.on_bytes(wanted)
-                got = self._file.readinto(view[filled : filled + wanted])  # type: ignore[attr-defined]
-                if not got:
-                    raise Damaged(
-                        f"{self.path} ended at byte {position + filled}, but it had {self.size_bytes} bytes. "
-                        f"It was cut while it was uploaded; remove that checkpoint."
-                    )
-                filled += got
+    def _read(self, num_bytes: int, position: int, *, counted: bool) -> bytes:
+        """Exactly that much from the file, in pieces that the throttle lets through."""
+        pieces, missing = [], num_bytes
+        while missing:
+            wanted = missing
+            if counted:
+                wanted = self._transfer.throttle.piece_bytes(missing)
+                self._transfer.throttle.wait_for(wanted)
+                self._transfer.on_bytes(wanted)
+            piece = self._file.read(wanted)
+            if not piece:
+                raise Damaged(
+                    f"{self.path} ended at byte {position + num_bytes - missing}, but it had {self.size_bytes} bytes. "
+                    f"It was cut while it was uploaded; remove that checkpoint."
+                )
+            pieces.append(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 @contextmanager
