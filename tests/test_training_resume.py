@@ -6,7 +6,7 @@ import torch
 from documents import ARCHITECTURES
 from training_setups import LORA, MiniRun, differing, lora_for, one_deterministic_thread
 
-from nightschool.errors import Damaged, DiskFull, NotFound, StateMismatch
+from nightschool.errors import Damaged, DiskFull, MadeByNewer, NotFound, StateMismatch
 from nightschool.events import read_events
 from nightschool.store import atomic
 from nightschool.store.manifest import write_manifest
@@ -293,3 +293,60 @@ def test_random_state_comes_back_exactly():
     first = draw()
     rng.restore(plain, tensors)
     assert draw() == first
+
+
+def resealed(folder, **changes):
+    """Change state.json, and let the manifest agree."""
+    plain = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(plain | changes))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    return folder
+
+
+def test_a_checkpoint_of_the_first_format_is_read(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    for name in ("training_config.json", "metadata.json"):
+        (folder / name).unlink()
+    assert resume(saved, resealed(folder, format=1)).step == 3
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_as_that(saved, tmp_path):
+    folder = resealed(copied(saved, tmp_path), format=3, something_new=True)
+    with pytest.raises(MadeByNewer, match="has the format 3, and this version of nightschool reads up to 2"):
+        resume(saved, folder)
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Damaged, match="lies elsewhere"):
+        resume(saved, resealed(folder))
+
+
+def test_the_recipe_and_every_documented_figure_are_there_as_json(saved, tmp_path):
+    """Rows 004-20 to 004-22."""
+    folder = saved.saved[0]
+    assert json.loads((folder / "training_config.json").read_text()) == {"base": "x"}
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metrics = json.loads((folder / "training_metrics.json").read_text())
+    documented = {
+        "step", "epoch", "current_loss", "best_loss", "loss_history", "learning_rates", "validation_metrics", "timestamp",
+    }  # fmt: skip
+    assert documented <= metrics.keys()
+    assert documented | {
+        "training_progress", "system_info", "files_processed", "model_config", "training_config_summary",
+        "additional_metadata",
+    } <= metadata.keys()  # fmt: skip
+    assert {"current_avg_loss", "steps_since_best", "loss_trend"} <= metadata["validation_metrics"].keys()
+    assert {"completed_steps", "total_epochs", "files_processed"} <= metadata["training_progress"].keys()
+    assert {"cuda_available", "device_count", "mixed_precision"} <= metadata["system_info"].keys()
+    assert metadata["validation_metrics"]["training_completed"] is False
+    last = MiniRun(tmp_path).go().saved[-1]
+    final = json.loads((last / "metadata.json").read_text())["validation_metrics"]
+    assert final["training_completed"] is True
+    assert final["total_steps"] == 10
+    assert {"final_loss", "best_loss_achieved", "total_epochs", "average_loss", "loss_std"} <= final.keys()

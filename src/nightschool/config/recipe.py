@@ -55,6 +55,13 @@ Rhythm = Annotated[
     _written("integer", "500 steps", "2 epochs", "10m"),
 ]
 
+Milestone = Annotated[
+    Every,
+    BeforeValidator(Every.parse),
+    PlainSerializer(str, return_type=str),
+    _written("integer", "1000 steps", "5 epochs"),
+]
+
 Method = Literal["full", "lora", "pretrain"]
 Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "text"]
 
@@ -276,7 +283,7 @@ class Keep(Section):
 
     last: int = Field(3, ge=1, description="This many newest ones.")
     best: int = Field(1, ge=0, description="This many with the lowest held-out loss.")
-    every: Rhythm | None = Field(
+    every: Milestone | None = Field(
         None, description="Milestones that stay for ever: the first checkpoint of each `1000 steps` or `5 epochs`."
     )
 
