@@ -133,6 +133,14 @@ def test_a_picture_is_written_where_matplotlib_is(home, capsys, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_long_curve_keeps_its_extremes_and_is_quick():
+    points = [(float(step), 1.0 + (step % 7)) for step in range(200_000)]
+    points[123_457] = (123_457.0, 99.0)
+    lines = chart("loss", points, width=80, height=8).splitlines()
+    assert lines[1].strip().startswith("99 ┤")
+    assert lines[8].strip().startswith("1 ┤")
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=50),
     st.integers(1, 200),

@@ -72,6 +72,14 @@ def test_logs_are_plain_where_nobody_looks(home, capsys):
     assert capsys.readouterr().out == "preparing\nstep 12/12\n"
 
 
+def test_each_process_of_a_run_has_a_log(home, capsys):
+    run = make_run(home)
+    (run.path / "log-rank1.txt").write_text("the second one\n")
+    assert main(["runs", "logs", "--rank", "1"]) == 0
+    assert capsys.readouterr().out == "the second one\n"
+    assert main(["runs", "logs", "--rank", "2"]) == 4
+
+
 def test_watch_follows_until_the_run_ends_and_exits_as_it_does(home, capsys):
     run = make_run(home)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", run.id])

@@ -27,6 +27,7 @@ from nightschool.store.home import Home
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(top_frame, "_FIRST_SECONDS", None)
     return Home(tmp_path / "home").ensure()
 
 
@@ -78,6 +79,15 @@ def test_figures_of_pretraining_are_shown_where_a_row_has_them(home, running):
     assert "perplexity 7.39, 0.91 bits per byte" in text
     assert "MFU 42.4%" in text
     assert Monitor(home).frame()["seconds_left"] == 90.0
+
+
+def test_the_last_sample_of_the_model_is_shown(home):
+    run = make_run(home)
+    for step in (4, 8):
+        run.events.write("sample", step=step, prompt="Once", continuation=f"upon\n a {step}")
+    with run.events_path.open("a") as file:
+        file.write('{"event": "sam')
+    assert "sample    Once … upon a 8 (step 8)" in describe(Monitor(home).frame(), logs=False)
 
 
 def test_a_run_that_logs_nothing_any_more_is_told(home, running):
@@ -189,7 +199,7 @@ BROKEN = [b"", b"{", b"[]", b"\xff\xfe", b'{"step": 1', b'{"step": "x"}\n', b'{"
 
 
 @pytest.mark.parametrize("content", BROKEN)
-@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "recipe.yaml", "log.txt"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "recipe.yaml", "log.txt", "events.jsonl"])
 def test_no_broken_file_of_a_run_stops_top(name, content, home, capsys):
     make_run(home)
     broken = make_run(home, minutes=1)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from toy_trainer import train
+from training_setups import one_deterministic_thread
 
 from nightschool.cli.main import main
 from nightschool.config.recipe import Recipe
@@ -24,6 +25,7 @@ from nightschool.jobs.stop import Stop
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
+from nightschool.training import run as run_module
 
 STEPS = 12
 
@@ -187,13 +189,10 @@ def test_our_own_trainer_is_exact(home, capsys):
         "checkpoints": {"every": "3 steps"},
     }
     run = RunStore(home).create(Recipe.model_validate(plain).as_plain(), name="bot")
-    words = [sys.executable, "-m", "nightschool.training.run", "--home", str(home.path), "--run", run.id]
-    assert (
-        launch.subprocess.run(
-            [*words, "--root", str(home.path.parent)], env=launch.child_environment("alone")
-        ).returncode
-        == 0
-    )
+    words = ["--home", str(home.path), "--run", run.id, "--root", str(home.path.parent)]
+    with one_deterministic_thread():
+        assert run_module.main(words) == 0
+    capsys.readouterr()
     before = tree(home.path)
     assert main(["checkpoints", "verify", "--resume", "--json"]) == 0
     verdict = json.loads(capsys.readouterr().out)

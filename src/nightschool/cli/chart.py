@@ -23,6 +23,7 @@ def chart(title: str, points: Points, *, width: int, height: int) -> str:
     if not finite:
         return f"{title}: nothing to draw"
     columns, rows = 2 * max(1, width - _LABEL_WIDTH - 2), 4 * height
+    finite = _thinned(finite, columns)
     left, right = min(x for x, _ in finite), max(x for x, _ in finite)
     low, high = min(y for _, y in finite), max(y for _, y in finite)
     dots = [
@@ -40,6 +41,19 @@ def chart(title: str, points: Points, *, width: int, height: int) -> str:
     first, last = f"{left:g}", f"{right:g}"
     axis = f"{'':{_LABEL_WIDTH}}  {first}{last.rjust(max(len(last) + 1, columns // 2 - len(first)))}"
     return "\n".join([title, *lines, axis])
+
+
+def _thinned(points: list[tuple[float, float]], columns: int) -> list[tuple[float, float]]:
+    """Of each column's points the first, the lowest, the highest and the last one: what a long curve shows anyway."""
+    if len(points) <= 8 * columns:
+        return points
+    kept = []
+    for column in range(columns):
+        part = points[column * len(points) // columns : (column + 1) * len(points) // columns]
+        heights = [height for _, height in part]
+        places = {0, heights.index(min(heights)), heights.index(max(heights)), len(part) - 1}
+        kept += [part[place] for place in sorted(places)]
+    return kept
 
 
 def _scaled(value: float, low: float, high: float, size: int, *, flat: int = 0) -> int:

@@ -41,7 +41,7 @@ class RowsFollower:
             if not line.endswith(b"\n"):  # is being written
                 return
             self._offset_bytes += len(line)
-            row = _parsed(line)
+            row = parse_row(line)
             if row is not None:
                 self.rows.append(row)
 
@@ -56,7 +56,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _parsed(line: bytes) -> Row | None:
+def parse_row(line: bytes | str) -> Row | None:
+    """A line as a row, or None if it is no JSON object with a `step`."""
     try:
         row = json.loads(line)
     except ValueError:

@@ -100,18 +100,26 @@ def watch(run_id: str | None = None, /) -> int:
     return status.exit_code or 0
 
 
-def logs(run_id: str | None = None, /, *, follow: Annotated[bool, Parameter(name=["--follow", "-f"])] = False) -> None:
+def logs(
+    run_id: str | None = None,
+    /,
+    *,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"])] = False,
+    rank: int = 0,
+) -> None:
     """Print the log of a run.
 
     Args:
         run_id: The run; the newest without it.
         follow: Go on until the run ends.
+        rank: Which of its processes, where several train together; 0 tells what the run does.
     """
     run = find_run(Home.find(), run_id)
-    if not run.log_path.exists():
-        raise NotFound(f"The run {run.id} has no log yet: {run.log_path} is missing. Its state is {run.status.state}.")
+    path = run.log_path if rank == 0 else run.path / f"log-rank{rank}.txt"
+    if not path.exists():
+        raise NotFound(f"The run {run.id} has no log yet: {path} is missing. Its state is {run.status.state}.")
     coloured = sys.stdout.isatty()
-    with run.log_path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         while True:
             lives = follow and training_process(run) is not None
             for line in file:

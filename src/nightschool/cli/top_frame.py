@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from nightschool.cli.metrics_rows import Row, RowsFollower, is_number
+from nightschool.cli.metrics_rows import Row, RowsFollower, is_number, parse_row
 from nightschool.cli.terms import plain
 from nightschool.cli.upload_state import upload_summary
 from nightschool.errors import NightschoolError, NotFound
@@ -28,7 +28,7 @@ from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStatus, RunStore
 
 LOG_LINES = 200
-LOG_TAIL_BYTES = 65_536
+TAIL_BYTES = 65_536
 NEWEST_RUNS = 12
 # The time left follows from this many last rows, so that a slow start does not count for ever.
 SPEED_ROWS = 50
@@ -130,6 +130,7 @@ class Monitor:
             "newest_checkpoint": newest,
             "champion": f"{run.name}@{champion}" if champion else None,
             "process": self._process(run) if summary["state"] == "running" else None,
+            "sample": last_sample(run.events_path),
             "log": log_tail(run.log_path),
         }
 
@@ -166,13 +167,22 @@ class Monitor:
 
 def log_tail(path: Path) -> list[str]:
     """The last lines of a log, without colours; none where there is no log."""
+    return plain(_tried(lambda: _tail(path), "")).splitlines()[-LOG_LINES:]
 
-    def read() -> list[str]:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
-            return plain(file.read().decode(errors="replace")).splitlines()[-LOG_LINES:]
 
-    return _tried(read, [])
+def last_sample(path: Path) -> dict[str, Any] | None:
+    """What the model wrote when it was last asked to, if the end of the events still tells."""
+    for line in reversed(_tried(lambda: _tail(path), "").splitlines()):
+        event = parse_row(line)
+        if event is not None and event.get("event") == "sample":
+            return {key: event.get(key) for key in ("step", "prompt", "continuation")}
+    return None
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from nightschool.units import format_bytes
 
 Frame = dict[str, Any]
 SHOWN_LOG_LINES = 15
+SAMPLE_CHARACTERS = 160
 # A run that logged no step for this long, and for so many of its steps, may hang.
 QUIET_SECONDS, QUIET_STEPS = 60.0, 10.0
 
@@ -67,6 +68,8 @@ def details(run: Frame) -> str:
         lines.append(f"time      {duration(run['seconds'])}{left}{_quiet(run)}")
     if run["num_checkpoints"]:
         lines.append(f"saved     {run['num_checkpoints']} checkpoints, the last {run['newest_checkpoint']}")
+    if run["sample"]:
+        lines.append(f"sample    {_sample(run['sample'])}")
     lines += [f"{key:<9} {run[key]}" for key in ("candidate", "champion", "error") if run[key]]
     return "\n".join(lines)
 
@@ -108,6 +111,12 @@ def _of_text(run: Frame) -> list[str]:
     ]
     shown = ", ".join(part for part in parts if part)
     return [f"text      {shown}"] if shown else []
+
+
+def _sample(sample: Frame) -> str:
+    """What the model wrote, in one line."""
+    text = " ".join(f"{sample['prompt']} … {sample['continuation']}".split())
+    return f"{text[:SAMPLE_CHARACTERS]} (step {sample['step']})"
 
 
 def _process(process: Frame | None) -> str:
