@@ -105,3 +105,12 @@ def pointer_to(
 ) -> Pointer:
     """The pointer of a checkpoint that has just arrived."""
     return Pointer(run_id, name, key, step, attempt, digest, clock().isoformat())
+
+
+def made_when(manifest: bytes) -> str:
+    """When a checkpoint was made, and at which step, for a person who must choose between two."""
+    try:
+        plain = json.loads(manifest)
+        return f"made {plain['created_at']}, step {plain['facts'].get('step', '?')}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "whose manifest cannot be read"

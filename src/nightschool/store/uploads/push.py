@@ -31,7 +31,7 @@ from nightschool.store.remotes.remote import Remote
 from nightschool.store.remotes.transfer import Throttle, Transfer
 from nightschool.store.uploads.archive import make_archive
 from nightschool.store.uploads.journal import Journal, Upload, UploadFile, digest_of, stamp_of
-from nightschool.store.uploads.layout import LATEST, archive_key, checkpoint_key, move_pointer, pointer_to
+from nightschool.store.uploads.layout import LATEST, archive_key, checkpoint_key, made_when, move_pointer, pointer_to
 
 Say = Callable[[str], None]
 Stop = Callable[[], bool]
@@ -111,18 +111,18 @@ def _for_good(error: NightschoolError, upload: Upload) -> bool:
 def _push(home: Home, journal: Journal, upload: Upload, remote: Remote, say: Say, stop: Stop) -> None:
     plain = json.loads((upload.folder / MANIFEST).read_bytes())
     attempt_number = plain["facts"].get("attempt", 0)
+    number = attempt_number if isinstance(attempt_number, int) else 0
     if upload.archive:
         key = archive_key(upload.name)
         _push_archive(home, journal, upload, remote, key, say, stop)
-        pointers = [LATEST]
+        pointers = {LATEST: key}
     else:
         key = checkpoint_key(upload.run_id, upload.name)
         _push_folder(journal, upload, remote, key, plain, say, stop)
-        pointers = [f"{upload.run_id}/{LATEST}", LATEST]
-    number = attempt_number if isinstance(attempt_number, int) else 0
-    pointer = pointer_to(upload.run_id, upload.name, key, upload.step, number, upload.digest)
-    for where in pointers:
-        move_pointer(remote, where, pointer)
+        # Each names the checkpoint from where it lies itself.
+        pointers = {f"{upload.run_id}/{LATEST}": upload.name, LATEST: key}
+    for where, what in pointers.items():
+        move_pointer(remote, where, pointer_to(upload.run_id, upload.name, what, upload.step, number, upload.digest))
 
 
 def _push_folder(
@@ -153,14 +153,13 @@ def _is_there(remote: Remote, key: str, manifest: bytes, plain: dict[str, Any], 
     if present == manifest:
         return True
     try:
-        other = json.loads(present)
-        earlier = int(other["facts"]["attempt"]) < int(plain["facts"]["attempt"])
+        earlier = int(json.loads(present)["facts"]["attempt"]) < int(plain["facts"]["attempt"])
     except (ValueError, KeyError, TypeError):
-        other, earlier = {}, False
+        earlier = False
     if not earlier:
         raise Conflict(
-            f"{remote.url_of(key)} is another checkpoint of this name (made {_made(other)}) than {upload.path} "
-            f"(made {_made(plain)}). Upload it to another address, or remove one of the two."
+            f"{remote.url_of(key)} is another checkpoint of this name ({made_when(present)}) than {upload.path} "
+            f"({made_when(manifest)}). Upload it to another address, or remove one of the two."
         )
     # A run that was resumed from an earlier step has written this name again. Without its manifest the old one does
     # not exist any more, and what is left of it is overwritten or removed.
@@ -170,11 +169,6 @@ def _is_there(remote: Remote, key: str, manifest: bytes, plain: dict[str, Any], 
         if found.key.removeprefix(folder + "/") not in plain["files"]:
             remote.delete(found.key)
     return False
-
-
-def _made(plain: dict[str, Any]) -> str:
-    facts = plain.get("facts") or {}
-    return f"{plain.get('created_at', 'at an unknown time')}, step {facts.get('step', '?')}"
 
 
 def _send(
