@@ -176,6 +176,17 @@ def test_a_signal_ends_the_rehearsal_and_leaves_nothing(home, monkeypatch):
     assert not list(home.path.glob(".rehearsal-*"))
 
 
+def test_what_a_killed_rehearsal_left_is_swept_and_a_living_one_is_left(home, quick):
+    run = make_run(home)
+    left = home.path / ".rehearsal-dead.partial"
+    (left / "runs").mkdir(parents=True)
+    with rehearsal._scratch(home, 0) as living:
+        assert rehearse(home, run, steps=4, root=home.path).exact
+        assert living.is_dir()
+    assert not left.exists()
+    assert not living.exists()
+
+
 def test_our_own_trainer_is_exact(home, capsys):
     """The real thing: a tiny GPT-NeoX, trained here, rehearsed by three processes."""
     rows = [{"query": f"Where does {i} live?", "retrieved": f"{i} lives in {i % 5}."} for i in range(12)]

@@ -31,6 +31,8 @@ def ls(run_id: str | None = None, /) -> None:
     run = find_run(home, run_id)
     points, sent = checkpoints.ls(run), upload_states(home, run)
     rows = [{**facts_of(run, point), "upload": sent.get(point.name)} for point in points]
+    # Retention may take one away at this very moment.
+    rows = [row for row, point in zip(rows, points, strict=True) if row["damaged"] is None or point.path.exists()]
     _mark(rows, [point.name for point in checkpoints.by_age(points)])
     answer(
         rows,

@@ -7,6 +7,7 @@ final checkpoints are compared bit by bit. The run itself is only read.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, OnLine, start_process
 from nightschool.jobs.processes import how_it_ended
 from nightschool.jobs.stop import Stop
 from nightschool.store import checkpoints
-from nightschool.store.atomic import write_json
+from nightschool.store.atomic import PARTIAL, sweep_partials, write_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
@@ -175,18 +176,25 @@ def _bytes_needed(run: Run, point: Checkpoint | None) -> int:
 
 @contextmanager
 def _scratch(home: Home, size_bytes: int) -> Iterator[Path]:
-    """A folder on the disk of the home, so that checkpoints can be linked; it is gone afterwards."""
+    """A folder on the disk of the home, so that checkpoints can be linked; it is gone afterwards.
+
+    What a rehearsal that was killed left behind is swept by the next one.
+    """
+    sweep_partials(home.path)
     free_bytes = shutil.disk_usage(home.path).free
     if free_bytes < size_bytes:
         raise DiskFull(
             f"The rehearsal needs {size_bytes} bytes for three checkpoints, and {free_bytes} are free in {home.path}. "
             "Free some, or name a smaller run."
         )
-    folder = Path(tempfile.mkdtemp(prefix=".rehearsal-", dir=home.path))
+    folder = Path(tempfile.mkdtemp(prefix=".rehearsal-", suffix=PARTIAL, dir=home.path))
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # says to sweepers that somebody is at it
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
 @dataclass(frozen=True)
