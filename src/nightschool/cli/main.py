@@ -89,6 +89,17 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "import": ("nightschool.cli.checkpoint_exchange:import_", "Go on from what accelerate wrote."),
         },
     ),
+    "uploads": (
+        "Checkpoints in buckets, and on their way there.",
+        {
+            "status": ("nightschool.cli.uploads:status", "What is pending, what failed and why, what buckets hold."),
+            "ls": ("nightschool.cli.uploads:ls", "List checkpoints, their sizes, and whether they were uploaded."),
+            "push": ("nightschool.cli.uploads:push", "Upload a checkpoint, or --all that are not there yet."),
+            "upload-all": ("nightschool.cli.uploads:push_all", "The same as push --all."),
+            "retry": ("nightschool.cli.uploads:retry", "Try failed and waiting uploads again now."),
+            "pull": ("nightschool.cli.uploads:pull", "Bring a checkpoint from a bucket, and compare every byte."),
+        },
+    ),
     "models": (
         "Published versions, and which of them is served.",
         {
@@ -131,7 +142,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
         },
     ),
 }
-ALIASES = {"ls": "list", "show": "view"}
+ALIASES = {"ls": "list", "show": "view", "push": "upload"}
 
 
 def build_app(words: Sequence[str] = ()) -> App:

@@ -23,7 +23,11 @@ from nightschool.jobs.outcome import CycleFacts, CycleResult
 from nightschool.jobs.study import starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock_to_hand_over
+from nightschool.store.manifest import read_manifest
+from nightschool.store.remotes.address import is_url
 from nightschool.store.runs import Run, RunStore
+from nightschool.store.uploads import settings_of
+from nightschool.store.uploads.fetch import fetch_checkpoint, refuse_another_in_bucket
 
 
 def train(
@@ -33,6 +37,7 @@ def train(
     resume: str | None = None,
     detach: bool = False,
     dry_run: Annotated[bool, Parameter(name=["--dry-run", "-n"])] = False,
+    no_background_upload: bool = False,
 ) -> int:
     """Train, publish a candidate, examine it, and promote it if the gate passes.
 
@@ -43,10 +48,16 @@ def train(
     Args:
         recipe: A recipe file. Not needed with --resume.
         overrides: Settings, as train.epochs=3 or data.0.path=train.json.
-        resume: Go on with this run from its newest whole checkpoint, or from this checkpoint.
+        resume: Go on with this run from its newest whole checkpoint, or from this checkpoint, also one in a bucket:
+            gs://bucket/folder for the newest there, or the address of one.
         detach: Leave it running by itself and print the id of the run.
         dry_run: Only print the plan, as nightschool plan does.
+        no_background_upload: Upload each checkpoint before training goes on (checkpoints.upload.background=false).
     """
+    if no_background_upload:
+        if resume is not None:
+            raise UsageError("A resumed run keeps its recipe. Leave --no-background-upload out, or begin a new run.")
+        overrides = (*overrides, "checkpoints.upload.background=false")
     home = Home.find()
     if int(os.environ.get("RANK", "0")) > 0:
         # One of several that torchrun started: the first one decides, this one trains along.
@@ -60,7 +71,7 @@ def train(
             raise UsageError("A dry run plans a recipe: nightschool train RECIPE -n, without --resume.")
         return plan(recipe, *overrides)
     if resume is not None:
-        run, checkpoint = _to_resume(home, resume)
+        run, checkpoint = _to_resume(home, resume, recipe, overrides)
         _refuse_other_recipe(run, recipe, overrides)
         if detach:
             with lock_to_hand_over(cycle_lock_path(home, run.name), f"a cycle of {run.name}") as held:
@@ -129,22 +140,47 @@ def _show(result: CycleResult) -> int:
     return result.exit_code
 
 
-def _to_resume(home: Home, wanted: str) -> tuple[Run, str]:
-    """The run, and the checkpoint in it: `latest` where a run was named.
+def _to_resume(home: Home, wanted: str, recipe: Path | None, overrides: tuple[str, ...]) -> tuple[Run, str]:
+    """The run, and the checkpoint in it: `latest` where a run was named. What is only in a bucket is fetched.
 
     Raises:
         NotFound: If it is neither a run nor a checkpoint.
+        Conflict: If the bucket has another checkpoint of this name.
     """
+    if is_url(wanted):
+        return _from_bucket(home, wanted, "latest")
     store = RunStore(home)
     if wanted in [run.id for run in store.ls()]:
         return store.get(wanted), "latest"
     try:
         run, checkpoint = find_checkpoint(home, wanted)
     except NotFound:
+        upload = None if recipe is None else read_recipe(recipe, overrides).checkpoints.upload
+        if upload is not None:
+            return _from_bucket(home, upload.url, wanted)
         known = ", ".join(run.id for run in store.ls()[:5]) or "none yet"
         raise NotFound(
-            f"--resume {wanted!r} is neither a run nor a checkpoint in {home.runs}. Runs: {known}."
+            f"--resume {wanted!r} is neither a run nor a checkpoint in {home.runs}. Runs: {known}. "
+            f"What is in a bucket is named by its address, as gs://bucket/folder."
         ) from None
+    settings = settings_of(run)
+    if settings is not None:
+        refuse_another_in_bucket(run, checkpoint, settings.url, say=note)
+    return run, checkpoint.name
+
+
+def _from_bucket(home: Home, url: str, name: str) -> tuple[Run, str]:
+    """Fetch a checkpoint into its run. One that began on another machine goes on as if it had begun here."""
+    run, checkpoint = fetch_checkpoint(home, url, name, say=note)
+    if not CycleFacts.path(run).exists():
+        CycleFacts(
+            trigger="resume",
+            root=str(Path.cwd().resolve()),
+            recipe_base=run.recipe()["base"],
+            champion=None,
+            data_fingerprint=str(read_manifest(checkpoint.path).facts.get("data_fingerprint", "")),
+            num_new_examples=0,
+        ).write(run)
     return run, checkpoint.name
 
 

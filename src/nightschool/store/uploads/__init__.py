@@ -43,6 +43,7 @@ __all__ = [
     "settings_of",
     "uploader_lock_path",
     "uploader_log_path",
+    "uploader_runs",
     "wait_for_room",
 ]
 

@@ -1,0 +1,348 @@
+"""`nightschool uploads`: what is in buckets, what is on its way, and what did not get there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nightschool.cli.recipes import read_recipe
+from nightschool.cli.session import answer, note, table
+from nightschool.cli.terms import find_checkpoint, find_run, folder_bytes, moment
+from nightschool.errors import NightschoolError, NotFound, UsageError
+from nightschool.events import now
+from nightschool.store import checkpoints, uploads
+from nightschool.store.checkpoints import Checkpoint
+from nightschool.store.home import Home
+from nightschool.store.remotes import open_remote, parse_url
+from nightschool.store.runs import Run, RunStore
+from nightschool.store.uploads.fetch import fetch_checkpoint, ls_remote
+from nightschool.units import format_bytes, parse_bytes
+
+_NOTE_STATES = {"queued": "waiting", "running": "uploading", "done": "uploaded", "failed": "failed"}
+
+
+def status(*, at: str | None = None, config: Path | None = None, local: bool = False) -> None:
+    """What is pending, what failed and why, and which archives and checkpoint folders each bucket holds.
+
+    Args:
+        at: Look into this bucket; without it, into those that the journal names.
+        config: Look into the bucket of this recipe.
+        local: Ask no bucket, only the journal.
+    """
+    home = Home.find()
+    rows = uploads.ls(home)
+    places = _places(at, config) or sorted({row.url for row in rows})
+    buckets = [] if local else [_bucket(url) for url in places]
+    data: dict[str, Any] = {
+        "uploader_runs": uploads.uploader_runs(home),
+        "pending_bytes": sum(max(0, row.size_bytes - row.sent_bytes) for row in rows if row.state != "done"),
+        "counts": {state: sum(row.state == state for row in rows) for state in _NOTE_STATES},
+        "uploads": [_plain(row) for row in rows if row.state != "done"],
+        "buckets": buckets,
+    }
+    answer(data, lambda: _status_text(data), quiet=lambda: "\n".join(row["name"] for row in data["uploads"]))
+
+
+def _status_text(data: dict[str, Any]) -> str:
+    counts = data["counts"]
+    lines = [
+        f"{counts['done']} uploaded, {counts['running']} uploading, {counts['queued']} waiting, "
+        f"{counts['failed']} failed; {_mb(data['pending_bytes'])} MB pending; "
+        f"the uploader {'runs' if data['uploader_runs'] else 'does not run'}"
+    ]
+    if data["uploads"]:
+        columns = ("CHECKPOINT", "RUN", "TO", "STATE", "SENT MB", "OF MB", "ATTEMPTS", "NEXT TRY")
+        lines += ["", table(columns, [_pending_line(row) for row in data["uploads"]])]
+        lines += [f"{row['name']}: {row['error']}" for row in data["uploads"] if row["error"]]
+        if counts["failed"]:
+            lines.append("Failed uploads wait; when the cause is mended: nightschool uploads retry")
+    for bucket in data["buckets"]:
+        lines += ["", f"{bucket['url']}:"]
+        if bucket["error"]:
+            lines.append(f"  {bucket['error']}")
+            continue
+        for kind, what in (("archives", "archives"), ("checkpoints", "checkpoint folders")):
+            lines.append(f"  {len(bucket[kind])} {what}")
+            lines += [f"    {one['key']}  {_mb(one['size_bytes'])} MB" for one in bucket[kind]]
+    return "\n".join(lines)
+
+
+def _pending_line(row: dict[str, Any]) -> tuple[object, ...]:
+    waits = row["state"] == "queued" and row["seconds_to_next_try"] > 0
+    return (
+        row["name"],
+        row["run_id"],
+        row["url"],
+        _NOTE_STATES[row["state"]],
+        _mb(row["sent_bytes"]),
+        _mb(row["size_bytes"]),
+        row["attempts"],
+        f"in {row['seconds_to_next_try']:.0f} s" if waits else None,
+    )
+
+
+def _bucket(url: str) -> dict[str, Any]:
+    """What a bucket holds, or why it cannot be asked."""
+    try:
+        archives, folders = _contents(url)
+        return {"url": url, "archives": archives, "checkpoints": folders, "error": None}
+    except NightschoolError as error:
+        return {"url": url, "archives": [], "checkpoints": [], "error": str(error)}
+
+
+def _contents(url: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The archives and the checkpoint folders of a bucket, with their sizes."""
+    remote = open_remote(url)
+    sizes = {one.key: one.size_bytes for one in remote.list()}
+    archives: list[dict[str, Any]] = []
+    folders: list[dict[str, Any]] = []
+    for located in ls_remote(remote):
+        below = located.key if located.is_archive else located.key + "/"
+        size_bytes = sum(size for key, size in sizes.items() if key.startswith(below))
+        row = {"key": located.key, "run_id": located.run_id, "size_bytes": size_bytes}
+        (archives if located.is_archive else folders).append(row)
+    return archives, folders
+
+
+def ls(run_id: str | None = None, /, *, at: str | None = None) -> None:
+    """List checkpoints with their sizes in MB and whether they were uploaded; with --at, those of a bucket.
+
+    Args:
+        run_id: Only this run; without it, all runs.
+        at: List what this bucket holds.
+    """
+    if at is not None:
+        archives, folders = _contents(str(parse_url(at)))
+        rows = archives + folders
+        answer(
+            rows,
+            lambda: (
+                table(("CHECKPOINT", "MB"), [(one["key"], _mb(one["size_bytes"])) for one in rows])
+                if rows
+                else f"{at} holds no checkpoints."
+            ),
+            quiet=lambda: "\n".join(one["key"] for one in rows),
+        )
+        return
+    home = Home.find()
+    runs = [find_run(home, run_id)] if run_id is not None else list(reversed(RunStore(home).ls()))
+    entered = {(row.path, row.url): row for row in uploads.ls(home)}
+    rows = [_local(run, point, entered) for run in runs for point in checkpoints.ls(run)]
+    answer(
+        rows,
+        lambda: (
+            table(
+                ("CHECKPOINT", "RUN", "MB", "UPLOAD", "TO"),
+                [(row["name"], row["run_id"], _mb(row["size_bytes"]), row["upload"], row["url"]) for row in rows],
+            )
+            if rows
+            else "There are no checkpoints."
+        ),
+        quiet=lambda: "\n".join(f"{row['run_id']}/{row['name']}" for row in rows),
+    )
+
+
+def _local(run: Run, point: Checkpoint, entered: dict[tuple[str, str], uploads.Upload]) -> dict[str, Any]:
+    mine = [row for (path, _), row in entered.items() if path == str(point.path)]
+    return {
+        "name": point.name,
+        "run_id": run.id,
+        "size_bytes": folder_bytes(point.path),
+        "upload": ", ".join(_NOTE_STATES[row.state] for row in mine) or None,
+        "url": ", ".join(row.url for row in mine) or None,
+    }
+
+
+def push(
+    checkpoint: str | None = None,
+    /,
+    *,
+    all: bool = False,  # noqa: A002  the option is --all
+    to: str | None = None,
+    config: Path | None = None,
+    archive: bool = False,
+    bandwidth: str | None = None,
+    detach: bool = False,
+) -> int:
+    """Upload one checkpoint, or with --all every one that is not there yet, and wait until it has arrived.
+
+    What breaks off is in the journal, and goes on with nightschool uploads retry.
+
+    Args:
+        checkpoint: Its folder, RUN/CHECKPOINT, or its name.
+        all: All checkpoints of all runs that have an address.
+        to: The address; without it, the one in the run's recipe (checkpoints.upload).
+        config: Take the address from this recipe.
+        archive: Pack it as NAME.tar.gz first; the archive is removed when it has arrived.
+        bandwidth: At most so many bytes per second, as 20MB.
+        detach: Leave it to the uploader, and return at once.
+    """
+    home = Home.find()
+    if (checkpoint is None) != all:
+        raise UsageError("Name one checkpoint, or write --all. List them with nightschool uploads ls.")
+    url = next(iter(_places(to, config)), None)
+    limit = None if bandwidth is None else _bytes(bandwidth)
+    pairs = _every(home, url) if checkpoint is None else [find_checkpoint(home, checkpoint)]
+    results = []
+    for run, point in pairs:
+        settings = uploads.settings_of(run)
+        place = url or (settings.url if settings else None)
+        if place is None:
+            raise UsageError(
+                f"The recipe of {run.id} has no checkpoints.upload, so nothing says where {point.name} should go. "
+                f"Add --to gs://bucket/folder."
+            )
+        asked: dict[str, Any] = {
+            "run_id": run.id,
+            "checkpoint": point.path,
+            "url": place,
+            "archive": archive or bool(settings and settings.archive and url is None),
+            "bandwidth": limit or (settings.bandwidth if settings else None),
+        }
+        if detach:
+            results.append(uploads.enqueue(home, **asked))
+        else:
+            entered = uploads.enqueue(home, **asked)
+            uploads.retry(home, [entered.id])
+            results.append(uploads.push_now(home, **asked, say=note))
+    if detach and results:
+        uploads.ensure_uploader(home)
+    missed = [row for row in results if row.state != "done"] if not detach else []
+    answer(
+        [_plain(row) for row in results],
+        lambda: "\n".join(_result_line(row) for row in results) or "Everything is uploaded.",
+        quiet=lambda: "\n".join(row.name for row in results),
+    )
+    return 1 if missed else 0
+
+
+def push_all(
+    *,
+    to: str | None = None,
+    config: Path | None = None,
+    archive: bool = False,
+    bandwidth: str | None = None,
+    detach: bool = False,
+) -> int:
+    """Upload every checkpoint that is not there yet: the same as push --all.
+
+    Args:
+        to: The address; without it, those in the recipes of the runs.
+        config: Take the address from this recipe.
+        archive: Pack each as NAME.tar.gz first.
+        bandwidth: At most so many bytes per second, as 20MB.
+        detach: Leave it to the uploader, and return at once.
+    """
+    return push(all=True, to=to, config=config, archive=archive, bandwidth=bandwidth, detach=detach)
+
+
+def _every(home: Home, url: str | None) -> list[tuple[Run, Checkpoint]]:
+    """What should be somewhere and is not there yet, oldest first."""
+    done = {(row.path, row.url) for row in uploads.ls(home) if row.state == "done"}
+    pairs = []
+    for run in reversed(RunStore(home).ls()):
+        settings = uploads.settings_of(run)
+        place = url or (settings.url if settings else None)
+        if place is not None:
+            address = str(parse_url(place))
+            pairs += [(run, point) for point in checkpoints.ls(run) if (str(point.path), address) not in done]
+    return pairs
+
+
+def retry(*names: str, wait: bool = False) -> int:
+    """Try failed and waiting uploads again now: all, or those of these checkpoints.
+
+    Args:
+        names: Names of checkpoints.
+        wait: Do it here, and return when they have arrived.
+    """
+    home = Home.find()
+    rows = [row for row in uploads.ls(home) if row.state in ("failed", "queued")]
+    missing = set(names) - {row.name for row in rows}
+    if missing:
+        raise NotFound(f"No upload of {', '.join(sorted(missing))} waits. See nightschool uploads status.")
+    due = uploads.retry(home, [row.id for row in rows if not names or row.name in names])
+    if wait:
+        due = [
+            uploads.push_now(
+                home,
+                run_id=row.run_id,
+                checkpoint=row.folder,
+                url=row.url,
+                archive=row.archive,
+                bandwidth=row.bandwidth,
+                say=note,
+            )
+            for row in due
+        ]
+    elif due:
+        uploads.ensure_uploader(home)
+    answer(
+        [_plain(row) for row in due],
+        lambda: "\n".join(_result_line(row) for row in due) or "Nothing waits to be uploaded.",
+        quiet=lambda: "\n".join(row.name for row in due),
+    )
+    return 1 if wait and any(row.state != "done" for row in due) else 0
+
+
+def pull(url: str, name: str = "latest", /) -> None:
+    """Bring a checkpoint from a bucket into its run here, which is made if it is not there; every byte is compared.
+
+    Args:
+        url: gs://bucket/folder, or the address of one checkpoint or archive.
+        name: A checkpoint's name, RUN/CHECKPOINT, or latest.
+    """
+    run, point = fetch_checkpoint(Home.find(), url, name, say=note)
+    data = {"run_id": run.id, "name": point.name, "path": str(point.path), "size_bytes": folder_bytes(point.path)}
+    answer(
+        data,
+        f"{point.name} of {run.id} is here and whole ({format_bytes(folder_bytes(point.path))}). "
+        f"Go on with nightschool train --resume {run.id}/{point.name}",
+        quiet=f"{run.id}/{point.name}",
+    )
+
+
+def _places(url: str | None, config: Path | None) -> list[str]:
+    """The address that was given, or that of a recipe."""
+    if url is not None:
+        return [str(parse_url(url))]
+    if config is None:
+        return []
+    upload = read_recipe(config).checkpoints.upload
+    if upload is None:
+        raise UsageError(f"{config} has no checkpoints.upload, so it names no bucket. Add it, or write the address.")
+    return [str(parse_url(upload.url))]
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--bandwidth: {error}.") from None
+
+
+def _plain(row: uploads.Upload) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "run_id": row.run_id,
+        "url": row.url,
+        "state": row.state,
+        "archive": row.archive,
+        "size_bytes": row.size_bytes,
+        "sent_bytes": row.sent_bytes,
+        "attempts": row.attempts,
+        "seconds_to_next_try": max(0.0, (row.next_try_at - now()).total_seconds()),
+        "queued_at": moment(row.queued_at),
+        "finished_at": moment(row.finished_at),
+        "error_code": row.error_code,
+        "error": row.error,
+    }
+
+
+def _result_line(row: uploads.Upload) -> str:
+    line = f"{_NOTE_STATES[row.state]:<9}  {row.name}  {_mb(row.size_bytes)} MB  {row.url}"
+    return f"{line}\n           {row.error}" if row.error else line
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f}"
