@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from nightschool.config.recipe import Checkpoints
 from nightschool.errors import DiskFull, Locked, NightschoolError
 from nightschool.events import read_events
-from nightschool.store import checkpoints
+from nightschool.store import checkpoints, uploads
 from nightschool.store.home import Home
+from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
 from nightschool.store.writing.client import writing_lock
 from nightschool.training import saving
@@ -122,7 +123,7 @@ TRAINER = """
     import os, signal, sys, torch
     from pathlib import Path
     from nightschool.config.recipe import Checkpoints
-    from nightschool.store import checkpoints
+    from nightschool.store import checkpoints, uploads
     from nightschool.store.runs import Run
     from nightschool.training.saving import open_saver
     from nightschool.training.snapshot import State
@@ -240,6 +241,57 @@ def test_without_memory_for_a_copy_the_run_writes_by_itself_and_says_so(run, lin
     said = [line for line in lines if re.search("takes .* and 1 kB of memory are left", line)]
     assert len(said) == 1
     assert events_of(run) == ["saving_in_process", "checkpoint", "checkpoint"]
+
+
+def test_memory_that_was_made_ready_is_not_asked_for_twice(run, lines, monkeypatch):
+    with open_saver(run, Checkpoints(), lines.append) as saver:
+        saver.expect(50_000_000)
+        while saver._memory.allocated_bytes < 50_000_000:
+            time.sleep(0.01)
+        monkeypatch.setattr(saving, "available_bytes", lambda: 1000)
+        saver.save(path_of(run, 1), state_of(1))
+        assert saver._pending
+    assert_holds(run, 1)
+    assert events_of(run) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("what", ["memory", "process"])
+def test_what_cannot_be_had_is_done_without(run, lines, monkeypatch, what):
+    def fail(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    if what == "memory":
+        monkeypatch.setattr("nightschool.store.writing.memory.SharedMemory.reserve", fail)
+    else:
+        monkeypatch.setattr(subprocess, "Popen", fail)
+    save_steps(run, lines, 1, 2)
+    assert_holds(run, 2)
+    assert sum("Cannot allocate memory" in line for line in lines) == 1
+
+
+def run_with_upload(tmp_path, **upload):
+    recipe = {"checkpoints": {"upload": {"url": (tmp_path / "bucket").as_uri(), **upload}}}
+    return RunStore(Home(tmp_path / "home").ensure()).create(recipe, name="bot")
+
+
+def test_an_upload_in_the_foreground_is_done_when_save_returns(tmp_path, lines):
+    run = run_with_upload(tmp_path, background=False)
+    settings = Checkpoints.model_validate(run.recipe()["checkpoints"])
+    with open_saver(run, settings, lines.append) as saver:
+        saver.save(path_of(run, 1), state_of(1))
+        assert list((tmp_path / "bucket").rglob("manifest.json"))
+
+
+def test_what_waits_to_be_uploaded_is_not_removed(tmp_path, lines):
+    run = run_with_upload(tmp_path)
+    settings = Checkpoints.model_validate(run.recipe()["checkpoints"] | {"keep": {"last": 1, "best": 0}})
+    home = Home(tmp_path / "home")
+    with lock(uploads.uploader_lock_path(home), "the uploads"):  # an uploader that does nothing
+        with open_saver(run, settings, lines.append) as saver:
+            for step in (1, 2, 3):
+                saver.save(path_of(run, step), state_of(step))
+        assert [point.step for point in checkpoints.ls(run)] == [1, 2, 3]
+        assert len(uploads.ls(home)) == 3
 
 
 def test_the_parts_of_two_ranks_are_one_checkpoint(run, lines):

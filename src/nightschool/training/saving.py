@@ -73,7 +73,7 @@ class Saver:
         if settings.background:
             self._memory = SharedMemory.create()
             self._snapshot = Snapshot(self._memory)
-            self._writer = WriterProcess(lock_file, self._memory)
+            self._start_writer()
 
     def expect(self, size_bytes: int) -> None:
         """Make memory for a state of about this size ready, in the background: more saves than one will come."""
@@ -108,13 +108,13 @@ class Saver:
             rank=self._rank,
             num_ranks=self._num_ranks,
         )
-        copied_before = self._memory is not None and self._memory.size_bytes > 0
-        if self._writer is None or (last and not copied_before) or not self._fits(state.tensor_bytes):
+        copied = None if last and not self._has_copied else self._copy(state, order)
+        if copied is None:
             self._conclude(carry_out(order, state.contents()))
             self._raise_failure()
             return
-        assert self._snapshot is not None
-        files, end = self._snapshot.take(state, order)
+        assert self._writer is not None
+        files, end = copied
         self._pending = order, files
         if not self._writer.hand_over(order, files, end) or (upload is not None and not upload.background):
             self.settle()
@@ -138,19 +138,43 @@ class Saver:
             self._snapshot.close()
             self._snapshot = None
 
+    @property
+    def _has_copied(self) -> bool:
+        return self._memory is not None and self._memory.size_bytes > 0
+
+    def _copy(self, state: State, order: Order) -> tuple[list[tuple[str, int, int]], int] | None:
+        """Copy the state into the shared memory, as `Snapshot.take`; None if this process must write by itself."""
+        if self._writer is None or self._snapshot is None or not self._fits(state.tensor_bytes):
+            return None
+        try:
+            return self._snapshot.take(state, order)
+        except OSError as error:
+            self._go_on_alone(f"memory for a copy of the state cannot be had: {error}")
+            return None
+
     def _fits(self, size_bytes: int) -> bool:
         """Whether the copy finds room beside everything else; if not, this run writes in its own process from now on."""
         assert self._memory is not None
-        needed, available = size_bytes - self._memory.size_bytes, available_bytes()
-        if needed <= available or self._writer is None:
+        needed, available = size_bytes - self._memory.allocated_bytes, available_bytes()
+        if needed <= available:
             return True
-        self._say(
-            f"Saving stops the training for as long as it writes: a copy of the state takes {format_bytes(needed)}, and "
-            f"{format_bytes(available)} of memory are left"
+        self._go_on_alone(
+            f"a copy of the state takes {format_bytes(needed)}, and {format_bytes(available)} of memory are left"
         )
-        self._run.events.write("saving_in_process", needed_bytes=needed, available_bytes=available)
-        self.close()
         return False
+
+    def _start_writer(self) -> None:
+        assert self._memory is not None
+        try:
+            self._writer = WriterProcess(self._lock_file, self._memory)
+        except OSError as error:
+            self._go_on_alone(f"the writer of checkpoints cannot be started: {error}")
+
+    def _go_on_alone(self, why: str) -> None:
+        """Write in this process from now on."""
+        self._say(f"Saving stops the training for as long as it writes: {why}")
+        self._run.events.write("saving_in_process", why=why)
+        self.close()
 
     def _wait(self) -> None:
         if self._pending is None:
@@ -172,7 +196,8 @@ class Saver:
         self._run.events.write("writer_died", exit_code=exit_code, name=name)
         outcome = carry_out(order, slices_of(self._memory, [list(file) for file in files]))
         self._say(str(outcome))
-        self._writer = WriterProcess(self._lock_file, self._memory)
+        self._writer = None
+        self._start_writer()
         return outcome
 
     def _conclude(self, outcome: Outcome, *, told: bool = False) -> None:

@@ -52,18 +52,21 @@ class WriterProcess:
     def __init__(self, lock_file: int, memory: SharedMemory) -> None:
         """Start it; it takes over the lock `lock_file` from its first moment."""
         self._memory = memory
-        mine, its = socket.socketpair()
-        with its:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "nightschool.store.writing",
-                    "--channel", str(its.fileno()), "--memory", str(memory.handle), "--lock", str(lock_file),
-                ],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=(its.fileno(), memory.handle, lock_file),
-            )  # fmt: skip
-        self._channel = mine
+        self._channel, its = socket.socketpair()
+        try:
+            with its:
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable, "-m", "nightschool.store.writing",
+                        "--channel", str(its.fileno()), "--memory", str(memory.handle), "--lock", str(lock_file),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(its.fileno(), memory.handle, lock_file),
+                )  # fmt: skip
+        except OSError:
+            self._channel.close()
+            raise
         self._rest = b""
 
     @property

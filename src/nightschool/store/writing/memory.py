@@ -49,6 +49,11 @@ class SharedMemory:
         assert self._map is not None, "nothing was reserved yet"
         return self._map
 
+    @property
+    def allocated_bytes(self) -> int:
+        """How much of it exists already, whoever made it exist."""
+        return os.fstat(self.handle).st_blocks * 512
+
     def reserve(self, size_bytes: int) -> None:
         """Make sure of `size_bytes` whose pages exist: touching a fresh page costs more than the copy into it.
 
@@ -78,6 +83,7 @@ class SharedMemory:
                 self._map.close()
             self._map = None
         os.close(self.handle)
+        self.handle = -1
         self.size_bytes = 0
 
 
