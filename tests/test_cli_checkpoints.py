@@ -9,6 +9,8 @@ import pytest
 from cli_home import add_checkpoint, make_run, training_metrics
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 from sqlalchemy import update
 
 from nightschool.cli.chart import chart
@@ -127,10 +129,16 @@ def test_a_picture_needs_the_extra_and_says_so(home, capsys, monkeypatch):
 
 
 def test_a_picture_is_written_where_matplotlib_is(home, capsys, tmp_path):
-    pytest.importorskip("matplotlib")
     make_run(home)
     assert main(["checkpoints", "plot", "--save", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    pixels = imread(tmp_path / "x.png")[:, :, :3]
+    # The curves are there: loss in blue, held-out loss in orange, its best in red, the learning rate in green.
+    for name in ("tab:blue", "tab:orange", "tab:red", "tab:green"):
+        assert (abs(pixels - to_rgb(name)).max(axis=2) < 0.02).sum() > 50, name
+    assert (pixels.min(axis=2) > 0.99).mean() > 0.5
+    assert main(["checkpoints", "plot", "--save", str(tmp_path / "x.xyz")]) == 2
+    assert "Write for example curves.png" in capsys.readouterr().err
 
 
 def test_a_long_curve_keeps_its_extremes_and_is_quick():

@@ -121,14 +121,15 @@ def _draw_losses(axes: Any, losses: Points, heldout: Points) -> None:
 
 
 def smoothed(values: Sequence[float], share: float) -> list[float]:
-    """The running mean over a window of this share of the values, centred, shorter at both ends."""
+    """The running mean over a window of this share of the values, centred, so shorter at both ends."""
     half = max(1, round(len(values) * share / 2))
     totals = [0.0]
     for value in values:
         totals.append(totals[-1] + value)
     result = []
     for index in range(len(values)):
-        first, last = max(0, index - half), min(len(values), index + half + 1)
+        reach = min(half, index, len(values) - 1 - index)
+        first, last = index - reach, index + reach + 1
         result.append((totals[last] - totals[first]) / (last - first))
     return result
 
