@@ -3,8 +3,9 @@
 import pytest
 
 from nightschool.config.aliases import ALIASES, AMBIGUOUS
-from nightschool.config.load import parse_recipe
+from nightschool.config.load import load_recipe, parse_recipe
 from nightschool.config.schema import find, settings
+from nightschool.config.write import to_yaml
 from nightschool.errors import RecipeError
 
 MINIMAL = "base: new:tiny\ndata: [{path: a.json}]\n"
@@ -135,3 +136,24 @@ def test_the_tables_name_settings_that_exist():
         assert name not in {setting.key for setting in settings().values()}, "an alias would hide a setting"
     for keys in AMBIGUOUS.values():
         assert all(key in settings() for key in keys)
+
+
+def test_an_address_alone_says_where_checkpoints_are_uploaded(tmp_path):
+    base = "base: new:tiny\ndata: [{path: a}]\n"
+    for text, overrides in (
+        ("checkpoints: {upload: 'gs://b/x'}", []),
+        ("checkpoints: {upload: {url: 'gs://b/x', bandwidth: 20 MB}}", []),
+        ("", ["checkpoints.upload=gs://b/x"]),
+        ("checkpoints: {upload: 's3://other'}", ["checkpoints.upload.url=gs://b/x"]),
+    ):
+        (tmp_path / "r.yaml").write_text(base + text)
+        loaded = load_recipe(tmp_path / "r.yaml", overrides, env={})
+        assert loaded.recipe.checkpoints.upload.url == "gs://b/x"
+        assert not loaded.notes
+        (tmp_path / "again.yaml").write_text(to_yaml(loaded.recipe))
+        assert load_recipe(tmp_path / "again.yaml", env={}).recipe == loaded.recipe
+    (tmp_path / "r.yaml").write_text(base + "checkpoints: {upload: null}")
+    assert load_recipe(tmp_path / "r.yaml", env={}).recipe.checkpoints.upload.url is None
+    (tmp_path / "r.yaml").write_text(base + "checkpoints: {upload: {url: x, adress: y}}")
+    with pytest.raises(RecipeError, match="adress"):
+        load_recipe(tmp_path / "r.yaml", env={})

@@ -155,9 +155,9 @@ def _to_resume(home: Home, wanted: str, recipe: Path | None, overrides: tuple[st
     try:
         run, checkpoint = find_checkpoint(home, wanted)
     except NotFound:
-        upload = None if recipe is None else read_recipe(recipe, overrides).checkpoints.upload
-        if upload is not None:
-            return _from_bucket(home, upload.url, wanted)
+        url = None if recipe is None else read_recipe(recipe, overrides).checkpoints.upload.url
+        if url is not None:
+            return _from_bucket(home, url, wanted)
         known = ", ".join(run.id for run in store.ls()[:5]) or "none yet"
         raise NotFound(
             f"--resume {wanted!r} is neither a run nor a checkpoint in {home.runs}. Runs: {known}. "

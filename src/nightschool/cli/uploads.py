@@ -308,10 +308,10 @@ def _places(url: str | None, config: Path | None) -> list[str]:
         return [str(parse_url(url))]
     if config is None:
         return []
-    upload = read_recipe(config).checkpoints.upload
-    if upload is None:
+    place = read_recipe(config).checkpoints.upload.url
+    if place is None:
         raise UsageError(f"{config} has no checkpoints.upload, so it names no bucket. Add it, or write the address.")
-    return [str(parse_url(upload.url))]
+    return [str(parse_url(place))]
 
 
 def _bytes(text: str) -> int:

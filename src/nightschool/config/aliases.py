@@ -65,6 +65,9 @@ def _train(name: str) -> Alias:
     return Alias(("train", name))
 
 
+# Sections for which a text alone may stand, and the setting that the text then is.
+SHORTHANDS: Mapping[Path, Path] = {("checkpoints", "upload"): ("checkpoints", "upload", "url")}
+
 ALIASES: Mapping[str, Alias] = {
     "lr": _train("learning_rate"),
     "learning_rate": _train("learning_rate"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from nightschool.config.aliases import ALIASES, AMBIGUOUS, REFUSED, SaysNothing
+from nightschool.config.aliases import ALIASES, AMBIGUOUS, REFUSED, SHORTHANDS, SaysNothing
 from nightschool.config.assignments import Assignment, EmptyList, Source
 from nightschool.config.schema import Path, Setting, children, dotted, find, settings
 from nightschool.errors import Problem
@@ -50,7 +50,7 @@ def name_settings(source: Source) -> Named:
             continue
         if isinstance(assignment.value, EmptyList) and not _takes_elements(understood):
             dead += _places_below(source, assignment.path)
-        if understood.path != assignment.path:
+        if understood.path != assignment.path and assignment.path not in SHORTHANDS:
             named.notes.append(_note(assignment, understood))
         named.assignments.append(understood)
     _refuse_two_spellings(named)
@@ -90,6 +90,8 @@ def _understand(assignment: Assignment) -> Assignment | None:
             return _translate(assignment, part, end)
         raise _Unknown(path[:end], _what_was_meant(prefix, path[end - 1]))
     setting = find(path)
+    if path in SHORTHANDS and (assignment.value is None or isinstance(assignment.value, str)):
+        return _understand(replace(assignment, path=SHORTHANDS[path]))
     return assignment if setting is None else replace(assignment, value=_as_wanted(assignment, setting))
 
 

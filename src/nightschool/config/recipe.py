@@ -298,9 +298,10 @@ class Keep(Section):
 class Upload(Section):
     """Where checkpoints go besides the disk. A text alone is its `url`."""
 
-    url: NotBlank = Field(
-        ...,
-        description="`gs://bucket/folder`, `s3://…`, `az://container/…`, `hf://owner/repository` or `file:///folder`.",
+    url: NotBlank | None = Field(
+        None,
+        description="`gs://bucket/folder`, `s3://…`, `az://container/…`, `hf://owner/repository` or `file:///folder`; "
+        "without it nothing is uploaded.",
     )
     background: bool = Field(
         default=True, description="Upload in a process of its own; otherwise before training goes on."
@@ -328,12 +329,12 @@ class Checkpoints(Section):
     on_full_disk: Literal["stop", "continue"] = Field(
         "stop", description="What a run does when there is no room for a checkpoint; the one before stays whole."
     )
-    upload: Upload | None = Field(None, description="Where checkpoints go besides the disk: an address, or settings.")
+    upload: Upload = Field(default_factory=Upload, description="Where checkpoints go besides the disk.")
 
     @field_validator("upload", mode="before")
     @classmethod
     def _an_address(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else value
+        return {"url": value} if value is None or isinstance(value, str) else value
 
 
 class Gate(Section):

@@ -60,9 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
             Home(given.home), idle_seconds=idle_seconds, timeout_seconds=given.timeout_seconds, stop=stop, say=_say
         )
     except Locked as error:
+        if not given.drain:
+            return 0  # several were started at once, and one is enough
         _say(str(error))
-        # Draining means that all is done when it returns; somebody else is at it.
-        return error.exit_code if given.drain else 0
+        return error.exit_code
     except NightschoolError as error:
         _say(f"error: {error}")
         return error.exit_code

@@ -51,7 +51,7 @@ __all__ = [
 GIVE_UP_SECONDS = 600.0
 _POLL_SECONDS = 1.0
 
-_NAMED = re.compile(rb"\bupload:(?!\s*null\b)")
+_NAMED = re.compile(rb"\bupload:(?!\s*(null\b|url:\s*null\b))")
 
 _started: list[subprocess.Popen[bytes]] = []
 
@@ -73,10 +73,10 @@ def settings_of(run: Run) -> Settings | None:
     if _NAMED.search(run.recipe_path.read_bytes()) is None:
         return None
     upload = (run.recipe().get("checkpoints") or {}).get("upload")
-    if upload is None:
-        return None
     if isinstance(upload, str):
         return Settings(upload)
+    if not upload or not upload.get("url"):
+        return None
     return Settings(
         url=upload["url"],
         background=upload.get("background", True),
