@@ -22,7 +22,7 @@ from nightschool.jobs import launch, rehearsal
 from nightschool.jobs.bitwise import compare_checkpoints
 from nightschool.jobs.rehearsal import rehearse
 from nightschool.jobs.stop import Stop
-from nightschool.store import checkpoints
+from nightschool.store import checkpoints, uploads
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.training import run as run_module
@@ -104,7 +104,9 @@ def test_a_run_that_forgets_something_is_called_different(home, quick, capsys, m
 
 
 def test_what_the_copy_reads_is_its_own(home, quick, monkeypatch):
-    run = make_run(home, checkpoints={"every": "10m", "keep": {"last": 2}}, train={"evaluate_every": "10m"})
+    run = make_run(
+        home, checkpoints={"every": "10m", "upload": {"url": "file:///tmp/nowhere"}}, train={"evaluate_every": "10m"}
+    )
     (run.path / "new_examples.jsonl").write_text("{}\n")
     seen = []
 
@@ -114,6 +116,7 @@ def test_what_the_copy_reads_is_its_own(home, quick, monkeypatch):
         assert (copy.path / "new_examples.jsonl").exists()
         assert not (copy.path / "log.txt").exists()
         assert copy.status.candidate is None
+        assert uploads.settings_of(copy) is None
         assert next(point.step for point in checkpoints.ls(copy)) == 4
         train(copy, steps)
 
