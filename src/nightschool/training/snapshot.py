@@ -11,6 +11,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,10 @@ class Snapshot:
             # Without it the copy would pass through a small buffer of the driver, piece by piece.
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             locked = cudart.cudaHostRegister(self._flat.data_ptr(), self._flat.numel(), 0)
-            self._page_locked = int(locked) == 0  # else the copy is slower, and as right
+            self._page_locked = int(locked) == 0
+            if not self._page_locked:  # then the copy is slower, and as right
+                with suppress(RuntimeError):
+                    torch.zeros(1, device="cuda")  # takes the error with it that the next kernel would report
 
     def take(self, state: State, order: Order) -> tuple[list[tuple[str, int, int]], int]:
         """Copy the state into the memory.
