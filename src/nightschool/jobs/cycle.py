@@ -203,6 +203,8 @@ def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> C
 def _result(run: Run, home: Home, facts: CycleFacts, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
     """End a cycle: its outcome is kept with the run, too."""
     champion = champion_of(Registry(home), run.name)
+    if outcome in ("interrupted", "failed") and run.status.state == "queued":  # no process was there to say so
+        run.update_status(state=outcome, error=detail)
     run.events.write("cycle", outcome=outcome, detail=detail)
     return CycleResult(
         outcome,
