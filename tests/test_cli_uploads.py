@@ -8,6 +8,7 @@ from object_stores import add_checkpoint, make_run, moto, s3  # noqa: F401
 from nightschool.cli.main import main
 from nightschool.store import uploads
 from nightschool.store.home import Home
+from nightschool.store.manifest import write_manifest
 from nightschool.store.remotes import open_remote
 
 
@@ -73,7 +74,8 @@ def test_a_push_that_fails_exits_1_and_can_be_retried(home, url, capsys):
     run = make_run(home, upload=url)
     path = add_checkpoint(run, 10)
     remote = open_remote(url)
-    remote.put_if_absent(f"{run.id}/{path.name}/manifest.json", b"{}")
+    write_manifest(home.locks, step=10)
+    remote.put_if_absent(f"{run.id}/{path.name}/manifest.json", (home.locks / "manifest.json").read_bytes())
     (row,) = _json(capsys, "uploads", "push", path.name, code=1)
     assert (row["state"], row["error_code"]) == ("failed", "conflict")
     assert main(["uploads", "status"]) == 0
@@ -98,8 +100,6 @@ def test_pull_brings_it_to_another_home(home, url, capsys, monkeypatch, tmp_path
     run = make_run(home, upload=url)
     path = add_checkpoint(run, 10)
     (path / "recipe.yaml").write_bytes(run.recipe_path.read_bytes())
-    from nightschool.store.manifest import write_manifest
-
     write_manifest(path, step=10, attempt=1)
     assert main(["uploads", "push", path.name]) == 0
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "elsewhere"))

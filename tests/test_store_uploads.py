@@ -1,6 +1,5 @@
 """Uploads: the journal, one attempt after the other, and the uploader process."""
 
-import json
 import os
 import signal
 import subprocess
@@ -107,14 +106,14 @@ def test_the_pointer_names_the_newest_and_never_goes_back(home, run, url):
     drain(home)
     add_checkpoint(run, 10)
     drain(home)
-    assert read_pointer(remote)[0].step == 20
-    assert read_pointer(remote, f"{run.id}/LATEST.json")[0].step == 20
+    assert read_pointer(remote).step == 20
+    assert read_pointer(remote, f"{run.id}/LATEST.json").step == 20
     later = make_run(home, minutes=1, upload=url)
     path = add_checkpoint(later, 5)
     drain(home)
-    pointer = read_pointer(remote)[0]
+    pointer = read_pointer(remote)
     assert (pointer.run_id, pointer.key) == (later.id, f"{later.id}/{path.name}")
-    assert read_pointer(remote, f"{run.id}/LATEST.json")[0].step == 20
+    assert read_pointer(remote, f"{run.id}/LATEST.json").step == 20
 
 
 def test_the_manifest_comes_after_its_data_and_weights_before_the_optimizer(home, run, url, monkeypatch):
@@ -158,16 +157,26 @@ def test_a_checkpoint_that_vanished_fails_and_says_so(home, run, url):
 
 def test_another_checkpoint_of_the_name_in_the_bucket_is_refused_with_both_shown(home, run, url):
     path = add_checkpoint(run, 10)
-    (other := open_remote(url)).put_if_absent(
-        f"{run.id}/{path.name}/manifest.json",
-        json.dumps({"created_at": "2020-01-01", "facts": {"step": 10, "attempt": 1}, "files": {}}).encode(),
-    )
+    other = write_manifest(home.path.parent, step=10, attempt=1)
+    theirs = (home.path.parent / "manifest.json").read_bytes()
+    remote = open_remote(url)
+    remote.put_if_absent(f"{run.id}/{path.name}/manifest.json", theirs)
     drain(home, code=1)
     (upload,) = uploads.ls(home)
     assert upload.error_code == "conflict"
-    assert "2020-01-01" in upload.error
+    assert other.created_at.isoformat() in upload.error
     assert str(path) in upload.error
-    assert json.loads(other.read(f"{run.id}/{path.name}/manifest.json").data)["created_at"] == "2020-01-01"
+    assert remote.read(f"{run.id}/{path.name}/manifest.json").data == theirs
+
+
+def test_a_manifest_or_pointer_that_was_altered_on_its_way_is_replaced(home, run, url):
+    path = add_checkpoint(run, 10)
+    remote = open_remote(url)
+    remote.put_if_absent(f"{run.id}/{path.name}/manifest.json", b"\0" + (path / "manifest.json").read_bytes()[1:])
+    remote.put_if_absent("LATEST.json", b"{}")
+    drain(home)
+    assert_equal(run, path, url)
+    assert read_pointer(remote).step == 10
 
 
 def test_a_checkpoint_that_a_later_attempt_wrote_again_takes_the_place_of_the_old(home, run, url):
@@ -273,7 +282,7 @@ def test_s3_end_to_end(home, s3):  # noqa: F811
     path = add_checkpoint(run, 10, num_bytes=9 << 20)
     drain(home)
     assert_equal(run, path, url)
-    assert read_pointer(open_remote(url))[0].key == f"{run.id}/{path.name}"
+    assert read_pointer(open_remote(url)).key == f"{run.id}/{path.name}"
 
 
 def test_an_open_database_is_no_need_for_torch_or_clients(home, run, url):

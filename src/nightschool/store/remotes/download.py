@@ -15,6 +15,7 @@ from nightschool.errors import Conflict, Damaged, Locked, Unreachable
 from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder
 
 _ATTEMPTS = 6
+_TRIES_WHEN_WRONG = 3
 _WAIT_SECONDS = 600.0
 
 
@@ -50,8 +51,10 @@ def download(
             rest = path.with_name(f".{path.name[:100]}-{mark}{PARTIAL}")
             try:
                 _fetch(rest, path, present, stream, sha256=sha256, on_bytes=on_bytes, url=url)
-            except (Unreachable, Conflict) as error:
-                if attempt == _ATTEMPTS - 1 or isinstance(error, Locked):
+            except (Unreachable, Conflict, Damaged) as error:
+                # Bytes that are wrong may have been altered on the way: once more, and it is the bucket.
+                last = _ATTEMPTS if not isinstance(error, Damaged) else _TRIES_WHEN_WRONG
+                if attempt >= last - 1 or isinstance(error, Locked):
                     raise
                 time.sleep(random.uniform(0.1, 0.2 * 2**attempt))
             else:

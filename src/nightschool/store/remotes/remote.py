@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from nightschool.errors import Conflict, NameRefused, NotFound
+from nightschool.errors import Conflict, NameRefused, NotFound, Unreachable
 from nightschool.store.remotes.address import Address, check_key
 from nightschool.store.remotes.download import download
 from nightschool.store.remotes.transfer import SourceFile, Transfer, source_of
@@ -103,25 +103,41 @@ class Remote:
 
         Raises:
             Conflict: If the key holds something else.
+            Unreachable: If it arrived altered; then it is not there.
         """
         try:
-            return self.store.put_if_absent(self._whole(key), content)
+            etag = self.store.put_if_absent(self._whole(key), content)
         except Conflict:
             # An answer that was lost on the way looks like this too.
             present = self.read(key)
             if present.data != content:
                 raise
             return present.etag
+        try:
+            return self._compared(key, content, etag)
+        except Unreachable:
+            self.delete(key)
+            raise
 
     def compare_and_swap(self, key: str, content: bytes, etag: str | None) -> str:
         """Replace a small object whose etag is still that one; None: which does not exist yet. Returns the new etag.
 
         Raises:
             Conflict: If somebody else was quicker.
+            Unreachable: If it arrived altered, or nobody knows whether it arrived.
         """
         if etag is None:
-            return self.store.put_if_absent(self._whole(key), content)
-        return self.store.swap(self._whole(key), content, etag)
+            new = self.store.put_if_absent(self._whole(key), content)
+        else:
+            new = self.store.swap(self._whole(key), content, etag)
+        return self._compared(key, content, new)
+
+    def _compared(self, key: str, content: bytes, etag: str) -> str:
+        """Read a small object back: not every store can say of what it made its etag."""
+        present = self.read(key)
+        if present.etag == etag and present.data != content:
+            raise Unreachable(f"{self.url_of(key)} arrived altered. It is sent again.")
+        return etag
 
     def read(self, key: str, *, most_bytes: int = 64 << 20) -> Content:
         """A small object as a whole.

@@ -157,9 +157,8 @@ def refuse_another_in_bucket(run: Run, checkpoint: Checkpoint, url: str, *, say:
 def _latest(remote: Remote, last: str) -> Located:
     pointer = read_pointer(remote)
     if pointer is not None:
-        found = pointer[0]
-        run_id = found.run_id if _is_run_id(found.run_id) else None
-        return _existing(Located(remote, found.key, found.key.rpartition("/")[2], run_id))
+        run_id = pointer.run_id if _is_run_id(pointer.run_id) else None
+        return _existing(Located(remote, pointer.key, pointer.key.rpartition("/")[2], run_id))
     # A bucket that others filled has no pointer; the highest step is what they call the latest.
     every = ls_remote(remote)
     if not every:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
@@ -53,30 +54,33 @@ def archive_key(name: str) -> str:
     return check_key(f"{name}{ARCHIVE}")
 
 
-def read_pointer(remote: Remote, key: str = LATEST) -> tuple[Pointer, str] | None:
-    """A pointer and its etag, or None if there is none.
+def read_pointer(remote: Remote, key: str = LATEST) -> Pointer | None:
+    """A pointer, or None if there is none.
 
     Raises:
         Damaged: If it has not the form of a pointer.
+        MadeByNewer: If a newer nightschool wrote it.
     """
     try:
-        content = remote.read(key, most_bytes=1 << 16)
+        return _parse(remote.url_of(key), remote.read(key, most_bytes=1 << 16).data)
     except NotFound:
         return None
-    where = remote.url_of(key)
+
+
+def _parse(where: str, content: bytes) -> Pointer:
     try:
-        plain = json.loads(content.data)
+        plain = json.loads(content)
         if plain.pop("format") != _FORMAT:
             raise MadeByNewer(f"{where} was written by a newer nightschool. Use that version.")
         pointer = Pointer(**plain)
         check_key(pointer.key)
         if not all(isinstance(value, int) for value in (pointer.step, pointer.attempt)):
             raise TypeError("step and attempt are no numbers")
+        return pointer
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(
             f"{where} is no pointer to a checkpoint ({error}). Remove it, or name the checkpoint that you want."
         ) from error
-    return pointer, content.etag
 
 
 def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
@@ -87,11 +91,18 @@ def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
     """
     content = (json.dumps({"format": _FORMAT, **asdict(pointer)}, indent=2) + "\n").encode()
     for attempt in range(_ATTEMPTS):
-        present = read_pointer(remote, key)
-        if present is not None and present[0].order >= pointer.order:
-            return present[0].digest == pointer.digest
         try:
-            remote.compare_and_swap(key, content, None if present is None else present[1])
+            found = remote.read(key, most_bytes=1 << 16)
+        except NotFound:
+            etag = None
+        else:
+            etag = found.etag
+            with suppress(Damaged):  # one that cannot be read points nowhere
+                present = _parse(remote.url_of(key), found.data)
+                if present.order >= pointer.order:
+                    return present.digest == pointer.digest
+        try:
+            remote.compare_and_swap(key, content, etag)
         except Conflict:
             if attempt == _ATTEMPTS - 1:
                 raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,14 @@ from nightschool.errors import (
     CredentialsRefused,
     Damaged,
     Interrupted,
+    MadeByNewer,
     NightschoolError,
     NotFound,
     RemoteError,
     Unreachable,
 )
 from nightschool.store.home import Home
-from nightschool.store.manifest import MANIFEST, verify
+from nightschool.store.manifest import MANIFEST, read_manifest, verify
 from nightschool.store.remotes import TIMEOUT_SECONDS, open_remote
 from nightschool.store.remotes.remote import Remote
 from nightschool.store.remotes.transfer import Throttle, Transfer
@@ -152,6 +154,10 @@ def _is_there(remote: Remote, key: str, manifest: bytes, plain: dict[str, Any], 
         return False
     if present == manifest:
         return True
+    if not _is_manifest(present) and remote.read(key).data == present:
+        # It was altered on its way there by a process that could not look any more; it describes nothing.
+        remote.delete(key)
+        return False
     try:
         earlier = int(json.loads(present)["facts"]["attempt"]) < int(plain["facts"]["attempt"])
     except (ValueError, KeyError, TypeError):
@@ -169,6 +175,18 @@ def _is_there(remote: Remote, key: str, manifest: bytes, plain: dict[str, Any], 
         if found.key.removeprefix(folder + "/") not in plain["files"]:
             remote.delete(found.key)
     return False
+
+
+def _is_manifest(content: bytes) -> bool:
+    with tempfile.TemporaryDirectory(prefix="manifest-") as name:
+        (Path(name) / MANIFEST).write_bytes(content)
+        try:
+            read_manifest(Path(name))
+        except MadeByNewer:
+            return True
+        except Damaged:
+            return False
+    return True
 
 
 def _send(
