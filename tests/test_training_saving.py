@@ -71,7 +71,7 @@ def assert_holds(run, step):
 
 
 def events_of(run):
-    return [row["event"] for row in read_events(run.events_path)]
+    return [row["event"] for row in read_events(run.events_path) if row["event"] != "saving"]
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -308,3 +308,10 @@ def test_the_parts_of_two_ranks_are_one_checkpoint(run, lines):
     for step in (1, 2):
         assert_holds(run, step)
         assert load_group(path_of(run, step), "optimizer-rank1")["m"].tolist() == [step] * 3
+
+
+def test_how_long_training_stood_still_is_written_down(run, lines):
+    save_steps(run, lines, 1, 2)
+    rows = [row for row in read_events(run.events_path) if row["event"] == "saving"]
+    assert [(row["step"], row["background"]) for row in rows] == [(1, True), (2, True)]
+    assert all(0 < row["stalled_seconds"] < 10 for row in rows)

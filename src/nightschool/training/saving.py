@@ -13,6 +13,7 @@ collective call is made: `save` does not wait for other ranks, and `settle` on a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,7 @@ class Saver:
             DiskFull: If the save before this one, or this one, found no room, and the recipe says `stop`.
             NightschoolError: If the save before this one failed for another reason.
         """
+        started = time.perf_counter()
         self.settle()
         upload = self._settings.upload
         if upload is not None and upload.max_pending is not None:
@@ -111,13 +113,23 @@ class Saver:
         copied = None if last and not self._has_copied else self._copy(state, order)
         if copied is None:
             self._conclude(carry_out(order, state.contents()))
-            self._raise_failure()
-            return
+        else:
+            self._hand_over(order, *copied)
+        self._run.events.write(
+            "saving",
+            step=facts["step"],
+            name=target.name,
+            background=copied is not None,
+            stalled_seconds=time.perf_counter() - started,
+        )
+        self._raise_failure()
+
+    def _hand_over(self, order: Order, files: list[tuple[str, int, int]], end_bytes: int) -> None:
         assert self._writer is not None
-        files, end = copied
         self._pending = order, files
-        if not self._writer.hand_over(order, files, end) or (upload is not None and not upload.background):
-            self.settle()
+        upload = self._settings.upload
+        if not self._writer.hand_over(order, files, end_bytes) or (upload is not None and not upload.background):
+            self._wait()
 
     def settle(self) -> None:
         """Wait for the save that is under way, and raise what went wrong with it, as `save` does."""
