@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from live_server import eventually
+from safetensors.torch import load_file
 from shard_setups import write_shards
 from test_training_pretrain import recipe_of
 
+from nightschool.config.recipe import Recipe
 from nightschool.events import read_events
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
@@ -107,6 +110,31 @@ def test_stopped_and_resumed_by_two_and_once_by_one(tmp_path, corpus, straight):
     assert code == 0, output
     assert rows_of(other)[12]["tokens_trained_total"] == rows_of(straight)[12]["tokens_trained_total"]
     assert rows_of(other)[12]["loss"] == pytest.approx(rows_of(straight)[12]["loss"], rel=2e-3)
+
+
+def test_sharded_processes_learn_the_same_and_save_whole_tensors(tmp_path, corpus, straight):
+    """Two processes that share the weights go on from a checkpoint of two that did not, and theirs is of the same form."""
+    home = Home(tmp_path / "home")
+    run = new_run(home, plain_recipe(corpus, 2, zero_stage=3))
+    source = next(point for point in checkpoints.ls(straight) if point.step == 6)
+    run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["cp", "-r", str(source.path), str(run.checkpoints_path)], check=True)
+    code, output = finish(start(home, run, resume=source.name))
+    assert code == 0, output + (run.path / "log-rank1.txt").read_text()
+    for step in range(7, 13):
+        assert rows_of(run)[step]["loss"] == pytest.approx(rows_of(straight)[step]["loss"], rel=1e-4)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, theirs = (load_file(last_checkpoint(one) / name) for one in (run, straight))
+        assert mine.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert torch.allclose(mine[key], tensor, rtol=1e-2, atol=1e-4), key
+    assert run.status.candidate
+
+
+def test_shards_of_an_adapter_are_refused(corpus):
+    plain = recipe_of(corpus, method="lora", base="somewhere/else", shape={}, train={"zero_stage": 2})
+    with pytest.raises(ValueError, match="zero_stage"):
+        Recipe.model_validate(plain)
 
 
 def test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed(tmp_path, corpus):

@@ -220,6 +220,11 @@ class Train(Section):
         ge=1,
         description="Processes on this machine that train together, one a GPU; torchrun sets it for several machines.",
     )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="What several processes share among them: 0 nothing; 1 and 2 parameters, gradients and moments between "
+        "the steps; 3 during them, too, which is slower and takes least.",
+    )
     num_workers: int = Field(1, ge=1, description="Processes that turn text into tokens before step 1.")
     seed: int = Field(42, ge=0, description="Seeds weights, order and dropout.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.")
@@ -484,6 +489,12 @@ class Recipe(Section):
     def _shape_of_something_new(self) -> Recipe:
         if self.shape.given() and not self.base.startswith("new:"):
             raise ValueError(f"`shape` describes a new model, and `base: {self.base}` has its shape; take `shape` out")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_of_all_weights(self) -> Recipe:
+        if self.train.zero_stage and self.method == "lora":
+            raise ValueError("`train.zero_stage` shares out weights that learn, and an adapter has few; write 0")
         return self
 
     @model_validator(mode="after")

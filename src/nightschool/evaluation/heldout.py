@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -36,18 +36,40 @@ def heldout_loss(
     Raises:
         DataError: If no token carries loss.
     """
-    device = next(model.parameters()).device
+    with _as_found(model):
+        used = path or prepare(model)
+        total, tokens = heldout_sum(
+            model,
+            batches,
+            forward=lambda batch: document_loss(model, used, batch),
+            device=next(model.parameters()).device,
+            compute_dtype=compute_dtype,
+        )
+    if tokens == 0:
+        raise DataError("No token of the held-out examples carries loss. Hold out examples that have an answer.")
+    return total / tokens, tokens
+
+
+def heldout_sum(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    forward: Callable[[Batch], tuple[torch.Tensor, int]],
+    device: torch.device,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[float, int]:
+    """Return the loss in nats summed over all tokens that carry loss, and their number.
+
+    As `heldout_loss`, for a model that is run by `forward`: a batch on the device → summed loss and tokens.
+    """
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with _as_found(model), torch.no_grad(), autocast(device, compute_dtype):
-        path = path or prepare(model)
         for batch in batches:
-            loss_sum, counted = document_loss(model, path, on_device(batch, device))
+            loss_sum, counted = forward(on_device(batch, device))
             # Sums of many batches in fp32 would depend on their order in the last digits.
             total += loss_sum.double().cpu()
             tokens += counted
-    if tokens == 0:
-        raise DataError("No token of the held-out examples carries loss. Hold out examples that have an answer.")
-    return float(total) / tokens, tokens
+    return float(total), tokens
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContextManager[object]:

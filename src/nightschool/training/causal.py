@@ -12,10 +12,11 @@ from torch import nn
 from nightschool.config.recipe import Train
 from nightschool.data.batches import IGNORED, Batch, Batches
 from nightschool.data.token_batches import TokenBatches
-from nightschool.errors import ModelError
-from nightschool.evaluation.heldout import autocast, heldout_loss, on_device
+from nightschool.errors import DataError, ModelError
+from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
 from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
 from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
+from nightschool.training.sharding import LossModule, scaled_gradient, shard_model
 from nightschool.training.task import LossResult
 from nightschool.training.world import ALONE, World
 
@@ -39,7 +40,9 @@ class CausalTask:
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
-        self.optimizer = AdamW(self._trainable, AdamWSettings.from_recipe(train), embedding_names(model))
+        self._settings = AdamWSettings.from_recipe(train)
+        self.optimizer = AdamW(self._trainable, self._settings, embedding_names(model))
+        self._sharded: LossModule | None = None
 
     world: World
 
@@ -48,20 +51,47 @@ class CausalTask:
 
     def _heldout_loss(self, batches: Sequence[Callable[[], Batch]]) -> tuple[float, int]:
         """The mean over all batches, of which each process computes every `world.size`-th."""
-        mine = batches[self.world.rank :: self.world.size]
-        loss, tokens = (0.0, 0)
-        if mine:
-            each = (make() for make in mine)
-            loss, tokens = heldout_loss(self.model, each, path=self.path, compute_dtype=self.compute_dtype)
-        if self.world.size == 1:
-            return loss, tokens
-        total, count = self.world.float_sums(loss * tokens, tokens)
+        size = self.world.size
+        mine = list(batches[self.world.rank :: size])
+        if self.is_sharded and len(mine) < -(-len(batches) // size):
+            # Weights are gathered from all processes, so all of them compute as often.
+            mine.append(lambda: without_loss(batches[0]()))
+        total, tokens = heldout_sum(
+            self.model,
+            (make() for make in mine),
+            forward=self._forward,
+            device=self.device,
+            compute_dtype=self.compute_dtype,
+        )
+        total, count = self.world.float_sums(total, tokens)
+        if not count:
+            raise DataError("No token of the held-out data carries loss. Hold out something that has an answer.")
         return total / count, int(count)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of every parameter."""
+        return self._sharded is not None
+
+    def shard(self, stage: int) -> None:
+        """Keep only the part of parameters, gradients and moments that is this process's. All call it before step 1."""
+        kept = embedding_names(self.model)
+        self._sharded = shard_model(self.model, self.path, self.world, stage)
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = AdamW(self._trainable, self._settings, kept)
 
     def loss(self, batch: Batch) -> LossResult:
         with autocast(self.device, self.compute_dtype):
-            loss_sum, tokens = document_loss(self.model, self.path, on_device(batch, self.device))
+            loss_sum, tokens = self._forward(on_device(batch, self.device))
+        if self.is_sharded:
+            loss_sum = scaled_gradient(loss_sum, self.world.size)
         return LossResult(loss_sum, tokens)
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        if self._sharded is not None:
+            result: tuple[torch.Tensor, int] = self._sharded(batch)
+            return result
+        return document_loss(self.model, self.path, batch)
 
 
 class FinetuneTask(CausalTask):

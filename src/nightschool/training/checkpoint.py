@@ -36,6 +36,7 @@ from nightschool.store.writing.tensorfile import index_name
 from nightschool.training import rng
 from nightschool.training.checkpoint_facts import metadata, training_config, training_metrics
 from nightschool.training.optimizer import Schedule, check_tensors
+from nightschool.training.sharding import put, whole_tensors
 from nightschool.training.snapshot import State
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
@@ -145,8 +146,8 @@ def state_to_save(
     }
     return State(
         tensors={
-            "model": saved_tensors(task),
-            "optimizer": task.optimizer.state(),
+            "model": whole_tensors(saved_tensors(task)),
+            "optimizer": whole_tensors(task.optimizer.state()),
             **{rng.group_of(rank): tensors for rank, (_, tensors) in enumerate(rngs)},
         },
         texts={name: _to_json(value) for name, value in plain.items()} | {"recipe.yaml": surroundings.recipe_yaml},
@@ -160,6 +161,13 @@ def state_to_save(
             "data_fingerprint": state.fingerprint,
         },
     )
+
+
+def take_part(task: Task) -> None:
+    """In a process other than the first: hand in what only this one has of the tensors that the first one saves."""
+    if task.is_sharded:
+        whole_tensors(saved_tensors(task))
+        whole_tensors(task.optimizer.state())
 
 
 def expected_bytes(task: Task) -> int:
@@ -249,7 +257,7 @@ def load_weights(folder: Path, task: Task) -> None:
 @torch.no_grad()
 def _copy_weights(task: Task, weights: dict[str, Tensor]) -> None:
     for name, tensor in saved_tensors(task).items():
-        tensor.copy_(weights[name])
+        put(tensor, weights[name])
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

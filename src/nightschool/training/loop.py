@@ -15,6 +15,7 @@ from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
+from nightschool.training.sharding import local_parts, total_norm
 from nightschool.training.signals import StopRequest
 from nightschool.training.state import Interval, TrainState
 from nightschool.training.task import Task
@@ -170,13 +171,14 @@ def _update(
 
     optimizer = task.optimizer
     gradients = optimizer.gradients_ready()
-    world.add_up([*gradients, loss])
+    # Sharded gradients are summed on their way already.
+    world.add_up([loss] if task.is_sharded else [*gradients, loss])
     if scaler is not None:
         scaler.unscale_(optimizer.inner)
-    grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    grad_norm = total_norm(gradients)
     if max_grad_norm > 0:
         # The factor is clamped on the device: asking the host whether to clip would wait for the whole backward pass.
-        torch._foreach_mul_(gradients, torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0))
+        torch._foreach_mul_(local_parts(gradients), torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0))
     optimizer.set_rate(learning_rate)
     if scaler is None:
         optimizer.inner.step()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nightschool.config.recipe import Train
 from nightschool.errors import StateMismatch
+from nightschool.training.sharding import like, put
 
 LrSchedule = Literal["cosine", "linear", "constant"]
 
@@ -190,12 +191,14 @@ class AdamW:
             if name in parameters_without_state:
                 self.inner.state.pop(parameter, None)
                 continue
-            # The fused kernel wants its counter where the parameter is; `clone` keeps mapped file memory out.
+            # The fused kernel wants its counter where the parameter is; a copy keeps mapped file memory out.
             self.inner.state[parameter] = {
-                key: tensors[f"{kind}.{name}"].to(parameter.device, copy=True) for kind, key in self._KINDS
+                "step": tensors[f"updates.{name}"].to(parameter.device, copy=True),
+                "exp_avg": like(parameter, tensors[f"first_moment.{name}"]),
+                "exp_avg_sq": like(parameter, tensors[f"second_moment.{name}"]),
             }
         for name, master in self._masters.items():
-            master.copy_(tensors[f"master.{name}"])
+            put(master, tensors[f"master.{name}"])
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:

@@ -107,9 +107,12 @@ class PretrainClassroom(Classroom):
         return num_bytes / tokens if tokens else None
 
     def sample(self) -> tuple[str, str] | None:
-        """The beginning of a held-out sequence and how the model goes on; None where none is wanted. No generator moves."""
+        """The beginning of a held-out sequence and how the model goes on; None where none is wanted, or no process has all weights.
+
+        No generator moves.
+        """
         count = self.recipe.pretrain.sample_tokens
-        if count == 0 or self.task.batches.num_held_out == 0:
+        if count == 0 or self.task.batches.num_held_out == 0 or self.task.is_sharded:
             return None
         prompt = self.task.batches.held_out(0, 1).input_ids[0, :SAMPLE_PROMPT_TOKENS].tolist()
         return self._text(prompt), self._text(continuation(self.task.model, prompt, count, seed=self.recipe.train.seed))

@@ -20,6 +20,7 @@ from nightschool.training.preparing import prepare
 from nightschool.training.signals import StopRequest
 from nightschool.training.state import TrainState
 from nightschool.training.surroundings import surroundings_of
+from nightschool.training.task import Task
 from nightschool.training.world import World
 
 _FAREWELL_SECONDS = 30.0
@@ -79,8 +80,10 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest)
     classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
     task, evaluate = classroom.task, classroom.evaluate
     state = TrainState(task.fingerprint)
+    surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
+    if wants_shards(recipe, world):
+        task.shard(recipe.train.zero_stage)
     if point is not None:
-        surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
         state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world=world)
     fit(
         task,
@@ -89,16 +92,22 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest)
         schedule=classroom.schedule,
         metrics=None,
         evaluate=None if evaluate is None else lambda: evaluate()[0],
-        save=lambda _state: hand_in_random_state(world),
+        save=lambda _state: _hand_in(task, world),
         stop=stop,
         scaler=classroom.scaler,
         world=world,
     )
 
 
-def hand_in_random_state(world: World) -> None:
+def wants_shards(recipe: Recipe, world: World) -> bool:
+    """Whether the processes share the parameters among them."""
+    return recipe.train.zero_stage > 0 and world.size > 1
+
+
+def _hand_in(task: Task, world: World) -> None:
     """Give process 0 what only this one knows of the checkpoint that is being saved."""
     world.gathered(rng.capture())
+    checkpoint.take_part(task)
 
 
 def _free_port() -> int:

@@ -42,7 +42,7 @@ from nightschool.training.plan import plan_of, render_plan
 from nightschool.training.preparing import prepare
 from nightschool.training.pretraining import PretrainClassroom
 from nightschool.training.publish import publish_candidate
-from nightschool.training.ranks import follow, started_ranks
+from nightschool.training.ranks import follow, started_ranks, wants_shards
 from nightschool.training.saving import Saver, open_saver
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
@@ -182,7 +182,16 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
 
         surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
         state = _train(run, classroom, surroundings, point, stop, saver, world)
+    if classroom.task.is_sharded:
+        classroom = _whole_again(home, run, recipe, root)
     _publish(home, run, classroom, state)
+
+
+def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path) -> Classroom:
+    """The whole model with the weights of the last checkpoint, in this process alone."""
+    classroom = prepare(home, run, recipe, root=root, resuming=True, point=None)
+    checkpoint.load_weights(checkpoints.ls(run)[-1].path, classroom.task)
+    return classroom
 
 
 def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
@@ -262,6 +271,8 @@ def _train(
 ) -> TrainState:
     task, budget = classroom.task, classroom.budget
     state = TrainState(task.fingerprint)
+    if wants_shards(classroom.recipe, world):
+        task.shard(classroom.recipe.train.zero_stage)
     if point is not None:
         state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world)
         say(f"Resumed from {point.name}: step {state.step} of {budget.steps_total}")

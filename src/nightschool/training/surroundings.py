@@ -20,7 +20,7 @@ _PACKAGES = ("nightschool", "torch", "transformers", "peft", "tokenizers", "safe
 _FREE = frozenset(
     {
         "epochs", "max_steps", "learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1",
-        "beta2", "epsilon", "max_cut_share", "dtype", "device", "num_threads", "num_processes", "num_workers", "log_every",
+        "beta2", "epsilon", "max_cut_share", "dtype", "device", "num_threads", "num_processes", "zero_stage", "num_workers", "log_every",
         "evaluate_every", "gradient_checkpointing", "compile",
     }
 )  # fmt: skip

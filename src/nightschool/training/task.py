@@ -34,6 +34,11 @@ class Task(Protocol):
         """What identifies the data and their order; a checkpoint of other data is refused."""
         ...
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of every parameter."""
+        ...
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
         ...
