@@ -12,7 +12,9 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
 from nightschool.data.known import lesson_for
 from nightschool.data.load import Loaded, load_sources, read_file, split_held_out
-from nightschool.errors import UsageError
+from nightschool.data.shard_sources import is_shard_folder, open_shards
+from nightschool.data.shards import verify_shard
+from nightschool.errors import Damaged, UsageError
 from nightschool.jobs.study import starting_weights
 from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.conversations import ConversationStore
@@ -40,13 +42,17 @@ def preview(source: Path, /, *overrides: str, count: int = 3) -> None:
     answer({"examples": [one.to_json() for one in shown], "num_examples": len(loaded.examples)}, text)
 
 
-def check(source: Path, /, *overrides: str) -> None:
+def check(source: Path, /, *overrides: str) -> int:
     """Read everything and say what there is, or everything that is wrong, with file and line.
 
+    Of a folder of token shards, every byte is compared with its index.
+
     Args:
-        source: A recipe, or a data file.
+        source: A recipe, a data file, or a folder of token shards.
         overrides: Settings of the recipe, as data.0.path=train.json.
     """
+    if is_shard_folder(source):
+        return _check_shards(source)
     recipe = _recipe(source, overrides)
     loaded = _load(recipe, source)
     data: dict[str, Any] = {
@@ -79,6 +85,30 @@ def check(source: Path, /, *overrides: str) -> None:
         return "\n".join(lines)
 
     answer(data, text, quiet=str(len(loaded.examples)))
+    return 0
+
+
+def _check_shards(folder: Path) -> int:
+    """Compare shards with their index; 1 if one is damaged."""
+    index = open_shards(str(folder), root=Path.cwd(), cache=Home.find().cache / "shards", sizes=False).shards.index
+    rows = []
+    for facts in index.shards:
+        row: dict[str, Any] = {"file": facts.file, "tokens": facts.tokens, "documents": facts.documents, "whole": True}
+        try:
+            verify_shard(folder / facts.file, facts)
+        except Damaged as error:
+            row |= {"whole": False, "detail": str(error)}
+        rows.append(row)
+    damaged = [row for row in rows if not row["whole"]]
+
+    def text() -> str:
+        lines = [f"DAMAGED  {row['detail']}" for row in damaged]
+        return "\n".join(
+            [*lines, f"{len(rows) - len(damaged)} of {len(rows)} shards are whole: {index.tokens:,} tokens in all"]
+        )
+
+    answer({"shards": rows, "tokens": index.tokens, "damaged": len(damaged)}, text, quiet=str(len(damaged)))
+    return 1 if damaged else 0
 
 
 def forget(request_id: str, /, *, yes: bool = False) -> None:

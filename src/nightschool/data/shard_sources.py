@@ -43,6 +43,7 @@ def open_shards(
     eos_token_id: int | None = None,
     group_shards: int = 16,
     limit_bytes: int = _LIMIT_BYTES,
+    sizes: bool = True,
 ) -> ShardSource:
     """Find the shards that a recipe's `data.0.path` names. Reads only their index where there is one.
 
@@ -54,6 +55,7 @@ def open_shards(
         eos_token_id: What ends documents in shards whose index does not say it.
         group_shards: So many are read from at a time.
         limit_bytes: What fetched shards may take on disk.
+        sizes: Whether files of another size than the index states are refused at once.
 
     Raises:
         NotFound: If nothing is there.
@@ -74,7 +76,7 @@ def open_shards(
     folder = path if path.is_dir() else path.parent
     if (path / INDEX).is_file():
         index = read_index(path / INDEX).first(max_files)
-        for facts in index.shards:
+        for facts in index.shards if sizes else ():
             check_size(path / facts.file, facts)
     else:
         files = _files(path, place, root)[:max_files]
@@ -82,6 +84,11 @@ def open_shards(
         index = _index_in_cache(folder, files, cache, eos_token_id)
     tokenizer = folder / TOKENIZER_FOLDER
     return ShardSource(Shards(folder, index, cache), tokenizer if tokenizer.is_dir() else None)
+
+
+def is_shard_folder(path: Path) -> bool:
+    """Whether this is a folder of token shards."""
+    return path.is_dir() and ((path / INDEX).is_file() or any(path.glob(f"*{SHARD_ENDING}")))
 
 
 def shards_state(place: str, *, root: Path, max_files: int | None = None) -> str:
