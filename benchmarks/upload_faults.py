@@ -71,16 +71,25 @@ class Watch:
     def __call__(self, exchange: Exchange) -> None:
         if exchange.method != "PUT" or not exchange.path.endswith("/manifest.json"):
             return
-        content = get(self._server, exchange.path)
-        try:
-            files = json.loads(content or b"")["files"]
-        except ValueError:
-            return  # it did not arrive, or was corrupted on its way: it will be replaced
+        files = files_of(get(self._server, exchange.path))
+        if files is None:
+            return
         self.manifests += 1
         folder = exchange.path.rpartition("/")[0]
         for name, facts in files.items():
             if digest(get(self._server, f"{folder}/{name}")) != facts["sha256"]:
                 self.early_manifests.append(f"{folder}/{name}")
+
+
+def files_of(manifest: bytes | None) -> dict[str, Any] | None:
+    """What a manifest names. None if it did not arrive, or was corrupted on its way, which it says itself."""
+    try:
+        plain = json.loads(manifest or b"")
+        stated = plain.pop("digest")
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return dict(plain["files"]) if digest(canonical.encode()) == stated else None
+    except (ValueError, KeyError):
+        return None
 
 
 def get(server: str, path: str) -> bytes | None:
