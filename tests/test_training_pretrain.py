@@ -223,3 +223,15 @@ def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
     model = load_version(Registry(home).resolve(run.status.candidate), home).model
     ids = room.task.batches.get(0, 0, 1).input_ids[0].tolist()
     assert greedy_continuation(model, ids[:4], 8) == ids[4:12]
+
+
+def test_a_plan_of_a_model_that_is_too_slow_to_measure_says_so(tmp_path, corpus, monkeypatch):
+    from nightschool.training import preparation
+
+    recipe = Recipe.model_validate(recipe_of(corpus))
+    assert "3 measured" in preparation.Probe(make_plan(recipe, Home(tmp_path)).measured_batches, 1.0).how
+    monkeypatch.setattr(preparation, "LONGEST_BATCH_SECONDS", 0.0)
+    plan = make_plan(recipe, Home(tmp_path))
+    assert plan.measured_batches == 0
+    assert plan.model_flops_utilization == pytest.approx(1.0, rel=0.3)
+    assert "nothing was measured" in preparation.Probe(0, 1.0).how

@@ -17,7 +17,7 @@ from nightschool.models.cost import count_parameters, expected_peak_bytes
 from nightschool.store.home import Home
 from nightschool.training.classroom import Classroom, FinetuneClassroom, prepare_classroom
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.preparation import disk_free, disk_needed, measure
+from nightschool.training.preparation import Probe, disk_free, disk_needed, measure
 from nightschool.training.pretrain_plan import PretrainPlan, pretrain_plan_of, render_pretrain_plan
 from nightschool.training.pretraining import PretrainClassroom, prepare_pretraining
 from nightschool.training.preview import Span, loss_mask, render_mask
@@ -262,7 +262,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("peak", f"about {format_bytes(plan.expected_peak_bytes)} of tensors"),
         (
             "time",
-            f"about {minutes} min {seconds} s, from {plan.measured_batches} measured micro-batches "
+            f"about {minutes} min {seconds} s, {Probe(plan.measured_batches, plan.measured_tokens_per_second).how} "
             f"({plan.measured_tokens_per_second:,.0f} tokens/s)",
         ),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed at most, {format_bytes(plan.disk_free_bytes)} free"),

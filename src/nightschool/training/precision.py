@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import DtypeChoice, bf16_speedup
+from nightschool.models.peak import peak_flops
 from nightschool.training import rng
 from nightschool.training.causal import FinetuneTask, PretrainTask
 
@@ -33,6 +35,8 @@ def choose_by_measuring(task: FinetuneTask | PretrainTask, choice: DtypeChoice, 
 
 
 def _measured(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
+    if reckoned_seconds(task, torch.float32) > MAX_SECONDS:
+        return choice  # a step takes longer than the measurement may, and what dominates it then is products
     product = bf16_speedup(min(hidden_size, 1024))
     if product < PRODUCT_WORTH_IT:
         why = f"fp32, because a product in bf16 is {product:.2g} times as fast as in fp32 on this CPU"
@@ -54,6 +58,12 @@ def _measured(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_siz
     name = "bf16" if faster == torch.bfloat16 else "fp32"
     why = f"{name}, because bf16 computes a micro-batch of this run {speedup:.2g} times as fast as fp32 on this CPU"
     return replace(choice, compute=faster, why=why)
+
+
+def reckoned_seconds(task: FinetuneTask | PretrainTask, dtype: torch.dtype) -> float:
+    """Seconds that the largest micro-batch takes at the least: if all of it ran as fast as the best product."""
+    tokens = task.batch(0, _largest(task)).input_ids.shape[-1]
+    return tokens * flops_per_token(task.model) / peak_flops(task.device, dtype)[0]
 
 
 def compute(task: FinetuneTask | PretrainTask, batch_index: int) -> None:

@@ -7,25 +7,43 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nightschool.models.cost import flops_per_token
+from nightschool.models.peak import peak_flops
 from nightschool.training.causal import FinetuneTask, PretrainTask
 from nightschool.training.classroom import Classroom
-from nightschool.training.precision import compute, measuring
+from nightschool.training.precision import compute, measuring, reckoned_seconds
 
 PROBE_SECONDS = 3.0
 PROBE_BATCHES = 3
+LONGEST_BATCH_SECONDS = 10.0
 TRAINED_DTYPE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How fast forward and backward passes were; `batches` micro-batches were measured after one to warm up."""
+    """How fast forward and backward passes were; `batches` micro-batches were measured after one to warm up.
+
+    Where that would take too long, none was: then the speed is that of the best product, which no step reaches.
+    """
 
     batches: int
     tokens_per_second: float
 
+    @property
+    def how(self) -> str:
+        """Where the figure comes from, for people."""
+        if self.batches:
+            return f"from {self.batches} measured micro-batches"
+        return (
+            "at the least: nothing was measured, because a micro-batch takes long, and no step is as fast as a product"
+        )
+
 
 def measure(task: FinetuneTask | PretrainTask) -> Probe:
     """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
+    if reckoned_seconds(task, task.compute_dtype) > LONGEST_BATCH_SECONDS:
+        flops = flops_per_token(task.model)
+        return Probe(0, peak_flops(task.device, task.compute_dtype)[0] / flops)
     sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
     tokens, seconds, batches = 0, 0.0, 0
     with measuring(task):

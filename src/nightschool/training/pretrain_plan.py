@@ -13,7 +13,7 @@ from nightschool.models.cost import count_parameters, expected_peak_bytes, flops
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.preparation import disk_free, disk_needed, measure
+from nightschool.training.preparation import Probe, disk_free, disk_needed, measure
 from nightschool.training.pretraining import PretrainClassroom
 from nightschool.training.preview import Span, loss_mask, render_mask
 from nightschool.units import format_bytes
@@ -139,8 +139,9 @@ def render_pretrain_plan(plan: PretrainPlan, console: Console) -> None:
         ("peak", f"about {format_bytes(plan.expected_peak_bytes)} of tensors"),
         (
             "time",
-            f"about {minutes} min {seconds} s, from {plan.measured_batches} measured micro-batches "
-            f"({plan.measured_tokens_per_second:,.0f} tokens/s, {plan.model_flops_utilization:.0%} of what products reach)",
+            f"about {minutes} min {seconds} s, {Probe(plan.measured_batches, plan.measured_tokens_per_second).how} "
+            f"({plan.measured_tokens_per_second:,.0f} tokens/s"
+            + (f", {plan.model_flops_utilization:.0%} of what products reach)" if plan.measured_batches else ")"),
         ),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed at most, {format_bytes(plan.disk_free_bytes)} free"),
     ]
