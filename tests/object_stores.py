@@ -41,7 +41,9 @@ def wait_for_http(url, *, seconds=30):
 
 
 def request(method, url, data=b""):
-    with urllib.request.urlopen(urllib.request.Request(url, data=data, method=method), timeout=10) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method), timeout=10
+    ) as answer:
         return answer.read()
 
 

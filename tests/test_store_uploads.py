@@ -19,7 +19,7 @@ from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
 from nightschool.store.remotes import open_remote
 from nightschool.store.uploads.journal import Journal
-from nightschool.store.uploads.layout import read_pointer
+from nightschool.store.uploads.layout import Pointer, move_pointer, read_pointer
 
 
 @pytest.fixture
@@ -174,7 +174,13 @@ def test_a_manifest_or_pointer_that_was_altered_on_its_way_is_replaced(home, run
     remote = open_remote(url)
     remote.put_if_absent(f"{run.id}/{path.name}/manifest.json", b"\0" + (path / "manifest.json").read_bytes()[1:])
     remote.put_if_absent("LATEST.json", b"{}")
+    later = make_run(home, minutes=1, upload=url)
+    ahead = Pointer(later.id, "x", "y", 10**9, 9, "d", "2026")
+    move_pointer(remote, f"{run.id}/LATEST.json", ahead)
+    altered = remote.read(f"{run.id}/LATEST.json")
+    remote.compare_and_swap(f"{run.id}/LATEST.json", altered.data.replace(b'"y"', b'"z"'), altered.etag)
     drain(home)
+    assert read_pointer(remote, f"{run.id}/LATEST.json").step == 10
     assert_equal(run, path, url)
     assert read_pointer(remote).step == 10
 

@@ -8,13 +8,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Any
 
-from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
+from nightschool.errors import Conflict, Damaged, MadeByNewer, NameRefused, NotFound
 from nightschool.events import now
 from nightschool.store.remotes.address import check_key
 from nightschool.store.remotes.remote import Remote
@@ -72,12 +74,14 @@ def _parse(where: str, content: bytes) -> Pointer:
         plain = json.loads(content)
         if plain.pop("format") != _FORMAT:
             raise MadeByNewer(f"{where} was written by a newer nightschool. Use that version.")
+        # Without its own digest, one that was altered on its way could point ahead of all that follow.
+        stated, actual = plain.pop("sha256"), _digest(plain)
+        if stated != actual:
+            raise ValueError(f"it has the SHA-256 {actual}, but states {stated}")
         pointer = Pointer(**plain)
         check_key(pointer.key)
-        if not all(isinstance(value, int) for value in (pointer.step, pointer.attempt)):
-            raise TypeError("step and attempt are no numbers")
         return pointer
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, NameRefused) as error:
         raise Damaged(
             f"{where} is no pointer to a checkpoint ({error}). Remove it, or name the checkpoint that you want."
         ) from error
@@ -89,7 +93,8 @@ def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
     Raises:
         Conflict: If others keep moving it, which is no reason to doubt the checkpoint itself.
     """
-    content = (json.dumps({"format": _FORMAT, **asdict(pointer)}, indent=2) + "\n").encode()
+    plain = asdict(pointer)
+    content = (json.dumps({"format": _FORMAT, **plain, "sha256": _digest(plain)}, indent=2) + "\n").encode()
     for attempt in range(_ATTEMPTS):
         try:
             found = remote.read(key, most_bytes=1 << 16)
@@ -109,6 +114,11 @@ def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
         else:
             return True
     return False
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def pointer_to(
