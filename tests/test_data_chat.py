@@ -409,3 +409,9 @@ def test_the_template_of_this_test_is_not_prefix_stable() -> None:
     first = render_example(tokenizer, chat("ab", "xy"), 1000)
     both = render_example(tokenizer, chat("ab", "xy", "cd", "zw"), 1000)
     assert both.input_ids[: len(first.input_ids)] != first.input_ids
+
+
+def test_a_token_that_swallows_the_line_end_behind_an_earlier_answer_is_learned() -> None:
+    tokenizer = make_tokenizer("ours", "words")
+    rendered = render_example(tokenizer, chat("?", ".\n", "?", "w"), 100)
+    assert squeezed(trained_text(tokenizer, rendered)).replace(tokenizer.eos_token, "") == ".w"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nightschool.data.control import disarmed
 from nightschool.data.example import Example, Message
 from nightschool.data.layout import Layout, lay_out
 from nightschool.data.spans import Span
@@ -58,7 +59,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, thinking: bool
         DataError: If the chat template refuses the messages.
     """
     ensure_template(tokenizer)
-    text = render_text(tokenizer, messages, generation_prompt=True, thinking=thinking)
+    text = render_text(tokenizer, disarmed(tokenizer, messages), generation_prompt=True, thinking=thinking)
     return _encode(tokenizer, text)[0]
 
 
@@ -180,6 +181,7 @@ def _render_whole_chat(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
         marker = next((stop for stop in stop_texts if stop in message.content), None)
         if message.role == "assistant" and marker is not None:
             raise DataError(f"an answer holds {marker!r}, which would end it there. Take it out of the text.")
+    messages = disarmed(tokenizer, messages)
     layout = lay_out(tokenizer, messages, stop_texts)
     ids, offsets, prompt_length = _tokens(tokenizer, layout)
 
@@ -192,10 +194,10 @@ def _render_whole_chat(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
     roles = ["template"] * len(ids)
     bounds = _bounds(offsets)
     for message, span in zip(messages, layout.contents, strict=True):
-        for i in _inside(bounds, span, prompt_length) if span else ():
+        for i in _inside(bounds, span, prompt_length, layout.text) if span else ():
             roles[i] = message.role
     for span, weight in layout.answers:
-        inside = _inside(bounds, span, prompt_length)
+        inside = _inside(bounds, span, prompt_length, layout.text)
         after = inside[-1] + 1 if inside else prompt_length
         if after < prompt_length and ids[after] in stops and bounds[after][0] < span[1]:
             inside.append(after)  # a control token that swallows the white space behind it
@@ -252,13 +254,13 @@ def _bounds(offsets: list[Span]) -> list[Span]:
     return bounds
 
 
-def _inside(bounds: list[Span], span: Span, below: int) -> list[int]:
-    """Tokens of the prompt that lie wholly inside the span."""
+def _inside(bounds: list[Span], span: Span, below: int, text: str) -> list[int]:
+    """Tokens of the prompt that lie inside the span; the last may end with white space that the template put after it."""
     start, end = span
     first = bisect.bisect_left(bounds, start, hi=below, key=lambda bound: bound[0])
     found = []
     for i in range(first, below):
-        if bounds[i][1] > end:
+        if bounds[i][1] > end and not (bounds[i][0] < end and text[end : bounds[i][1]].isspace()):
             break
         if bounds[i][0] >= start:
             found.append(i)
