@@ -1,6 +1,10 @@
 """Object stores for tests: moto's S3 server in a process of its own, and checkpoints to put there."""
 
+import base64
+import hashlib
+import hmac
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from datetime import timedelta
+from email.utils import formatdate
 
 import pytest
 from cli_home import MORNING
@@ -163,3 +168,40 @@ def resumable_gs(gcp_emulator, monkeypatch):
     """An environment in which `gs://bucket` is gcp-storage-emulator."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcp_emulator)
     return gcp_emulator
+
+
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+@pytest.fixture(scope="session")
+def azurite():
+    """The address of Azurite with the container `bucket`; skips where it is not installed (npm install -g azurite)."""
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("azurite-blob is not installed")
+    port = free_port()
+    options = ["--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck", "--silent"]
+    process = subprocess.Popen([program, "--blobPort", str(port), *options], stdout=subprocess.DEVNULL)
+    try:
+        wait_for_http(f"http://127.0.0.1:{port}/")
+        headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06", "Content-Length": "0"}
+        lines = f"x-ms-date:{headers['x-ms-date']}\nx-ms-version:{headers['x-ms-version']}\n"
+        text = "PUT" + "\n" * 12 + lines + "/devstoreaccount1/devstoreaccount1/bucket\nrestype:container"
+        signed = hmac.new(base64.b64decode(AZURITE_KEY), text.encode(), hashlib.sha256).digest()
+        headers["Authorization"] = f"SharedKey devstoreaccount1:{base64.b64encode(signed).decode()}"
+        url = f"http://127.0.0.1:{port}/devstoreaccount1"
+        ask = urllib.request.Request(f"{url}/bucket?restype=container", headers=headers, method="PUT")
+        with urllib.request.urlopen(ask, timeout=10):
+            yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def az(azurite, monkeypatch):
+    """An environment in which `az://bucket` is Azurite."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "devstoreaccount1")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURITE_KEY)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", azurite)
+    return azurite

@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from object_stores import fake_gcs, free_port, gcp_emulator, gs, moto, resumable_gs, s3  # noqa: F401
+from object_stores import az, azurite, fake_gcs, free_port, gcp_emulator, gs, moto, resumable_gs, s3  # noqa: F401
 
 from nightschool.errors import (
     BucketMissing,
@@ -23,7 +23,7 @@ from nightschool.store.remotes import Throttle, Transfer, check_key, open_remote
 LARGE = os.urandom(9 << 20)  # more than one part
 
 
-@pytest.fixture(params=["file", "memory", "s3", "gs"])
+@pytest.fixture(params=["file", "memory", "s3", "gs", "az"])
 def remote(request, tmp_path):
     """An empty folder of each kind of store."""
     if request.param == "file":
@@ -191,6 +191,16 @@ def test_another_file_than_the_session_began_with_is_found_by_its_checksum(resum
     assert not remote.exists("a")
     remote.put_file("a", source)
     assert remote.read("a").data == source.read_bytes()
+
+
+def test_azure_tells_a_missing_container_from_wrong_keys(az, source, monkeypatch):  # noqa: F811
+    remote = open_remote("az://nosuchbucket")
+    for ask in (lambda: remote.put_file("k", source), lambda: remote.head("k"), lambda: list(remote.list())):
+        with pytest.raises(BucketMissing, match="az://nosuchbucket"):
+            ask()
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
+    with pytest.raises(CredentialsRefused, match="AZURE_STORAGE_ACCOUNT_KEY"):
+        open_remote("az://bucket").put_if_absent("k", b"")
 
 
 def test_nobody_at_the_address_is_worth_another_try(s3, monkeypatch):  # noqa: F811

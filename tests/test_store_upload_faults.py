@@ -262,3 +262,23 @@ def test_a_run_does_not_wait_for_what_has_failed_or_for_ever(home, monkeypatch):
         journal = Journal(home, db)
         journal.fail(journal.claim(upload.id), Unreachable("no"), for_good=True)
     assert not uploads.wait_for_room(home, 1, say=print)
+
+
+def test_a_run_that_stops_waits_for_its_uploads_but_not_for_ever(home, tmp_path, monkeypatch):
+    url = f"file://{tmp_path}/bucket"
+    run = make_run(home, upload={"url": url, "wait_at_stop": "300ms"})
+    said = []
+    assert uploads.wait_at_stop(home, run, say=said.append)  # nothing is under way
+    upload = uploads.enqueue(home, run_id=run.id, checkpoint=add_checkpoint(run, 1), url=url)
+    monkeypatch.setattr(uploads, "ensure_uploader", lambda _: None)
+    assert not uploads.wait_at_stop(home, run, say=said.append)
+    assert said == [
+        "Waiting up to 0.3 s for 1 uploads",
+        "1 uploads are left; they go on in the background, or with nightschool uploads retry",
+    ]
+    monkeypatch.setattr(uploads, "ensure_uploader", lambda _: uploader_in_thread(home))
+    assert uploads.wait_at_stop(home, run, say=said.append)
+    assert uploads.ls(home, path=upload.folder)[0].state == "done"
+    home.state_db.write_bytes(b"no database")
+    assert not uploads.wait_at_stop(home, run, say=said.append)
+    assert uploads.is_pending(home, upload.folder)  # a doubt keeps it

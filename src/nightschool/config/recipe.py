@@ -318,6 +318,9 @@ class Upload(Section):
     max_pending: ByteCount | None = Field(
         None, description="With more bytes than this waiting to be uploaded, training waits: `50 GB`."
     )
+    wait_at_stop: Seconds = Field(
+        20.0, ge=0, description="A run that is asked to stop waits this long for its uploads; what is left stays queued."
+    )
 
 
 class Checkpoints(Section):

@@ -25,7 +25,7 @@ from rich.console import Console
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError, UsageError
 from nightschool.models.cost import count_parameters
-from nightschool.store import checkpoints
+from nightschool.store import checkpoints, uploads
 from nightschool.store.atomic import write_json
 from nightschool.store.checkpoints import Checkpoint, checkpoint_path
 from nightschool.store.home import Home
@@ -115,6 +115,7 @@ def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopReq
                 execute(home, run, resume=resume, root=root, stop=stop, world=world)
             except Interrupted as error:
                 run.update_status(state="interrupted", error=str(error), exit_code=error.exit_code)
+                uploads.wait_at_stop(home, run, say=lambda text: print(text, flush=True))  # noqa: T201
                 return _complain(error, error.exit_code)
             except Exception as error:
                 error = _explained(error)

@@ -44,6 +44,7 @@ __all__ = [
     "uploader_lock_path",
     "uploader_log_path",
     "uploader_runs",
+    "wait_at_stop",
     "wait_for_room",
 ]
 
@@ -65,6 +66,7 @@ class Settings:
     archive: bool = False
     bandwidth: int | None = None
     max_pending_bytes: int | None = None
+    wait_at_stop_seconds: float = 20.0
 
 
 def settings_of(run: Run) -> Settings | None:
@@ -83,6 +85,7 @@ def settings_of(run: Run) -> Settings | None:
         archive=upload.get("archive", "none") != "none",
         bandwidth=upload.get("bandwidth"),
         max_pending_bytes=upload.get("max_pending"),
+        wait_at_stop_seconds=float(upload.get("wait_at_stop", 20.0)),
     )
 
 
@@ -204,6 +207,35 @@ def wait_for_room(
             told = True
         time.sleep(_POLL_SECONDS)
     return True
+
+
+def wait_at_stop(home: Home, run: Run, *, say: Callable[[str], None]) -> bool:
+    """Wait as long as the recipe allows for the uploads of a run that was asked to stop.
+
+    Where the machine goes away with the run, this is the last chance; elsewhere the uploader goes on by itself.
+    Returns whether nothing is left. Never raises for what is wrong with an upload.
+    """
+    try:
+        settings = settings_of(run)
+        if settings is None:
+            return True
+        deadline = time.monotonic() + settings.wait_at_stop_seconds
+        told = False
+        while True:
+            rows = [row for row in ls(home) if row.run_id == run.id and row.state in ("queued", "running")]
+            if not rows:
+                return not any(row.run_id == run.id and row.state == "failed" for row in ls(home))
+            if time.monotonic() > deadline:
+                say(f"{len(rows)} uploads are left; they go on in the background, or with nightschool uploads retry")
+                return False
+            if not told:
+                say(f"Waiting up to {settings.wait_at_stop_seconds:g} s for {len(rows)} uploads")
+                told = True
+            ensure_uploader(home)
+            time.sleep(min(_POLL_SECONDS, 0.2))
+    except (NightschoolError, OSError) as error:
+        say(f"Not waiting for uploads: {error}")
+        return False
 
 
 def retry(home: Home, upload_ids: list[int] | None = None) -> list[Upload]:
