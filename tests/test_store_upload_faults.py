@@ -1,5 +1,6 @@
 """Uploads through a network that fails, with uploaders that are killed, and with credentials that do not do."""
 
+import hashlib
 import http.server
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 from benchmarks.fault_proxy import fault_proxy
@@ -261,7 +263,53 @@ def test_a_run_does_not_wait_for_what_has_failed_or_for_ever(home, monkeypatch):
     with open_database(home) as db:
         journal = Journal(home, db)
         journal.fail(journal.claim(upload.id), Unreachable("no"), for_good=True)
-    assert not uploads.wait_for_room(home, 1, say=print)
+    assert uploads.wait_for_room(home, 1, say=print)
+    assert uploads.pending_bytes(home) > 1
+
+
+def test_a_clock_that_was_put_back_makes_nobody_wait(home):
+    run = make_run(home)
+    upload = uploads.enqueue(home, run_id=run.id, checkpoint=add_checkpoint(run, 1), url="s3://bucket/x")
+    with open_database(home) as db:
+        from nightschool.store.tables import uploads as table
+
+        with db.write() as connection:
+            connection.execute(table.update().values(next_try_at=upload.next_try_at + timedelta(days=1)))
+        assert Journal(home, db).seconds_to_next() == 0
+        assert Journal(home, db).claim() is not None
+
+
+def test_a_download_goes_on_as_long_as_it_gets_on(s3, tmp_path, monkeypatch):  # noqa: F811
+    content = os.urandom(9 << 20)
+    (tmp_path / "source").write_bytes(content)
+    open_remote(f"s3://bucket/{tmp_path.name}").put_file("a", tmp_path / "source")
+    with fault_proxy(port_of(s3), share=0.4, seed=6, stall_seconds=1.2) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        remote = open_remote(f"s3://bucket/{tmp_path.name}", timeout_seconds=1)
+        for name in ("one", "two", "three"):
+            got = remote.get_to_file("a", tmp_path / name, sha256=hashlib.sha256(content).hexdigest())
+            assert got.read_bytes() == content
+    assert any(one.fault for one in proxy.exchanges)
+
+
+def test_a_broken_stream_is_gone_on_with_where_it_ended(tmp_path, monkeypatch):
+    from nightschool.store.remotes.local import LocalStore
+
+    content = os.urandom(50_000)
+    remote = open_remote(f"file://{tmp_path}/bucket")
+    remote.put_if_absent("a", content)
+    starts, original = [], LocalStore.stream
+
+    def stream(self, key, start, etag):
+        starts.append(start)
+        yield original(self, key, start, etag).__next__()[:10_000]
+        raise Unreachable("broken off")
+
+    monkeypatch.setattr(LocalStore, "stream", stream)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert remote.get_to_file("a", tmp_path / "got").read_bytes() == content
+    assert starts == [0, 10_000, 20_000, 30_000, 40_000, 50_000][: len(starts)]
+    assert len(starts) >= 5
 
 
 def test_a_run_that_stops_waits_for_its_uploads_but_not_for_ever(home, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
 from nightschool.store.remotes import open_remote
+from nightschool.store.runs import RunStore
 from nightschool.store.uploads.journal import Journal
 from nightschool.store.uploads.layout import Pointer, move_pointer, read_pointer
 
@@ -296,3 +297,12 @@ def test_an_open_database_is_no_need_for_torch_or_clients(home, run, url):
     subprocess.run([sys.executable, "-c", code], check=True)
     with open_database(home) as db:  # noqa: F811
         assert Journal(home, db).ls() == []
+
+
+def test_what_belonged_to_a_removed_run_leaves_the_journal(home, run, url):
+    uploads.enqueue(home, run_id=run.id, checkpoint=add_checkpoint(run, 1), url=url)
+    other = make_run(home, minutes=1)
+    uploads.enqueue(home, run_id=other.id, checkpoint=add_checkpoint(other, 1), url=url)
+    RunStore(home).remove(other.id)
+    drain(home)
+    assert [row.run_id for row in uploads.ls(home)] == [run.id]

@@ -37,6 +37,7 @@ from nightschool.store.remotes.remote import ObjectFacts
 from nightschool.store.remotes.transfer import SourceFile, Transfer
 
 _PART_BYTES = 8 << 20
+_RANGE_BYTES = 32 << 20
 # S3 takes at most 10,000 parts.
 _MOST_PARTS = 9000
 _CONCURRENCY = 4
@@ -152,12 +153,15 @@ class CloudStore:
 
     def stream(self, key: str, start: int, etag: str) -> Iterator[bytes]:
         with self._translated(key):
-            options: Any = {"range": {"offset": start}} if start else {}
-            got = obstore.get(self._store, key, options=options)
-            if _etag(got.meta["e_tag"]) != etag:
-                raise Conflict(f"{self._url}/{key} was changed while it was read. Try again.")
-            for chunk in got.stream(min_chunk_size=1 << 20):
-                yield bytes(chunk)
+            size_bytes = obstore.head(self._store, key)["size"]
+            # In ranges, because a request must end within its time, however large the object is.
+            for begin in range(start, size_bytes, _RANGE_BYTES):
+                options: Any = {"range": (begin, min(begin + _RANGE_BYTES, size_bytes))}
+                got = obstore.get(self._store, key, options=options)
+                if _etag(got.meta["e_tag"]) != etag:
+                    raise Conflict(f"{self._url}/{key} was changed while it was read. Try again.")
+                for chunk in got.stream(min_chunk_size=1 << 20):
+                    yield bytes(chunk)
 
     def list(self, prefix: str) -> Iterator[ObjectFacts]:
         with self._translated(prefix):

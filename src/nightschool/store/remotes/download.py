@@ -14,7 +14,7 @@ from typing import Protocol
 from nightschool.errors import Conflict, Damaged, Locked, Unreachable
 from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder
 
-_ATTEMPTS = 6
+_TRIES = 6
 _TRIES_WHEN_WRONG = 3
 _WAIT_SECONDS = 600.0
 
@@ -39,7 +39,8 @@ def download(
     """See `Remote.get_to_file`. `facts` asks the store what is there now; `stream` reads it from a byte on."""
     make_folder(path.parent)
     with room_needed(path):
-        for attempt in range(_ATTEMPTS):
+        tries = 0
+        while True:
             present = facts()
             if size_bytes is not None and present.size_bytes != size_bytes:
                 raise Damaged(
@@ -49,17 +50,26 @@ def download(
             # The etag is in the name: a rest of another content is never gone on with.
             mark = hashlib.sha256(f"{url}\n{present.etag}\n{sha256}".encode()).hexdigest()[:16]
             rest = path.with_name(f".{path.name[:100]}-{mark}{PARTIAL}")
+            before = _size_of(rest)
             try:
                 _fetch(rest, path, present, stream, sha256=sha256, on_bytes=on_bytes, url=url)
             except (Unreachable, Conflict, Damaged) as error:
-                # Bytes that are wrong may have been altered on the way: once more, and it is the bucket.
-                last = _ATTEMPTS if not isinstance(error, Damaged) else _TRIES_WHEN_WRONG
-                if attempt >= last - 1 or isinstance(error, Locked):
+                # What gets on is tried for as long as it does.
+                tries = 1 if _size_of(rest) > before else tries + 1
+                # Bytes that are wrong may have been altered on the way: twice more, and it is the bucket.
+                most = _TRIES_WHEN_WRONG if isinstance(error, Damaged) else _TRIES
+                if tries >= most or isinstance(error, Locked):
                     raise
-                time.sleep(random.uniform(0.1, 0.2 * 2**attempt))
+                time.sleep(random.uniform(0.1, 0.2 * 2**tries))
             else:
                 return path
-    raise AssertionError("the loop returns or raises")
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _fetch(

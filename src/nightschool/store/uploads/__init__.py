@@ -25,8 +25,9 @@ from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.remotes.address import parse_url
 from nightschool.store.runs import Run, RunStore
-from nightschool.store.uploads.journal import UNFINISHED, Journal, Upload, digest_of
+from nightschool.store.uploads.journal import UNFINISHED, Journal, Upload, UploadState, digest_of
 from nightschool.store.uploads.push import push_until_done
+from nightschool.units import format_bytes
 
 __all__ = [
     "Settings",
@@ -175,9 +176,13 @@ def ls(home: Home, *, path: Path | None = None) -> list[Upload]:
 
 
 def pending_bytes(home: Home) -> int:
-    """Bytes of all checkpoints that must be uploaded and are not yet."""
+    """Bytes of all checkpoints that must be uploaded and are not yet, also of those that have failed."""
+    return _bytes_left(home, UNFINISHED)
+
+
+def _bytes_left(home: Home, states: tuple[UploadState, ...]) -> int:
     with open_database(home) as db:
-        rows = Journal(home, db).ls(states=UNFINISHED)
+        rows = Journal(home, db).ls(states=states)
     return sum(max(0, row.size_bytes - row.sent_bytes) for row in rows)
 
 
@@ -191,19 +196,17 @@ def wait_for_room(
 ) -> bool:
     """Wait until no more than that is pending: back-pressure for who makes checkpoints faster than they leave.
 
-    Returns False if the time is over, or `stop` said so, or nothing that still could go is left.
+    Returns False if the time is over, or `stop` said so.
     """
     deadline = time.monotonic() + give_up_seconds
     told = False
-    while (pending := pending_bytes(home)) > most_bytes:
+    # What has failed waits for the user; to wait for it here would stop the run for nothing.
+    while (pending := _bytes_left(home, ("queued", "running"))) > most_bytes:
         if stop() or time.monotonic() > deadline:
             return False
-        with open_database(home) as db:
-            if Journal(home, db).seconds_to_next() is None:
-                return False  # what is left has failed, and waits for the user
         ensure_uploader(home)
         if not told:
-            say(f"Waiting for uploads: {pending} bytes are pending, and the recipe allows {most_bytes}")
+            say(f"Waiting for uploads: {format_bytes(pending)} are pending, at most {format_bytes(most_bytes)} may be")
             told = True
         time.sleep(_POLL_SECONDS)
     return True
@@ -247,13 +250,17 @@ def retry(home: Home, upload_ids: list[int] | None = None) -> list[Upload]:
 def reconcile(home: Home) -> list[Upload]:
     """Enter the committed checkpoints that should be in the journal and are not: a crash came in between.
 
+    What belonged to runs that were removed leaves the journal.
+
     Returns:
         What was entered.
     """
     entered = []
     with open_database(home) as db:
         journal = Journal(home, db)
-        known = {(row.path, row.url): row.digest for row in journal.ls()}
+        rows = journal.ls()
+        journal.forget(row.id for row in rows if not row.folder.exists() and not row.folder.parent.parent.exists())
+        known = {(row.path, row.url): row.digest for row in rows}
         for run in RunStore(home).ls():
             try:
                 settings = settings_of(run)

@@ -197,7 +197,7 @@ class Journal:
             conditions.append(uploads.c.id == upload_id)
         with self._db.write() as connection:
             for row in _load(connection, *conditions):
-                waits = upload_id is None and row.state == "queued" and row.next_try_at > moment
+                waits = upload_id is None and row.state == "queued" and _seconds_to_try(row, moment) > 0
                 if waits or (row.state == "running" and _is_held(row, moment)):
                     continue
                 # The condition is for PostgreSQL, where another transaction may have been quicker.
@@ -222,8 +222,8 @@ class Journal:
 
     def seconds_to_next(self) -> float | None:
         """How long until the next upload is due; None if none is queued or at work."""
-        rows = self.ls(states=("queued", "running"))
-        return min((max(0.0, (row.next_try_at - now()).total_seconds()) for row in rows), default=None)
+        moment = now()
+        return min((_seconds_to_try(row, moment) for row in self.ls(states=("queued", "running"))), default=None)
 
     def set_files(self, upload: Upload, files: list[dict[str, Any]]) -> None:
         """State the files of an upload that were not known when it was entered: its archive."""
@@ -271,6 +271,11 @@ class Journal:
             )
         return self.get(upload.id)
 
+    def forget(self, upload_ids: Iterable[int]) -> None:
+        """Take rows out of the journal, whatever became of them."""
+        with self._db.write() as connection:
+            connection.execute(uploads.delete().where(uploads.c.id.in_(list(upload_ids))))
+
     def retry(self, upload_ids: Iterable[int] | None = None) -> list[Upload]:
         """Make failed and waiting uploads due now, all or those; returns them."""
         conditions = [uploads.c.home == self._home, uploads.c.state.in_(("failed", "queued"))]
@@ -298,6 +303,12 @@ class Journal:
     def _release(self, connection: sa.Connection, upload: Upload, **changes: Any) -> None:
         mine = (uploads.c.id == upload.id) & (uploads.c.digest == upload.digest) & (uploads.c.owner == upload.owner)
         connection.execute(uploads.update().where(mine).values(owner=None, lease_until=None, **changes))
+
+
+def _seconds_to_try(upload: Upload, moment: datetime) -> float:
+    seconds = (upload.next_try_at - moment).total_seconds()
+    # Longer than the longest pause is no pause: the clock was put back.
+    return seconds if 0 < seconds <= _LONGEST_PAUSE_SECONDS else 0.0
 
 
 def digest_of(checkpoint: Path) -> str:
