@@ -139,3 +139,75 @@ def test_s3_is_pushed_and_pulled(home, s3, capsys, tmp_path):  # noqa: F811
     path = add_checkpoint(make_run(home, upload=url), 10)
     assert _json(capsys, "uploads", "push", path.name)[0]["state"] == "done"
     assert len(_json(capsys, "uploads", "ls", "--at", url)) == 1
+
+
+@pytest.fixture
+def in_bucket(home, url, monkeypatch, tmp_path):
+    """A run whose checkpoint is in the bucket only: the home is another one now. Gives the run and its name there."""
+    run = make_run(home, upload=url)
+    path = add_checkpoint(run, 10)
+    (path / "recipe.yaml").write_bytes(run.recipe_path.read_bytes())
+    write_manifest(path, step=10, attempt=1, data_fingerprint="data")
+    uploads.push_now(home, run_id=run.id, checkpoint=path, url=url, say=print)
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "elsewhere"))
+    return run, path.name
+
+
+@pytest.fixture
+def continued(monkeypatch):
+    """What `train --resume` would go on with."""
+    from nightschool.cli import train
+    from nightschool.jobs.outcome import CycleResult
+
+    calls = []
+
+    def continue_cycle(home, run_id, *, resume, around):
+        calls.append((run_id, resume))
+        return CycleResult("promoted", "passed", run_id=run_id)
+
+    monkeypatch.setattr(train, "continue_cycle", continue_cycle)
+    return calls
+
+
+@pytest.mark.parametrize("how", ["bucket", "address", "name with the recipe"])
+def test_a_run_is_resumed_from_the_bucket(in_bucket, continued, url, capsys, tmp_path, how):
+    run, name = in_bucket
+    (tmp_path / "r.yaml").write_bytes(run.recipe_path.read_bytes())
+    words = {
+        "bucket": ["--resume", url],
+        "address": ["--resume", f"{url}/{run.id}/{name}"],
+        "name with the recipe": ["r.yaml", "--resume", name],
+    }[how]
+    assert main(["train", *words]) == 0
+    assert continued == [(run.id, name)]
+    assert main(["train", "--resume", name]) == 0  # it is here now, and the same
+
+
+def test_another_checkpoint_in_the_bucket_stops_a_resume(in_bucket, continued, url, capsys, tmp_path):
+    run, name = in_bucket
+    assert main(["uploads", "pull", url]) == 0
+    mine = tmp_path / "elsewhere" / "runs" / run.id / "checkpoints" / name
+    write_manifest(mine, step=10, attempt=1, changed=True)
+    assert main(["train", "--resume", name]) == 1
+    err = capsys.readouterr().err
+    assert str(mine) in err
+    assert f"{url}/{run.id}/{name}" in err
+    assert continued == []
+
+
+def test_uploads_may_be_made_before_training_goes_on(home, url, capsys, monkeypatch, tmp_path):
+    from nightschool.cli import train
+    from nightschool.jobs.outcome import CycleResult
+
+    seen = []
+
+    def run_cycle(home, recipe, **_):
+        seen.append(recipe.checkpoints.upload.background)
+        return CycleResult("promoted", "passed", run_id="r")
+
+    monkeypatch.setattr(train, "run_cycle", run_cycle)
+    (tmp_path / "r.yaml").write_text(f"base: new:tiny\ndata: [{{path: a}}]\ncheckpoints: {{upload: '{url}'}}\n")
+    assert main(["train", "r.yaml"]) == 0
+    assert main(["train", "r.yaml", "--no-background-upload"]) == 0
+    assert seen == [True, False]
+    assert main(["train", "--resume", "x", "--no-background-upload"]) == 2
