@@ -41,6 +41,17 @@ def test_text_becomes_shards_that_are_whole(tmp_path, capsys):
     assert "tokens_00001.npz has the SHA-256" in capsys.readouterr().out
 
 
+def test_a_tokenizer_of_another_size_is_not_taken_for_the_one_that_is_there(tmp_path, capsys):
+    words = ("data", "tokenize", "texts", "--out", "one", "--row-tokens", "32", "--tokenizer")
+    assert answer(capsys, *words, "train:bpe-300")[0] == 0
+    code, problem = answer(capsys, *words, "train:bpe-290")
+    assert code != 0
+    assert "of another tokenizer" in problem["error"]["message"]
+    code, few = answer(capsys, *words[:4], "two", *words[5:], "train:bpe-9999")
+    assert (code, few["vocab_size"] < 9999) == (0, True)
+    assert answer(capsys, *words[:4], "two", *words[5:], "train:bpe-9999")[1]["written"] == 0
+
+
 def test_a_tokenizer_that_exists_is_taken(tmp_path, capsys):
     answer(capsys, "data", "tokenize", "texts", "--tokenizer", "train:bpe-300", "--out", "one")
     code, made = answer(capsys, "data", "tokenize", "texts/text0.txt", "--tokenizer", "./one/tokenizer", "--out", "two")

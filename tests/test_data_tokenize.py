@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 from shard_setups import text, tokenizer, write_texts
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from nightschool.data import tokenize as tokenize_module
 from nightschool.data.shards import INDEX, Shards, read_index, verify_shard
-from nightschool.data.tokenize import end_of_text_id, tokenize, train_tokenizer
-from nightschool.data.tokenizer import END_OF_TEXT
+from nightschool.data.tokenize import end_of_text_id, tokenize, tokenizer_fingerprint, train_tokenizer
+from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
 from nightschool.errors import Conflict, DataError, UsageError
+from nightschool.models.load import load_tokenizer
 
 
 def stream(folder):
@@ -119,3 +122,60 @@ def test_what_is_no_text_is_refused(tmp_path):
         train_tokenizer([path], "train:bpe-many")
     with pytest.raises(UsageError, match="take 259"):
         train_tokenizer(write_texts(tmp_path / "texts", 1), "train:bpe-10")
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither_here(tmp_path):
+    files = write_texts(tmp_path / "texts")
+    tokenize(files, tmp_path / "out", tokenizer(), row_tokens=32, shard_tokens=256)
+    cutting = tokenizer()
+    cutting.backend_tokenizer.enable_truncation(16)
+    cutting.backend_tokenizer.enable_padding(length=512)
+    tokenize(files, tmp_path / "cut", cutting, row_tokens=32, shard_tokens=256)
+    assert np.array_equal(stream(tmp_path / "cut")[0], stream(tmp_path / "out")[0])
+
+
+def test_a_call_killed_before_it_noted_its_first_shard_goes_on(tmp_path, monkeypatch):
+    files = write_texts(tmp_path / "texts")
+    tokenize(files, tmp_path / "whole", tokenizer(), row_tokens=32, shard_tokens=256)
+    write = tokenize_module.write_shard
+
+    def die(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenize_module, "write_shard", die)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(files, tmp_path / "parts", tokenizer(), row_tokens=32, shard_tokens=256)
+    assert (tmp_path / "parts" / "tokens_00000.npz").is_file()
+    monkeypatch.setattr(tokenize_module, "write_shard", write)
+    tokenize(files, tmp_path / "parts", tokenizer(), row_tokens=32, shard_tokens=256)
+    assert (tmp_path / "parts" / INDEX).read_bytes() == (tmp_path / "whole" / INDEX).read_bytes()
+
+
+def test_after_a_bad_file_the_corrected_one_may_go_to_the_same_folder(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "half \\ud83d of it"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'text' holds half a character \('\\ud83d'\) at place 5"):
+        tokenize([path], tmp_path / "out", tokenizer(), row_tokens=8, shard_tokens=64)
+    path.write_text('{"text": "all of it"}\n')
+    other = train_bpe(["all of it"], 280, eos_token=END_OF_TEXT)
+    tokenize([path], tmp_path / "out", other, row_tokens=8, shard_tokens=64)
+    kept = load_tokenizer(tmp_path / "out" / "tokenizer", "tokenizer")
+    assert tokenizer_fingerprint(kept) == tokenizer_fingerprint(other)
+
+
+def test_a_file_that_was_edited_is_another_file(tmp_path):
+    files = write_texts(tmp_path / "texts")
+    tokenize(files, tmp_path / "out", tokenizer(), row_tokens=32, shard_tokens=256)
+    files[1].write_text(files[1].read_text().swapcase())
+    with pytest.raises(Conflict, match="other files"):
+        tokenize(files, tmp_path / "out", tokenizer(), row_tokens=32, shard_tokens=256)
+
+
+def test_a_vocabulary_with_a_gap_fits_the_type_of_its_largest_id(tmp_path):
+    plain = json.loads(tokenizer().backend_tokenizer.to_str())
+    plain["model"]["vocab"] |= {"a": 70_000}
+    gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)), eos_token=END_OF_TEXT)
+    (tmp_path / "a.txt").write_text("a 1")
+    tokenize([tmp_path / "a.txt"], tmp_path / "out", gapped, row_tokens=8, shard_tokens=64)
+    assert 70_000 in stream(tmp_path / "out")[0]

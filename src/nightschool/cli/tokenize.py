@@ -34,7 +34,7 @@ def tokenize(
     """
     from nightschool.data.rows import expand
     from nightschool.data.shards import TOKENIZER_FOLDER, ShardFacts
-    from nightschool.data.tokenize import TRAIN_PREFIX, train_tokenizer
+    from nightschool.data.tokenize import TRAIN_PREFIX, has_begun, train_tokenizer
     from nightschool.data.tokenize import tokenize as write_shards
     from nightschool.models.hub import fetch_from_hub
     from nightschool.models.load import as_folder, load_tokenizer
@@ -44,12 +44,14 @@ def tokenize(
     found = [path for pattern in files for path in expand(pattern, Path.cwd(), "FILES")]
     started = time.perf_counter()
     kept = out / TOKENIZER_FOLDER
-    if tokenizer.startswith(TRAIN_PREFIX) and kept.is_dir():
-        note(f"Going on with the tokenizer of {kept}")
-        chosen = load_tokenizer(kept, str(kept))
-    elif tokenizer.startswith(TRAIN_PREFIX):
-        note(f"Training a tokenizer on {len(found)} files")
-        chosen = train_tokenizer(found, tokenizer)
+    if tokenizer.startswith(TRAIN_PREFIX):
+        there = load_tokenizer(kept, str(kept)) if kept.is_dir() and has_begun(out) else None
+        if there is not None and tokenizer == f"{TRAIN_PREFIX}{len(there)}":
+            note(f"Going on with the tokenizer of {kept}")
+            chosen = there
+        else:  # few texts may have given fewer entries than asked for; the same texts give the same again
+            note(f"Training a tokenizer on {len(found)} files")
+            chosen = train_tokenizer(found, tokenizer)
     else:
         folder = as_folder(tokenizer, Path.cwd())
         chosen = load_tokenizer(folder if folder is not None else fetch_from_hub(tokenizer), tokenizer)

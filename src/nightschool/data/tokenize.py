@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +38,7 @@ from nightschool.data.shards import (
     sha256_of,
     token_type,
 )
-from nightschool.data.text_input import text_chunks
+from nightschool.data.text_input import open_data, text_chunks
 from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
 from nightschool.errors import Conflict, DataError, UsageError
 from nightschool.store.atomic import make_folder, publish_directory, read_json, room_needed, write_bytes, write_json
@@ -112,6 +113,9 @@ def tokenize(
     settings = _settings_digest(files, fingerprint, row_tokens, per_shard)
     make_folder(out)
     progress = _begin(out, settings)
+    if progress is not None and not progress.shards:
+        # Before anything else is in the folder: whatever a killed call leaves there is known to be ours.
+        write_json(out / PROGRESS, asdict(progress))
     if not (out / TOKENIZER_FOLDER).is_dir():
         with publish_directory(out / TOKENIZER_FOLDER) as partial:
             tokenizer.save_pretrained(str(partial))
@@ -120,7 +124,8 @@ def tokenize(
         return Tokenized(out, index, written=0, resumed=len(index.shards))
     resumed = len(progress.shards)
     stream = _Stream(tokenizer, eos, islice(_pieces(files), progress.pieces, None), progress)
-    dtype = token_type(len(tokenizer))
+    # A vocabulary may have gaps, and then its largest id is beyond its length.
+    dtype = token_type(1 + max(cast(Any, tokenizer).get_vocab().values()))
     while True:
         tokens = stream.take(per_shard, dtype)
         if not len(tokens):
@@ -140,6 +145,11 @@ def tokenize(
     keep_index(out / INDEX, index)
     write_json(out / PROGRESS, asdict(progress) | {"finished": True})
     return Tokenized(out, index, written=len(shards) - resumed, resumed=resumed)
+
+
+def has_begun(out: Path) -> bool:
+    """Whether a call has written shards to this folder already, with the tokenizer that lies there."""
+    return (out / PROGRESS).is_file() and bool(read_json(out / PROGRESS).get("shards"))
 
 
 def train_tokenizer(files: Sequence[Path], spec: str) -> PreTrainedTokenizerFast:
@@ -230,6 +240,9 @@ class _Stream:
         self._backend = tokenizer.backend_tokenizer
         # `<|endoftext|>` in a text is text: only we end documents.
         self._backend.encode_special_tokens = True
+        # Tokenizers of encoders come with both, and would keep the first 512 tokens of each piece.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._eos, self._pieces = eos, pieces
         self._done, self._taken, self._bytes = progress.pieces, 0, progress.text_bytes
         self._ready: list[tuple[NDArray[Any], int]] = []
@@ -279,6 +292,10 @@ def _begin(out: Path, settings: str) -> _Progress | None:
     plain = read_json(path)
     finished = plain.pop("finished", False)
     progress = _Progress(**plain)
+    if progress.settings != settings and not progress.shards:
+        # It ended before its first shard, perhaps because of the very files: nothing is lost by beginning again.
+        shutil.rmtree(out / TOKENIZER_FOLDER, ignore_errors=True)
+        return _Progress(settings, 0, 0, [], 0)
     if progress.settings != settings:
         raise Conflict(
             f"{out} holds {len(progress.shards)} shards of other files, of another tokenizer, or of other sizes. "
@@ -288,7 +305,10 @@ def _begin(out: Path, settings: str) -> _Progress | None:
 
 
 def _settings_digest(files: Sequence[Path], fingerprint: str, row_tokens: int, per_shard: int) -> str:
-    facts = [[file.name, file.stat().st_size] for file in files]
+    facts = []
+    for path in files:
+        with open_data(path) as file:
+            facts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
     return hashlib.sha256(json.dumps([facts, fingerprint, row_tokens, per_shard]).encode()).hexdigest()
 
 
@@ -304,6 +324,13 @@ def _pieces(files: Sequence[Path]) -> Iterator[Piece]:
 def _text_of(row: Any) -> str:
     for name in _TEXT_FIELDS:
         if isinstance(text := row.fields.get(name), str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{row.where}: '{name}' holds half a character ({text[error.start]!a}) at place {error.start}. "
+                    "Write the whole one."
+                ) from None
             return text
     raise DataError(
         f"{row.where}: a row has its text in {', '.join(_TEXT_FIELDS)}, and this one has {', '.join(row.fields) or 'nothing'}. "
@@ -312,7 +339,10 @@ def _text_of(row: Any) -> str:
 
 
 def _cut(chunks: Iterator[str]) -> Iterator[Piece]:
-    """One document in pieces. A cut is after a line end that no white space follows: no token reaches across it."""
+    """One document in pieces. A cut is after a line end that no white space follows: no token reaches across it.
+
+    A text without such a line end in its last `_PIECE_CHARACTERS` is cut anywhere; then a token or two are shorter.
+    """
     rest = ""
     for chunk in chunks:
         rest += chunk
