@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from object_stores import add_checkpoint, make_run, moto, s3  # noqa: F401
 
-from nightschool.errors import Conflict, Damaged, NotFound, UsageError
+from nightschool.errors import Conflict, Damaged, NotFound, Unreachable, UsageError
 from nightschool.jobs.uploader import main as uploader
 from nightschool.store import uploads
 from nightschool.store.atomic import publish_directory
@@ -182,6 +182,27 @@ def test_archives_go_and_come_back(home, url, elsewhere):
     )
     assert content(point.path) == content(path)
     assert other.name == run.name
+
+
+def test_an_archive_is_made_once_however_often_it_is_sent(home, url, monkeypatch):
+    from nightschool.store.uploads import push
+
+    run = make_run(home, upload={"url": url, "archive": "tar.gz"})
+    path = with_recipe(run, 10)
+    made = []
+    monkeypatch.setattr(push, "make_archive", lambda *given: made.append(given) or make_archive(*given))
+
+    def broken(*_):
+        raise Unreachable("no network")
+
+    send = push._send
+    monkeypatch.setattr(push, "_send", broken)
+    assert uploads.push_now(home, run_id=run.id, checkpoint=path, url=url, archive=True, say=print, give_up_seconds=0)
+    assert [one.name for one in (home.cache / "uploads").rglob("*.gz")] == [f"{path.name}.tar.gz"]
+    monkeypatch.setattr(push, "_send", send)
+    drain(home)
+    assert len(made) == 1
+    assert not list((home.cache / "uploads").iterdir())
 
 
 def test_the_archive_of_another_run_is_not_overwritten(home, url):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 import sqlalchemy as sa
 
-from nightschool.errors import Conflict, NightschoolError, NotFound
+from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.store.checkpoints import parse_checkpoint
 from nightschool.store.database import Database
@@ -247,10 +247,21 @@ class Journal:
             connection.execute(upload_files.update().where(mine).values(**changes))
 
     def finish(self, upload: Upload) -> None:
-        """Everything has arrived. Raises Conflict as `note_file` does."""
+        """Everything has arrived. What had failed because this place refused everybody is due again.
+
+        Raises:
+            Conflict: As `note_file` does.
+        """
         with self._db.write() as connection:
             self._still_mine(connection, upload)
             self._release(connection, upload, state="done", finished_at=now(), error=None, error_code=None)
+            healed = (
+                (uploads.c.home == self._home)
+                & (uploads.c.url == upload.url)
+                & (uploads.c.state == "failed")
+                & uploads.c.error_code.in_((CredentialsRefused.code, BucketMissing.code))
+            )
+            connection.execute(uploads.update().where(healed).values(state="queued", attempts=0, next_try_at=now()))
 
     def give_back(self, upload: Upload) -> None:
         """Stop in the middle, without a fault: somebody else may go on at once."""

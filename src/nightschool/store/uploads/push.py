@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -232,10 +233,15 @@ def _send(
 
 
 def _push_archive(home: Home, journal: Journal, upload: Upload, remote: Remote, key: str, say: Say, stop: Stop) -> None:
-    path = home.cache / "uploads" / str(upload.id) / key
-    verify(upload.folder, digests=True)
-    say(f"Creating archive: {path.name}")
-    make_archive(upload.folder, path)
+    folder = home.cache / "uploads" / f"{upload.id}-{upload.digest[:16]}"
+    for old in folder.parent.glob(f"{upload.id}-*"):
+        if old != folder:  # of a checkpoint that was written again
+            shutil.rmtree(old)
+    path = folder / key
+    if not path.exists():
+        verify(upload.folder, digests=True)
+        say(f"Creating archive: {path.name}")
+        make_archive(upload.folder, path)
     files = journal.files(upload.id)
     size_bytes = path.stat().st_size
     if not files or files[0].size_bytes != size_bytes:
@@ -253,6 +259,5 @@ def _push_archive(home: Home, journal: Journal, upload: Upload, remote: Remote, 
         file = UploadFile(key, size_bytes, "", stamp_of(path), 0, files[0].session, None)
         _send(journal, upload, file, path, key, remote, Throttle(upload.bandwidth), stop)
         say(f"Successfully uploaded {key}")
-    path.unlink()
-    path.parent.rmdir()
+    shutil.rmtree(folder)
     say(f"Cleaned up {path.name}")
