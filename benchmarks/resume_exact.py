@@ -1,9 +1,10 @@
 """Is a run that was killed again and again, and resumed each time, the run that was never interrupted, bit for bit?
 
-Five architectures, full and LoRA. Each run is a process that SIGKILL hits at random moments, and that goes on with
-`--resume latest`. Every second kill hits inside a save and takes the writer of the checkpoint too: while it writes, renames,
-moves the pointer or removes old ones. Each resume must find a checkpoint that can be read, of no older step than the last
-one that was announced. In the end every tensor of the last checkpoint is compared with the uninterrupted run's.
+Five architectures, full and LoRA, and one with two processes that train together. Each run is a process that SIGKILL hits
+at random moments, and that goes on with `--resume latest`. Two kills of three are meant to hit inside a save and to take the
+writer of the checkpoint too: while it writes, renames, moves the pointer or removes old ones. Each resume must find a
+checkpoint that can be read, of no older step than the last one that was announced. In the end every tensor of the last
+checkpoint is compared with the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run_once(home: str, run_id: str, resume: bool, root: str) -> None:
 class Trial:
     """One architecture and method: its base, its data, its recipe."""
 
-    def __init__(self, folder: Path, architecture: str, method: str, epochs: int) -> None:
+    def __init__(self, folder: Path, architecture: str, method: str, epochs: int, num_processes: int = 1) -> None:
         from nightschool.data.facts import make_world, write_world
         from nightschool.data.tokenizer import train_bpe
         from nightschool.models.build import build_model
@@ -68,6 +69,7 @@ class Trial:
             "data": [{"path": "old_facts.json"}],
             "train": {
                 "learning_rate": 1e-3, "epochs": epochs, "batch_size": 4, "accumulation_steps": 2, "max_seq_len": 64, "dtype": "fp32",
+                "num_processes": num_processes, "num_threads": 1,
             },
             # Adapters of experts cannot drop out.
             "lora": {"r": 4, "alpha": 8, "dropout": 0.0 if architecture in ("qwen3-moe", "mixtral") else 0.1},
@@ -105,7 +107,7 @@ class Trial:
             starts = len(events(run, "training"))
             process = self.process(run, resume=killed.total > 0)
             process.join(chance.uniform(0.2, 0.9) * seconds if killed.total < kills else None)
-            inside = killed.total % 2 == 1 and process.exitcode is None and wait_for_save(run, process)
+            inside = killed.total % 3 > 0 and process.exitcode is None and wait_for_save(run, process)
             if process.exitcode is None:
                 if inside:
                     time.sleep(chance.uniform(0, 0.03))  # from the first byte to the removal of old ones
@@ -197,16 +199,17 @@ def main() -> None:
 
     kills = 3 if bench.quick else 20
     trials = (
-        [("gpt-neox", "full"), ("qwen3-moe", "lora")]
+        [("gpt-neox", "full", 1), ("qwen3-moe", "lora", 1)]
         if bench.quick
-        else [(a, m) for a in ARCHITECTURES for m in METHODS]
+        else [(a, m, 1) for a in ARCHITECTURES for m in METHODS] + [("gpt-neox", "full", 2)]
     )
     chance = random.Random(0)
     rows, different_total, tensors_total, unequal = [], 0, 0, 0
     all_kills = Kills()
-    for architecture, method in trials:
+    for architecture, method, num_processes in trials:
+        name = f"{architecture} {method}" + (f", {num_processes} processes" if num_processes > 1 else "")
         with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(Path(folder), architecture, method, epochs=4 if bench.quick else 8)
+            trial = Trial(Path(folder), architecture, method, 4 if bench.quick else 8, num_processes)
             reference, seconds = trial.uninterrupted()
             print(f"  ({seconds:.1f} s without interruption)", flush=True)
             different = total = 0
@@ -218,11 +221,11 @@ def main() -> None:
                 different, total = different + differing, total + compared
         rows.append(
             (
-                f"{architecture} {method}",
+                name,
                 f"killed {killed.total:2} times, {killed.inside} inside a save; {different} of {total} values differ",
             )
         )
-        print(f"  {rows[-1][0]:<18} {rows[-1][1]}", flush=True)
+        print(f"  {rows[-1][0]:<28} {rows[-1][1]}", flush=True)
         different_total, tensors_total = different_total + different, tensors_total + total
         all_kills = Kills(
             all_kills.total + killed.total, all_kills.inside + killed.inside, all_kills.older + killed.older

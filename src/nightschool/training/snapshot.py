@@ -92,7 +92,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 # Where to, where from, and how many bytes.
 _Move = tuple[int, int, int]
 _SHARE_BYTES = 8 << 20
-_NUM_THREADS = min(4, len(os.sched_getaffinity(0)))
+_NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 def _move(moves: list[_Move]) -> None:

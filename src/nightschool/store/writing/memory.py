@@ -64,7 +64,10 @@ class SharedMemory:
             return
         size_bytes += -size_bytes % _HUGE_PAGE_BYTES
         # `posix_fallocate` fails where there is no room; touching a page that cannot be had would kill the process.
-        os.posix_fallocate(self.handle, 0, size_bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.handle, 0, size_bytes)
+        else:
+            os.ftruncate(self.handle, size_bytes)
         self.attach(size_bytes)
 
     def attach(self, size_bytes: int) -> None:
