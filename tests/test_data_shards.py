@@ -52,6 +52,34 @@ def test_only_the_last_row_padded_needs_no_copy(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_padding_of_one_dimension_is_left_out(tmp_path):
+    mask = (np.arange(24) < 20).astype(np.int64)
+    for compressed in (False, True):
+        path = save(tmp_path / "a.npz", compressed, input_ids=IDS.reshape(-1), attention_mask=mask)
+        assert open_tokens(path, tmp_path / "cache", f"{compressed}").tolist() == list(range(20))
+
+
+def test_padding_before_tokens_is_refused_and_not_trained(tmp_path):
+    path = save(tmp_path / "a.npz", input_ids=IDS, attention_mask=(np.arange(6) >= np.array([[0], [2], [0], [3]])))
+    with pytest.raises(DataError, match="ones after zeros"):
+        open_tokens(path, tmp_path / "cache", "a")
+
+
+def test_an_end_that_does_not_fit_the_type_of_the_rows_is_appended(tmp_path):
+    for dtype in (np.uint8, np.int8, np.int64, np.uint64):
+        path = save(tmp_path / "a.npz", input_ids=IDS.astype(dtype), sequence_lengths=np.array([6, 2, 6, 6]))
+        tokens = open_tokens(path, tmp_path / "cache", np.dtype(dtype).name, eos_token_id=50_256)
+        assert tokens[:10].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 50_256, 12]
+
+
+@pytest.mark.parametrize("shift", [-5, 1 << 32])
+def test_ids_that_are_none_are_refused_before_they_are_narrowed(tmp_path, shift):
+    path = save(tmp_path / "a.npz", compressed=True, input_ids=IDS.astype(np.int64) + shift)
+    with pytest.raises(DataError, match="holds the token id"):
+        open_tokens(path, tmp_path / "cache", "a")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_is_no_shard_is_refused(tmp_path):
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match="it has other"):

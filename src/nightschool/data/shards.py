@@ -12,6 +12,7 @@ found out by reading it once, and kept in the cache.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 import zipfile
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightschool.errors import Damaged, DataError, NotFound
-from nightschool.store.atomic import make_folder, write_json
+from nightschool.store.atomic import write_bytes, write_json
 
 INDEX = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -252,15 +253,21 @@ def open_tokens(path: Path, cache: Path, digest: str, eos_token_id: int | None =
             flat = ids.reshape(-1)
             if lengths is None:
                 return flat
-            row = ids.shape[1]
+            row = ids.shape[-1]
             if (lengths[:-1] == row).all():  # only the end of the last row is padding
                 return flat[: row * (len(lengths) - 1) + int(lengths[-1])]
         rows = ids if ids is not None else _loaded(archive, path, name)
-    flat = rows.reshape(-1) if lengths is None else np.concatenate(list(_documents(rows, lengths, eos_token_id)))
-    make_folder(cache)
-    partial = converted.with_suffix(".partial.npy")
-    np.save(partial, flat.astype(_smallest_type(int(flat.max(initial=0)))), allow_pickle=False)
-    partial.replace(converted)
+    if lengths is None:
+        flat = rows.reshape(-1)
+    else:
+        flat = np.concatenate(list(_documents(rows.reshape(len(lengths), -1), lengths, eos_token_id)))
+    smallest, largest = int(flat.min(initial=0)), int(flat.max(initial=0))
+    if smallest < 0 or largest >= 1 << 32:
+        strange = smallest if smallest < 0 else largest
+        raise DataError(f"{path} holds the token id {strange}; ids are numbers from 0 to 2³² - 1. Tokenize again.")
+    content = io.BytesIO()
+    np.save(content, flat.astype(_smallest_type(largest)), allow_pickle=False)
+    write_bytes(converted, content.getvalue())
     return open_tokens(path, cache, digest, eos_token_id)
 
 
@@ -393,20 +400,24 @@ def _loaded(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any]:
 def _lengths(archive: zipfile.ZipFile, path: Path, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
     """Tokens of each row without padding; None if no row has any."""
     names = archive.namelist()
-    if len(shape) == 1:
-        return None
-    if "sequence_lengths.npy" in names:
+    num_rows, row_tokens = shape if len(shape) == 2 else (1, shape[0])
+    if "sequence_lengths.npy" in names and len(shape) == 2:
         lengths = _loaded(archive, path, "sequence_lengths").reshape(-1).astype(np.int64)
     elif "attention_mask.npy" in names:
-        lengths = (_loaded(archive, path, "attention_mask") != 0).sum(-1).reshape(-1).astype(np.int64)
+        mask = np.atleast_2d(_loaded(archive, path, "attention_mask") != 0)
+        lengths = mask.sum(-1).astype(np.int64)
+        if not (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all():
+            raise DataError(
+                f"{path} has padding before tokens: its attention_mask has ones after zeros. Pad on the right, or not at all."
+            )
     else:
         return None
-    if len(lengths) != shape[0] or (len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= shape[1]):
+    if len(lengths) != num_rows or (len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= row_tokens):
         raise DataError(
-            f"{path} has {shape[0]} rows of {shape[1]} tokens, and lengths of {len(lengths)} rows between "
+            f"{path} has {num_rows} rows of {row_tokens} tokens, and lengths of {len(lengths)} rows between "
             f"{int(lengths.min(initial=0))} and {int(lengths.max(initial=0))}. Tokenize again."
         )
-    return None if (lengths == shape[1]).all() else lengths
+    return None if (lengths == row_tokens).all() else lengths
 
 
 def _documents(rows: TokenIds, lengths: NDArray[np.int64], eos_token_id: int | None) -> Iterator[TokenIds]:
@@ -414,7 +425,7 @@ def _documents(rows: TokenIds, lengths: NDArray[np.int64], eos_token_id: int | N
     for row, length in zip(rows, lengths.tolist(), strict=True):
         yield row[:length]
         if eos_token_id is not None and 0 < length < len(row) and int(row[length - 1]) != eos_token_id:
-            yield np.array([eos_token_id], dtype=row.dtype)
+            yield np.array([eos_token_id], dtype=np.uint32)  # the rows may be of a type that is too small for it
 
 
 def _inside(name: str) -> str:

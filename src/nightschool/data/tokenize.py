@@ -307,8 +307,8 @@ def _begin(out: Path, settings: str) -> _Progress | None:
 def _settings_digest(files: Sequence[Path], fingerprint: str, row_tokens: int, per_shard: int) -> str:
     facts = []
     for path in files:
-        with open_data(path) as file:
-            facts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+        open_data(path).close()  # says what is wrong where it cannot be read
+        facts.append([path.name, sha256_of(path)])
     return hashlib.sha256(json.dumps([facts, fingerprint, row_tokens, per_shard]).encode()).hexdigest()
 
 
