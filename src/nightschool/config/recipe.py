@@ -6,96 +6,50 @@ from these models. Every field says what it is and in which unit; whoever owns a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 
+from nightschool.config.fields import NotBlank, Seconds, Section, Share
+from nightschool.config.keeping import Checkpoints, Keep, Upload
+from nightschool.config.learning import Lora, Pretrain, Shape, Train
 from nightschool.config.rules import RuleName, parse_rule
-from nightschool.units import Every, format_seconds, parse_bytes, parse_seconds, parse_share, parse_tokens
+from nightschool.units import format_seconds
 
-
-def _written(kind: Literal["number", "integer"], *examples: str) -> WithJsonSchema:
-    """In JSON, a bare number or a text with its unit."""
-    return WithJsonSchema({"anyOf": [{"type": kind}, {"type": "string"}], "examples": list(examples)})
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("is blank; write a text, or leave the key out")
-    return text
-
-
-Tokens = Annotated[int, BeforeValidator(parse_tokens), _written("integer", "2048", "16k tokens")]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), _written("number", "90s", "10m", "24h", "7d")]
-ByteCount = Annotated[int, BeforeValidator(parse_bytes), _written("integer", "20 MB", "50 GB")]
-Share = Annotated[float, BeforeValidator(parse_share), _written("number", "5%", "0.05")]
-NotBlank = Annotated[str, AfterValidator(_not_blank)]
-Rhythm = Annotated[
-    Every,
-    BeforeValidator(Every.parse),
-    PlainSerializer(str, return_type=str),
-    _written("integer", "500 steps", "2 epochs", "10m"),
-]
-
-Milestone = Annotated[
-    Every,
-    BeforeValidator(Every.parse),
-    PlainSerializer(str, return_type=str),
-    _written("integer", "1000 steps", "5 epochs"),
+__all__ = [
+    "ANY_NAME",
+    "Checkpoints",
+    "ConversationFilter",
+    "DataSource",
+    "Format",
+    "Gate",
+    "HeldOut",
+    "Keep",
+    "Lora",
+    "Method",
+    "Pretrain",
+    "Recipe",
+    "Replay",
+    "Schedule",
+    "Serve",
+    "Shape",
+    "Train",
+    "Upload",
 ]
 
 Method = Literal["full", "lora", "pretrain"]
 Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "text"]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, and nothing changes after parsing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts true as 1, so `epochs: true` would be one epoch.
-        if (
-            isinstance(value, bool)
-            and info.field_name
-            and bool not in plain_types(cls.model_fields[info.field_name].annotation)
-        ):
-            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
-        return value
-
-
-def plain_types(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation is made of, without `None`, `Annotated` and the element types of lists."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from plain_types(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for part in get_args(annotation):
-            yield from plain_types(part)
-    elif origin is Literal:
-        yield from {type(value) for value in get_args(annotation)}
-    elif annotation is not type(None):
-        yield origin or annotation
 
 
 ANY_NAME = "any"
@@ -164,185 +118,6 @@ class Replay(Section):
 
     ratio: float = Field(1.0, ge=0, description="Replayed examples per new example; 0 turns replay off.")
     minimum: int = Field(0, ge=0, description="At least this many replayed examples, if so many were accepted.")
-
-
-class Train(Section):
-    """The optimization itself."""
-
-    learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate.")
-    epochs: int = Field(5, ge=1, description="Passes over the data.")
-    max_steps: int | None = Field(
-        None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says."
-    )
-    batch_size: int = Field(
-        4, ge=1, description="Examples in a micro-batch; they are laid end to end, without padding."
-    )
-    tokens_per_batch: Tokens | None = Field(
-        None,
-        ge=1,
-        description="Fill each micro-batch with whole examples up to this many tokens, in place of `batch_size`.",
-    )
-    accumulation_steps: int = Field(4, ge=1, description="Micro-batches per optimizer step.")
-    max_seq_len: Tokens = Field(
-        1024,
-        ge=8,
-        description="Longest example in tokens, question and answer together; the rest is cut, and the plan says how much.",
-    )
-    max_cut_share: Share = Field(
-        0.5, description="The run does not start if more than this share of the tokens that would carry loss is cut."
-    )
-    weight_decay: float = Field(
-        0.01, ge=0, description="Decoupled decay of matrices; norms, biases and embeddings have none."
-    )
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 turns clipping off."
-    )
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
-    )
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at this share of the peak.")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Compute dtype; `auto` probes the device and takes fp32 where bf16 is slow."
-    )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Recompute activations in the backward pass: about a third more time, far fewer bytes.",
-    )
-    compile: bool = Field(default=False, description="torch.compile; loses on small models on a CPU.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; without it, one per physical core.")
-    num_processes: int = Field(
-        1,
-        ge=1,
-        description="Processes on this machine that train together, one a GPU; torchrun sets it for several machines.",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        0,
-        description="What several processes share among them: 0 nothing; 1 and 2 parameters, gradients and moments between "
-        "the steps; 3 during them, too, which is slower and takes least.",
-    )
-    num_workers: int = Field(1, ge=1, description="Processes that turn text into tokens before step 1.")
-    seed: int = Field(42, ge=0, description="Seeds weights, order and dropout.")
-    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.")
-    evaluate_every: Rhythm | None = Field(
-        None, description="How often the held-out loss is taken; without it, at the end of each epoch."
-    )
-
-
-class Lora(Section):
-    """Low-rank adapters (method: lora)."""
-
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    target_modules: str | list[str] = Field("all-linear", description="`all-linear`, or names of modules.")
-
-
-class Shape(Section):
-    """The shape of a new model where it differs from its preset's; a field that the architecture lacks is refused."""
-
-    num_hidden_layers: int | None = Field(None, ge=1, description="Layers.")
-    hidden_size: int | None = Field(None, ge=1, description="Width.")
-    intermediate_size: int | None = Field(None, ge=1, description="Width of the feed-forward part.")
-    num_attention_heads: int | None = Field(None, ge=1, description="Heads.")
-    num_key_value_heads: int | None = Field(None, ge=1, description="Heads of keys and values, where they are shared.")
-    head_dim: int | None = Field(None, ge=1, description="Channels of a head, where they are not width / heads.")
-    max_position_embeddings: int | None = Field(None, ge=1, description="Longest context in tokens.")
-    tie_word_embeddings: bool | None = Field(None, description="Whether the head is the embedding.")
-
-    def given(self) -> dict[str, int | bool]:
-        """The fields that the recipe writes."""
-        return self.model_dump(exclude_none=True)
-
-
-class Pretrain(Section):
-    """Learning from token shards (method: pretrain)."""
-
-    max_files: int | None = Field(
-        None, ge=1, description="Use this many shards, in the order of their names; all without it."
-    )
-    group_shards: int = Field(
-        16, ge=1, description="Shards that are shuffled among each other; so many are at hand at a time."
-    )
-    loss_across_documents: bool = Field(
-        default=False,
-        description="Let a document see the one before it, and its first token carry loss. Faster where documents are short.",
-    )
-    held_out_tokens: Tokens = Field(
-        100_000, ge=0, description="At most about this many tokens are held out, whatever `held_out.share` says."
-    )
-    sample_tokens: int = Field(
-        48, ge=0, description="Tokens of the continuation that is written down with each held-out loss; 0 for none."
-    )
-    cache_limit: ByteCount = Field(
-        50_000_000_000, ge=1, description="Room on disk for shards that are fetched from a bucket: `50 GB`."
-    )
-
-
-class Keep(Section):
-    """Which checkpoints stay on disk."""
-
-    last: int = Field(3, ge=1, description="This many newest ones.")
-    best: int = Field(1, ge=0, description="This many with the lowest held-out loss.")
-    every: Milestone | None = Field(
-        None, description="Milestones that stay for ever: the first checkpoint of each `1000 steps` or `5 epochs`."
-    )
-
-    @field_validator("every")
-    @classmethod
-    def _of_training(cls, every: Every | None) -> Every | None:
-        if every is not None and every.unit == "seconds":
-            raise ValueError(f"`{every}` is a time, and milestones go by steps or epochs; write for example 1000 steps")
-        return every
-
-
-class Upload(Section):
-    """Where checkpoints go besides the disk. A text alone is its `url`."""
-
-    url: NotBlank | None = Field(
-        None,
-        description="`gs://bucket/folder`, `s3://…`, `az://container/…`, `hf://owner/repository` or `file:///folder`; "
-        "without it nothing is uploaded.",
-    )
-    background: bool = Field(
-        default=True, description="Upload in a process of its own; otherwise before training goes on."
-    )
-    archive: Literal["none", "tar.gz"] = Field(
-        "none", description="`tar.gz` packs each checkpoint first; that costs CPU time and saves little."
-    )
-    bandwidth: ByteCount | None = Field(None, description="At most so many bytes per second: `20 MB`.")
-    max_pending: ByteCount | None = Field(
-        None, description="With more bytes than this waiting to be uploaded, training waits: `50 GB`."
-    )
-    wait_at_stop: Seconds = Field(
-        20.0, ge=0, description="A run that is asked to stop waits this long for its uploads; what is left stays queued."
-    )
-
-
-class Checkpoints(Section):
-    """Full training state, resumable."""
-
-    every: Rhythm | None = Field(
-        None, description="How often: `500 steps`, `1 epochs`, `10m`; without it, at the end of each epoch."
-    )
-    keep: Keep = Field(default_factory=Keep, description="Retention.")
-    background: bool = Field(
-        default=True,
-        description="Write in a process of its own while training goes on, from a copy of the state in memory.",
-    )
-    on_full_disk: Literal["stop", "continue"] = Field(
-        "stop", description="What a run does when there is no room for a checkpoint; the one before stays whole."
-    )
-    upload: Upload = Field(default_factory=Upload, description="Where checkpoints go besides the disk.")
-
-    @field_validator("upload", mode="before")
-    @classmethod
-    def _an_address(cls, value: Any) -> Any:
-        return {"url": value} if value is None or isinstance(value, str) else value
 
 
 class Gate(Section):

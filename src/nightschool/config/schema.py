@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from nightschool.config.recipe import Recipe, plain_types
+from nightschool.config.fields import plain_types
+from nightschool.config.recipe import Recipe
 from nightschool.units import parse_seconds
 
 Path = tuple[str | int, ...]

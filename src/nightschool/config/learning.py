@@ -1,0 +1,126 @@
+"""The sections of a recipe that say how a model learns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nightschool.config.fields import ByteCount, Rhythm, Section, Share, Tokens
+
+
+class Train(Section):
+    """The optimization itself."""
+
+    learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate.")
+    epochs: int = Field(5, ge=1, description="Passes over the data.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says."
+    )
+    batch_size: int = Field(
+        4, ge=1, description="Examples in a micro-batch; they are laid end to end, without padding."
+    )
+    tokens_per_batch: Tokens | None = Field(
+        None,
+        ge=1,
+        description="Fill each micro-batch with whole examples up to this many tokens, in place of `batch_size`.",
+    )
+    accumulation_steps: int = Field(4, ge=1, description="Micro-batches per optimizer step.")
+    max_seq_len: Tokens = Field(
+        1024,
+        ge=8,
+        description="Longest example in tokens, question and answer together; the rest is cut, and the plan says how much.",
+    )
+    max_cut_share: Share = Field(
+        0.5, description="The run does not start if more than this share of the tokens that would carry loss is cut."
+    )
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decoupled decay of matrices; norms, biases and embeddings have none."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 turns clipping off."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at this share of the peak.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Compute dtype; `auto` probes the device and takes fp32 where bf16 is slow."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: about a third more time, far fewer bytes.",
+    )
+    compile: bool = Field(default=False, description="torch.compile; loses on small models on a CPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; without it, one per physical core.")
+    num_processes: int = Field(
+        1,
+        ge=1,
+        description="Processes on this machine that train together, one a GPU; torchrun sets it for several machines.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="What several processes share among them: 0 nothing; 1 and 2 parameters, gradients and moments between "
+        "the steps; 3 during them, too, which is slower and takes least.",
+    )
+    num_workers: int = Field(1, ge=1, description="Processes that turn text into tokens before step 1.")
+    seed: int = Field(42, ge=0, description="Seeds weights, order and dropout.")
+    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.")
+    evaluate_every: Rhythm | None = Field(
+        None, description="How often the held-out loss is taken; without it, at the end of each epoch."
+    )
+
+
+class Lora(Section):
+    """Low-rank adapters (method: lora)."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: str | list[str] = Field("all-linear", description="`all-linear`, or names of modules.")
+
+
+class Shape(Section):
+    """The shape of a new model where it differs from its preset's; a field that the architecture lacks is refused."""
+
+    num_hidden_layers: int | None = Field(None, ge=1, description="Layers.")
+    hidden_size: int | None = Field(None, ge=1, description="Width.")
+    intermediate_size: int | None = Field(None, ge=1, description="Width of the feed-forward part.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Heads.")
+    num_key_value_heads: int | None = Field(None, ge=1, description="Heads of keys and values, where they are shared.")
+    head_dim: int | None = Field(None, ge=1, description="Channels of a head, where they are not width / heads.")
+    max_position_embeddings: int | None = Field(None, ge=1, description="Longest context in tokens.")
+    tie_word_embeddings: bool | None = Field(None, description="Whether the head is the embedding.")
+
+    def given(self) -> dict[str, int | bool]:
+        """The fields that the recipe writes."""
+        return self.model_dump(exclude_none=True)
+
+
+class Pretrain(Section):
+    """Learning from token shards (method: pretrain)."""
+
+    max_files: int | None = Field(
+        None, ge=1, description="Use this many shards, in the order of their names; all without it."
+    )
+    group_shards: int = Field(
+        16, ge=1, description="Shards that are shuffled among each other; so many are at hand at a time."
+    )
+    loss_across_documents: bool = Field(
+        default=False,
+        description="Let a document see the one before it, and its first token carry loss. Faster where documents are short.",
+    )
+    held_out_tokens: Tokens = Field(
+        100_000, ge=0, description="At most about this many tokens are held out, whatever `held_out.share` says."
+    )
+    sample_tokens: int = Field(
+        48, ge=0, description="Tokens of the continuation that is written down with each held-out loss; 0 for none."
+    )
+    cache_limit: ByteCount = Field(
+        50_000_000_000, ge=1, description="Room on disk for shards that are fetched from a bucket: `50 GB`."
+    )
