@@ -142,7 +142,7 @@ class HubStore:
             yield
         except NightschoolError:
             raise
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, RuntimeError) as error:
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, RuntimeError, ValueError) as error:
             raise self._meaning(error, f"{self._url}/{key}".rstrip("/")) from error
 
     def _meaning(self, error: Exception, url: str) -> NightschoolError:
@@ -160,7 +160,7 @@ class HubStore:
             return NotFound(f"There is no {url}. Check the address, or list what is there.")
         if isinstance(error, OfflineModeIsEnabled):
             return Unreachable(f"{url} may not be reached: HF_HUB_OFFLINE is set. Unset it.")
-        if status is not None and 400 <= status < 500 and status not in (408, 429):
+        if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in (408, 429)):
             return RemoteError(f"The Hub refused {url}: {said}. Check the address and the repository.")
         return Unreachable(f"{url} could not be reached: {said}. Check the network; what was begun is tried again.")
 
