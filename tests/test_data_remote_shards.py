@@ -84,6 +84,16 @@ def test_a_place_without_an_index_is_read_once(tmp_path, bucket):
     )
 
 
+def test_a_place_without_an_index_may_be_larger_than_the_cache(tmp_path, bucket):
+    whole = opened(bucket, tmp_path).shards.index
+    (bucket / INDEX).unlink()
+    limit = 2 * max(shard.size_bytes for shard in whole.shards)
+    for path in (bucket / "tokenizer").iterdir():
+        path.unlink()
+    found = opened(bucket, tmp_path / "small", eos_token_id=whole.eos_token_id, limit_bytes=limit).shards.index
+    assert found.shards == whole.shards
+
+
 def test_an_empty_place_says_so_and_a_change_is_seen(tmp_path, bucket):
     before = shards_state(f"file://{bucket}", root=tmp_path)
     (bucket / "tokens_00000.npz").unlink()

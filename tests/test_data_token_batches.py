@@ -114,6 +114,16 @@ def test_what_is_held_out_is_never_trained(source):
     assert 1 <= few.num_held_out <= 4
 
 
+def test_many_shards_hold_out_as_much_as_few(tmp_path):
+    write_shards(tmp_path, count=12, words=200, shard_tokens=64)
+    source = open_shards("shards", root=tmp_path, cache=tmp_path / "cache")
+    assert len(source.shards.index.shards) > 40
+    batches = batches_of(source, held_out_share=0.5, held_out_tokens=20 * T)
+    assert 15 <= batches.num_held_out <= 20
+    half = len(source.shards.index.shards) // 2
+    assert 0 < sum(shard < half for shard, _ in batches._held_places) < batches.num_held_out
+
+
 def test_what_decides_the_order_is_in_the_fingerprint(source):
     plain = batches_of(source).fingerprint
     assert batches_of(source).fingerprint == plain

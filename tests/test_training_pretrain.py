@@ -9,7 +9,7 @@ import torch
 from shard_setups import tokenizer, write_shards
 
 from nightschool.config.recipe import Recipe
-from nightschool.data.shards import INDEX
+from nightschool.data.shards import INDEX, read_index
 from nightschool.errors import DataError, Interrupted, ModelError, NonFiniteLoss
 from nightschool.events import read_events
 from nightschool.models.cost import count_parameters
@@ -19,7 +19,7 @@ from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.plan import make_plan
-from nightschool.training.pretraining import prepare_pretraining
+from nightschool.training.pretraining import open_source, prepare_pretraining
 from nightschool.training.run import execute
 from nightschool.training.signals import StopRequest
 
@@ -143,6 +143,14 @@ def test_adding_padding_changes_no_loss(tmp_path, corpus):
         batch = room.task.batch(0, 0)
         losses.append((room.task.loss(batch).sum.item(), batch.tokens_trained))
     assert losses[0] == losses[1]
+
+
+def test_documents_end_in_shards_that_a_pattern_names(tmp_path, corpus):
+    index = read_index(corpus / "shards" / INDEX)
+    recipe = Recipe.model_validate(recipe_of(corpus, data=[{"path": str(corpus / "shards" / "tokens_*.npz")}]))
+    source, _ = open_source(recipe, Home(tmp_path), corpus)
+    assert source.shards.index.eos_token_id == index.eos_token_id
+    assert source.shards.index.shards == index.shards
 
 
 def test_the_plan_counts_what_is_there(tmp_path, corpus):

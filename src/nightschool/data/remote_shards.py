@@ -104,7 +104,9 @@ def _index_of(
     kept = cache / f"index-{key}.json"
     if kept.is_file():
         return read_index(kept)
-    paths = [files.fetch(remote, one.key) for one in shards]
-    index = index_folder(paths[0].parent, paths, cache, eos_token_id=eos_token_id, vocab_size=None)
+    # Each is fetched when it is read: all of them together may be more than the cache holds.
+    paths = (files.fetch(remote, one.key) for one in shards)
+    folder = files.path_of(remote, shards[0].key).parent
+    index = index_folder(folder, paths, cache, eos_token_id=eos_token_id, vocab_size=None)
     keep_index(kept, index)
     return index

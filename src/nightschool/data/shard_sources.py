@@ -11,6 +11,7 @@ from pathlib import Path
 from nightschool.data.remote_shards import open_remote_shards, remote_shards_state
 from nightschool.data.shards import (
     INDEX,
+    OPEN_SHARDS,
     SHARD_ENDING,
     TOKENIZER_FOLDER,
     ShardIndex,
@@ -83,7 +84,8 @@ def open_shards(
         folder = path if path.is_dir() else _parent(files)
         index = _index_in_cache(folder, files, cache, eos_token_id)
     tokenizer = folder / TOKENIZER_FOLDER
-    return ShardSource(Shards(folder, index, cache), tokenizer if tokenizer.is_dir() else None)
+    num_open = max(group_shards, OPEN_SHARDS)
+    return ShardSource(Shards(folder, index, cache, num_open=num_open), tokenizer if tokenizer.is_dir() else None)
 
 
 def is_shard_folder(path: Path) -> bool:

@@ -17,7 +17,7 @@ import json
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -34,7 +34,7 @@ SHARD_ENDING = ".npz"
 ID_FIELDS = ("input_ids", "data", "sequences")
 FINGERPRINT_FIELD = "tokenizer_fingerprint"
 _FORMAT = 1
-_OPEN_SHARDS = 64
+OPEN_SHARDS = 64
 _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CHUNK_TOKENS = 1 << 22
 
@@ -163,7 +163,7 @@ class Shards:
         num_open: At most so many are mapped at a time.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, cache: Path, *, num_open: int = _OPEN_SHARDS) -> None:
+    def __init__(self, folder: Path, index: ShardIndex, cache: Path, *, num_open: int = OPEN_SHARDS) -> None:
         self.folder, self.index, self._cache, self._num_open = folder, index, cache, num_open
         self._open: OrderedDict[int, TokenIds] = OrderedDict()
 
@@ -272,9 +272,9 @@ def open_tokens(path: Path, cache: Path, digest: str, eos_token_id: int | None =
 
 
 def index_folder(
-    folder: Path, files: Sequence[Path], cache: Path, *, eos_token_id: int | None, vocab_size: int | None
+    folder: Path, files: Iterable[Path], cache: Path, *, eos_token_id: int | None, vocab_size: int | None
 ) -> ShardIndex:
-    """Find out what an index would say of `files`, by reading them once.
+    """Find out what an index would say of `files`, by reading them once, one after the other.
 
     Raises:
         DataError: If a file is no shard, or they were written by different tokenizers.

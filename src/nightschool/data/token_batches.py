@@ -78,7 +78,9 @@ class TokenBatches:
                 f"needs {seq_len + 1}. Lower train.max_seq_len, or tokenize more text."
             )
         wanted = min(held_out_share * sum(counts), held_out_tokens / seq_len)
-        self._held = [min(n // 2, round(wanted * n / sum(counts))) for n in counts]
+        # Shares are rounded at their running sum: each by itself, shards of which many are there would all give none.
+        bounds = np.rint(np.cumsum([0, *counts]) * (wanted / sum(counts))).astype(INDEX_TYPE)
+        self._held: list[int] = [min(n // 2, share) for n, share in zip(counts, np.diff(bounds).tolist(), strict=True)]
         if held_out_share > 0 and held_out_tokens > 0 and not any(self._held) and sum(counts) > 1:
             largest = int(np.argmax(counts))
             self._held[largest] = 1 if counts[largest] > 1 else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,21 +208,24 @@ def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, Pr
         )
     place, cache = recipe.data[0].path, home.cache / "shards"
     given = None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, root)
-    source = open_shards(
+    opened = partial(
+        open_shards,
         place,
         root=root,
         cache=cache,
         max_files=recipe.pretrain.max_files,
-        eos_token_id=None if given is None else end_of_text_id(given),
         group_shards=recipe.pretrain.group_shards,
         limit_bytes=recipe.pretrain.cache_limit,
     )
+    source = opened(eos_token_id=None if given is None else end_of_text_id(given))
     if given is None and source.tokenizer_folder is None:
         raise ModelError(
             f"There is no tokenizer beside the shards of {place}, and without one nobody can read what the model writes. "
             "Write tokenizer: FOLDER or a hub id into the recipe."
         )
     tokenizer = given or load_tokenizer(cast(Path, source.tokenizer_folder), str(source.tokenizer_folder))
+    if source.shards.index.eos_token_id is None:  # no index said it, and the tokenizer was found beside the shards
+        source = opened(eos_token_id=end_of_text_id(tokenizer))
     stated = source.shards.index.tokenizer_fingerprint
     if stated is not None and isinstance(tokenizer, PreTrainedTokenizerFast):
         actual = tokenizer_fingerprint(tokenizer)
