@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from fake_hub import fake_hub
 from huggingface_hub import HfApi, constants
-from object_stores import add_checkpoint, make_run
+from object_stores import add_checkpoint, free_port, make_run
 
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, Damaged, NotFound, Unreachable
 from nightschool.store import uploads
@@ -84,6 +84,16 @@ def test_errors_are_told_apart(remote):
         open_at("hf://owner/repo", HF_TOKEN="wrong").head("x")
     with pytest.raises(BucketMissing, match="hf://owner/other"):
         list(open_at("hf://owner/other").list())
+
+
+def test_nobody_at_the_address_is_worth_another_try(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    url = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr(module, "HfApi", lambda token: HfApi(endpoint=url, token=token))
+    with pytest.raises(Unreachable, match="Check the network"):
+        open_at("hf://owner/repo").head("x")
+    with pytest.raises(Unreachable):
+        list(open_at("hf://owner/repo").list())
 
 
 def test_offline_is_said(remote, monkeypatch):

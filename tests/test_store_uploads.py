@@ -306,3 +306,23 @@ def test_what_belonged_to_a_removed_run_leaves_the_journal(home, run, url):
     RunStore(home).remove(other.id)
     drain(home)
     assert [row.run_id for row in uploads.ls(home)] == [run.id]
+
+
+def test_a_mistake_in_one_upload_does_not_keep_others_from_going(home, run, url, monkeypatch):
+    from nightschool.store.uploads import push
+
+    broken, good = add_checkpoint(run, 10), add_checkpoint(run, 20)
+    send = push._send
+
+    def failing(journal, upload, *rest):
+        if upload.step == 10:
+            raise ZeroDivisionError("oops")
+        return send(journal, upload, *rest)
+
+    monkeypatch.setattr(push, "_send", failing)
+    monkeypatch.setattr(push, "_TRIES_UNTIL_MENDED", 2)
+    drain(home, code=1)
+    states = {row.path: row for row in uploads.ls(home)}
+    assert states[str(good)].state == "done"
+    assert states[str(broken)].state == "failed"
+    assert "ZeroDivisionError: oops" in states[str(broken)].error

@@ -21,6 +21,7 @@ from google.api_core import exceptions as api
 from google.auth import exceptions as auth
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NightschoolError, RemoteError, Unreachable
@@ -32,6 +33,14 @@ from nightschool.store.remotes.transfer import SourceFile, Transfer
 _PART_BYTES = 8 << 20
 _ATTEMPTS = 5
 _RETRY_SECONDS = 60.0
+_FAULTS = (
+    api.GoogleAPIError,
+    auth.GoogleAuthError,
+    requests.RequestException,
+    ConnectionError,
+    DataCorruption,
+    InvalidResponse,
+)
 _CREDENTIALS = (
     "Set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or run gcloud auth application-default login, "
     "and see that the account may read and write there."
@@ -231,7 +240,7 @@ class GoogleStore:
             yield
         except NightschoolError:
             raise
-        except (api.GoogleAPIError, auth.GoogleAuthError, requests.RequestException, ConnectionError) as error:
+        except _FAULTS as error:
             raise self._meaning(error, key) from error
 
     def _meaning(self, error: Exception, key: str) -> NightschoolError:

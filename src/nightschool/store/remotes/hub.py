@@ -6,6 +6,7 @@ Conditions are those of git: a commit names the one that it follows, and is refu
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -142,7 +142,9 @@ class HubStore:
             yield
         except NightschoolError:
             raise
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | RuntimeError | ValueError) and not _is_of_libraries(error):
+                raise
             raise self._meaning(error, f"{self._url}/{key}".rstrip("/")) from error
 
     def _meaning(self, error: Exception, url: str) -> NightschoolError:
@@ -160,9 +162,15 @@ class HubStore:
             return NotFound(f"There is no {url}. Check the address, or list what is there.")
         if isinstance(error, OfflineModeIsEnabled):
             return Unreachable(f"{url} may not be reached: HF_HUB_OFFLINE is set. Unset it.")
-        if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in (408, 429)):
+        refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+        if refused or (status is not None and 400 <= status < 500 and status not in (408, 429)):
             return RemoteError(f"The Hub refused {url}: {said}. Check the address and the repository.")
         return Unreachable(f"{url} could not be reached: {said}. Check the network; what was begun is tried again.")
+
+
+def _is_of_libraries(error: Exception) -> bool:
+    """Whether it comes from the Hub's library or from the HTTP library below it, which is another by version."""
+    return type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests")
 
 
 def _facts(found: Any) -> ObjectFacts:

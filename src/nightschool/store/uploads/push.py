@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def attempt(
     except OSError as error:
         broken = NightschoolError(f"{error.filename or upload.path} cannot be read: {error.strerror}. See to the disk.")
         return journal.fail(upload, broken, for_good=upload.attempts >= _TRIES_UNTIL_MENDED)
+    except Exception as error:  # one upload that breaks the uploader would keep all others from going
+        say(traceback.format_exc())
+        mistake = NightschoolError(f"{type(error).__name__}: {error}. This is a mistake of nightschool; please tell.")
+        return journal.fail(upload, mistake, for_good=upload.attempts >= _TRIES_UNTIL_MENDED)
     return journal.get(upload.id)
 
 
