@@ -165,7 +165,12 @@ def test_the_run_leaves_its_records(taught):
     assert list((run.path / "tensorboard").iterdir())
     plan = json.loads((run.path / "plan.json").read_text())
     assert plan["steps_total"] == STEPS
-    assert [event["event"] for event in read_events(run.events_path)] == ["training", "checkpoint", "published"]
+    assert [event["event"] for event in read_events(run.events_path)] == [
+        "training",
+        "checkpoint",
+        "saving",
+        "published",
+    ]
 
 
 def test_a_run_that_has_published_is_not_run_again(taught, capsys):
