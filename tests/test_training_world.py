@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from shard_setups import write_shards
 from test_training_pretrain import recipe_of
 
 from nightschool.config.recipe import Recipe
+from nightschool.errors import NightschoolError, UsageError
 from nightschool.events import read_events
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
+from nightschool.training import world as world_module
+from nightschool.training.ranks import _free_port
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +158,17 @@ def test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed(tmp_path,
     assert json.loads((run.path / "status.json").read_text())["error"]
 
 
-def test_a_world_that_is_half_described_is_refused():
-    from nightschool.errors import UsageError
-    from nightschool.training.world import joined_world
+def test_a_process_that_never_began_is_not_waited_for_for_hours(monkeypatch):
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    variables["MASTER_PORT"] = str(_free_port())
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world_module, "_LONGEST_START", timedelta(seconds=1))
+    message = r"Not all of the 2 processes began within 1 seconds.*log-rank1"
+    with pytest.raises(NightschoolError, match=message), world_module.joined_world():
+        pass
 
-    with pytest.raises(UsageError, match="LOCAL_RANK"), joined_world({"WORLD_SIZE": "2", "RANK": "0"}):
+
+def test_a_world_that_is_half_described_is_refused():
+    with pytest.raises(UsageError, match="LOCAL_RANK"), world_module.joined_world({"WORLD_SIZE": "2", "RANK": "0"}):
         pass

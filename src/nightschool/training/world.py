@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from nightschool.data.token_batches import Portion
-from nightschool.errors import UsageError
+from nightschool.errors import NightschoolError, UsageError
 
 Value = TypeVar("Value")
 
@@ -30,6 +31,8 @@ Value = TypeVar("Value")
 _BUCKET_BYTES = 64 << 20
 # Process 0 reads, tokenizes and plans first, while the others wait for it.
 _LONGEST_WAIT = timedelta(hours=2)
+# One that ended before it met the others is not waited for that long.
+_LONGEST_START = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def joined_world(environment: Mapping[str, str] | None = None) -> Iterator[World
 
     Raises:
         UsageError: If the variables contradict each other.
+        NightschoolError: If one of the others did not begin.
     """
     environment = os.environ if environment is None else environment
     size = int(environment.get("WORLD_SIZE", "1"))
@@ -149,10 +153,19 @@ def joined_world(environment: Mapping[str, str] | None = None) -> Iterator[World
         int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
     backend = "gloo"
-    if torch.cuda.is_available():
+    # Processes that train on the CPU may be more than there are GPUs.
+    if torch.cuda.is_available() and world.local_size <= torch.cuda.device_count():
         torch.cuda.set_device(world.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_LONGEST_WAIT)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_LONGEST_START))
+    except dist.DistStoreError as error:
+        raise NightschoolError(
+            f"Not all of the {size} processes began within {_LONGEST_START.total_seconds():.0f} seconds ({error}). "
+            "See log-rank1.txt and so on in the run's folder, or what torchrun printed, and start them again."
+        ) from None
+    store.set_timeout(_LONGEST_WAIT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
     try:
         yield world
     finally:
