@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from nightschool.config.recipe import Lora
+from nightschool.models import peak
 from nightschool.models.adapters import attach_lora
 from nightschool.models.build import PRESETS, build_model
 from nightschool.models.cost import TrainingBytes, count_parameters, expected_peak_bytes, flops_per_token
@@ -170,3 +171,22 @@ def test_the_peak_is_never_less_than_publishing_takes():
     cost = TrainingBytes(100, gradients=1, optimizer=2, activations=3, logits=4, publishing=50)
     assert cost.total == 150
     assert replace(cost, publishing=9).total == 110
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40", None),
+        ("NVIDIA T400", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_only_the_very_gpu_has_the_rate_that_its_maker_states(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(peak, "_measured", lambda *_: -1.0)
+    rate, why = peak.peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert rate == (-1.0 if teraflops is None else teraflops * 1e12)
+    assert ("stated" in why) == (teraflops is not None)

@@ -164,6 +164,13 @@ def test_the_plan_counts_what_is_there(tmp_path, corpus):
     assert plan.tokens_per_step == 2 * 2 * 32
 
 
+def test_the_plan_of_several_processes_counts_their_steps(tmp_path, corpus):
+    plain = recipe_of(corpus, train={"num_processes": 2, "max_steps": None, "epochs": 3})
+    plan = make_plan(Recipe.model_validate(plain), Home(tmp_path / "home"))
+    assert (plan.processes, plan.tokens_per_step) == (2, 2 * 2 * 2 * 32)
+    assert plan.steps_total == 3 * plan.steps_per_epoch == 3 * steps_in_epoch(plan.sequences, 2, 4)
+
+
 @pytest.mark.parametrize("size", ["1.0b", "1.2b", "1.4b"])
 def test_presets_are_called_what_they_are(size):
     from transformers import AutoModelForCausalLM

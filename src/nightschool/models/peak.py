@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ import torch
 _STATED_TERAFLOPS = {
     "B200": {torch.bfloat16: 2250.0, torch.float16: 2250.0},
     "H200": {torch.bfloat16: 989.0, torch.float16: 989.0},
+    "H100 PCIe": {torch.bfloat16: 756.0, torch.float16: 756.0},
     "H100": {torch.bfloat16: 989.0, torch.float16: 989.0},
     "A100": {torch.bfloat16: 312.0, torch.float16: 312.0},
     "L40S": {torch.bfloat16: 362.0, torch.float16: 362.0},
@@ -32,7 +34,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, stated in _STATED_TERAFLOPS.items():
-            if known in name.split() or known in name:
+            if re.search(rf"\b{known}\b", name):  # an L40 is no L4, and a T400 no T4
                 if dtype in stated:
                     return stated[dtype] * 1e12, f"stated for {known}"
                 break

@@ -26,7 +26,6 @@ from nightschool.units import format_bytes
 
 PREVIEWED_EXAMPLES = 3
 LISTED_CUTS = 10
-# The probe stops after this long, or after this many micro-batches.
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan | Pr
     """
     root = root or Path.cwd()
     if recipe.method == "pretrain":
-        return pretrain_plan_of(prepare_pretraining(recipe, home, root=root), home)
+        return pretrain_plan_of(prepare_pretraining(recipe, home, root=root), home, recipe.train.num_processes)
     return finetune_plan_of(prepare_classroom(recipe, select_examples(recipe, home, root), home, root=root), home)
 
 

@@ -59,15 +59,22 @@ class PretrainPlan:
         return asdict(self)
 
 
-def pretrain_plan_of(classroom: PretrainClassroom, home: Home) -> PretrainPlan:
-    """The plan of a run that is ready to start. Computes a few micro-batches; trains nothing."""
+def pretrain_plan_of(classroom: PretrainClassroom, home: Home, processes: int | None = None) -> PretrainPlan:
+    """The plan of a run that is ready to start. Computes a few micro-batches; trains nothing.
+
+    `processes` is how many the run will have, where they were not started for the plan.
+    """
     recipe, task = classroom.recipe, classroom.task
     train, index, batches = recipe.train, classroom.source.shards.index, task.batches
     count = count_parameters(task.model)
-    per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
-    per_step = min(train.accumulation_steps * task.stride, batches.num_sequences) * train.max_seq_len
+    processes = processes or task.world.size
+    stride = train.batch_size * processes
+    per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, stride)
+    steps_total = train.max_steps or per_epoch * train.epochs
+    per_step = min(train.accumulation_steps * stride, batches.num_sequences) * train.max_seq_len
     probe = measure(task)
-    rate = probe.tokens_per_second * task.world.size
+    # Processes that are not there yet will share the cores that this one has alone; each has a GPU of its own.
+    rate = probe.tokens_per_second * (processes if task.device.type == "cuda" else task.world.size)
     peak, _ = peak_flops(task.device, task.compute_dtype)
     cost = expected_peak_bytes(
         task.model,
@@ -92,13 +99,13 @@ def pretrain_plan_of(classroom: PretrainClassroom, home: Home) -> PretrainPlan:
         tokens_per_step=per_step,
         epochs=train.epochs,
         steps_per_epoch=per_epoch,
-        steps_total=classroom.budget.steps_total,
+        steps_total=steps_total,
         dtype=classroom.dtype.why,
         device=task.device.type,
         num_threads=classroom.num_threads,
-        processes=task.world.size,
+        processes=processes,
         expected_peak_bytes=cost.total,
-        expected_seconds=per_step / rate * classroom.budget.steps_total,
+        expected_seconds=per_step / rate * steps_total,
         measured_batches=probe.batches,
         measured_tokens_per_second=rate,
         model_flops_utilization=probe.tokens_per_second * flops_per_token(task.model, train.max_seq_len) / peak,
@@ -135,7 +142,11 @@ def render_pretrain_plan(plan: PretrainPlan, console: Console) -> None:
             "steps",
             f"{plan.steps_total:,} in all, {plan.steps_per_epoch:,} an epoch, {plan.tokens_per_step:,} tokens each",
         ),
-        ("computes", f"on {plan.device} with {plan.num_threads} threads in {plan.dtype}"),
+        (
+            "computes",
+            f"on {plan.device} with {plan.num_threads} threads in {plan.dtype}"
+            + (f"; {plan.processes} processes together" if plan.processes > 1 else ""),
+        ),
         ("peak", f"about {format_bytes(plan.expected_peak_bytes)} of tensors"),
         (
             "time",
