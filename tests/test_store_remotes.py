@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 
 import pytest
 from hypothesis import given
@@ -261,6 +262,13 @@ def test_a_key_that_passes_stays_below_its_folder(key):
         return
     root = "/some/where"
     assert os.path.normpath(f"{root}/{key}").startswith(root + "/")
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "nightschool.store.remotes.google", raising=False)
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    with pytest.raises(UsageError, match=r"pip install 'nightschool\[gcs\]'"):
+        open_remote("gs://bucket")
 
 
 def test_a_throttle_keeps_to_its_rate():

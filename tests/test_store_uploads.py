@@ -83,6 +83,11 @@ def test_a_run_that_uploads_nothing_has_nothing_pending(home):
     assert uploads.ls(home) == []
 
 
+def test_whoever_uploads_nothing_needs_no_database(home):
+    assert not uploads.is_pending(home, add_checkpoint(make_run(home), 10))
+    assert not home.state_db.exists()
+
+
 def test_what_has_no_manifest_or_address_is_refused(home, run, url):
     path = add_checkpoint(run, 10)
     with pytest.raises(UsageError):

@@ -95,12 +95,16 @@ def push_until_done(
 ) -> Upload:
     """Try again and again, in this process, until the upload is done, failed for good, or the time is over."""
     deadline = time.monotonic() + give_up_seconds
+    told = ""
     while True:
         claimed = journal.claim(upload.id)
         upload = journal.get(upload.id) if claimed is None else attempt(home, journal, claimed, say=say, stop=stop)
         if upload.state in ("done", "failed"):
             return upload
-        say(f"Not uploaded yet {upload.name}: {upload.error or 'another process is at it'}")
+        news = f"Not uploaded yet {upload.name}: {upload.error or 'another process is at it'}"
+        if news != told:
+            say(news)
+            told = news
         pause = random.uniform(0.5, 1.0) * min(30.0, 2.0 ** max(0, upload.attempts - 1))
         if time.monotonic() + pause > deadline:
             return upload
