@@ -10,7 +10,7 @@ from shard_setups import tokenizer, write_shards
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.shards import INDEX, read_index
-from nightschool.errors import DataError, Interrupted, ModelError, NonFiniteLoss
+from nightschool.errors import DataError, Interrupted, ModelError, NonFiniteLoss, UsageError
 from nightschool.events import read_events
 from nightschool.models.cost import count_parameters
 from nightschool.store import checkpoints
@@ -216,6 +216,10 @@ def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
         prepare(data=[{"path": str(bare)}], tokenizer=str(tmp_path / "own"))
     with pytest.raises(DataError, match="2 sources"):
         prepare(data=[{"path": "a"}, {"path": "b"}])
+    with pytest.raises(UsageError, match=r"held_out\.path is mine\.txt"):
+        prepare(held_out={"path": "mine.txt"})
+    with pytest.raises(UsageError, match=r"train\.batch_size"):
+        prepare(train={"tokens_per_batch": 64})
 
 
 def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):

@@ -19,7 +19,7 @@ from nightschool.data.shard_sources import ShardSource, open_shards
 from nightschool.data.shards import check_index
 from nightschool.data.token_batches import TokenBatches
 from nightschool.data.tokenize import end_of_text_id, tokenizer_fingerprint
-from nightschool.errors import DataError, ModelError
+from nightschool.errors import DataError, ModelError, UsageError
 from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import resolve_device, resolve_dtype
 from nightschool.models.hub import fetch_from_hub
@@ -135,7 +135,9 @@ def prepare_pretraining(
         NotFound: If there are no shards.
         DataError: If they do not belong to the tokenizer, or hold ids beyond its vocabulary.
         ModelError: If the model is too short for the sequences, or cannot be loaded.
+        UsageError: If the recipe has settings that only examples know.
     """
+    _refuse_settings_of_examples(recipe)
     train, root = recipe.train, root or Path.cwd()
     device = resolve_device(train.device)
     num_threads = threads_of(recipe, rerun, world)
@@ -192,6 +194,17 @@ def prepare_pretraining(
         schedule=Schedule.from_recipe(train, budget.steps_total),
         scaler=torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None,
     )
+
+
+def _refuse_settings_of_examples(recipe: Recipe) -> None:
+    """Refuse what only examples know, rather than ignore it."""
+    remedies = {
+        "held_out.path": (recipe.held_out.path, "leave it out, and write held_out.share"),
+        "train.tokens_per_batch": (recipe.train.tokens_per_batch, "write train.batch_size, which counts sequences"),
+    }
+    for name, (value, remedy) in remedies.items():
+        if value is not None:
+            raise UsageError(f"{name} is {value}, and method: pretrain has no use for it: {remedy}.")
 
 
 def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, PreTrainedTokenizerBase]:
