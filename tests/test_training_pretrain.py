@@ -22,6 +22,7 @@ from nightschool.training.plan import make_plan
 from nightschool.training.pretraining import open_source, prepare_pretraining
 from nightschool.training.run import execute
 from nightschool.training.signals import StopRequest
+from nightschool.training.world import World
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,21 @@ def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
         prepare(held_out={"path": "mine.txt"})
     with pytest.raises(UsageError, match=r"train\.batch_size"):
         prepare(train={"tokens_per_batch": 64})
+
+
+def test_a_process_that_sees_other_shards_than_the_first_is_refused(tmp_path, corpus):
+    class Elsewhere(World):
+        def from_first(self, value):
+            return f"other than {value}"
+
+    with pytest.raises(DataError, match="sees other shards"):
+        prepare_pretraining(Recipe.model_validate(recipe_of(corpus)), Home(tmp_path), world=Elsewhere())
+
+
+def test_a_shape_that_cannot_be_built_is_refused_by_name(tmp_path, corpus):
+    recipe = Recipe.model_validate(recipe_of(corpus, shape={"hidden_size": 100, "num_attention_heads": 3}))
+    with pytest.raises(ModelError, match=r"gpt_neox.*hidden_size.*divisible"):
+        prepare_pretraining(recipe, Home(tmp_path))
 
 
 def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nightschool.errors import ModelError
@@ -79,7 +80,7 @@ def build_config(
     `shape` holds fields that differ from the preset's.
 
     Raises:
-        ModelError: If there is no such preset.
+        ModelError: If there is no such preset, or no model of this shape.
     """
     special = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     if isinstance(preset, PretrainedConfig):
@@ -92,7 +93,13 @@ def build_config(
     fields = dict(preset) | dict(shape or {}) | {"vocab_size": vocab_size} | special
     if fields["model_type"] == "gpt_neox":
         fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model_type = fields.pop("model_type")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except (StrictDataclassError, ValueError) as error:
+        told = ", ".join(f"{name}: {value}" for name, value in (shape or {}).items())
+        why = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise ModelError(f"A {model_type} model cannot have the shape {told or 'of its preset'}: {why}") from None
     unknown = [name for name in shape or {} if name not in type(config)().to_dict()]
     if unknown:
         raise ModelError(

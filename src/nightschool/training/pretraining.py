@@ -133,7 +133,7 @@ def prepare_pretraining(
 
     Raises:
         NotFound: If there are no shards.
-        DataError: If they do not belong to the tokenizer, or hold ids beyond its vocabulary.
+        DataError: If they do not belong to the tokenizer, hold ids beyond its vocabulary, or are not those of process 0.
         ModelError: If the model is too short for the sequences, or cannot be loaded.
         UsageError: If the recipe has settings that only examples know.
     """
@@ -165,6 +165,11 @@ def prepare_pretraining(
         loss_across_documents=recipe.pretrain.loss_across_documents,
         vocab_size=loaded.vocab_size,
     )
+    if world.from_first(batches.fingerprint) != batches.fingerprint:
+        raise DataError(
+            f"Process {world.rank} sees other shards at {recipe.data[0].path} than process 0, so they would learn different "
+            "texts. Give all machines the same folder, and let nobody change it while a run begins."
+        )
     hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
     wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
     dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
