@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,8 +217,3 @@ def _positions(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     lengths = np.diff(bounds)
     positions: NDArray[np.int64] = np.arange(int(bounds[-1]), dtype=INDEX_TYPE) - np.repeat(bounds[:-1], lengths)
     return positions
-
-
-def num_batches(num_sequences: int, batch_size: int) -> int:
-    """How many micro-batches of `batch_size` cover so many sequences."""
-    return math.ceil(num_sequences / batch_size)

@@ -45,7 +45,7 @@ from nightschool.store.atomic import make_folder, publish_directory, read_json, 
 
 PROGRESS = "progress.json"
 TRAIN_PREFIX = "train:bpe-"
-DEFAULT_ROW_TOKENS, DEFAULT_SHARD_TOKENS = 1024, 10 * (1 << 20)
+DEFAULT_ROW_TOKENS, DEFAULT_SHARD_TOKENS = 1024, 10_000_000  # as `data tokenize` has it
 # A long document is tokenized in pieces of about this many characters, cut after a line end, where a token ends, too.
 _PIECE_CHARACTERS = 1 << 18
 _PIECES_AT_ONCE = 32
@@ -102,7 +102,8 @@ def tokenize(
 
     Raises:
         Conflict: If `out` holds shards of other files, of another tokenizer, or of other sizes.
-        DataError: If a file cannot be read.
+        DataError: If a file cannot be read, or holds what is no text.
+        UsageError: If the tokenizer is no fast one, or has no token that ends a text.
         DiskFull: If there is no room; the shards that were written stay, and the same call goes on with them.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
