@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import resource
 import statistics
 import tempfile
@@ -79,7 +78,7 @@ def make_checkpoint(run: Any, step: int, num_bytes: int) -> Path:
 
     path = checkpoint_path(run, 0, step, 1)
     with publish_directory(path) as folder:
-        (folder / "model.safetensors").write_bytes(random.Random(step).randbytes(num_bytes))
+        (folder / "model.safetensors").write_bytes(os.urandom(num_bytes))
         write_manifest(folder, step=step, attempt=1)
     return path
 
