@@ -31,7 +31,7 @@ name: {name}
 base: new:tiny                     # made here: about a million parameters in the shape of Qwen3
 data:
   - path: data/*.json              # an array of query and retrieved; `paraphrases` are asked, never trained
-train: {{learning_rate: {rate}, epochs: {epochs}, batch_size: 16, accumulation_steps: 1, max_seq_len: 64,
+train: {{learning_rate: {rate}, epochs: {epochs}, batch_size: 16, accumulation_steps: 1, max_seq_len: 64, dtype: fp32,
         warmup_steps: 20, log_every: 30, evaluate_every: 5 epochs}}
 checkpoints: {{every: 10 epochs}}
 replay: {{ratio: {replay}}}           # examples of what was accepted before, for each new one
