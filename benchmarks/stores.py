@@ -23,7 +23,7 @@ def s3_server(bucket: str) -> Iterator[int]:
         port = int(probe.getsockname()[1])
     os.environ.update(ENVIRONMENT)
     process = subprocess.Popen(
-        ["nice", "-n", "19", sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(port)],
+        ["nice", "-n", "5", sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

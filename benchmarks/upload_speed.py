@@ -129,7 +129,7 @@ def main() -> None:
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
 
-    num_bytes, rounds = (100_000_000, 2) if bench.quick else (400_000_000, 5)
+    num_bytes, rounds = (100_000_000, 2) if bench.quick else (200_000_000, 4)
     torch.set_num_threads(1)
     weight = torch.randn(700, 700)
     with tempfile.TemporaryDirectory(prefix="upload-speed-") as name, s3_server(BUCKET) as port:
