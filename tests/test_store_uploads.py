@@ -1,6 +1,7 @@
 """Uploads: the journal, one attempt after the other, and the uploader process."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,8 +153,6 @@ def test_a_checkpoint_that_was_altered_on_the_disk_is_not_uploaded(home, run, ur
 
 
 def test_a_checkpoint_that_vanished_fails_and_says_so(home, run, url):
-    import shutil
-
     path = add_checkpoint(run, 10)
     uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
     shutil.rmtree(path)
@@ -331,3 +330,18 @@ def test_a_mistake_in_one_upload_does_not_keep_others_from_going(home, run, url,
     assert states[str(good)].state == "done"
     assert states[str(broken)].state == "failed"
     assert "ZeroDivisionError: oops" in states[str(broken)].error
+
+
+def test_an_uploader_ends_with_its_home(home, run, url):
+    path = add_checkpoint(run, 1)
+    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    pid = uploads.ensure_uploader(home)
+    deadline = time.monotonic() + 20
+    while uploads.is_pending(home, path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)
+    shutil.rmtree(home.path)
+    (process,) = [one for one in uploads._started if one.pid == pid]
+    assert process.wait(20) == 0
+    assert not home.path.exists()

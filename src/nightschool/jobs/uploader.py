@@ -82,6 +82,8 @@ def serve(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Call
     while True:
         with lock(uploads.uploader_lock_path(home), "the uploads of this home", wait_seconds=_LOCK_SECONDS):
             _work(home, idle_seconds=idle_seconds, timeout_seconds=timeout_seconds, stop=stop, say=say)
+        if not home.path.is_dir():
+            return 0
         # Something may have been entered while we still held the lock, by somebody who took us for alive.
         with open_database(home) as db:
             if Journal(home, db).seconds_to_next() is None:
@@ -111,6 +113,9 @@ def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Call
                 time.sleep(_PAUSE_AFTER_FAULT_SECONDS)
                 continue
             if due is None and time.monotonic() - idle_since >= idle_seconds:
+                return
+            if not home.path.is_dir():
+                say(f"{home.path} was removed; there is nothing left to upload")
                 return
             # What is due and could not be taken is at work elsewhere.
             time.sleep(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
