@@ -345,3 +345,21 @@ def test_an_uploader_ends_with_its_home(home, run, url):
     (process,) = [one for one in uploads._started if one.pid == pid]
     assert process.wait(20) == 0
     assert not home.path.exists()
+
+
+def test_an_uploader_is_started_anew_with_the_environment_of_who_asks(home, run, url):
+    path = add_checkpoint(run, 1)
+    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    old = uploads.ensure_uploader(home)
+    deadline = time.monotonic() + 20
+    while uploads.is_pending(home, path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    new = uploads.restart_uploader(home)
+    assert new not in (None, old)
+    os.kill(new, signal.SIGTERM)
+    Home(home.path / "empty").ensure()
+    fresh = uploads.restart_uploader(Home(home.path / "empty"))  # where none ran
+    os.kill(fresh, signal.SIGKILL)
+    for process in uploads._started:
+        process.wait(20)

@@ -276,7 +276,8 @@ def retry(*names: str, wait: bool = False) -> int:
             for row in due
         ]
     elif due:
-        uploads.ensure_uploader(home)
+        # The one that runs may have been started with credentials that do not do.
+        uploads.restart_uploader(home)
     answer(
         [_plain(row) for row in due],
         lambda: "\n".join(_result_line(row) for row in due) or "Nothing waits to be uploaded.",

@@ -15,8 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from nightschool.errors import Damaged, Locked, NightschoolError, NotFound
 from nightschool.store import checkpoints
@@ -41,6 +44,7 @@ __all__ = [
     "pending_bytes",
     "push_now",
     "reconcile",
+    "restart_uploader",
     "retry",
     "settings_of",
     "uploader_lock_path",
@@ -53,6 +57,7 @@ __all__ = [
 # So long a trainer without a background uploader stands still for one checkpoint; the journal keeps the rest.
 GIVE_UP_SECONDS = 600.0
 _POLL_SECONDS = 1.0
+_END_SECONDS = 10.0
 
 _NAMED = re.compile(rb"\bupload:(?!\s*(null\b|url:\s*null\b))")
 
@@ -345,11 +350,25 @@ def ensure_uploader(home: Home) -> int | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd="/",
             start_new_session=True,
         )
     _started.append(process)
     return process.pid
+
+
+def restart_uploader(home: Home) -> int | None:
+    """Start the uploader of a home anew, with the environment of this process: it may have better credentials.
+
+    What the old one was at goes on in the new one. Returns the new pid.
+    """
+    # There may be none, or it is at something that cannot be left; then it stays.
+    with suppress(OSError, ValueError, psutil.Error):
+        old = psutil.Process(int(uploader_lock_path(home).read_text()))
+        # The number may be another program's by now.
+        if "nightschool.jobs.uploader" in old.cmdline():
+            old.terminate()
+            old.wait(_END_SECONDS)
+    return ensure_uploader(home)
 
 
 def _run_of(checkpoint: Path) -> Run:
