@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from shard_setups import write_shards
 
+from nightschool.data.npz import fingerprint_in, open_tokens
 from nightschool.data.shard_sources import open_shards, shards_state
-from nightschool.data.shards import INDEX, check_index, fingerprint_in, open_tokens, read_index, verify_shard
+from nightschool.data.shards import INDEX, check_index, read_index, verify_shard
 from nightschool.errors import Damaged, DataError, NotFound
 
 

@@ -27,8 +27,7 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.training import publish
-from nightschool.training import run as run_module
+from nightschool.training import candidate, publish
 from nightschool.training.checkpoint import load_tensors
 from nightschool.training.publish import greedy_continuation
 from nightschool.training.run import main
@@ -423,23 +422,23 @@ def test_resume_latest_before_the_first_checkpoint_begins_at_step_0(home):
 
 def test_a_resumed_run_keeps_its_examples_when_the_file_has_changed(home):
     run = new_run(home, train={"epochs": 4}, checkpoints={"every": "2 steps"})
-    publish_candidate = run_module.publish_candidate
+    publish_candidate = candidate.publish_candidate
 
     def fail(*_):
         raise OSError(errno.EIO, "the disk went away")
 
-    run_module.publish_candidate = fail
+    candidate.publish_candidate = fail
     try:
         assert train(home, run) == 1
     finally:
-        run_module.publish_candidate = publish_candidate
+        candidate.publish_candidate = publish_candidate
     write_facts(home.path.parent / "facts.json", FACTS[:1])
     assert train(home, run, "--resume", "latest") == 0
 
 
 def test_a_run_with_checkpoints_does_not_begin_again_beside_them(home, monkeypatch, capsys):
     run = new_run(home, train={"epochs": 2})
-    monkeypatch.setattr(run_module, "publish_candidate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+    monkeypatch.setattr(candidate, "publish_candidate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
     assert train(home, run) == 1
     monkeypatch.undo()
     assert train(home, run) == 1

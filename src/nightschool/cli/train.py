@@ -59,7 +59,7 @@ def train(
             raise UsageError("A resumed run keeps its recipe. Leave --no-background-upload out, or begin a new run.")
         overrides = (*overrides, "checkpoints.upload.background=false")
     home = Home.find()
-    if int(os.environ.get("RANK", "0")) > 0:
+    if int(os.environ.get("RANK", "0")) > 0 and not dry_run:
         # One of several that torchrun started: the first one decides, this one trains along.
         return subprocess.run(
             [sys.executable, "-m", "nightschool.training.run", "--home", str(home.path)],

@@ -102,6 +102,7 @@ class TokenBatches:
             "group_shards": group_shards,
             "held_out": self._held,
             "loss_across_documents": self._loss_across_documents,
+            "eos_token_id": self._eos,
         }
         self.fingerprint = hashlib.sha256(
             json.dumps([index.fingerprint, self._settings], sort_keys=True).encode()

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nightschool.data.formats import FORMATS
+from nightschool.data.npz import FINGERPRINT_FIELD, token_type
 from nightschool.data.rows import kind_of, read_rows
 from nightschool.data.shards import (
-    FINGERPRINT_FIELD,
     INDEX,
     SHARD_ENDING,
     TOKENIZER_FOLDER,
@@ -36,7 +36,6 @@ from nightschool.data.shards import (
     keep_index,
     read_index,
     sha256_of,
-    token_type,
 )
 from nightschool.data.text_input import open_data, text_chunks
 from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
@@ -160,7 +159,7 @@ def train_tokenizer(files: Sequence[Path], spec: str) -> PreTrainedTokenizerFast
         UsageError: If the size is no number, or too small.
     """
     size = spec.removeprefix(TRAIN_PREFIX)
-    if not size.isdigit():
+    if not (size.isascii() and size.isdigit()):
         raise UsageError(f"{spec!r} names no size. Write for example {TRAIN_PREFIX}8192.")
     try:
         return train_bpe((piece.text for piece in _pieces(files)), int(size), eos_token=END_OF_TEXT)

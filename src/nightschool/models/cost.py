@@ -95,10 +95,7 @@ def flops_per_token(model: nn.Module, context_tokens: int = 0, *, training: bool
     head = inner.get_output_embeddings()
     head_weights = 0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim > 1)
     products = count.active - count.embedding - count.head - count.norms + head_weights
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    attention = 2 * config.num_hidden_layers * width * context_tokens
+    attention = 2 * config.num_hidden_layers * _attention_width(config) * context_tokens
     if not training:
         return int(2 * products + attention)
     trained_share = count.trainable / max(1, count.total)
@@ -140,6 +137,12 @@ def expected_peak_bytes(
         logits += 4 * vocab * hidden  # the head's gradient of this batch, beside the one that accumulates
     activations = kept + 2 * tokens_per_batch * 4 * hidden
     return TrainingBytes(parameters, gradients, optimizer, activations, logits, publishing=gradients)
+
+
+def _attention_width(config: Any) -> int:
+    """Channels of all heads together; 0 where there is no attention."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)))
 
 
 def _kind(name: str, parameter: nn.Parameter) -> str:

@@ -46,6 +46,7 @@ class Rerun:
 
     compute_dtype: str
     num_threads: int
+    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,11 @@ def refuse_what_cannot_be_served(path: ForwardPath, base: str) -> None:
 
 def threads_of(recipe: Recipe, rerun: Rerun | None, world: World) -> int:
     """CPU threads of this process: what the recipe or the checkpoint says, else its part of the cores."""
-    return recipe.train.num_threads or (rerun.num_threads if rerun else max(1, num_threads_here() // world.local_size))
+    if recipe.train.num_threads is not None:
+        return recipe.train.num_threads
+    if rerun is not None and rerun.world_size == world.size:
+        return rerun.num_threads
+    return max(1, num_threads_here() // world.local_size)
 
 
 def make_budget(recipe: Recipe, batches: Batches, world: World = ALONE) -> Budget:

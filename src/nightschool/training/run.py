@@ -8,32 +8,25 @@ or that of the error.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError, UsageError
-from nightschool.models.cost import count_parameters
 from nightschool.store import checkpoints, uploads
 from nightschool.store.atomic import write_json
 from nightschool.store.checkpoints import Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
-from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
-from nightschool.store.versions import VersionFacts
 from nightschool.training import checkpoint, rng
+from nightschool.training.candidate import publish
 from nightschool.training.checkpoint import Surroundings
 from nightschool.training.classroom import Classroom
 from nightschool.training.loop import fit
@@ -41,22 +34,13 @@ from nightschool.training.metrics import MetricsLog
 from nightschool.training.plan import plan_of, render_plan
 from nightschool.training.preparing import prepare
 from nightschool.training.pretraining import PretrainClassroom
-from nightschool.training.publish import publish_candidate
+from nightschool.training.progress import Progress, say
 from nightschool.training.ranks import follow, started_ranks, wants_shards
 from nightschool.training.saving import Saver, open_saver
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
 from nightschool.training.surroundings import describe_environment, surroundings_of
 from nightschool.training.world import ALONE, World, is_about_others, joined_world
-from nightschool.units import format_seconds
-
-STATUS_SECONDS = 2.0
-LINE_SECONDS = 1.0
-
-
-def say(text: str) -> None:
-    """Write one line of the log."""
-    print(text, flush=True)  # noqa: T201 - stdout is the log of the run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 joined_world(environment) as world,
             ):
                 world.from_first(run.id)
-                return _guarded(home, run, given.resume, root, stop, world)
+                code = _guarded(home, run, given.resume, root, stop, world)
+                if code in (0, Interrupted.exit_code):
+                    world.wait()
+                return code
         except NightschoolError as error:
             return _complain(error, error.exit_code)
 
@@ -91,12 +78,18 @@ def _follow(home: Home, root: Path, stop: StopRequest) -> int:
                 "There is no --run, and no other process that could name it. Write nightschool train RECIPE."
             )
         try:
-            follow(home, RunStore(home).get(world.from_first("")), world=world, root=root, stop=stop)
+            code = 0
+            try:
+                follow(home, RunStore(home).get(world.from_first("")), world=world, root=root, stop=stop)
+            except Interrupted as error:
+                code = _complain(error, error.exit_code)
+            # Whoever started us may end the others as soon as one is gone, and process 0 is still at work.
+            world.wait()
         except RuntimeError as error:
             if not is_about_others(error):
                 raise
             return _complain(error, 1)
-    return 0
+    return code
 
 
 def _wanted_processes(run: Run) -> int:
@@ -184,14 +177,24 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
         state = _train(run, classroom, surroundings, point, stop, saver, world)
     if classroom.task.is_sharded:
-        classroom = _whole_again(home, run, recipe, root)
-    _publish(home, run, classroom, state)
+        classroom = _whole_again(home, run, recipe, root, state.step)
+    publish(home, run, classroom, state)
 
 
-def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path) -> Classroom:
-    """The whole model with the weights of the last checkpoint, in this process alone."""
-    classroom = prepare(home, run, recipe, root=root, resuming=True, point=None)
-    checkpoint.load_weights(checkpoints.ls(run)[-1].path, classroom.task)
+def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) -> Classroom:
+    """The whole model with the weights of the last checkpoint, in this process alone.
+
+    Raises:
+        Damaged: If that one was not written.
+    """
+    last = max(checkpoints.ls(run), key=lambda point: point.step, default=None)
+    if last is None or last.step != step:
+        raise Damaged(
+            f"The checkpoint of step {step} was not written, and a sharded model is published from it. "
+            "Make room on the disk, and go on with --resume latest."
+        )
+    classroom = prepare(home, run, recipe, root=root, resuming=True, point=last)
+    checkpoint.load_weights(last.path, classroom.task)
     return classroom
 
 
@@ -223,42 +226,6 @@ def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
     if newest.checkpoint is None:
         say("There is no checkpoint yet: beginning at step 0")
     return newest.checkpoint
-
-
-def _more(row: dict[str, Any]) -> str:
-    """What only pretraining measures."""
-    parts = []
-    if "bits_per_byte" in row:
-        parts.append(f"{row.get('heldout_bits_per_byte', row['bits_per_byte']):.3f} bits/byte")
-    if "mfu" in row:
-        parts.append(f"MFU {row['mfu']:.0%}")
-    if "eta_seconds" in row:
-        parts.append(f"{format_seconds(round(row['eta_seconds']))} left")
-    return "".join(f" {part}" for part in parts)
-
-
-@dataclass
-class _Progress:
-    """Says in the log and in the status how far the run is, neither too often."""
-
-    run: Run
-    steps_total: int
-    line_at: float = 0.0
-    status_at: float = 0.0
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        moment = time.monotonic()
-        last = row["step"] == self.steps_total
-        if last or "heldout_loss" in row or moment - self.line_at >= LINE_SECONDS:
-            self.line_at = moment
-            heldout = f" held-out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
-            say(
-                f"step {row['step']}/{self.steps_total} epoch {row['epoch']} loss {row['loss']:.4f}{heldout} "
-                f"lr {row['learning_rate']:.3g} {row['tokens_per_second']:,.0f} tokens trained/s{_more(row)}"
-            )
-        if last or moment - self.status_at >= STATUS_SECONDS:
-            self.status_at = moment
-            self.run.update_status(step=row["step"], steps_total=self.steps_total)
 
 
 def _train(
@@ -316,59 +283,12 @@ def _train(
             save=save,
             stop=stop,
             scaler=classroom.scaler,
-            on_row=_Progress(run, budget.steps_total),
+            on_row=Progress(run, budget.steps_total),
             describe=classroom.figures(state) if isinstance(classroom, PretrainClassroom) else None,
             world=world,
         )
     finally:
         metrics.close()
-
-
-def _publish(home: Home, run: Run, classroom: Classroom, state: TrainState) -> None:
-    """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint."""
-    recipe, loaded, task = classroom.recipe, classroom.loaded, classroom.task
-    step, heldout = _take_best(run, classroom, state)
-    task.optimizer.release()
-    task.model.eval()
-    count = count_parameters(task.model)
-    facts = VersionFacts(
-        kind="adapter" if loaded.adapter else "model",
-        method=recipe.method,
-        base=loaded.base_ref if loaded.adapter else recipe.base,
-        parent=loaded.ref if _is_version(home, recipe.base) else None,
-        run_id=run.id,
-        recipe_digest=hashlib.sha256(json.dumps(recipe.as_plain(), sort_keys=True).encode()).hexdigest(),
-        data_fingerprint=task.fingerprint,
-        num_parameters=count.total,
-        dtype=str(next(iter(task.trainable().values())).dtype).removeprefix("torch."),
-        context_tokens=loaded.context_tokens,
-        heldout_loss=heldout,
-    )
-    say(f"Publishing step {step} as a candidate of {recipe.name}")
-    version, difference = publish_candidate(Registry(home), recipe.name, loaded, classroom.examples, facts)
-    run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
-    run.update_status(state="completed", candidate=version.ref, step=state.step, exit_code=0)
-    say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")
-
-
-def _take_best(run: Run, classroom: Classroom, state: TrainState) -> tuple[int, float | None]:
-    """Leave the best weights of the run in the model; return their step and held-out loss."""
-    last = state.heldout_loss
-    if last is None:
-        return state.step, None
-    saved = [(loss, point) for point in checkpoints.ls(run) if (loss := point.heldout_loss()) is not None]
-    best = min(saved, key=lambda pair: (pair[0], -pair[1].step), default=None)
-    if best is None or best[0] >= last:
-        return state.step, last
-    loss, point = best
-    say(f"The held-out loss was lowest at step {point.step}: {loss:.4f}, against {last:.4f} at the end")
-    checkpoint.load_weights(point.path, classroom.task)
-    return point.step, loss
-
-
-def _is_version(home: Home, base: str) -> bool:
-    """Whether the base is one of the registry."""
-    return "@" in base or ("/" not in base and base in Registry(home).names())
 
 
 if __name__ == "__main__":

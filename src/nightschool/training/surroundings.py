@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from nightschool.store.atomic import read_json
+from nightschool.training import rng
 from nightschool.training.checkpoint import Surroundings, frozen_fingerprint
 from nightschool.training.classroom import DTYPE_NAMES, Classroom, Rerun
 
@@ -77,7 +78,8 @@ def surroundings_of(classroom: Classroom, recipe_yaml: str) -> Surroundings:
 def rerun_of(checkpoint: Path) -> Rerun:
     """What a run that resumes from this checkpoint must not measure anew. Raises Damaged if state.json is broken."""
     plain = read_json(checkpoint / "state.json")
-    return Rerun(compute_dtype=str(plain["dtype"]), num_threads=int(plain["num_threads"]))
+    others = sum(1 for _ in checkpoint.glob(f"{rng.group_of(1)[:-1]}*.json"))
+    return Rerun(str(plain["dtype"]), int(plain["num_threads"]), world_size=1 + others)
 
 
 def _version(package: str) -> str | None:
