@@ -19,7 +19,7 @@ from live_server import eventually, live
 from pydantic import BaseModel
 from tokenizers_for_tests import byte_tokenizer
 
-from nightschool.config.recipe import Recipe
+from nightschool.config.recipe import Recipe, Shape
 from nightschool.data.chat import render_prompt
 from nightschool.data.example import Example, Message
 from nightschool.data.load import load_sources
@@ -325,6 +325,32 @@ OBSERVED = {
     "checkpoints.every": (a_run, {}, {"checkpoints.every": "1 steps"}),
     "checkpoints.keep.last": (disk, {}, {"checkpoints.keep.last": 1}),
     "checkpoints.keep.best": (disk, {}, {"checkpoints.keep.best": 0}),
+    "checkpoints.keep.every": "test_store_checkpoints.py::test_milestones_stay_for_ever",
+    "checkpoints.background": (
+        "test_training_saving.py::test_what_is_saved_is_the_state_at_the_call_whatever_the_next_step_does"
+    ),
+    "checkpoints.on_full_disk": "test_training_saving.py::test_a_full_disk_lets_the_run_go_on_if_the_recipe_says_so",
+    "checkpoints.upload.url": "test_store_uploads.py::test_what_is_committed_is_pending_until_it_is_uploaded",
+    "checkpoints.upload.background": "test_store_uploads.py::test_a_trainer_can_wait_for_its_upload",
+    "checkpoints.upload.archive": "test_cli_uploads.py::test_an_archive_is_pushed_as_documented",
+    "checkpoints.upload.bandwidth": "test_store_remotes.py::test_a_throttle_keeps_to_its_rate",
+    "checkpoints.upload.max_pending": "test_store_upload_faults.py::test_a_run_waits_until_enough_is_uploaded",
+    "checkpoints.upload.wait_at_stop": (
+        "test_store_upload_faults.py::test_a_run_that_stops_waits_for_its_uploads_but_not_for_ever"
+    ),
+    "pretrain.cache_limit": "test_data_remote_shards.py::test_no_more_is_kept_than_the_limit_allows",
+    "pretrain.group_shards": "test_data_token_batches.py::test_what_decides_the_order_is_in_the_fingerprint",
+    "pretrain.held_out_tokens": "test_data_token_batches.py::test_what_is_held_out_is_never_trained",
+    "pretrain.loss_across_documents": "test_data_token_batches.py::test_what_decides_the_order_is_in_the_fingerprint",
+    "pretrain.max_files": "test_data_shards.py::test_a_folder_with_an_index",
+    "pretrain.sample_tokens": "test_training_pretrain.py::test_a_run_learns_and_publishes_what_it_learned",
+    "tokenizer": "test_training_pretrain.py::test_adding_padding_changes_no_loss",
+    "train.num_processes": "test_training_world.py::test_two_processes_learn_what_one_learns_from_twice_the_batch",
+    "train.zero_stage": "test_training_world.py::test_sharded_processes_learn_the_same_and_save_whole_tensors",
+    **dict.fromkeys(
+        (f"shape.{name}" for name in Shape.model_fields),
+        "test_training_pretrain.py::test_each_field_of_a_shape_shapes_the_model",
+    ),
     "gate.holdout_loss": (judged, {}, {"gate.holdout_loss": "<= 1.5"}),
     "gate.forgetting": (judged, {}, {"gate.forgetting": "<= 1%"}),
     "gate.new_facts": (judged, {}, {"gate.new_facts": "off"}),

@@ -270,3 +270,29 @@ def test_a_plan_of_a_model_that_is_too_slow_to_measure_says_so(tmp_path, corpus,
     assert plan.measured_batches == 0
     assert plan.model_flops_utilization == pytest.approx(1.0, rel=0.3)
     assert "nothing was measured" in preparation.Probe(0, 1.0).how
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 3),
+        ("hidden_size", 32),
+        ("intermediate_size", 48),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 1),
+        ("head_dim", 8),
+        ("max_position_embeddings", 64),
+        ("tie_word_embeddings", True),
+    ],
+)
+def test_each_field_of_a_shape_shapes_the_model(tmp_path, corpus, field, value):
+    base = "new:tiny-llama"  # it has every one of them
+    plain = recipe_of(corpus, base=base, shape={}, train={"max_seq_len": 16})
+    models = [
+        prepare_pretraining(Recipe.model_validate(plain | {"shape": shape}), Home(tmp_path)).loaded.model
+        for shape in ({}, {field: value})
+    ]
+    configs = [getattr(model.config, field) for model in models]
+    assert configs[1] == value != configs[0]
+    if field != "max_position_embeddings":
+        assert [tuple(p.shape) for p in models[0].parameters()] != [tuple(p.shape) for p in models[1].parameters()]
