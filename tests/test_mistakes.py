@@ -54,15 +54,19 @@ PROVEN_ELSEWHERE = {
     "adding padding must not change loss, accuracy or gradients": [
         "test_training_loop.py::test_adding_padding_changes_neither_loss_nor_gradients",
         "test_layers_attention.py::test_packed_and_padded_give_one_loss_and_one_gradient",
+        "test_training_pretrain.py::test_adding_padding_changes_no_loss",
     ],
     "the model must overfit one example and reproduce its answer greedily": [
         "test_training_loop.py::test_the_model_overfits_one_example_and_repeats_its_answer_greedily",
         "test_training_run.py::test_a_published_version_generates_what_was_taught_under_plain_transformers",
+        "test_training_pretrain.py::test_it_overfits_one_sequence_and_writes_it_greedily",
+        "test_data_token_batches.py::test_labels_are_the_next_tokens_and_none_is_shifted_twice",
     ],
     "printed counts equal numel(); measured peak memory reported": [
         "test_models_cost.py::test_counts_add_up_to_numel",
         "test_models_cost.py::test_expected_bytes_are_within_a_factor_of_two_of_measured_ones",
         "test_training_plan.py::test_the_plan_counts_what_is_there",
+        "test_training_pretrain.py::test_presets_are_called_what_they_are",
     ],
     "a half-written or failed version is never served": [
         "test_store_registry.py::test_a_half_written_version_is_invisible",
@@ -77,6 +81,8 @@ PROVEN_ELSEWHERE = {
     "interrupted+resumed run equals the uninterrupted one bit for bit": [
         "test_training_resume.py::test_interrupted_and_resumed_equals_uninterrupted",
         "test_training_run.py::test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly",
+        "test_training_pretrain.py::test_interrupted_and_resumed_equals_uninterrupted",
+        "test_training_world.py::test_stopped_and_resumed_by_two_and_once_by_one",
     ],
     "failures surface with a non-zero exit / error code": [
         "test_training_run.py::test_what_cannot_be_trained_fails_with_its_error",
@@ -84,6 +90,8 @@ PROVEN_ELSEWHERE = {
         "test_engine_exam.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam",
         "test_server_compat.py::test_a_failed_refresh_is_500_is_counted_and_the_old_version_serves_on",
         "test_server_openai.py::test_a_failure_in_the_middle_of_a_stream_reaches_the_client_as_an_error",
+        "test_training_world.py::test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed",
+        "test_training_saving.py::test_a_full_disk_stops_the_run_at_the_next_save",
     ],
 }
 
