@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -20,16 +21,29 @@ from nightschool.training.sharding import LossModule, scaled_gradient, shard_mod
 from nightschool.training.task import LossResult
 from nightschool.training.world import ALONE, World
 
+Source = TypeVar("Source", bound=Batches | TokenBatches)
 
-class CausalTask:
+
+class CausalTask(Generic[Source]):
     """A causal language model of `transformers`, bare or with PEFT adapters, its optimizer, and its loss over documents.
 
     What learns is what requires gradients when the task is made. Products run in `compute_dtype` under autocast;
     parameters and their sums stay in their own dtype.
     """
 
-    def __init__(self, model: nn.Module, train: Train, *, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Source,
+        train: Train,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
+    ) -> None:
         self.model = model
+        self.batches: Source = batches
+        self.batch_size = train.batch_size
+        self.world = world
         self.compute_dtype = compute_dtype
         self.device = next(model.parameters()).device
         self.path: ForwardPath = prepare(model)
@@ -44,7 +58,9 @@ class CausalTask:
         self.optimizer = AdamW(self._trainable, self._settings, embedding_names(model))
         self._sharded: LossModule | None = None
 
-    world: World
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return self._trainable
@@ -94,30 +110,16 @@ class CausalTask:
         return document_loss(self.model, self.path, batch)
 
 
-class FinetuneTask(CausalTask):
+class FinetuneTask(CausalTask[Batches]):
     """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches.
 
     Several processes take one micro-batch each; one for which none is left at the end of an epoch takes the step without
     loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        train: Train,
-        *,
-        compute_dtype: torch.dtype = torch.float32,
-        world: World = ALONE,
-    ) -> None:
-        super().__init__(model, train, compute_dtype=compute_dtype)
-        self.batches = batches
-        self.world = world
-        self.stride = world.size
-
     @property
-    def fingerprint(self) -> str:
-        return self.batches.fingerprint
+    def stride(self) -> int:
+        return self.world.size
 
     def epoch_length(self, epoch: int) -> int:
         return self.batches.num_batches(epoch)
@@ -136,27 +138,12 @@ class FinetuneTask(CausalTask):
         return self._heldout_loss([partial(batches.get, 0, index) for index in range(batches.num_batches(0))])
 
 
-class PretrainTask(CausalTask):
+class PretrainTask(CausalTask[TokenBatches]):
     """Sequences of token shards. The position counts sequences, of all processes together."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: TokenBatches,
-        train: Train,
-        *,
-        compute_dtype: torch.dtype = torch.float32,
-        world: World = ALONE,
-    ) -> None:
-        super().__init__(model, train, compute_dtype=compute_dtype)
-        self.batches = batches
-        self.world = world
-        self.batch_size = train.batch_size
-        self.stride = train.batch_size * world.size
-
     @property
-    def fingerprint(self) -> str:
-        return self.batches.fingerprint
+    def stride(self) -> int:
+        return self.batch_size * self.world.size
 
     def epoch_length(self, epoch: int) -> int:  # noqa: ARG002 - all epochs are equally long
         return self.batches.num_sequences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,7 +64,7 @@ class Lessons:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classroom:
+class Classroom(ABC):
     """A run that is ready to start, whatever its method; nothing in it has been trained."""
 
     recipe: Recipe
@@ -76,19 +77,19 @@ class Classroom:
     scaler: torch.amp.GradScaler | None
 
     @property
+    @abstractmethod
     def num_files(self) -> int:
         """Files that the data came from."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def examples(self) -> Sequence[Example]:
         """What the finished version may be asked to see that it is loaded rightly."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def evaluate(self) -> Callable[[], tuple[float, int]] | None:
         """Returns the held-out loss in nats per token and its tokens; None where nothing is held out."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +142,7 @@ def prepare_classroom(
         DataError: If examples cannot be rendered.
     """
     train = recipe.train
-    device = resolve_device(train.device)
-    num_threads = threads_of(recipe, rerun, world)
-    torch.set_num_threads(num_threads)
-    rng.seed_everything(train.seed)
-    if device.type == "cpu":
-        rng.require_determinism()
+    device, num_threads = set_up_machine(recipe, rerun, world)
 
     with world.first_goes_first():
         tokenizer = _new_tokenizer(selection, tokenizer_folder) if recipe.base.startswith("new:") else None
@@ -235,7 +231,17 @@ def refuse_what_cannot_be_served(path: ForwardPath, base: str) -> None:
         )
 
 
-def threads_of(recipe: Recipe, rerun: Rerun | None, world: World) -> int:
+def set_up_machine(recipe: Recipe, rerun: Rerun | None, world: World) -> tuple[torch.device, int]:
+    """Choose device and threads, seed all generators, and ask a CPU for the same numbers every time."""
+    device, num_threads = resolve_device(recipe.train.device), _threads_of(recipe, rerun, world)
+    torch.set_num_threads(num_threads)
+    rng.seed_everything(recipe.train.seed)
+    if device.type == "cpu":
+        rng.require_determinism()
+    return device, num_threads
+
+
+def _threads_of(recipe: Recipe, rerun: Rerun | None, world: World) -> int:
     """CPU threads of this process: what the recipe or the checkpoint says, else its part of the cores."""
     if recipe.train.num_threads is not None:
         return recipe.train.num_threads

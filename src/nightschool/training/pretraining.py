@@ -21,14 +21,14 @@ from nightschool.data.token_batches import TokenBatches
 from nightschool.data.tokenize import end_of_text_id, tokenizer_fingerprint
 from nightschool.errors import DataError, ModelError, UsageError
 from nightschool.models.cost import flops_per_token
-from nightschool.models.dtype import resolve_device, resolve_dtype
+from nightschool.models.dtype import resolve_dtype
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.load import LoadedModel, as_folder, load_base, load_tokenizer
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training import rng
 from nightschool.training.causal import PretrainTask
-from nightschool.training.classroom import Classroom, Rerun, refuse_what_cannot_be_served, threads_of
+from nightschool.training.classroom import Classroom, Rerun, refuse_what_cannot_be_served, set_up_machine
 from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.precision import choose_by_measuring
@@ -139,12 +139,7 @@ def prepare_pretraining(
     """
     _refuse_settings_of_examples(recipe)
     train, root = recipe.train, root or Path.cwd()
-    device = resolve_device(train.device)
-    num_threads = threads_of(recipe, rerun, world)
-    torch.set_num_threads(num_threads)
-    rng.seed_everything(train.seed)
-    if device.type == "cpu":
-        rng.require_determinism()
+    device, num_threads = set_up_machine(recipe, rerun, world)
 
     with world.first_goes_first():
         source, tokenizer = open_source(recipe, home, root)
