@@ -88,9 +88,12 @@ class TopApp(App[None]):
             self.call_from_thread(self._show, frame)
 
     def _show_trouble(self, text: str) -> None:
-        self.query_one("#run", Static).update(Text(text))
+        if self.is_running:
+            self.query_one("#run", Static).update(Text(text))
 
     def _show(self, frame: dict[str, Any]) -> None:
+        if not self.is_running:
+            return  # somebody left while the thread was looking, and the widgets are gone
         if self._chosen is not None and frame["run_id"] != self._chosen:
             return  # looked for before another run was chosen
         self.frame = frame
