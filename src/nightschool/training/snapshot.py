@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from nightschool.store.writing.client import order_bytes
-from nightschool.store.writing.commit import Contents, Order, Pieces
+from nightschool.store.writing.commit import Contents, Order
+from nightschool.store.writing.disk import PAGE_BYTES, Pieces
 from nightschool.store.writing.memory import SharedMemory
 from nightschool.store.writing.tensorfile import (
-    ALIGNMENT_BYTES,
     TensorFacts,
     TensorFile,
     index_name,
@@ -164,7 +164,7 @@ class Snapshot:
         sizes = [(file.name, file.size_bytes) for _, file in tensor_files]
         for name, size in sizes + [(name, len(text)) for name, text in encoded.items()]:
             files.append((name, end, size))
-            end += size + -size % ALIGNMENT_BYTES
+            end += size + -size % PAGE_BYTES
         self.make_room(end + len(order_bytes(order, files)), page_locked=on_gpu)
         assert self._flat is not None
         places = {name: offset for name, offset, _ in files}

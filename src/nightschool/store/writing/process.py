@@ -17,7 +17,8 @@ from contextlib import suppress
 from typing import Any
 
 from nightschool.store.locks import taken_over
-from nightschool.store.writing.commit import Contents, Order, Outcome, Pieces, carry_out, say
+from nightschool.store.writing.commit import Contents, Order, Outcome, carry_out, say
+from nightschool.store.writing.disk import Pieces
 from nightschool.store.writing.memory import SharedMemory
 
 # Training comes first; the disk is slower than a niced process anyway.
