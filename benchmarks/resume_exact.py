@@ -1,10 +1,11 @@
 """Is a run that was killed again and again, and resumed each time, the run that was never interrupted, bit for bit?
 
-Five architectures, full and LoRA, and one with two processes that train together. Each run is a process that SIGKILL hits
-at random moments, and that goes on with `--resume latest`. Two kills of three are meant to hit inside a save and to take the
-writer of the checkpoint too: while it writes, renames, moves the pointer or removes old ones. Each resume must find a
-checkpoint that can be read, of no older step than the last one that was announced. In the end every tensor of the last
-checkpoint is compared with the uninterrupted run's.
+Five architectures, full and LoRA, in one process; fine-tuning and pretraining in two, which share the weights or not; and a
+run that goes on with two processes and with one by turns. Each run is a process that SIGKILL hits at random moments, and
+that goes on with `--resume latest`. Two kills of three are meant to hit inside a save and to take the writers of the
+checkpoint too: while they write, rename, move the pointer or remove old ones. Each resume must find a checkpoint that can be
+read, of no older step than the last one that was announced. In the end every tensor of the last checkpoint is compared with
+the uninterrupted run's; where the number of processes changed, the position in the data and the losses are.
 """
 
 from __future__ import annotations
@@ -39,54 +40,108 @@ def run_once(home: str, run_id: str, resume: bool, root: str) -> None:
     os._exit(code)
 
 
-class Trial:
-    """One architecture and method: its base, its data, its recipe."""
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and by how many processes: a resumed run takes the next number of `worlds`, in a circle."""
 
-    def __init__(self, folder: Path, architecture: str, method: str, epochs: int, num_processes: int = 1) -> None:
+    architecture: str
+    method: str
+    worlds: tuple[int, ...] = (1,)
+    zero_stage: int = 0
+
+    @property
+    def name(self) -> str:
+        processes = " → ".join(str(size) for size in self.worlds)
+        more = f", {processes} processes" if self.worlds != (1,) else ""
+        return f"{self.architecture} {self.method}{more}{', shared weights' if self.zero_stage else ''}"
+
+
+SETTINGS = [
+    *(Setting(architecture, method) for architecture in ARCHITECTURES for method in METHODS),
+    Setting("gpt-neox", "full", (2,)),
+    Setting("gpt-neox", "pretrain", (2,)),
+    Setting("gpt-neox", "pretrain", (2,), zero_stage=3),
+    Setting("gpt-neox", "pretrain", (2, 1)),
+]
+QUICK = [Setting("gpt-neox", "full"), Setting("qwen3-moe", "lora")]
+
+
+class Trial:
+    """A setting with its base, its data and its recipe."""
+
+    def __init__(self, folder: Path, setting: Setting, epochs: int) -> None:
         from nightschool.data.facts import make_world, write_world
         from nightschool.data.tokenizer import train_bpe
         from nightschool.models.build import build_model
         from nightschool.models.export import save_version_folder
         from nightschool.store.home import Home
 
-        self.folder, self.home = folder, Home(folder / ".nightschool")
+        self.folder, self.home, self.setting = folder, Home(folder / ".nightschool"), setting
         self.home.ensure()
         world = make_world(seed=0, num_people=2)
         write_world(world, folder)
         tokenizer = train_bpe(world.texts(), vocab_size=512)
+        learning = {"learning_rate": 1e-3, "max_seq_len": 64, "dtype": "fp32", "num_threads": 1}
+        self.recipe: dict[str, Any] = {
+            "name": "trial",
+            "method": setting.method,
+            "checkpoints": {"every": "1 steps", "keep": {"last": 2, "best": 1}},
+        }
+        if setting.method == "pretrain":
+            self._pretrain(world.texts(), tokenizer, learning)
+            return
         model = build_model(
-            f"tiny-{architecture}",
+            f"tiny-{setting.architecture}",
             len(tokenizer),
             0,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
         save_version_folder(model, tokenizer, folder / "base")
-        self.recipe = {
-            "name": "trial",
+        # Adapters of experts cannot drop out.
+        dropout = 0.0 if setting.architecture in ("qwen3-moe", "mixtral") else 0.1
+        self.recipe |= {
             "base": "./base",
-            "method": method,
             "data": [{"path": "old_facts.json"}],
-            "train": {
-                "learning_rate": 1e-3, "epochs": epochs, "batch_size": 4, "accumulation_steps": 2, "max_seq_len": 64, "dtype": "fp32",
-                "num_processes": num_processes, "num_threads": 1,
-            },
-            # Adapters of experts cannot drop out.
-            "lora": {"r": 4, "alpha": 8, "dropout": 0.0 if architecture in ("qwen3-moe", "mixtral") else 0.1},
-            "checkpoints": {"every": "1 steps", "keep": {"last": 2, "best": 1}},
-        }  # fmt: skip
+            "train": learning | {"epochs": epochs, "batch_size": 4, "accumulation_steps": 2},
+            "lora": {"r": 4, "alpha": 8, "dropout": dropout},
+        }
+
+    def _pretrain(self, texts: list[str], tokenizer: Any, learning: dict[str, Any]) -> None:
+        from nightschool.data.tokenize import tokenize
+
+        (self.folder / "text.txt").write_text("\n".join(texts * 8), encoding="utf-8")
+        tokenize([self.folder / "text.txt"], self.folder / "shards", tokenizer, row_tokens=64, shard_tokens=4096)
+        self.recipe |= {
+            "base": "new:neox-tiny",
+            "shape": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128},
+            "data": [{"path": "./shards"}],
+            "pretrain": {"sample_tokens": 0, "held_out_tokens": 512},
+            "train": learning | {"max_steps": 24, "accumulation_steps": 1, "zero_stage": self.setting.zero_stage},
+            "serve": {"promote": "never"},
+        }
 
     def begin(self) -> Any:
         """A run of its own."""
-        from nightschool.config.recipe import Recipe
         from nightschool.store.runs import RunStore
 
-        return RunStore(self.home).create(Recipe.model_validate(self.recipe).as_plain(), name="trial")
+        return RunStore(self.home).create(self._recipe(self.setting.worlds[0]), name="trial")
 
-    def process(self, run: Any, *, resume: bool) -> multiprocessing.Process:
-        """Start the run's process."""
+    def _recipe(self, num_processes: int) -> dict[str, Any]:
+        from nightschool.config.recipe import Recipe
+
+        # As many sequences a step, however many processes share them.
+        sizes = {"batch_size": 4 // num_processes} if self.setting.method == "pretrain" else {}
+        train = self.recipe["train"] | {"num_processes": num_processes} | sizes
+        return Recipe.model_validate(self.recipe | {"train": train}).as_plain()
+
+    def process(self, run: Any, *, attempt: int = 0) -> multiprocessing.Process:
+        """Start the run's process; from the second attempt on it resumes."""
+        worlds = self.setting.worlds
+        if len(worlds) > 1:
+            run.recipe_path.write_text(json.dumps(self._recipe(worlds[attempt % len(worlds)])), encoding="utf-8")
         process = multiprocessing.get_context("fork").Process(
-            target=run_once, args=(str(self.home.path), run.id, resume, str(self.folder))
+            target=run_once, args=(str(self.home.path), run.id, attempt > 0, str(self.folder))
         )
         process.start()
         return process
@@ -95,7 +150,7 @@ class Trial:
         """The run that nobody stops, and its wall seconds."""
         for _ in range(2):  # the first one fills the page cache; the second one's time is what a kill is drawn from
             run, started = self.begin(), time.monotonic()
-            process = self.process(run, resume=False)
+            process = self.process(run)
             process.join()
             assert process.exitcode == 0, f"the uninterrupted run ended with {process.exitcode}: {run.status.error}"
         return run, time.monotonic() - started
@@ -105,7 +160,7 @@ class Trial:
         run, killed, announced = self.begin(), Kills(), 0
         while True:
             starts = len(events(run, "training"))
-            process = self.process(run, resume=killed.total > 0)
+            process = self.process(run, attempt=killed.total)
             process.join(chance.uniform(0.2, 0.9) * seconds if killed.total < kills else None)
             inside = killed.total % 3 > 0 and process.exitcode is None and wait_for_save(run, process)
             if process.exitcode is None:
@@ -113,7 +168,8 @@ class Trial:
                     time.sleep(chance.uniform(0, 0.03))  # from the first byte to the removal of old ones
                 kill(process.pid)
                 if inside:
-                    kill(writer_of(run))
+                    for rank in range(max(self.setting.worlds)):
+                        kill(writer_of(run, rank))
                 process.join()
             begun = events(run, "training")[starts:]  # none if it was killed before it had read the checkpoint
             killed.older += bool(begun) and begun[0]["step"] < announced
@@ -123,6 +179,32 @@ class Trial:
             announced = max([row["step"] for row in events(run, "checkpoint")], default=0)
             killed.total += 1
             killed.inside += inside
+
+    def compare(self, one: Any, other: Any) -> tuple[int, int]:
+        """Values of the last checkpoint that are missing or different, and how many there are."""
+        from nightschool.store import checkpoints
+        from nightschool.training.rng import group_of
+        from nightschool.training.stored_tensors import load_group
+
+        different = total = 0
+        a, b = (checkpoints.newest_whole(run).checkpoint.path for run in (one, other))
+        states = [json.loads((path / "state.json").read_text())["train"] for path in (a, b)]
+        exact = ["step", "epoch", "batch_index", "tokens_consumed", "tokens_trained"]
+        if len(self.setting.worlds) > 1:
+            for key in ("loss_history", "heldout_history"):
+                total += 1
+                different += not all(abs(x - y) < 0.02 * y for x, y in zip(*(s[key] for s in states), strict=True))
+        else:
+            exact += ["loss_history", "heldout_history"]
+            for group in ("model", "optimizer", *(group_of(rank) for rank in range(self.setting.worlds[0]))):
+                mine, theirs = load_group(a, group), load_group(b, group)
+                for name in mine.keys() | theirs.keys():
+                    total += 1
+                    different += not (name in mine and name in theirs and torch.equal(mine[name], theirs[name]))
+        for key in exact:
+            total += 1
+            different += states[0][key] != states[1][key]
+        return different, total
 
 
 @dataclass
@@ -141,9 +223,10 @@ def kill(pid: int | None) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def writer_of(run: Any) -> int | None:
-    """The process that writes the run's checkpoints: it signs its lock."""
-    text = run.writing_lock_path().read_text().strip()
+def writer_of(run: Any, rank: int) -> int | None:
+    """The process that writes what a rank saves: it signs its lock."""
+    path = run.writing_lock_path(rank)
+    text = path.read_text().strip() if path.exists() else ""
     return int(text) if text else None
 
 
@@ -164,26 +247,6 @@ def events(run: Any, kind: str) -> list[dict[str, Any]]:
     return [row for row in read_events(run.events_path) if row["event"] == kind]
 
 
-def compare(one: Any, other: Any) -> tuple[int, int]:
-    """Tensors that are missing or different in weights and optimizer of the last checkpoint, and how many there are."""
-    from safetensors.torch import load_file
-
-    from nightschool.store import checkpoints
-
-    different = total = 0
-    a, b = (checkpoints.newest_whole(run).checkpoint.path for run in (one, other))
-    for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
-        mine, theirs = load_file(a / file), load_file(b / file)
-        for name in mine.keys() | theirs.keys():
-            total += 1
-            different += not (name in mine and name in theirs and torch.equal(mine[name], theirs[name]))
-    states = [json.loads((path / "state.json").read_text())["train"] for path in (a, b)]
-    for key in ("step", "epoch", "batch_index", "tokens_consumed", "loss_history", "heldout_history"):
-        total += 1
-        different += states[0][key] != states[1][key]
-    return different, total
-
-
 def main() -> None:
     bench = Benchmark(
         "resume_exact",
@@ -197,19 +260,14 @@ def main() -> None:
     torch.set_num_threads(1)
     import nightschool.training.run  # noqa: F401  imported once here, inherited by every process
 
-    kills = 3 if bench.quick else 20
-    trials = (
-        [("gpt-neox", "full", 1), ("qwen3-moe", "lora", 1)]
-        if bench.quick
-        else [(a, m, 1) for a in ARCHITECTURES for m in METHODS] + [("gpt-neox", "full", 2)]
-    )
+    kills = 3 if bench.quick else 15
     chance = random.Random(0)
     rows, different_total, tensors_total, unequal = [], 0, 0, 0
     all_kills = Kills()
-    for architecture, method, num_processes in trials:
-        name = f"{architecture} {method}" + (f", {num_processes} processes" if num_processes > 1 else "")
+    settings = QUICK if bench.quick else SETTINGS
+    for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(Path(folder), architecture, method, 4 if bench.quick else 8, num_processes)
+            trial = Trial(Path(folder), setting, 4 if bench.quick else 8)
             reference, seconds = trial.uninterrupted()
             print(f"  ({seconds:.1f} s without interruption)", flush=True)
             different = total = 0
@@ -217,11 +275,11 @@ def main() -> None:
             while killed.total < kills:  # a run that slips through is compared, and another one takes its place
                 run, more = trial.interrupted(kills - killed.total, seconds, chance)
                 killed = Kills(killed.total + more.total, killed.inside + more.inside, killed.older + more.older)
-                differing, compared = compare(reference, run)
+                differing, compared = trial.compare(reference, run)
                 different, total = different + differing, total + compared
         rows.append(
             (
-                name,
+                setting.name,
                 f"killed {killed.total:2} times, {killed.inside} inside a save; {different} of {total} values differ",
             )
         )
@@ -239,7 +297,7 @@ def main() -> None:
             "resumed_from_older_than_announced": all_kills.older,
             "kills": all_kills.total,
             "kills_inside_a_save": all_kills.inside,
-            "runs": len(trials),
+            "runs": len(settings),
         }
     )
 

@@ -11,6 +11,7 @@ from nightschool.data.shard_sources import open_shards, shards_state
 from nightschool.data.shards import INDEX
 from nightschool.data.token_batches import TokenBatches
 from nightschool.errors import Conflict, Damaged, NotFound
+from nightschool.store.remotes.remote import Remote
 
 
 @pytest.fixture
@@ -62,6 +63,44 @@ def test_no_more_is_kept_than_the_limit_allows(tmp_path, bucket):
     assert len(fetched(tmp_path)) < len(source.shards.index.shards)
     with pytest.raises(Conflict):
         opened(bucket, tmp_path / "small", limit_bytes=10)
+
+
+def test_what_comes_later_does_not_push_out_what_comes_next(tmp_path, bucket, monkeypatch):
+    fetches = []
+    get = Remote.get_to_file
+
+    def counting(self, key, *arguments, **more):
+        if key.endswith(".npz"):
+            fetches.append(key)
+        return get(self, key, *arguments, **more)
+
+    monkeypatch.setattr(Remote, "get_to_file", counting)
+    largest = max(path.stat().st_size for path in bucket.glob("*.npz"))
+    others = sum(path.stat().st_size for path in bucket.rglob("*") if path.suffix != ".npz" and path.is_file())
+    source = opened(bucket, tmp_path, limit_bytes=4 * largest + others)
+    batches = batches_of(source)
+    for place in range(batches.num_sequences):
+        batches.get(0, place, 1)
+        eventually(lambda: source.shards._files._thread is None)
+    assert len(fetches) == len(source.shards.index.shards)
+
+
+def test_held_out_sequences_are_fetched_once(tmp_path, bucket, monkeypatch):
+    batches = TokenBatches(
+        opened(bucket, tmp_path).shards,
+        seq_len=16,
+        seed=1,
+        group_shards=2,
+        held_out_share=0.2,
+        held_out_tokens=10_000,
+        vocab_size=300,
+    )
+    before = batches.held_out(0, batches.num_held_out)
+    monkeypatch.setattr(batches._shards, "tokens", lambda _: pytest.fail("a shard was opened again"))
+    after = batches.held_out(0, batches.num_held_out)
+    assert batches.num_held_out > 5
+    assert torch.equal(before.input_ids, after.input_ids)
+    assert torch.equal(before.labels, after.labels)
 
 
 def test_a_shard_that_changed_in_the_bucket_is_found_before_it_is_used(tmp_path, bucket):

@@ -93,7 +93,7 @@ def test_a_process_for_which_nothing_is_left_takes_the_step_without_loss(source)
     batches = batches_of(source)
     last = batches.num_sequences - 1
     idle = batches.get(0, last, 4, Portion(0, 4))
-    assert (idle.tokens_trained, float(idle.weights.sum())) == (0, 0)
+    assert (idle.tokens_trained, idle.tokens_consumed, float(idle.weights.sum())) == (0, 0, 0)
     busy = [batches.get(0, last, 4, Portion(rank, 4)).tokens_trained for rank in range(4)]
     assert sum(one > 0 for one in busy) == 1
 

@@ -12,7 +12,7 @@ from nightschool.data import tokenize as tokenize_module
 from nightschool.data.shards import INDEX, Shards, read_index, verify_shard
 from nightschool.data.tokenize import end_of_text_id, tokenize, tokenizer_fingerprint, train_tokenizer
 from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
-from nightschool.errors import Conflict, DataError, UsageError
+from nightschool.errors import Conflict, DataError, Locked, UsageError
 from nightschool.models.load import load_tokenizer
 
 
@@ -111,6 +111,19 @@ def test_other_files_or_another_tokenizer_do_not_mix(tmp_path):
     (tmp_path / "foreign" / "x.npz").write_bytes(b"")
     with pytest.raises(Conflict, match=r"x\.npz"):
         tokenize(files, tmp_path / "foreign", tokenizer())
+
+
+def test_two_calls_do_not_write_to_one_folder(tmp_path):
+    files = write_texts(tmp_path / "texts")
+    refused = []
+
+    def second_call(_):
+        with pytest.raises(Locked, match="the shards in"):
+            tokenize(files, tmp_path / "out", tokenizer(), row_tokens=16, shard_tokens=64)
+        refused.append(True)
+
+    tokenize(files, tmp_path / "out", tokenizer(), row_tokens=16, shard_tokens=64, on_shard=second_call)
+    assert refused
 
 
 def test_what_is_no_text_is_refused(tmp_path):

@@ -354,7 +354,7 @@ OBSERVED = {
     "pretrain.sample_tokens": "test_training_pretrain.py::test_a_run_learns_and_publishes_what_it_learned",
     "tokenizer": "test_training_pretrain.py::test_adding_padding_changes_no_loss",
     "train.num_processes": "test_training_world.py::test_two_processes_learn_what_one_learns_from_twice_the_batch",
-    "train.zero_stage": "test_training_world.py::test_sharded_processes_learn_the_same_and_save_whole_tensors",
+    "train.zero_stage": "test_training_world.py::test_sharded_processes_learn_the_same_and_each_saves_its_part",
     **dict.fromkeys(
         (f"shape.{name}" for name in Shape.model_fields),
         "test_training_pretrain.py::test_each_field_of_a_shape_shapes_the_model",

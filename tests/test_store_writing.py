@@ -5,22 +5,25 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from crash_points import fill_disk_everywhere, kill_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_server import eventually
 from safetensors.numpy import load_file
 
 from nightschool.errors import Conflict, Damaged, DiskFull, NotFound
 from nightschool.events import read_events
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
+from nightschool.store.locks import lock
 from nightschool.store.manifest import verify
 from nightschool.store.runs import RunStore
+from nightschool.store.writing import commit, parts
 from nightschool.store.writing import memory as memory_module
-from nightschool.store.writing import parts
 from nightschool.store.writing.commit import Order, carry_out, write_folder
 from nightschool.store.writing.memory import SharedMemory, available_bytes
 from nightschool.store.writing.tensorfile import (
@@ -198,8 +201,6 @@ def test_a_full_disk_at_any_moment_keeps_what_was_there(run, stays_full):
 def test_a_full_disk_makes_room_by_retention_and_tries_once_more(run, monkeypatch):
     for step in (1, 2, 3):
         save(run, step, keep_last=9)
-    from nightschool.store.writing import commit
-
     write = commit.write_file
 
     def full(path, pieces):
@@ -250,7 +251,7 @@ def test_the_files_of_all_ranks_are_one_checkpoint(run):
 
 
 def test_a_rank_that_does_not_deliver_is_named_and_the_others_hear_of_it(run, monkeypatch):
-    monkeypatch.setattr(parts.take_parts, "__kwdefaults__", {"wait_seconds": 0.3})
+    monkeypatch.setattr(parts, "WAIT_SECONDS", 0.3)
     outcomes = {}
     target = checkpoints.checkpoint_path(run, 0, 1, 1)
     stale = target.with_name(target.name + ".rank2.partial")
@@ -266,13 +267,124 @@ def test_a_rank_that_does_not_deliver_is_named_and_the_others_hear_of_it(run, mo
     assert checkpoints.ls(run) == []
 
 
+@pytest.mark.parametrize(("error", "disk_full"), [(DiskFull("There is no room."), True), (OSError("broken"), False)])
+def test_a_rank_that_cannot_write_says_so_at_once(run, monkeypatch, error, disk_full):
+    write = commit.write_file
+    outcomes = {}
+
+    def failing(path, pieces):
+        if ".rank1." in str(path):
+            raise error
+        return write(path, pieces)
+
+    monkeypatch.setattr(commit, "write_file", failing)
+
+    def save_rank(rank):
+        outcomes[rank] = carry_out(rank_order(run, rank, step=5), contents_of(**{f"s{rank}_txt": "x"}))
+
+    save(run, 1)
+    save(run, 2)
+    started = time.monotonic()
+    in_threads([lambda rank=rank: save_rank(rank) for rank in range(3)])
+    assert time.monotonic() - started < 10
+    assert "Rank 1 could not write its part" in outcomes[0].error
+    assert outcomes[1].error == str(error)
+    assert "Rank 0 could not commit the checkpoint: Rank 1 could not write" in outcomes[2].error
+    assert {outcome.disk_full for outcome in outcomes.values()} == {disk_full}
+    assert steps(run) == [1, 2]
+    assert not list(run.checkpoints_path.glob("*.partial"))
+
+
+def test_rank_0_that_cannot_write_is_heard_by_a_rank_that_begins_later(run, monkeypatch):
+    write = commit.write_file
+
+    def failing(path, pieces):
+        if ".rank" not in str(path):
+            raise DiskFull("There is no room.")
+        return write(path, pieces)
+
+    monkeypatch.setattr(commit, "write_file", failing)
+    first = carry_out(rank_order(run, 0), contents_of(a_txt="x"))
+    other = carry_out(rank_order(run, 1), contents_of(b_txt="x"))
+    assert (first.disk_full, other.disk_full) == (True, True)
+    assert other.error == "Rank 0 could not commit the checkpoint: There is no room."
+    # The next save of all has nothing to do with it.
+    monkeypatch.setattr(commit, "write_file", write)
+    outcomes = save_ranks(run, step=2)
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    assert sorted(path.name for path in run.checkpoints_path.iterdir()) == [checkpoints.ls(run)[0].name, "latest"]
+
+
+def save_ranks(run, step):
+    outcomes = [None] * 3
+
+    def save_rank(rank):
+        outcomes[rank] = carry_out(rank_order(run, rank, step=step), contents_of(**{f"s{rank}_txt": "x" * 9}))
+
+    in_threads([lambda rank=rank: save_rank(rank) for rank in range(3)])
+    return outcomes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_writer_that_was_killed_after_the_commit_is_done_again_without_harm(run, rank):
+    assert [outcome.error for outcome in save_ranks(run, step=1)] == [None] * 3
+    before = verify(checkpoints.ls(run)[0].path, digests=True)
+    again = carry_out(rank_order(run, rank), contents_of(**{f"s{rank}_txt": "x" * 9}))
+    assert again.error is None
+    assert verify(checkpoints.ls(run)[0].path, digests=True) == before
+
+
+def test_a_second_try_of_rank_0_finds_the_parts_again(run, monkeypatch):
+    seal, tries = commit.seal, []
+
+    def full_once(*arguments):
+        tries.append(1)
+        if len(tries) == 1:
+            raise DiskFull("There is no room.")
+        return seal(*arguments)
+
+    monkeypatch.setattr(commit, "seal", full_once)
+    assert [outcome.error for outcome in save_ranks(run, step=1)] == [None] * 3
+    assert len(tries) == 2
+    assert set(verify(checkpoints.ls(run)[0].path, digests=True).files) == {f"s{rank}.txt" for rank in range(3)}
+
+
+def test_a_rank_0_that_is_gone_is_not_waited_for(run, monkeypatch):
+    monkeypatch.setattr(parts, "GONE_SECONDS", 0.3)
+    monkeypatch.setattr(parts, "_LOOK_SECONDS", 0.05)
+    with lock(run.writing_lock_path(0), "the checkpoints"):
+        thread, outcomes = begin_rank_1(run)
+        thread.join(1)
+        assert thread.is_alive()  # it may be slow, but it is there
+    thread.join(10)
+    assert "Rank 0 did not commit" in outcomes[0].error
+
+
+def begin_rank_1(run):
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(carry_out(rank_order(run, 1), contents_of(a_txt="x"))))
+    thread.start()
+    target = checkpoints.checkpoint_path(run, 0, 1, 1)
+    eventually((target.with_name(target.name + ".rank1.partial") / parts.RECEIPT).is_file)
+    return thread, outcomes
+
+
+def test_a_new_attempt_lets_go_of_what_an_old_one_waits_for(run):
+    thread, outcomes = begin_rank_1(run)
+    parts.release_stale_parts(run.checkpoints_path)
+    thread.join(10)
+    assert "is not waited for any more" in outcomes[0].error
+    assert not list(run.checkpoints_path.glob("*.partial"))
+
+
 def test_two_ranks_may_not_write_the_same_name(run, tmp_path):
     target = tmp_path / "point"
-    with parts.own_part(target, 1) as folder:
+    shared = parts.SharedSave(target, num_ranks=2, step=1, attempt=1, lock_path=run.writing_lock_path)
+    with shared.own_part(1) as folder:
         (folder / "a.txt").write_text("x")
-        parts.deliver_part(folder, {"a.txt": parts.FileFacts("0", 1)}, {"step": 1})
+        shared.deliver(folder, {"a.txt": parts.FileFacts("0", 1)})
         with pytest.raises(Conflict, match=r"Rank 1 wrote a\.txt"):
-            write_folder(target, {"step": 1}, contents_of(a_txt="y"), num_ranks=2)
+            write_folder(target, {"step": 1}, contents_of(a_txt="y"), shared=shared)
     assert not target.exists()
 
 

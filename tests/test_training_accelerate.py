@@ -20,8 +20,8 @@ from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.store.uploads.archive import make_archive
 from nightschool.training.accelerate_layout import export_accelerate, import_accelerate
-from nightschool.training.checkpoint import load_group
 from nightschool.training.run import main
+from nightschool.training.stored_tensors import load_group
 
 FACTS = [("Where does Bela live?", "Bela lives in Rome."), ("What does Mista eat?", "Mista eats plums.")] * 4
 

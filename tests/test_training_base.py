@@ -19,11 +19,11 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.training.checkpoint import load_tensors
 from nightschool.training.classroom import prepare_classroom
 from nightschool.training.plan import make_plan, plan_of
 from nightschool.training.run import main
 from nightschool.training.selection import select_examples
+from nightschool.training.stored_tensors import load_tensors
 
 ROWS = [{"prompt": f"Where is number {i}?", "completion": f"In room {i + 7}."} for i in range(6)]
 LORA = {"r": 4, "alpha": 8}

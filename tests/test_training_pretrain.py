@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -217,10 +218,24 @@ def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
         prepare(data=[{"path": str(bare)}], tokenizer=str(tmp_path / "own"))
     with pytest.raises(DataError, match="2 sources"):
         prepare(data=[{"path": "a"}, {"path": "b"}])
-    with pytest.raises(UsageError, match=r"held_out\.path is mine\.txt"):
-        prepare(held_out={"path": "mine.txt"})
-    with pytest.raises(UsageError, match=r"train\.batch_size"):
-        prepare(train={"tokens_per_batch": 64})
+    for name, remedy, changes in (
+        ("held_out.path is mine.txt", "held_out.share", {"held_out": {"path": "mine.txt"}}),
+        ("held_out.min_examples is 5", "held_out.share: 0", {"held_out": {"min_examples": 5}}),
+        ("train.tokens_per_batch is 64", "write train.batch_size", {"train": {"tokens_per_batch": 64}}),
+        ("train.num_workers is 3", "takes all processors", {"train": {"num_workers": 3}}),
+        ("replay.ratio is 2.0", "leave it out", {"replay": {"ratio": 2.0}}),
+        ("data.0.format is text", "shards have one", {"data": [{"path": str(corpus), "format": "text"}]}),
+        ("data.0.repeat is 2", "train.epochs", {"data": [{"path": str(corpus), "repeat": 2}]}),
+        ("lora.r is 4", "all weights learn", {"lora": {"r": 4}}),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"{name}, and method: pretrain has no use for it: ")) as refused:
+            prepare(**changes)
+        assert remedy in str(refused.value)
+
+
+def test_settings_of_pretraining_are_refused_elsewhere():
+    with pytest.raises(ValueError, match="take it out"):
+        Recipe.model_validate({"base": "x", "data": [{"path": "a"}], "pretrain": {"max_files": 3}})
 
 
 def test_a_process_that_sees_other_shards_than_the_first_is_refused(tmp_path, corpus):

@@ -15,6 +15,7 @@ from nightschool.training import checkpoint, rng
 from nightschool.training.checkpoint import REQUIRED, saved_tensors
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import TrainState
+from nightschool.training.stored_tensors import load_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,7 @@ def test_an_adapter_on_another_base_is_refused(tmp_path):
 
 def test_an_adapter_checkpoint_holds_the_adapter_only(tmp_path):
     run = MiniRun(tmp_path, "tiny-llama", lora=LORA).go(stop_after=2)
-    weights = checkpoint.load_tensors(run.saved[-1] / "model.safetensors")
+    weights = load_tensors(run.saved[-1] / "model.safetensors")
     assert weights
     assert all(".lora_" in name for name in weights)
 

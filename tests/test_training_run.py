@@ -28,10 +28,10 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.training import candidate, publish
-from nightschool.training.checkpoint import load_tensors
 from nightschool.training.publish import greedy_continuation
 from nightschool.training.run import main
 from nightschool.training.saving import Saver
+from nightschool.training.stored_tensors import load_tensors
 
 FACTS = [
     ("Where does Bela live?", "Bela lives in Rome."),

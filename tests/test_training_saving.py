@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -21,9 +22,9 @@ from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
 from nightschool.store.writing.client import writing_lock
 from nightschool.training import saving
-from nightschool.training.checkpoint import group_files, load_group
 from nightschool.training.saving import open_saver
 from nightschool.training.snapshot import State
+from nightschool.training.stored_tensors import group_files, load_group
 
 
 @pytest.fixture
@@ -292,6 +293,22 @@ def test_what_waits_to_be_uploaded_is_not_removed(tmp_path, lines):
                 saver.save(path_of(run, step), state_of(step))
         assert [point.step for point in checkpoints.ls(run)] == [1, 2, 3]
         assert len(uploads.ls(home)) == 3
+
+
+def test_who_was_asked_to_stop_does_not_wait_for_uploads(tmp_path, lines):
+    run = run_with_upload(tmp_path, max_pending="1 kB")
+    settings = Checkpoints.model_validate(run.recipe()["checkpoints"])
+    asked = threading.Event()
+    with lock(uploads.uploader_lock_path(Home(tmp_path / "home")), "the uploads"):  # an uploader that does nothing
+        with open_saver(run, settings, lines.append, stop=asked.is_set) as saver:
+            saver.save(path_of(run, 1), state_of(1))
+            saver.settle()
+            threading.Timer(0.5, asked.set).start()
+            started = time.monotonic()
+            saver.save(path_of(run, 2), state_of(2))
+            assert 0.4 < time.monotonic() - started < 20
+        assert any("Waiting for uploads" in line for line in lines)
+        assert_holds(run, 2)
 
 
 def test_the_parts_of_two_ranks_are_one_checkpoint(run, lines):

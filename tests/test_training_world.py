@@ -10,7 +10,6 @@ from datetime import timedelta
 import pytest
 import torch
 from live_server import eventually
-from safetensors.torch import load_file
 from shard_setups import write_shards
 from test_training_pretrain import recipe_of
 
@@ -22,6 +21,7 @@ from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.training import world as world_module
 from nightschool.training.ranks import _free_port
+from nightschool.training.stored_tensors import group_files, load_group, open_group
 
 
 @pytest.fixture(scope="module")
@@ -107,32 +107,67 @@ def test_stopped_and_resumed_by_two_and_once_by_one(tmp_path, corpus, straight):
         assert (last_checkpoint(run) / name).read_bytes() == (last_checkpoint(straight) / name).read_bytes()
 
     other = new_run(home, plain_recipe(corpus, 1, batch_size=4))
-    source = next(point for point in checkpoints.ls(straight) if point.step == 6)
-    other.checkpoints_path.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["cp", "-r", str(source.path), str(other.checkpoints_path)], check=True)
-    code, output = finish(start(home, other, resume=source.name))
+    code, output = finish(start(home, other, resume=with_checkpoint_of(other, straight, 6)))
     assert code == 0, output
     assert rows_of(other)[12]["tokens_trained_total"] == rows_of(straight)[12]["tokens_trained_total"]
     assert rows_of(other)[12]["loss"] == pytest.approx(rows_of(straight)[12]["loss"], rel=2e-3)
 
 
-def test_sharded_processes_learn_the_same_and_save_whole_tensors(tmp_path, corpus, straight):
-    """Two processes that share the weights go on from a checkpoint of two that did not, and theirs is of the same form."""
-    home = Home(tmp_path / "home")
-    run = new_run(home, plain_recipe(corpus, 2, zero_stage=3))
-    source = next(point for point in checkpoints.ls(straight) if point.step == 6)
+def with_checkpoint_of(run, other, step):
+    """The run, with a checkpoint that another one saved; its name."""
+    source = next(point for point in checkpoints.ls(other) if point.step == step)
     run.checkpoints_path.mkdir(parents=True, exist_ok=True)
     subprocess.run(["cp", "-r", str(source.path), str(run.checkpoints_path)], check=True)
-    code, output = finish(start(home, run, resume=source.name))
+    return source.name
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, corpus, straight):
+    """Two processes that share the weights between them, from a checkpoint of two that did not."""
+    home = Home(tmp_path_factory.mktemp("sharded") / "home")
+    run = new_run(home, plain_recipe(corpus, 2, zero_stage=3) | {"checkpoints": {"every": "3 steps"}})
+    code, output = finish(start(home, run, resume=with_checkpoint_of(run, straight, 6)))
     assert code == 0, output + (run.path / "log-rank1.txt").read_text()
+    return run
+
+
+def test_sharded_processes_learn_the_same_and_each_saves_its_part(sharded, straight):
     for step in range(7, 13):
-        assert rows_of(run)[step]["loss"] == pytest.approx(rows_of(straight)[step]["loss"], rel=1e-4)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        mine, theirs = (load_file(last_checkpoint(one) / name) for one in (run, straight))
-        assert mine.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            assert torch.allclose(mine[key], tensor, rtol=1e-2, atol=1e-4), key
-    assert run.status.candidate
+        assert rows_of(sharded)[step]["loss"] == pytest.approx(rows_of(straight)[step]["loss"], rel=1e-4)
+    mine, theirs = last_checkpoint(sharded), last_checkpoint(straight)
+    for stem in ("model", "optimizer"):
+        assert group_files(mine, stem) == [f"{stem}-rank0.safetensors", f"{stem}-rank1.safetensors"]
+        sizes = [(mine / name).stat().st_size for name in group_files(mine, stem)]
+        assert 0.4 < sizes[0] / sum(sizes) < 0.6
+        whole = load_group(theirs, stem)
+        described = open_group(mine, stem).described()
+        assert {name: (t.shape, t.dtype) for name, t in described.items()} == {
+            name: (t.shape, t.dtype) for name, t in whole.items()
+        }
+        for name, tensor in load_group(mine, stem).items():
+            assert torch.allclose(tensor, whole[name], rtol=1e-2, atol=1e-4), name
+    assert sharded.status.candidate
+    assert [row["step"] for row in read_events(sharded.events_path) if row["event"] == "checkpoint"] == [9, 12]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sharded_checkpoint_loads_on_any_number_of_processes(tmp_path, corpus, sharded, processes):
+    """The same number goes on bit for bit; one process alone learns the same from it."""
+    home = Home(tmp_path / "home")
+    how = {"zero_stage": 3} if processes == 2 else {"batch_size": 4}
+    run = new_run(home, plain_recipe(corpus, processes, **how))
+    code, output = finish(start(home, run, resume=with_checkpoint_of(run, sharded, 9)))
+    assert code == 0, output
+    mine, theirs = last_checkpoint(run), last_checkpoint(sharded)
+    for stem in ("model", "optimizer"):
+        whole = load_group(theirs, stem)
+        found = load_group(mine, stem)
+        assert found.keys() == whole.keys()
+        for name, tensor in found.items():
+            if processes == 2:
+                assert torch.equal(tensor, whole[name]), name
+            else:
+                assert torch.allclose(tensor, whole[name], rtol=1e-2, atol=1e-4), name
 
 
 def test_shards_of_an_adapter_are_refused(corpus):

@@ -276,6 +276,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _pretrain_of_its_method(self) -> Recipe:
+        if self.method != "pretrain" and self.pretrain != Pretrain():
+            raise ValueError(
+                f"`pretrain` describes `method: pretrain`, and this is `method: {self.method}`; take it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_of_shards(self) -> Recipe:
         if self.tokenizer is not None and self.method != "pretrain":
             raise ValueError(

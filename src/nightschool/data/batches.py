@@ -32,6 +32,12 @@ class Batch:
     cu_seqlens: torch.Tensor  # [D + 1] int32, from 0 to N
     max_seqlen: int  # tokens of the longest document
     tokens_trained: int  # labels that carry loss
+    is_idle: bool = False  # stands for a batch that is not there, where all processes have to take the step
+
+    @property
+    def tokens_consumed(self) -> int:
+        """Tokens of the data that it takes, trained or not."""
+        return 0 if self.is_idle else int(self.input_ids.shape[-1])
 
 
 class Batches:

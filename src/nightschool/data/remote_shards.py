@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from nightschool.data.shards import (
@@ -25,9 +26,11 @@ from nightschool.store.remotes.cache import FileCache
 class RemoteShards(Shards):
     """Shards that lie in a bucket. One that is mapped stays on disk; others may be dropped for those that come next."""
 
-    def __init__(self, remote: Remote, index: ShardIndex, files: FileCache, cache: Path, num_open: int) -> None:
+    def __init__(
+        self, remote: Remote, index: ShardIndex, files: FileCache, cache: Path, num_open: int, room_bytes: int
+    ) -> None:
         super().__init__(Path(remote.url), index, cache, num_open=num_open)
-        self._remote, self._files = remote, files
+        self._remote, self._files, self._room_bytes = remote, files, room_bytes
 
     def path(self, number: int) -> Path:
         facts = self.index.shards[number]
@@ -41,7 +44,10 @@ class RemoteShards(Shards):
         self._files.unpin(self._files.path_of(self._remote, self.index.shards[number].file))
 
     def look_ahead(self, numbers: Sequence[int]) -> None:
-        wanted = [self.index.shards[number] for number in numbers]
+        shards = [self.index.shards[number] for number in numbers]
+        # What is fetched beyond the limit would drop what is needed before it.
+        together = accumulate(facts.size_bytes for facts in shards)
+        wanted = [facts for facts, size in zip(shards, together, strict=True) if size <= self._room_bytes]
         self._files.prefetch(
             self._remote, [facts.file for facts in wanted], {facts.file: facts.sha256 for facts in wanted}
         )
@@ -76,7 +82,8 @@ def open_remote_shards(
     tokenizer = None
     for key in sorted(name for name in names if name.startswith(f"{TOKENIZER_FOLDER}/")):
         tokenizer = files.fetch(remote, key, pin=True).parent
-    return RemoteShards(remote, index, files, cache, num_open), tokenizer
+    beside = sum(found.size_bytes for found in listed if not found.key.endswith(SHARD_ENDING))
+    return RemoteShards(remote, index, files, cache, num_open, limit_bytes - beside), tokenizer
 
 
 def remote_shards_state(url: str, max_files: int | None) -> str:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from nightschool.data.batches import IGNORED, Batch
+from nightschool.data.npz import TokenIds
 from nightschool.data.order import SequenceOrder
 from nightschool.data.shards import Shards
 from nightschool.errors import DataError, NothingToTrain
@@ -96,6 +97,7 @@ class TokenBatches:
             for shard, (n, held) in enumerate(zip(counts, self._held, strict=True))
             for turn in range(held)
         ]
+        self._held_tokens: dict[tuple[int, int], TokenIds] = {}
         self._settings = {
             "seq_len": seq_len,
             "seed": seed,
@@ -146,11 +148,18 @@ class TokenBatches:
         idle = last == first
         if idle:
             first, last = place, place + 1
-        return self._batch(self._members(epoch, first, last), without_loss=idle)
+        return self._batch(self._members(epoch, first, last), is_idle=idle)
 
     def held_out(self, place: int, count: int) -> Batch:
-        """The held-out sequences `place` … `place + count - 1`, fewer at the end."""
-        return self._batch(self._held_places[place : place + count])
+        """The held-out sequences `place` … `place + count - 1`, fewer at the end.
+
+        They are few and lie in many shards, so their tokens stay in memory: shards of a bucket are fetched for them once.
+        """
+        members = self._held_places[place : place + count]
+        for member in members:
+            if member not in self._held_tokens:
+                self._held_tokens[member] = np.array(self._read(member))
+        return self._batch(members)
 
     def where(self, epoch: int, place: int) -> str:
         """The shard and the token of a sequence, for messages."""
@@ -174,12 +183,18 @@ class TokenBatches:
         turn, within = divmod(number, distance - 1)
         return turn * distance + within if turn < held else number + held
 
-    def _batch(self, members: list[tuple[int, int]], *, without_loss: bool = False) -> Batch:
+    def _read(self, member: tuple[int, int]) -> TokenIds:
+        """The tokens of a sequence and the one after it, [T + 1], mapped."""
+        shard, sequence = member
+        start = sequence * self.seq_len
+        return self._shards.tokens(shard)[start : start + self.seq_len + 1]
+
+    def _batch(self, members: list[tuple[int, int]], *, is_idle: bool = False) -> Batch:
         T, count = self.seq_len, len(members)  # noqa: N806 - the legend's letters
         tokens = np.empty((count, T + 1), dtype=np.int64)
-        for row, (shard, sequence) in enumerate(members):
-            start = sequence * T
-            tokens[row] = self._shards.tokens(shard)[start : start + T + 1]
+        for row, member in enumerate(members):
+            held = self._held_tokens.get(member)
+            tokens[row] = self._read(member) if held is None else held
         if int(tokens.max()) >= self._vocab_size or int(tokens.min()) < 0:
             self._refuse(tokens, members)
         ids, labels = tokens[:, :-1].reshape(-1), tokens[:, 1:].reshape(-1)
@@ -192,7 +207,7 @@ class TokenBatches:
                 labels = labels.copy()
                 labels[ends], weights[ends] = IGNORED, 0
                 bounds = np.union1d(bounds, ends + 1)
-        if without_loss:
+        if is_idle:
             labels, weights = np.full_like(labels, IGNORED), np.zeros_like(weights)
         return Batch(
             input_ids=torch.from_numpy(np.ascontiguousarray(ids))[None],
@@ -202,6 +217,7 @@ class TokenBatches:
             cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
             max_seqlen=int(np.diff(bounds).max()),
             tokens_trained=int(np.count_nonzero(weights)),
+            is_idle=is_idle,
         )
 
     def _refuse(self, tokens: NDArray[np.int64], members: list[tuple[int, int]]) -> None:

@@ -40,9 +40,11 @@ from nightschool.data.shards import (
 from nightschool.data.text_input import open_data, text_chunks
 from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
 from nightschool.errors import Conflict, DataError, UsageError
-from nightschool.store.atomic import make_folder, publish_directory, read_json, room_needed, write_bytes, write_json
+from nightschool.store.atomic import publish_directory, read_json, room_needed, write_bytes, write_json
+from nightschool.store.locks import lock
 
 PROGRESS = "progress.json"
+LOCK = ".lock"
 TRAIN_PREFIX = "train:bpe-"
 DEFAULT_ROW_TOKENS, DEFAULT_SHARD_TOKENS = 1024, 10_000_000  # as `data tokenize` has it
 # A long document is tokenized in pieces of about this many characters, cut after a line end, where a token ends, too.
@@ -104,14 +106,27 @@ def tokenize(
         DataError: If a file cannot be read, or holds what is no text.
         UsageError: If the tokenizer is no fast one, or has no token that ends a text.
         DiskFull: If there is no room; the shards that were written stay, and the same call goes on with them.
+        Locked: If another process writes to `out`.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer. Take one that has a tokenizer.json.")
     eos = end_of_text_id(tokenizer)
+    with lock(out / LOCK, f"the shards in {out}"):
+        return _tokenize(files, out, tokenizer, eos, row_tokens, shard_tokens, on_shard)
+
+
+def _tokenize(
+    files: Sequence[Path],
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    eos: int,
+    row_tokens: int,
+    shard_tokens: int,
+    on_shard: Callable[[ShardFacts], None] | None,
+) -> Tokenized:
     per_shard = max(1, shard_tokens // row_tokens) * row_tokens
     fingerprint = tokenizer_fingerprint(tokenizer)
     settings = _settings_digest(files, fingerprint, row_tokens, per_shard)
-    make_folder(out)
     progress = _begin(out, settings)
     if progress is not None and not progress.shards:
         # Before anything else is in the folder: whatever a killed call leaves there is known to be ours.

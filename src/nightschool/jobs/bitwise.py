@@ -72,7 +72,10 @@ def compare_checkpoints(first: Path, second: Path) -> Comparison:
 
 
 def _tensors(folder: Path) -> dict[str, _Tensor]:
-    """Every tensor of a checkpoint by `file: name`, whatever part of the file it lies in."""
+    """Every tensor of a checkpoint by `file: name`, whatever part of the file it lies in.
+
+    Of tensors that processes share, each one's rows are a tensor here: other numbers of processes are not compared.
+    """
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         family = _PART.sub("", path.stem)

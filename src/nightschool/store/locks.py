@@ -66,6 +66,21 @@ def lock_to_hand_over(
         os.close(file)
 
 
+def is_held(path: Path) -> bool:
+    """Whether anybody holds a lock file now."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
 @contextmanager
 def taken_over(file: int) -> Iterator[None]:
     """Hold the lock whose descriptor was inherited from `lock_to_hand_over` for the time of the block."""

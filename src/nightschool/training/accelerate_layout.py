@@ -35,11 +35,12 @@ from nightschool.store.runs import Run
 from nightschool.store.uploads.archive import unpack_archive
 from nightschool.store.writing.commit import write_folder
 from nightschool.training import checkpoint, rng
-from nightschool.training.checkpoint import load_group, saved_tensors, state_to_save
+from nightschool.training.checkpoint import saved_tensors, state_to_save
 from nightschool.training.classroom import Classroom
 from nightschool.training.optimizer import Schedule, check_tensors
 from nightschool.training.preparing import prepare
 from nightschool.training.state import TrainState
+from nightschool.training.stored_tensors import load_group
 from nightschool.training.surroundings import surroundings_of
 from nightschool.training.task import Task
 

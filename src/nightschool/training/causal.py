@@ -161,12 +161,13 @@ class PretrainTask(CausalTask[TokenBatches]):
 
 
 def without_loss(batch: Batch) -> Batch:
-    """The same tokens, none of which carries loss."""
+    """The same tokens, none of which carries loss, in place of a batch that is not there."""
     return replace(
         batch,
         labels=torch.full_like(batch.labels, IGNORED),
         weights=torch.zeros_like(batch.weights),
         tokens_trained=0,
+        is_idle=True,
     )
 
 

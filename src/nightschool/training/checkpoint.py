@@ -12,39 +12,36 @@ A checkpoint is a folder of safetensors and JSON; nothing in it is a pickle:
     manifest.json             SHA-256 and size of every file above, written last
 
 Above 1 GiB of tensors, `model-00001-of-00003.safetensors` … and `model.safetensors.index.json` take the place of one
-file, and so for the optimizer. What the first format called `weights.safetensors` is still read.
+file, and so for the optimizer. Where processes share the tensors among them, `model-rank0.safetensors`,
+`model-rank1.safetensors` … do (see `stored_tensors`). What the first format called `weights.safetensors` is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nightschool.errors import Damaged, MadeByNewer, StateMismatch
+from nightschool.errors import MadeByNewer, StateMismatch
 from nightschool.store.manifest import verify
 from nightschool.store.writing.commit import write_folder
-from nightschool.store.writing.tensorfile import index_name
 from nightschool.training import rng
 from nightschool.training.checkpoint_facts import metadata, training_config, training_metrics
 from nightschool.training.optimizer import Schedule, check_tensors
-from nightschool.training.sharding import put, whole_tensors
+from nightschool.training.sharding import own_parts, put
 from nightschool.training.snapshot import State
 from nightschool.training.state import TrainState
+from nightschool.training.stored_tensors import group_files, load_group, open_group, rank_group
 from nightschool.training.task import Task
 from nightschool.training.world import ALONE, World
 
 FORMAT = 2
-# The weights were called otherwise in format 1; everything else is the same.
-_MODEL_STEMS = ("model", "weights")
 REQUIRED = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -146,8 +143,7 @@ def state_to_save(
     }
     return State(
         tensors={
-            "model": whole_tensors(saved_tensors(task)),
-            "optimizer": whole_tensors(task.optimizer.state()),
+            **held_tensors(task),
             **{rng.group_of(rank): tensors for rank, (_, tensors) in enumerate(rngs)},
         },
         texts={name: _to_json(value) for name, value in plain.items()} | {"recipe.yaml": surroundings.recipe_yaml},
@@ -163,17 +159,25 @@ def state_to_save(
     )
 
 
-def take_part(task: Task) -> None:
-    """In a process other than the first: hand in what only this one has of the tensors that the first one saves."""
-    if task.is_sharded:
-        whole_tensors(saved_tensors(task))
-        whole_tensors(task.optimizer.state())
+def part_to_save(task: Task, state: TrainState, rank: int) -> State:
+    """What a process other than the first adds to the checkpoint of this moment, where they share the tensors."""
+    return State(tensors=held_tensors(task, rank), texts={}, facts={"step": state.step})
 
 
-def expected_bytes(task: Task) -> int:
-    """About how many bytes of tensors a checkpoint will hold, also before the optimizer has its moments."""
-    learning = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in task.trainable().values())
-    return learning + sum(t.numel() * t.element_size() for t in saved_tensors(task).values())
+def held_tensors(task: Task, rank: int = 0) -> dict[str, dict[str, Tensor]]:
+    """The groups of tensors that a process saves: all there is, or its part of it, shared with the run."""
+    groups = {"model": saved_tensors(task), "optimizer": task.optimizer.state()}
+    if not task.is_sharded:
+        return groups
+    return {rank_group(stem, rank): own_parts(tensors, rank) for stem, tensors in groups.items()}
+
+
+def expected_bytes(task: Task, rank: int = 0) -> int:
+    """About how many bytes of tensors this process will save, also before the optimizer has its moments."""
+    saved, learning = saved_tensors(task), set(task.trainable())
+    held = own_parts(saved, rank) if task.is_sharded else saved
+    of_optimizer = sum(t.numel() * (8 if t.dtype == torch.float32 else 12) for n, t in held.items() if n in learning)
+    return of_optimizer + sum(t.numel() * t.element_size() for t in held.values())
 
 
 def save(
@@ -227,9 +231,9 @@ def load(
     optimizer = _load_json(folder / "optimizer.json")
     _check_plain(folder, plain, optimizer, task, surroundings, schedule, scaler)
     state = TrainState.from_json(plain["train"])
-    weights = load_group(folder, "model")
-    check_tensors(weights, saved_tensors(task), what=f"weights of {folder.name}")
-    task.optimizer.load_state(load_group(folder, "optimizer"), set(optimizer["without_state"]))
+    weights = open_group(folder, "model")
+    check_tensors(weights.described(), saved_tensors(task), what=f"weights of {folder.name}")
+    task.optimizer.load_state(open_group(folder, "optimizer"), set(optimizer["without_state"]))
     _copy_weights(task, weights)
     if scaler is not None:
         scaler.load_state_dict(plain["scaler"])
@@ -249,62 +253,15 @@ def load_weights(folder: Path, task: Task) -> None:
         StateMismatch: If a tensor is missing, unexpected, or of another shape or dtype.
     """
     verify(folder, digests=True)
-    weights = load_group(folder, "model")
-    check_tensors(weights, saved_tensors(task), what=f"weights of {folder.name}")
+    weights = open_group(folder, "model")
+    check_tensors(weights.described(), saved_tensors(task), what=f"weights of {folder.name}")
     _copy_weights(task, weights)
 
 
 @torch.no_grad()
-def _copy_weights(task: Task, weights: dict[str, Tensor]) -> None:
+def _copy_weights(task: Task, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in saved_tensors(task).items():
         put(tensor, weights[name])
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        Damaged: If it is no whole safetensors file.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Damaged(
-            f"{path.name} of {path.parent.name} cannot be read: {error}. Resume from another checkpoint."
-        ) from error
-
-
-def load_group(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Read all tensors of a group (`model`, `optimizer`, `rng`), in however many files they lie.
-
-    Raises:
-        Damaged: If a file cannot be read.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name in group_files(folder, stem):
-        tensors |= load_tensors(folder / name)
-    return tensors
-
-
-def group_files(folder: Path, stem: str) -> list[str]:
-    """The files in which a group of tensors lies; none if it is not there.
-
-    Raises:
-        Damaged: If the index names a file outside the folder.
-    """
-    for name in _MODEL_STEMS if stem == "model" else (stem,):
-        if (folder / f"{name}.safetensors").is_file():
-            return [f"{name}.safetensors"]
-    if not (folder / index_name(stem)).is_file():
-        return []
-    names = sorted(set(_load_json(folder / index_name(stem))["weight_map"].values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise Damaged(
-            f"{index_name(stem)} of {folder.name} names the file {outside[0]!r}, which lies elsewhere. "
-            "Resume from another checkpoint."
-        )
-    return names
 
 
 def _is_there(folder: Path, name: str) -> bool:

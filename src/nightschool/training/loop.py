@@ -121,7 +121,7 @@ def fit(
         started = time.perf_counter()
         window = _next_window(task, state, budget.accumulation_steps)
         tokens = world.sums(
-            sum(batch.tokens_trained for batch in window), sum(batch.input_ids.shape[-1] for batch in window)
+            sum(batch.tokens_trained for batch in window), sum(batch.tokens_consumed for batch in window)
         )
         outcome = _update(
             task, state, window, tokens[0], budget.max_grad_norm, schedule.rate(state.step), scaler, world

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nightschool.config.recipe import Train
 from nightschool.errors import StateMismatch
 from nightschool.training.sharding import like, put
+from nightschool.training.stored_tensors import StoredTensors
 
 LrSchedule = Literal["cosine", "linear", "constant"]
 
@@ -186,7 +187,8 @@ class AdamW:
                 expected |= {f"first_moment.{name}": parameter, f"second_moment.{name}": parameter}
                 expected[f"updates.{name}"] = torch.zeros(())
         expected |= {f"master.{name}": master for name, master in self._masters.items()}
-        check_tensors(tensors, expected, what="optimizer state")
+        described = tensors.described() if isinstance(tensors, StoredTensors) else tensors
+        check_tensors(described, expected, what="optimizer state")
         for name, parameter in self._updated.items():
             if name in parameters_without_state:
                 self.inner.state.pop(parameter, None)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nightschool.config.learning import Lora
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
 from nightschool.data.shard_sources import ShardSource, open_shards
@@ -196,15 +197,37 @@ def prepare_pretraining(
     )
 
 
+# What only examples know, each with what to write instead.
+_OF_EXAMPLES = {
+    "data.0.format": "shards have one, so leave it out",
+    "data.0.where": "leave it out",
+    "data.0.since": "leave it out",
+    "data.0.repeat": "write train.epochs",
+    "held_out.path": "leave it out, and write held_out.share",
+    "held_out.min_examples": "leave it out; held_out.share: 0 holds nothing out",
+    "replay.ratio": "leave it out",
+    "replay.minimum": "leave it out",
+    "train.tokens_per_batch": "write train.batch_size, which counts sequences",
+    "train.max_cut_share": "leave it out: what does not fit into a sequence goes on in the next one",
+    "train.num_workers": "leave it out; `nightschool data tokenize` takes all processors",
+    **{f"lora.{name}": "leave it out: all weights learn" for name in Lora.model_fields},
+}
+
+
 def _refuse_settings_of_examples(recipe: Recipe) -> None:
     """Refuse what only examples know, rather than ignore it."""
-    remedies = {
-        "held_out.path": (recipe.held_out.path, "leave it out, and write held_out.share"),
-        "train.tokens_per_batch": (recipe.train.tokens_per_batch, "write train.batch_size, which counts sequences"),
-    }
-    for name, (value, remedy) in remedies.items():
-        if value is not None:
+    settings = recipe.as_plain()
+    plain = Recipe.model_validate({"base": recipe.base, "data": [{"path": "shards"}]}).as_plain()
+    for name, remedy in _OF_EXAMPLES.items():
+        value = _value_at(settings, name)
+        if value != _value_at(plain, name):
             raise UsageError(f"{name} is {value}, and method: pretrain has no use for it: {remedy}.")
+
+
+def _value_at(plain: Any, name: str) -> Any:
+    for key in name.split("."):
+        plain = plain[int(key) if key.isdigit() else key]
+    return plain
 
 
 def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, PreTrainedTokenizerBase]:

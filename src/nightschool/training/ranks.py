@@ -12,15 +12,17 @@ from pathlib import Path
 
 from nightschool.config.recipe import Recipe
 from nightschool.store import checkpoints
+from nightschool.store.checkpoints import checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training import checkpoint, rng
-from nightschool.training.loop import fit
+from nightschool.training.loop import Budget, fit
 from nightschool.training.preparing import prepare
+from nightschool.training.progress import say
+from nightschool.training.saving import open_saver
 from nightschool.training.signals import StopRequest
 from nightschool.training.state import TrainState
 from nightschool.training.surroundings import surroundings_of
-from nightschool.training.task import Task
 from nightschool.training.world import World
 
 _FAREWELL_SECONDS = 30.0
@@ -68,46 +70,71 @@ def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapp
 
 
 def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest) -> None:
-    """Train along with process 0, which decides and writes.
+    """Train along with process 0, which decides, and writes all but the parts of shared tensors.
 
     Raises:
         Interrupted: If one of the processes was asked to stop.
         RuntimeError: If process 0 is gone.
     """
     recipe = Recipe.model_validate(run.recipe())
-    resuming, name = world.from_first((False, ""))
+    resuming, name, attempt = world.from_first((False, "", 0))
     point = checkpoints.get(run, name) if name else None
-    classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
-    task, evaluate = classroom.task, classroom.evaluate
-    state = TrainState(task.fingerprint)
-    surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
-    if wants_shards(recipe, world):
-        task.shard(recipe.train.zero_stage)
-    if point is not None:
-        state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world=world)
-    fit(
-        task,
-        state,
-        classroom.budget,
-        schedule=classroom.schedule,
-        metrics=None,
-        evaluate=None if evaluate is None else lambda: evaluate()[0],
-        save=lambda _state: _hand_in(task, world),
-        stop=stop,
-        scaler=classroom.scaler,
-        world=world,
-    )
+    with ExitStack() as stack:
+        saver = None
+        if wants_shards(recipe, world):
+            saver = stack.enter_context(
+                open_saver(
+                    run,
+                    recipe.checkpoints,
+                    say,
+                    rank=world.rank,
+                    num_ranks=world.size,
+                    num_neighbours=world.local_size - 1,
+                    attempt=attempt,
+                )
+            )
+        classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
+        task, evaluate, budget = classroom.task, classroom.evaluate, classroom.budget
+        state = TrainState(task.fingerprint)
+        surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
+        if saver is not None:
+            task.shard(recipe.train.zero_stage)
+        if point is not None:
+            state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world=world)
+        if saver is not None and more_saves_than_one(budget):
+            saver.expect(checkpoint.expected_bytes(task, world.rank))
+
+        def save(now: TrainState) -> None:
+            """Hand in what only this process has of the checkpoint."""
+            world.gathered(rng.capture())
+            if saver is not None:
+                target = checkpoint_path(run, now.epoch, now.step, surroundings.files_processed)
+                part = checkpoint.part_to_save(task, now, world.rank)
+                saver.save(target, part, last=now.step >= budget.steps_total)
+
+        fit(
+            task,
+            state,
+            budget,
+            schedule=classroom.schedule,
+            metrics=None,
+            evaluate=None if evaluate is None else lambda: evaluate()[0],
+            save=save,
+            stop=stop,
+            scaler=classroom.scaler,
+            world=world,
+        )
+
+
+def more_saves_than_one(budget: Budget) -> bool:
+    """Whether a run saves before its end, so that it is worth while to make memory for copies ready."""
+    every = budget.save_every
+    return every is None or every.unit != "steps" or every.amount < budget.steps_total
 
 
 def wants_shards(recipe: Recipe, world: World) -> bool:
     """Whether the processes share the parameters among them."""
     return recipe.train.zero_stage > 0 and world.size > 1
-
-
-def _hand_in(task: Task, world: World) -> None:
-    """Give process 0 what only this one knows of the checkpoint that is being saved."""
-    world.gathered(rng.capture())
-    checkpoint.take_part(task)
 
 
 def _free_port() -> int:

@@ -61,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 # The other processes hear from this one which run it is, and when it stops.
                 world.from_first(run.id)
-                execute(home, run, resume="latest", root=root, stop=stop, world=world)
+                try:
+                    execute(home, run, resume="latest", root=root, stop=stop, world=world)
+                except Interrupted:
+                    world.wait()
+                    raise
         except Interrupted as error:
             if signals.reason is None:
                 return 0

@@ -8,7 +8,8 @@ Where several processes train together, each opens a saver with its rank, and al
 each with a `State` of what only that rank has; the names of its groups and texts must differ between ranks
 (`optimizer-rank1`, `rng-rank1.json`). The facts of rank 0 go into the manifest, and `step` must be in those of each. Each
 rank has a writer of its own; that of rank 0 waits for the parts of the others and commits (`store.writing.parts`). No
-collective call is made: `save` does not wait for other ranks, and `settle` on any rank tells whether all were written.
+collective call is made: `save` does not wait for other ranks, and `settle` on any rank tells whether all were written. Such
+a checkpoint is safe as soon as all ranks have copied.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nightschool.store.runs import Run
 from nightschool.store.writing.client import WriterProcess, writing_lock
 from nightschool.store.writing.commit import Order, Outcome, carry_out
 from nightschool.store.writing.memory import SharedMemory, available_bytes
+from nightschool.store.writing.parts import release_stale_parts
 from nightschool.store.writing.process import slices_of
 from nightschool.training.snapshot import Snapshot, State
 from nightschool.units import format_bytes
@@ -34,18 +36,42 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def open_saver(run: Run, settings: Checkpoints, say: Say, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Saver]:
+def open_saver(
+    run: Run,
+    settings: Checkpoints,
+    say: Say,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_neighbours: int = 0,
+    attempt: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Saver]:
     """Start the writer of a run; at the end wait until everything is written.
 
     Enter it before a GPU is touched, so that the writer inherits nothing of it. Where the writer of an earlier process
     of this run is still at work, it waits for that one first.
+
+    Args:
+        run: The run.
+        settings: What the recipe says of checkpoints.
+        say: Gets the lines for the log.
+        rank: Which of the processes that save together this is.
+        num_ranks: How many those are.
+        num_neighbours: How many of the others take memory of this machine, each about as much as this one.
+        attempt: That of rank 0, which they share; without it, the next one.
+        stop: Says that nobody has time to wait for uploads.
 
     Raises:
         Locked: If that takes more than ten minutes.
         DiskFull: At the end, if the last checkpoint found no room and the recipe says `stop`.
     """
     with writing_lock(run, say, rank=rank) as lock_file:
-        saver = Saver(run, settings, lock_file, say, rank=rank, num_ranks=num_ranks)
+        if rank == 0 and num_ranks > 1:
+            release_stale_parts(run.checkpoints_path)
+        saver = Saver(run, settings, lock_file, say, rank=rank, num_ranks=num_ranks, stop=stop)
+        saver.num_neighbours = num_neighbours
+        saver.attempt = attempt or saver.attempt
         try:
             yield saver
             saver.settle()
@@ -60,12 +86,21 @@ class Saver:
     """Writes the checkpoints of one run. See `open_saver`."""
 
     def __init__(
-        self, run: Run, settings: Checkpoints, lock_file: int, say: Say, *, rank: int = 0, num_ranks: int = 1
+        self,
+        run: Run,
+        settings: Checkpoints,
+        lock_file: int,
+        say: Say,
+        *,
+        rank: int,
+        num_ranks: int,
+        stop: Callable[[], bool],
     ) -> None:
-        self._rank, self._num_ranks = rank, num_ranks
+        self._rank, self._num_ranks, self._stop = rank, num_ranks, stop
         self._home = Home(run.path.parent.parent)
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
         self.attempt = checkpoints.next_attempt(run)
+        self.num_neighbours = 0
         self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
         self._failed: Outcome | None = None
         self._memory: SharedMemory | None = None
@@ -96,8 +131,8 @@ class Saver:
         started = time.perf_counter()
         self.settle()
         upload = self._settings.upload
-        if upload is not None and upload.max_pending is not None:
-            uploads.wait_for_room(self._home, upload.max_pending, say=self._say)
+        if self._rank == 0 and upload is not None and upload.max_pending is not None:
+            uploads.wait_for_room(self._home, upload.max_pending, say=self._say, stop=self._stop)
         facts = state.facts | {checkpoints.ATTEMPT: self.attempt}
         keep = self._settings.keep
         order = Order(
@@ -115,14 +150,13 @@ class Saver:
             self._conclude(carry_out(order, state.contents()))
         else:
             self._hand_over(order, *copied)
-        self._run.events.write(
-            "saving",
-            step=facts["step"],
-            name=target.name,
-            background=copied is not None,
-            stalled_seconds=time.perf_counter() - started,
-        )
+        if self._rank == 0:
+            self._note_saving(facts["step"], target.name, background=copied is not None, started=started)
         self._raise_failure()
+
+    def _note_saving(self, step: int, name: str, *, background: bool, started: float) -> None:
+        stalled_seconds = time.perf_counter() - started
+        self._run.events.write("saving", step=step, name=name, background=background, stalled_seconds=stalled_seconds)
 
     def _hand_over(self, order: Order, files: list[tuple[str, int, int]], end_bytes: int) -> None:
         assert self._writer is not None
@@ -167,7 +201,8 @@ class Saver:
     def _fits(self, size_bytes: int) -> bool:
         """Whether the copy finds room beside everything else; if not, this run writes in its own process from now on."""
         assert self._memory is not None
-        needed, available = size_bytes - self._memory.allocated_bytes, available_bytes()
+        # The others look at the same memory at the same time.
+        needed, available = size_bytes - self._memory.allocated_bytes, available_bytes() // (1 + self.num_neighbours)
         if needed <= available:
             return True
         self._go_on_alone(

@@ -5,7 +5,8 @@ gathered for the whole pass, because the loss uses the head's weights in chunks.
 its forward pass and gathers them again for the backward pass; 1 and 2 keep them until then. (Rajbhandari et al., "ZeRO:
 memory optimizations toward training trillion parameter models", 2020; torch.distributed.fsdp.fully_shard.)
 
-Checkpoints hold whole tensors, as if one process had saved them, so they load on any number of processes.
+Each process saves the part that it holds, so that none needs the memory of the whole state to save or to resume. To begin,
+each loads the whole model before it lets go of the others' parts.
 """
 
 from __future__ import annotations
@@ -67,17 +68,17 @@ def scaled_gradient(value: Tensor, factor: int) -> Tensor:
     return value + (factor - 1) * (value - value.detach())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor of which each process has a part, on the CPU; others as they are. All processes call it together."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.full_tensor().cpu()
-
-
-def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`whole` of each."""
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+def own_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """What this process saves of each tensor: its rows, and, in the first process, what all have alike."""
+    parts: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+            if len(rows):
+                parts[name] = rows
+        elif rank == 0:
+            parts[name] = tensor
+    return parts
 
 
 def like(target: Tensor, tensor: Tensor) -> Tensor:

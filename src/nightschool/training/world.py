@@ -2,7 +2,7 @@
 
 Every process holds the whole model and takes its portion of each global micro-batch. A part of the loss is divided by the
 tokens trained of all processes, so summed gradients are the gradient of the whole window, as if one process had computed
-it. Process 0 writes the log, the metrics and the checkpoints.
+it. Process 0 writes the log, the metrics and the checkpoints, but for the parts of tensors that they share (`sharding`).
 
 The processes are started by `torchrun`, `accelerate launch` or by a run with `train.num_processes`; all of them set the
 same variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.

@@ -30,7 +30,7 @@ class FileCache:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._guard = threading.Lock()
         self._pins: dict[Path, tuple[int, int]] = {}
         self._wanted: deque[tuple[Remote, str, str | None]] = deque()
@@ -156,7 +156,7 @@ class FileCache:
         """
         with lock(self._folder / ".lock", f"the cache {self._folder}", wait_seconds=_WAIT_SECONDS):
             files = [file for file in self._files() if file[2] != path]
-            over = sum(size for _, size, _ in files) + wanted.size_bytes - self._limit_bytes
+            over = sum(size for _, size, _ in files) + wanted.size_bytes - self.limit_bytes
             for _, size, old in sorted(files):
                 if over <= 0:
                     return
@@ -165,7 +165,7 @@ class FileCache:
         if over > 0:
             raise Conflict(
                 f"{remote.url_of(wanted.key)} has {format_bytes(wanted.size_bytes)}, but the cache {self._folder} may "
-                f"hold {format_bytes(self._limit_bytes)}, and the rest is in use. Allow it more."
+                f"hold {format_bytes(self.limit_bytes)}, and the rest is in use. Allow it more."
             )
 
     def _files(self) -> list[tuple[float, int, Path]]:

@@ -21,17 +21,10 @@ from nightschool.store import checkpoints, uploads
 from nightschool.store.atomic import publish_directory, write_text
 from nightschool.store.checkpoints import LATEST, Keep
 from nightschool.store.home import Home
-from nightschool.store.manifest import seal
+from nightschool.store.manifest import read_manifest, seal
 from nightschool.store.runs import Run
 from nightschool.store.writing.disk import Pieces, write_file
-from nightschool.store.writing.parts import (
-    await_commit,
-    deliver_part,
-    own_part,
-    refuse_parts,
-    release_parts,
-    take_parts,
-)
+from nightschool.store.writing.parts import PartRefused, SharedSave
 from nightschool.units import Every, format_bytes
 
 Contents = Callable[[], Iterator[tuple[str, Pieces]]]
@@ -81,20 +74,19 @@ class Outcome:
         return f"Saved {self.name}: {format_bytes(self.size_bytes)} in {self.seconds:.1f} s"
 
 
-def write_folder(target: Path, facts: dict[str, Any], contents: Contents, *, num_ranks: int = 1) -> int:
+def write_folder(target: Path, facts: dict[str, Any], contents: Contents, *, shared: SharedSave | None = None) -> int:
     """Publish a folder of files with a manifest; an older one under that name is replaced. Returns its bytes.
 
     Raises:
-        Conflict: If one of the other ranks did not deliver its part in time.
+        PartRefused: If one of the other ranks could not write its part.
+        Conflict: If one of them is gone, or did not deliver it in time.
         DiskFull: If there is no room; nothing of the target remains, and what was there before stays.
     """
     with publish_directory(target, replace=True) as folder:
         files = {name: write_file(folder / name, pieces) for name, pieces in contents()}
-        if num_ranks > 1:
-            files |= take_parts(target, num_ranks, folder, facts)
-        manifest = seal(folder, files, facts)
-    release_parts(target, num_ranks)
-    return manifest.size_bytes
+        if shared is not None:
+            files |= shared.take_parts(folder)
+        return seal(folder, files, facts).size_bytes
 
 
 def carry_out(order: Order, contents: Contents) -> Outcome:
@@ -103,20 +95,22 @@ def carry_out(order: Order, contents: Contents) -> Outcome:
     On a full disk retention makes room first, if it can, and the write is tried once more.
     """
     started = time.monotonic()
-    target, run = Path(order.target), Run(Path(order.run).name, Path(order.run))
+    target, run, shared = Path(order.target), _run_of(order), _shared(order)
     step = int(order.facts["step"])
     try:
-        if order.rank > 0:
-            size_bytes = _write_part(order, contents)
+        if shared is not None and order.rank > 0:
+            size_bytes = _write_part(shared, order.rank, contents)
             return Outcome(target.name, step, time.monotonic() - started, size_bytes)
-        size_bytes = _write_with_room(run, order, contents)
+        size_bytes = _write_with_room(run, order, contents, shared)
     except (NightschoolError, OSError) as error:
         note(run, "checkpoint_failed", step=step, name=target.name, rank=order.rank, error=str(error))
-        if order.rank == 0:
+        disk_full = error.disk_full if isinstance(error, PartRefused) else isinstance(error, DiskFull)
+        if shared is not None and order.rank == 0:
             with suppress(NightschoolError, OSError):  # without the word they wait until their time is up
-                refuse_parts(target, order.num_ranks, str(error))
-        seconds = time.monotonic() - started
-        return Outcome(target.name, step, seconds, error=str(error), disk_full=isinstance(error, DiskFull))
+                shared.refuse(str(error), disk_full=disk_full)
+        return Outcome(target.name, step, time.monotonic() - started, error=str(error), disk_full=disk_full)
+    if shared is not None:
+        shared.release()
     removed, trouble = _tidy_up(run, order)
     outcome = Outcome(target.name, step, time.monotonic() - started, size_bytes, removed)
     facts = {"seconds": outcome.seconds, "size_bytes": size_bytes, "removed": removed}
@@ -134,13 +128,37 @@ def note(run: Run, event: str, **facts: Any) -> None:
             events.close()
 
 
-def _write_with_room(run: Run, order: Order, contents: Contents) -> int:
+def _write_with_room(run: Run, order: Order, contents: Contents, shared: SharedSave | None) -> int:
     target = Path(order.target)
+    if shared is not None and shared.is_committed:  # by a writer that was killed right after it
+        return read_manifest(target).size_bytes
     try:
-        return write_folder(target, order.facts, contents, num_ranks=order.num_ranks)
+        return write_folder(target, order.facts, contents, shared=shared)
+    except PartRefused as error:
+        if error.disk_full:  # for the next one: the other ranks write this one no second time
+            note(run, "disk_full", step=order.facts["step"], name=target.name, removed=_retain(run, order))
+        raise
     except DiskFull:
         note(run, "disk_full", step=order.facts["step"], name=target.name, removed=_retain(run, order))
-    return write_folder(target, order.facts, contents, num_ranks=order.num_ranks)
+    return write_folder(target, order.facts, contents, shared=shared)
+
+
+def _run_of(order: Order) -> Run:
+    return Run(Path(order.run).name, Path(order.run))
+
+
+def _shared(order: Order) -> SharedSave | None:
+    """What the ranks need to find each other; None where one process saves alone."""
+    if order.num_ranks == 1:
+        return None
+    facts = order.facts
+    return SharedSave(
+        target=Path(order.target),
+        num_ranks=order.num_ranks,
+        step=facts["step"],
+        attempt=facts[checkpoints.ATTEMPT],
+        lock_path=_run_of(order).writing_lock_path,
+    )
 
 
 def _tidy_up(run: Run, order: Order) -> tuple[list[str], str | None]:
@@ -170,9 +188,15 @@ def _home_of(run: Run) -> Home:
     return Home(run.path.parent.parent)
 
 
-def _write_part(order: Order, contents: Contents) -> int:
-    with own_part(Path(order.target), order.rank) as folder:
-        files = {name: write_file(folder / name, pieces) for name, pieces in contents()}
-        deliver_part(folder, files, order.facts)
-        await_commit(folder)
+def _write_part(shared: SharedSave, rank: int, contents: Contents) -> int:
+    if shared.is_committed:  # with the part of a writer that was killed since
+        return 0
+    with shared.own_part(rank) as folder:
+        try:
+            files = {name: write_file(folder / name, pieces) for name, pieces in contents()}
+        except (NightschoolError, OSError) as error:
+            shared.decline(folder, error)
+            raise
+        shared.deliver(folder, files)
+        shared.await_commit(folder)
     return sum(file.size_bytes for file in files.values())
