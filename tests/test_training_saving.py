@@ -22,7 +22,7 @@ from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
 from nightschool.store.writing.client import writing_lock
 from nightschool.training import saving
-from nightschool.training.saving import open_saver
+from nightschool.training.saving import Ranks, open_saver
 from nightschool.training.snapshot import State
 from nightschool.training.stored_tensors import group_files, load_group
 
@@ -126,7 +126,7 @@ TRAINER = """
     from nightschool.config.recipe import Checkpoints
     from nightschool.store import checkpoints, uploads
     from nightschool.store.runs import Run
-    from nightschool.training.saving import open_saver
+    from nightschool.training.saving import Ranks, open_saver
     from nightschool.training.snapshot import State
 
     run = Run(Path(sys.argv[1]).name, Path(sys.argv[1]))
@@ -313,8 +313,8 @@ def test_who_was_asked_to_stop_does_not_wait_for_uploads(tmp_path, lines):
 
 def test_the_parts_of_two_ranks_are_one_checkpoint(run, lines):
     with (
-        open_saver(run, Checkpoints(), lines.append, rank=1, num_ranks=2) as other,
-        open_saver(run, Checkpoints(), lines.append, num_ranks=2) as first,
+        open_saver(run, Checkpoints(), lines.append, ranks=Ranks(1, 2)) as other,
+        open_saver(run, Checkpoints(), lines.append, ranks=Ranks(0, 2)) as first,
     ):
         for step in (1, 2):
             part = State({"optimizer-rank1": {"m": torch.ones(3) * step}}, {}, {"step": step})

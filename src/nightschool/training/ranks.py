@@ -19,7 +19,7 @@ from nightschool.training import checkpoint, rng
 from nightschool.training.loop import Budget, fit
 from nightschool.training.preparing import prepare
 from nightschool.training.progress import say
-from nightschool.training.saving import open_saver
+from nightschool.training.saving import Ranks, open_saver
 from nightschool.training.signals import StopRequest
 from nightschool.training.state import TrainState
 from nightschool.training.surroundings import surroundings_of
@@ -82,17 +82,8 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest)
     with ExitStack() as stack:
         saver = None
         if wants_shards(recipe, world):
-            saver = stack.enter_context(
-                open_saver(
-                    run,
-                    recipe.checkpoints,
-                    say,
-                    rank=world.rank,
-                    num_ranks=world.size,
-                    num_neighbours=world.local_size - 1,
-                    attempt=attempt,
-                )
-            )
+            ranks = saving_ranks(recipe, world, attempt)
+            saver = stack.enter_context(open_saver(run, recipe.checkpoints, say, ranks=ranks))
         classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
         task, evaluate, budget = classroom.task, classroom.evaluate, classroom.budget
         state = TrainState(task.fingerprint)
@@ -135,6 +126,13 @@ def more_saves_than_one(budget: Budget) -> bool:
 def wants_shards(recipe: Recipe, world: World) -> bool:
     """Whether the processes share the parameters among them."""
     return recipe.train.zero_stage > 0 and world.size > 1
+
+
+def saving_ranks(recipe: Recipe, world: World, attempt: int | None = None) -> Ranks:
+    """Who saves: all processes where they share the parameters, else the first one alone."""
+    if not wants_shards(recipe, world):
+        return Ranks()
+    return Ranks(world.rank, world.size, num_neighbours=world.local_size - 1, attempt=attempt)
 
 
 def _free_port() -> int:

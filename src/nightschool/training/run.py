@@ -35,7 +35,7 @@ from nightschool.training.plan import plan_of, render_plan
 from nightschool.training.preparing import prepare
 from nightschool.training.pretraining import PretrainClassroom
 from nightschool.training.progress import Progress, say
-from nightschool.training.ranks import follow, more_saves_than_one, started_ranks, wants_shards
+from nightschool.training.ranks import follow, more_saves_than_one, saving_ranks, started_ranks, wants_shards
 from nightschool.training.saving import Saver, open_saver
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
@@ -160,15 +160,8 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
     """
     recipe = Recipe.model_validate(run.recipe())
     # The writer is started before a GPU is touched; that of an earlier process of this run is waited for.
-    sharded = wants_shards(recipe, world)
-    with open_saver(
-        run,
-        recipe.checkpoints,
-        say,
-        num_ranks=world.size if sharded else 1,
-        num_neighbours=world.local_size - 1 if sharded else 0,
-        stop=lambda: stop.reason is not None,
-    ) as saver:
+    ranks = saving_ranks(recipe, world)
+    with open_saver(run, recipe.checkpoints, say, ranks=ranks, stop=lambda: stop.reason is not None) as saver:
         point = _checkpoint_to_resume(run, resume)
         world.from_first((resume is not None, point.name if point else "", saver.attempt))
         run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from nightschool.config.recipe import Checkpoints
@@ -35,17 +36,23 @@ from nightschool.units import format_bytes
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that save together, and which of them this is.
+
+    `num_neighbours` of the others take memory of this machine, each about as much as this one. `attempt` is that of rank 0;
+    without it, the next one.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    num_neighbours: int = 0
+    attempt: int | None = None
+
+
 @contextmanager
 def open_saver(
-    run: Run,
-    settings: Checkpoints,
-    say: Say,
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
-    num_neighbours: int = 0,
-    attempt: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    run: Run, settings: Checkpoints, say: Say, *, ranks: Ranks = Ranks(), stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Saver]:
     """Start the writer of a run; at the end wait until everything is written.
 
@@ -56,22 +63,17 @@ def open_saver(
         run: The run.
         settings: What the recipe says of checkpoints.
         say: Gets the lines for the log.
-        rank: Which of the processes that save together this is.
-        num_ranks: How many those are.
-        num_neighbours: How many of the others take memory of this machine, each about as much as this one.
-        attempt: That of rank 0, which they share; without it, the next one.
+        ranks: Who else saves.
         stop: Says that nobody has time to wait for uploads.
 
     Raises:
         Locked: If that takes more than ten minutes.
         DiskFull: At the end, if the last checkpoint found no room and the recipe says `stop`.
     """
-    with writing_lock(run, say, rank=rank) as lock_file:
-        if rank == 0 and num_ranks > 1:
+    with writing_lock(run, say, rank=ranks.rank) as lock_file:
+        if ranks.rank == 0 and ranks.num_ranks > 1:
             release_stale_parts(run.checkpoints_path)
-        saver = Saver(run, settings, lock_file, say, rank=rank, num_ranks=num_ranks, stop=stop)
-        saver.num_neighbours = num_neighbours
-        saver.attempt = attempt or saver.attempt
+        saver = Saver(run, settings, lock_file, say, ranks, stop)
         try:
             yield saver
             saver.settle()
@@ -91,16 +93,13 @@ class Saver:
         settings: Checkpoints,
         lock_file: int,
         say: Say,
-        *,
-        rank: int,
-        num_ranks: int,
+        ranks: Ranks,
         stop: Callable[[], bool],
     ) -> None:
-        self._rank, self._num_ranks, self._stop = rank, num_ranks, stop
+        self._ranks, self._stop = ranks, stop
         self._home = Home(run.path.parent.parent)
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
-        self.attempt = checkpoints.next_attempt(run)
-        self.num_neighbours = 0
+        self.attempt = ranks.attempt or checkpoints.next_attempt(run)
         self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
         self._failed: Outcome | None = None
         self._memory: SharedMemory | None = None
@@ -131,7 +130,7 @@ class Saver:
         started = time.perf_counter()
         self.settle()
         upload = self._settings.upload
-        if self._rank == 0 and upload is not None and upload.max_pending is not None:
+        if self._ranks.rank == 0 and upload is not None and upload.max_pending is not None:
             uploads.wait_for_room(self._home, upload.max_pending, say=self._say, stop=self._stop)
         facts = state.facts | {checkpoints.ATTEMPT: self.attempt}
         keep = self._settings.keep
@@ -142,15 +141,15 @@ class Saver:
             keep_last=keep.last,
             keep_best=keep.best,
             keep_every=None if keep.every is None else str(keep.every),
-            rank=self._rank,
-            num_ranks=self._num_ranks,
+            rank=self._ranks.rank,
+            num_ranks=self._ranks.num_ranks,
         )
         copied = None if last and not self._has_copied else self._copy(state, order)
         if copied is None:
             self._conclude(carry_out(order, state.contents()))
         else:
             self._hand_over(order, *copied)
-        if self._rank == 0:
+        if self._ranks.rank == 0:
             self._note_saving(facts["step"], target.name, background=copied is not None, started=started)
         self._raise_failure()
 
@@ -202,7 +201,10 @@ class Saver:
         """Whether the copy finds room beside everything else; if not, this run writes in its own process from now on."""
         assert self._memory is not None
         # The others look at the same memory at the same time.
-        needed, available = size_bytes - self._memory.allocated_bytes, available_bytes() // (1 + self.num_neighbours)
+        needed, available = (
+            size_bytes - self._memory.allocated_bytes,
+            available_bytes() // (1 + self._ranks.num_neighbours),
+        )
         if needed <= available:
             return True
         self._go_on_alone(
