@@ -2,8 +2,8 @@
 
 Five architectures, full and LoRA, in one process; fine-tuning and pretraining in two, which share the weights or not; and a
 run that goes on with two processes and with one by turns. Each run is a process that SIGKILL hits at random moments, and
-that goes on with `--resume latest`. A kill waits for the next save, for two seconds at most, and then takes the writers of
-the checkpoint too: while they write, rename, move the pointer or remove old ones. Each resume must find a checkpoint that can be
+that goes on with `--resume latest`. Every second kill waits for the next save, for two seconds at most, and then
+takes the writers of the checkpoint too: while they write, rename, move the pointer or remove old ones. Each resume must find a checkpoint that can be
 read, of no older step than the last one that was announced. In the end every tensor of the last checkpoint is compared with
 the uninterrupted run's; where the number of processes changed, the position in the data and the losses are.
 """
@@ -162,7 +162,7 @@ class Trial:
             starts = len(events(run, "training"))
             process = self.process(run, attempt=killed.total)
             process.join(chance.uniform(0.2, 0.9) * seconds if killed.total < kills else None)
-            inside = process.exitcode is None and wait_for_save(run, process)
+            inside = killed.total % 2 == 0 and process.exitcode is None and wait_for_save(run, process)
             if process.exitcode is None:
                 if inside:
                     time.sleep(chance.uniform(0, 0.03))  # from the first byte to the removal of old ones
