@@ -1,11 +1,12 @@
 """Is a run that was killed again and again, and resumed each time, the run that was never interrupted, bit for bit?
 
-Five architectures, full and LoRA, in one process; fine-tuning and pretraining in two, which share the weights or not; and a
-run that goes on with two processes and with one by turns. Each run is a process that SIGKILL hits at random moments, and
-that goes on with `--resume latest`. Every second kill waits for the next save, for two seconds at most, and then
-takes the writers of the checkpoint too: while they write, rename, move the pointer or remove old ones. Each resume must find a checkpoint that can be
-read, of no older step than the last one that was announced. In the end every tensor of the last checkpoint is compared with
-the uninterrupted run's; where the number of processes changed, the position in the data and the losses are.
+Five architectures, full and LoRA, in one process; fine-tuning and pretraining in two, which share the weights or not;
+and a run that goes on with two processes and with one by turns. Each run is a process that SIGKILL hits at random
+moments, and that goes on with `--resume latest`. Every second kill waits for the next save, for two seconds at most,
+and then takes the writers of the checkpoint too: while they write, rename, move the pointer or remove old ones. Each
+resume must find a checkpoint that can be read, of no older step than the last one that was announced. In the end every
+tensor of the last checkpoint is compared with the uninterrupted run's; where the number of processes changed, the
+position in the data and the losses are.
 """
 
 from __future__ import annotations
