@@ -147,11 +147,11 @@ def _texts(app):
 
 
 async def _until(pilot, condition):
-    for _ in range(200):
+    for _ in range(1000):
         await pilot.pause(0.02)
         if condition():
             return
-    raise AssertionError("it did not happen within 4 s")
+    raise AssertionError("it did not happen within 20 s")
 
 
 def test_the_application_shows_the_runs_and_follows_the_cursor(home, running):

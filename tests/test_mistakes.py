@@ -504,7 +504,8 @@ def test_health_answers_under_100_ms_during_train_load_generate(bot, server):
         with httpx2.Client() as client:
             until = time.monotonic() + 4
             number = 0
-            while time.monotonic() < until:
+            # A slow machine may take longer until the other version is loaded.
+            while time.monotonic() < until or (len(versions) < 2 and time.monotonic() < until + 30):
                 if number % 100 == 50:
                     bot.registry.promote("bot", (bot.new, bot.old)[number // 100 % 2], by="test")
                     with suppress(httpx2.TimeoutException):  # nobody waits for the end of the load

@@ -24,6 +24,10 @@ from nightschool.training.ranks import _free_port
 from nightschool.training.stored_tensors import group_files, load_group, open_group
 
 
+# Each test starts several processes, each of which loads torch: seconds here, a minute on a machine that is busy.
+pytestmark = pytest.mark.timeout(600)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -48,7 +52,7 @@ def start(home, run, *, resume=None):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=250)
     return process.returncode, output
 
 
@@ -96,7 +100,7 @@ def test_stopped_and_resumed_by_two_and_once_by_one(tmp_path, corpus, straight):
     home = Home(tmp_path / "home")
     run = new_run(home, plain_recipe(corpus, 2))
     process = start(home, run)
-    eventually(lambda: 4 in rows_of(run) if run.metrics_path.exists() else False, seconds=60)
+    eventually(lambda: 4 in rows_of(run) if run.metrics_path.exists() else False, seconds=200)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     if code != 0:  # it may have been done already
@@ -180,7 +184,7 @@ def test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed(tmp_path,
     home = Home(tmp_path / "home")
     run = new_run(home, plain_recipe(corpus, 2, max_steps=100_000) | {"checkpoints": {"every": "5 steps"}})
     process = start(home, run)
-    eventually(lambda: len(checkpoints.ls(run)) > 0, seconds=60)
+    eventually(lambda: len(checkpoints.ls(run)) > 0, seconds=200)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "training.run"], capture_output=True, text=True, check=True
     )
