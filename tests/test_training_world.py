@@ -23,7 +23,6 @@ from nightschool.training import world as world_module
 from nightschool.training.ranks import _free_port
 from nightschool.training.stored_tensors import group_files, load_group, open_group
 
-
 # Each test starts several processes, each of which loads torch: seconds here, a minute on a machine that is busy.
 pytestmark = pytest.mark.timeout(600)
 
