@@ -60,7 +60,12 @@ class TopApp(App[None]):
         """Begin to look."""
         self._table.add_columns(*COLUMNS)
         self.action_look()
-        self.set_interval(self._refresh_seconds, self.action_look)
+        self.set_interval(self._refresh_seconds, self._look_again)
+
+    def _look_again(self) -> None:
+        """Look, unless the last look still takes its time: on a busy machine they would pile up."""
+        if len(self.workers) == 0:
+            self.action_look()
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
         """Show the run that the cursor is on."""
@@ -96,21 +101,24 @@ class TopApp(App[None]):
             return  # somebody left while the thread was looking, and the widgets are gone
         if self._chosen is not None and frame["run_id"] != self._chosen:
             return  # looked for before another run was chosen
+        # The cursor stays where a key may just have moved it, unless another run is shown that nobody chose.
+        is_another = self._chosen is None and (self.frame is None or self.frame["run_id"] != frame["run_id"])
         self.frame = frame
         lines = [machine_line(frame["machine"])]
         if frame.get("uploads"):
             lines.append(uploads_line(frame["uploads"]))
         self.query_one("#machine", Static).update(Text("\n".join(lines)))
-        self._fill_table(frame)
+        self._fill_table(frame, move_cursor=is_another)
         self.query_one("#run", Static).update(Text("\n\n".join([details(frame), *self._curve(frame)])))
         self.query_one("#log", Static).update(Text("\n".join(frame["log"][-11:])))
 
-    def _fill_table(self, frame: dict[str, Any]) -> None:
+    def _fill_table(self, frame: dict[str, Any], *, move_cursor: bool) -> None:
         """Rows are made anew only where there are other runs than before."""
         rows = {run["run_id"]: [Text("-" if cell is None else cell) for cell in cells(run)] for run in frame["runs"]}
         for run in frame["runs"]:
             rows[run["run_id"]][1].stylize(_STATE_COLOURS.get(run["state"], ""))
         if list(rows) != [key.value for key in self._table.rows]:
+            move_cursor = True
             self._table.clear()
             for run_id, row in rows.items():
                 self._table.add_row(*row, key=run_id)
@@ -118,7 +126,8 @@ class TopApp(App[None]):
             for place, row in enumerate(rows.values()):
                 for column, cell in enumerate(row):
                     self._table.update_cell_at(Coordinate(place, column), cell, update_width=True)
-        self._table.move_cursor(row=list(rows).index(frame["run_id"]))
+        if move_cursor:
+            self._table.move_cursor(row=list(rows).index(frame["run_id"]))
 
     def _curve(self, frame: dict[str, Any]) -> list[str]:
         points = list(zip(frame["loss_steps"], frame["losses"], strict=True))
