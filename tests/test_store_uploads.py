@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from live_server import eventually
 from object_stores import add_checkpoint, make_run, moto, s3  # noqa: F401
 from store_databases import db, environment, postgres, postgres_url  # noqa: F401
 
@@ -336,10 +337,7 @@ def test_an_uploader_ends_with_its_home(home, run, url):
     path = add_checkpoint(run, 1)
     uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
     pid = uploads.ensure_uploader(home)
-    deadline = time.monotonic() + 20
-    while uploads.is_pending(home, path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: not uploads.is_pending(home, path), seconds=20)
     time.sleep(0.2)
     shutil.rmtree(home.path)
     (process,) = [one for one in uploads._started if one.pid == pid]
@@ -351,10 +349,7 @@ def test_an_uploader_is_started_anew_with_the_environment_of_who_asks(home, run,
     path = add_checkpoint(run, 1)
     uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
     old = uploads.ensure_uploader(home)
-    deadline = time.monotonic() + 20
-    while uploads.is_pending(home, path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: not uploads.is_pending(home, path), seconds=20)
     new = uploads.restart_uploader(home)
     assert new not in (None, old)
     os.kill(new, signal.SIGTERM)
