@@ -308,8 +308,11 @@ def test_rank_0_that_cannot_write_is_heard_by_a_rank_that_begins_later(run, monk
     other = carry_out(rank_order(run, 1), contents_of(b_txt="x"))
     assert (first.disk_full, other.disk_full) == (True, True)
     assert other.error == "Rank 0 could not commit the checkpoint: There is no room."
-    # The next save of all has nothing to do with it.
+    # A writer in place of one that was killed right afterwards does not wait for ranks that were sent away.
     monkeypatch.setattr(commit, "write_file", write)
+    again = carry_out(rank_order(run, 0), contents_of(a_txt="x"))
+    assert (again.error, again.disk_full) == (other.error, True)
+    # The next save of all has nothing to do with it.
     outcomes = save_ranks(run, step=2)
     assert [outcome.error for outcome in outcomes] == [None] * 3
     assert sorted(path.name for path in run.checkpoints_path.iterdir()) == [checkpoints.ls(run)[0].name, "latest"]

@@ -130,8 +130,11 @@ def note(run: Run, event: str, **facts: Any) -> None:
 
 def _write_with_room(run: Run, order: Order, contents: Contents, shared: SharedSave | None) -> int:
     target = Path(order.target)
-    if shared is not None and shared.is_committed:  # by a writer that was killed right after it
-        return read_manifest(target).size_bytes
+    if shared is not None:
+        # A writer that was killed right afterwards has committed, or has sent the other ranks away.
+        if shared.is_committed:
+            return read_manifest(target).size_bytes
+        shared.raise_refusal()
     try:
         return write_folder(target, order.facts, contents, shared=shared)
     except PartRefused as error:

@@ -100,11 +100,7 @@ class SharedSave:
                 return True
             if not waiting:
                 raise Conflict(f"A later attempt has begun, and {self.target.name} is not waited for any more.")
-            refusal = _read(self._refusal)
-            if refusal is not None and self._is_meant_by(refusal):
-                raise PartRefused(
-                    f"Rank 0 could not commit the checkpoint: {refusal['why']}", disk_full=refusal["disk_full"]
-                )
+            self.raise_refusal()
             return None
 
         self._wait_for(0, committed, f"commit {self.target.name}")
@@ -137,6 +133,18 @@ class SharedSave:
     def refuse(self, why: str, *, disk_full: bool) -> None:
         """Tell the other ranks that there will be no checkpoint, so that they do not wait for it."""
         write_json(self._refusal, self._word | {"why": why, "disk_full": disk_full})
+
+    def raise_refusal(self) -> None:
+        """Say what `refuse` said of this save, if anything.
+
+        Raises:
+            PartRefused: With the reason.
+        """
+        refusal = _read(self._refusal)
+        if refusal is not None and self._is_meant_by(refusal):
+            raise PartRefused(
+                f"Rank 0 could not commit the checkpoint: {refusal['why']}", disk_full=refusal["disk_full"]
+            )
 
     @property
     def _word(self) -> dict[str, Any]:
