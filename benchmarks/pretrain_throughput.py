@@ -2,7 +2,7 @@
 
 All three train the same GPT-NeoX from the same weights on the same sequences in the same order, in the same dtype. Ours is a
 whole run, with its log, held-out losses and checkpoints; the bare loop has none of that. Each runs in a process of its own,
-whose peak memory is its own.
+whose peak memory is its own; they take turns of a few seconds, because a shared machine changes its speed within minutes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import DATA, Benchmark
+from turns import Outcome, take_turns
 
 SEQ_LEN = 512
 GOALS = {
@@ -30,9 +30,9 @@ GOALS = {
 }
 # preset, vocabulary, batch size, steps, steps of the quick setting
 SETTINGS = [
-    ("neox-tiny", 8192, 8, 120, 8),
+    ("neox-tiny", 8192, 8, 120, 12),
     ("neox-30m", 8192, 4, 54, 0),
-    ("neox-tiny", 32768, 8, 54, 4),
+    ("neox-tiny", 32768, 8, 54, 0),
     ("neox-30m", 32768, 4, 54, 0),
 ]
 # The rhythm of recipes/neox-test.yaml, the quicker of the two documented ones; the log is written at every step.
@@ -84,8 +84,11 @@ def classroom_of(plain: dict[str, Any], home_path: Path) -> Any:
     return prepare_pretraining(Recipe.model_validate(plain), Home(home_path))
 
 
-def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float]:
-    """A whole run, timed by the rows of its metrics: what lies between the rows is in it."""
+def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[float]]:
+    """A whole run, timed by the rows of its metrics: what lies between the rows is in it.
+
+    Like its peers it returns the loss of each step, and when each ended (seconds of the wall clock).
+    """
     from datetime import datetime
 
     from nightschool.events import read_events
@@ -100,21 +103,17 @@ def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float
     with stop_on_signals() as stop:
         execute(home, run, resume=None, root=scratch, stop=stop)
     rows = list(read_events(run.metrics_path))
-    # The last row has the evaluation and the checkpoint of the run's end beside those of its rhythm.
-    first, last = rows[warm_up(plain) - 1], rows[-2]
-    seconds = (datetime.fromisoformat(last["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
-    tokens = last["tokens_trained_total"] - first["tokens_trained_total"]
-    return [row["loss"] for row in rows], tokens / seconds
+    return [row["loss"] for row in rows], [datetime.fromisoformat(row["time"]).timestamp() for row in rows]
 
 
-def child_bare(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float]:
+def child_bare(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[float]]:
     """The same kernels and nothing else."""
     import torch
 
     room = classroom_of(plain, scratch / "home")
     task, steps = room.task, plain["train"]["max_steps"]
     task.model.train()
-    losses, tokens, started = [], 0, 0.0
+    losses, moments = [], []
     for step in range(steps):
         batch = task.batch(0, step * task.stride)
         loss = task.loss(batch).sum / batch.tokens_trained
@@ -126,14 +125,11 @@ def child_bare(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float
         task.optimizer.inner.step()
         task.optimizer.zero_grad()
         losses.append(loss.item())
-        if step + 1 == warm_up(plain):
-            started = time.perf_counter()
-        elif step + 1 > warm_up(plain):
-            tokens += batch.tokens_trained
-    return losses, tokens / (time.perf_counter() - started)
+        moments.append(time.time())
+    return losses, moments
 
 
-def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], float]:
+def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[float]]:
     """Hugging Face's Trainer. It shifts labels itself, so it gets one token more of each sequence."""
     import torch
     from torch.utils.data import Dataset, SequentialSampler
@@ -156,7 +152,7 @@ def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], fl
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            moments.append(time.perf_counter())
+            moments.append(time.time())
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -192,37 +188,39 @@ def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], fl
             callbacks=[Clock()],
         )
         trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    tokens = (train["max_steps"] - warm_up(plain)) * train["batch_size"] * SEQ_LEN
-    return losses, tokens / (moments[-1] - moments[warm_up(plain) - 1])
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], moments
 
 
 CHILDREN = {"ours": child_ours, "bare": child_bare, "trainer": child_trainer}
 
 
-def run_child(who: str, plain: dict[str, Any]) -> dict[str, Any]:
-    """One contestant in a process of its own."""
+def run_children(who: list[str], plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The contestants in turns; the losses, the seconds of the steps that count and the peak memory of each."""
     with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", who, json.dumps(plain), scratch],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"},
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(f"{who} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    plain_result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return plain_result
+        commands = {}
+        for name in who:
+            (Path(scratch) / name).mkdir()
+            commands[name] = [sys.executable, __file__, "--child", name, json.dumps(plain), f"{scratch}/{name}"]
+        outcomes = take_turns(commands, env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"})
+    return {name: _result(name, outcome, warm_up(plain)) for name, outcome in outcomes.items()}
+
+
+def _result(name: str, outcome: Outcome, skip: int) -> dict[str, Any]:
+    if outcome.returncode:
+        sys.exit(f"{name} failed:\n{outcome.stdout[-2000:]}\n{outcome.stderr[-3000:]}")
+    plain: dict[str, Any] = json.loads(outcome.stdout.splitlines()[-1])
+    moments = plain.pop("moments")
+    # The last step of ours has the evaluation and the checkpoint of the run's end beside those of its rhythm.
+    return plain | {"seconds": outcome.active_seconds(moments[skip - 1], moments[-2])}
 
 
 def child() -> None:
     import resource
 
     who, plain, scratch = sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])
-    losses, rate = CHILDREN[who](plain, scratch)
+    losses, moments = CHILDREN[who](plain, scratch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"losses": losses, "rate": rate, "peak": peak}))
+    print(json.dumps({"losses": losses, "moments": moments, "peak": peak}))
 
 
 def make_shards(folder: Path, vocab_size: int) -> Path:
@@ -239,32 +237,37 @@ def make_shards(folder: Path, vocab_size: int) -> Path:
 
 def main() -> None:
     bench = Benchmark("pretrain_throughput", "Pretraining against Trainer and against a bare loop", GOALS)
-    rounds = 1 if bench.quick else 3
+    rounds = 1 if bench.quick else 2
     ratios: dict[str, list[float]] = {key: [] for key in GOALS}
     figures: dict[str, float] = {}
+    settings = [
+        (preset, vocab, batch_size, quick_steps if bench.quick else steps)
+        for preset, vocab, batch_size, steps, quick_steps in SETTINGS
+        if quick_steps or not bench.quick
+    ]
     with tempfile.TemporaryDirectory() as scratch:
-        places = {vocab: make_shards(Path(scratch), vocab) for vocab in {setting[1] for setting in SETTINGS}}
-        for preset, vocab, batch_size, steps, quick_steps in SETTINGS:
-            steps = quick_steps if bench.quick else steps
-            if not steps:
-                continue
+        places = {vocab: make_shards(Path(scratch), vocab) for vocab in {setting[1] for setting in settings}}
+        for preset, vocab, batch_size, steps in settings:
             # One dtype for all: what is fast here for this shape was found out once, by ours.
             dtype = os.environ.get("BENCH_DTYPE", "fp32" if preset == "neox-tiny" else "bf16")
             plain = recipe(str(places[vocab]), preset, batch_size, steps, dtype)
             outcomes: dict[str, list[dict[str, Any]]] = {who: [] for who in CHILDREN}
             for turn in range(rounds):
-                for who in CHILDREN:
-                    # The bare loop is so near that its ratio needs several turns; Trainer's does not.
-                    if who != "trainer" or turn == 0:
-                        outcomes[who].append(run_child(who, plain))
-            rates = {who: [one["rate"] for one in each] for who, each in outcomes.items()}
+                # The bare loop is so near that its ratio needs several rounds; Trainer's does not.
+                for who, result in run_children(
+                    [who for who in CHILDREN if who != "trainer" or not turn], plain
+                ).items():
+                    outcomes[who].append(result)
+            tokens = (steps - 1 - warm_up(plain)) * batch_size * SEQ_LEN
+            rates = {who: [tokens / one["seconds"] for one in each] for who, each in outcomes.items()}
             peaks = {who: statistics.median(one["peak"] for one in each) for who, each in outcomes.items()}
             mine, theirs = outcomes["ours"][0]["losses"], outcomes["trainer"][0]["losses"]
             difference = max(abs(a - b) / b for a, b in zip(mine, theirs, strict=True))
             size = "8k" if vocab == 8192 else "32k"
-            # The best of each: whatever else the machine does only makes them slower, and never by the same.
-            best = {who: max(each) for who, each in rates.items()}
-            against_trainer, against_bare = best["ours"] / best["trainer"], best["ours"] / best["bare"]
+            against_trainer = rates["ours"][0] / rates["trainer"][0]
+            against_bare = sum(one["seconds"] for one in outcomes["bare"]) / sum(
+                one["seconds"] for one in outcomes["ours"]
+            )
             ratios[f"vs_trainer_{size}"].append(against_trainer)
             ratios["vs_bare_loop"].append(against_bare)
             ratios["loss_difference"].append(difference)
@@ -279,13 +282,13 @@ def main() -> None:
                 [
                     (
                         f"{preset}, {vocab} ids, {dtype}: {who}",
-                        f"{best[who]:8.0f} tokens/s  peak {peaks[who] / 1e6:6.0f} MB",
+                        f"{statistics.mean(rates[who]):8.0f} tokens/s  peak {peaks[who] / 1e6:6.0f} MB",
                     )
                     for who in CHILDREN
                 ]
                 + [("largest difference of a loss", f"{difference:.2%}")]
             )
-    worst = {key: min(values) if "min" in GOALS[key] else max(values) for key, values in ratios.items()}
+    worst = {key: min(values) if "min" in GOALS[key] else max(values) for key, values in ratios.items() if values}
     bench.finish({key: round(value, 4) for key, value in worst.items()} | figures)
 
 
