@@ -97,10 +97,12 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     """
     from rich.console import Console
 
+    from nightschool.training.memory import keep_freed_memory
     from nightschool.training.plan import make_plan, render_plan
 
     home = Home.find()
     settings = read_recipe(recipe, overrides)
+    keep_freed_memory(settings)  # what is measured here shall be what the run will do
     settings = settings.model_copy(update={"base": starting_weights(home, settings, say=note)})
     made = make_plan(settings, home, Path.cwd())
 

@@ -17,6 +17,7 @@ from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training import checkpoint, rng
 from nightschool.training.loop import Budget, fit
+from nightschool.training.memory import keep_freed_memory
 from nightschool.training.preparing import prepare
 from nightschool.training.progress import say
 from nightschool.training.saving import Ranks, open_saver
@@ -84,6 +85,7 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest)
         if wants_shards(recipe, world):
             ranks = saving_ranks(recipe, world, attempt)
             saver = stack.enter_context(open_saver(run, recipe.checkpoints, say, ranks=ranks))
+        keep_freed_memory(recipe)
         classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
         task, evaluate, budget = classroom.task, classroom.evaluate, classroom.budget
         state = TrainState(task.fingerprint)

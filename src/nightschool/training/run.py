@@ -30,6 +30,7 @@ from nightschool.training.candidate import publish
 from nightschool.training.checkpoint import Surroundings
 from nightschool.training.classroom import Classroom
 from nightschool.training.loop import fit
+from nightschool.training.memory import keep_freed_memory
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.plan import plan_of, render_plan
 from nightschool.training.preparing import prepare
@@ -167,6 +168,7 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
         say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
+        keep_freed_memory(recipe)
         classroom = prepare(home, run, recipe, root=root, resuming=resume is not None, point=point, world=world)
         write_json(run.path / "environment.json", describe_environment(classroom))
         plan = plan_of(classroom, home)

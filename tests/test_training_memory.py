@@ -1,0 +1,52 @@
+"""What a training step frees on a CPU stays with the process."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Page faults of twenty turns that take 80 MB and free it, before the call and after it.
+COUNT = """
+import resource, sys
+import torch
+from nightschool.config.recipe import Recipe
+from nightschool.training.memory import keep_freed_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(20_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+recipe = Recipe.model_validate({
+    "name": "bot", "base": "new:qwen3-tiny", "data": [{"path": "chats.jsonl"}], "train": {"device": sys.argv[1]}
+})
+given_back = page_faults()
+kept = keep_freed_memory(recipe)
+page_faults()
+print(given_back, int(kept), page_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to set in this C library")
+def test_memory_that_was_freed_is_there_for_the_next_step() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT, "cpu"], capture_output=True, text=True, check=True)
+    given_back, kept, faults = map(int, done.stdout.split())
+    assert given_back > 20_000, "without the call each turn finds its pages anew"
+    assert kept == 1
+    assert faults < given_back / 100
+
+
+def test_a_run_on_a_gpu_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from nightschool.config.recipe import Recipe
+    from nightschool.training import memory
+
+    monkeypatch.setattr(memory, "resolve_device", lambda _: torch.device("cuda"))
+    recipe = Recipe.model_validate({"name": "bot", "base": "new:qwen3-tiny", "data": [{"path": "chats.jsonl"}]})
+    assert not memory.keep_freed_memory(recipe)
