@@ -85,8 +85,8 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest)
         if wants_shards(recipe, world):
             ranks = saving_ranks(recipe, world, attempt)
             saver = stack.enter_context(open_saver(run, recipe.checkpoints, say, ranks=ranks))
-        keep_freed_memory(recipe)
         classroom = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
+        keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         task, evaluate, budget = classroom.task, classroom.evaluate, classroom.budget
         state = TrainState(task.fingerprint)
         surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))

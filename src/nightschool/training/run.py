@@ -168,8 +168,8 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
         say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
-        keep_freed_memory(recipe)
         classroom = prepare(home, run, recipe, root=root, resuming=resume is not None, point=point, world=world)
+        keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         write_json(run.path / "environment.json", describe_environment(classroom))
         plan = plan_of(classroom, home)
         write_json(run.path / "plan.json", plan.to_json())
