@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from live_server import eventually
@@ -63,6 +64,31 @@ def test_no_more_is_kept_than_the_limit_allows(tmp_path, bucket):
     assert len(fetched(tmp_path)) < len(source.shards.index.shards)
     with pytest.raises(Conflict):
         opened(bucket, tmp_path / "small", limit_bytes=10)
+
+
+def test_conversions_of_compressed_shards_count_and_go_like_shards(tmp_path, bucket):
+    expected = all_ids(batches_of(opened(bucket, tmp_path / "plain")))
+    eos = opened(bucket, tmp_path / "plain").shards.index.eos_token_id
+    for name in (INDEX, "progress.json"):
+        (bucket / name).unlink()
+    for path in bucket.glob("*.npz"):
+        with np.load(path) as arrays:
+            content = dict(arrays)
+        np.savez_compressed(path, **content)
+    made = tmp_path / "cache" / "fetched" / "made"
+    unlimited = opened(bucket, tmp_path / "unlimited", eos_token_id=eos)
+    all_ids(batches_of(unlimited))
+    conversions = sum(path.stat().st_size for path in (tmp_path / "unlimited/cache/fetched/made").iterdir())
+    originals = sum(path.stat().st_size for path in bucket.rglob("*") if path.is_file())
+    limit = originals + conversions // 2
+
+    source = opened(bucket, tmp_path, eos_token_id=eos, limit_bytes=limit)
+    batches = batches_of(source)
+    for place in range(batches.num_sequences):
+        ids = batches.get(0, place, 1).input_ids
+        assert torch.equal(ids, expected[:, place * 16 : place * 16 + 16])
+        assert source.shards._files.size_bytes <= limit
+    assert 0 < sum(path.stat().st_size for path in made.iterdir()) < conversions
 
 
 def test_what_comes_later_does_not_push_out_what_comes_next(tmp_path, bucket, monkeypatch):

@@ -8,10 +8,12 @@ they lie. Compressed ones, and rows with padding, are converted once to a plain 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +30,14 @@ _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 TokenIds = NDArray[np.integer[Any]]
 
 
-def open_tokens(path: Path, cache: Path, digest: str, eos_token_id: int | None = None) -> TokenIds:
+def open_tokens(
+    path: Path,
+    cache: Path,
+    digest: str,
+    eos_token_id: int | None = None,
+    *,
+    keep: Callable[[Path, bytes], None] = write_bytes,
+) -> TokenIds:
     """The tokens of one NPZ file without its padding, one dimension, mapped.
 
     Args:
@@ -36,12 +45,15 @@ def open_tokens(path: Path, cache: Path, digest: str, eos_token_id: int | None =
         cache: Where a converted copy is put if the file cannot be mapped as it is.
         digest: SHA-256 of the file: the name of that copy.
         eos_token_id: What a padded row must end with, as the next row is another document; appended where it is missing.
+        keep: Writes the copy.
 
     Raises:
         DataError: If it is no NPZ file, has no token ids, or they have another type or shape than token ids have.
     """
     converted = cache / f"{digest}-{eos_token_id}.npy"
-    if converted.is_file():
+    # Asked by opening it: another process may drop it at any time.
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(converted)  # used now, and so dropped last
         mapped: TokenIds = np.load(converted, mmap_mode="r", allow_pickle=False)
         return mapped
     with _opened(path) as archive:
@@ -66,8 +78,8 @@ def open_tokens(path: Path, cache: Path, digest: str, eos_token_id: int | None =
         raise DataError(f"{path} holds the token id {strange}; ids are numbers from 0 to 2³² - 1. Tokenize again.")
     content = io.BytesIO()
     np.save(content, flat.astype(_smallest_type(largest)), allow_pickle=False)
-    write_bytes(converted, content.getvalue())
-    return open_tokens(path, cache, digest, eos_token_id)
+    keep(converted, content.getvalue())
+    return open_tokens(path, cache, digest, eos_token_id, keep=keep)
 
 
 def fingerprint_in(path: Path) -> str | None:

@@ -26,15 +26,16 @@ from nightschool.store.remotes.cache import FileCache
 class RemoteShards(Shards):
     """Shards that lie in a bucket. One that is mapped stays on disk; others may be dropped for those that come next."""
 
-    def __init__(
-        self, remote: Remote, index: ShardIndex, files: FileCache, cache: Path, num_open: int, room_bytes: int
-    ) -> None:
-        super().__init__(Path(remote.url), index, cache, num_open=num_open)
+    def __init__(self, remote: Remote, index: ShardIndex, files: FileCache, num_open: int, room_bytes: int) -> None:
+        super().__init__(Path(remote.url), index, files.folder_of_made, num_open=num_open)
         self._remote, self._files, self._room_bytes = remote, files, room_bytes
 
     def path(self, number: int) -> Path:
         facts = self.index.shards[number]
         return self._files.fetch(self._remote, facts.file, facts.sha256)
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        self._files.keep(path, content)
 
     def _opened(self, number: int) -> None:
         facts = self.index.shards[number]
@@ -83,7 +84,7 @@ def open_remote_shards(
     for key in sorted(name for name in names if name.startswith(f"{TOKENIZER_FOLDER}/")):
         tokenizer = files.fetch(remote, key, pin=True).parent
     beside = sum(found.size_bytes for found in listed if not found.key.endswith(SHARD_ENDING))
-    return RemoteShards(remote, index, files, cache, num_open, limit_bytes - beside), tokenizer
+    return RemoteShards(remote, index, files, num_open, limit_bytes - beside), tokenizer
 
 
 def remote_shards_state(url: str, max_files: int | None) -> str:
@@ -114,6 +115,8 @@ def _index_of(
     # Each is fetched when it is read: all of them together may be more than the cache holds.
     paths = (files.fetch(remote, one.key) for one in shards)
     folder = files.path_of(remote, shards[0].key).parent
-    index = index_folder(folder, paths, cache, eos_token_id=eos_token_id, vocab_size=None)
+    index = index_folder(
+        folder, paths, files.folder_of_made, eos_token_id=eos_token_id, vocab_size=None, keep=files.keep
+    )
     keep_index(kept, index)
     return index

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from nightschool.data.npz import TokenIds, fingerprint_in, open_tokens
 from nightschool.errors import Damaged, DataError, NotFound
-from nightschool.store.atomic import write_json
+from nightschool.store.atomic import write_bytes, write_json
 
 INDEX = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -170,7 +170,7 @@ class Shards:
         self._opened(number)
         facts, path = self.index.shards[number], self.path(number)
         check_size(path, facts)
-        tokens = open_tokens(path, self._cache, facts.sha256, self.index.eos_token_id)
+        tokens = open_tokens(path, self._cache, facts.sha256, self.index.eos_token_id, keep=self._keep)
         if len(tokens) != facts.tokens:
             raise Damaged(f"{path} holds {len(tokens)} tokens, but its index says {facts.tokens}. {_AGAIN}")
         self._open[number] = tokens
@@ -180,6 +180,10 @@ class Shards:
 
     def look_ahead(self, numbers: Sequence[int]) -> None:
         """Hear which shards are needed next, in this order. For those that have to be fetched."""
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        """Write the conversion of a shard."""
+        write_bytes(path, content)
 
     def _opened(self, number: int) -> None:
         """A shard is about to be mapped."""
@@ -217,9 +221,15 @@ def sha256_of(path: Path) -> str:
 
 
 def index_folder(
-    folder: Path, files: Iterable[Path], cache: Path, *, eos_token_id: int | None, vocab_size: int | None
+    folder: Path,
+    files: Iterable[Path],
+    cache: Path,
+    *,
+    eos_token_id: int | None,
+    vocab_size: int | None,
+    keep: Callable[[Path, bytes], None] = write_bytes,
 ) -> ShardIndex:
-    """Find out what an index would say of `files`, by reading them once, one after the other.
+    """Find out what an index would say of `files`, by reading them once, one after the other. `keep` writes conversions into `cache`.
 
     Raises:
         DataError: If a file is no shard, or they were written by different tokenizers.
@@ -227,7 +237,7 @@ def index_folder(
     shards, fingerprints = [], {}
     for path in files:
         digest = sha256_of(path)
-        tokens = open_tokens(path, cache, digest, eos_token_id)
+        tokens = open_tokens(path, cache, digest, eos_token_id, keep=keep)
         largest, documents = -1, 0
         for start in range(0, len(tokens), _CHUNK_TOKENS):
             chunk = np.asarray(tokens[start : start + _CHUNK_TOKENS])

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nightschool.errors import Conflict, Damaged, NightschoolError, NotFound, Unreachable
-from nightschool.store.atomic import PARTIAL, make_folder, read_json, write_json
+from nightschool.store.atomic import PARTIAL, make_folder, read_json, write_bytes, write_json
 from nightschool.store.locks import lock
 from nightschool.store.remotes.address import path_below
-from nightschool.store.remotes.remote import ObjectFacts, Remote
+from nightschool.store.remotes.remote import Remote
 from nightschool.units import format_bytes
 
 _WAIT_SECONDS = 3600.0
@@ -63,7 +63,7 @@ class FileCache:
                 present = remote.head(key)
                 if present is None:
                     raise NotFound(f"There is no {remote.url_of(key)}. Check the address, or list what is there.")
-                self._make_room(present, path, remote)
+                self._make_room(present.size_bytes, path, remote.url_of(key))
                 remote.get_to_file(key, path, sha256=sha256, size_bytes=present.size_bytes)
                 write_json(
                     _beside(path, _FACTS), {"etag": present.etag, "sha256": sha256, "size_bytes": present.size_bytes}
@@ -80,6 +80,21 @@ class FileCache:
             if self._thread is None and self._wanted and not self._closed:
                 self._thread = threading.Thread(target=self._fetch_ahead, name="prefetch", daemon=True)
                 self._thread.start()
+
+    @property
+    def folder_of_made(self) -> Path:
+        """Where files that were made of fetched ones lie. Whatever is there counts and goes like those."""
+        return self._folder / "made"
+
+    def keep(self, path: Path, content: bytes) -> None:
+        """Write a file in `folder_of_made`. A program that has mapped it when it is dropped still reads it.
+
+        Raises:
+            Conflict: If it does not fit the limit beside what is pinned.
+            DiskFull: If the disk has no room.
+        """
+        self._make_room(len(content), path, path.name)
+        write_bytes(path, content)
 
     def pin(self, path: Path) -> None:
         """Let nobody drop a file that `fetch` gave, until `unpin` was called as often.
@@ -148,7 +163,7 @@ class FileCache:
             return True
         return present is not None and present.etag == kept.get("etag")
 
-    def _make_room(self, wanted: ObjectFacts, path: Path, remote: Remote) -> None:
+    def _make_room(self, size_bytes: int, path: Path, what: str) -> None:
         """Drop the files used longest ago until the wanted one fits.
 
         Raises:
@@ -156,7 +171,7 @@ class FileCache:
         """
         with lock(self._folder / ".lock", f"the cache {self._folder}", wait_seconds=_WAIT_SECONDS):
             files = [file for file in self._files() if file[2] != path]
-            over = sum(size for _, size, _ in files) + wanted.size_bytes - self.limit_bytes
+            over = sum(size for _, size, _ in files) + size_bytes - self.limit_bytes
             for _, size, old in sorted(files):
                 if over <= 0:
                     return
@@ -164,7 +179,7 @@ class FileCache:
                     over -= size
         if over > 0:
             raise Conflict(
-                f"{remote.url_of(wanted.key)} has {format_bytes(wanted.size_bytes)}, but the cache {self._folder} may "
+                f"{what} has {format_bytes(size_bytes)}, but the cache {self._folder} may "
                 f"hold {format_bytes(self.limit_bytes)}, and the rest is in use. Allow it more."
             )
 
