@@ -180,6 +180,8 @@ class Trial:
             announced = max([row["step"] for row in events(run, "checkpoint")], default=0)
             killed.total += 1
             killed.inside += inside
+            if run.status.candidate is not None:  # killed on its way out, with everything done
+                return run, killed
 
     def compare(self, one: Any, other: Any) -> tuple[int, int]:
         """Values of the last checkpoint that are missing or different, and how many there are."""
