@@ -163,6 +163,7 @@ class Shards:
 
         Raises:
             Damaged: If the file is not the one that the index describes.
+            Conflict: If it was fetched, and does not fit into the cache beside those that are in use.
         """
         if number in self._open:
             self._open.move_to_end(number)
@@ -229,7 +230,9 @@ def index_folder(
     vocab_size: int | None,
     keep: Callable[[Path, bytes], None] = write_bytes,
 ) -> ShardIndex:
-    """Find out what an index would say of `files`, by reading them once, one after the other. `keep` writes conversions into `cache`.
+    """Find out what an index would say of `files`, by reading them once, one after the other.
+
+    `keep` writes the conversions of those that cannot be mapped into `cache`.
 
     Raises:
         DataError: If a file is no shard, or they were written by different tokenizers.
