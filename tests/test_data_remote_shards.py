@@ -91,6 +91,18 @@ def test_conversions_of_compressed_shards_count_and_go_like_shards(tmp_path, buc
     assert 0 < sum(path.stat().st_size for path in made.iterdir()) < conversions
 
 
+def test_a_cache_that_holds_no_shard_beside_its_plain_copy_is_refused(tmp_path, bucket):
+    for path in bucket.iterdir():
+        if path.suffix != ".npz":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    np.savez_compressed(bucket / "tokens_00000.npz", input_ids=np.ones((8, 512), dtype=np.uint16))
+    original, copy = (bucket / "tokens_00000.npz").stat().st_size, 2 * 8 * 512 + 128
+    # There is room for the copy, but not by dropping the very shard that it is made of.
+    with pytest.raises(Conflict, match=r"plain copy .* Allow it more"):
+        opened(bucket, tmp_path, eos_token_id=0, limit_bytes=copy + original - 1)
+    assert opened(bucket, tmp_path, eos_token_id=0, limit_bytes=copy + original).shards.index.tokens == 8 * 512
+
+
 def test_what_comes_later_does_not_push_out_what_comes_next(tmp_path, bucket, monkeypatch):
     fetches = []
     get = Remote.get_to_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -112,11 +112,20 @@ def _index_of(
     kept = cache / f"index-{key}.json"
     if kept.is_file():
         return read_index(kept)
-    # Each is fetched when it is read: all of them together may be more than the cache holds.
-    paths = (files.fetch(remote, one.key) for one in shards)
     folder = files.path_of(remote, shards[0].key).parent
+    paths = _one_by_one(remote, shards, files)
     index = index_folder(
         folder, paths, files.folder_of_made, eos_token_id=eos_token_id, vocab_size=None, keep=files.keep
     )
     keep_index(kept, index)
     return index
+
+
+def _one_by_one(remote: Remote, shards: Sequence[ObjectFacts], files: FileCache) -> Iterator[Path]:
+    """Each is fetched when it is read, and may go afterwards: all together may be more than the cache holds."""
+    for one in shards:
+        path = files.fetch(remote, one.key, pin=True)
+        try:
+            yield path
+        finally:
+            files.unpin(path)

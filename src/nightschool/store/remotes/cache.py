@@ -93,7 +93,7 @@ class FileCache:
             Conflict: If it does not fit the limit beside what is pinned.
             DiskFull: If the disk has no room.
         """
-        self._make_room(len(content), path, path.name)
+        self._make_room(len(content), path, "The plain copy of a fetched file")
         write_bytes(path, content)
 
     def pin(self, path: Path) -> None:
