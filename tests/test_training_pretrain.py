@@ -18,6 +18,7 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
+from nightschool.training import run as run_module
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.plan import make_plan
 from nightschool.training.pretraining import open_source, prepare_pretraining
@@ -106,6 +107,17 @@ def test_a_run_learns_and_publishes_what_it_learned(tmp_path, corpus, capsys):
     assert version.facts.method == "pretrain"
     assert "MFU" in capsys.readouterr().out
     assert (run.path / "tensorboard").is_dir()
+
+
+def test_a_run_keeps_the_memory_of_its_steps_once_all_is_loaded(tmp_path, corpus, monkeypatch):
+    order = []
+    for name in ("prepare", "keep_freed_memory", "fit"):
+        called = getattr(run_module, name)
+        monkeypatch.setattr(
+            run_module, name, lambda *a, name=name, called=called, **k: (order.append(name), called(*a, **k))[1]
+        )
+    pretrain(Home(tmp_path / "home").ensure(), corpus)
+    assert order == ["prepare", "keep_freed_memory", "fit"]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, corpus):
