@@ -99,8 +99,11 @@ def test_a_cache_that_holds_no_shard_beside_its_plain_copy_is_refused(tmp_path, 
     original, copy = (bucket / "tokens_00000.npz").stat().st_size, 2 * 8 * 512 + 128
     # There is room for the copy, but not by dropping the very shard that it is made of.
     with pytest.raises(Conflict, match=r"plain copy .* Allow it more"):
-        opened(bucket, tmp_path, eos_token_id=0, limit_bytes=copy + original - 1)
-    assert opened(bucket, tmp_path, eos_token_id=0, limit_bytes=copy + original).shards.index.tokens == 8 * 512
+        opened(bucket, tmp_path, eos_token_id=0, max_files=1, limit_bytes=copy + original - 1)
+    assert (
+        opened(bucket, tmp_path, eos_token_id=0, max_files=1, limit_bytes=copy + original).shards.index.tokens
+        == 8 * 512
+    )
 
 
 def test_what_comes_later_does_not_push_out_what_comes_next(tmp_path, bucket, monkeypatch):
