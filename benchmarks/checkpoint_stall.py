@@ -29,14 +29,14 @@ from harness import Benchmark
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from nightschool.checkpoint_writer.client import writing_lock
 from nightschool.config.recipe import Checkpoints, Keep
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
-from nightschool.store.writing.client import writing_lock
-from nightschool.training.saving import Saver, open_saver
-from nightschool.training.snapshot import State
+from nightschool.training.checkpoint.saver import Saver, open_saver
+from nightschool.training.checkpoint.snapshot import State
 
 
 class Trained(nn.Module):

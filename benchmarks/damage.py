@@ -23,14 +23,14 @@ from harness import Benchmark
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nightschool.checkpoint_writer.commit import write_folder
 from nightschool.errors import Damaged, NotFound
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
-from nightschool.store.writing.commit import write_folder
-from nightschool.training import snapshot
-from nightschool.training.checkpoint import load_weights
-from nightschool.training.snapshot import State
+from nightschool.training.checkpoint import snapshot
+from nightschool.training.checkpoint.full_state import load_weights
+from nightschool.training.checkpoint.snapshot import State
 
 PAGE_BYTES = 4096
 KINDS = ("flipped bit", "zeroed page", "truncated", "swapped", "missing")

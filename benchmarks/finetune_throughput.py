@@ -37,7 +37,7 @@ class Setting:
 
     def __init__(self, num_chats: int, quick: bool) -> None:
         from nightschool.data.batches import Batches
-        from nightschool.data.chat import render_example
+        from nightschool.data.chat.render import render_example
         from nightschool.data.example import Example, Message
 
         everything = chats()
@@ -73,11 +73,11 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
     from nightschool.config.recipe import Train
     from nightschool.data.batches import Batches
     from nightschool.models.dtype import resolve_dtype
-    from nightschool.training.causal import FinetuneTask
     from nightschool.training.loop import Budget, fit
+    from nightschool.training.methods.causal import FinetuneTask
     from nightschool.training.metrics import MetricsLog
     from nightschool.training.optimizer import Schedule
-    from nightschool.training.precision import choose_by_measuring
+    from nightschool.training.planning.precision import choose_by_measuring
     from nightschool.training.state import TrainState
 
     model = copy.deepcopy(setting.model)

@@ -61,7 +61,7 @@ def main() -> None:
         "Old facts kept and new facts learned after a night, with and without replay",
         {"kept_with_replay": {"min": 0.97}, "learned_with_replay": {"min": 0.95}},
     )
-    from nightschool.data.facts import make_world, write_world
+    from nightschool.data.synthetic import make_world, write_world
 
     seeds = (0,) if bench.quick else (0, 1, 2)
     nights: dict[str, list[Night]] = {"with replay": [], "without replay": []}

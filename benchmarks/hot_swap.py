@@ -34,10 +34,10 @@ def publish(home: Any, tokenizer: Any, seed: int) -> Any:
     """A version with random weights."""
     from nightschool.models.export import save_version_folder
     from nightschool.store.registry import Registry
-    from nightschool.store.versions import VersionFacts
+    from nightschool.store.versions import VersionMetadata
 
     model = qwen3(len(tokenizer), seed=seed, max_position_embeddings=512)
-    facts = VersionFacts(
+    facts = VersionMetadata(
         kind="model",
         method="full",
         base="bench",

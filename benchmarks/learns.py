@@ -63,7 +63,7 @@ def room_of(plain: dict[str, Any], home: Path) -> Any:
     """Model, batches and optimizer settings of the recipe."""
     from nightschool.config.recipe import Recipe
     from nightschool.store.home import Home
-    from nightschool.training.pretraining import prepare_pretraining
+    from nightschool.training.methods.pretrain import prepare_pretraining
 
     return prepare_pretraining(Recipe.model_validate(plain), Home(home))
 
@@ -209,7 +209,7 @@ def ngram_losses(room: Any) -> dict[str, float]:
 
 def make_shards(folder: Path) -> Path:
     """The shared English texts as shards."""
-    from nightschool.data.tokenize import tokenize, train_tokenizer
+    from nightschool.data.shards.tokenize import tokenize, train_tokenizer
 
     files = sorted((DATA / "text").glob("*.txt"))
     if not files:

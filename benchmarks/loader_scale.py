@@ -34,8 +34,8 @@ import json, os, sys, time
 import numpy as np
 before = time.perf_counter()
 from pathlib import Path
-from nightschool.data.shard_sources import open_shards
-from nightschool.data.token_batches import Portion, TokenBatches
+from nightschool.data.shards.shard_sources import open_shards
+from nightschool.data.shards.token_batches import Portion, TokenBatches
 imported = time.perf_counter()
 
 def own_bytes():
@@ -70,8 +70,8 @@ print(json.dumps({"first_batch": first_batch, "peak": max(peak, own_bytes()), "r
 
 def make_corpus(folder: Path, size_bytes: int) -> None:
     """Shards of random ids: what is in them changes nothing here."""
-    from nightschool.data.shards import INDEX, ShardFacts, ShardIndex, keep_index
-    from nightschool.data.tokenize import write_shard
+    from nightschool.data.shards.shards import INDEX, ShardIndex, ShardInfo, keep_index
+    from nightschool.data.shards.tokenize import write_shard
 
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def make_corpus(folder: Path, size_bytes: int) -> None:
         name = f"tokens_{number:05d}.npz"
         # Own pages on disk for each, without tokenizing again.
         (folder / name).write_bytes((folder / first.file).read_bytes())
-        facts.append(ShardFacts(**{**vars(first), "file": name}))
+        facts.append(ShardInfo(**{**vars(first), "file": name}))
     keep_index(folder / INDEX, ShardIndex(tuple(facts), "0" * 64, VOCAB_SIZE, EOS, 4.0))
 
 
@@ -100,7 +100,7 @@ def measure(folder: Path, seconds: float) -> dict[str, float]:
 
 def seek_at_50_billion() -> float:
     """Milliseconds to the sequence at a place of a corpus of 50 billion tokens, epoch just begun: the order alone."""
-    from nightschool.data.order import SequenceOrder
+    from nightschool.data.shards.permutation import SequenceOrder
 
     sequences = 50_000_000_000 // SEQ_LEN
     order = SequenceOrder([sequences // 1000] * 1000, seed=1, group_shards=16)
@@ -116,8 +116,8 @@ def ranks_differ(folder: Path) -> int:
     """Global batches in which 2 or 8 ranks together do not see what one sees, in their order."""
     import torch
 
-    from nightschool.data.shard_sources import open_shards
-    from nightschool.data.token_batches import Portion, TokenBatches
+    from nightschool.data.shards.shard_sources import open_shards
+    from nightschool.data.shards.token_batches import Portion, TokenBatches
 
     source = open_shards(str(folder), root=folder, cache=folder / "cache")
     batches = TokenBatches(source.shards, seq_len=SEQ_LEN, seed=1, group_shards=16, vocab_size=VOCAB_SIZE)

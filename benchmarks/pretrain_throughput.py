@@ -80,7 +80,7 @@ def classroom_of(plain: dict[str, Any], home_path: Path) -> Any:
     """The model, the batches and the optimizer of the recipe."""
     from nightschool.config.recipe import Recipe
     from nightschool.store.home import Home
-    from nightschool.training.pretraining import prepare_pretraining
+    from nightschool.training.methods.pretrain import prepare_pretraining
 
     return prepare_pretraining(Recipe.model_validate(plain), Home(home_path))
 
@@ -226,7 +226,7 @@ def child() -> None:
 
 def make_shards(folder: Path, vocab_size: int) -> Path:
     """The shared English texts as shards with a vocabulary of this size."""
-    from nightschool.data.tokenize import tokenize, train_tokenizer
+    from nightschool.data.shards.tokenize import tokenize, train_tokenizer
 
     files = sorted((DATA / "text").glob("*.txt"))
     if not files:

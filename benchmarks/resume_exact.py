@@ -71,7 +71,7 @@ class Trial:
     """A setting with its base, its data and its recipe."""
 
     def __init__(self, folder: Path, setting: Setting, epochs: int) -> None:
-        from nightschool.data.facts import make_world, write_world
+        from nightschool.data.synthetic import make_world, write_world
         from nightschool.data.tokenizer import train_bpe
         from nightschool.models.build import build_model
         from nightschool.models.export import save_version_folder
@@ -109,7 +109,7 @@ class Trial:
         }
 
     def _pretrain(self, texts: list[str], tokenizer: Any, learning: dict[str, Any]) -> None:
-        from nightschool.data.tokenize import tokenize
+        from nightschool.data.shards.tokenize import tokenize
 
         (self.folder / "text.txt").write_text("\n".join(texts * 8), encoding="utf-8")
         tokenize([self.folder / "text.txt"], self.folder / "shards", tokenizer, row_tokens=64, shard_tokens=4096)
@@ -186,8 +186,8 @@ class Trial:
     def compare(self, one: Any, other: Any) -> tuple[int, int]:
         """Values of the last checkpoint that are missing or different, and how many there are."""
         from nightschool.store import checkpoints
-        from nightschool.training.rng import group_of
-        from nightschool.training.stored_tensors import load_group
+        from nightschool.training.checkpoint.checkpoint_reader import load_group
+        from nightschool.training.checkpoint.rng import group_of
 
         different = total = 0
         a, b = (checkpoints.newest_whole(run).checkpoint.path for run in (one, other))

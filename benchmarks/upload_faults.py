@@ -34,7 +34,8 @@ PACE_SECONDS = 0.9
 COMMITTER = """
 import random, sys, time
 from pathlib import Path
-from nightschool.store import checkpoints, uploads
+from nightschool.store import checkpoints
+from nightschool import uploads
 from nightschool.store.atomic import publish_directory, sweep_partials
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
@@ -168,7 +169,8 @@ class Processes:
 
 
 def run(folder: Path, num_checkpoints: int, num_kills: int, server: str, proxy: FaultProxy) -> dict[str, Any]:
-    from nightschool.store import checkpoints, uploads
+    from nightschool import uploads
+    from nightschool.store import checkpoints
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
 

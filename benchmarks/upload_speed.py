@@ -50,11 +50,11 @@ def bare_put(path: str, port: int) -> tuple[float, float]:
 
 def our_put(home_path: str, checkpoint: str, run_id: str, url: str) -> tuple[float, float]:
     """What the uploader does with one checkpoint: journal, data, comparison, manifest, pointers."""
+    from nightschool.remotes import open_remote
     from nightschool.store.database import open_database
     from nightschool.store.home import Home
-    from nightschool.store.remotes import open_remote
-    from nightschool.store.uploads.journal import Journal
-    from nightschool.store.uploads.push import attempt
+    from nightschool.uploads.journal import Journal
+    from nightschool.uploads.push import attempt
 
     home = Home(Path(home_path))
     with open_database(home) as db:
@@ -85,7 +85,7 @@ def make_checkpoint(run: Any, step: int, num_bytes: int) -> Path:
 
 def write_and_enqueue(orders: Any, home_path: str, run_id: str, num_bytes: int) -> None:
     """What the writer of a trainer does: it persists a checkpoint and enters it; the uploader does the rest."""
-    from nightschool.store import uploads
+    from nightschool import uploads
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
 
@@ -125,7 +125,7 @@ def main() -> None:
             "step_while_uploading": {"max": 1.5},
         },
     )
-    from nightschool.store import uploads
+    from nightschool import uploads
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
 

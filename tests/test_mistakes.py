@@ -14,15 +14,11 @@ from typing import get_args
 import httpx2
 import pytest
 import torch
-from engine_setups import lively_model
-from live_server import eventually, live
 from pydantic import BaseModel
-from tokenizers_for_tests import byte_tokenizer
 
 from nightschool.config.recipe import Recipe, Shape
-from nightschool.data.chat import render_prompt
+from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Example, Message
-from nightschool.data.load import load_sources
 from nightschool.engine import exam
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.engine.slot import Slot
@@ -30,68 +26,72 @@ from nightschool.errors import NightschoolError
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ScoreSheet
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.schedule import Timetable
-from nightschool.jobs.study import NewExamples, reason_to_skip
+from nightschool.jobs.selection import NewExamples, reason_to_skip
 from nightschool.models.export import save_version_folder
-from nightschool.store.accepted import AcceptedExamples
-from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.store.versions import VersionFacts
-from nightschool.training import classroom as classroom_module
-from nightschool.training.classroom import prepare_classroom
+from nightschool.store.versions import VersionMetadata
+from nightschool.training import setup as classroom_module
 from nightschool.training.loop import fit
 from nightschool.training.metrics import MetricsLog
-from nightschool.training.plan import plan_of
+from nightschool.training.planning.plan import plan_of
 from nightschool.training.selection import select_examples
+from nightschool.training.setup import prepare_finetune
 from nightschool.training.state import TrainState
+from tests.support.engine_setups import lively_model
+from tests.support.live_server import eventually, live
+from tests.support.tokenizers_for_tests import byte_tokenizer
 
 TESTS = Path(__file__).parent
 
 PROVEN_ELSEWHERE = {
     "adding padding must not change loss, accuracy or gradients": [
-        "test_training_loop.py::test_adding_padding_changes_neither_loss_nor_gradients",
-        "test_layers_attention.py::test_packed_and_padded_give_one_loss_and_one_gradient",
-        "test_training_pretrain.py::test_adding_padding_changes_no_loss",
+        "training/test_loop.py::test_adding_padding_changes_neither_loss_nor_gradients",
+        "layers/test_attention.py::test_packed_and_padded_give_one_loss_and_one_gradient",
+        "training/test_pretrain.py::test_adding_padding_changes_no_loss",
     ],
     "the model must overfit one example and reproduce its answer greedily": [
-        "test_training_loop.py::test_the_model_overfits_one_example_and_repeats_its_answer_greedily",
-        "test_training_run.py::test_a_published_version_generates_what_was_taught_under_plain_transformers",
-        "test_training_pretrain.py::test_it_overfits_one_sequence_and_writes_it_greedily",
-        "test_data_token_batches.py::test_labels_are_the_next_tokens_and_none_is_shifted_twice",
+        "training/test_loop.py::test_the_model_overfits_one_example_and_repeats_its_answer_greedily",
+        "training/test_run.py::test_a_published_version_generates_what_was_taught_under_plain_transformers",
+        "training/test_pretrain.py::test_it_overfits_one_sequence_and_writes_it_greedily",
+        "data/test_token_batches.py::test_labels_are_the_next_tokens_and_none_is_shifted_twice",
     ],
     "printed counts equal numel(); measured peak memory reported": [
-        "test_models_cost.py::test_counts_add_up_to_numel",
-        "test_models_cost.py::test_expected_bytes_are_within_a_factor_of_two_of_measured_ones",
-        "test_training_plan.py::test_the_plan_counts_what_is_there",
-        "test_training_pretrain.py::test_presets_are_called_what_they_are",
+        "models/test_cost.py::test_counts_add_up_to_numel",
+        "models/test_cost.py::test_expected_bytes_are_within_a_factor_of_two_of_measured_ones",
+        "training/test_plan.py::test_the_plan_counts_what_is_there",
+        "training/test_pretrain.py::test_presets_are_called_what_they_are",
     ],
     "a half-written or failed version is never served": [
-        "test_store_registry.py::test_a_half_written_version_is_invisible",
-        "test_store_registry.py::test_a_damaged_version_is_neither_promoted_nor_rolled_back_to",
-        "test_engine_slot.py::test_a_swap_that_fails_changes_nothing",
-        "test_server_real.py::test_a_tampered_version_is_refused_and_the_old_one_serves_on",
+        "store/test_registry.py::test_a_half_written_version_is_invisible",
+        "store/test_registry.py::test_a_damaged_version_is_neither_promoted_nor_rolled_back_to",
+        "engine/test_slot.py::test_a_swap_that_fails_changes_nothing",
+        "server/test_real.py::test_a_tampered_version_is_refused_and_the_old_one_serves_on",
     ],
     "/health answers < 100 ms during generate; cancel stops within one step": [
-        "test_server_real.py::test_health_answers_at_once_while_it_generates",
-        "test_engine_generate.py::test_a_cancelled_request_leaves_its_row_to_the_next_at_once",
+        "server/test_real.py::test_health_answers_at_once_while_it_generates",
+        "engine/test_generate.py::test_a_cancelled_request_leaves_its_row_to_the_next_at_once",
     ],
     "interrupted+resumed run equals the uninterrupted one bit for bit": [
-        "test_training_resume.py::test_interrupted_and_resumed_equals_uninterrupted",
-        "test_training_run.py::test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly",
-        "test_training_pretrain.py::test_interrupted_and_resumed_equals_uninterrupted",
-        "test_training_world.py::test_stopped_and_resumed_by_two_and_once_by_one",
+        "training/test_resume.py::test_interrupted_and_resumed_equals_uninterrupted",
+        "training/test_run.py::test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly",
+        "training/test_pretrain.py::test_interrupted_and_resumed_equals_uninterrupted",
+        "training/test_world.py::test_stopped_and_resumed_by_two_and_once_by_one",
     ],
     "failures surface with a non-zero exit / error code": [
-        "test_training_run.py::test_what_cannot_be_trained_fails_with_its_error",
-        "test_cli_train.py::test_train_exits_as_its_cycle_ended",
-        "test_engine_exam.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam",
-        "test_server_compat.py::test_a_failed_refresh_is_500_is_counted_and_the_old_version_serves_on",
-        "test_server_openai.py::test_a_failure_in_the_middle_of_a_stream_reaches_the_client_as_an_error",
-        "test_training_world.py::test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed",
-        "test_training_saving.py::test_a_full_disk_stops_the_run_at_the_next_save",
+        "training/test_run.py::test_what_cannot_be_trained_fails_with_its_error",
+        "cli/test_train.py::test_train_exits_as_its_cycle_ended",
+        "engine/test_exam.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam",
+        "server/test_parametric_memory.py::test_a_failed_refresh_is_500_is_counted_and_the_old_version_serves_on",
+        "server/test_openai.py::test_a_failure_in_the_middle_of_a_stream_reaches_the_client_as_an_error",
+        "training/test_world.py::test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed",
+        "training/test_saver.py::test_a_full_disk_stops_the_run_at_the_next_save",
     ],
 }
 
@@ -108,7 +108,7 @@ def test_each_mistake_has_its_tests(mistake):
 
 
 def test_a_test_that_is_gone_would_be_noticed():
-    assert not exists("test_models_cost.py::test_counts")
+    assert not exists("models/test_cost.py::test_counts")
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +198,7 @@ def a_run(place, recipe, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
     try:
         selection = select_examples(recipe, place.home, place.root)
-        room = prepare_classroom(recipe, selection, place.home, root=place.root)
+        room = prepare_finetune(recipe, selection, place.home, root=place.root)
     except NightschoolError as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -244,7 +244,7 @@ def studied(place, recipe, monkeypatch):
 
 def disk(place, recipe, monkeypatch):
     """What the plan reserves for checkpoints."""
-    room = prepare_classroom(recipe, select_examples(recipe, place.home, place.root), place.home, root=place.root)
+    room = prepare_finetune(recipe, select_examples(recipe, place.home, place.root), place.home, root=place.root)
     return plan_of(room, place.home).disk_needed_bytes
 
 
@@ -289,13 +289,13 @@ OBSERVED = {
     "base": (a_run, {}, {"base": "./other"}),
     "method": (a_run, {}, LORA),
     "data.path": (a_run, {}, {"data": [{"path": "fewer.json"}]}),
-    "data.repeat": "test_data_repeat.py::test_a_new_example_is_studied_as_often_as_its_source_says",
-    "data.format": "test_data_load.py::test_a_pinned_format_is_used",
+    "data.repeat": "data/test_repeat.py::test_a_new_example_is_studied_as_often_as_its_source_says",
+    "data.format": "data/test_load.py::test_a_pinned_format_is_used",
     "data.from_": (studied, {}, KEPT),
     "data.where.rating": (studied, KEPT, kept(rating="good")),
     "data.where.corrected": (studied, KEPT, kept(corrected=True)),
     "data.where.model": (studied, KEPT, kept(model="aide")),
-    "data.since": "test_data_load.py::test_since_the_last_promotion_means_since_its_run_began",
+    "data.since": "data/test_load.py::test_since_the_last_promotion_means_since_its_run_began",
     "held_out.share": (a_run, {}, {"held_out.share": 0.8}),
     "held_out.min_examples": (a_run, {}, {"held_out.min_examples": 100}),
     "held_out.path": (a_run, {}, {"held_out.path": "held.json"}),
@@ -333,50 +333,50 @@ OBSERVED = {
     "checkpoints.every": (a_run, {}, {"checkpoints.every": "1 steps"}),
     "checkpoints.keep.last": (disk, {}, {"checkpoints.keep.last": 1}),
     "checkpoints.keep.best": (disk, {}, {"checkpoints.keep.best": 0}),
-    "checkpoints.keep.every": "test_store_checkpoints.py::test_milestones_stay_for_ever",
+    "checkpoints.keep.every": "store/test_checkpoints.py::test_milestones_stay_for_ever",
     "checkpoints.background": (
-        "test_training_saving.py::test_what_is_saved_is_the_state_at_the_call_whatever_the_next_step_does"
+        "training/test_saver.py::test_what_is_saved_is_the_state_at_the_call_whatever_the_next_step_does"
     ),
-    "checkpoints.on_full_disk": "test_training_saving.py::test_a_full_disk_lets_the_run_go_on_if_the_recipe_says_so",
-    "checkpoints.upload.url": "test_store_uploads.py::test_what_is_committed_is_pending_until_it_is_uploaded",
-    "checkpoints.upload.background": "test_store_uploads.py::test_a_trainer_can_wait_for_its_upload",
-    "checkpoints.upload.archive": "test_cli_uploads.py::test_an_archive_is_pushed_as_documented",
-    "checkpoints.upload.bandwidth": "test_store_remotes.py::test_a_throttle_keeps_to_its_rate",
-    "checkpoints.upload.max_pending": "test_store_upload_faults.py::test_a_run_waits_until_enough_is_uploaded",
+    "checkpoints.on_full_disk": "training/test_saver.py::test_a_full_disk_lets_the_run_go_on_if_the_recipe_says_so",
+    "checkpoints.upload.url": "uploads/test_uploads.py::test_what_is_committed_is_pending_until_it_is_uploaded",
+    "checkpoints.upload.background": "uploads/test_uploads.py::test_a_trainer_can_wait_for_its_upload",
+    "checkpoints.upload.archive": "cli/test_uploads.py::test_an_archive_is_pushed_as_documented",
+    "checkpoints.upload.bandwidth": "remotes/test_remotes.py::test_a_throttle_keeps_to_its_rate",
+    "checkpoints.upload.max_pending": "uploads/test_faults.py::test_a_run_waits_until_enough_is_uploaded",
     "checkpoints.upload.wait_at_stop": (
-        "test_store_upload_faults.py::test_a_run_that_stops_waits_for_its_uploads_but_not_for_ever"
+        "uploads/test_faults.py::test_a_run_that_stops_waits_for_its_uploads_but_not_for_ever"
     ),
-    "pretrain.cache_limit": "test_data_remote_shards.py::test_no_more_is_kept_than_the_limit_allows",
-    "pretrain.group_shards": "test_data_token_batches.py::test_what_decides_the_order_is_in_the_fingerprint",
-    "pretrain.held_out_tokens": "test_data_token_batches.py::test_what_is_held_out_is_never_trained",
-    "pretrain.loss_across_documents": "test_data_token_batches.py::test_what_decides_the_order_is_in_the_fingerprint",
-    "pretrain.max_files": "test_data_shards.py::test_a_folder_with_an_index",
-    "pretrain.sample_tokens": "test_training_pretrain.py::test_a_run_learns_and_publishes_what_it_learned",
-    "tokenizer": "test_training_pretrain.py::test_adding_padding_changes_no_loss",
-    "train.num_processes": "test_training_world.py::test_two_processes_learn_what_one_learns_from_twice_the_batch",
-    "train.zero_stage": "test_training_world.py::test_sharded_processes_learn_the_same_and_each_saves_its_part",
+    "pretrain.cache_limit": "data/test_remote_shards.py::test_no_more_is_kept_than_the_limit_allows",
+    "pretrain.group_shards": "data/test_token_batches.py::test_what_decides_the_order_is_in_the_fingerprint",
+    "pretrain.held_out_tokens": "data/test_token_batches.py::test_what_is_held_out_is_never_trained",
+    "pretrain.loss_across_documents": "data/test_token_batches.py::test_what_decides_the_order_is_in_the_fingerprint",
+    "pretrain.max_files": "data/test_shards.py::test_a_folder_with_an_index",
+    "pretrain.sample_tokens": "training/test_pretrain.py::test_a_run_learns_and_publishes_what_it_learned",
+    "tokenizer": "training/test_pretrain.py::test_adding_padding_changes_no_loss",
+    "train.num_processes": "training/test_world.py::test_two_processes_learn_what_one_learns_from_twice_the_batch",
+    "train.zero_stage": "training/test_world.py::test_sharded_processes_learn_the_same_and_each_saves_its_part",
     **dict.fromkeys(
         (f"shape.{name}" for name in Shape.model_fields),
-        "test_training_pretrain.py::test_each_field_of_a_shape_shapes_the_model",
+        "training/test_pretrain.py::test_each_field_of_a_shape_shapes_the_model",
     ),
     "gate.holdout_loss": (judged, {}, {"gate.holdout_loss": "<= 1.5"}),
     "gate.forgetting": (judged, {}, {"gate.forgetting": "<= 1%"}),
     "gate.new_facts": (judged, {}, {"gate.new_facts": "off"}),
-    "gate.pins": "test_engine_exam.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
+    "gate.pins": "engine/test_exam.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
     "gate.sample": (asked, {}, {"gate.sample": 2}),
     "gate.max_new_tokens": (asked, {}, {"gate.max_new_tokens": 7}),
     "schedule.every": (next_night, {}, {"schedule.every": "6h"}),
     "schedule.cron": (next_night, {}, CRON),
     "schedule.timezone": (next_night, CRON, {"schedule.timezone": "Asia/Tokyo"}),
-    "schedule.missed": "test_jobs_runner.py::test_what_was_missed_is_skipped_where_the_recipe_says_so",
-    "schedule.overlap": "test_jobs_runner.py::test_cycles_that_fall_due_while_one_runs_are_skipped_and_counted",
+    "schedule.missed": "jobs/test_scheduler.py::test_what_was_missed_is_skipped_where_the_recipe_says_so",
+    "schedule.overlap": "jobs/test_scheduler.py::test_cycles_that_fall_due_while_one_runs_are_skipped_and_counted",
     "schedule.min_new_examples": (skipped, {}, {"schedule.min_new_examples": 2}),
-    "serve.promote": "test_jobs_cycle.py::test_the_recipe_says_when_the_champion_moves",
+    "serve.promote": "jobs/test_cycle.py::test_the_recipe_says_when_the_champion_moves",
     "serve.model_check_interval": (
-        "test_cli_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"
+        "cli/test_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"
     ),
     "serve.record_conversations": (
-        "test_cli_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"
+        "cli/test_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"
     ),
 }
 
@@ -450,7 +450,7 @@ class Bot:
         for seed in (1, 2):
             model = lively_model("tiny-llama", seed=seed)
             version = self.registry.publish(
-                "bot", lambda folder, model=model: save_version_folder(model, self.tokenizer, folder), VersionFacts()
+                "bot", lambda folder, model=model: save_version_folder(model, self.tokenizer, folder), VersionMetadata()
             )
             self.models[version.id] = model
         self.old, self.new = self.models

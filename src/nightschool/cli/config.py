@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nightschool.cli.session import answer, print_json
+from nightschool.cli.output import answer, print_json
 from nightschool.config.load import load_recipe
 from nightschool.config.schema import json_schema
 from nightschool.config.write import to_yaml

@@ -6,18 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nightschool.cli.output import answer, bold, confirm
 from nightschool.cli.recipes import read_recipe
-from nightschool.cli.session import answer, bold, confirm
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
-from nightschool.data.known import lesson_for
-from nightschool.data.load import Loaded, load_sources, read_file, split_held_out
-from nightschool.data.shard_sources import is_shard_folder, open_shards
-from nightschool.data.shards import verify_shard
+from nightschool.data.shards.shard_sources import is_shard_folder, open_shards
+from nightschool.data.shards.shards import verify_shard
+from nightschool.data.sources.load import Loaded, read_file, split_held_out
 from nightschool.errors import Damaged, UsageError
-from nightschool.jobs.study import starting_weights
-from nightschool.store.accepted import AcceptedExamples
-from nightschool.store.conversations import ConversationStore
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.novelty import novelty_for
+from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.training_data import load_sources
+from nightschool.jobs.selection import starting_weights
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
@@ -67,7 +68,7 @@ def check(source: Path, /, *overrides: str) -> int:
         home = Home.find()
         trained = AcceptedExamples(open_database(home)).trained(recipe.name)
         split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd(), trained=trained)
-        new = lesson_for(home, recipe.name, starting_weights(home, recipe), split.train).new
+        new = novelty_for(home, recipe.name, starting_weights(home, recipe), split.train).new
         data |= {
             "held_out": len(split.held_out),
             "new": len(new),

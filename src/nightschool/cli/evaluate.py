@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.session import answer, bold, note
-from nightschool.cli.terms import figure
+from nightschool.cli.formatting import figure
+from nightschool.cli.output import answer, bold, note
 from nightschool.data.example import Example, Message
-from nightschool.data.load import read_file
+from nightschool.data.sources.load import read_file
 from nightschool.errors import NameRefused, NightschoolError, NotFound, NothingToTrain, PromptTooLong, UsageError
 from nightschool.evaluation.diff import shortened
 from nightschool.events import read_events
-from nightschool.store.accepted import AcceptedExamples
+from nightschool.feedback.pins import Pin, Pins
+from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.store.atomic import write_text
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
-from nightschool.store.pins import Pin, Pins
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import RunStore
 
@@ -217,7 +217,7 @@ def _submit(local: Any, question: Any, max_new_tokens: int) -> Any:
 def _loss(local: Any, held_out: Sequence[Example], max_seq_len: int) -> tuple[float | None, int]:
     """Nats per token, and tokens; None if nothing is held out."""
     from nightschool.data.batches import Batches
-    from nightschool.data.rendering import render_examples
+    from nightschool.data.chat.render_examples import render_examples
     from nightschool.evaluation.heldout import heldout_loss
 
     rendered = render_examples(local.loaded.tokenizer, held_out, min(max_seq_len, local.loaded.context_tokens))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from nightschool.data.chat import render_prompt
+from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle

@@ -17,7 +17,7 @@ from pathlib import Path
 from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
 
 from nightschool import __version__
-from nightschool.cli.session import CURRENT, Session, print_json, session
+from nightschool.cli.output import CURRENT, Session, print_json, session
 from nightschool.errors import NightschoolError, RecipeError, UsageError
 
 EVERYWHERE = """\
@@ -81,12 +81,12 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             ),
             "prune": ("nightschool.cli.checkpoints:prune", "Delete old checkpoints, never the only whole one."),
             "compare": ("nightschool.cli.checkpoints:compare", "The figures of checkpoints, side by side."),
-            "plot": ("nightschool.cli.checkpoint_plot:plot", "Draw loss, held-out loss and learning rate."),
+            "plot": ("nightschool.cli.checkpoints.plot:plot", "Draw loss, held-out loss and learning rate."),
             "export": (
-                "nightschool.cli.checkpoint_exchange:export",
+                "nightschool.cli.checkpoints.exchange:export",
                 "Write it as a folder that transformers or accelerate loads.",
             ),
-            "import": ("nightschool.cli.checkpoint_exchange:import_", "Go on from what accelerate wrote."),
+            "import": ("nightschool.cli.checkpoints.exchange:import_", "Go on from what accelerate wrote."),
         },
     ),
     "uploads": (

@@ -8,17 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.session import answer, bold, colour_wanted, confirm, table
-from nightschool.cli.terms import figure, folder_bytes, moment
+from nightschool.cli.formatting import figure, folder_bytes, moment
+from nightschool.cli.output import answer, bold, colour_wanted, confirm, table
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import ScoreSheet, figure_to_json
 from nightschool.evaluation.verdict import GateReport
+from nightschool.feedback.promotion import pin as pin_champion
+from nightschool.feedback.promotion import promote as promote_version
+from nightschool.feedback.promotion import roll_back
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
-from nightschool.store.promotion import pin as pin_champion
-from nightschool.store.promotion import promote as promote_version
-from nightschool.store.promotion import roll_back
 from nightschool.store.registry import Registry, Version
 from nightschool.units import format_bytes
 

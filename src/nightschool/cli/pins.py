@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from nightschool.cli.session import answer, confirm, table
+from nightschool.cli.output import answer, confirm, table
+from nightschool.feedback.pins import Pins
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
-from nightschool.store.pins import Pins
 
 
 def add(question: str, expected: str, /, *, name: str = "default") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nightschool.cli.session import note
+from nightschool.cli.output import note
 from nightschool.config.load import load_recipe
 from nightschool.config.recipe import Recipe
 

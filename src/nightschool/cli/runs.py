@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from nightschool.cli.formatting import duration, figure, folder_bytes, moment, plain, sparkline
+from nightschool.cli.lookup import find_run
 from nightschool.cli.metrics_rows import Row, RowsFollower, is_number, read_rows
-from nightschool.cli.session import answer, confirm, session, table
-from nightschool.cli.terms import duration, figure, find_run, folder_bytes, moment, plain, sparkline
+from nightschool.cli.output import answer, confirm, session, table
 from nightschool.errors import NotFound
 from nightschool.jobs.processes import ask_to_stop, effective_state, training_process
 from nightschool.store import checkpoints

@@ -9,14 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nightschool.cli.formatting import moment
+from nightschool.cli.output import answer, let_children_colour, session, table
 from nightschool.cli.recipes import read_recipe
-from nightschool.cli.session import answer, let_children_colour, session, table
-from nightschool.cli.terms import moment
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Locked
 from nightschool.events import now
-from nightschool.jobs.runner import Scheduler, schedule_lock_path
 from nightschool.jobs.schedule import Timetable
+from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
 from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database
 from nightschool.store.home import Home

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nightschool.cli.output import note
 from nightschool.cli.recipes import read_recipe
-from nightschool.cli.session import note
 from nightschool.config.recipe import Serve
 from nightschool.errors import UsageError
 from nightschool.store.home import Home

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nightschool.cli.session import answer, note
+from nightschool.cli.output import answer, note
 from nightschool.errors import UsageError
 from nightschool.units import format_bytes, parse_tokens
 
@@ -32,10 +32,10 @@ def tokenize(
         row_tokens: Tokens of a row of the arrays.
         shard_tokens: Tokens of a shard.
     """
-    from nightschool.data.rows import expand
-    from nightschool.data.shards import TOKENIZER_FOLDER, ShardFacts
-    from nightschool.data.tokenize import TRAIN_PREFIX, has_begun, train_tokenizer
-    from nightschool.data.tokenize import tokenize as write_shards
+    from nightschool.data.shards.shards import TOKENIZER_FOLDER, ShardInfo
+    from nightschool.data.shards.tokenize import TRAIN_PREFIX, has_begun, train_tokenizer
+    from nightschool.data.shards.tokenize import tokenize as write_shards
+    from nightschool.data.sources.rows import expand
     from nightschool.models.hub import fetch_from_hub
     from nightschool.models.load import as_folder, load_tokenizer
 
@@ -56,7 +56,7 @@ def tokenize(
         folder = as_folder(tokenizer, Path.cwd())
         chosen = load_tokenizer(folder if folder is not None else fetch_from_hub(tokenizer), tokenizer)
 
-    def on_shard(facts: ShardFacts) -> None:
+    def on_shard(facts: ShardInfo) -> None:
         note(f"{facts.file}: {facts.tokens:,} tokens of {facts.documents:,} documents")
 
     done = write_shards(

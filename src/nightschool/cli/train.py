@@ -11,23 +11,23 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from nightschool.cli.lookup import find_checkpoint
+from nightschool.cli.output import answer, colour_wanted, let_children_colour, note, session
 from nightschool.cli.recipes import read_recipe
 from nightschool.cli.runs import flatten
-from nightschool.cli.session import answer, colour_wanted, let_children_colour, note, session
-from nightschool.cli.terms import find_checkpoint
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
-from nightschool.jobs.cycle import Surroundings, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.cycle import CheckpointContext, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import child_environment, start_process
-from nightschool.jobs.outcome import CycleFacts, CycleResult
-from nightschool.jobs.study import starting_weights
+from nightschool.jobs.outcome import CycleContext, CycleResult
+from nightschool.jobs.selection import starting_weights
+from nightschool.remotes.address import is_url
 from nightschool.store.home import Home
 from nightschool.store.locks import lock_to_hand_over
 from nightschool.store.manifest import read_manifest
-from nightschool.store.remotes.address import is_url
 from nightschool.store.runs import Run, RunStore
-from nightschool.store.uploads import settings_of
-from nightschool.store.uploads.fetch import fetch_checkpoint, refuse_another_in_bucket
+from nightschool.uploads import settings_of
+from nightschool.uploads.fetch import fetch_checkpoint, refuse_another_in_bucket
 
 
 def train(
@@ -97,8 +97,8 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     """
     from rich.console import Console
 
-    from nightschool.training.memory import keep_freed_memory
-    from nightschool.training.plan import make_plan, render_plan
+    from nightschool.training.allocator import keep_freed_memory
+    from nightschool.training.planning.plan import make_plan, render_plan
 
     home = Home.find()
     settings = read_recipe(recipe, overrides)
@@ -116,7 +116,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     return 0
 
 
-def _around() -> Surroundings:
+def _around() -> CheckpointContext:
     """Live output on the terminal; with --json beside the answer, with -q none."""
     let_children_colour()
     stream = sys.stderr if session().json else sys.stdout
@@ -126,7 +126,7 @@ def _around() -> Surroundings:
         def on_line(line: str) -> None:
             print(line, file=stream, flush=True)
 
-    return Surroundings(on_line=on_line, on_news=on_line)
+    return CheckpointContext(on_line=on_line, on_news=on_line)
 
 
 def _show(result: CycleResult) -> int:
@@ -174,8 +174,8 @@ def _to_resume(home: Home, wanted: str, recipe: Path | None, overrides: tuple[st
 def _from_bucket(home: Home, url: str, name: str) -> tuple[Run, str]:
     """Fetch a checkpoint into its run. One that began on another machine goes on as if it had begun here."""
     run, checkpoint = fetch_checkpoint(home, url, name, say=note)
-    if not CycleFacts.path(run).exists():
-        CycleFacts(
+    if not CycleContext.path(run).exists():
+        CycleContext(
             trigger="resume",
             root=str(Path.cwd().resolve()),
             recipe_base=run.recipe()["base"],
@@ -195,7 +195,7 @@ def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ..
     if recipe is None:
         return
     given = flatten(read_recipe(recipe, overrides).as_plain())
-    kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleFacts.read(run).recipe_base}
+    kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleContext.read(run).recipe_base}
     differing = [key for key in given | kept if given.get(key) != kept.get(key)]
     if differing:
         values = "; ".join(f"{key} is {kept.get(key)} there and {given.get(key)} here" for key in differing[:5])
@@ -210,7 +210,7 @@ def _detach(home: Home, run: Run, checkpoint: str | None, held_lock: int) -> int
     arguments = ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id, "--lock", str(held_lock)]
     if checkpoint is not None:
         arguments += ["--resume", checkpoint]
-    directory = Path(CycleFacts.read(run).root)
+    directory = Path(CycleContext.read(run).root)
     try:
         process = start_process(arguments, log=run.log_path, directory=directory, keep_open=[held_lock])
     except OSError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from nightschool import uploads
 from nightschool.errors import NightschoolError
-from nightschool.store import uploads
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nightschool import uploads
+from nightschool.cli.formatting import folder_bytes, moment
+from nightschool.cli.lookup import find_checkpoint, find_run
+from nightschool.cli.output import answer, note, table
 from nightschool.cli.recipes import read_recipe
-from nightschool.cli.session import answer, note, table
-from nightschool.cli.terms import find_checkpoint, find_run, folder_bytes, moment
 from nightschool.errors import NightschoolError, NotFound, UsageError
 from nightschool.events import now
-from nightschool.store import checkpoints, uploads
+from nightschool.remotes import open_remote, parse_url
+from nightschool.store import checkpoints
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
-from nightschool.store.remotes import open_remote, parse_url
 from nightschool.store.runs import Run, RunStore
-from nightschool.store.uploads.fetch import fetch_checkpoint, ls_remote
 from nightschool.units import format_bytes, parse_bytes
+from nightschool.uploads.fetch import fetch_checkpoint, ls_remote
 
 _NOTE_STATES = {"queued": "waiting", "running": "uploading", "done": "uploaded", "failed": "failed"}
 

@@ -24,9 +24,9 @@ from nightschool.config.assignments import (
     read_yaml,
 )
 from nightschool.config.messages import explain
-from nightschool.config.naming import name_settings
 from nightschool.config.origins import Origin
 from nightschool.config.recipe import Recipe
+from nightschool.config.resolve_keys import name_settings
 from nightschool.config.schema import Path, dotted, find
 from nightschool.config.write import to_yaml
 from nightschool.errors import NotFound, Problem, RecipeError

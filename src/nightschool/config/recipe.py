@@ -21,10 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from nightschool.config.checkpoints import Checkpoints, Keep, Upload
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
-from nightschool.config.keeping import Checkpoints, Keep, Upload
-from nightschool.config.learning import Lora, Pretrain, Shape, Train
 from nightschool.config.rules import RuleName, parse_rule
+from nightschool.config.train import Lora, Pretrain, Shape, Train
 from nightschool.units import format_seconds
 
 __all__ = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nightschool.data.chat import Rendered
+from nightschool.data.chat.render import Rendered
 from nightschool.data.packing import plan_epoch
 from nightschool.errors import NothingToTrain
 

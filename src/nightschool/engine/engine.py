@@ -16,14 +16,14 @@ import psutil
 import torch
 from torch import nn
 
-from nightschool.data.chat import stop_token_ids
+from nightschool.data.chat.render import stop_token_ids
 from nightschool.engine.answer import Answer
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.detokenize import Vocabulary
 from nightschool.engine.handle import Handle, Sleeper, wake
+from nightschool.engine.model_runner import ModelRunner, exact_context
 from nightschool.engine.prefix import BLOCK, PrefixCache
 from nightschool.engine.request import Chunk, GenerationRequest
-from nightschool.engine.runner import Runner, exact_context
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
@@ -110,7 +110,7 @@ class Engine:
         self.stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
         self._vocabulary = Vocabulary(loaded.tokenizer)
         free_bytes = _free_bytes(loaded.model)
-        self._runner = Runner(loaded.model, blocked_bytes=int(free_bytes * _BLOCKED_SHARE))
+        self._runner = ModelRunner(loaded.model, blocked_bytes=int(free_bytes * _BLOCKED_SHARE))
         cache = self._runner.make_cache(num_rows, 1)
         budget_bytes = cache_bytes or free_bytes * _CACHE_SHARE
         budget_tokens = max(1, int(budget_bytes / cache.bytes_per_token))

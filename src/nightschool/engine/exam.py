@@ -21,10 +21,9 @@ import torch
 from nightschool.config.load import load_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.data.batches import Batches
-from nightschool.data.chat import render_prompt
+from nightschool.data.chat.render import render_prompt
+from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
-from nightschool.data.known import learned_by
-from nightschool.data.rendering import render_examples
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
 from nightschool.engine.request import GenerationRequest, SamplingParams
@@ -34,13 +33,14 @@ from nightschool.evaluation.heldout import heldout_loss
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ProbeAnswer, ProbeQuestion, ScoreSheet
 from nightschool.events import read_events
+from nightschool.feedback.novelty import learned_by
+from nightschool.feedback.pins import Pins
+from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.models.dtype import probe_dtype, resolve_device
 from nightschool.models.load import LoadedModel, load_version
 from nightschool.models.quiet import quiet_libraries
-from nightschool.store.accepted import AcceptedExamples
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
-from nightschool.store.pins import Pins
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 
@@ -53,7 +53,7 @@ _SEED_APART = 1_000_003
 
 
 @dataclass(frozen=True)
-class Papers:
+class EvalSet:
     """What both versions are examined on."""
 
     questions: list[ProbeQuestion]
@@ -78,7 +78,7 @@ def examine(home: Home, run_id: str, candidate_ref: str, champion_ref: str | Non
     for version in (candidate, champion):
         if version is not None:
             version.verify(digests=True)
-    papers: Papers | None = None
+    papers: EvalSet | None = None
     sheets: list[ScoreSheet] = []
     for version in (candidate, champion):
         if version is None:
@@ -98,7 +98,7 @@ def examine(home: Home, run_id: str, candidate_ref: str, champion_ref: str | Non
     return report
 
 
-def _papers(home: Home, recipe: Recipe, folder: Path, tokenizer: Any) -> Papers:
+def _papers(home: Home, recipe: Recipe, folder: Path, tokenizer: Any) -> EvalSet:
     database = open_database(home)
     accepted = AcceptedExamples(database)
     replayed = {example.digest for example in _read(folder / "replayed.jsonl")}
@@ -115,7 +115,7 @@ def _papers(home: Home, recipe: Recipe, folder: Path, tokenizer: Any) -> Papers:
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         replayed=replayed,
     )
-    return Papers(questions, _read(folder / "heldout.jsonl"), recipe.gate.max_new_tokens, recipe.train.max_seq_len)
+    return EvalSet(questions, _read(folder / "heldout.jsonl"), recipe.gate.max_new_tokens, recipe.train.max_seq_len)
 
 
 def _not_accepted(home: Home, recipe: Recipe, accepted: AcceptedExamples, examples: list[Example]) -> list[Example]:
@@ -135,7 +135,7 @@ def _read(path: Path) -> list[Example]:
     return [Example.from_json(row) for row in read_events(path)]
 
 
-def _score(ref: str, loaded: LoadedModel, papers: Papers) -> ScoreSheet:
+def _score(ref: str, loaded: LoadedModel, papers: EvalSet) -> ScoreSheet:
     """The score sheet of one version: its answers, likeliest token by token, and its held-out loss."""
     engine = Engine(loaded, ref, num_rows=_NUM_ROWS, queue_limit=max(1, len(papers.questions)))
     try:
@@ -146,7 +146,7 @@ def _score(ref: str, loaded: LoadedModel, papers: Papers) -> ScoreSheet:
     return ScoreSheet(ref, loss, tokens, tuple(answers))
 
 
-def _ask(engine: Engine, papers: Papers) -> list[ProbeAnswer]:
+def _ask(engine: Engine, papers: EvalSet) -> list[ProbeAnswer]:
     handles = [_submit(engine, question, papers.max_new_tokens) for question in papers.questions]
     answers = []
     for question, handle in zip(papers.questions, handles, strict=True):
@@ -174,7 +174,7 @@ def _submit(engine: Engine, question: ProbeQuestion, max_new_tokens: int) -> Han
         return None
 
 
-def _held_out_loss(loaded: LoadedModel, papers: Papers) -> tuple[float | None, int]:
+def _held_out_loss(loaded: LoadedModel, papers: EvalSet) -> tuple[float | None, int]:
     """Nats per token and how many tokens; None where nothing was held out that carries loss."""
     try:
         rendered = render_examples(loaded.tokenizer, papers.held_out, papers.max_seq_len)

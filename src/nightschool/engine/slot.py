@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from nightschool.engine.capacity import free_bytes, needed_bytes
 from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
 from nightschool.engine.request import GenerationRequest, SamplingParams
-from nightschool.engine.room import free_bytes, needed_bytes
 from nightschool.errors import Conflict, NotLoaded, SwapFailed
 from nightschool.events import now
 from nightschool.models.load import LoadedModel, load_version

@@ -15,11 +15,11 @@ from typing import Any
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import read_events
+from nightschool.feedback.promotion import promote, settle
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_exam, run_training
-from nightschool.jobs.outcome import CycleFacts, CycleResult, Outcome, Trigger
+from nightschool.jobs.outcome import CycleContext, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
-from nightschool.jobs.stop import Stop
-from nightschool.jobs.study import (
+from nightschool.jobs.selection import (
     Studied,
     champion_of,
     find_new_examples,
@@ -27,16 +27,16 @@ from nightschool.jobs.study import (
     reason_to_skip,
     starting_weights,
 )
+from nightschool.jobs.stop import Stop
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
 from nightschool.store.names import CHAMPION
-from nightschool.store.promotion import promote, settle
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class CheckpointContext:
     """Where a cycle runs and who watches it.
 
     `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
@@ -73,7 +73,7 @@ def run_cycle(
     trigger: Trigger,
     root: Path,
     studied: Studied | None = None,
-    around: Surroundings | None = None,
+    around: CheckpointContext | None = None,
 ) -> CycleResult:
     """Do one whole cycle and return how it ended.
 
@@ -89,7 +89,7 @@ def run_cycle(
         Locked: If another process is at a cycle of this name.
         NightschoolError: If the data or the starting weights cannot be read; no run was created.
     """
-    around = around or Surroundings()
+    around = around or CheckpointContext()
     with around.stop, lock(cycle_lock_path(home, recipe.name), f"a cycle of {recipe.name}"):
         begun = begin_cycle(home, recipe, trigger=trigger, root=root, studied=studied, around=around)
         return begun if isinstance(begun, CycleResult) else _finish(home, begun, None, around)
@@ -100,7 +100,7 @@ def continue_cycle(
     run_id: str,
     *,
     resume: str | None = "latest",
-    around: Surroundings | None = None,
+    around: CheckpointContext | None = None,
     held_lock: int | None = None,
 ) -> CycleResult:
     """Go on with a cycle that was interrupted, from where it stopped: training, exam or promotion.
@@ -112,7 +112,7 @@ def continue_cycle(
         NotFound: If there is no such run, or no cycle began it.
         Locked: If another process is at a cycle of this name.
     """
-    around = around or Surroundings()
+    around = around or CheckpointContext()
     run = RunStore(home).get(run_id)
     path, what = cycle_lock_path(home, run.name), f"a cycle of {run.name}"
     with around.stop, lock(path, what) if held_lock is None else taken_over(held_lock):
@@ -126,10 +126,10 @@ def begin_cycle(
     trigger: Trigger,
     root: Path,
     studied: Studied | None = None,
-    around: Surroundings | None = None,
+    around: CheckpointContext | None = None,
 ) -> Run | CycleResult:
     """Decide whether there is something to study and create the run; trains nothing. The caller holds the lock."""
-    around = around or Surroundings()
+    around = around or CheckpointContext()
     name = recipe.name
     _refuse_beside_another(home, name)
     champion = champion_of(Registry(home), name)
@@ -148,7 +148,7 @@ def begin_cycle(
             )
     plain = recipe.model_copy(update={"base": base}).as_plain()
     run = RunStore(home).create(plain, name=name)
-    CycleFacts(
+    CycleContext(
         trigger=trigger,
         root=str(root.resolve()),
         recipe_base=recipe.base,
@@ -171,8 +171,8 @@ def _refuse_beside_another(home: Home, name: str) -> None:
             )
 
 
-def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> CycleResult:
-    facts = CycleFacts.read(run)
+def _finish(home: Home, run: Run, resume: str | None, around: CheckpointContext) -> CycleResult:
+    facts = CycleContext.read(run)
     wanted = Recipe.model_validate(run.recipe()).serve.promote
     stage, candidate = "training", None
     try:
@@ -200,7 +200,7 @@ def _finish(home: Home, run: Run, resume: str | None, around: Surroundings) -> C
         return _result(run, home, facts, "failed", f"{stage} failed: {error}", **more)
 
 
-def _result(run: Run, home: Home, facts: CycleFacts, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
+def _result(run: Run, home: Home, facts: CycleContext, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
     """End a cycle: its outcome is kept with the run, too."""
     champion = champion_of(Registry(home), run.name)
     if outcome in ("interrupted", "failed") and run.status.state == "queued":  # no process was there to say so
@@ -227,7 +227,9 @@ def _candidate(home: Home, run: Run) -> Version | None:
         return None
 
 
-def _train(home: Home, run: Run, facts: CycleFacts, resume: str | None, around: Surroundings) -> CycleResult | None:
+def _train(
+    home: Home, run: Run, facts: CycleContext, resume: str | None, around: CheckpointContext
+) -> CycleResult | None:
     """Train; None when all went well."""
     if training_process(run) is not None:
         around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
@@ -252,7 +254,7 @@ def _train(home: Home, run: Run, facts: CycleFacts, resume: str | None, around: 
     return _result(run, home, facts, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
 
 
-def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around: Surroundings) -> Exam:
+def _examine(home: Home, run: Run, facts: CycleContext, candidate: Version, around: CheckpointContext) -> Exam:
     """Compare the candidate with today's champion and return the gate's report."""
     registry = Registry(home)
     champion = champion_of(registry, run.name)
@@ -284,7 +286,9 @@ def _examine(home: Home, run: Run, facts: CycleFacts, candidate: Version, around
     return Exam(candidate, champion, registry.load_report(run.name, candidate.id))
 
 
-def _decide(home: Home, run: Run, facts: CycleFacts, wanted: str, exam: Exam, around: Surroundings) -> CycleResult:
+def _decide(
+    home: Home, run: Run, facts: CycleContext, wanted: str, exam: Exam, around: CheckpointContext
+) -> CycleResult:
     """Move the champion if `serve.promote` and the report let it."""
     registry, ref = Registry(home), exam.candidate.ref
     passed = exam.report["decision"] == "promote"
@@ -326,7 +330,7 @@ def _is_half_promoted(home: Home, run: Run, candidate: Version) -> bool:
 
 
 def _complete_promotion(
-    home: Home, run: Run, facts: CycleFacts, candidate: Version, around: Surroundings
+    home: Home, run: Run, facts: CycleContext, candidate: Version, around: CheckpointContext
 ) -> CycleResult:
     """Do what was left to do after the champion had moved."""
     settle(home, run.name)

@@ -62,7 +62,7 @@ class CycleResult:
 
 
 @dataclass(frozen=True)
-class CycleFacts:
+class CycleContext:
     """What one stage of a cycle leaves for the next, in `cycle.json`."""
 
     trigger: str
@@ -77,7 +77,7 @@ class CycleFacts:
         return run.path / "cycle.json"
 
     @classmethod
-    def read(cls, run: Run) -> CycleFacts:
+    def read(cls, run: Run) -> CycleContext:
         """The facts of a run that a cycle created.
 
         Raises:

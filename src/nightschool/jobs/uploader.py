@@ -17,17 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nightschool import uploads
 from nightschool.errors import Interrupted, Locked, NightschoolError
 from nightschool.events import EventLog, now
-from nightschool.store import uploads
+from nightschool.remotes import TIMEOUT_SECONDS
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
-from nightschool.store.remotes import TIMEOUT_SECONDS
 from nightschool.store.runs import Run
-from nightschool.store.uploads.journal import Journal, Upload
-from nightschool.store.uploads.push import attempt
 from nightschool.units import format_bytes
+from nightschool.uploads.journal import Journal, Upload
+from nightschool.uploads.push import attempt
 
 # Training comes first.
 _NICENESS = 10

@@ -38,7 +38,7 @@ class LoraSettings(Protocol):
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
+class AdapterInfo:
     """What an adapter trains, for the plan. `frozen_experts`: elements of expert tensors that it does not reach."""
 
     modules: tuple[str, ...]
@@ -157,7 +157,7 @@ def adapter_tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
     return cast(dict[str, torch.Tensor], get_peft_model_state_dict(wrapped, save_embedding_layers=False))
 
 
-def describe_adapter(wrapped: PeftModel) -> AdapterFacts:
+def describe_adapter(wrapped: PeftModel) -> AdapterInfo:
     modules = sorted(
         {
             name.split(".lora_")[0].removeprefix("base_model.model.")
@@ -171,7 +171,7 @@ def describe_adapter(wrapped: PeftModel) -> AdapterFacts:
     for module in wrapped.modules():
         if isinstance(module, ParamWrapper):
             experts.pop(id(getattr(module.get_base_layer(), module.parameter_name)), None)
-    return AdapterFacts(tuple(modules), trainable, frozen, sum(experts.values()))
+    return AdapterInfo(tuple(modules), trainable, frozen, sum(experts.values()))
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -34,7 +34,7 @@ class TensorFact:
 
 
 @dataclass(frozen=True)
-class FolderFacts:
+class FolderInfo:
     """A folder that holds a causal language model."""
 
     path: Path
@@ -48,7 +48,7 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def inspect_folder(folder: Path, ref: str) -> FolderFacts:
+def inspect_folder(folder: Path, ref: str) -> FolderInfo:
     """Look at `folder`, which the user calls `ref`.
 
     Raises:
@@ -61,7 +61,7 @@ def inspect_folder(folder: Path, ref: str) -> FolderFacts:
     config = read_json(folder / "config.json", ref)
     model_type, architecture = _causal_architecture(config, ref)
     tensors = tuple(_tensors(folder, ref))
-    return FolderFacts(folder, model_type, architecture, tensors, quantized="quantization_config" in config)
+    return FolderInfo(folder, model_type, architecture, tensors, quantized="quantization_config" in config)
 
 
 def read_json(path: Path, ref: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base, load_adapter, merge_adapter
 from nightschool.models.build import build_model
-from nightschool.models.folder import FolderFacts, inspect_folder, is_adapter_folder
+from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
@@ -225,7 +225,7 @@ def load_tokenizer(folder: Path, ref: str) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, loaded)
 
 
-def _load_weights(facts: FolderFacts, ref: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(facts: FolderInfo, ref: str, dtype: torch.dtype) -> PreTrainedModel:
     with quiet_libraries():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from nightschool.errors import ModelError
 from nightschool.models.adapters import adapter_base
-from nightschool.models.folder import FolderFacts, inspect_folder, is_adapter_folder
+from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.load import as_folder
 from nightschool.models.quiet import quiet_libraries
@@ -76,7 +76,7 @@ def _of_folder(folder: Path, ref: str, home: Home, base: str | None, *, num_adap
     )
 
 
-def _dtype_of_most(facts: FolderFacts) -> torch.dtype:
+def _dtype_of_most(facts: FolderInfo) -> torch.dtype:
     elements: Counter[str] = Counter()
     for tensor in facts.tensors:
         elements[tensor.dtype] += tensor.num_elements

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nightschool.errors import Damaged, ModelError
-from nightschool.models.folder import FolderFacts
+from nightschool.models.folder import FolderInfo
 
 # Buffers that old files carry and no model of today reads.
 _DERIVED = (r"rotary_emb\.inv_freq$", r"attention\.(masked_)?bias$", r"attn\.(masked_)?bias$")
@@ -29,7 +29,7 @@ def not_loaded(report: dict[str, Any]) -> str:
     return ""
 
 
-def check_elements(model: PreTrainedModel, facts: FolderFacts, ref: str) -> None:
+def check_elements(model: PreTrainedModel, facts: FolderInfo, ref: str) -> None:
     """Compare the elements in the files of `facts` with those of `model`.
 
     Quantised files are exempt: packing changes the count.

@@ -17,25 +17,35 @@ from pydantic import BaseModel
 
 from nightschool import __version__
 from nightschool.errors import UsageError
-from nightschool.server import compat, feedback, guard, openai, operations, reference_page, versions
-from nightschool.server.access import Access
-from nightschool.server.answering import Answering
-from nightschool.server.documents import Problem
+from nightschool.server import reference_page
+from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
-from nightschool.server.guard import Guard
-from nightschool.server.limits import BodyLimit
 from nightschool.server.metrics import Metrics
-from nightschool.server.openai_schema import ChatRequest, CompletionRequest
+from nightschool.server.middleware import auth
+from nightschool.server.middleware.auth import Guard
+from nightschool.server.middleware.limits import BodyLimit
+from nightschool.server.middleware.request_log import Access
+from nightschool.server.openai import completions
+from nightschool.server.openai.schema import ChatRequest, CompletionRequest
 from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Conversations, Recorder
 from nightschool.server.refresher import Refresher
+from nightschool.server.routes import feedback, operations, parametric_memory, versions
 from nightschool.server.service import Service
 from nightschool.server.settings import ServerSettings
+from nightschool.server.submission import Answering
 from nightschool.store.registry import Registry
 
 log = logging.getLogger("nightschool.server")
 
-FAMILIES = (compat.router, openai.router, feedback.router, versions.router, operations.router, reference_page.router)
+FAMILIES = (
+    parametric_memory.router,
+    completions.router,
+    feedback.router,
+    versions.router,
+    operations.router,
+    reference_page.router,
+)
 
 
 def create_app(
@@ -98,7 +108,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service = app.state.service
     assert isinstance(service, Service)
     recording = "conversations are kept for later nights" if service.recorder.on else "conversations are not kept"
-    facts = {"name": service.slot.name, "recording": recording, "access": list(guard.describe(service.settings))}
+    facts = {"name": service.slot.name, "recording": recording, "access": list(auth.describe(service.settings))}
     log.info("serving", extra={"facts": facts})
     service.refresher.start()
     yield
@@ -136,13 +146,13 @@ def _document_keys(document: dict[str, Any]) -> None:
         "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
     document["security"] = [{"bearer": []}, {"header": []}]
-    for path in guard.OPEN_PATHS:
+    for path in auth.OPEN_PATHS:
         for operation in document["paths"][path].values():
             operation["security"] = []
 
 
 _LENGTH_FIELDS: tuple[tuple[type[BaseModel], str], ...] = (
-    (compat.GenerateRequest, "max_new_tokens"),
+    (parametric_memory.GenerateRequest, "max_new_tokens"),
     (ChatRequest, "max_tokens"),
     (ChatRequest, "max_completion_tokens"),
     (CompletionRequest, "max_tokens"),

@@ -20,7 +20,7 @@ _MOST_PENDING = 1000
 
 
 class Conversations(Protocol):
-    """What is asked of `nightschool.store.conversations.ConversationStore`."""
+    """What is asked of `nightschool.feedback.conversations.ConversationStore`."""
 
     def record(self, request_id: str, model: str, version: str, messages: Any, answer: str) -> Any: ...
     def feedback(self, request_id: str, rating: Any, correction: str | None) -> Any: ...

@@ -17,10 +17,10 @@ from fastapi import FastAPI
 
 from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, UsageError
+from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
 from nightschool.server.logs import configure_logs
 from nightschool.server.settings import ServerSettings
-from nightschool.store.conversations import ConversationStore
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry

@@ -10,12 +10,12 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from nightschool.errors import Damaged
-from nightschool.server.answering import Answering
 from nightschool.server.metrics import Metrics
 from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.settings import ServerSettings
+from nightschool.server.submission import Answering
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Version
 

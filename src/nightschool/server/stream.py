@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from nightschool.errors import NightschoolError
 from nightschool.server.errors import ClientGone, Refusal, openai_error, refusal_of
-from nightschool.server.running import while_connected
+from nightschool.server.generation import while_connected
 
 
 class EventStream(Response):

@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileInfo:
     """What one file was when it was published."""
 
     sha256: str
@@ -35,7 +35,7 @@ class Manifest:
 
     created_at: datetime
     facts: dict[str, Any]
-    files: dict[str, FileFacts]
+    files: dict[str, FileInfo]
 
     @property
     def size_bytes(self) -> int:
@@ -50,11 +50,11 @@ def write_manifest(folder: Path, **facts: Any) -> Manifest:
         Damaged: If the folder holds a link or a special file: a published folder stands on its own.
         DiskFull: If there is no room.
     """
-    files = {name: FileFacts(_sha256(folder / name), (folder / name).stat().st_size) for name in _files_in(folder)}
+    files = {name: FileInfo(_sha256(folder / name), (folder / name).stat().st_size) for name in _files_in(folder)}
     return seal(folder, files, facts)
 
 
-def seal(folder: Path, files: dict[str, FileFacts], facts: dict[str, Any]) -> Manifest:
+def seal(folder: Path, files: dict[str, FileInfo], facts: dict[str, Any]) -> Manifest:
     """Write `manifest.json` with digests that were computed from the bytes as they were written, durably.
 
     Raises:
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
             created_at=datetime.fromisoformat(content["created_at"]),
             facts=dict(content["facts"]),
             files={
-                _checked_path(name, path): FileFacts(str(file["sha256"]), int(file["size_bytes"]))
+                _checked_path(name, path): FileInfo(str(file["sha256"]), int(file["size_bytes"]))
                 for name, file in content["files"].items()
             },
         )

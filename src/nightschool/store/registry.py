@@ -20,7 +20,7 @@ from typing import Any
 
 from nightschool.errors import Conflict, Damaged, DiskFull, NameRefused, NotFound
 from nightschool.events import now
-from nightschool.store.aliases import AliasBook, AliasMove
+from nightschool.store.alias_state import AliasMove, AliasState
 from nightschool.store.atomic import publish_directory, read_json, remove_folder, write_json
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
@@ -36,10 +36,10 @@ from nightschool.store.names import (
     parse_ref,
     version_path,
 )
-from nightschool.store.shelf import Shelf
-from nightschool.store.versions import FACTS, Version, VersionFacts
+from nightschool.store.registry_entry import RegistryEntry
+from nightschool.store.versions import FACTS, Version, VersionMetadata
 
-__all__ = ["AliasMove", "Registry", "Version", "VersionFacts"]
+__all__ = ["AliasMove", "Registry", "Version", "VersionMetadata"]
 
 
 class Registry:
@@ -114,7 +114,7 @@ class Registry:
         """
         return self._shelf(name).issue()
 
-    def publish(self, name: str, fill: Callable[[Path], None], facts: VersionFacts) -> Version:
+    def publish(self, name: str, fill: Callable[[Path], None], facts: VersionMetadata) -> Version:
         """Publish a version as a whole or not at all; `latest` then points to it.
 
         `fill` writes the Hugging Face folder into the (empty) folder that it is given. nightschool.json is added,
@@ -275,8 +275,8 @@ class Registry:
             raise NotFound(f"There is no report of {name}@{version}: the gate has not examined it. Evaluate it first.")
         return read_json(path)
 
-    def _shelf(self, name: str) -> Shelf:
-        return Shelf(self.home, name)
+    def _shelf(self, name: str) -> RegistryEntry:
+        return RegistryEntry(self.home, name)
 
     def _whole(self, name: str, version: str) -> Version:
         found = self.resolve(f"{name}@{version}")
@@ -288,7 +288,7 @@ class Registry:
         if found.id not in self._shelf(found.name).ids():
             raise NotFound(f"{found.ref} was removed by another process. Choose another version.")
 
-    def _refuse_used(self, found: Version, book: AliasBook) -> None:
+    def _refuse_used(self, found: Version, book: AliasState) -> None:
         uses = [alias for alias, version in self.aliases(found.name).items() if version == found.id and alias != LATEST]
         uses += [
             f"the base of {other.ref}"
@@ -303,7 +303,7 @@ class Registry:
             )
 
     @staticmethod
-    def _refuse_pinned(name: str, book: AliasBook, version: str) -> None:
+    def _refuse_pinned(name: str, book: AliasState, version: str) -> None:
         if book.pinned and book.champion != version:
             raise Conflict(
                 f"The champion of {name!r} is pinned to {book.champion}, so it does not move to {version}. "
@@ -319,7 +319,7 @@ class Registry:
             )
 
 
-def _aliases(book: AliasBook, ids: list[str]) -> dict[str, str]:
+def _aliases(book: AliasState, ids: list[str]) -> dict[str, str]:
     derived = {LATEST: ids[0] if ids else None, PREVIOUS: book.previous(ids)}
     return {**book.aliases, **{alias: version for alias, version in derived.items() if version}}
 

@@ -26,7 +26,7 @@ class Probe(BaseModel):
     expected_ids: list[int]
 
 
-class VersionFacts(BaseModel):
+class VersionMetadata(BaseModel):
     """Where a version comes from and what it is. Fields that a newer nightschool added are left out when read."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -62,12 +62,12 @@ class Version:
         return f"{self.name}@{self.id}"
 
     @cached_property
-    def facts(self) -> VersionFacts:
+    def facts(self) -> VersionMetadata:
         """What nightschool.json says. Raises Damaged if it was altered, NotFound if the version was removed."""
         path = self.path / FACTS
         content = read_json(path)
         try:
-            facts = VersionFacts.model_validate(content)
+            facts = VersionMetadata.model_validate(content)
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(str(part) for part in problem["loc"])

@@ -10,22 +10,22 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run
-from nightschool.store.versions import VersionFacts
-from nightschool.training import checkpoint
-from nightschool.training.classroom import Classroom
+from nightschool.store.versions import VersionMetadata
+from nightschool.training.checkpoint import full_state
 from nightschool.training.progress import say
 from nightschool.training.publish import publish_candidate
+from nightschool.training.setup import PreparedRun
 from nightschool.training.state import TrainState
 
 
-def publish(home: Home, run: Run, classroom: Classroom, state: TrainState) -> None:
+def publish(home: Home, run: Run, prepared: PreparedRun, state: TrainState) -> None:
     """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint."""
-    recipe, loaded, task = classroom.recipe, classroom.loaded, classroom.task
-    step, heldout = _take_best(run, classroom, state)
+    recipe, loaded, task = prepared.recipe, prepared.loaded, prepared.task
+    step, heldout = _take_best(run, prepared, state)
     task.optimizer.release()
     task.model.eval()
     count = count_parameters(task.model)
-    facts = VersionFacts(
+    facts = VersionMetadata(
         kind="adapter" if loaded.adapter else "model",
         method=recipe.method,
         base=loaded.base_ref if loaded.adapter else recipe.base,
@@ -39,13 +39,13 @@ def publish(home: Home, run: Run, classroom: Classroom, state: TrainState) -> No
         heldout_loss=heldout,
     )
     say(f"Publishing step {step} as a candidate of {recipe.name}")
-    version, difference = publish_candidate(Registry(home), recipe.name, loaded, classroom.examples, facts)
+    version, difference = publish_candidate(Registry(home), recipe.name, loaded, prepared.examples, facts)
     run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
     run.update_status(state="completed", candidate=version.ref, step=state.step, exit_code=0)
     say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")
 
 
-def _take_best(run: Run, classroom: Classroom, state: TrainState) -> tuple[int, float | None]:
+def _take_best(run: Run, prepared: PreparedRun, state: TrainState) -> tuple[int, float | None]:
     """Leave the best weights of the run in the model; return their step and held-out loss."""
     last = state.heldout_loss
     if last is None:
@@ -56,7 +56,7 @@ def _take_best(run: Run, classroom: Classroom, state: TrainState) -> tuple[int, 
         return state.step, last
     loss, point = best
     say(f"The held-out loss was lowest at step {point.step}: {loss:.4f}, against {last:.4f} at the end")
-    checkpoint.load_weights(point.path, classroom.task)
+    full_state.load_weights(point.path, prepared.task)
     return point.step, loss
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
+from nightschool.training.distributed.sharding import local_parts, total_norm
+from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
-from nightschool.training.sharding import local_parts, total_norm
 from nightschool.training.signals import StopRequest
 from nightschool.training.state import Interval, TrainState
 from nightschool.training.task import Task
-from nightschool.training.world import ALONE, World
 from nightschool.units import Every
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nightschool.config.recipe import Train
 from nightschool.errors import StateMismatch
-from nightschool.training.sharding import like, put
-from nightschool.training.stored_tensors import StoredTensors
+from nightschool.training.checkpoint.checkpoint_reader import StoredTensors
+from nightschool.training.distributed.sharding import like, put
 
 LrSchedule = Literal["cosine", "linear", "constant"]
 

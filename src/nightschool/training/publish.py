@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nightschool.data.chat import render_prompt, stop_token_ids
+from nightschool.data.chat.render import render_prompt, stop_token_ids
 from nightschool.data.example import Example
 from nightschool.models.export import prove_export, save_version_folder
 from nightschool.models.load import LoadedModel
-from nightschool.store.registry import Registry, Version, VersionFacts
+from nightschool.store.registry import Registry, Version, VersionMetadata
 from nightschool.store.versions import Probe
 
 NUM_PROBES = 3
@@ -25,7 +25,7 @@ MIN_MARGIN_16_BIT = 0.5
 
 
 def publish_candidate(
-    registry: Registry, name: str, loaded: LoadedModel, examples: Sequence[Example], facts: VersionFacts
+    registry: Registry, name: str, loaded: LoadedModel, examples: Sequence[Example], facts: VersionMetadata
 ) -> tuple[Version, float]:
     """Publish the model; return the version, and how far logits of the folder lie from those of the trained model.
 

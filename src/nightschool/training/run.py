@@ -17,31 +17,38 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from nightschool import uploads
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError, UsageError
-from nightschool.store import checkpoints, uploads
+from nightschool.store import checkpoints
 from nightschool.store.atomic import write_json
 from nightschool.store.checkpoints import Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
-from nightschool.training import checkpoint, rng
+from nightschool.training.allocator import keep_freed_memory
 from nightschool.training.candidate import publish
-from nightschool.training.checkpoint import Surroundings
-from nightschool.training.classroom import Classroom
+from nightschool.training.checkpoint import full_state, rng
+from nightschool.training.checkpoint.full_state import CheckpointContext
+from nightschool.training.checkpoint.saver import Saver, open_saver
+from nightschool.training.distributed.launcher import (
+    follow,
+    more_saves_than_one,
+    saving_ranks,
+    started_ranks,
+    wants_shards,
+)
+from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world
+from nightschool.training.environment import checkpoint_context, describe_environment
 from nightschool.training.loop import fit
-from nightschool.training.memory import keep_freed_memory
+from nightschool.training.methods.pretrain import PreparedPretrain
 from nightschool.training.metrics import MetricsLog
-from nightschool.training.plan import plan_of, render_plan
-from nightschool.training.preparing import prepare
-from nightschool.training.pretraining import PretrainClassroom
+from nightschool.training.planning.plan import plan_of, render_plan
+from nightschool.training.prepare import prepare
 from nightschool.training.progress import Progress, say
-from nightschool.training.ranks import follow, more_saves_than_one, saving_ranks, started_ranks, wants_shards
-from nightschool.training.saving import Saver, open_saver
+from nightschool.training.setup import PreparedRun
 from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
-from nightschool.training.surroundings import describe_environment, surroundings_of
-from nightschool.training.world import ALONE, World, is_about_others, joined_world
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,23 +175,23 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopR
         run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
         say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
-        classroom = prepare(home, run, recipe, root=root, resuming=resume is not None, point=point, world=world)
+        prepared = prepare(home, run, recipe, root=root, resuming=resume is not None, point=point, world=world)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
-        write_json(run.path / "environment.json", describe_environment(classroom))
-        plan = plan_of(classroom, home)
+        write_json(run.path / "environment.json", describe_environment(prepared))
+        plan = plan_of(prepared, home)
         write_json(run.path / "plan.json", plan.to_json())
         # stdout is a file. FORCE_COLOR, which rich honours, says that somebody follows it on a terminal.
         render_plan(plan, Console(file=sys.stdout, width=120, highlight=False))
         sys.stdout.flush()
 
-        surroundings = surroundings_of(classroom, run.recipe_path.read_text(encoding="utf-8"))
-        state = _train(run, classroom, surroundings, point, stop, saver, world)
-    if classroom.task.is_sharded:
-        classroom = _whole_again(home, run, recipe, root, state.step)
-    publish(home, run, classroom, state)
+        context = checkpoint_context(prepared, run.recipe_path.read_text(encoding="utf-8"))
+        state = _train(run, prepared, context, point, stop, saver, world)
+    if prepared.task.is_sharded:
+        prepared = _whole_again(home, run, recipe, root, state.step)
+    publish(home, run, prepared, state)
 
 
-def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) -> Classroom:
+def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) -> PreparedRun:
     """The whole model with the weights of the last checkpoint, in this process alone.
 
     Raises:
@@ -196,9 +203,9 @@ def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) ->
             f"The checkpoint of step {step} was not written, and a sharded model is published from it. "
             "Make room on the disk, and go on with --resume latest."
         )
-    classroom = prepare(home, run, recipe, root=root, resuming=True, point=last)
-    checkpoint.load_weights(last.path, classroom.task)
-    return classroom
+    prepared = prepare(home, run, recipe, root=root, resuming=True, point=last)
+    full_state.load_weights(last.path, prepared.task)
+    return prepared
 
 
 def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
@@ -233,40 +240,40 @@ def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
 
 def _train(
     run: Run,
-    classroom: Classroom,
-    surroundings: Surroundings,
+    prepared: PreparedRun,
+    context: CheckpointContext,
     point: Checkpoint | None,
     stop: StopRequest,
     saver: Saver,
     world: World,
 ) -> TrainState:
-    task, budget = classroom.task, classroom.budget
+    task, budget = prepared.task, prepared.budget
     state = TrainState(task.fingerprint)
-    if wants_shards(classroom.recipe, world):
-        task.shard(classroom.recipe.train.zero_stage)
+    if wants_shards(prepared.recipe, world):
+        task.shard(prepared.recipe.train.zero_stage)
     if point is not None:
-        state = checkpoint.load(point.path, task, surroundings, classroom.schedule, classroom.scaler, world)
+        state = full_state.load(point.path, task, context, prepared.schedule, prepared.scaler, world)
         say(f"Resumed from {point.name}: step {state.step} of {budget.steps_total}")
     run.update_status(step=state.step, steps_total=budget.steps_total)
     run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=point and point.name)
 
     def save(now: TrainState) -> None:
         say(f"Saving checkpoint at step {now.step}")
-        target = checkpoint_path(run, now.epoch, now.step, surroundings.files_processed)
+        target = checkpoint_path(run, now.epoch, now.step, context.files_processed)
         run.update_status(step=now.step)
         rngs = world.gathered(rng.capture())
-        whole = checkpoint.state_to_save(task, now, surroundings, classroom.schedule, classroom.scaler, rngs)
+        whole = full_state.state_to_save(task, now, context, prepared.schedule, prepared.scaler, rngs)
         saver.save(target, whole, last=now.step >= budget.steps_total)
 
     if more_saves_than_one(budget):
-        saver.expect(checkpoint.expected_bytes(task))
-    heldout = classroom.evaluate
+        saver.expect(full_state.expected_bytes(task))
+    heldout = prepared.evaluate
 
     def evaluate() -> float:
         assert heldout is not None
         loss, tokens = heldout()
         run.events.write("heldout", step=state.step, heldout_loss=loss, tokens=tokens)
-        if isinstance(classroom, PretrainClassroom) and (sample := classroom.sample()) is not None:
+        if isinstance(prepared, PreparedPretrain) and (sample := prepared.sample()) is not None:
             run.events.write("sample", step=state.step, prompt=sample[0], continuation=sample[1])
             say(f"sample: {sample[0]!r} … {sample[1]!r}")
         if state.step == 0:
@@ -279,14 +286,14 @@ def _train(
             task,
             state,
             budget,
-            schedule=classroom.schedule,
+            schedule=prepared.schedule,
             metrics=metrics,
             evaluate=evaluate if heldout is not None else None,
             save=save,
             stop=stop,
-            scaler=classroom.scaler,
+            scaler=prepared.scaler,
             on_row=Progress(run, budget.steps_total),
-            describe=classroom.figures(state) if isinstance(classroom, PretrainClassroom) else None,
+            describe=prepared.figures(state) if isinstance(prepared, PreparedPretrain) else None,
             world=world,
         )
     finally:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example, corrected_answers
-from nightschool.data.known import lesson_for
-from nightschool.data.load import load_sources, split_held_out
+from nightschool.data.sources.load import split_held_out
 from nightschool.events import read_events
-from nightschool.store.accepted import AcceptedExamples
+from nightschool.feedback.novelty import novelty_for
+from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.training_data import load_sources
 from nightschool.store.atomic import write_bytes
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -54,7 +55,7 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
     loaded = load_sources(recipe.data, root=root, home=home, name=recipe.name, base=recipe.base)
     accepted = AcceptedExamples(open_database(home))
     split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
-    lesson = lesson_for(home, recipe.name, recipe.base, split.train)
+    lesson = novelty_for(home, recipe.name, recipe.base, split.train)
     new = lesson.new or lesson.all
     return Selection(
         new=new,

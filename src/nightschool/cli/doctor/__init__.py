@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from nightschool.cli.doctor import devices, environment, machine, software
 from nightschool.cli.doctor.finding import Finding, Verdict
-from nightschool.cli.session import answer, colour_wanted, note
+from nightschool.cli.output import answer, colour_wanted, note
 
 __all__ = ["LOOKS", "doctor"]
 

@@ -1,0 +1,132 @@
+"""The trainer's end: starts the writer, hands it orders, and hears how they ended.
+
+Two processes of one run never write at the same time: the writing lock of the run is taken here and handed over. A
+trainer that resumes waits in `writing_lock` until the writer of the one before has finished.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from nightschool.checkpoint_writer.commit import Order, Outcome
+from nightschool.checkpoint_writer.shared_buffer import SharedMemory
+from nightschool.store.locks import lock_to_hand_over
+from nightschool.store.runs import Run
+
+WAIT_SECONDS = 600.0
+_CLOSE_SECONDS = 600.0
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def writing_lock(
+    run: Run, say: Callable[[str], None], *, rank: int = 0, wait_seconds: float = WAIT_SECONDS
+) -> Iterator[int]:
+    """Hold the writing lock of a run (of one rank of it), after a writer that is still at work for it has finished.
+
+    Yields a descriptor to hand over.
+
+    Raises:
+        Locked: If it takes longer than `wait_seconds`.
+    """
+
+    def told() -> None:
+        say(f"Waiting for the writer of an earlier process to finish a checkpoint of {run.id}")
+
+    what = f"the checkpoints of {run.id}"
+    with lock_to_hand_over(run.writing_lock_path(rank), what, wait_seconds=wait_seconds, on_wait=told) as file:
+        yield file
+
+
+class WriterProcess:
+    """A running writer. Not for several threads at once."""
+
+    def __init__(self, lock_file: int, memory: SharedMemory) -> None:
+        """Start it; it takes over the lock `lock_file` from its first moment."""
+        self._memory = memory
+        self._channel, its = socket.socketpair()
+        try:
+            with its:
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable, "-m", "nightschool.checkpoint_writer",
+                        "--channel", str(its.fileno()), "--memory", str(memory.handle), "--lock", str(lock_file),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(its.fileno(), memory.handle, lock_file),
+                )  # fmt: skip
+        except OSError:
+            self._channel.close()
+            raise
+        self._rest = b""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def reserve(self, size_bytes: int) -> None:
+        """Have the memory made ready in the background. Does nothing if the writer is dead."""
+        self._send({"reserve_bytes": size_bytes})
+
+    def hand_over(self, order: Order, files: list[tuple[str, int, int]], end_bytes: int) -> bool:
+        """Hand over a snapshot: each file's name, offset and size in the memory, which is used up to `end_bytes`.
+
+        The order itself goes into the memory too, so that the message is small: a message that fits the socket's
+        buffer is read by the writer even if this process dies now. Returns whether the writer lives to read it.
+        """
+        content = order_bytes(order, files)
+        with memoryview(self._memory.view) as view:
+            view[end_bytes : end_bytes + len(content)] = content
+        return self._send({"order": [end_bytes, len(content)], "memory_bytes": self._memory.size_bytes})
+
+    def wait(self) -> Outcome | None:
+        """How the order that was handed over ended; None if the writer died instead of saying so."""
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([self._channel], [], [], _POLL_SECONDS)
+            if not ready:
+                if not self.lives and not select.select([self._channel], [], [], 0)[0]:
+                    return None
+                continue
+            try:
+                received = self._channel.recv(1 << 16)
+            except ConnectionError:
+                return None
+            if not received:
+                return None
+            self._rest += received
+        line, self._rest = self._rest.split(b"\n", 1)
+        return Outcome(**json.loads(line))
+
+    def close(self) -> int:
+        """Let it finish and end; returns its exit code, minus the number of the signal that killed it."""
+        self._channel.close()
+        try:
+            return self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        try:
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return False
+        return self.lives
+
+
+def order_bytes(order: Order, files: list[tuple[str, int, int]]) -> bytes:
+    """The order and its files as they lie in shared memory."""
+    return json.dumps({"order": asdict(order), "files": files}, allow_nan=False).encode()

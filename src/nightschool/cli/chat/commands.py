@@ -1,0 +1,195 @@
+"""A conversation, and the commands that can be typed into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Literal
+
+from nightschool.cli.chat.backends import Backend, Params, Reply
+from nightschool.data.example import Message
+from nightschool.errors import UsageError
+from nightschool.feedback.pins import Pins
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.names import parse_ref
+
+
+class Leave(Exception):
+    """The conversation is over."""
+
+
+class Chat:
+    """The turns so far, who answers, and how."""
+
+    def __init__(self, home: Home, backend: Backend, params: Params, *, say: Callable[[str], None]) -> None:
+        self.home = home
+        self.backend = backend
+        self.params = params
+        self.say = say
+        self.system: str | None = None
+        self.turns: list[Message] = []
+        self.last: Reply | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        return [*([Message("system", self.system)] if self.system else []), *self.turns]
+
+    def ask(self, text: str) -> None:
+        """Add a user's turn. A turn that was never answered is replaced."""
+        if self.turns and self.turns[-1].role == "user":
+            self.turns.pop()
+        self.turns.append(Message("user", text))
+
+    def answer(self) -> Generator[str]:
+        """Yield the answer to the last turn. What has come becomes a turn, also when the iterator is closed."""
+        self.last = reply = Reply()
+        pieces = self.backend.stream(self.messages, self.params, reply)
+        try:
+            yield from pieces
+        finally:
+            if reply.text:
+                self.turns.append(Message("assistant", reply.text))
+
+    def answered(self) -> tuple[Message, Message, Reply]:
+        """The last question, its answer, and the reply.
+
+        Raises:
+            UsageError: If nothing was answered yet.
+        """
+        if self.last is None or len(self.turns) < 2 or self.turns[-1].role != "assistant":
+            raise UsageError("There is no answer yet. Ask something first.")
+        return self.turns[-2], self.turns[-1], self.last
+
+
+Command = Callable[[Chat, str], bool]
+
+
+def run_command(chat: Chat, line: str) -> bool:
+    """Do what a line that begins with `/` says. True if an answer should follow.
+
+    Raises:
+        UsageError: If there is no such command, or it lacks something.
+        Leave: If the user wants to go.
+    """
+    word, _, rest = line[1:].strip().partition(" ")
+    command = COMMANDS.get(ALIASES.get(word, word))
+    if command is None:
+        raise UsageError(f"There is no command /{word}. /help lists them.")
+    return command[0](chat, rest.strip())
+
+
+def _help(chat: Chat, _rest: str) -> bool:
+    chat.say("\n".join(f"/{name:<16} {text}" for name, (_, usage, text) in COMMANDS.items() for name in [usage]))
+    return False
+
+
+def _clear(chat: Chat, _rest: str) -> bool:
+    chat.turns.clear()
+    chat.last = None
+    chat.say("The conversation begins anew.")
+    return False
+
+
+def _exit(_chat: Chat, _rest: str) -> bool:
+    raise Leave
+
+
+def _params(chat: Chat, rest: str) -> bool:
+    for pair in rest.split():
+        name, _, value = pair.partition("=")
+        chat.params = chat.params.with_value(name, value)
+    chat.say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(chat.params).items()))
+    return False
+
+
+def _temperature(chat: Chat, rest: str) -> bool:
+    if rest:
+        chat.params = chat.params.with_value("temperature", rest)
+    chat.say(f"temperature={chat.params.temperature:g}")
+    return False
+
+
+def _model(chat: Chat, rest: str) -> bool:
+    if rest:
+        chat.backend.switch(rest)
+    chat.say(chat.backend.model)
+    return False
+
+
+def _system(chat: Chat, rest: str) -> bool:
+    chat.system = rest or None
+    chat.say(f"system: {rest}" if rest else "No system message.")
+    return False
+
+
+def _retry(chat: Chat, _rest: str) -> bool:
+    chat.answered()
+    chat.turns.pop()
+    return True
+
+
+def _undo(chat: Chat, _rest: str) -> bool:
+    question, _, _ = chat.answered()
+    del chat.turns[-2:]
+    chat.last = None
+    chat.say(f"Took back: {question.content}")
+    return False
+
+
+def _save(chat: Chat, rest: str) -> bool:
+    if not rest:
+        raise UsageError("/save needs a file. Write /save chats.jsonl.")
+    chat.answered()
+    row = {"messages": [{"role": turn.role, "content": turn.content} for turn in chat.messages]}
+    with Path(rest).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    chat.say(f"Appended {len(chat.messages)} turns to {rest}: data that nightschool train reads.")
+    return False
+
+
+def _mark(chat: Chat, rating: Literal["good", "bad"]) -> bool:
+    _, _, reply = chat.answered()
+    chat.backend.feedback(reply.request_id, rating, None)
+    chat.say(f"Marked as {rating}.")
+    return False
+
+
+def _fix(chat: Chat, rest: str) -> bool:
+    if not rest:
+        raise UsageError("/fix needs the right answer. Write /fix The right answer.")
+    _, _, reply = chat.answered()
+    chat.backend.feedback(reply.request_id, "bad", rest)
+    chat.turns[-1] = Message("assistant", rest)
+    chat.say("Kept as the right answer: a night that studies conversations learns it.")
+    return False
+
+
+def _pin(chat: Chat, _rest: str) -> bool:
+    question, given, _ = chat.answered()
+    name = parse_ref(chat.backend.model).name
+    pin = Pins(open_database(chat.home)).add(name, question.content, given.content)
+    chat.say(f"Pinned for {name} as {pin.id}: every candidate must keep this answer.")
+    return False
+
+
+# word: (what it does, how it is written, one line of help)
+COMMANDS: dict[str, tuple[Command, str, str]] = {
+    "help": (_help, "help", "List the commands."),
+    "clear": (_clear, "clear", "Begin the conversation anew."),
+    "exit": (_exit, "exit", "Leave; /bye and /quit do, too."),
+    "params": (_params, "params [k=v …]", "Show or set max_new_tokens, temperature, top_p, seed."),
+    "temp": (_temperature, "temp X", "Set the temperature; 0 is greedy."),
+    "model": (_model, "model [MODEL]", "Show who answers, or let another one answer."),
+    "system": (_system, "system [TEXT]", "Set the system message, or take it away."),
+    "retry": (_retry, "retry", "Answer the last question again."),
+    "undo": (_undo, "undo", "Take the last question and its answer back."),
+    "save": (_save, "save FILE", "Append the conversation to a JSONL file that can be trained."),
+    "good": (lambda chat, _: _mark(chat, "good"), "good", "Mark the answer as good."),
+    "bad": (lambda chat, _: _mark(chat, "bad"), "bad", "Mark the answer as bad."),
+    "fix": (_fix, "fix TEXT", "Say what the answer should have been; a later night learns it."),
+    "pin": (_pin, "pin", "Pin the answer: the gate refuses candidates that lose it."),
+}
+ALIASES = {"?": "help", "bye": "exit", "quit": "exit", "q": "exit", "new": "clear", "temperature": "temp"}

@@ -1,0 +1,306 @@
+"""`nightschool checkpoints`: full training state on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from nightschool import uploads
+from nightschool.cli.checkpoints import figures as figures
+from nightschool.cli.checkpoints.figures import facts_of, figures_of
+from nightschool.cli.formatting import figure, moment
+from nightschool.cli.lookup import find_checkpoint, find_run
+from nightschool.cli.output import answer, confirm, table
+from nightschool.cli.runs import flatten
+from nightschool.cli.upload_state import upload_states
+from nightschool.errors import Damaged, NotFound, UsageError
+from nightschool.store import checkpoints
+from nightschool.store.checkpoints import Checkpoint
+from nightschool.store.home import Home
+from nightschool.store.manifest import read_manifest
+from nightschool.store.runs import Run, RunStore
+from nightschool.units import Every, format_bytes
+
+
+def ls(run_id: str | None = None, /) -> None:
+    """List the checkpoints of a run by their steps, oldest first, with loss, held-out loss, size and time.
+
+    Args:
+        run_id: The run; the newest without it.
+    """
+    home = Home.find()
+    run = find_run(home, run_id)
+    points, sent = checkpoints.ls(run), upload_states(home, run)
+    rows = [{**facts_of(run, point), "upload": sent.get(point.name)} for point in points]
+    # Retention may take one away at this very moment.
+    rows = [row for row, point in zip(rows, points, strict=True) if row["damaged"] is None or point.path.exists()]
+    _mark(rows, [point.name for point in checkpoints.by_age(points)])
+    answer(
+        rows,
+        lambda: f"Found {len(rows)} checkpoints of {run.id}:\n{_listed(rows)}" if rows else _none_of(run.id),
+        quiet=lambda: "\n".join(row["name"] for row in rows),
+    )
+
+
+def _mark(rows: list[dict[str, Any]], names_by_age: list[str]) -> None:
+    """Say which one a resume would take, and which has the lowest held-out loss."""
+    whole = {row["name"]: row for row in rows if row["damaged"] is None}
+    newest = next((whole[name] for name in reversed(names_by_age) if name in whole), None)
+    scored = [row for row in whole.values() if row["heldout_loss"] is not None]
+    best = min(scored, key=lambda row: (row["heldout_loss"], -row["step"]), default=None)
+    for row in rows:
+        row["newest"], row["best"] = row is newest, row is best
+
+
+def _listed(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for index, row in enumerate(rows, 1):
+        size = None if row["size_bytes"] is None else format_bytes(row["size_bytes"])
+        marks = ", ".join([*(mark for mark in ("newest", "best") if row[mark]), *filter(None, [row["upload"]])])
+        lines.append(
+            (
+                index,
+                row["name"],
+                row["epoch"],
+                row["step"],
+                figures.loss(row["loss"]),
+                figures.loss(row["heldout_loss"]),
+                size,
+                moment(row["created_at"]),
+                "DAMAGED" if row["damaged"] else marks,
+            )
+        )
+    return table(("#", "CHECKPOINT", "EPOCH", "STEP", "LOSS", "HELD-OUT", "SIZE", "TIME", ""), lines)
+
+
+def _none_of(run_id: str) -> str:
+    return f"The run {run_id} has no checkpoints."
+
+
+def show(checkpoint: str, /) -> None:
+    """Show one checkpoint: where training was, its losses and learning rate, the machine, its files.
+
+    Args:
+        checkpoint: Its folder, RUN/CHECKPOINT, or its name.
+    """
+    run, point = find_checkpoint(Home.find(), checkpoint)
+    manifest = read_manifest(point.path)
+    files = {name: file.size_bytes for name, file in manifest.files.items()}
+    kept = figures_of(point)
+    data = {
+        **facts_of(run, point),
+        "path": str(point.path),
+        "facts": manifest.facts,
+        "figures": kept,
+        "files": files,
+    }
+
+    def text() -> str:
+        sizes = table(("FILE", "SIZE"), [(name, format_bytes(size)) for name, size in files.items()])
+        lines = [(key, value) for key, value in _shown(data, kept) if value is not None]
+        return "\n".join([f"{point.name} of {run.id}", *(f"{key:<16} {value}" for key, value in lines), "", sizes])
+
+    answer(data, text, quiet=point.name)
+
+
+def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The lines of `show`: name and value; None is left out."""
+    shown: list[tuple[str, str | None]] = [
+        ("timestamp", moment(kept["timestamp"] or data["created_at"])),
+        ("step", str(data["step"])),
+        ("epoch", str(data["epoch"])),
+        ("files processed", str(data["num_files"])),
+        ("size", format_bytes(data["size_bytes"])),
+        ("CUDA", {True: "yes", False: "no"}.get(kept["cuda_available"])),
+        ("GPUs", _text(kept["device_count"])),
+        ("precision", _text(kept["mixed_precision"])),
+        ("current loss", figures.loss(kept["current_loss"] if kept["current_loss"] is not None else data["loss"])),
+        ("best loss", figures.loss(kept["best_loss"])),
+        ("held-out loss", figures.loss(kept["heldout_loss"] or data["heldout_loss"])),
+        ("best held-out", _best_heldout(kept)),
+        ("loss history", f"{kept['num_losses']} values" if kept["num_losses"] else None),
+        ("mean loss", figures.loss(kept["mean_loss"])),
+        ("deviation", figures.loss(kept["loss_deviation"])),
+        ("trend", figures.arrow(kept["loss_trend"])),
+        ("learning rate", figures.rate(kept["learning_rate"])),
+        ("rate history", f"{kept['num_learning_rates']} values" if kept["num_learning_rates"] else None),
+    ]
+    for name in ("validation_metrics", "training_progress"):
+        shown += [(f"  {key}", figure(value, 6)) for key, value in kept[name].items()]
+    shown += [(key, figure(value, 6)) for key, value in data["facts"].items() if key not in data]
+    shown.append(("path", data["path"]))
+    return shown
+
+
+def _best_heldout(kept: dict[str, Any]) -> str | None:
+    loss, step = kept["best_heldout_loss"], kept["best_heldout_step"]
+    return None if loss is None else f"{figures.loss(loss)} at step {step:g}"
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def verify(target: str | None = None, /, *, resume: bool = False, steps: int = 4) -> int:
+    """Compare every file with its manifest, byte by byte; with --resume, prove that resuming is exact.
+
+    --resume trains some steps from a checkpoint twice, in copies that are thrown away: once without a break, once
+    stopped, saved and resumed by another process. It compares every tensor, and changes nothing in the run.
+
+    Exits 1 if a file is damaged, or a tensor differs.
+
+    Args:
+        target: A run, or one checkpoint; the newest run without it.
+        resume: Prove the resume instead.
+        steps: How many steps --resume trains.
+    """
+    home = Home.find()
+    if resume:
+        from nightschool.cli.checkpoints.resume_check import verify_resume
+
+        return verify_resume(home, target, steps)
+    if target is None or target in [run.id for run in RunStore(home).ls()]:
+        run = find_run(home, target)
+        points = checkpoints.ls(run)
+    else:
+        run, point = find_checkpoint(home, target)
+        points = [point]
+    rows = []
+    for point in points:
+        try:
+            manifest = point.verify(digests=True)
+            rows.append({"name": point.name, "whole": True, "detail": f"{len(manifest.files)} files match"})
+        except (Damaged, NotFound) as error:
+            rows.append({"name": point.name, "whole": False, "detail": str(error)})
+    damaged = [row for row in rows if not row["whole"]]
+    answer(
+        {"run_id": run.id, "checkpoints": rows},
+        lambda: (
+            "\n".join(f"{'ok     ' if row['whole'] else 'DAMAGED'}  {row['name']}  {row['detail']}" for row in rows)
+            or _none_of(run.id)
+        ),
+        quiet=lambda: "\n".join(str(row["name"]) for row in damaged),
+    )
+    return 1 if damaged else 0
+
+
+def prune(
+    run_id: str | None = None,
+    /,
+    *,
+    keep_last: int = 1,
+    keep_best: int = 1,
+    keep_every: str | None = None,
+    yes: bool = False,
+) -> None:
+    """Delete old checkpoints of a run; never the only whole one, and none that waits to be uploaded.
+
+    Args:
+        run_id: The run; the newest without it.
+        keep_last: This many newest ones stay.
+        keep_best: This many with the lowest held-out loss stay.
+        keep_every: The first one of each "1000 steps" or "5 epochs" stays; without it, as the run's recipe says.
+        yes: Do not ask.
+    """
+    home = Home.find()
+    run = find_run(home, run_id)
+    keep = checkpoints.Keep(max(1, keep_last), max(0, keep_best), _milestones(run, keep_every))
+    milestones = f", the first of each {keep.every}" if keep.every else ""
+    confirm(
+        f"Keep the newest {keep.last} and the best {keep.best}{milestones} of {len(checkpoints.ls(run))} checkpoints of "
+        f"{run.id} and delete the others?",
+        yes=yes,
+    )
+    removed = checkpoints.apply_retention(run, keep, is_pending=partial(uploads.is_pending, home))
+    answer(
+        {"run_id": run.id, "removed": [point.name for point in removed]},
+        lambda: "\n".join([*(f"deleted  {point.name}" for point in removed), f"{len(removed)} deleted"]),
+        quiet=lambda: "\n".join(point.name for point in removed),
+    )
+
+
+def _milestones(run: Run, wanted: str | None) -> Every | None:
+    """Which checkpoints stay for ever.
+
+    Raises:
+        UsageError: If `wanted` is no rhythm of steps or epochs.
+    """
+    if wanted is None:
+        kept = ((run.recipe().get("checkpoints") or {}).get("keep") or {}).get("every")
+        return None if kept is None else Every.parse(kept)
+    try:
+        every = Every.parse(wanted)
+    except ValueError as error:
+        raise UsageError(f"--keep-every: {error}.") from None
+    if every.unit == "seconds":
+        raise UsageError(f"--keep-every {wanted} is a time. Write steps or epochs, such as '1000 steps'.")
+    return every
+
+
+# What `compare` shows, in order: the key among the figures, and how it is written.
+_COMPARED: dict[str, Callable[[Any], str | None]] = {
+    "step": str,
+    "epoch": str,
+    "files_processed": str,
+    "current_loss": figures.loss,
+    "best_loss": figures.loss,
+    "mean_loss": figures.loss,
+    "loss_deviation": figures.loss,
+    "loss_trend": figures.arrow,
+    "heldout_loss": figures.loss,
+    "best_heldout_loss": figures.loss,
+    "learning_rate": figures.rate,
+    "mixed_precision": str,
+    "size_bytes": format_bytes,
+    "timestamp": moment,
+}
+_DIFFERENCES = ("current_loss", "best_loss", "mean_loss", "heldout_loss", "best_heldout_loss")
+
+
+def compare(first: str, second: str, /, *more: str) -> None:
+    """Show the figures of checkpoints side by side, by their steps, with the losses' difference from the first.
+
+    Args:
+        first: A checkpoint: its folder, RUN/CHECKPOINT, or its name.
+        second: Another one.
+        more: More of them.
+    """
+    home = Home.find()
+    pairs = sorted((find_checkpoint(home, one) for one in (first, second, *more)), key=lambda pair: pair[1].step)
+    columns = [_compared(*pair) for pair in pairs]
+    several_runs = len({run.id for run, _ in pairs}) > 1
+    names = [f"{run.id}/{point.name}" if several_runs else point.name for run, point in pairs]
+    kept = {key: [column[key] for column in columns] for key in _COMPARED}
+    settings = _settings_that_differ([flatten(run.recipe()) for run, _ in pairs]) if several_runs else {}
+
+    def text() -> str:
+        rows = [(key, *_with_differences(key, values)) for key, values in kept.items() if set(values) != {None}]
+        return table(("", *names), [*rows, *((key, *values) for key, values in settings.items())])
+
+    answer({"checkpoints": names, "figures": kept, "settings": settings}, text)
+
+
+def _compared(run: Run, point: Checkpoint) -> dict[str, Any]:
+    facts, kept = facts_of(run, point), figures_of(point)
+    return kept | {
+        "size_bytes": facts["size_bytes"],
+        "current_loss": kept["current_loss"] if kept["current_loss"] is not None else facts["loss"],
+        "heldout_loss": kept["heldout_loss"] if kept["heldout_loss"] is not None else facts["heldout_loss"],
+        "timestamp": kept["timestamp"] or facts["created_at"],
+    }
+
+
+def _with_differences(key: str, values: list[Any]) -> list[str | None]:
+    shown = [None if value is None else _COMPARED[key](value) for value in values]
+    if key in _DIFFERENCES and values[0] is not None:
+        for index, value in enumerate(values[1:], 1):
+            if value is not None:
+                shown[index] = f"{shown[index]} ({value - values[0]:+.6f})"
+    return shown
+
+
+def _settings_that_differ(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    keys = {key: None for one in settings for key in one}
+    columns = {key: [one.get(key) for one in settings] for key in keys}
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}

@@ -1,0 +1,258 @@
+"""What `nightschool top` shows: the runs, one of them in detail, the machine, the uploads. Facts only, as JSON.
+
+Everything is read while others write it. What cannot be read at this moment, or was damaged, is shown as unknown, and
+the next look tries again: whoever watches a night must not be thrown out by one file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from nightschool.cli.formatting import plain
+from nightschool.cli.metrics_rows import Row, RowsFollower, is_number, parse_row
+from nightschool.cli.upload_state import upload_summary
+from nightschool.errors import NightschoolError, NotFound
+from nightschool.events import now
+from nightschool.jobs.processes import effective_state, training_process
+from nightschool.store import checkpoints
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.runs import Run, RunStatus, RunStore
+
+LOG_LINES = 200
+TAIL_BYTES = 65_536
+NEWEST_RUNS = 12
+# The time left follows from this many last rows, so that a slow start does not count for ever.
+SPEED_ROWS = 50
+GPU_SECONDS = 5.0
+# How busy a processor is can only be said of a span of time: at the first look of this one, later since the last look.
+_FIRST_SECONDS = 0.1
+_GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu", "power.draw")
+
+# What reading files that others write may raise: they vanish, are half there, or hold something else.
+UNREADABLE = (NightschoolError, OSError, LookupError, ValueError, TypeError, AttributeError, psutil.Error)
+
+T = TypeVar("T")
+
+
+class Monitor:
+    """Looks at a home again and again; what was read of a metrics file is not read a second time."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._followers: dict[str, RowsFollower] = {}
+        self._processes: dict[int, psutil.Process] = {}
+        self._looked = False
+
+    def frame(self, wanted: str | None = None) -> dict[str, Any]:
+        """All figures of one look.
+
+        Args:
+            wanted: The run to show in detail; without it, or with `latest`, one that is running, else the newest.
+
+        Raises:
+            NotFound: If there is no run, or not this one.
+        """
+        runs = RunStore(self.home).ls()
+        rows = {run.id: self._summary(run) for run in runs[:NEWEST_RUNS]}
+        chosen = self._choose(runs, rows, wanted)
+        if chosen.id not in rows:
+            rows[chosen.id] = self._summary(chosen)
+        return {
+            "time": now().isoformat(),
+            **self._details(chosen, rows[chosen.id]),
+            "runs": list(rows.values()),
+            "machine": self._machine(),
+            "uploads": _tried(lambda: upload_summary(self.home), None),
+        }
+
+    def _choose(self, runs: list[Run], rows: dict[str, dict[str, Any]], wanted: str | None) -> Run:
+        if wanted is not None and wanted != "latest":
+            return RunStore(self.home).get(wanted)
+        if not runs:
+            raise NotFound(f"There are no runs in {self.home.runs} yet. Begin one with nightschool train RECIPE.")
+        return next((run for run in runs if run.id in rows and rows[run.id]["state"] == "running"), runs[0])
+
+    def _rows(self, run: Run) -> list[Row]:
+        return self._followers.setdefault(run.id, RowsFollower(run.metrics_path)).update()
+
+    def _summary(self, run: Run) -> dict[str, Any]:
+        """One line of the table."""
+        rows = self._rows(run)
+        last = _numbers(rows[-1]) if rows else {}
+        status = _tried(lambda: run.status, RunStatus(run_id=run.id, name=run.name, state="queued"))
+        state = _tried(lambda: effective_state(run), "unreadable")
+        step = last.get("step", status.step)
+        return {
+            "run_id": run.id,
+            "state": state,
+            "pid": status.pid,
+            "step": step,
+            "steps_total": status.steps_total,
+            "epoch": last.get("epoch"),
+            "loss": last.get("loss"),
+            "heldout_loss": _last(rows, "heldout_loss"),
+            "tokens_per_second": last.get("tokens_per_second"),
+            "seconds": last.get("seconds"),
+            "seconds_left": _seconds_left(rows, status.steps_total) if state == "running" else None,
+            "peak_bytes": last.get("peak_bytes"),
+            "num_checkpoints": _tried(lambda: len(checkpoints.ls(run)), None),
+            "candidate": status.candidate,
+            "error": status.error,
+        }
+
+    def _details(self, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+        rows = self._rows(run)
+        last = _numbers(rows[-1]) if rows else {}
+        champion = _tried(lambda: Registry(self.home).aliases(run.name).get("champion"), None)
+        newest = _tried(lambda: checkpoints.ls(run)[-1].name if summary["num_checkpoints"] else None, None)
+        return {
+            **summary,
+            "losses": [row["loss"] for row in rows if is_number(row.get("loss"))],
+            "loss_steps": [row["step"] for row in rows if is_number(row.get("loss"))],
+            "heldout_losses": [row["heldout_loss"] for row in rows if is_number(row.get("heldout_loss"))],
+            "learning_rate": last.get("learning_rate"),
+            "grad_norm": last.get("grad_norm"),
+            "tokens_trained": last.get("tokens_trained_total"),
+            "perplexity": last.get("perplexity"),
+            "bits_per_byte": last.get("bits_per_byte"),
+            "heldout_bits_per_byte": _last(rows, "heldout_bits_per_byte"),
+            "mfu": last.get("mfu"),
+            "seconds_since_row": _tried(lambda: _seconds_since(rows[-1]["time"]), None),
+            "newest_checkpoint": newest,
+            "champion": f"{run.name}@{champion}" if champion else None,
+            "process": self._process(run) if summary["state"] == "running" else None,
+            "sample": last_sample(run.events_path),
+            "log": log_tail(run.log_path),
+        }
+
+    def _process(self, run: Run) -> dict[str, Any] | None:
+        """Processor and memory of the process that trains; the share is that since the last look."""
+
+        def look() -> dict[str, Any] | None:
+            found = training_process(run)
+            if found is None:
+                return None
+            first = found.pid not in self._processes
+            process = self._processes.setdefault(found.pid, found)
+            return {
+                "pid": process.pid,
+                "cpu_percent": process.cpu_percent(_FIRST_SECONDS if first else None),
+                "resident_bytes": process.memory_info().rss,
+                "num_threads": process.num_threads(),
+            }
+
+        return _tried(look, None)
+
+    def _machine(self) -> dict[str, Any]:
+        memory, first, self._looked = psutil.virtual_memory(), not self._looked, True
+        return {
+            "cpu_percent": psutil.cpu_percent(_FIRST_SECONDS if first else None),
+            "num_cores": psutil.cpu_count(),
+            "load": os.getloadavg()[0],
+            "memory_used_bytes": memory.total - memory.available,
+            "memory_total_bytes": memory.total,
+            "disk_free_bytes": _tried(lambda: shutil.disk_usage(self.home.path).free, None),
+            "gpus": _tried(_gpus, list[dict[str, Any]]()),
+        }
+
+
+def log_tail(path: Path) -> list[str]:
+    """The last lines of a log, without colours; none where there is no log."""
+    return plain(_tried(lambda: _tail(path), "")).splitlines()[-LOG_LINES:]
+
+
+def last_sample(path: Path) -> dict[str, Any] | None:
+    """What the model wrote when it was last asked to, if the end of the events still tells."""
+    for line in reversed(_tried(lambda: _tail(path), "").splitlines()):
+        event = parse_row(line)
+        if event is not None and event.get("event") == "sample":
+            return {key: event.get(key) for key in ("step", "prompt", "continuation")}
+    return None
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """What nvidia-smi says of each GPU; none where there is no such tool."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = [tool, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=GPU_SECONDS, check=False)
+    return [found for line in done.stdout.splitlines() if (found := _gpu(line)) is not None]
+
+
+def _gpu(line: str) -> dict[str, Any] | None:
+    parts = [part.strip() for part in line.split(",")]
+    if len(parts) != len(_GPU_FIELDS):
+        return None
+    index, name, busy, used, total, warmth, power = parts
+    return {
+        "index": int(index),
+        "name": name,
+        "busy_percent": _float(busy),
+        "memory_used_bytes": _mebibytes(used),
+        "memory_total_bytes": _mebibytes(total),
+        "celsius": _float(warmth),
+        "watts": _float(power),
+    }
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]", where a GPU does not say
+        return None
+
+
+def _mebibytes(text: str) -> int | None:
+    value = _float(text)
+    return None if value is None else int(value * 2**20)
+
+
+def _seconds_left(rows: list[Row], total: int | None) -> float | None:
+    """What the run says itself, else what its last rows say."""
+    if not rows:
+        return None
+    last = _numbers(rows[-1])
+    if "eta_seconds" in last:
+        return last["eta_seconds"]
+    first: dict[str, float] = _numbers(rows[-SPEED_ROWS]) if len(rows) > SPEED_ROWS else {"step": 0, "seconds": 0.0}
+    if total is None or "seconds" not in last or "seconds" not in first or last["step"] <= first["step"]:
+        return None
+    seconds_per_step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    return max(0.0, (total - last["step"]) * seconds_per_step)
+
+
+def _last(rows: list[Row], key: str) -> float | None:
+    return next((float(row[key]) for row in reversed(rows) if is_number(row.get(key))), None)
+
+
+def _seconds_since(moment: str) -> float:
+    return (now() - datetime.fromisoformat(moment)).total_seconds()
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    """The figures of a row that are numbers."""
+    return {key: value for key, value in row.items() if is_number(value)}
+
+
+def _tried(look: Callable[[], T], otherwise: T) -> T:
+    """What a look finds, or `otherwise` where it cannot be had at this moment."""
+    try:
+        return look()
+    except (*UNREADABLE, subprocess.SubprocessError):
+        return otherwise

@@ -1,0 +1,276 @@
+"""Token shards: the NPZ files of a folder, and the index that says what is in them.
+
+A folder of shards has an `index.json`, written by `nightschool data tokenize`. For a folder that has none the same is
+found out by reading it once, and kept in the cache. `nightschool.data.shards.npz` says what a file may hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from nightschool.data.shards.npz import TokenIds, fingerprint_in, open_tokens
+from nightschool.errors import Damaged, DataError, NotFound
+from nightschool.store.atomic import write_bytes, write_json
+
+INDEX = "index.json"
+TOKENIZER_FOLDER = "tokenizer"
+SHARD_ENDING = ".npz"
+_FORMAT = 1
+OPEN_SHARDS = 64
+_CHUNK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as its index states it. `tokens` counts no padding; `max_id` is the largest id in it."""
+
+    file: str
+    tokens: int
+    documents: int
+    max_id: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All shards of a folder, by name. `eos_token_id` ends documents; None where nobody has said which one does."""
+
+    shards: tuple[ShardInfo, ...]
+    tokenizer_fingerprint: str | None
+    vocab_size: int | None
+    eos_token_id: int | None
+    bytes_per_token: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, contents and order of the shards."""
+        facts = [[shard.file, shard.tokens, shard.sha256] for shard in self.shards]
+        return hashlib.sha256(json.dumps([facts, self.tokenizer_fingerprint]).encode()).hexdigest()
+
+    def first(self, max_files: int | None) -> ShardIndex:
+        """The index of the first `max_files` shards; of all without a number."""
+        if max_files is None or max_files >= len(self.shards):
+            return self
+        return ShardIndex(
+            self.shards[:max_files],
+            self.tokenizer_fingerprint,
+            self.vocab_size,
+            self.eos_token_id,
+            self.bytes_per_token,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": _FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any], where: str) -> ShardIndex:
+        """Read what `to_json` wrote. Raises Damaged if it does not have that form."""
+        if plain.get("format") != _FORMAT:
+            raise Damaged(
+                f"{where} has the format {plain.get('format')!r}, and this version of nightschool reads {_FORMAT}. "
+                "Tokenize again, or use the version that wrote it."
+            )
+        try:
+            shards = tuple(
+                ShardInfo(
+                    file=_inside(shard["file"]),
+                    tokens=int(shard["tokens"]),
+                    documents=int(shard["documents"]),
+                    max_id=int(shard["max_id"]),
+                    size_bytes=int(shard["size_bytes"]),
+                    sha256=str(shard["sha256"]),
+                )
+                for shard in plain["shards"]
+            )
+            return cls(
+                shards,
+                plain["tokenizer_fingerprint"],
+                plain["vocab_size"],
+                plain["eos_token_id"],
+                plain.get("bytes_per_token"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged(f"{where} does not have the form of a shard index ({error!r}). Tokenize again.") from None
+
+
+def read_index(path: Path) -> ShardIndex:
+    """The index in this file.
+
+    Raises:
+        NotFound: If there is none.
+        Damaged: If it is no shard index.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"There is no {path}. Make shards with `nightschool data tokenize`.") from None
+    except ValueError as error:
+        raise Damaged(f"{path} is no JSON ({error}). Tokenize again, or remove it: it can be made anew.") from None
+    if not isinstance(plain, dict):
+        raise Damaged(f"{path} holds no JSON object. Tokenize again, or remove it: it can be made anew.")
+    return ShardIndex.from_json(plain, str(path))
+
+
+def check_index(index: ShardIndex, vocab_size: int, where: str) -> None:
+    """Refuse shards that this vocabulary cannot read.
+
+    Raises:
+        DataError: If an id lies beyond the vocabulary, or there is no token at all.
+    """
+    if index.tokens == 0:
+        raise DataError(f"The shards of {where} hold no tokens. Tokenize some text first.")
+    for shard in index.shards:
+        if shard.max_id >= vocab_size:
+            raise DataError(
+                f"{shard.file} of {where} holds the token id {shard.max_id}, and the vocabulary has {vocab_size} ids. "
+                "Take the tokenizer that wrote the shard, or tokenize again."
+            )
+
+
+class Shards:
+    """The tokens of each shard, mapped when they are first asked for.
+
+    Args:
+        folder: Where the files are.
+        index: What they hold.
+        cache: Where conversions are kept.
+        num_open: At most so many are mapped at a time.
+    """
+
+    def __init__(self, folder: Path, index: ShardIndex, cache: Path, *, num_open: int = OPEN_SHARDS) -> None:
+        self.folder, self.index, self._cache, self._num_open = folder, index, cache, num_open
+        self._open: OrderedDict[int, TokenIds] = OrderedDict()
+
+    def path(self, number: int) -> Path:
+        """Where the file of a shard is."""
+        return self.folder / self.index.shards[number].file
+
+    def tokens(self, number: int) -> TokenIds:
+        """All tokens of shard `number`, one dimension, mapped.
+
+        Raises:
+            Damaged: If the file is not the one that the index describes.
+            Conflict: If it was fetched, and does not fit into the cache beside those that are in use.
+        """
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        self._opened(number)
+        facts, path = self.index.shards[number], self.path(number)
+        check_size(path, facts)
+        tokens = open_tokens(path, self._cache, facts.sha256, self.index.eos_token_id, keep=self._keep)
+        if len(tokens) != facts.tokens:
+            raise Damaged(f"{path} holds {len(tokens)} tokens, but its index says {facts.tokens}. {_AGAIN}")
+        self._open[number] = tokens
+        if len(self._open) > self._num_open:
+            self._closed(self._open.popitem(last=False)[0])
+        return tokens
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Hear which shards are needed next, in this order. For those that have to be fetched."""
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        """Write the conversion of a shard."""
+        write_bytes(path, content)
+
+    def _opened(self, number: int) -> None:
+        """A shard is about to be mapped."""
+
+    def _closed(self, number: int) -> None:
+        """A shard is mapped no more."""
+
+
+_AGAIN = "It was altered after it was written; restore it from a copy, or tokenize again."
+
+
+def check_size(path: Path, facts: ShardInfo) -> None:
+    """Raise Damaged if the file is missing or of another size than stated."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise Damaged(
+            f"{path} is missing, but its index lists it. Restore it from a copy, or tokenize again."
+        ) from None
+    if size != facts.size_bytes:
+        raise Damaged(f"{path} has {size} bytes, but its index says {facts.size_bytes}. {_AGAIN}")
+
+
+def verify_shard(path: Path, facts: ShardInfo) -> None:
+    """Compare every byte with the index. Raises Damaged at a difference."""
+    check_size(path, facts)
+    actual = sha256_of(path)
+    if actual != facts.sha256:
+        raise Damaged(f"{path} has the SHA-256 {actual}, but its index says {facts.sha256}. {_AGAIN}")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_folder(
+    folder: Path,
+    files: Iterable[Path],
+    cache: Path,
+    *,
+    eos_token_id: int | None,
+    vocab_size: int | None,
+    keep: Callable[[Path, bytes], None] = write_bytes,
+) -> ShardIndex:
+    """Find out what an index would say of `files`, by reading them once, one after the other.
+
+    `keep` writes the conversions of those that cannot be mapped into `cache`.
+
+    Raises:
+        DataError: If a file is no shard, or they were written by different tokenizers.
+    """
+    shards, fingerprints = [], {}
+    for path in files:
+        digest = sha256_of(path)
+        tokens = open_tokens(path, cache, digest, eos_token_id, keep=keep)
+        largest, documents = -1, 0
+        for start in range(0, len(tokens), _CHUNK_TOKENS):
+            chunk = np.asarray(tokens[start : start + _CHUNK_TOKENS])
+            if int(chunk.min()) < 0:
+                raise DataError(f"{path} holds the token id {int(chunk.min())}; ids begin at 0. Tokenize again.")
+            largest = max(largest, int(chunk.max()))
+            documents += 0 if eos_token_id is None else int(np.count_nonzero(chunk == eos_token_id))
+        fingerprints[path.name] = fingerprint_in(path)
+        shards.append(
+            ShardInfo(path.relative_to(folder).as_posix(), len(tokens), documents, largest, path.stat().st_size, digest)
+        )
+    stated = {name: value for name, value in fingerprints.items() if value is not None}
+    if len(set(stated.values())) > 1:
+        one, *others = stated
+        other = next(name for name in others if stated[name] != stated[one])
+        raise DataError(
+            f"{one} was written with the tokenizer {stated[one][:12]} and {other} with {stated[other][:12]}. "
+            "Ids of different tokenizers mean different texts: tokenize all of them with one."
+        )
+    return ShardIndex(tuple(shards), next(iter(stated.values()), None), vocab_size, eos_token_id)
+
+
+def keep_index(path: Path, index: ShardIndex) -> None:
+    """Write an index, at once or not at all."""
+    write_json(path, index.to_json())
+
+
+def _inside(name: str) -> str:
+    """A relative path that stays in its folder. Raises ValueError for any other."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or path.as_posix() != name or "\\" in name or not name:
+        raise ValueError(f"{name!r} lies outside its folder")
+    return name

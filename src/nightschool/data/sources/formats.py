@@ -1,0 +1,298 @@
+"""Rows → examples: the spellings in which people keep questions, answers, conversations and texts.
+
+`FORMATS` is the table. Every reader checks what it takes and says which field of which line is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nightschool.data.example import ROLES, Example, Message, Role
+from nightschool.data.sources.rows import Row
+from nightschool.errors import DataError
+
+_ROLE_NAMES: dict[str, Role] = {role: role for role in ROLES} | {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "developer": "system",
+    "function": "tool",
+    "observation": "tool",
+}
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+
+
+def detect(fields: Mapping[str, Any]) -> str | None:
+    """The name of the format that a row with these fields has, or None."""
+    if "query" in fields and "retrieved" in fields:
+        return "query_retrieved"
+    if "messages" in fields:
+        return "messages"
+    if "conversations" in fields or "conversation" in fields:
+        return "conversations"
+    if "instruction" in fields and ("output" in fields or "instances" in fields):
+        return "alpaca"
+    if any(first in fields and second in fields for first, second in _PAIRS):
+        return "prompt_completion"
+    return "text" if "text" in fields else None
+
+
+def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 - the recipe's word
+    """Read one row. It gives one example, or several where a row of seed tasks has several instances.
+
+    Args:
+        row: The row and where it came from.
+        format: A key of `FORMATS`, or `auto` to tell by the fields.
+
+    Raises:
+        DataError: If a field is missing, blank or of the wrong kind; the message names file, line and field.
+    """
+    name = detect(row.fields) if format == "auto" else format
+    try:
+        if name is None:
+            raise _Wrong(
+                f"the fields {_names(row.fields)} fit no format. Known are query + retrieved, messages, conversations, "
+                "instruction + output, prompt + completion, question + answer, and text."
+            )
+        contents = FORMATS[name](row.fields)
+        paraphrases = _paraphrases(row.fields)
+        if paraphrases and name == "text":
+            raise _Wrong(
+                "'paraphrases' are other wordings of a question, but a plain text has none. Take the field out."
+            )
+        own_id = _id(row.fields)
+        return [
+            Example(
+                messages=content if isinstance(content, tuple) else (),
+                text=content if isinstance(content, str) else None,
+                paraphrases=paraphrases,
+                id=f"{own_id}.{index}" if own_id and len(contents) > 1 else own_id,
+                source=row.source,
+                line=row.line,
+            )
+            for index, content in enumerate(contents)
+        ]
+    except _Wrong as wrong:
+        raise DataError(f"{row.where}: {wrong}") from None
+
+
+def parse_messages(turns: Any, field: str = "messages") -> tuple[Message, ...]:
+    """Turns in either spelling, `role` + `content` or `from` + `value`, without a demand on their order.
+
+    Raises:
+        DataError: If a turn is malformed; the message names `field` and the turn.
+    """
+    try:
+        return _turns(turns, field)
+    except _Wrong as wrong:
+        raise DataError(str(wrong)) from None
+
+
+class _Wrong(Exception):
+    """What is wrong with a row, without its place."""
+
+
+def _query_retrieved(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
+    return [_pair(fields, _text(fields, "query"), _text(fields, "retrieved"))]
+
+
+def _messages(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
+    return [_conversation(_turns(fields.get("messages"), "messages"), "messages")]
+
+
+def _conversations(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
+    field = "conversations" if "conversations" in fields else "conversation"
+    turns = _turns(fields.get(field), field)
+    return [_conversation((*_system(fields), *turns), field)]
+
+
+def _alpaca(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
+    instruction = _text(fields, "instruction")
+    if "instances" not in fields:
+        return [_instance(fields, instruction, fields, "")]
+    instances = fields["instances"]
+    if not isinstance(instances, list) or not instances:
+        raise _Wrong(
+            f"'instances' is {_kind(instances)}, but a list of objects with 'output' is expected. Write it so."
+        )
+    contents = []
+    for index, instance in enumerate(instances):
+        if not isinstance(instance, dict):
+            raise _Wrong(
+                f"'instances[{index}]' is {_kind(instance)}, but an object with 'output' is expected. Write it so."
+            )
+        contents.append(_instance(fields, instruction, instance, f"instances[{index}]."))
+    return contents
+
+
+def _instance(fields: Mapping[str, Any], instruction: str, instance: Mapping[str, Any], at: str) -> tuple[Message, ...]:
+    context = instance.get("input", "")
+    if not isinstance(context, str):
+        raise _Wrong(f"'{at}input' is {_kind(context)}, but a text is expected. Write it in quotes.")
+    question = f"{instruction}\n\n{_encodable(context, at + 'input')}" if context.strip() else instruction
+    return _pair(fields, question, _text(instance, "output", at))
+
+
+def _prompt_completion(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
+    for first, second in _PAIRS:
+        if first in fields and second in fields:
+            break
+    else:
+        raise _Wrong(
+            f"the fields {_names(fields)} hold no pair. Expected are prompt + completion or question + answer."
+        )
+    question, answer = fields[first], fields[second]
+    if isinstance(question, list) or isinstance(answer, list):
+        before = _turns(question, first) if isinstance(question, list) else (Message("user", _text(fields, first)),)
+        after = _turns(answer, second) if isinstance(answer, list) else (Message("assistant", _text(fields, second)),)
+        context = tuple(Message(m.role, m.content, 0.0 if m.role == "assistant" else 1.0) for m in before)
+        return [_conversation((*_system(fields), *context, *after), second)]
+    return [_pair(fields, _text(fields, first), _text(fields, second))]
+
+
+def _plain_text(fields: Mapping[str, Any]) -> list[str]:
+    return [_text(fields, "text")]
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Any]]] = {
+    "query_retrieved": _query_retrieved,
+    "messages": _messages,
+    "conversations": _conversations,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "text": _plain_text,
+}
+
+
+def _pair(fields: Mapping[str, Any], question: str, answer: str) -> tuple[Message, ...]:
+    return (*_system(fields), Message("user", question), Message("assistant", answer))
+
+
+def _system(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    if not fields.get("system"):
+        return ()
+    return (Message("system", _text(fields, "system")),)
+
+
+def _turns(turns: Any, field: str) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns:
+        raise _Wrong(
+            f'\'{field}\' is {_kind(turns)}, but a list of turns is expected. Write [{{"role": …, "content": …}}, …].'
+        )
+    return tuple(_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns))
+
+
+def _turn(turn: Any, at: str) -> Message:
+    if not isinstance(turn, dict):
+        raise _Wrong(f"'{at}' is {_kind(turn)}, but an object with 'role' and 'content' is expected. Write it so.")
+    role_field, content_field = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    name = turn.get(role_field)
+    role = _ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise _Wrong(f"'{at}.{role_field}' is {name!r}, but a role is one of {', '.join(_ROLE_NAMES)}. Correct it.")
+    if turn.get("tool_calls"):
+        raise _Wrong(f"'{at}.tool_calls': calls of tools are not read. Write the call into '{at}.{content_field}'.")
+    content = turn.get(content_field)
+    if isinstance(content, list):
+        turn = {
+            **turn,
+            content_field: "".join(_part(part, f"{at}.{content_field}[{i}]") for i, part in enumerate(content)),
+        }
+    return Message(role, _text(turn, content_field, f"{at}."), _weight(turn, role, at))
+
+
+def _part(part: Any, at: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        raise _Wrong(f'\'{at}\' is no part with a text. Only parts {{"type": "text", "text": …}} can be learned.')
+    return text
+
+
+def _weight(turn: Mapping[str, Any], role: Role, at: str) -> float:
+    weight = turn.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise _Wrong(f"'{at}.weight' is {weight!r}, but the weight of a turn is a number of at least 0. Correct it.")
+    if role != "assistant":
+        if weight == 0:
+            return 1.0  # it says what is so anyway: only answers are learned
+        raise _Wrong(f"'{at}.weight' is {weight!r} on a turn of the {role}, but only answers are learned. Take it out.")
+    return float(weight)
+
+
+def _conversation(turns: tuple[Message, ...], field: str) -> tuple[Message, ...]:
+    last = turns[-1]
+    if last.role != "assistant":
+        raise _Wrong(
+            f"the last turn of '{field}' is of the {last.role}, but it is the answer that is learned. End with the assistant."
+        )
+    if not any(turn.role == "user" for turn in turns):
+        raise _Wrong(f"'{field}' has no turn of the user, so there is nothing to answer. Add the question.")
+    if not any(turn.role == "assistant" and turn.weight > 0 for turn in turns):
+        raise _Wrong(
+            f"every answer in '{field}' has the weight 0, so there is nothing to learn. Give one a weight of 1."
+        )
+    return turns
+
+
+def _text(fields: Mapping[str, Any], name: str, at: str = "") -> str:
+    value = fields.get(name)
+    if value is None:
+        raise _Wrong(f"'{at}{name}' is missing. Add it.")
+    if not isinstance(value, str):
+        raise _Wrong(f"'{at}{name}' is {_kind(value)}, but a text is expected. Write it in quotes.")
+    if not value.strip():
+        raise _Wrong(
+            f"'{at}{name}' is {'blank' if value else 'empty'}, so there is nothing to learn. Fill it, or take the row out."
+        )
+    return _encodable(value, at + name)
+
+
+def _encodable(text: str, name: str) -> str:
+    """JSON can escape half a character; no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Wrong(
+            f"'{name}' holds half a character ({text[error.start]!a}) at place {error.start}. Write the whole one."
+        ) from None
+    return text
+
+
+def _paraphrases(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    wordings = fields.get("paraphrases")
+    if wordings is None:
+        return ()
+    if not isinstance(wordings, list):
+        raise _Wrong(f"'paraphrases' is {_kind(wordings)}, but a list of texts is expected. Write [\"…\", …].")
+    return tuple(_text({"": wording}, "", f"paraphrases[{index}]") for index, wording in enumerate(wordings))
+
+
+def _id(fields: Mapping[str, Any]) -> str:
+    own_id = fields.get("id")
+    if own_id is None:
+        return ""
+    if isinstance(own_id, bool) or not isinstance(own_id, str | int):
+        raise _Wrong(f"'id' is {_kind(own_id)}, but a text or a whole number is expected. Correct it.")
+    return _encodable(str(own_id), "id")
+
+
+def _names(fields: Mapping[str, Any]) -> str:
+    names = [str(name)[:40] for name in fields]
+    return (", ".join(names[:8]) + (", …" if len(names) > 8 else "")) or "(none)"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | dict) and not value:
+        return "empty"
+    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

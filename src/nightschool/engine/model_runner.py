@@ -1,0 +1,162 @@
+"""The model, seen from an engine: spans of tokens in, logits out.
+
+S spans that want an answer, V entries of the vocabulary, T tokens of a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nightschool.engine.attention import ROW_ATTENTION, RowStep
+from nightschool.engine.cache import LayerShape, RowCache
+from nightschool.engine.compute import COMPUTE
+from nightschool.engine.scheduler import Span, StepPlan
+from nightschool.engine.weights import block_weights
+from nightschool.errors import ModelError
+
+# Logits of one pass over packed prompts against those of the model's own attention, as a share of the largest.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_16_BIT = 0.1
+
+TokensOf = Callable[[Span], Sequence[int]]
+
+
+class ModelRunner:
+    """Runs a private copy of a model, which shares the weights, so that nobody else's settings matter.
+
+    Args:
+        model: A causal language model of transformers, without adapters that are kept apart.
+        blocked_bytes: What a second copy of the weights, laid out for decoding, may take; see `engine.weights`.
+
+    Raises:
+        ModelError: If the model's attention is none that rows of a cache can serve, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, *, blocked_bytes: int = 0) -> None:
+        self._model: Any = _private_copy(model)
+        parameter = next(self._model.parameters())
+        self.device: torch.device = parameter.device
+        self.dtype: torch.dtype = parameter.dtype
+        # Four dimensions make transformers hand the mask down as it is instead of building one.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        block_weights(self._model, blocked_bytes)
+        self.shapes = COMPUTE.call(self._check)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    def make_cache(self, num_rows: int, budget_tokens: int) -> RowCache:
+        """An empty cache for this model."""
+        return RowCache(
+            self.shapes, num_rows=num_rows, budget_tokens=budget_tokens, dtype=self.dtype, device=self.device
+        )
+
+    def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf) -> Tensor:
+        """Read the tokens of all spans, keep their keys and values, and return logits [S,V] of the spans that answer.
+
+        The order is that of `plan.spans`.
+        """
+        token_ids: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for span in plan.spans:
+            token_ids.extend(tokens_of(span))
+            places.extend(range(span.start, span.start + span.length))
+            if span.answers:
+                wanted.append(len(token_ids) - 1)
+        step = RowStep(cache, plan.decode, plan.prefill, self.device, self.dtype)
+        if not wanted:
+            self._forward(token_ids, places, step, [0])
+            return torch.empty(0, self.vocab_size, device=self.device)
+        return self._forward(token_ids, places, step, None if len(wanted) == len(token_ids) else wanted)
+
+    def _forward(
+        self, token_ids: Sequence[int], places: Sequence[int], step: RowStep, wanted: Sequence[int] | None
+    ) -> Tensor:
+        """Logits [S,V] of the tokens at `wanted`, or of all."""
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=self.device),
+            position_ids=torch.tensor([places], device=self.device),
+            attention_mask=self._no_mask,
+            use_cache=False,
+            logits_to_keep=0 if wanted is None else torch.tensor(wanted, device=self.device),
+            row_step=step,
+        )
+        return cast(Tensor, output.logits)[0]
+
+    def _check(self) -> list[LayerShape]:
+        """Compare one prompt with the model's own attention, read in chunks beside others; return the layers' shapes.
+
+        Raises:
+            ModelError: If the logits differ.
+        """
+        name = type(self._model).__name__
+        limit = _TOLERANCE.get(self.dtype, _TOLERANCE_16_BIT)
+        ids = torch.randint(0, self.vocab_size, (19,), generator=torch.Generator().manual_seed(0)).tolist()
+        try:
+            expected = self._own_logits(ids)
+            self._model.set_attn_implementation(ROW_ATTENTION)
+            note = RowStep(None, device=self.device, dtype=self.dtype)
+            self._forward(ids, range(len(ids)), note, None)
+            cache = RowCache(
+                list(note.shapes.values()), num_rows=3, budget_tokens=1 << 20, dtype=self.dtype, device=self.device
+            )
+            cache.ensure(3, len(ids))
+            plans = (
+                StepPlan((), (Span(0, 0, 0, 10, answers=False), Span(1, 2, 0, 6, answers=False))),
+                StepPlan((), (Span(0, 0, 10, 8, answers=False), Span(1, 2, 6, 9))),
+                StepPlan((Span(0, 0, 18, 1), Span(1, 2, 15, 1)), ()),
+            )
+            logits = [self.run(plan, cache, lambda span: ids[span.start : span.start + span.length]) for plan in plans]
+            actual = torch.cat(logits[1:])
+            difference = float((actual - expected[[14, 18, 15]]).abs().max() / expected.abs().max().clamp_min(1e-6))
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, IndexError) as error:
+            raise ModelError(
+                f"The engine cannot serve {name}: it does not run on rows of a cache ({error}). "
+                "Serve a model whose layers are all ordinary attention."
+            ) from error
+        if not difference <= limit:
+            raise ModelError(
+                f"The engine cannot serve {name}: on rows of a cache its logits differ by {difference:.1e} of the largest, "
+                f"and {limit:.0e} is allowed. Serve a model whose layers are all ordinary attention."
+            )
+        return list(note.shapes.values())
+
+    def _own_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits [T,V] by the attention that transformers would choose."""
+        self._model.set_attn_implementation("sdpa" if getattr(self._model, "_supports_sdpa", False) else "eager")
+        ids = torch.tensor([token_ids], device=self.device)
+        return cast(Tensor, self._model(input_ids=ids, use_cache=False).logits)[0]
+
+
+def exact_context(config: Any) -> int:
+    """Tokens up to which a token's answer depends on its own row alone; practically endless for most models.
+
+    Models with `longrope` turn all positions of a batch otherwise as soon as one of them is long (transformers decides by
+    the largest position), so beyond the length that they were first trained on, one request would change another.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    limits = [
+        kind.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    """The same modules and the same tensors under a new configuration."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    # deepcopy keeps what its memo knows, so that only the Python objects around the tensors are copied.
+    private = copy.deepcopy(model, cast(dict[int, Any], shared))
+    return private.eval()

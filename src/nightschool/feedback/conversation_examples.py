@@ -1,0 +1,72 @@
+"""Conversations that the server kept → examples: what a person corrected by day is learned by night."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nightschool.data.example import CONVERSATIONS, Example, Message
+from nightschool.data.sources.formats import parse_messages
+from nightschool.data.sources.problems import Problems
+from nightschool.errors import DataError
+
+
+class Kept(Protocol):
+    """What is needed of a kept conversation."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def rating(self) -> str | None: ...
+    @property
+    def correction(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Studied:
+    """`bad` counts answers that were rated bad and never corrected, `superseded` those that a later one replaces."""
+
+    examples: list[Example]
+    bad: int
+    superseded: int
+
+
+def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
+    """Turn kept conversations, which come oldest first, into examples.
+
+    The last answer is the correction where there is one, else the answer as given; earlier answers are context only.
+    An answer that was rated bad and not corrected is never learned. Of the same question answered several times in
+    the same conversation, the latest counts: a correction of a correction.
+    """
+    by_question: dict[tuple[Message, ...], Example] = {}
+    bad = superseded = 0
+    for kept in conversations:
+        if kept.correction is None and kept.rating == "bad":
+            bad += 1
+            continue
+        answer = kept.answer if kept.correction is None else kept.correction
+        where = f"conversations: {kept.request_id}"
+        if not answer.strip():
+            problems.add(
+                f"{where}: the {'answer' if kept.correction is None else 'correction'} is blank. Correct it again, or forget it."
+            )
+            continue
+        try:
+            turns = parse_messages(list(kept.messages))
+        except DataError as error:
+            problems.add(f"{where}: {error}")
+            continue
+        question = tuple(Message(turn.role, turn.content, 0.0 if turn.role == "assistant" else 1.0) for turn in turns)
+        superseded += by_question.pop(question, None) is not None
+        by_question[question] = Example(
+            messages=(*question, Message("assistant", answer)),
+            id=kept.request_id,
+            source=CONVERSATIONS,
+            corrects=kept.answer if kept.correction is not None else "",
+        )
+    return Studied(list(by_question.values()), bad, superseded)

@@ -1,0 +1,148 @@
+"""A folder as an object store: another disk, or a file system of the network."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NotFound
+from nightschool.remotes.address import Address, path_below
+from nightschool.remotes.remote import ObjectInfo
+from nightschool.remotes.transfer import SourceFile, Transfer
+from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder
+from nightschool.store.locks import lock
+
+_CHUNK_BYTES = 1 << 20
+_LOCK = ".nightschool.lock"
+_WAIT_SECONDS = 30.0
+
+
+class LocalStore:
+    """Objects are files below `root`. Each appears whole, and stays when the power fails."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put_file(self, key: str, source: SourceFile, transfer: Transfer) -> str:  # noqa: ARG002
+        """Copy a file; there is no server that could disagree."""
+        target = path_below(self._root, key)
+        with self._translated(), self._written(target) as (handle, rest):
+            for chunk in source.pieces(_CHUNK_BYTES):
+                _write(handle, chunk)
+            os.fsync(handle)
+            rest.replace(target)
+            sync_folder(target.parent)
+        return _etag(target.stat())
+
+    def put_if_absent(self, key: str, content: bytes) -> str:
+        """A hard link is the one way to give a name only if nobody has it."""
+        target = path_below(self._root, key)
+        with self._translated(), self._written(target) as (handle, rest):
+            _write(handle, content)
+            os.fsync(handle)
+            try:
+                os.link(rest, target)
+            except FileExistsError:
+                raise Conflict(f"{target} exists already. Compare the two, and choose another place.") from None
+            sync_folder(target.parent)
+        return _etag(target.stat())
+
+    def swap(self, key: str, content: bytes, etag: str) -> str:
+        """Under a lock, because a file system cannot compare and rename at once."""
+        target = path_below(self._root, key)
+        with self._translated(), lock(self._root / _LOCK, f"the pointers in {self._root}", wait_seconds=_WAIT_SECONDS):
+            present = self.head(key)
+            if present is None or present.etag != etag:
+                raise Conflict(f"{target} was changed by somebody else meanwhile. Read it, and try again.")
+            with self._written(target) as (handle, rest):
+                _write(handle, content)
+                os.fsync(handle)
+                rest.replace(target)
+                sync_folder(target.parent)
+            return _etag(target.stat())
+
+    def head(self, key: str) -> ObjectInfo | None:
+        path = path_below(self._root, key)
+        with self._translated():
+            try:
+                found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            if not path.is_file():
+                return None
+        return ObjectInfo(key, found.st_size, _etag(found), datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def stream(self, key: str, start: int, etag: str) -> Iterator[bytes]:
+        path = path_below(self._root, key)
+        with self._translated():
+            try:
+                file = path.open("rb", buffering=0)
+            except FileNotFoundError:
+                raise NotFound(f"There is no {path}. Check the address, or list what is there.") from None
+            with file:
+                if _etag(os.fstat(file.fileno())) != etag:
+                    raise Conflict(f"{path} was changed while it was read. Try again.")
+                file.seek(start)
+                while chunk := file.read(_CHUNK_BYTES):
+                    yield chunk
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        if not self._root.is_dir():
+            raise BucketMissing(f"There is no folder {self._root}. Check the address, or create it.")
+        top = path_below(self._root, prefix.strip("/")) if prefix.strip("/") else self._root
+        with self._translated():
+            for parent, folders, files in os.walk(top):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for name in sorted(files):
+                    path = Path(parent) / name
+                    if not name.startswith(".") and not name.endswith(PARTIAL) and not path.is_symlink():
+                        found = self.head(path.relative_to(self._root).as_posix())
+                        if found is not None:
+                            yield found
+
+    def delete(self, key: str) -> None:
+        with self._translated():
+            path_below(self._root, key).unlink(missing_ok=True)
+
+    @contextmanager
+    def _written(self, target: Path) -> Iterator[tuple[int, Path]]:
+        """A temporary file beside the target; what is left of it at the end is removed."""
+        make_folder(target.parent)
+        rest = target.with_name(f".{target.name[:100]}-{secrets.token_hex(6)}{PARTIAL}")
+        with room_needed(target):
+            handle = os.open(rest, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                yield handle, rest
+            finally:
+                os.close(handle)
+                rest.unlink(missing_ok=True)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as error:
+            raise CredentialsRefused(
+                f"{error.filename or self._root} may not be used: {error.strerror}. Change the rights of the folder."
+            ) from error
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def _write(handle: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def open_folder(address: Address, *, timeout_seconds: float) -> LocalStore:  # noqa: ARG001
+    """The folder of a `file://` address; created when something is stored."""
+    return LocalStore(Path(address.prefix))

@@ -1,0 +1,214 @@
+"""The OpenAI-compatible routes, for unmodified clients of OpenAI."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from nightschool.engine.request import SamplingParams
+from nightschool.server.error_schemas import openai_refusals
+from nightschool.server.errors import Refusal
+from nightschool.server.generation import Answer, Running, while_connected
+from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
+from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
+from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
+from nightschool.server.recording import Exchange
+from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf
+from nightschool.server.stream import EventStream
+from nightschool.server.submission import Ask
+from nightschool.server.token_text import TokenText
+
+router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"])
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+_RESPONSES: dict[int | str, dict[str, Any]] = {**openai_refusals(400, 404, 408, 413, 500, 503), 200: _STREAM}
+_COMPLETION_DEFAULT_TOKENS = 16
+_MOST_ANSWERS = 32
+
+
+@router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
+async def chat_completions(
+    body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+) -> Response:
+    """Answer a conversation; with `stream: true` as server-sent events that end with `[DONE]`."""
+    messages = [message.as_message() for message in body.messages]
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    ask = Ask(
+        prompts=[messages],
+        params=_params(body, logprobs),
+        max_new_tokens=_length(body.max_completion_tokens or body.max_tokens, service),
+        default_max_new_tokens=service.settings.max_new_tokens_limit,
+        cache_salt=salt,
+        n=body.n or 1,
+    )
+    kept = [{"role": message.role, "content": message.content} for message in messages]
+    return await _answer(body, ask, ChatShape(with_logprobs=logprobs is not None), request, service, request_id, kept)
+
+
+@router.post("/completions", response_model=Completion, responses=_RESPONSES)
+async def completions(
+    body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+) -> Response:
+    """Continue a text as it is, without a chat template."""
+    ask = Ask(
+        prompts=body.prompts,
+        params=_params(body, body.logprobs),
+        max_new_tokens=_length(body.max_tokens, service),
+        default_max_new_tokens=_COMPLETION_DEFAULT_TOKENS,
+        cache_salt=salt,
+        n=body.n or 1,
+    )
+    if len(ask.prompts) * ask.n > _MOST_ANSWERS:
+        raise Refusal(
+            400,
+            f"{len(ask.prompts)} prompts with n={ask.n} are {len(ask.prompts) * ask.n} answers, and at most "
+            f"{_MOST_ANSWERS} are made for one request. Send fewer prompts at a time.",
+            "invalid_value",
+            param="n",
+        )
+    shape = CompletionShape(with_logprobs=body.logprobs is not None)
+    return await _answer(body, ask, shape, request, service, request_id, None)
+
+
+def _params(body: Sampling, logprobs: int | None) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=1,  # replaced once the prompt has been counted
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or 0,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        stop=body.stops,
+        seed=None if body.seed is None else body.seed % 2**63,
+        logprobs=logprobs,
+    )
+
+
+def _length(asked: int | None, service: Service) -> int | None:
+    limit = service.settings.max_new_tokens_limit
+    if asked is not None and asked > limit:
+        message = f"max_tokens is {asked}, and this server makes at most {limit}. Ask for fewer."
+        raise Refusal(400, message, "invalid_value", param="max_tokens")
+    return asked
+
+
+def _check_model(wanted: str, service: Service) -> None:
+    """Refuse every name but the served one: bare, @champion, or @ the version that is served now."""
+    name, current = service.slot.name, service.slot.current
+    if wanted in (name, f"{name}@champion") or (current is not None and wanted == current.version.ref):
+        return
+    served = f"{name} is served" if current is None else f"{current.version.ref} is served"
+    raise Refusal(
+        404,
+        f"The model {wanted!r} is not served here; {served}. Ask for {name!r}.",
+        "model_not_found",
+        param="model",
+    )
+
+
+class _Request:
+    """One request that is being answered: what all its events and its record share."""
+
+    def __init__(self, body: Sampling, ask: Ask, shape: Shape, running: Running, request_id: str) -> None:
+        self.ask, self.shape, self.running = ask, shape, running
+        self.words = TokenText(running.tokenizer)
+        self.with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self.head = {
+            "id": request_id,
+            "created": int(time.time()),
+            "model": running.version.ref,
+            "system_fingerprint": running.version.ref,
+        }
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [self.shape.choice(index, answer, self.words) for index, answer in enumerate(answers)]
+        return self.head | {"object": self.shape.object, "choices": choices, "usage": self.running.usage()}
+
+    async def events(self, keep: Callable[[str], None]) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream, all but `[DONE]`; `keep` gets the first answer when all are whole."""
+        head = self.head | {"object": self.shape.stream_object}
+        # OpenAI sends `usage: null` with every event but the last, if it was asked for at all.
+        tail: dict[str, Any] = {"usage": None} if self.with_usage else {}
+        sent = [""] * (len(self.ask.prompts) * self.ask.n)
+        for index in range(len(sent)):
+            opening = self.shape.opening(index)
+            if opening is not None:
+                yield head | {"choices": [opening]} | tail
+        async with contextlib.aclosing(self.running.events()) as chunks:
+            async for index, chunk in chunks:
+                piece = self.shape.piece(index, chunk, self.words, len(sent[index]))
+                sent[index] += chunk.text
+                if chunk.text or chunk.finish_reason is not None or piece["logprobs"] is not None:
+                    yield head | {"choices": [piece]} | tail
+        keep(sent[0])
+        if self.with_usage:
+            yield head | {"choices": [], "usage": self.running.usage()}
+
+
+async def _answer(
+    body: Sampling,
+    ask: Ask,
+    shape: Shape,
+    request: Request,
+    service: Service,
+    request_id: str,
+    kept_messages: Sequence[dict[str, str]] | None,
+) -> Response:
+    _check_model(body.model, service)
+    running = await service.answering.start(ask, request_id)
+    answered = _Request(body, ask, shape, running, request_id)
+    version = running.version
+
+    def keep(text: str) -> None:
+        # Feedback names an answer by its request id alone, so only single answers can be rated, and are kept.
+        if kept_messages is not None and ask.n == 1:
+            service.recorder.keep(Exchange(request_id, version.name, version.id, kept_messages, text))
+
+    def at_end() -> None:
+        running.cancel()
+        request.state.facts = running.facts()
+
+    headers = {"x-model-version": version.ref}
+    if body.stream:
+        return EventStream(answered.events(keep), headers, at_end)
+    try:
+        answers = await while_connected(request.receive, running.answers())
+    finally:
+        at_end()
+    keep(answers[0].text)
+    return JSONResponse(answered.whole(answers), headers=headers)
+
+
+@router.get("/models", response_model=ModelList, responses=openai_refusals())
+async def models(service: ServiceOf) -> Response:
+    """The names under which the served version may be asked; none while nothing is loaded."""
+    return JSONResponse({"object": "list", "data": _cards(service)})
+
+
+@router.get("/models/{model}", response_model=ModelCard, responses=openai_refusals(404))
+async def model(model: str, service: ServiceOf) -> Response:
+    """One of them."""
+    for card in _cards(service):
+        if card["id"] == model:
+            return JSONResponse(card)
+    _check_model(model, service)
+    raise Refusal(404, f"The model {model!r} is not loaded yet.", "model_not_found", param="model")
+
+
+def _cards(service: Service) -> list[dict[str, Any]]:
+    current = service.slot.current
+    if current is None:
+        return []
+    name = service.slot.name
+    created = int(current.loaded_at.timestamp())
+    return [
+        {"id": name_of, "object": "model", "created": created, "owned_by": "nightschool"}
+        for name_of in (name, f"{name}@champion", current.version.ref)
+    ]

@@ -1,0 +1,57 @@
+"""What people think of answers, so that the next night can study it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from nightschool.server.bodies import Body
+from nightschool.server.error_schemas import problems
+from nightschool.server.service import ServiceOf
+
+router = APIRouter(prefix="/api", tags=["Feedback"])
+
+
+class Feedback(Body):
+    """A rating of an answer, what it should have been, or both."""
+
+    request_id: str = Field(
+        ..., min_length=1, max_length=200, description="`id` of a completion, or the header x-request-id."
+    )
+    rating: Literal["good", "bad"] | None = Field(
+        None, description="Was the answer good? Not needed beside a correction."
+    )
+    correction: str | None = Field(
+        None, min_length=1, max_length=100_000, description="The right answer, which a later night learns."
+    )
+
+
+class FeedbackKept(BaseModel):
+    """The feedback was written."""
+
+    request_id: str
+    status: Literal["kept"]
+
+
+class Forgotten(BaseModel):
+    """The exchange is gone, with its feedback."""
+
+    request_id: str
+    status: Literal["forgotten"]
+
+
+@router.post("/feedback", response_model=FeedbackKept, responses=problems(400, 404, 408, 409, 413, 422))
+async def feedback(body: Feedback, service: ServiceOf) -> Response:
+    """Rate or correct an answer. 409 if this server keeps no conversations; 404 if it does not know the answer."""
+    await service.recorder.feedback(body.request_id, body.rating, body.correction)
+    return JSONResponse({"request_id": body.request_id, "status": "kept"})
+
+
+@router.delete("/conversations/{request_id}", response_model=Forgotten, responses=problems(404, 409))
+async def forget(request_id: str, service: ServiceOf) -> Response:
+    """Forget one exchange and its feedback."""
+    await service.recorder.forget(request_id)
+    return JSONResponse({"request_id": request_id, "status": "forgotten"})

@@ -1,0 +1,179 @@
+"""The parametric-memory API, exactly as its users know it (rows 000-32 … 000-37)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from nightschool.data.example import Message
+from nightschool.engine.request import SamplingParams
+from nightschool.server.bodies import Body, Integer, Number
+from nightschool.server.error_schemas import refusals
+from nightschool.server.errors import Refusal, model_not_loaded
+from nightschool.server.generation import while_connected
+from nightschool.server.recording import Exchange
+from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf, published_at, timestamp
+from nightschool.server.submission import Ask
+
+router = APIRouter(tags=["Parametric memory"])
+
+
+class GenerateRequest(Body):
+    """A question and how to answer it."""
+
+    query: str = Field(..., min_length=1, description="The question.")
+    max_new_tokens: Integer = Field(256, ge=1, description="Most tokens of the answer.")
+    temperature: Number = Field(0.7, ge=0, le=2, description="0 is greedy and deterministic; 1 is more creative.")
+    top_p: Number = Field(0.9, gt=0, le=1, description="Sample from the smallest set of this probability.")
+
+
+class GenerateResponse(BaseModel):
+    """The answer, and the version that gave it."""
+
+    query: str
+    response: str
+    model_version: str = Field(..., description="Such as 20251202_115436; the header x-model-version has name@version.")
+    timestamp: datetime
+
+
+class Health(BaseModel):
+    """Always 200, with or without a model."""
+
+    status: Literal["healthy"]
+    model_loaded: bool
+    current_model_version: str | None
+    current_model_path: str | None
+    timestamp: datetime
+    device: Literal["cuda", "cpu"]
+
+
+class AvailableModel(BaseModel):
+    """A published version."""
+
+    path: str
+    version: str
+    modified_time: datetime
+
+
+class ModelInfo(BaseModel):
+    """The version that is served, and what else there is."""
+
+    current_model_version: str
+    current_model_path: str
+    tokenizer_vocab_size: int
+    device: Literal["cuda", "cpu"]
+    last_updated: datetime = Field(..., description="When the version was loaded.")
+    available_models: list[AvailableModel] = Field(..., description="Newest first.")
+
+
+class RefreshResponse(BaseModel):
+    """What is served after the look."""
+
+    status: Literal["success"]
+    message: Literal["Model refresh completed"]
+    current_model_version: str | None
+    current_model_path: str | None
+    timestamp: datetime
+
+
+@router.post("/generate", response_model=GenerateResponse, responses=refusals(400, 408, 413, 422, 429, 500, 503))
+async def generate(
+    body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+) -> Response:
+    """Answer one question. 503 while no model is loaded; 422 where a value is out of bounds."""
+    if body.max_new_tokens > service.settings.max_new_tokens_limit:
+        limit = service.settings.max_new_tokens_limit
+        problem = {"type": "less_than_equal", "loc": ("body", "max_new_tokens"), "msg": f"At most {limit} are made."}
+        raise RequestValidationError([problem])
+    given = "max_new_tokens" in body.model_fields_set
+    ask = Ask(
+        prompts=[[Message("user", body.query)]],
+        params=SamplingParams(max_new_tokens=1, temperature=body.temperature, top_p=body.top_p),
+        max_new_tokens=body.max_new_tokens if given else None,
+        default_max_new_tokens=body.max_new_tokens,
+        cache_salt=salt,
+    )
+    running = await service.answering.start(ask, request_id)
+    try:
+        [answer] = await while_connected(request.receive, running.answers())
+    finally:
+        running.cancel()
+        request.state.facts = running.facts()
+    question = {"role": "user", "content": body.query}
+    version = running.version
+    service.recorder.keep(Exchange(request_id, version.name, version.id, [question], answer.text))
+    content = {
+        "query": body.query,
+        "response": answer.text,
+        "model_version": version.id,
+        "timestamp": timestamp(),
+    }
+    return JSONResponse(content, headers={"x-model-version": version.ref})
+
+
+@router.get("/health", response_model=Health)
+async def health(service: ServiceOf) -> Response:
+    """Whether a model is loaded, and which. Always 200; see /readyz for a status that says so."""
+    return JSONResponse({"status": "healthy", "model_loaded": service.slot.current is not None} | _present(service))
+
+
+def _present(service: Service) -> dict[str, Any]:
+    current = service.slot.current
+    return {
+        "current_model_version": current.version.id if current else None,
+        "current_model_path": str(current.version.path) if current else None,
+        "timestamp": timestamp(),
+        "device": service.device,
+    }
+
+
+@router.get("/model_info", response_model=ModelInfo, responses=refusals(503))
+async def model_info(service: ServiceOf) -> Response:
+    """The version that is served and every published one. 503 while no model is loaded."""
+    current = service.slot.current
+    if current is None:
+        raise model_not_loaded()
+    available = await anyio.to_thread.run_sync(_available, service)
+    return JSONResponse(
+        {
+            "current_model_version": current.version.id,
+            "current_model_path": str(current.version.path),
+            "tokenizer_vocab_size": len(current.engine.loaded.tokenizer),
+            "device": service.device,
+            "last_updated": timestamp(current.loaded_at),
+            "available_models": available,
+        }
+    )
+
+
+def _available(service: Service) -> list[dict[str, str]]:
+    versions = service.registry.versions(service.slot.name) if service.registry is not None else []
+    return [{"path": str(v.path), "version": v.id, "modified_time": timestamp(published_at(v))} for v in versions]
+
+
+async def _refresh(service: Service) -> Response:
+    try:
+        await service.refresher.refresh()
+    except Exception as error:  # logged and counted by the refresher; whatever it was, the old version still serves
+        raise Refusal(500, f"Model refresh failed: {error}", "refresh_failed") from error
+    present = _present(service)
+    del present["device"]
+    return JSONResponse({"status": "success", "message": "Model refresh completed"} | present)
+
+
+@router.get("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 500))
+async def refresh_model(service: ServiceOf) -> Response:
+    """Look for a promoted version now, and serve it. A failure changes nothing."""
+    return await _refresh(service)
+
+
+@router.post("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 500))
+async def refresh_model_by_post(service: ServiceOf) -> Response:
+    """The same as GET."""
+    return await _refresh(service)

@@ -1,0 +1,134 @@
+"""Published versions over HTTP: what there is, promote, roll back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from nightschool.errors import NightschoolError, NotFound, SwapFailed
+from nightschool.feedback import promotion
+from nightschool.server.bodies import Body
+from nightschool.server.error_schemas import problems
+from nightschool.server.errors import Refusal
+from nightschool.server.service import Service, ServiceOf, published_at, timestamp
+from nightschool.store.registry import Registry
+
+router = APIRouter(prefix="/api/models", tags=["Versions"])
+
+
+class PublishedVersion(BaseModel):
+    """One published version."""
+
+    version: str
+    path: str
+    created_at: datetime
+
+
+class NamedModel(BaseModel):
+    """A name with its versions, newest first, and its aliases."""
+
+    name: str
+    served_version: str | None = Field(..., description="The version that this server answers with, if it serves it.")
+    aliases: dict[str, str]
+    versions: list[PublishedVersion]
+
+
+class NamedModels(BaseModel):
+    """Every name of the registry."""
+
+    models: list[NamedModel]
+
+
+class Promote(Body):
+    """Which version becomes the champion."""
+
+    version: str = Field(..., min_length=1, max_length=64, description="Such as 20251202_115436.")
+
+
+class Moved(BaseModel):
+    """The champion, and what this server answers with."""
+
+    name: str
+    champion: str
+    served_version: str | None
+
+
+@router.get("", response_model=NamedModels, responses=problems())
+async def every_model(service: ServiceOf) -> Response:
+    """Every name with its versions and aliases."""
+    registry = _registry(service)
+
+    def look() -> list[dict[str, Any]]:
+        return [_described(service, registry, name) for name in registry.names()]
+
+    return JSONResponse({"models": await anyio.to_thread.run_sync(look)})
+
+
+@router.get("/{name}", response_model=NamedModel, responses=problems(400, 404))
+async def one_model(name: str, service: ServiceOf) -> Response:
+    """One name with its versions and aliases."""
+    return JSONResponse(await anyio.to_thread.run_sync(_described, service, _registry(service), name))
+
+
+@router.post("/{name}/promote", response_model=Moved, responses=problems(400, 404, 408, 409, 413, 422))
+async def promote(name: str, body: Promote, service: ServiceOf) -> Response:
+    """Make a version the champion, and serve it if this server serves the name."""
+    registry = _registry(service)
+    return await _move(service, registry, name, lambda: promotion.promote(registry.home, name, body.version, by="http"))
+
+
+@router.post("/{name}/rollback", response_model=Moved, responses=problems(400, 404, 409))
+async def rollback(name: str, service: ServiceOf) -> Response:
+    """Make the champion before this one the champion again, and serve it if this server serves the name."""
+    registry = _registry(service)
+    return await _move(service, registry, name, lambda: promotion.roll_back(registry.home, name, by="http"))
+
+
+async def _move(service: Service, registry: Registry, name: str, move: Callable[[], Any]) -> Response:
+    def move_and_read() -> str:
+        move()
+        return registry.aliases(name)["champion"]
+
+    champion = await service.refresher.alone(move_and_read)
+    if name == service.slot.name:
+        try:
+            await service.refresher.refresh()
+        except NightschoolError as error:
+            stage = f" at the stage '{error.stage}'" if isinstance(error, SwapFailed) else ""
+            message = (
+                f"{name}@{champion} is the champion now, but could not be served{stage}: {error} "
+                f"{_served(service) or 'Nothing'} is still served. Promote another version or roll back."
+            )
+            raise Refusal(409, message, error.code) from error
+    served = _served(service) if name == service.slot.name else None
+    return JSONResponse({"name": name, "champion": champion, "served_version": served})
+
+
+def _served(service: Service) -> str | None:
+    current = service.slot.current
+    return current.version.id if current is not None else None
+
+
+def _registry(service: Service) -> Registry:
+    if service.registry is None:
+        raise Refusal(409, "This server has no registry. Start it on a home directory.", "no_registry")
+    return service.registry
+
+
+def _described(service: Service, registry: Registry, name: str) -> dict[str, Any]:
+    versions = [
+        {"version": version.id, "path": str(version.path), "created_at": timestamp(published_at(version))}
+        for version in registry.versions(name)
+    ]
+    if not versions and name != service.slot.name:
+        raise NotFound(
+            f"There is no version of {name!r} in the registry. It has {', '.join(registry.names()) or 'none'}."
+        )
+    served = _served(service) if name == service.slot.name else None
+    return {"name": name, "served_version": served, "aliases": registry.aliases(name), "versions": versions}

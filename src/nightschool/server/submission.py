@@ -1,0 +1,157 @@
+"""From a prompt to an answer: rendering off the event loop, one version per request, cancelled when nobody listens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from nightschool.data.chat.render import render_prompt
+from nightschool.data.example import Message
+from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
+from nightschool.server.errors import Refusal
+from nightschool.server.generation import Running
+from nightschool.server.metrics import Metrics
+from nightschool.server.ports import GenerationPort, HandlePort, SlotPort
+
+Prompt = Sequence[Message] | str | list[int]
+Result = TypeVar("Result")
+_PIECE_CHARACTERS = 20_000
+_SPLIT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client wants: `n` answers to each prompt.
+
+    `max_new_tokens` of None means `default_max_new_tokens`, or less where the context leaves less.
+    Callers with different `cache_salt` never share cached prefixes, so that timing tells neither about the other.
+    """
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    max_new_tokens: int | None
+    default_max_new_tokens: int
+    cache_salt: str
+    n: int = 1
+
+
+class Answering:
+    """Turns prompts into token ids with the tokenizer of the version that will answer, and submits them to it."""
+
+    def __init__(self, slot: SlotPort, metrics: Metrics) -> None:
+        self._slot = slot
+        self._metrics = metrics
+        # A tokenizer is changed by encoding with other truncation settings; one at a time is safe.
+        self._encoding = threading.Lock()
+
+    async def start(self, ask: Ask, request_id: str) -> Running:
+        """Begin to generate.
+
+        Raises:
+            NotLoaded: If no version is served.
+            PromptTooLong: If a prompt and its answer do not fit the context.
+            QueueFull: If too many requests wait.
+            UsageError: If a prompt cannot be rendered or has no token.
+        """
+        return await anyio.to_thread.run_sync(self._start, ask, request_id)
+
+    def _start(self, ask: Ask, request_id: str) -> Running:
+        while True:
+            generation = self._slot.current
+            if generation is None:
+                raise NotLoaded("No version is served. Train and promote one, or wait until it is loaded.")
+            tokenizer, context_tokens = generation.engine.loaded.tokenizer, generation.engine.context_tokens
+            with self._encoding:
+                for prompt in ask.prompts:
+                    _refuse_hopeless(tokenizer, prompt, context_tokens)
+                prompts = [_encode(tokenizer, prompt) for prompt in ask.prompts]
+            try:
+                handles = self._submit(generation, prompts, ask, request_id)
+            except NotLoaded:
+                # The version was swapped out while the prompt was rendered; the next one has its own tokenizer.
+                if self._slot.current is generation:
+                    raise
+                continue
+            return Running(generation, prompts, handles, self._metrics)
+
+    def _submit(
+        self, generation: GenerationPort, prompts: list[list[int]], ask: Ask, request_id: str
+    ) -> list[HandlePort]:
+        handles: list[HandlePort] = []
+        try:
+            for prompt in prompts:
+                params = _with_length(ask, len(prompt), generation.engine.context_tokens)
+                for _ in range(ask.n):
+                    index = len(handles)
+                    seed = None if params.seed is None else (params.seed + index) % 2**63
+                    request = GenerationRequest(
+                        f"{request_id}-{index}", prompt, replace(params, seed=seed), ask.cache_salt
+                    )
+                    handles.append(generation.engine.submit(request))
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return handles
+
+
+def _with_length(ask: Ask, prompt_tokens: int, context_tokens: int) -> SamplingParams:
+    """The parameters with a length: as asked, or else what fits."""
+    wanted = ask.max_new_tokens
+    if wanted is None:
+        room = context_tokens - prompt_tokens
+        if room < 1:
+            raise PromptTooLong(prompt_tokens, 1, context_tokens)
+        wanted = min(ask.default_max_new_tokens, room)
+    return replace(ask.params, max_new_tokens=wanted)
+
+
+def _refuse_hopeless(tokenizer: Any, prompt: Prompt, context_tokens: int) -> None:
+    """Refuse a prompt that is far too long as soon as its beginning fills the context.
+
+    Rendering megabytes takes seconds, and lists of a million tokens are made without letting anybody else run
+    (measured: 1 s for 600 kB). Counting piece by piece leaves the interpreter to others, and stops early.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [part.content for part in prompt if isinstance(part, Message)]
+    if not tokenizer.is_fast or sum(map(len, texts)) <= _PIECE_CHARACTERS:
+        return
+    tokens = 0
+    for text in texts:
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            piece = text[start : start + _PIECE_CHARACTERS]
+            # A cut may split a token into a few; they are not held against the prompt.
+            [encoding] = tokenizer.backend_tokenizer.encode_batch([piece], add_special_tokens=False)
+            tokens += max(0, len(encoding) - _SPLIT_TOKENS)
+            if tokens >= context_tokens:
+                raise Refusal(
+                    400,
+                    f"The prompt has at least {tokens} tokens, and the context of this model holds {context_tokens}, "
+                    "prompt and answer together. Shorten the prompt.",
+                    "context_length_exceeded",
+                )
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a conversation, a text or token ids, which must be in the vocabulary."""
+    if isinstance(prompt, str):
+        ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    elif all(isinstance(part, int) for part in prompt):
+        ids = [part for part in prompt if isinstance(part, int)]
+        if ids and max(ids) >= len(tokenizer):
+            raise UsageError(
+                f"The prompt has the token id {max(ids)}, and the vocabulary has {len(tokenizer)} tokens. "
+                "Use the tokenizer of this model."
+            )
+    else:
+        try:
+            ids = render_prompt(tokenizer, [part for part in prompt if isinstance(part, Message)])
+        except DataError as error:
+            raise UsageError(str(error)) from None
+    if not ids:
+        raise UsageError("The prompt has 0 tokens, and an answer needs at least 1. Write something into the prompt.")
+    return ids

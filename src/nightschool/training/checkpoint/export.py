@@ -1,0 +1,53 @@
+"""The weights of a checkpoint as a plain Hugging Face or PEFT folder, without publishing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.chat.render import stop_token_ids
+from nightschool.errors import NotFound
+from nightschool.models.export import prove_export, save_version_folder
+from nightschool.store.atomic import publish_directory
+from nightschool.store.checkpoints import Checkpoint
+from nightschool.store.home import Home
+from nightschool.store.runs import Run
+from nightschool.training.checkpoint.full_state import load_weights
+from nightschool.training.prepare import prepare
+from nightschool.training.selection import read_selection
+
+
+def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, root: Path) -> float:
+    """Write the folder, and return how far its logits lie from the checkpoint's, relative to the largest.
+
+    The model is put together as a resumed run does it, and proven as a published version is.
+
+    Args:
+        home: Whose registry is asked for bases.
+        run: Whose checkpoint it is.
+        point: The checkpoint.
+        folder: A folder that does not exist yet; it appears whole or not at all.
+        root: Where relative paths of the recipe begin.
+
+    Raises:
+        NotFound: If the run has lost what it chose to study.
+        Conflict: If the folder exists.
+        Damaged: If a file of the checkpoint was altered.
+        ModelError: If the folder, loaded again, is not the model.
+    """
+    if read_selection(run.path) is None:
+        raise NotFound(
+            f"The run {run.id} has lost the list of its examples, without which its model cannot be put together. "
+            "Export a version that it published: nightschool models export."
+        )
+    recipe = Recipe.model_validate(run.recipe())
+    with publish_directory(folder) as partial:
+        prepared = prepare(home, run, recipe, root=root, resuming=True, point=point)
+        load_weights(point.path, prepared.task)
+        loaded = prepared.loaded
+        prepared.task.optimizer.release()
+        prepared.task.model.eval()
+        base_path = loaded.base_location if loaded.adapter else None
+        stop_ids = sorted(stop_token_ids(loaded.tokenizer))
+        save_version_folder(loaded.model, loaded.tokenizer, partial, stop_ids=stop_ids, base_path=base_path)
+        return prove_export(loaded.model, partial, loaded.tokenizer)

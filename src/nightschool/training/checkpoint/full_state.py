@@ -1,0 +1,336 @@
+"""The whole state of a run on disk: written at once or not at all, and read back exactly or refused by name.
+
+A checkpoint is a folder of safetensors and JSON; nothing in it is a pickle:
+
+    model.safetensors         every parameter that learns and every persistent buffer
+    optimizer.safetensors     moments, update counters, fp32 masters;  optimizer.json: hyper-parameters, schedule
+    rng.safetensors           torch on every device;                   rng.json: Python, NumPy
+                              (of process 0; those of the others are `rng-rank1` and so on)
+    state.json                step, position in the data, loss history, gradient scaler, base
+    recipe.yaml               the resolved recipe;                     training_config.json: the same as JSON
+    metadata.json             for people and for `checkpoints show`;   training_metrics.json: the curves
+    manifest.json             SHA-256 and size of every file above, written last
+
+Above 1 GiB of tensors, `model-00001-of-00003.safetensors` … and `model.safetensors.index.json` take the place of one
+file, and so for the optimizer. Where processes share the tensors among them, `model-rank0.safetensors`,
+`model-rank1.safetensors` … do (see `stored_tensors`). What the first format called `weights.safetensors` is still read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nightschool.checkpoint_writer.commit import write_folder
+from nightschool.errors import MadeByNewer, StateMismatch
+from nightschool.store.manifest import verify
+from nightschool.training.checkpoint import rng
+from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group, open_group, rank_group
+from nightschool.training.checkpoint.metadata import metadata, training_config, training_metrics
+from nightschool.training.checkpoint.snapshot import State
+from nightschool.training.distributed.sharding import own_parts, put
+from nightschool.training.distributed.world import ALONE, World
+from nightschool.training.optimizer import Schedule, check_tensors
+from nightschool.training.state import TrainState
+from nightschool.training.task import Task
+
+FORMAT = 2
+REQUIRED = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "rng.safetensors",
+    "rng.json",
+    "state.json",
+    "recipe.yaml",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointContext:
+    """What a checkpoint records besides the task and its state.
+
+    `base_fingerprint` is the digest of the frozen weights below an adapter, None where all weights are saved.
+    `files_processed` counts the data files that the examples came from. `numerics` holds the settings of the recipe
+    that change the course of training; a run that resumes must have equal ones.
+    """
+
+    recipe_yaml: str
+    base: str
+    base_fingerprint: str | None
+    dtype: str
+    num_threads: int
+    epochs_total: int
+    files_processed: int
+    model_config: dict[str, Any]
+    numerics: dict[str, Any]
+
+
+def saved_tensors(task: Task) -> dict[str, Tensor]:
+    """Return what training changes: the parameters that learn and all persistent buffers, by name."""
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in task.trainable().items()}
+    for prefix, module in task.model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters that do not learn."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+            raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+def state_to_save(
+    task: Task,
+    state: TrainState,
+    context: CheckpointContext,
+    schedule: Schedule,
+    scaler: torch.amp.GradScaler | None = None,
+    rngs: Sequence[tuple[dict[str, Any], dict[str, Tensor]]] | None = None,
+) -> State:
+    """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step.
+
+    `rngs` are the random states of all processes, in the order of ranks; without them, that of this one.
+    """
+    rngs = rngs or [rng.capture()]
+    recipe = training_config(context.recipe_yaml)
+    optimizer = {
+        "hyper_parameters": task.optimizer.hyper_parameters(),
+        "schedule": asdict(schedule),
+        "without_state": sorted(_without_state(task)),
+    }
+    plain_state = {
+        "format": FORMAT,
+        "train": state.to_json(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "base": context.base,
+        "base_fingerprint": context.base_fingerprint,
+        "dtype": context.dtype,
+        "num_threads": context.num_threads,
+        "numerics": context.numerics,
+    }
+    facts = metadata(
+        state,
+        steps_total=schedule.steps_total,
+        epochs_total=context.epochs_total,
+        files_processed=context.files_processed,
+        dtype=context.dtype,
+        base=context.base,
+        model_config=context.model_config,
+        recipe=recipe,
+    )
+    plain = {
+        "optimizer.json": optimizer,
+        **{f"{rng.group_of(rank)}.json": rng_plain for rank, (rng_plain, _) in enumerate(rngs)},
+        "state.json": plain_state,
+        "training_config.json": recipe,
+        "metadata.json": facts,
+        "training_metrics.json": training_metrics(state, schedule.steps_total, context.epochs_total),
+    }
+    return State(
+        tensors={
+            **held_tensors(task),
+            **{rng.group_of(rank): tensors for rank, (_, tensors) in enumerate(rngs)},
+        },
+        texts={name: _to_json(value) for name, value in plain.items()} | {"recipe.yaml": context.recipe_yaml},
+        facts={
+            "kind": "checkpoint",
+            "format": FORMAT,
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": state.current_loss,
+            "heldout_loss": state.heldout_loss,
+            "data_fingerprint": state.fingerprint,
+        },
+    )
+
+
+def part_to_save(task: Task, state: TrainState, rank: int) -> State:
+    """What a process other than the first adds to the checkpoint of this moment, where they share the tensors."""
+    return State(tensors=held_tensors(task, rank), texts={}, facts={"step": state.step})
+
+
+def held_tensors(task: Task, rank: int = 0) -> dict[str, dict[str, Tensor]]:
+    """The groups of tensors that a process saves: all there is, or its part of it, shared with the run."""
+    groups = {"model": saved_tensors(task), "optimizer": task.optimizer.state()}
+    if not task.is_sharded:
+        return groups
+    return {rank_group(stem, rank): own_parts(tensors, rank) for stem, tensors in groups.items()}
+
+
+def expected_bytes(task: Task, rank: int = 0) -> int:
+    """About how many bytes of tensors this process will save, also before the optimizer has its moments."""
+    saved, learning = saved_tensors(task), set(task.trainable())
+    held = own_parts(saved, rank) if task.is_sharded else saved
+    of_optimizer = sum(t.numel() * (8 if t.dtype == torch.float32 else 12) for n, t in held.items() if n in learning)
+    return of_optimizer + sum(t.numel() * t.element_size() for t in held.values())
+
+
+def save(
+    target: Path,
+    task: Task,
+    state: TrainState,
+    context: CheckpointContext,
+    schedule: Schedule,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Path:
+    """Write a checkpoint to the folder `target` in this process, whole or not at all, and return it.
+
+    A checkpoint that is already there under this name (the run was resumed from an earlier one) is replaced. A run
+    saves with `saving.Saver`, which does the same beside the training.
+
+    Raises:
+        DiskFull: If there is no room; nothing of the target remains, and other checkpoints are untouched.
+    """
+    whole = state_to_save(task, state, context, schedule, scaler)
+    write_folder(target, whole.facts, whole.contents())
+    return target
+
+
+def load(
+    folder: Path,
+    task: Task,
+    context: CheckpointContext,
+    schedule: Schedule,
+    scaler: torch.amp.GradScaler | None = None,
+    world: World = ALONE,
+) -> TrainState:
+    """Put a checkpoint back into the task, its optimizer, the random generators and the scaler; return its state.
+
+    A process that the checkpoint knows nothing of, because fewer wrote it, keeps the random state that it was seeded with,
+    moved on by the step.
+
+    Raises:
+        Damaged: If a file is missing, truncated or altered.
+        MadeByNewer: If a newer version of nightschool wrote it.
+        StateMismatch: If anything in it does not fit this run; the message names it.
+    """
+    verify(folder, digests=True)
+    plain = _load_json(folder / "state.json") if (folder / "state.json").is_file() else {}
+    _refuse_newer(folder, plain.get("format", FORMAT))
+    absent = [name for name in REQUIRED if not _is_there(folder, name)]
+    if absent:
+        raise StateMismatch(
+            f"The checkpoint {folder.name} has no {', '.join(absent)}, and without it the run would go on differently. "
+            "Resume from another checkpoint."
+        )
+    optimizer = _load_json(folder / "optimizer.json")
+    _check_plain(folder, plain, optimizer, task, context, schedule, scaler)
+    state = TrainState.from_json(plain["train"])
+    weights = open_group(folder, "model")
+    check_tensors(weights.described(), saved_tensors(task), what=f"weights of {folder.name}")
+    task.optimizer.load_state(open_group(folder, "optimizer"), set(optimizer["without_state"]))
+    _copy_weights(task, weights)
+    if scaler is not None:
+        scaler.load_state_dict(plain["scaler"])
+    group = rng.group_of(world.rank)
+    if (folder / f"{group}.json").is_file():
+        rng.restore(_load_json(folder / f"{group}.json"), load_group(folder, group))
+    else:
+        rng.seed_everything(torch.initial_seed() + 1_000_003 * state.step)
+    return state
+
+
+def load_weights(folder: Path, task: Task) -> None:
+    """Put only the weights of a verified checkpoint back, for publishing an earlier step than the last.
+
+    Raises:
+        Damaged: If a file is missing, truncated or altered.
+        StateMismatch: If a tensor is missing, unexpected, or of another shape or dtype.
+    """
+    verify(folder, digests=True)
+    weights = open_group(folder, "model")
+    check_tensors(weights.described(), saved_tensors(task), what=f"weights of {folder.name}")
+    _copy_weights(task, weights)
+
+
+@torch.no_grad()
+def _copy_weights(task: Task, weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in saved_tensors(task).items():
+        put(tensor, weights[name])
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    stem = name.removesuffix(".safetensors")
+    return bool(group_files(folder, stem)) if stem != name else (folder / name).is_file()
+
+
+def _refuse_newer(folder: Path, written: object) -> None:
+    if isinstance(written, int) and written > FORMAT:
+        raise MadeByNewer(
+            f"The checkpoint {folder.name} has the format {written}, and this version of nightschool reads up to "
+            f"{FORMAT}. Resume with the version that saved it."
+        )
+
+
+def _check_plain(
+    folder: Path,
+    plain: dict[str, Any],
+    optimizer: dict[str, Any],
+    task: Task,
+    context: CheckpointContext,
+    schedule: Schedule,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Compare everything that is not a tensor, and report all differences together."""
+    mine = {
+        "base fingerprint": context.base_fingerprint,
+        "dtype": context.dtype,
+        "gradient scaler": scaler is not None,
+        "data fingerprint": task.fingerprint,
+        **context.numerics,
+        **{f"optimizer {name}": value for name, value in task.optimizer.hyper_parameters().items()},
+        **{f"schedule {name}": value for name, value in asdict(schedule).items()},
+    }
+    theirs = {
+        "base fingerprint": plain["base_fingerprint"],
+        "dtype": plain["dtype"],
+        "gradient scaler": plain["scaler"] is not None,
+        "data fingerprint": plain["train"]["fingerprint"],
+        **plain["numerics"],
+        **{f"optimizer {name}": value for name, value in optimizer["hyper_parameters"].items()},
+        **{f"schedule {name}": value for name, value in optimizer["schedule"].items()},
+    }
+    different = [
+        f"{key} (checkpoint: {_short(theirs.get(key))}, run: {_short(mine.get(key))})"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    ]
+    if different:
+        raise StateMismatch(
+            f"The checkpoint {folder.name} does not fit this run: {'; '.join(different)}. "
+            "Resume with the recipe and the data that it was saved with, or start a new run from it."
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _without_state(task: Task) -> set[str]:
+    held = {name.removeprefix("updates.") for name in task.optimizer.state() if name.startswith("updates.")}
+    return set(task.trainable()) - held
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,193 @@
+"""Several processes that train one model: who they are, and the few things that they tell each other.
+
+Every process holds the whole model and takes its portion of each global micro-batch. A part of the loss is divided by the
+tokens trained of all processes, so summed gradients are the gradient of the whole window, as if one process had computed
+it. Process 0 writes the log, the metrics and the checkpoints, but for the parts of tensors that they share (`sharding`).
+
+The processes are started by `torchrun`, `accelerate launch` or by a run with `train.num_processes`; all of them set the
+same variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from nightschool.data.shards.token_batches import Portion
+from nightschool.errors import NightschoolError, UsageError
+
+Value = TypeVar("Value")
+
+# Gradients are summed in pieces of this size: one message for each tensor would cost its delay thousands of times.
+_BUCKET_BYTES = 64 << 20
+# Process 0 reads, tokenizes and plans first, while the others wait for it.
+_LONGEST_WAIT = timedelta(hours=2)
+# One that ended before it met the others is not waited for that long.
+_LONGEST_START = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class World:
+    """One of `size` processes. Alone, everything here returns at once."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes for all."""
+        return self.rank == 0
+
+    @property
+    def portion(self) -> Portion:
+        """Which part of a global micro-batch this process takes."""
+        return Portion(self.rank, self.size)
+
+    def sums(self, *numbers: int) -> tuple[int, ...]:
+        """Each number, summed over all processes."""
+        if self.size == 1:
+            return numbers
+        return tuple(int(value) for value in self._reduced(numbers, dist.ReduceOp.SUM))
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set in one of the processes."""
+        if self.size == 1:
+            return flags
+        return tuple(bool(value) for value in self._reduced([int(flag) for flag in flags], dist.ReduceOp.MAX))
+
+    def float_sums(self, *numbers: float) -> tuple[float, ...]:
+        """Each number, summed over all processes in fp64."""
+        if self.size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tuple(tensor.tolist())
+
+    def from_first(self, value: Value) -> Value:
+        """What process 0 has, in all of them. A plain value, not a tensor."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        chosen: Value = box[0]
+        return chosen
+
+    def gathered(self, value: Value) -> list[Value]:
+        """What each process has, in the order of ranks; an empty list in all but process 0."""
+        if self.size == 1:
+            return [value]
+        boxes: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, boxes, dst=0)
+        return boxes or []
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over all processes, in place."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            pieces = torch.split(flat, [tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(
+                list(bucket), [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)]
+            )
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """A block that process 0 goes through before the others: what it leaves on disk they find."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            self.sums(0)
+
+    def _reduced(self, numbers: Sequence[int], operation: Any) -> list[int]:
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(tensor, op=operation)
+        values: list[int] = tensor.tolist()
+        return values
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined_world(environment: Mapping[str, str] | None = None) -> Iterator[World]:
+    """Join the others that the environment names; alone if it names none.
+
+    Raises:
+        UsageError: If the variables contradict each other.
+        NightschoolError: If one of the others did not begin.
+    """
+    environment = os.environ if environment is None else environment
+    size = int(environment.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start the processes with torchrun, or leave "
+            "WORLD_SIZE out."
+        )
+    world = World(
+        int(environment["RANK"]),
+        size,
+        int(environment["LOCAL_RANK"]),
+        int(environment.get("LOCAL_WORLD_SIZE", "1")),
+    )
+    backend = "gloo"
+    # Processes that train on the CPU may be more than there are GPUs.
+    if torch.cuda.is_available() and world.local_size <= torch.cuda.device_count():
+        torch.cuda.set_device(world.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_LONGEST_START))
+    except dist.DistStoreError as error:
+        raise NightschoolError(
+            f"Not all of the {size} processes began within {_LONGEST_START.total_seconds():.0f} seconds ({error}). "
+            "See log-rank1.txt and so on in the run's folder, or what torchrun printed, and start them again."
+        ) from None
+    store.set_timeout(_LONGEST_WAIT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def is_about_others(error: RuntimeError) -> bool:
+    """Whether this error of torch says that another process is gone."""
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "socket"))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in runs of one dtype and at most `_BUCKET_BYTES`; a larger one is alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        if bucket and (size + bytes_here > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += bytes_here
+    if bucket:
+        yield bucket

@@ -1,0 +1,314 @@
+"""Everything that pretraining needs before step 1, and the figures it writes down beside the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nightschool.config.recipe import Recipe
+from nightschool.config.train import Lora
+from nightschool.data.example import Example
+from nightschool.data.shards.shard_sources import ShardSource, open_shards
+from nightschool.data.shards.shards import check_index
+from nightschool.data.shards.token_batches import TokenBatches
+from nightschool.data.shards.tokenize import end_of_text_id, tokenizer_fingerprint
+from nightschool.errors import DataError, ModelError, UsageError
+from nightschool.models.cost import flops_per_token
+from nightschool.models.dtype import resolve_dtype
+from nightschool.models.hub import fetch_from_hub
+from nightschool.models.load import LoadedModel, as_folder, load_base, load_tokenizer
+from nightschool.models.peak import peak_flops
+from nightschool.store.home import Home
+from nightschool.training.checkpoint import rng
+from nightschool.training.distributed.world import ALONE, World
+from nightschool.training.loop import Budget, steps_in_epoch
+from nightschool.training.methods.causal import PretrainTask
+from nightschool.training.optimizer import Schedule
+from nightschool.training.planning.precision import choose_by_measuring
+from nightschool.training.setup import PreparedRun, Rerun, refuse_what_cannot_be_served, set_up_machine
+from nightschool.training.state import TrainState
+
+SAMPLE_PROMPT_TOKENS = 16
+SAMPLE_TEMPERATURE, SAMPLE_TOP = 0.8, 50
+# Held-out sequences that the exam and the probes of the version see, as text.
+EXAM_SEQUENCES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedPretrain(PreparedRun):
+    """A pretraining run that is ready to start."""
+
+    task: PretrainTask
+    source: ShardSource
+
+    @property
+    def num_files(self) -> int:
+        return len(self.source.shards.index.shards)
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.held_out_texts()
+
+    @property
+    def evaluate(self) -> Callable[[], tuple[float, int]] | None:
+        return self.task.heldout_loss if self.task.batches.num_held_out else None
+
+    def held_out_texts(self) -> list[Example]:
+        """The held-out sequences as texts, for whoever asks the finished version."""
+        count = min(EXAM_SEQUENCES, self.task.batches.num_held_out)
+        texts = (self._text(self.task.batches.held_out(place, 1).input_ids[0].tolist()) for place in range(count))
+        return [Example(text=text, source="held out", line=place) for place, text in enumerate(texts) if text.strip()]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(cast(Any, self.loaded.tokenizer).decode(ids, skip_special_tokens=True))
+
+    def figures(self, state: TrainState) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What a row of metrics says beside loss and speed."""
+        flops = flops_per_token(self.task.model, self.recipe.train.max_seq_len)
+        peak, _ = peak_flops(self.task.device, self.task.compute_dtype)
+        peak *= self.task.world.size
+        bytes_per_token = self.source.shards.index.bytes_per_token
+        heldout_bytes_per_token = self._heldout_bytes_per_token()
+        begun_at = (state.step, state.seconds)
+
+        def describe(row: dict[str, Any]) -> dict[str, Any]:
+            more = {
+                "perplexity": _perplexity(row["loss"]),
+                "mfu": row["tokens_per_second"] * flops / peak,
+            }
+            steps = row["step"] - begun_at[0]
+            if steps > 0:
+                per_step = (row["seconds"] - begun_at[1]) / steps
+                more["eta_seconds"] = (self.budget.steps_total - row["step"]) * per_step
+            if bytes_per_token:
+                more["bits_per_byte"] = row["loss"] / math.log(2) / bytes_per_token
+            if "heldout_loss" in row:
+                more["heldout_perplexity"] = _perplexity(row["heldout_loss"])
+                if heldout_bytes_per_token:
+                    more["heldout_bits_per_byte"] = row["heldout_loss"] / math.log(2) / heldout_bytes_per_token
+            return more
+
+        return describe
+
+    def _heldout_bytes_per_token(self) -> float | None:
+        """Bytes of text for each held-out token that carries loss."""
+        batches, num_bytes, tokens = self.task.batches, 0, 0
+        for place in range(batches.num_held_out):
+            batch = batches.held_out(place, 1)
+            labels = [label for label in batch.labels[0].tolist() if label >= 0]
+            num_bytes += len(self._text(labels).encode())
+            tokens += batch.tokens_trained
+        return num_bytes / tokens if tokens else None
+
+    def sample(self) -> tuple[str, str] | None:
+        """The beginning of a held-out sequence and how the model goes on; None where none is wanted, or no process has all weights.
+
+        No generator moves.
+        """
+        count = self.recipe.pretrain.sample_tokens
+        if count == 0 or self.task.batches.num_held_out == 0 or self.task.is_sharded:
+            return None
+        prompt = self.task.batches.held_out(0, 1).input_ids[0, :SAMPLE_PROMPT_TOKENS].tolist()
+        return self._text(prompt), self._text(continuation(self.task.model, prompt, count, seed=self.recipe.train.seed))
+
+
+def prepare_pretraining(
+    recipe: Recipe, home: Home, *, root: Path | None = None, rerun: Rerun | None = None, world: World = ALONE
+) -> PreparedPretrain:
+    """Open the shards, build or load the model, and set the task up; seeds all generators on the way.
+
+    Args:
+        recipe: What is wanted.
+        home: Whose registry is asked for bases, and whose cache is used.
+        root: Where relative paths begin.
+        rerun: What a checkpoint says about the machine's choices.
+        world: The processes that train together.
+
+    Raises:
+        NotFound: If there are no shards.
+        DataError: If they do not belong to the tokenizer, hold ids beyond its vocabulary, or are not those of process 0.
+        ModelError: If the model is too short for the sequences, or cannot be loaded.
+        UsageError: If the recipe has settings that only examples know.
+    """
+    _refuse_settings_of_examples(recipe)
+    train, root = recipe.train, root or Path.cwd()
+    device, num_threads = set_up_machine(recipe, rerun, world)
+
+    with world.first_goes_first():
+        source, tokenizer = open_source(recipe, home, root)
+    loaded = load_base(
+        recipe.base, home, device=device, tokenizer=tokenizer, seed=train.seed, root=root, shape=recipe.shape.given()
+    )
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
+    check_index(source.shards.index, loaded.vocab_size, recipe.data[0].path or "")
+    _refuse_short_context(loaded, train.max_seq_len)
+    batches = TokenBatches(
+        source.shards,
+        seq_len=train.max_seq_len,
+        seed=train.seed,
+        group_shards=recipe.pretrain.group_shards,
+        held_out_share=recipe.held_out.share,
+        held_out_tokens=recipe.pretrain.held_out_tokens,
+        loss_across_documents=recipe.pretrain.loss_across_documents,
+        vocab_size=loaded.vocab_size,
+    )
+    if world.from_first(batches.fingerprint) != batches.fingerprint:
+        raise DataError(
+            f"Process {world.rank} sees other shards at {recipe.data[0].path} than process 0, so they would learn different "
+            "texts. Give all machines the same folder, and let nobody change it while a run begins."
+        )
+    hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
+    wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
+    dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
+    task = PretrainTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
+    if recipe.serve.promote != "never":
+        refuse_what_cannot_be_served(task.path, recipe.base)
+    if wanted == "auto" and device.type == "cpu":
+        dtype = choose_by_measuring(task, dtype, hidden_size)
+    rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
+    per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
+    budget = Budget(
+        steps_total=train.max_steps or per_epoch * train.epochs,
+        accumulation_steps=train.accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        log_every=train.log_every,
+        evaluate_every=train.evaluate_every,
+        save_every=recipe.checkpoints.every,
+    )
+    return PreparedPretrain(
+        recipe=recipe,
+        loaded=loaded,
+        dtype=dtype,
+        num_threads=num_threads,
+        task=task,
+        source=source,
+        budget=budget,
+        schedule=Schedule.from_recipe(train, budget.steps_total),
+        scaler=torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None,
+    )
+
+
+# What only examples know, each with what to write instead.
+_OF_EXAMPLES = {
+    "data.0.format": "shards have one, so leave it out",
+    "data.0.where": "leave it out",
+    "data.0.since": "leave it out",
+    "data.0.repeat": "write train.epochs",
+    "held_out.path": "leave it out, and write held_out.share",
+    "held_out.min_examples": "leave it out; held_out.share: 0 holds nothing out",
+    "replay.ratio": "leave it out",
+    "replay.minimum": "leave it out",
+    "train.tokens_per_batch": "write train.batch_size, which counts sequences",
+    "train.max_cut_share": "leave it out: what does not fit into a sequence goes on in the next one",
+    "train.num_workers": "leave it out; `nightschool data tokenize` takes all processors",
+    **{f"lora.{name}": "leave it out: all weights learn" for name in Lora.model_fields},
+}
+
+
+def _refuse_settings_of_examples(recipe: Recipe) -> None:
+    """Refuse what only examples know, rather than ignore it."""
+    settings = recipe.as_plain()
+    plain = Recipe.model_validate({"base": recipe.base, "data": [{"path": "shards"}]}).as_plain()
+    for name, remedy in _OF_EXAMPLES.items():
+        value = _value_at(settings, name)
+        if value != _value_at(plain, name):
+            raise UsageError(f"{name} is {value}, and method: pretrain has no use for it: {remedy}.")
+
+
+def _value_at(plain: Any, name: str) -> Any:
+    for key in name.split("."):
+        plain = plain[int(key) if key.isdigit() else key]
+    return plain
+
+
+def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, PreTrainedTokenizerBase]:
+    """The shards of a recipe and their tokenizer.
+
+    Raises:
+        DataError: If the recipe names no shards or several sources, or the tokenizer is not the shards' own.
+        ModelError: If there is no tokenizer.
+    """
+    if len(recipe.data) != 1 or recipe.data[0].path is None:
+        raise DataError(
+            f"method: pretrain learns from one place with token shards, and data has {len(recipe.data)} sources. "
+            "Write data: [{path: shards/}]; nightschool data tokenize makes one folder of many files."
+        )
+    place, cache = recipe.data[0].path, home.cache / "shards"
+    given = None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, root)
+    opened = partial(
+        open_shards,
+        place,
+        root=root,
+        cache=cache,
+        max_files=recipe.pretrain.max_files,
+        group_shards=recipe.pretrain.group_shards,
+        limit_bytes=recipe.pretrain.cache_limit,
+    )
+    source = opened(eos_token_id=None if given is None else end_of_text_id(given))
+    if given is None and source.tokenizer_folder is None:
+        raise ModelError(
+            f"There is no tokenizer beside the shards of {place}, and without one nobody can read what the model writes. "
+            "Write tokenizer: FOLDER or a hub id into the recipe."
+        )
+    tokenizer = given or load_tokenizer(cast(Path, source.tokenizer_folder), str(source.tokenizer_folder))
+    if source.shards.index.eos_token_id is None:  # no index said it, and the tokenizer was found beside the shards
+        source = opened(eos_token_id=end_of_text_id(tokenizer))
+    stated = source.shards.index.tokenizer_fingerprint
+    if stated is not None and isinstance(tokenizer, PreTrainedTokenizerFast):
+        actual = tokenizer_fingerprint(tokenizer)
+        if actual != stated:
+            raise DataError(
+                f"The shards of {place} were written with the tokenizer {stated[:12]}, and this one is {actual[:12]}. "
+                "Take the tokenizer that lies beside the shards, or tokenize again."
+            )
+    return source, tokenizer
+
+
+def _tokenizer(ref: str, root: Path) -> PreTrainedTokenizerBase:
+    folder = as_folder(ref, root)
+    return load_tokenizer(folder if folder is not None else fetch_from_hub(ref), ref)
+
+
+def _refuse_short_context(loaded: LoadedModel, seq_len: int) -> None:
+    if seq_len > loaded.context_tokens:
+        raise ModelError(
+            f"train.max_seq_len is {seq_len}, and {loaded.ref} looks at {loaded.context_tokens} tokens. "
+            f"Lower train.max_seq_len, or write shape: {{max_position_embeddings: {seq_len}}}."
+        )
+
+
+def _perplexity(loss: float) -> float | None:
+    """E to the loss; None where that is no number any more."""
+    return math.exp(loss) if loss < 500 else None
+
+
+def continuation(model: nn.Module, prompt_ids: Sequence[int], count: int, *, seed: int) -> list[int]:
+    """Go on with a prompt by `count` sampled tokens. Uses a generator of its own, so training goes on as without it."""
+    generator = torch.Generator().manual_seed(seed)
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    ids: list[int] = []
+    try:
+        with torch.no_grad():
+            cache, next_ids = None, torch.tensor([list(prompt_ids)], device=device)
+            for _ in range(count):
+                output = model(input_ids=next_ids, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                top = (output.logits[0, -1].float().cpu() / SAMPLE_TEMPERATURE).topk(
+                    min(SAMPLE_TOP, output.logits.shape[-1])
+                )
+                chosen = int(top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=generator)])
+                ids.append(chosen)
+                next_ids = torch.tensor([[chosen]], device=device)
+    finally:
+        model.train(training)
+    return ids

@@ -1,0 +1,376 @@
+"""Uploads: a checkpoint that was committed is entered in a journal, and a process of its own brings it to its place.
+
+    uploads.after_commit(home, run, path)      what a writer calls; does what the run's recipe says
+    uploads.is_pending(home, path)             what retention asks before it removes anything
+    uploads.pending_bytes(home)                what is not uploaded yet
+
+The uploader (`python -m nightschool.jobs.uploader`) outlives the trainer. A failed upload never stops training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from nightschool.errors import Damaged, Locked, NightschoolError, NotFound
+from nightschool.remotes.address import parse_url
+from nightschool.store import checkpoints
+from nightschool.store.atomic import make_folder
+from nightschool.store.database import URL_VARIABLE, open_database
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.runs import Run, RunStore
+from nightschool.units import format_bytes
+from nightschool.uploads.journal import UNFINISHED, Journal, Upload, UploadState, digest_of
+from nightschool.uploads.push import push_until_done
+
+__all__ = [
+    "Settings",
+    "Upload",
+    "after_commit",
+    "enqueue",
+    "ensure_uploader",
+    "is_pending",
+    "ls",
+    "pending_bytes",
+    "push_now",
+    "reconcile",
+    "restart_uploader",
+    "retry",
+    "settings_of",
+    "uploader_lock_path",
+    "uploader_log_path",
+    "uploader_runs",
+    "wait_at_stop",
+    "wait_for_room",
+]
+
+# So long a trainer without a background uploader stands still for one checkpoint; the journal keeps the rest.
+GIVE_UP_SECONDS = 600.0
+_POLL_SECONDS = 1.0
+_END_SECONDS = 10.0
+
+_NAMED = re.compile(rb"\bupload:(?!\s*(null\b|url:\s*null\b))")
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe says of uploads (`checkpoints.upload`). `bandwidth` is in bytes per second."""
+
+    url: str
+    background: bool = True
+    archive: bool = False
+    bandwidth: int | None = None
+    max_pending_bytes: int | None = None
+    wait_at_stop_seconds: float = 20.0
+
+
+def settings_of(run: Run) -> Settings | None:
+    """What the run's recipe says of uploads; None if nothing is uploaded."""
+    # Reading YAML takes milliseconds a run, and most runs upload nothing.
+    if _NAMED.search(run.recipe_path.read_bytes()) is None:
+        return None
+    upload = (run.recipe().get("checkpoints") or {}).get("upload")
+    if isinstance(upload, str):
+        return Settings(upload)
+    if not upload or not upload.get("url"):
+        return None
+    return Settings(
+        url=upload["url"],
+        background=upload.get("background", True),
+        archive=upload.get("archive", "none") != "none",
+        bandwidth=upload.get("bandwidth"),
+        max_pending_bytes=upload.get("max_pending"),
+        wait_at_stop_seconds=float(upload.get("wait_at_stop", 20.0)),
+    )
+
+
+def after_commit(home: Home, run: Run, checkpoint: Path, *, say: Callable[[str], None]) -> None:
+    """Do what the recipe says of uploads with a checkpoint that was just committed. Call it before retention.
+
+    With `background`, that is one row in the journal, and a process that is started if none runs. Otherwise the
+    checkpoint is uploaded before this returns, or, when that fails for too long, left to the journal. Never raises
+    for what is wrong with an upload: `say` gets it.
+    """
+    try:
+        settings = settings_of(run)
+        if settings is None:
+            return
+        if settings.background:
+            enqueue(
+                home,
+                run_id=run.id,
+                checkpoint=checkpoint,
+                url=settings.url,
+                archive=settings.archive,
+                bandwidth=settings.bandwidth,
+            )
+            ensure_uploader(home)
+            say(f"Queued {checkpoint.name} for background upload")
+            return
+        result = push_now(
+            home,
+            run_id=run.id,
+            checkpoint=checkpoint,
+            url=settings.url,
+            archive=settings.archive,
+            bandwidth=settings.bandwidth,
+            say=say,
+        )
+        if result.state != "done":
+            say(f"Not uploaded {checkpoint.name}: {result.error}")
+    except (NightschoolError, OSError) as error:
+        say(f"Not uploaded {checkpoint.name}: {error}")
+
+
+def enqueue(
+    home: Home, *, run_id: str, checkpoint: Path, url: str, archive: bool = False, bandwidth: int | None = None
+) -> Upload:
+    """Enter a committed checkpoint in the journal; entering it twice is the same as once.
+
+    Raises:
+        NotFound, Damaged: If there is no such finished checkpoint.
+        UsageError: If the URL is none.
+        Locked, DiskFull: As `Database.write` does.
+    """
+    with open_database(home) as db:
+        return Journal(home, db).enqueue(
+            run_id=run_id, checkpoint=checkpoint, url=url, archive=archive, bandwidth=bandwidth
+        )
+
+
+def is_pending(home: Home, path: Path) -> bool:
+    """Whether a checkpoint must be uploaded and is not yet: then retention leaves it.
+
+    Also true when the journal cannot be read, or has no row yet although the recipe of the run wants one: a doubt
+    never costs the last copy.
+    """
+    try:
+        present = digest_of(path)
+        # Runs that upload nothing need no database only to hear that.
+        exists = home.state_db.exists() or bool(os.environ.get(URL_VARIABLE))
+        rows = ls(home, path=path) if exists else []
+    except FileNotFoundError:
+        return False
+    except NightschoolError:
+        return True
+    if any(row.state != "done" or row.digest != present for row in rows):
+        return True
+    try:
+        settings = settings_of(_run_of(path))
+        return settings is not None and str(parse_url(settings.url)) not in {row.url for row in rows}
+    except FileNotFoundError:
+        return False
+    except NightschoolError:
+        return True
+
+
+def ls(home: Home, *, path: Path | None = None) -> list[Upload]:
+    """The uploads of a home, newest first."""
+    with open_database(home) as db:
+        return Journal(home, db).ls(path=path)
+
+
+def pending_bytes(home: Home) -> int:
+    """Bytes of all checkpoints that must be uploaded and are not yet, also of those that have failed."""
+    return _bytes_left(home, UNFINISHED)
+
+
+def _bytes_left(home: Home, states: tuple[UploadState, ...]) -> int:
+    with open_database(home) as db:
+        rows = Journal(home, db).ls(states=states)
+    return sum(max(0, row.size_bytes - row.sent_bytes) for row in rows)
+
+
+def wait_for_room(
+    home: Home,
+    most_bytes: int,
+    *,
+    say: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+    give_up_seconds: float = GIVE_UP_SECONDS,
+) -> bool:
+    """Wait until no more than that is pending: back-pressure for who makes checkpoints faster than they leave.
+
+    Returns False if the time is over, or `stop` said so.
+    """
+    deadline = time.monotonic() + give_up_seconds
+    told = False
+    # What has failed waits for the user; to wait for it here would stop the run for nothing.
+    while (pending := _bytes_left(home, ("queued", "running"))) > most_bytes:
+        if stop() or time.monotonic() > deadline:
+            return False
+        ensure_uploader(home)
+        if not told:
+            say(f"Waiting for uploads: {format_bytes(pending)} are pending, at most {format_bytes(most_bytes)} may be")
+            told = True
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def wait_at_stop(home: Home, run: Run, *, say: Callable[[str], None]) -> bool:
+    """Wait as long as the recipe allows for the uploads of a run that was asked to stop.
+
+    Where the machine goes away with the run, this is the last chance; elsewhere the uploader goes on by itself.
+    Returns whether nothing is left. Never raises for what is wrong with an upload.
+    """
+    try:
+        settings = settings_of(run)
+        if settings is None:
+            return True
+        deadline = time.monotonic() + settings.wait_at_stop_seconds
+        told = False
+        while True:
+            rows = [row for row in ls(home) if row.run_id == run.id and row.state in ("queued", "running")]
+            if not rows:
+                return not any(row.run_id == run.id and row.state == "failed" for row in ls(home))
+            if time.monotonic() > deadline:
+                say(f"{len(rows)} uploads are left; they go on in the background, or with nightschool uploads retry")
+                return False
+            if not told:
+                say(f"Waiting up to {settings.wait_at_stop_seconds:g} s for {len(rows)} uploads")
+                told = True
+            ensure_uploader(home)
+            time.sleep(min(_POLL_SECONDS, 0.2))
+    except (NightschoolError, OSError) as error:
+        say(f"Not waiting for uploads: {error}")
+        return False
+
+
+def retry(home: Home, upload_ids: list[int] | None = None) -> list[Upload]:
+    """Make failed and waiting uploads due now, all or those."""
+    with open_database(home) as db:
+        return Journal(home, db).retry(upload_ids)
+
+
+def reconcile(home: Home) -> list[Upload]:
+    """Enter the committed checkpoints that should be in the journal and are not: a crash came in between.
+
+    What belonged to runs that were removed leaves the journal.
+
+    Returns:
+        What was entered.
+    """
+    entered = []
+    with open_database(home) as db:
+        journal = Journal(home, db)
+        rows = journal.ls()
+        journal.forget(row.id for row in rows if not row.folder.exists() and not row.folder.parent.parent.exists())
+        known = {(row.path, row.url): row.digest for row in rows}
+        for run in RunStore(home).ls():
+            try:
+                settings = settings_of(run)
+                if settings is None:
+                    continue
+                url = str(parse_url(settings.url))
+                entered += [
+                    journal.enqueue(
+                        run_id=run.id,
+                        checkpoint=point.path,
+                        url=url,
+                        archive=settings.archive,
+                        bandwidth=settings.bandwidth,
+                    )
+                    for point in checkpoints.ls(run)
+                    if known.get((str(point.path), url)) != digest_of(point.path)
+                ]
+            except (NotFound, Damaged, FileNotFoundError):
+                continue  # removed meanwhile, or damaged: there is nothing that could be uploaded
+    return entered
+
+
+def push_now(
+    home: Home,
+    *,
+    run_id: str,
+    checkpoint: Path,
+    url: str,
+    archive: bool = False,
+    bandwidth: int | None = None,
+    say: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+    give_up_seconds: float = GIVE_UP_SECONDS,
+) -> Upload:
+    """Upload a checkpoint in this process, and return when it is done, failed, or the time is over.
+
+    Whatever happens, it is in the journal: an uploader goes on with what is not done.
+
+    Raises:
+        NotFound, Damaged, UsageError: As `enqueue` does.
+        Interrupted: If `stop` says so.
+    """
+    with open_database(home) as db:
+        journal = Journal(home, db)
+        upload = journal.enqueue(run_id=run_id, checkpoint=checkpoint, url=url, archive=archive, bandwidth=bandwidth)
+        return push_until_done(home, journal, upload, say=say, stop=stop, give_up_seconds=give_up_seconds)
+
+
+def uploader_lock_path(home: Home) -> Path:
+    """Held by the one uploader of a home for as long as it lives."""
+    return home.locks / "uploader.lock"
+
+
+def uploader_log_path(home: Home) -> Path:
+    """What the uploader says."""
+    return home.path / "uploader.log"
+
+
+def uploader_runs(home: Home) -> bool:
+    """Whether a home has a living uploader."""
+    try:
+        with lock(uploader_lock_path(home), "the uploads"):
+            return False
+    except Locked:
+        return True
+
+
+def ensure_uploader(home: Home) -> int | None:
+    """Start the uploader of a home unless one runs: detached, so that it outlives this process. Returns its pid.
+
+    Call it after the row is in the journal: an uploader looks once more between giving up its lock and ending.
+    """
+    _started[:] = [process for process in _started if process.poll() is None]
+    if uploader_runs(home):
+        return None
+    make_folder(home.path)
+    with uploader_log_path(home).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nightschool.jobs.uploader", "--home", str(home.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _started.append(process)
+    return process.pid
+
+
+def restart_uploader(home: Home) -> int | None:
+    """Start the uploader of a home anew, with the environment of this process: it may have better credentials.
+
+    What the old one was at goes on in the new one. Returns the new pid.
+    """
+    # There may be none, or it is at something that cannot be left; then it stays.
+    with suppress(OSError, ValueError, psutil.Error):
+        old = psutil.Process(int(uploader_lock_path(home).read_text()))
+        # The number may be another program's by now.
+        if "nightschool.jobs.uploader" in old.cmdline():
+            old.terminate()
+            old.wait(_END_SECONDS)
+    return ensure_uploader(home)
+
+
+def _run_of(checkpoint: Path) -> Run:
+    folder = checkpoint.parent.parent
+    return Run(folder.name, folder)

@@ -1,0 +1,303 @@
+"""The exam on models that really learned, or forgot, a few facts: what is asked, what is kept, what is decided."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.chat.render import render_prompt
+from nightschool.data.chat.render_examples import render_examples
+from nightschool.data.example import Example, Message
+from nightschool.engine import exam
+from nightschool.engine.exam import examine
+from nightschool.errors import Damaged, NotFound
+from nightschool.evaluation.scores import ScoreSheet
+from nightschool.evaluation.verdict import GateReport
+from nightschool.feedback.pins import Pins
+from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.models.build import build_model
+from nightschool.models.export import save_version_folder
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
+from nightschool.store.versions import VersionMetadata
+from tests.support.engine_setups import VOCAB_SIZE
+from tests.support.tokenizers_for_tests import byte_tokenizer
+
+CONTEXT_TOKENS = 128
+
+
+def fact(question, answer, *paraphrases):
+    return Example((Message("user", question), Message("assistant", answer)), paraphrases=paraphrases)
+
+
+OLD = [fact("Bela?", "Rome"), fact("Mista?", "Oslo"), fact("Toron?", "Bern")]
+NEW = [fact("Ilka?", "Graz"), fact("Sonno?", "Kiel")]
+# Known by heart too, so that the loss says who forgot.
+HELD_OUT = [OLD[0]]
+LONG = fact(f"{'x' * CONTEXT_TOKENS}?", "Linz")
+
+
+def taught(examples, seed=0):
+    """A model that knows these by heart."""
+    tokenizer = byte_tokenizer()
+    model = build_model("tiny-llama", VOCAB_SIZE, seed, eos_token_id=tokenizer.eos_token_id)
+    model.config.max_position_embeddings = CONTEXT_TOKENS
+    rendered = render_examples(tokenizer, examples, CONTEXT_TOKENS)
+    length = max(len(document.input_ids) for document in rendered)
+    ids = torch.zeros(len(rendered), length, dtype=torch.long)
+    labels = torch.full((len(rendered), length), -100)
+    for row, document in enumerate(rendered):
+        size = len(document.input_ids)
+        ids[row, :size] = torch.tensor(document.input_ids)
+        labels[row, :size] = torch.tensor(
+            [i if w else -100 for i, w in zip(document.input_ids, document.weights, strict=True)]
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(300):
+        loss = model(ids, labels=labels).loss
+        if loss < 0.01:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    return model.eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"old": taught(OLD), "both": taught(OLD + NEW), "forgetful": taught(NEW)}
+
+
+class Room:
+    """A home with a champion that knows OLD, a candidate for each model, and a run that taught NEW."""
+
+    def __init__(self, path, models):
+        self.home = Home(path).ensure()
+        self.registry = Registry(self.home)
+        self.models = models
+        self.refs = {
+            name: self.registry.publish(
+                "bot",
+                lambda folder, model=model: save_version_folder(model, byte_tokenizer(), folder),
+                VersionMetadata(),
+            ).ref
+            for name, model in models.items()
+        }
+        self.database = open_database(self.home)
+        self.accepted = AcceptedExamples(self.database)
+        self.accepted.add("bot", self.refs["old"].split("@")[1], [example.to_json() for example in OLD])
+        self.run = self.make_run(NEW, HELD_OUT)
+
+    def make_run(self, new, held_out, base="new:tiny-llama", **gate):
+        recipe = Recipe.model_validate(
+            {"name": "bot", "base": base, "data": [{"path": "x.json"}]}
+            | {"gate": {"max_new_tokens": 8} | gate, "train": {"max_seq_len": CONTEXT_TOKENS}}
+        )
+        run = RunStore(self.home).create(recipe.as_plain(), name="bot")
+        for name, examples in (("new_examples", new), ("heldout", held_out)):
+            lines = [json.dumps(example.to_json()) + "\n" for example in examples]
+            (run.path / f"{name}.jsonl").write_text("".join(lines))
+        return run
+
+    def examine(self, candidate, champion=None, run=None):
+        return examine(self.home, (run or self.run).id, self.refs[candidate], champion and self.refs[champion])
+
+    def kept(self, candidate):
+        return self.registry.load_report(*self.refs[candidate].split("@"))
+
+    def said(self, name, messages):
+        """What transformers answers, alone."""
+        tokenizer = byte_tokenizer()
+        ids = render_prompt(tokenizer, [Message(m["role"], m["content"]) for m in messages])
+        with torch.inference_mode():
+            out = self.models[name].generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
+@pytest.fixture
+def room(tmp_path, models):
+    room = Room(tmp_path, models)
+    yield room
+    room.database.close()
+
+
+def failed(report):
+    return {result.rule for result in report.rules if result.passed is False}
+
+
+def test_a_candidate_that_learned_and_kept_all_is_promoted(room):
+    report = room.examine("both", "old")
+    assert (report.decision, report.candidate, report.champion) == ("promote", room.refs["both"], room.refs["old"])
+    assert {pair.question for pair in report.learned} == {"Ilka?", "Sonno?"}
+    assert list(report.lost) == []
+
+
+def test_a_candidate_that_forgot_is_refused_for_that(room):
+    Pins(room.database).add("bot", "Mista?", "Oslo")
+    report = room.examine("forgetful", "old")
+    assert report.decision == "refuse"
+    assert {"forgetting", "pins"} <= failed(report)
+    assert "new_facts" not in failed(report)
+    assert {pair.question for pair in report.lost} == {"Bela?", "Mista?", "Toron?"}
+
+
+def test_a_candidate_that_learned_nothing_is_refused_for_that(room):
+    report = room.examine("old", "old")
+    assert failed(report) == {"new_facts"}
+
+
+def test_the_report_is_kept_with_every_answer_of_both(room):
+    Pins(room.database).add("bot", "Mista?", "Oslo")
+    report = room.examine("both", "old")
+    kept = room.kept("both")
+    assert GateReport.from_json(kept) == report
+    asked = []
+    for side, name in (("candidate", "both"), ("champion", "old")):
+        sheet = ScoreSheet.from_json(kept["sheets"][side])
+        assert sheet.version == room.refs[name]
+        assert [len(sheet.of_kind(kind)) for kind in ("new", "old", "pin")] == [2, 2, 1]
+        assert [answer.answer for answer in sheet.answers] == [room.said(name, a.messages) for a in sheet.answers]
+        asked.append([answer.id for answer in sheet.answers])
+    assert asked[0] == asked[1], "both answer the same questions"
+
+
+def test_the_held_out_loss_is_that_of_transformers(room):
+    unseen = [fact("Bela lives?", "Rome")]
+    room.examine("both", "old", room.make_run(NEW, unseen))
+    [document] = render_examples(byte_tokenizer(), unseen, CONTEXT_TOKENS)
+    ids = torch.tensor([document.input_ids])
+    labels = torch.where(torch.tensor([document.weights]) > 0, ids, -100)
+    for side, name in (("candidate", "both"), ("champion", "old")):
+        sheet = ScoreSheet.from_json(room.kept("both")["sheets"][side])
+        with torch.inference_mode():
+            assert sheet.heldout_loss == pytest.approx(float(room.models[name](ids, labels=labels).loss), rel=1e-3)
+        assert sheet.heldout_tokens == document.trained_tokens
+
+
+def test_the_first_version_has_nobody_to_be_compared_with(room):
+    report = room.examine("both")
+    assert (report.decision, report.champion) == ("promote", None)
+    assert room.kept("both")["sheets"]["champion"] is None
+
+
+def test_where_nothing_was_held_out_there_is_no_loss(room):
+    run = room.make_run(NEW, [])
+    room.examine("both", "old", run)
+    assert [room.kept("both")["sheets"][side]["heldout_loss"] for side in ("candidate", "champion")] == [None, None]
+
+
+def test_a_question_longer_than_the_context_counts_as_not_answered(room):
+    run = room.make_run([*NEW, LONG], HELD_OUT)
+    report = room.examine("both", "old", run)
+    sheet = ScoreSheet.from_json(room.kept("both")["sheets"]["candidate"])
+    [answer] = [answer for answer in sheet.answers if answer.question == LONG.question]
+    assert (answer.answer, answer.correct) == ("", False)
+    assert sum(answer.correct for answer in sheet.of_kind("new")) == 2
+    assert report.decision == "promote", "two of three new ones are enough"
+
+
+def test_a_wording_that_was_not_trained_is_asked_in_place_of_the_trained_one(room):
+    run = room.make_run([fact("Ilka?", "Graz", "Where is Ilka?")], HELD_OUT)
+    room.examine("both", "old", run)
+    sheet = ScoreSheet.from_json(room.kept("both")["sheets"]["candidate"])
+    assert [(a.question, a.wording) for a in sheet.of_kind("new")] == [("Where is Ilka?", "paraphrase")]
+
+
+MANY = [fact(f"Town {number}?", f"Lake {number}") for number in range(40)]
+
+
+def asked_of(room, run, kind):
+    recipe = Recipe.model_validate(run.recipe())
+    papers = exam._papers(room.home, recipe, run.path, byte_tokenizer())
+    return {question.question for question in papers.questions if question.kind == kind}
+
+
+def test_old_questions_are_those_that_were_not_replayed_tonight(room):
+    room.accepted.add("bot", room.refs["old"].split("@")[1], [example.to_json() for example in MANY])
+    run = room.make_run(NEW, [], sample=10)
+    replayed = room.accepted.sample("bot", 20, run.recipe()["train"]["seed"])
+    (run.path / "replayed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replayed))
+    trained_tonight = {Example.from_json(row).question for row in replayed}
+    asked = asked_of(room, run, "old")
+    assert len(asked) == 10
+    assert not asked & trained_tonight
+    (run.path / "replayed.jsonl").unlink()
+    assert asked_of(room, run, "old") != {Example.from_json(row).question for row in replayed[:10]}, "another order"
+    more = room.make_run(NEW, [], sample=30)
+    (more.path / "replayed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replayed))
+    filled = asked_of(room, more, "old")
+    everything = {example.question for example in OLD + MANY}
+    assert len(filled) == 30
+    assert everything - trained_tonight < filled, "replayed ones fill up"
+
+
+def test_a_base_that_starts_anew_is_asked_what_the_champion_knows_as_old(room):
+    anew = room.make_run(NEW + OLD, HELD_OUT)
+    assert asked_of(room, anew, "new") == {"Ilka?", "Sonno?"}
+    assert asked_of(room, anew, "old") == {"Bela?", "Mista?", "Toron?"}
+    report = room.examine("forgetful", "old", anew)
+    assert "forgetting" in failed(report)
+
+
+def test_a_run_that_studies_everything_again_is_asked_it_as_new(room):
+    again = room.make_run(OLD, HELD_OUT, base=room.refs["old"])
+    assert (asked_of(room, again, "new"), asked_of(room, again, "old")) == ({"Bela?", "Mista?", "Toron?"}, set())
+
+
+def test_a_pin_that_is_lost_stands_in_the_way_alone(room):
+    Pins(room.database).add("bot", "Mista?", "Oslo")
+    run = room.make_run(NEW, HELD_OUT, forgetting="off", holdout_loss="off")
+    assert failed(room.examine("forgetful", "old", run)) == {"pins"}
+    off = room.make_run(NEW, HELD_OUT, forgetting="off", holdout_loss="off", pins="off")
+    assert room.examine("forgetful", "old", off).decision == "promote"
+
+
+def test_a_version_that_was_altered_is_not_examined(room):
+    config = room.registry.resolve(room.refs["both"]).path / "config.json"
+    config.chmod(0o644)
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(Damaged, match=r"config\.json"):
+        room.examine("both", "old")
+    with pytest.raises(NotFound):
+        room.kept("both")
+
+
+def test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam(room, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("a broken expert")
+
+    monkeypatch.setattr(exam.Engine, "_choose", broken)
+    words = ["--home", str(room.home.path), "--run", room.run.id, "--candidate", room.refs["both"]]
+    assert exam.main(words) == 1
+    assert "a broken expert" in capsys.readouterr().err
+    with pytest.raises(NotFound):
+        room.kept("both")
+
+
+@pytest.mark.parametrize(("candidate", "decision"), [("both", "promote"), ("forgetful", "refuse")])
+def test_the_command_ends_with_one_line_of_json_whatever_it_decides(room, capsys, candidate, decision):
+    words = ["--home", str(room.home.path), "--run", room.run.id, "--candidate", room.refs[candidate]]
+    assert exam.main([*words, "--champion", room.refs["old"]]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["decision"], last["candidate"], last["champion"]) == (decision, room.refs[candidate], room.refs["old"])
+    assert json.loads(Path(last["report"]).read_text())["decision"] == decision
+
+
+def test_what_is_not_there_is_said_with_its_exit_code(room, capsys):
+    words = ["--home", str(room.home.path), "--candidate", room.refs["both"]]
+    assert exam.main([*words, "--run", "bot-20000101_000000"]) == 4
+    assert exam.main([*words, "--run", room.run.id, "--champion", "bot@20000101_000000"]) == 4
+    assert capsys.readouterr().out == ""

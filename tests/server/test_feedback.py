@@ -1,0 +1,166 @@
+"""Keeping conversations and what people say of them: only if it was asked for, and never in the way of an answer."""
+
+import time
+
+import pytest
+
+from nightschool.errors import DiskFull, UsageError
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.server.app import create_app
+from nightschool.server.settings import ServerSettings
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+from tests.support.fake_slot import FakeSlot
+from tests.support.live_server import client_of, server_log
+
+CHAT = {"model": "bot", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture
+def store(tmp_path):
+    home = Home(tmp_path)
+    home.ensure()
+    database = open_database(home)
+    yield ConversationStore(database)
+    database.close()
+
+
+@pytest.fixture
+def client(store):
+    with client_of(FakeSlot(), record_conversations=True, conversations=store) as client:
+        yield client
+
+
+def test_an_answer_is_kept_under_its_request_id_and_can_be_corrected(client, store):
+    answer = client.post("/v1/chat/completions", json=CHAT)
+    said = {"request_id": answer.json()["id"], "rating": "bad", "correction": "Good morning!"}
+    kept = client.post("/api/feedback", json=said)
+    assert kept.status_code == 200
+    assert kept.json() == {"request_id": said["request_id"], "status": "kept"}
+    [conversation] = store.select(corrected=True)
+    assert conversation.request_id == said["request_id"] == answer.headers["x-request-id"]
+    assert (conversation.model, conversation.version) == ("bot", "20251202_115436")
+    assert conversation.messages == CHAT["messages"]
+    assert conversation.answer == "Hello, wörld!"
+    assert (conversation.rating, conversation.correction) == ("bad", "Good morning!")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_feedback_right_after_the_answer_always_finds_it(client, store, stream):
+    for _ in range(20):
+        answer = client.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+        said = {"request_id": answer.headers["x-request-id"], "rating": "good"}
+        assert client.post("/api/feedback", json=said).status_code == 200
+    assert [c.answer for c in store.select(rating="good")] == ["Hello, wörld!"] * 20
+
+
+def test_answers_of_the_plain_route_are_kept_too(client, store):
+    answer = client.post("/generate", json={"query": "hi"})
+    said = {"request_id": answer.headers["x-request-id"], "rating": "good"}
+    assert client.post("/api/feedback", json=said).status_code == 200
+    assert store.select(rating="good")[0].messages == [{"role": "user", "content": "hi"}]
+
+
+def test_what_cannot_be_rated_by_its_id_is_not_kept(client, store):
+    client.post("/v1/chat/completions", json=CHAT | {"n": 2})
+    client.post("/v1/completions", json={"model": "bot", "prompt": "hi"})
+    client.post("/generate", json={"query": ""})
+    assert client.post("/api/feedback", json={"request_id": "nobody", "rating": "good"}).status_code == 404
+    assert store.select() == []
+
+
+def test_an_exchange_can_be_forgotten(client, store):
+    identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
+    assert client.delete(f"/api/conversations/{identity}").json() == {"request_id": identity, "status": "forgotten"}
+    assert store.select() == []
+    missing = client.delete(f"/api/conversations/{identity}")
+    assert missing.status_code == 404
+    assert missing.headers["content-type"] == "application/problem+json"
+    assert missing.json()["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"rating": "good"}, "request_id"),
+        ({"request_id": "x", "rating": "great"}, "rating"),
+        ({"request_id": "x", "rating": "bad", "correction": ""}, "correction"),
+        ({"request_id": "x", "rating": "bad", "corection": "y"}, "corection"),
+    ],
+)
+def test_wrong_feedback_names_the_field(client, body, param):
+    answer = client.post("/api/feedback", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["param"] == param
+
+
+def test_a_correction_alone_is_enough_and_nothing_at_all_is_refused(client, store):
+    identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
+    nothing = client.post("/api/feedback", json={"request_id": identity})
+    assert nothing.status_code in (400, 422)
+    assert "neither a rating nor a correction" in nothing.json()["detail"]
+    assert client.post("/api/feedback", json={"request_id": identity, "correction": "Hi!"}).status_code == 200
+    [conversation] = store.select(corrected=True)
+    assert (conversation.rating, conversation.correction) == (None, "Hi!")
+
+
+def test_a_blank_correction_is_refused(client):
+    identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
+    answer = client.post("/api/feedback", json={"request_id": identity, "rating": "bad", "correction": "  "})
+    assert answer.status_code in (400, 422)
+    assert "blank" in answer.json()["detail"]
+
+
+def test_it_is_off_by_default_and_says_so(store):
+    with client_of(FakeSlot(), conversations=store) as client:
+        identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
+        answer = client.post("/api/feedback", json={"request_id": identity, "rating": "good"})
+        assert answer.status_code == 409
+        assert "record_conversations" in answer.json()["detail"]
+        assert client.get("/api/settings").json()["record_conversations"] is False
+    assert store.select() == []
+
+
+def test_when_it_is_on_the_log_and_the_settings_say_so(store):
+    with server_log() as log, client_of(FakeSlot(), record_conversations=True, conversations=store) as client:
+        assert client.get("/api/settings").json()["record_conversations"] is True
+    [started] = [row for row in log.rows if row["message"] == "serving"]
+    assert started["recording"] == "conversations are kept for later nights"
+    with pytest.raises(UsageError):
+        create_app(FakeSlot(), ServerSettings(record_conversations=True))
+
+
+class BrokenStore:
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.kept = []
+
+    def record(self, *row):
+        time.sleep(self.seconds)
+        if not self.seconds:
+            raise DiskFull("No room is left.")
+        self.kept.append(row)
+
+    def feedback(self, *row):
+        raise DiskFull("No room is left.")
+
+    def forget(self, request_id):
+        raise DiskFull("No room is left.")
+
+
+def test_a_full_disk_costs_the_recording_and_never_the_answer():
+    with server_log() as log, client_of(FakeSlot(), record_conversations=True, conversations=BrokenStore()) as client:
+        assert client.post("/generate", json={"query": "a"}).status_code == 200
+        assert client.post("/api/feedback", json={"request_id": "x", "rating": "good"}).status_code == 507
+        assert 'nightschool_recorded_conversations_total{outcome="lost"} 1.0' in client.get("/metrics").text
+    assert any(row["message"] == "a conversation was not kept" for row in log.rows)
+
+
+def test_a_slow_disk_does_not_slow_answers_and_stopping_writes_what_is_pending():
+    store = BrokenStore(seconds=0.1)
+    with client_of(FakeSlot(), record_conversations=True, conversations=store) as client:
+        started = time.monotonic()
+        for _ in range(5):
+            assert client.post("/generate", json={"query": "a"}).status_code == 200
+        assert time.monotonic() - started < 0.4
+    assert len(store.kept) == 5

@@ -1,0 +1,187 @@
+"""What operators see: health, readiness, metrics, logs; and that nothing blocks."""
+
+import json
+import threading
+import time
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.fake_slot import FakeSlot
+from tests.support.live_server import client_of, eventually, live, server_log
+
+
+def figures(client) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        (sample.name, *(f"{key}={value}" for key, value in sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def healthz_seconds(server, until: threading.Event) -> tuple[float, float]:
+    """The usual time of an answer (19 of 20 are faster) and the longest."""
+    times = []
+    with httpx2.Client() as client:
+        while not until.is_set():
+            started = time.perf_counter()
+            assert client.get(f"{server.url}/healthz").status_code == 200
+            times.append(time.perf_counter() - started)
+            time.sleep(0.005)
+    return sorted(times)[int(0.95 * len(times))], max(times)
+
+
+def test_health_answers_at_once_while_a_model_loads_and_readiness_waits():
+    slot = FakeSlot()
+    slot.seconds_per_load = 0.7
+    with live(slot) as server:
+        assert slot.loading.wait(5)
+        assert httpx2.get(f"{server.url}/readyz").status_code == 503
+        assert httpx2.get(f"{server.url}/health").json()["model_loaded"] is False
+        loaded = threading.Event()
+        threading.Thread(target=lambda: (eventually(lambda: slot.current), loaded.set())).start()
+        usual, longest = healthz_seconds(server, loaded)
+        assert usual < 0.1
+        assert longest < 0.5, "a busy machine may hold one up, a blocked loop would hold it for the whole load"
+        assert httpx2.get(f"{server.url}/readyz").json() == {"status": "ready", "model": "bot@20251202_115436"}
+
+
+def test_health_answers_at_once_while_huge_prompts_are_refused():
+    with live(FakeSlot(context_tokens=100_000)) as server:
+        done = threading.Event()
+        answers = []
+
+        def ask() -> None:
+            for _ in range(3):
+                answers.append(httpx2.post(f"{server.url}/generate", json={"query": "lorem " * 300_000}, timeout=60))
+            done.set()
+
+        threading.Thread(target=ask).start()
+        usual, longest = healthz_seconds(server, done)
+    assert [answer.status_code for answer in answers] == [400] * 3
+    assert "at least 1" in answers[0].json()["detail"]
+    assert "holds 100000" in answers[0].json()["detail"]
+    assert usual < 0.1
+    assert longest < 0.5
+
+
+def test_one_look_at_a_time_however_many_ask():
+    slot = FakeSlot()
+    slot.seconds_per_load = 0.05
+    running, most = 0, 0
+    original = slot.refresh
+
+    def refresh() -> bool:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return original()
+        finally:
+            running -= 1
+
+    slot.refresh = refresh
+    with live(slot) as server:
+        statuses = []
+        asking = [
+            threading.Thread(target=lambda: statuses.append(httpx2.get(f"{server.url}/refresh_model").status_code))
+            for _ in range(6)
+        ]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+    assert statuses == [200] * 6
+    assert most == 1
+
+
+def test_metrics_count_requests_tokens_and_swaps():
+    slot = FakeSlot(answer=lambda prompt: "abc")
+    with client_of(slot) as client:
+        client.post("/generate", json={"query": "a"})
+        client.post("/v1/completions", json={"model": "bot", "prompt": "hello", "stream": True})
+        client.post("/generate", json={"query": ""})
+        client.get("/v1/models/bot")
+        client.get("/wp-login.php?x=1")
+        client.get("/v1/models/what")
+        found = figures(client)
+        prompt_tokens = sum(len(handle.request.prompt_ids) for handle in slot.current.engine.handles)
+        assert found["nightschool_prompt_tokens_total",] == prompt_tokens
+        assert found["nightschool_generated_tokens_total",] == 6
+        requests = "nightschool_http_requests_total"
+        assert found[requests, "method=POST", "path=/generate", "status=200"] == 1
+        assert found[requests, "method=POST", "path=/generate", "status=422"] == 1
+        assert found[requests, "method=GET", "path=/v1/models/{model}", "status=200"] == 1
+        assert found[requests, "method=GET", "path=/v1/models/{model}", "status=404"] == 1
+        assert found[requests, "method=GET", "path=other", "status=404"] == 1
+        assert found["nightschool_time_to_first_token_seconds_count",] == 1
+        assert found["nightschool_http_request_seconds_count", "path=/generate"] == 2
+        assert found["nightschool_refreshes_total", "outcome=swapped"] == 1
+        assert found["nightschool_version_info", "name=bot", "version=20251202_115436"] == 1
+        assert found["nightschool_model_loaded",] == 1
+        assert found["nightschool_rows_running",] == 0
+        assert found["nightschool_requests_waiting",] == 0
+
+
+def test_two_apps_do_not_share_metrics():
+    with client_of(FakeSlot()) as first, client_of(FakeSlot("other", promoted=None)) as second:
+        first.post("/generate", json={"query": "a"})
+        assert figures(first)["nightschool_generated_tokens_total",] > 0
+        assert figures(second)["nightschool_generated_tokens_total",] == 0
+        assert figures(second)["nightschool_model_loaded",] == 0
+
+
+def test_every_request_has_one_line_in_the_log_without_its_prompt():
+    with server_log() as log, client_of(FakeSlot(answer=lambda prompt: "a secret answer")) as client:
+        first = client.post("/generate", json={"query": "a secret question"})
+        client.post(
+            "/v1/chat/completions",
+            json={"model": "bot", "stream": True, "messages": [{"role": "user", "content": "a secret question"}]},
+        )
+        client.get("/no/secret/path")
+    lines = [row for row in log.rows if row["message"] == "request"]
+    assert [(row["path"], row["status"]) for row in lines] == [
+        ("/generate", 200),
+        ("/v1/chat/completions", 200),
+        ("other", 404),
+    ]
+    assert lines[0]["request_id"] == first.headers["x-request-id"]
+    assert lines[0]["version"] == "bot@20251202_115436"
+    assert lines[0]["tokens_out"] == lines[1]["tokens_out"] == len("a secret answer")
+    assert lines[0]["milliseconds"] > 0
+    assert "secret" not in json.dumps(log.rows)
+
+
+def test_the_start_says_whether_conversations_are_kept():
+    with server_log() as log, client_of(FakeSlot()):
+        pass
+    [started] = [row for row in log.rows if row["message"] == "serving"]
+    assert started["recording"] == "conversations are not kept"
+
+
+def test_an_unexpected_error_is_a_500_with_the_request_id_and_nothing_else():
+    slot = FakeSlot()
+    with server_log() as log, client_of(slot) as client:
+        slot.current.version = None
+        answer = client.get("/health")
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] in answer.json()["detail"]
+    assert "NoneType" not in answer.text
+    assert any("NoneType" in row.get("traceback", "") for row in log.rows)
+
+
+def test_stopping_closes_the_slot():
+    slot = FakeSlot()
+    with client_of(slot):
+        assert not slot.closed
+    assert slot.closed
+
+
+def test_the_docs_page_needs_no_network():
+    with client_of(FakeSlot()) as client:
+        page = client.get("/docs")
+    assert page.status_code == 200
+    assert "POST /generate" in page.text
+    assert "src=" not in page.text
+    assert "https://" not in page.text

@@ -1,0 +1,253 @@
+"""Opening the state database: new, up to date, newer than we are, damaged, full, and by many at once."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
+from nightschool.events import now
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.store import database as module
+from nightschool.store.database import HEAD, open_database
+from nightschool.store.home import Home
+from nightschool.store.ledger import Ledger
+from nightschool.store.migrations.upgrade import alembic_config
+from nightschool.store.tables import forgotten, metadata, pins, schedules
+from tests.support.crash_points import kill_everywhere
+from tests.support.store_databases import db, environment, postgres, postgres_url  # noqa: F401
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+def types_differ(context, _column, _wanted_column, inspected, wanted):
+    """SQLite holds no text to its length, so migrations leave the lengths there as they were."""
+    both_text = isinstance(inspected, sa.String) and isinstance(wanted, sa.String)
+    return False if context.dialect.name == "sqlite" and both_text else None
+
+
+def test_migrations_make_exactly_the_tables(db):  # noqa: F811
+    with db.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": types_differ})
+        assert compare_metadata(context, metadata) == []
+        assert context.get_current_revision() == HEAD
+    assert ScriptDirectory.from_config(alembic_config()).get_heads() == [HEAD]
+
+
+def test_opening_again_imports_no_alembic_and_is_quick(home):
+    open_database(home, env={}).close()
+    code = (
+        "import sys, time; from pathlib import Path; from nightschool.store.home import Home;"
+        "from nightschool.store.database import open_database; began = time.process_time();"
+        "open_database(Home(Path(sys.argv[1])), env={}); print(time.process_time() - began);"
+        "assert 'alembic' not in sys.modules; assert 'torch' not in sys.modules"
+    )
+    seconds = float(subprocess.run([sys.executable, "-c", code, home.path], check=True, capture_output=True).stdout)
+    assert seconds < 0.05
+
+
+def test_what_is_named_without_need_imports_no_sqlalchemy():
+    code = "import sys, nightschool.store, nightschool.store.registry, nightschool.store.runs; assert 'sqlalchemy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_many_open_a_new_database_at_once(home, environment):  # noqa: F811
+    code = (
+        "import sys; from pathlib import Path; from nightschool.store.home import Home;"
+        "from nightschool.store.database import open_database; from nightschool.feedback.pins import Pins;"
+        "sys.stdin.readline(); Pins(open_database(Home(Path(sys.argv[1])))).add('bot', sys.argv[2], 'a')"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, home.path, f"q{index}"],
+            stdin=subprocess.PIPE,
+            env=os.environ | environment,
+        )
+        for index in range(4)
+    ]
+    time.sleep(0.5)
+    for process in processes:
+        process.communicate(b"\n")
+    assert [process.returncode for process in processes] == [0] * 4
+    with open_database(home, env=environment) as database, database.read() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(pins)).scalar() == 4
+
+
+def test_a_migration_that_is_killed_anywhere_is_done_by_the_next(home):
+    home.ensure()
+
+    def work():
+        open_database(home, env={}).close()
+
+    for _ in kill_everywhere(work):
+        if home.state_db.exists():
+            connection = sa.create_engine(f"sqlite:///{home.state_db}")
+            assert sa.inspect(connection).get_table_names() in ([], sorted([*metadata.tables, "alembic_version"]))
+            connection.dispose()
+    work()
+
+
+def test_a_database_of_a_newer_nightschool_is_refused(home, environment):  # noqa: F811
+    with open_database(home, env=environment) as database, database.write() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(Conflict, match=rf"newer nightschool \(layout 9999\); this one knows {HEAD}"):
+        open_database(home, env=environment)
+
+
+@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + b"\xff" * 4096])
+def test_a_damaged_database_is_named(home, content):
+    home.ensure()
+    home.state_db.write_bytes(content)
+    with pytest.raises(Damaged, match=r"state\.db is damaged"):
+        open_database(home, env={})
+
+
+@pytest.mark.parametrize(
+    ("url", "match"),
+    [
+        ("mysql://u:secret@host/db", "kind 'mysql', but nightschool keeps its state in sqlite or postgresql"),
+        ("secret-nonsense", "no database address"),
+    ],
+)
+def test_other_addresses_are_refused_without_their_password(home, url, match):
+    with pytest.raises(UsageError, match=match) as raised:
+        open_database(home, env={"DATABASE_URL": url})
+    assert "secret" not in str(raised.value)
+
+
+def test_a_missing_driver_says_how_to_install_it(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UsageError, match=r"pip install 'nightschool\[postgres\]'"):
+        open_database(home, env={"DATABASE_URL": "postgres://u@h/d"})
+
+
+def test_a_block_is_stored_whole_or_not_at_all(db):  # noqa: F811
+    with db.write() as connection:
+        connection.execute(schedules.insert().values(name="kept"))
+
+    def fail():
+        with db.write() as connection:
+            connection.execute(schedules.insert().values(name="lost"))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with db.read() as connection:
+        assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
+
+
+def test_readers_do_not_wait_for_a_writer(db):  # noqa: F811
+    with db.write() as writer:
+        writer.execute(schedules.insert().values(name="new"))
+        with db.read() as reader:
+            assert reader.execute(sa.select(schedules.c.name)).all() == []
+
+
+def test_a_full_disk(home):
+    with open_database(home, env={}) as database:
+        with database.write() as connection:
+            connection.execute(schedules.insert().values(name="kept"))
+        with database.read() as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        sa.event.listen(database.engine, "begin", lambda c: c.exec_driver_sql(f"PRAGMA max_page_count = {pages}"))
+        rows = [{"name": f"{index:064d}"} for index in range(1000)]
+        with pytest.raises(DiskFull, match="Free some space"), database.write() as connection:
+            connection.execute(schedules.insert(), rows)
+        with database.read() as connection:
+            assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
+
+
+def test_a_writer_that_does_not_end(home, monkeypatch):
+    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.1)
+    with open_database(home, env={}) as one, open_database(home, env={}) as two:
+        with one.write(), pytest.raises(Locked, match="Another process has been writing"), two.write():
+            raise AssertionError("not reached")
+        with two.write():
+            pass
+
+
+def test_threads_that_read_and_then_write_lose_no_update(db):  # noqa: F811
+    with db.write() as connection:
+        connection.execute(pins.insert().values(name="n", question=0, answer=0, created_at=now()))
+
+    def increment(_):
+        with db.write() as connection:
+            value = connection.execute(sa.select(pins.c.question).with_for_update()).scalar()
+            connection.execute(pins.update().values(question=value + 1))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(increment, range(40)))
+    with db.read() as connection:
+        assert connection.execute(sa.select(pins.c.question)).scalar() == 40
+
+
+def test_what_is_forgotten_is_overwritten_while_the_database_is_open(home):
+    def on_disk():
+        return b"".join(path.read_bytes() for path in home.path.glob("state.db*"))
+
+    with open_database(home, env={}) as database, open_database(home, env={}):
+        store = ConversationStore(database)
+        store.record("r0", "bot", "v", [{"role": "user", "content": "my secret"}], "answer")
+        assert b"my secret" in on_disk()
+        store.forget("r0")
+        assert b"my secret" not in on_disk()
+        store.record("r1", "bot", "v", [], "answer")
+        with database.read() as reader:
+            reader.execute(sa.select(forgotten)).all()
+            store.forget("r1")  # A reader that stays delays the overwriting, not the forgetting.
+        assert store.select() == []
+
+
+def test_an_old_database_is_brought_up_to_date_with_what_it_holds(home, environment):  # noqa: F811
+    with open_database(home, env=environment) as database, database.write() as connection:
+        connection.execute(schedules.insert().values(name="kept"))
+        for table in ("forgotten", "upload_files", "uploads"):
+            connection.execute(sa.text(f"DROP TABLE {table}"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    with open_database(home, env=environment) as database, database.read() as connection:
+        assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
+        assert connection.execute(sa.select(forgotten)).all() == []
+        context = MigrationContext.configure(connection, opts={"compare_type": types_differ})
+        assert compare_metadata(context, metadata) == []
+
+
+LONGEST_NAME = "n" * 64
+LONG_PATH = "/models/" + "deep/" * 100
+
+
+def test_long_names_and_paths_are_kept_on_every_server(db):  # noqa: F811
+    store = ConversationStore(db)
+    store.record("r1", LONGEST_NAME, "20261121_060000", [{"role": "user", "content": "?"}], "!")
+    store.record("r2", "local", LONG_PATH, [{"role": "user", "content": "?"}], "!", tenant="t" * 128)
+    assert (store.get("r1").model, store.get("r2").version) == (LONGEST_NAME, LONG_PATH)
+    ledger = Ledger(db)
+    run_id, ref = f"{LONGEST_NAME}-20261121_060000", f"{LONGEST_NAME}@20261121_060000"
+    cycle = ledger.begin(LONGEST_NAME, now(), "start")
+    assert ledger.finish(cycle, "promoted", run_id=run_id, candidate=ref).candidate == ref
+
+
+def test_versions_that_were_kept_with_their_name_are_kept_without_it(home, environment):  # noqa: F811
+    with open_database(home, env=environment) as database:
+        for request_id, name, version in (
+            ("r1", "bot", "bot@20261121_060000"),
+            ("r2", "bot", "20261121_060000"),
+            ("r3", "local", "./some@folder"),
+        ):
+            ConversationStore(database).record(request_id, name, version, [{"role": "user", "content": "?"}], "!")
+        with database.write() as connection:
+            for table in ("upload_files", "uploads"):
+                connection.execute(sa.text(f"DROP TABLE {table}"))
+            connection.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
+    with open_database(home, env=environment) as database:
+        versions = [one.version for one in ConversationStore(database).select()]
+    assert versions == ["20261121_060000", "20261121_060000", "./some@folder"]

@@ -1,0 +1,101 @@
+"""Apps under test: in this process through a test client, or on a real socket in a thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from nightschool.server.app import create_app
+from nightschool.server.run import listening
+from nightschool.server.settings import ServerSettings
+from tests.support.fake_slot import FakeSlot
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+    return value
+
+
+@contextmanager
+def client_of(slot: Any, *, keep_out: bool = False, **settings: Any) -> Iterator[TestClient]:
+    """A client of an app in this process, after the first look for a version."""
+    more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
+    app = create_app(slot, ServerSettings(**settings), **more)
+    with TestClient(app, base_url="http://127.0.0.1:8001") as client:
+        if not keep_out and isinstance(slot, FakeSlot):
+            eventually(
+                lambda: slot.refreshes and (slot.current is not None or slot.promoted is None or slot.fails_with)
+            )
+        yield client
+
+
+class LiveServer:
+    def __init__(self, app: FastAPI, listener: socket.socket, drain_seconds: int = 5) -> None:
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def live(slot: Any, *, wait: bool = True, **settings: Any) -> Iterator[LiveServer]:
+    """A server on a free port of this machine, with a model if the slot promises one."""
+    more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
+    chosen = ServerSettings(port=0, **settings)
+    with listening(chosen) as listener:
+        server = LiveServer(create_app(slot, chosen, **more), listener)
+        server.thread.start()
+        eventually(lambda: server.server.started)
+        if wait and getattr(slot, "promoted", True) is not None and not getattr(slot, "seconds_per_load", 0):
+            eventually(lambda: httpx2.get(f"{server.url}/readyz").status_code == 200, 30)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+class LogLines(logging.Handler):
+    """Keeps log records of the server for a test to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from nightschool.server.logs import JsonLines
+
+        self.rows.append(json.loads(JsonLines().format(record)))
+
+
+@contextmanager
+def server_log() -> Iterator[LogLines]:
+    lines, logger = LogLines(), logging.getLogger("nightschool")
+    before = logger.level
+    logger.addHandler(lines)
+    logger.setLevel("DEBUG")
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(before)

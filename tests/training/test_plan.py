@@ -1,0 +1,164 @@
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.chat.render import Rendered
+from nightschool.data.tokenizer import train_bpe
+from nightschool.errors import NothingToTrain
+from nightschool.store.home import Home
+from nightschool.training.planning import throughput
+from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
+from nightschool.training.planning.plan import make_plan, measure, render_plan
+from nightschool.training.selection import select_examples
+from nightschool.training.setup import prepare_finetune, refuse_nothing_to_train
+from tests.support.training_setups import differing, one_deterministic_thread
+
+CHATS = [
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+    {"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One two three four five six seven."}]},
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    with one_deterministic_thread():
+        yield
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home").ensure()
+
+
+def recipe_of(tmp_path, rows, *, train=None, **more):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"num_threads": 1, "dtype": "fp32", "epochs": 3, "batch_size": 1, "accumulation_steps": 1}
+    plain = {"base": "new:tiny-qwen3", "data": [{"path": "rows.jsonl"}], "train": settings | (train or {})}
+    return Recipe.model_validate(plain | more)
+
+
+def plan_for(tmp_path, home, rows, **more):
+    return make_plan(recipe_of(tmp_path, rows, **more), home, tmp_path)
+
+
+def test_the_plan_counts_what_is_there(tmp_path, home):
+    recipe = recipe_of(tmp_path, CHATS)
+    plan = make_plan(recipe, home, tmp_path)
+    prepared = prepare_finetune(recipe, select_examples(recipe, home, tmp_path), home, root=tmp_path)
+    rendered = prepared.rendered_data.all
+    assert (
+        plan.parameters_total == sum(p.numel() for p in prepared.task.model.parameters()) == plan.parameters_trainable
+    )
+    assert plan.tokens == sum(len(r.input_ids) for r in rendered)
+    assert plan.tokens_trained == sum(w > 0 for r in rendered for w in r.weights)
+    assert sum(role.tokens for role in plan.tokens_by_role.values()) == plan.tokens
+    assert {role: counts.trained > 0 for role, counts in plan.tokens_by_role.items()} == {
+        "template": False, "system": False, "user": False, "assistant": True,
+    }  # fmt: skip
+    assert (plan.examples_new, plan.examples_replayed, plan.examples_held_out) == (2, 0, 0)
+    assert (plan.steps_per_epoch, plan.steps_total) == (2, 6)
+    assert plan.formats == {"rows.jsonl": ["messages"]}
+    assert plan.expected_seconds > 0
+    assert plan.measured_batches == 3
+    assert plan.disk_free_bytes > plan.disk_needed_bytes > 4 * plan.parameters_total
+
+
+def test_the_plan_is_json_and_creates_nothing(tmp_path, home):
+    before = sorted(home.path.rglob("*"))
+    plan = plan_for(tmp_path, home, CHATS)
+    assert json.loads(json.dumps(plan.to_json()))["tokens"] == plan.tokens
+    ours = ("state.db", "database.lock")
+    assert [path for path in sorted(home.path.rglob("*")) if not path.name.startswith(ours)] == before
+
+
+def test_what_is_cut_is_named_example_by_example(tmp_path, home):
+    whole = plan_for(tmp_path, home, CHATS)
+    assert (whole.cut_share, whole.cut_trained_share, whole.cuts) == (0.0, 0.0, [])
+    lengths = [sum(span.tokens for span in spans) for spans in whole.loss_masks]
+    longest = max(lengths)
+    plan = plan_for(tmp_path, home, CHATS, train={"max_seq_len": longest - 2})
+    assert plan.cut_examples == 1
+    assert plan.cuts[0].where == f"rows.jsonl:{lengths.index(longest) + 1}"
+    assert plan.cuts[0].share == pytest.approx(2 / longest)
+    assert 0 < plan.cuts[0].trained_share < 0.5
+    assert plan.cut_share == pytest.approx(2 / whole.tokens)
+    # One of the two is the line break after the answer's end, which carries no loss.
+    assert plan.cut_trained_share == pytest.approx(1 / whole.tokens_trained)
+
+
+def test_too_much_cut_does_not_start(tmp_path, home):
+    with pytest.raises(
+        NothingToTrain, match=r"max_seq_len=24 cuts off \d+% of the \d+ tokens.*max_cut_share allows 10%"
+    ):
+        plan_for(tmp_path, home, CHATS, train={"max_seq_len": 24, "max_cut_share": 0.1})
+
+
+def test_everything_cut_does_not_start(tmp_path, home):
+    with pytest.raises(NothingToTrain, match=r"all [0-9]+ of them are cut off by train.max_seq_len=8"):
+        plan_for(tmp_path, home, CHATS, train={"max_seq_len": 8, "max_cut_share": 1.0})
+
+
+def test_nothing_that_carries_loss_does_not_start():
+    """The formats refuse such rows by their line; this is the last guard before step 1."""
+    context_only = Rendered([1, 2, 3], [0.0, 0.0, 0.0], ["user"] * 3)
+    with pytest.raises(NothingToTrain, match="the data has none"):
+        refuse_nothing_to_train([context_only], 100, 1.0)
+    refuse_nothing_to_train([context_only, Rendered([1, 2], [0.0, 1.0], ["user"] * 2)], 100, 1.0)
+
+
+def test_long_texts_are_split_and_lose_nothing(tmp_path, home):
+    text = " ".join(f"word{n}" for n in range(100))
+    plan = plan_for(tmp_path, home, [{"text": text}], train={"max_seq_len": 32})
+    assert plan.cut_share == 0.0
+    assert plan.tokens_by_role["text"].trained == plan.tokens_trained > 100
+    assert plan.steps_per_epoch > 3
+
+
+def test_measuring_leaves_weights_random_state_and_gradients_as_they_were(tmp_path, home):
+    recipe = recipe_of(tmp_path, CHATS)
+    task = prepare_finetune(recipe, select_examples(recipe, home, tmp_path), home, root=tmp_path).task
+    before = {name: p.detach().clone() for name, p in task.trainable().items()}
+    state = torch.get_rng_state()
+    assert measure(task).tokens_per_second > 0
+    assert not differing(before, {name: p.detach() for name, p in task.trainable().items()})
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in task.trainable().values())
+    assert not task.optimizer.inner.state
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_plan_without_colour_marks_what_is_trained(tmp_path, home, terminal):
+    out = io.StringIO()
+    render_plan(plan_for(tmp_path, home, CHATS), Console(file=out, width=120, force_terminal=terminal, no_color=True))
+    text = out.getvalue()
+    assert "▏Hello.<|im_end|>▕" in text
+    assert "2 new, 0 replayed, 0 held out" in text
+    assert "\x1b[32m" not in text
+    assert "\x1b[1;32m" not in text
+
+
+def test_the_plan_in_colour(tmp_path, home):
+    out = io.StringIO()
+    render_plan(
+        plan_for(tmp_path, home, CHATS),
+        Console(file=out, width=120, force_terminal=True, color_system="standard", no_color=False),
+    )
+    assert "\x1b[1;32mHello.<|im_end|>" in out.getvalue()
+    assert "▏" not in out.getvalue()
+
+
+def test_a_mask_groups_neighbours():
+    tokenizer = train_bpe(["a b c"], 300)
+    ids = tokenizer("a b c")["input_ids"]
+    spans = loss_mask(tokenizer, ids, [0.0, 1.0, 0.5], ["user", "assistant", "assistant"])
+    assert spans == [Span("a", "user", False, 1), Span(" b c", "assistant", True, 2)]
+    assert render_mask(spans, colour=False).plain == "a▏ b c▕"
+
+
+def test_the_probe_stops_in_time(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(throughput, "PROBE_SECONDS", 0.0)
+    assert plan_for(tmp_path, home, CHATS).measured_batches == 1
