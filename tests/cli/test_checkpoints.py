@@ -14,12 +14,12 @@ from sqlalchemy import update
 
 from nightschool import uploads
 from nightschool.cli.chart import chart
-from nightschool.cli.checkpoints.figures import trend
 from nightschool.cli.checkpoints.plot import smoothed
 from nightschool.cli.main import main
 from nightschool.store import tables
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
+from nightschool.views.checkpoints import trend
 from tests.support.cli_home import add_checkpoint, make_run, training_metrics
 
 FALLING = [4.0, 3.5, 3.0, 2.5, 2.25, 2.0, 1.75, 1.5]

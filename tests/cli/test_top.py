@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from nightschool.cli import top as top_module
 from nightschool.cli.main import main
-from nightschool.cli.metrics_rows import RowsFollower
 from nightschool.cli.top import frame as frame_module
 from nightschool.cli.top.app import TopApp
 from nightschool.cli.top.frame import Monitor
 from nightschool.cli.top.text import describe
 from nightschool.events import now
 from nightschool.store.home import Home
+from nightschool.views import machine
+from nightschool.views.metrics_rows import RowsFollower
 from tests.support.cli_home import add_checkpoint, make_run
 
 
@@ -28,6 +29,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(frame_module, "_FIRST_SECONDS", None)
+    monkeypatch.setattr(machine, "_FIRST_LOOK_SECONDS", None)
     return Home(tmp_path / "home").ensure()
 
 
@@ -274,7 +276,7 @@ def test_gpus_are_read_from_nvidia_smi(home, tmp_path, monkeypatch):
         "#!/bin/sh\necho '0, NVIDIA H200, 97, 70000, 143771, 61, 640.5'\necho '1, X, [N/A], 1, 2, 3, [N/A]'\n"
     )
     tool.chmod(0o755)
-    monkeypatch.setattr(frame_module.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(machine.shutil, "which", lambda name: str(tool))
     make_run(home)
     frame = Monitor(home).frame()
     assert frame["machine"]["gpus"][0]["busy_percent"] == 97.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _BARS = "▁▂▃▄▅▆▇█"
+_ARROWS = {"falling": "↓", "rising": "↑", "level": "→"}
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -48,6 +49,21 @@ def figure(value: Any, digits: int = 4) -> str | None:
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     return None if value is None else str(value)
+
+
+def learning_rate(value: float | None) -> str | None:
+    """A learning rate, as `1.90e-04`."""
+    return None if value is None else f"{value:.2e}"
+
+
+def loss(value: float | None) -> str | None:
+    """A loss with six decimals."""
+    return None if value is None else f"{value:.6f}"
+
+
+def trend_arrow(value: str | None) -> str | None:
+    """`↓ falling`."""
+    return None if value is None else f"{_ARROWS[value]} {value}"
 
 
 def plain(text: str) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from nightschool.cli.formatting import figure, folder_bytes, moment
 from nightschool.cli.output import answer, bold, colour_wanted, confirm, table
-from nightschool.errors import Conflict, NotFound, UsageError
+from nightschool.errors import Conflict, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
-from nightschool.evaluation.scores import ScoreSheet, figure_to_json
+from nightschool.evaluation.scores import figure_to_json
 from nightschool.evaluation.verdict import GateReport
 from nightschool.feedback.promotion import pin as pin_champion
 from nightschool.feedback.promotion import promote as promote_version
@@ -21,6 +19,7 @@ from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
 from nightschool.units import format_bytes
+from nightschool.views.versions import champion_ref, score_sheets, version_story, version_summary
 
 
 def ls(name: str | None = None, /) -> None:
@@ -31,7 +30,7 @@ def ls(name: str | None = None, /) -> None:
     """
     registry = Registry(Home.find())
     names = registry.names() if name is None else [parse_ref(name).name]
-    rows = [row for one in names for row in _rows(registry, one)]
+    rows = [version_summary(registry, version) for one in names for version in registry.versions(one)]
     if name is not None and not rows:
         registry.resolve(name)
     answer(
@@ -68,23 +67,13 @@ def show(model: str, /) -> None:
     """
     registry = Registry(Home.find())
     version = registry.resolve(model)
-    manifest = version.verify(digests=False)
-    files = {file: facts.size_bytes for file, facts in manifest.files.items()}
-    data = {
-        **_row(registry, version),
-        **version.facts.model_dump(mode="json", exclude={"probes"}),
-        "num_probes": len(version.facts.probes),
-        "path": str(version.path),
-        "size_bytes": manifest.size_bytes,
-        "files": files,
-        "history": [_move(move) for move in registry.history(version.name)],
-    }
+    data = version_story(registry, version)
 
     def text() -> str:
         hidden = ("files", "history", "aliases", "size_bytes", "name", "version")
         lines = [f"{'version':<18} {version.ref}", f"{'aliases':<18} {', '.join(data['aliases']) or '-'}"]
         lines += [f"{k:<18} {figure(v, 6)}" for k, v in data.items() if k not in (*hidden, "ref") and v is not None]
-        lines.append(f"{'size':<18} {format_bytes(manifest.size_bytes)} in {len(files)} files")
+        lines.append(f"{'size':<18} {format_bytes(data['size_bytes'])} in {len(data['files'])} files")
         lines += [
             f"{'history':<18} {moment(move['at'])}  {move['action']} {move['alias']}: "
             f"{move['before'] or '-'} → {move['after'] or '-'} by {move['by']}"
@@ -116,7 +105,7 @@ def diff(first: str, second: str, /) -> None:
     """
     registry = Registry(Home.find())
     before, after = registry.resolve(first), registry.resolve(second)
-    sheets = _sheets(registry, before, after)
+    sheets = score_sheets(registry, before, after)
     changed = answer_diff(*sheets)
     asked = len({one.id for one in sheets[0].answers} & {one.id for one in sheets[1].answers})
 
@@ -160,7 +149,7 @@ def promote(model: str, /) -> None:
         raise UsageError(
             f"{model!r} names no version. Write {model}@VERSION; nightschool models ls {model} lists them."
         )
-    before = _champion(registry, wanted.name)
+    before = champion_ref(registry, wanted.name)
     version = promote_version(home, wanted.name, registry.resolve(model).id, by=_who())
     _moved(before, version)
 
@@ -172,7 +161,7 @@ def rollback(name: str = "default", /) -> None:
         name: The name whose champion goes back.
     """
     home = Home.find()
-    before = _champion(Registry(home), name)
+    before = champion_ref(Registry(home), name)
     _moved(before, roll_back(home, parse_ref(name).name, by=_who()))
 
 
@@ -280,71 +269,11 @@ def _render(report: GateReport) -> str:
     return captured.get().rstrip()
 
 
-def _sheets(registry: Registry, before: Version, after: Version) -> tuple[ScoreSheet, ScoreSheet]:
-    """What both versions answered when the gate asked them, from an exam of both where there was one.
-
-    Raises:
-        NotFound: If one of them was never examined.
-    """
-    found: dict[str, ScoreSheet] = {}
-    for version in registry.versions(after.name) + registry.versions(before.name):
-        try:
-            kept = registry.load_report(version.name, version.id).get("sheets", {})
-        except NotFound:
-            continue
-        sheets = {row["version"]: ScoreSheet.from_json(row) for row in kept.values() if row is not None}
-        if before.ref in sheets and after.ref in sheets:
-            return sheets[before.ref], sheets[after.ref]
-        found = sheets | found
-    missing = [version.ref for version in (before, after) if version.ref not in found]
-    if missing:
-        raise NotFound(
-            f"The gate has not asked {' and '.join(missing)} anything, so there are no answers to compare. "
-            "Compare versions that nightschool train has examined."
-        )
-    return found[before.ref], found[after.ref]
-
-
 def _coloured(one: AnswerDiff) -> str:
     if not colour_wanted():
         return shortened(one.as_text())
     codes = {"same": "", "removed": "\x1b[9;31m", "added": "\x1b[32m"}
     return "".join(f"{codes[change]}{shortened(part) or ' '}\x1b[0m" for change, part in one.words)
-
-
-def _rows(registry: Registry, name: str) -> list[dict[str, Any]]:
-    return [_row(registry, version) for version in registry.versions(name)]
-
-
-def _row(registry: Registry, version: Version) -> dict[str, Any]:
-    pinned = registry.pinned(version.name)
-    aliases = sorted(alias for alias, id_ in registry.aliases(version.name).items() if id_ == version.id)
-    try:
-        gate = registry.load_report(version.name, version.id)["decision"]
-    except NotFound:
-        gate = None
-    facts = version.facts
-    return {
-        "ref": version.ref,
-        "name": version.name,
-        "version": version.id,
-        "aliases": aliases + (["pinned"] if pinned is not None and pinned.id == version.id else []),
-        "gate": gate,
-        "heldout_loss": facts.heldout_loss,
-        "num_parameters": facts.num_parameters,
-        "kind": facts.kind,
-        "method": facts.method,
-        "created_at": facts.created_at.isoformat() if facts.created_at else None,
-    }
-
-
-def _move(move: Any) -> dict[str, Any]:
-    return {**dataclasses.asdict(move), "at": move.at.isoformat()}
-
-
-def _champion(registry: Registry, name: str) -> str | None:
-    id_ = registry.aliases(parse_ref(name).name).get("champion")
-    return f"{name}@{id_}" if id_ else None
 
 
 def _moved(before: str | None, version: Version) -> None:

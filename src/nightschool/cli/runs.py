@@ -12,7 +12,6 @@ from cyclopts import Parameter
 
 from nightschool.cli.formatting import duration, figure, folder_bytes, moment, plain, sparkline
 from nightschool.cli.lookup import find_run
-from nightschool.cli.metrics_rows import Row, RowsFollower, is_number, read_rows
 from nightschool.cli.output import answer, confirm, session, table
 from nightschool.errors import NotFound
 from nightschool.jobs.processes import ask_to_stop, effective_state, training_process
@@ -20,6 +19,7 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes
+from nightschool.views.metrics_rows import Row, RowsFollower, is_number, read_rows
 
 POLL_SECONDS = 0.5
 

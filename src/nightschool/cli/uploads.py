@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from nightschool import uploads
-from nightschool.cli.formatting import folder_bytes, moment
+from nightschool.cli.formatting import folder_bytes
 from nightschool.cli.lookup import find_checkpoint, find_run
 from nightschool.cli.output import answer, note, table
 from nightschool.cli.recipes import read_recipe
-from nightschool.errors import NightschoolError, NotFound, UsageError
-from nightschool.events import now
-from nightschool.remotes import open_remote, parse_url
+from nightschool.errors import NotFound, UsageError
+from nightschool.remotes import parse_url
 from nightschool.store import checkpoints
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes, parse_bytes
-from nightschool.uploads.fetch import fetch_checkpoint, ls_remote
-
-_NOTE_STATES = {"queued": "waiting", "running": "uploading", "done": "uploaded", "failed": "failed"}
+from nightschool.uploads.fetch import fetch_checkpoint
+from nightschool.views.uploads import UPLOAD_STATES, bucket_contents, list_bucket, upload_overview, upload_row
 
 
 def status(*, at: str | None = None, config: Path | None = None, local: bool = False) -> None:
@@ -34,14 +32,8 @@ def status(*, at: str | None = None, config: Path | None = None, local: bool = F
     home = Home.find()
     rows = uploads.ls(home)
     places = _places(at, config) or sorted({row.url for row in rows})
-    buckets = [] if local else [_bucket(url) for url in places]
-    data: dict[str, Any] = {
-        "uploader_runs": uploads.uploader_runs(home),
-        "pending_bytes": sum(max(0, row.size_bytes - row.sent_bytes) for row in rows if row.state != "done"),
-        "counts": {state: sum(row.state == state for row in rows) for state in _NOTE_STATES},
-        "uploads": [_plain(row) for row in rows if row.state != "done"],
-        "buckets": buckets,
-    }
+    buckets = [] if local else [bucket_contents(url) for url in places]
+    data = upload_overview(home, rows, buckets)
     answer(data, lambda: _status_text(data), quiet=lambda: "\n".join(row["name"] for row in data["uploads"]))
 
 
@@ -75,35 +67,12 @@ def _pending_line(row: dict[str, Any]) -> tuple[object, ...]:
         row["name"],
         row["run_id"],
         row["url"],
-        _NOTE_STATES[row["state"]],
+        UPLOAD_STATES[row["state"]],
         _mb(row["sent_bytes"]),
         _mb(row["size_bytes"]),
         row["attempts"],
         f"in {row['seconds_to_next_try']:.0f} s" if waits else None,
     )
-
-
-def _bucket(url: str) -> dict[str, Any]:
-    """What a bucket holds, or why it cannot be asked."""
-    try:
-        archives, folders = _contents(url)
-        return {"url": url, "archives": archives, "checkpoints": folders, "error": None}
-    except NightschoolError as error:
-        return {"url": url, "archives": [], "checkpoints": [], "error": str(error)}
-
-
-def _contents(url: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The archives and the checkpoint folders of a bucket, with their sizes."""
-    remote = open_remote(url)
-    sizes = {one.key: one.size_bytes for one in remote.list()}
-    archives: list[dict[str, Any]] = []
-    folders: list[dict[str, Any]] = []
-    for located in ls_remote(remote):
-        below = located.key if located.is_archive else located.key + "/"
-        size_bytes = sum(size for key, size in sizes.items() if key.startswith(below))
-        row = {"key": located.key, "run_id": located.run_id, "size_bytes": size_bytes}
-        (archives if located.is_archive else folders).append(row)
-    return archives, folders
 
 
 def ls(run_id: str | None = None, /, *, at: str | None = None) -> None:
@@ -114,7 +83,7 @@ def ls(run_id: str | None = None, /, *, at: str | None = None) -> None:
         at: List what this bucket holds.
     """
     if at is not None:
-        archives, folders = _contents(str(parse_url(at)))
+        archives, folders = list_bucket(str(parse_url(at)))
         rows = archives + folders
         answer(
             rows,
@@ -150,7 +119,7 @@ def _local(run: Run, point: Checkpoint, entered: dict[tuple[str, str], uploads.U
         "name": point.name,
         "run_id": run.id,
         "size_bytes": folder_bytes(point.path),
-        "upload": ", ".join(_NOTE_STATES[row.state] for row in mine) or None,
+        "upload": ", ".join(UPLOAD_STATES[row.state] for row in mine) or None,
         "url": ", ".join(row.url for row in mine) or None,
     }
 
@@ -211,7 +180,7 @@ def push(
         uploads.ensure_uploader(home)
     missed = [row for row in results if row.state != "done"] if not detach else []
     answer(
-        [_plain(row) for row in results],
+        [upload_row(row) for row in results],
         lambda: "\n".join(_result_line(row) for row in results) or "Everything is uploaded.",
         quiet=lambda: "\n".join(row.name for row in results),
     )
@@ -281,7 +250,7 @@ def retry(*names: str, wait: bool = False) -> int:
         # The one that runs may have been started with credentials that do not do.
         uploads.restart_uploader(home)
     answer(
-        [_plain(row) for row in due],
+        [upload_row(row) for row in due],
         lambda: "\n".join(_result_line(row) for row in due) or "Nothing waits to be uploaded.",
         quiet=lambda: "\n".join(row.name for row in due),
     )
@@ -324,26 +293,8 @@ def _bytes(text: str) -> int:
         raise UsageError(f"--bandwidth: {error}.") from None
 
 
-def _plain(row: uploads.Upload) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "run_id": row.run_id,
-        "url": row.url,
-        "state": row.state,
-        "archive": row.archive,
-        "size_bytes": row.size_bytes,
-        "sent_bytes": row.sent_bytes,
-        "attempts": row.attempts,
-        "seconds_to_next_try": max(0.0, (row.next_try_at - now()).total_seconds()),
-        "queued_at": moment(row.queued_at),
-        "finished_at": moment(row.finished_at),
-        "error_code": row.error_code,
-        "error": row.error,
-    }
-
-
 def _result_line(row: uploads.Upload) -> str:
-    line = f"{_NOTE_STATES[row.state]:<9}  {row.name}  {_mb(row.size_bytes)} MB  {row.url}"
+    line = f"{UPLOAD_STATES[row.state]:<9}  {row.name}  {_mb(row.size_bytes)} MB  {row.url}"
     return f"{line}\n           {row.error}" if row.error else line
 
 

@@ -7,13 +7,10 @@ from functools import partial
 from typing import Any
 
 from nightschool import uploads
-from nightschool.cli.checkpoints import figures as figures
-from nightschool.cli.checkpoints.figures import facts_of, figures_of
-from nightschool.cli.formatting import figure, moment
+from nightschool.cli.formatting import figure, learning_rate, loss, moment, trend_arrow
 from nightschool.cli.lookup import find_checkpoint, find_run
 from nightschool.cli.output import answer, confirm, table
 from nightschool.cli.runs import flatten
-from nightschool.cli.upload_state import upload_states
 from nightschool.errors import Damaged, NotFound, UsageError
 from nightschool.store import checkpoints
 from nightschool.store.checkpoints import Checkpoint
@@ -21,6 +18,8 @@ from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import Every, format_bytes
+from nightschool.views.checkpoints import checkpoint_figures, checkpoint_summary, list_checkpoints
+from nightschool.views.uploads import upload_states
 
 
 def ls(run_id: str | None = None, /) -> None:
@@ -31,26 +30,12 @@ def ls(run_id: str | None = None, /) -> None:
     """
     home = Home.find()
     run = find_run(home, run_id)
-    points, sent = checkpoints.ls(run), upload_states(home, run)
-    rows = [{**facts_of(run, point), "upload": sent.get(point.name)} for point in points]
-    # Retention may take one away at this very moment.
-    rows = [row for row, point in zip(rows, points, strict=True) if row["damaged"] is None or point.path.exists()]
-    _mark(rows, [point.name for point in checkpoints.by_age(points)])
+    rows = list_checkpoints(run, upload_states(home, run))
     answer(
         rows,
         lambda: f"Found {len(rows)} checkpoints of {run.id}:\n{_listed(rows)}" if rows else _none_of(run.id),
         quiet=lambda: "\n".join(row["name"] for row in rows),
     )
-
-
-def _mark(rows: list[dict[str, Any]], names_by_age: list[str]) -> None:
-    """Say which one a resume would take, and which has the lowest held-out loss."""
-    whole = {row["name"]: row for row in rows if row["damaged"] is None}
-    newest = next((whole[name] for name in reversed(names_by_age) if name in whole), None)
-    scored = [row for row in whole.values() if row["heldout_loss"] is not None]
-    best = min(scored, key=lambda row: (row["heldout_loss"], -row["step"]), default=None)
-    for row in rows:
-        row["newest"], row["best"] = row is newest, row is best
 
 
 def _listed(rows: list[dict[str, Any]]) -> str:
@@ -64,8 +49,8 @@ def _listed(rows: list[dict[str, Any]]) -> str:
                 row["name"],
                 row["epoch"],
                 row["step"],
-                figures.loss(row["loss"]),
-                figures.loss(row["heldout_loss"]),
+                loss(row["loss"]),
+                loss(row["heldout_loss"]),
                 size,
                 moment(row["created_at"]),
                 "DAMAGED" if row["damaged"] else marks,
@@ -87,9 +72,9 @@ def show(checkpoint: str, /) -> None:
     run, point = find_checkpoint(Home.find(), checkpoint)
     manifest = read_manifest(point.path)
     files = {name: file.size_bytes for name, file in manifest.files.items()}
-    kept = figures_of(point)
+    kept = checkpoint_figures(point)
     data = {
-        **facts_of(run, point),
+        **checkpoint_summary(run, point),
         "path": str(point.path),
         "facts": manifest.facts,
         "figures": kept,
@@ -115,15 +100,15 @@ def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | 
         ("CUDA", {True: "yes", False: "no"}.get(kept["cuda_available"])),
         ("GPUs", _text(kept["device_count"])),
         ("precision", _text(kept["mixed_precision"])),
-        ("current loss", figures.loss(kept["current_loss"] if kept["current_loss"] is not None else data["loss"])),
-        ("best loss", figures.loss(kept["best_loss"])),
-        ("held-out loss", figures.loss(kept["heldout_loss"] or data["heldout_loss"])),
+        ("current loss", loss(kept["current_loss"] if kept["current_loss"] is not None else data["loss"])),
+        ("best loss", loss(kept["best_loss"])),
+        ("held-out loss", loss(kept["heldout_loss"] or data["heldout_loss"])),
         ("best held-out", _best_heldout(kept)),
         ("loss history", f"{kept['num_losses']} values" if kept["num_losses"] else None),
-        ("mean loss", figures.loss(kept["mean_loss"])),
-        ("deviation", figures.loss(kept["loss_deviation"])),
-        ("trend", figures.arrow(kept["loss_trend"])),
-        ("learning rate", figures.rate(kept["learning_rate"])),
+        ("mean loss", loss(kept["mean_loss"])),
+        ("deviation", loss(kept["loss_deviation"])),
+        ("trend", trend_arrow(kept["loss_trend"])),
+        ("learning rate", learning_rate(kept["learning_rate"])),
         ("rate history", f"{kept['num_learning_rates']} values" if kept["num_learning_rates"] else None),
     ]
     for name in ("validation_metrics", "training_progress"):
@@ -134,8 +119,8 @@ def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | 
 
 
 def _best_heldout(kept: dict[str, Any]) -> str | None:
-    loss, step = kept["best_heldout_loss"], kept["best_heldout_step"]
-    return None if loss is None else f"{figures.loss(loss)} at step {step:g}"
+    best, step = kept["best_heldout_loss"], kept["best_heldout_step"]
+    return None if best is None else f"{loss(best)} at step {step:g}"
 
 
 def _text(value: Any) -> str | None:
@@ -243,14 +228,14 @@ _COMPARED: dict[str, Callable[[Any], str | None]] = {
     "step": str,
     "epoch": str,
     "files_processed": str,
-    "current_loss": figures.loss,
-    "best_loss": figures.loss,
-    "mean_loss": figures.loss,
-    "loss_deviation": figures.loss,
-    "loss_trend": figures.arrow,
-    "heldout_loss": figures.loss,
-    "best_heldout_loss": figures.loss,
-    "learning_rate": figures.rate,
+    "current_loss": loss,
+    "best_loss": loss,
+    "mean_loss": loss,
+    "loss_deviation": loss,
+    "loss_trend": trend_arrow,
+    "heldout_loss": loss,
+    "best_heldout_loss": loss,
+    "learning_rate": learning_rate,
     "mixed_precision": str,
     "size_bytes": format_bytes,
     "timestamp": moment,
@@ -282,7 +267,7 @@ def compare(first: str, second: str, /, *more: str) -> None:
 
 
 def _compared(run: Run, point: Checkpoint) -> dict[str, Any]:
-    facts, kept = facts_of(run, point), figures_of(point)
+    facts, kept = checkpoint_summary(run, point), checkpoint_figures(point)
     return kept | {
         "size_bytes": facts["size_bytes"],
         "current_loss": kept["current_loss"] if kept["current_loss"] is not None else facts["loss"],

@@ -7,8 +7,6 @@ the next look tries again: whoever watches a night must not be thrown out by one
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import Any, TypeVar
 import psutil
 
 from nightschool.cli.formatting import plain
-from nightschool.cli.metrics_rows import Row, RowsFollower, is_number, parse_row
-from nightschool.cli.upload_state import upload_summary
 from nightschool.errors import NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.jobs.processes import effective_state, training_process
@@ -26,16 +22,17 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStatus, RunStore
+from nightschool.views.machine import MachineView
+from nightschool.views.metrics_rows import Row, RowsFollower, is_number, parse_row
+from nightschool.views.uploads import upload_summary
 
 LOG_LINES = 200
 TAIL_BYTES = 65_536
 NEWEST_RUNS = 12
 # The time left follows from this many last rows, so that a slow start does not count for ever.
 SPEED_ROWS = 50
-GPU_SECONDS = 5.0
 # How busy a processor is can only be said of a span of time: at the first look of this one, later since the last look.
 _FIRST_SECONDS = 0.1
-_GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu", "power.draw")
 
 # What reading files that others write may raise: they vanish, are half there, or hold something else.
 UNREADABLE = (NightschoolError, OSError, LookupError, ValueError, TypeError, AttributeError, psutil.Error)
@@ -50,7 +47,7 @@ class Monitor:
         self.home = home
         self._followers: dict[str, RowsFollower] = {}
         self._processes: dict[int, psutil.Process] = {}
-        self._looked = False
+        self._machine = MachineView()
 
     def frame(self, wanted: str | None = None) -> dict[str, Any]:
         """All figures of one look.
@@ -70,7 +67,7 @@ class Monitor:
             "time": now().isoformat(),
             **self._details(chosen, rows[chosen.id]),
             "runs": list(rows.values()),
-            "machine": self._machine(),
+            "machine": self._machine.look(self.home.path),
             "uploads": _tried(lambda: upload_summary(self.home), None),
         }
 
@@ -152,18 +149,6 @@ class Monitor:
 
         return _tried(look, None)
 
-    def _machine(self) -> dict[str, Any]:
-        memory, first, self._looked = psutil.virtual_memory(), not self._looked, True
-        return {
-            "cpu_percent": psutil.cpu_percent(_FIRST_SECONDS if first else None),
-            "num_cores": psutil.cpu_count(),
-            "load": os.getloadavg()[0],
-            "memory_used_bytes": memory.total - memory.available,
-            "memory_total_bytes": memory.total,
-            "disk_free_bytes": _tried(lambda: shutil.disk_usage(self.home.path).free, None),
-            "gpus": _tried(_gpus, list[dict[str, Any]]()),
-        }
-
 
 def log_tail(path: Path) -> list[str]:
     """The last lines of a log, without colours; none where there is no log."""
@@ -183,44 +168,6 @@ def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
         return file.read().decode(errors="replace")
-
-
-def _gpus() -> list[dict[str, Any]]:
-    """What nvidia-smi says of each GPU; none where there is no such tool."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    asked = [tool, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=GPU_SECONDS, check=False)
-    return [found for line in done.stdout.splitlines() if (found := _gpu(line)) is not None]
-
-
-def _gpu(line: str) -> dict[str, Any] | None:
-    parts = [part.strip() for part in line.split(",")]
-    if len(parts) != len(_GPU_FIELDS):
-        return None
-    index, name, busy, used, total, warmth, power = parts
-    return {
-        "index": int(index),
-        "name": name,
-        "busy_percent": _float(busy),
-        "memory_used_bytes": _mebibytes(used),
-        "memory_total_bytes": _mebibytes(total),
-        "celsius": _float(warmth),
-        "watts": _float(power),
-    }
-
-
-def _float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]", where a GPU does not say
-        return None
-
-
-def _mebibytes(text: str) -> int | None:
-    value = _float(text)
-    return None if value is None else int(value * 2**20)
 
 
 def _seconds_left(rows: list[Row], total: int | None) -> float | None:
@@ -254,5 +201,5 @@ def _tried(look: Callable[[], T], otherwise: T) -> T:
     """What a look finds, or `otherwise` where it cannot be had at this moment."""
     try:
         return look()
-    except (*UNREADABLE, subprocess.SubprocessError):
+    except UNREADABLE:
         return otherwise

@@ -1,4 +1,4 @@
-"""The figures of a checkpoint as people read them: current, best, mean, deviation, trend, learning rate.
+"""Checkpoints as people look at them: one line each, and the figures of one: current, best, mean, trend, rate.
 
 They come from `training_metrics.json` and `metadata.json`. A checkpoint that lacks one of them, or a key of it, is
 shown without these figures: looking must not fail where resuming might still work.
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from nightschool.errors import Damaged, NotFound
+from nightschool.store import checkpoints
 from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run
 
 Trend = Literal["falling", "rising", "level"]
-ARROWS: dict[Trend, str] = {"falling": "↓", "rising": "↑", "level": "→"}
 # The trend compares the two halves of so many last values.
 _TREND_VALUES = 20
 _FEWEST_VALUES = 4
@@ -26,7 +26,27 @@ _FEWEST_VALUES = 4
 Points = list[tuple[float, float]]
 
 
-def facts_of(run: Run, point: Checkpoint) -> dict[str, Any]:
+def list_checkpoints(run: Run, uploads: dict[str, str]) -> list[dict[str, Any]]:
+    """One row a checkpoint, by step, oldest first.
+
+    `newest` marks the one that a resume would take, `best` the one with the lowest held-out loss, `upload` says how far
+    its upload is (`upload_states`).
+    """
+    points = checkpoints.ls(run)
+    rows = [{**checkpoint_summary(run, point), "upload": uploads.get(point.name)} for point in points]
+    # Retention may delete one at this very moment.
+    rows = [row for row, point in zip(rows, points, strict=True) if row["damaged"] is None or point.path.exists()]
+    whole = {row["name"]: row for row in rows if row["damaged"] is None}
+    by_age = reversed([point.name for point in checkpoints.by_age(points)])
+    newest = next((whole[name] for name in by_age if name in whole), None)
+    scored = [row for row in whole.values() if row["heldout_loss"] is not None]
+    best = min(scored, key=lambda row: (row["heldout_loss"], -row["step"]), default=None)
+    for row in rows:
+        row["newest"], row["best"] = row is newest, row is best
+    return rows
+
+
+def checkpoint_summary(run: Run, point: Checkpoint) -> dict[str, Any]:
     """What the list shows of one checkpoint. `damaged` says why its manifest cannot be read, else it is None."""
     facts: dict[str, Any] = {
         "run_id": run.id,
@@ -43,7 +63,7 @@ def facts_of(run: Run, point: Checkpoint) -> dict[str, Any]:
     try:
         manifest = read_manifest(point.path)
         facts |= {
-            "loss": _number(manifest.facts.get("loss", _kept(point, "training_metrics.json").get("current_loss"))),
+            "loss": _number(manifest.facts.get("loss", _read(point, "training_metrics.json").get("current_loss"))),
             "heldout_loss": point.heldout_loss(),
             "size_bytes": manifest.size_bytes,
             "created_at": manifest.created_at.isoformat(),
@@ -53,9 +73,9 @@ def facts_of(run: Run, point: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def figures_of(point: Checkpoint) -> dict[str, Any]:
+def checkpoint_figures(point: Checkpoint) -> dict[str, Any]:
     """All figures of one checkpoint; None where it does not say."""
-    metrics, metadata = _kept(point, "training_metrics.json"), _kept(point, "metadata.json")
+    metrics, metadata = _read(point, "training_metrics.json"), _read(point, "metadata.json")
     kept = {**metadata, **metrics}
     losses, rates = _numbers(kept.get("loss_history")), _numbers(kept.get("learning_rates"))
     heldout = heldout_curve(point)
@@ -85,9 +105,9 @@ def figures_of(point: Checkpoint) -> dict[str, Any]:
     }
 
 
-def curves_of(point: Checkpoint) -> dict[str, Points]:
+def checkpoint_curves(point: Checkpoint) -> dict[str, Points]:
     """Loss, held-out loss and learning rate over the steps, up to this checkpoint."""
-    kept = {**_kept(point, "metadata.json"), **_kept(point, "training_metrics.json")}
+    kept = {**_read(point, "metadata.json"), **_read(point, "training_metrics.json")}
     return {
         "loss": _curve(kept, "loss_steps", "loss_history"),
         "held-out loss": heldout_curve(point),
@@ -97,7 +117,7 @@ def curves_of(point: Checkpoint) -> dict[str, Points]:
 
 def heldout_curve(point: Checkpoint) -> Points:
     """The held-out loss over the steps."""
-    return _curve(_kept(point, "training_metrics.json"), "heldout_steps", "heldout_history")
+    return _curve(_read(point, "training_metrics.json"), "heldout_steps", "heldout_history")
 
 
 def trend(values: Sequence[float]) -> Trend | None:
@@ -116,21 +136,6 @@ def trend(values: Sequence[float]) -> Trend | None:
     return "falling" if change < 0 else "rising"
 
 
-def rate(value: float | None) -> str | None:
-    """A learning rate, as `1.90e-04`."""
-    return None if value is None else f"{value:.2e}"
-
-
-def loss(value: float | None) -> str | None:
-    """A loss with six decimals."""
-    return None if value is None else f"{value:.6f}"
-
-
-def arrow(value: Trend | None) -> str | None:
-    """`↓ falling`."""
-    return None if value is None else f"{ARROWS[value]} {value}"
-
-
 def _curve(kept: dict[str, Any], steps: str, values: str) -> Points:
     places, heights = kept.get(steps), kept.get(values)
     if not isinstance(places, list) or not isinstance(heights, list):
@@ -139,7 +144,7 @@ def _curve(kept: dict[str, Any], steps: str, values: str) -> Points:
     return [(float(x), float(y)) for x, y in pairs if _is_number(x) and _is_number(y)]
 
 
-def _kept(point: Checkpoint, name: str) -> dict[str, Any]:
+def _read(point: Checkpoint, name: str) -> dict[str, Any]:
     try:
         return read_json(point.path / name)
     except (NotFound, Damaged):

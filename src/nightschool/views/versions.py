@@ -1,0 +1,83 @@
+"""Published versions as people look at them: one line each, the story of one, and what the gate asked of two."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nightschool.errors import NotFound
+from nightschool.evaluation.scores import ScoreSheet
+from nightschool.store.names import CHAMPION, parse_ref
+from nightschool.store.registry import Registry, Version
+
+
+def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
+    """One line of a list of versions. `gate` is the decision of its report, None where there is none."""
+    pinned = registry.pinned(version.name)
+    aliases = sorted(alias for alias, id_ in registry.aliases(version.name).items() if id_ == version.id)
+    try:
+        gate = registry.load_report(version.name, version.id)["decision"]
+    except NotFound:
+        gate = None
+    facts = version.facts
+    return {
+        "ref": version.ref,
+        "name": version.name,
+        "version": version.id,
+        "aliases": aliases + (["pinned"] if pinned is not None and pinned.id == version.id else []),
+        "gate": gate,
+        "heldout_loss": facts.heldout_loss,
+        "num_parameters": facts.num_parameters,
+        "kind": facts.kind,
+        "method": facts.method,
+        "created_at": facts.created_at.isoformat() if facts.created_at else None,
+    }
+
+
+def version_story(registry: Registry, version: Version) -> dict[str, Any]:
+    """All of one version: where it comes from, its files with their sizes in bytes, every move of its name's aliases.
+
+    Raises:
+        Damaged: If a file is missing or has another size than its manifest says.
+    """
+    manifest = version.verify(digests=False)
+    return {
+        **version_summary(registry, version),
+        **version.facts.model_dump(mode="json", exclude={"probes"}),
+        "num_probes": len(version.facts.probes),
+        "path": str(version.path),
+        "size_bytes": manifest.size_bytes,
+        "files": {file: facts.size_bytes for file, facts in manifest.files.items()},
+        "history": [{**dataclasses.asdict(move), "at": move.at.isoformat()} for move in registry.history(version.name)],
+    }
+
+
+def champion_ref(registry: Registry, name: str) -> str | None:
+    """`name@version` of the champion; None if there is none."""
+    version = registry.aliases(parse_ref(name).name).get(CHAMPION)
+    return f"{name}@{version}" if version else None
+
+
+def score_sheets(registry: Registry, before: Version, after: Version) -> tuple[ScoreSheet, ScoreSheet]:
+    """What both versions answered when the gate asked them, from an exam of both where there was one.
+
+    Raises:
+        NotFound: If one of them was never examined.
+    """
+    found: dict[str, ScoreSheet] = {}
+    for version in registry.versions(after.name) + registry.versions(before.name):
+        try:
+            stored = registry.load_report(version.name, version.id).get("sheets", {})
+        except NotFound:
+            continue
+        sheets = {row["version"]: ScoreSheet.from_json(row) for row in stored.values() if row is not None}
+        if before.ref in sheets and after.ref in sheets:
+            return sheets[before.ref], sheets[after.ref]
+        found = sheets | found
+    missing = [version.ref for version in (before, after) if version.ref not in found]
+    if missing:
+        raise NotFound(
+            f"The gate has not asked {' and '.join(missing)} anything, so there are no answers to compare. "
+            "Compare versions that nightschool train has examined."
+        )
+    return found[before.ref], found[after.ref]
