@@ -196,11 +196,12 @@ def test_while_paused_nothing_begins_and_afterwards_it_goes_on_by_the_clock(tmp_
 
 def test_an_interrupted_cycle_exits_75_and_the_next_start_goes_on_with_its_run(tmp_path):
     first = DueCycle(tmp_path)
-    run = _run_of_a_cycle(first)
+    begun = []
 
     def interrupted(home, recipe, **_):
+        begun.append(_run_of_a_cycle(first))
         first.stop.signal_number = signal.SIGTERM
-        return CycleResult("interrupted", "at step 5", run_id=run.id)
+        return CycleResult("interrupted", "at step 5", run_id=begun[0].id)
 
     first.cycle = interrupted
     assert first.serve() == 75
@@ -209,7 +210,7 @@ def test_an_interrupted_cycle_exits_75_and_the_next_start_goes_on_with_its_run(t
     second = DueCycle(tmp_path, until=START + DAY + 2 * HOUR)
     second.clock.moment = START + HOUR
     assert second.serve() == 0
-    assert second.resumed == [run.id]
+    assert second.resumed == [begun[0].id]
     assert second.entries == [("start", "interrupted"), ("resume", "promoted"), ("due", "promoted")]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nightschool.errors import NotFound
+from nightschool.events import read_events
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE
 from nightschool.store.atomic import write_json
 from nightschool.store.runs import Run
@@ -92,3 +93,17 @@ class CycleContext:
 
     def write(self, run: Run) -> None:
         write_json(self.path(run), vars(self))
+
+
+def verdict_of(run: Run) -> CycleResult | None:
+    """How the cycle of a run ended, from the run's own events; None if it was interrupted, or killed before it ended."""
+    ends = [row for row in read_events(run.events_path) if row["event"] == "cycle"]
+    if not ends or ends[-1]["outcome"] == "interrupted":
+        return None
+    return CycleResult(
+        ends[-1]["outcome"],
+        ends[-1]["detail"],
+        run_id=run.id,
+        candidate=run.status.candidate,
+        data_fingerprint=CycleContext.read(run).data_fingerprint,
+    )

@@ -17,7 +17,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.jobs.cycle import CheckpointContext, continue_cycle, run_cycle
-from nightschool.jobs.outcome import CycleContext, CycleResult, Trigger
+from nightschool.jobs.outcome import CycleContext, CycleResult, Trigger, verdict_of
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.jobs.selection import Studied
 from nightschool.jobs.stop import Stop
@@ -27,7 +27,7 @@ from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import lock
 from nightschool.store.names import stamp_of
-from nightschool.store.runs import RunStore
+from nightschool.store.runs import Run, RunStore
 
 # A cycle that begins later than this was missed, as when the machine slept, and not merely late.
 LATE = timedelta(minutes=2)
@@ -337,30 +337,34 @@ class Scheduler:
         return None
 
     def _undone(self) -> str | None:
-        """The run of the last cycle, if it was interrupted, or if the scheduler died in the middle of it."""
-        before = self._ledger.last(self.name)
-        if before is None:
-            return None
-        if before.outcome is None:
-            run_id = before.run_id or self._run_begun_since(before)
-            self._ledger.finish(before.id, "interrupted", "the scheduler ended in the middle of it", run_id=run_id)
-        elif before.outcome == "interrupted":
-            run_id = before.run_id
-        else:
-            return None
-        if run_id is None:
+        """The newest run if its cycle came to no verdict, because whoever was at it was stopped or killed.
+
+        The run says so itself: the ledger may lack the end of its cycle, and further cycles may have been skipped since.
+        """
+        newest = next((run for run in RunStore(self._home).ls() if run.name == self.name), None)
+        verdict = None if newest is None else verdict_of(newest)
+        for cycle in self._ledger.ls(self.name):
+            if cycle.outcome is None:
+                run = newest if newest is not None and _belongs(newest, cycle) else None
+                self._end(cycle.id, verdict if run and verdict else _cut_short(run))
+        if newest is None or verdict is not None or newest.status.state == "cancelled":
             return None
         try:
-            CycleContext.read(RunStore(self._home).get(run_id))
+            trigger = CycleContext.read(newest).trigger
         except NotFound:
             return None
-        return run_id
+        # Training that somebody began by hand and stopped is theirs to resume; a finished candidate is examined.
+        return newest.id if trigger != "manual" or newest.status.candidate is not None else None
 
-    def _run_begun_since(self, cycle: Cycle) -> str | None:
-        """The run that a cycle created before its scheduler was killed."""
-        begun = stamp_of(cycle.started_at)
-        runs = (run for run in RunStore(self._home).ls() if run.name == self.name)
-        return next((run.id for run in runs if run.id.rpartition("-")[2] >= begun), None)
+
+def _belongs(run: Run, cycle: Cycle) -> bool:
+    """Whether a cycle without an end was at this run, the newest of its name."""
+    return cycle.trigger == "resume" or run.id.rpartition("-")[2] >= stamp_of(cycle.started_at)
+
+
+def _cut_short(run: Run | None) -> CycleResult:
+    detail = "the scheduler ended in the middle of it"
+    return CycleResult("interrupted", detail, run_id=run.id if run is not None else None)
 
 
 def schedule_lock_path(home: Home, name: str) -> Path:
