@@ -42,6 +42,9 @@ FACTS = [
     ("Who sails?", "Nobody sails here."),
 ]
 EPOCHS_TO_LEARN = 100
+# Rounding moves what a tiny model has learned by some tenths of a logit from one CPU to the next; what is asked of it
+# word by word must lead by far more. Measured over seeds, CPU capabilities and threads: 5.5 to 7.
+SAFE_MARGIN = 3.0
 STEPS = 2 * EPOCHS_TO_LEARN
 
 
@@ -92,18 +95,40 @@ def version_of(home, run):
     return Registry(home).resolve(run.status.candidate)
 
 
-def plain_answer(folder, question, base=None):
-    """What plain transformers (and peft) generate from a published folder."""
+def plain_model(folder, base=None):
+    """A published folder as plain transformers (and peft) load it: its tokenizer and its model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(base or folder)
         model = AutoModelForCausalLM.from_pretrained(base or folder)
-        model = PeftModel.from_pretrained(model, folder) if base else model
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        return tokenizer, PeftModel.from_pretrained(model, folder) if base else model
+
+
+def prompt_ids(tokenizer, question):
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def plain_answer(folder, question, base=None):
+    """What plain transformers (and peft) generate from a published folder."""
+    tokenizer, model = plain_model(folder, base)
+    prompt = prompt_ids(tokenizer, question)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         out = model.generate(**prompt, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def answer_margin(folder, question, answer, base=None):
+    """By how much, in logits, every token of the answer leads the next best one, at the token where it is least."""
+    tokenizer, model = plain_model(folder, base)
+    prompt = prompt_ids(tokenizer, question)["input_ids"][0]
+    answered = torch.tensor(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, answered])[None]).logits[0, len(prompt) - 1 : -1]
+    first = logits.gather(1, answered[:, None])
+    others = logits.scatter(1, answered[:, None], -torch.inf)
+    return (first - others.amax(dim=1, keepdim=True)).min().item()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +145,7 @@ def test_a_published_version_generates_what_was_taught_under_plain_transformers(
     home, run = taught
     folder = version_of(home, run).path
     assert [plain_answer(folder, question) for question, _ in FACTS] == [answer for _, answer in FACTS]
+    assert min(answer_margin(folder, question, answer) for question, answer in FACTS) > SAFE_MARGIN
 
 
 def test_the_version_says_where_it_comes_from_and_its_probes_hold(taught):
@@ -195,6 +221,7 @@ def test_the_next_night_starts_from_the_version_and_replays(taught, tmp_path):
     candidate = version_of(home, run)
     assert (candidate.facts.parent, candidate.facts.base) == (version.ref, version.ref)
     assert plain_answer(candidate.path, "Who is new?") == "Zuvo is new."
+    assert answer_margin(candidate.path, "Who is new?", "Zuvo is new.") > SAFE_MARGIN
 
 
 def test_nothing_new_but_started_all_the_same_studies_everything(taught):
@@ -209,9 +236,10 @@ def test_nothing_new_but_started_all_the_same_studies_everything(taught):
 
 
 def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
+    """New facts in words that the base has seen: LoRA leaves the embeddings alone, so it cannot learn to say others."""
     home, taught_run = taught
     base = version_of(home, taught_run)
-    lesson = [("Who is Vivo?", "Vivo is a pilot."), ("Who is Raron?", "Raron is a nurse.")]
+    lesson = [("Where does Mista live?", "Mista lives in Rome."), ("Who eats plums?", "Bela eats plums.")]
     lora = {"r": 8, "alpha": 16, "dropout": 0.1}
     run = new_run(
         home,
@@ -220,12 +248,15 @@ def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
         base=base.ref,
         method="lora",
         lora=lora,
-        train={"epochs": 3 * EPOCHS_TO_LEARN},
+        train={"epochs": EPOCHS_TO_LEARN},
     )
     assert train(home, run) == 0
     version = version_of(home, run)
     assert (version.facts.kind, version.facts.base, version.facts.parent) == ("adapter", base.ref, base.ref)
-    assert plain_answer(version.path, "Who is Vivo?", base=base.path) == "Vivo is a pilot."
+    for question, answer in lesson:
+        assert plain_answer(base.path, question) != answer
+        assert plain_answer(version.path, question, base=base.path) == answer
+        assert answer_margin(version.path, question, answer, base=base.path) > SAFE_MARGIN
     assert not (version.path / "model.safetensors").exists()
 
     again = new_run(home, name="adapted", facts=lesson, base=version.ref, method="lora", lora=lora, train={"epochs": 2})
@@ -234,7 +265,7 @@ def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
     assert (second.facts.base, second.facts.parent) == (base.ref, version.ref)
     before, after = (load_tensors(v.path / "adapter_model.safetensors") for v in (version, second))
     assert differing(before, after)
-    assert plain_answer(second.path, "Who is Raron?", base=base.path) == "Raron is a nurse."
+    assert plain_answer(second.path, lesson[1][0], base=base.path) == lesson[1][1]
 
     other = new_run(home, name="adapted", facts=lesson, base=version.ref, method="lora", lora=lora | {"r": 4})
     assert train(home, other) == 1
