@@ -147,7 +147,7 @@ def test_export_copies_whole_and_never_overwrites(home, capsys, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_text() == "weights"
     (tmp_path / "out" / "model.safetensors").write_text("mine")
     assert main(["models", "export", version.ref, "out"]) == 1
-    assert "never writes over anything" in capsys.readouterr().err
+    assert "nothing is ever written over" in capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").read_text() == "mine"
 
 

@@ -87,7 +87,7 @@ def test_conversions_of_compressed_shards_count_and_go_like_shards(tmp_path, buc
     for place in range(batches.num_sequences):
         ids = batches.get(0, place, 1).input_ids
         assert torch.equal(ids, expected[:, place * 16 : place * 16 + 16])
-        assert source.shards._files.size_bytes <= limit
+        assert source.shards._files._files.size_bytes <= limit
     assert 0 < sum(path.stat().st_size for path in made.iterdir()) < conversions
 
 
@@ -122,7 +122,7 @@ def test_what_comes_later_does_not_push_out_what_comes_next(tmp_path, bucket, mo
     batches = batches_of(source)
     for place in range(batches.num_sequences):
         batches.get(0, place, 1)
-        eventually(lambda: source.shards._files._thread is None)
+        eventually(lambda: source.shards._files._files._thread is None)
     assert len(fetches) == len(source.shards.index.shards)
 
 

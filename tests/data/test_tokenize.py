@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from nightschool.data.shards import tokenize as tokenize_module
-from nightschool.data.shards.shards import INDEX, Shards, read_index, verify_shard
+from nightschool.data.shards.shards import INDEX, LocalShardFiles, Shards, read_index, verify_shard
 from nightschool.data.shards.tokenize import end_of_text_id, tokenize, tokenizer_fingerprint, train_tokenizer
 from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
 from nightschool.errors import Conflict, DataError, Locked, UsageError
@@ -18,7 +18,7 @@ from tests.support.shard_setups import text, tokenizer, write_texts
 
 def stream(folder):
     index = read_index(folder / INDEX)
-    shards = Shards(folder, index, folder / "cache")
+    shards = Shards(LocalShardFiles(folder, folder / "cache"), index)
     return np.concatenate([np.asarray(shards.tokens(number)) for number in range(len(index.shards))]), index
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from nightschool.cli.formatting import figure, folder_bytes, moment
 from nightschool.cli.output import answer, bold, colour_wanted, confirm, table
-from nightschool.errors import Conflict, UsageError
+from nightschool.errors import UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import figure_to_json
 from nightschool.evaluation.verdict import GateReport
 from nightschool.feedback.promotion import pin as pin_champion
 from nightschool.feedback.promotion import promote as promote_version
 from nightschool.feedback.promotion import roll_back
+from nightschool.store.atomic import publish_directory
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
@@ -214,16 +215,9 @@ def export(model: str, folder: Path, /) -> None:
     """
     version = Registry(Home.find()).resolve(model)
     version.verify(digests=True)
-    if folder.exists():
-        raise Conflict(f"{folder} exists, and an export never writes over anything. Name a folder that does not exist.")
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        # `copy` and not `copy2`: the copy is the user's, so it is writable and of today.
-        shutil.copytree(version.path, partial, copy_function=shutil.copyfile)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with publish_directory(folder.absolute()) as partial:
+        # `copyfile` and not `copy2`: the copy is the user's, so it is writable and of today.
+        shutil.copytree(version.path, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
     size = folder_bytes(folder)
     answer(
         {"ref": version.ref, "path": str(folder.resolve()), "size_bytes": size},

@@ -246,7 +246,7 @@ def sweep_partials(folder: Path) -> list[Path]:
 
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
-        raise Conflict(f"{target} exists already, and what is published is never written again. Choose another name.")
+        raise Conflict(f"{target} exists, and nothing is ever written over. Choose another name.")
 
 
 def _open_temporary(path: Path) -> tuple[Path, int]:

@@ -13,6 +13,7 @@ from nightschool.data.shards.shards import (
     SHARD_ENDING,
     TOKENIZER_FOLDER,
     ShardIndex,
+    ShardInfo,
     Shards,
     index_folder,
     keep_index,
@@ -23,35 +24,27 @@ from nightschool.remotes import ObjectInfo, Remote, open_remote
 from nightschool.remotes.cache import FileCache
 
 
-class RemoteShards(Shards):
-    """Shards that lie in a bucket. One that is mapped stays on disk; others may be dropped for those that come next."""
+class RemoteShardFiles:
+    """Shards in a bucket. One that is mapped stays on disk; others may be dropped for those that come next."""
 
-    def __init__(self, remote: Remote, index: ShardIndex, files: FileCache, num_open: int, room_bytes: int) -> None:
-        super().__init__(Path(remote.url), index, files.folder_of_made, num_open=num_open)
-        self._remote, self._files, self._room_bytes = remote, files, room_bytes
+    def __init__(self, remote: Remote, files: FileCache, prefetch_bytes: int) -> None:
+        self.folder_of_conversions = files.folder_of_made
+        self._remote, self._files, self._prefetch_bytes = remote, files, prefetch_bytes
 
-    def path(self, number: int) -> Path:
-        facts = self.index.shards[number]
-        return self._files.fetch(self._remote, facts.file, facts.sha256)
+    def acquire(self, shard: ShardInfo) -> Path:
+        return self._files.fetch(self._remote, shard.file, shard.sha256, pin=True)
 
-    def _keep(self, path: Path, content: bytes) -> None:
+    def release(self, shard: ShardInfo) -> None:
+        self._files.unpin(self._files.path_of(self._remote, shard.file))
+
+    def write_conversion(self, path: Path, content: bytes) -> None:
         self._files.keep(path, content)
 
-    def _opened(self, number: int) -> None:
-        facts = self.index.shards[number]
-        self._files.fetch(self._remote, facts.file, facts.sha256, pin=True)
-
-    def _closed(self, number: int) -> None:
-        self._files.unpin(self._files.path_of(self._remote, self.index.shards[number].file))
-
-    def look_ahead(self, numbers: Sequence[int]) -> None:
-        shards = [self.index.shards[number] for number in numbers]
+    def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         # What is fetched beyond the limit would drop what is needed before it.
-        together = accumulate(facts.size_bytes for facts in shards)
-        wanted = [facts for facts, size in zip(shards, together, strict=True) if size <= self._room_bytes]
-        self._files.prefetch(
-            self._remote, [facts.file for facts in wanted], {facts.file: facts.sha256 for facts in wanted}
-        )
+        together = accumulate(shard.size_bytes for shard in shards)
+        wanted = [shard for shard, size in zip(shards, together, strict=True) if size <= self._prefetch_bytes]
+        self._files.prefetch(self._remote, [one.file for one in wanted], {one.file: one.sha256 for one in wanted})
 
 
 def open_remote_shards(
@@ -62,7 +55,7 @@ def open_remote_shards(
     num_open: int,
     max_files: int | None = None,
     eos_token_id: int | None = None,
-) -> tuple[RemoteShards, Path | None]:
+) -> tuple[Shards, Path | None]:
     """The shards below an address, and the folder that their tokenizer was fetched to, if there is one.
 
     A place without an index is fetched once as a whole to find out what is in it.
@@ -84,7 +77,7 @@ def open_remote_shards(
     for key in sorted(name for name in names if name.startswith(f"{TOKENIZER_FOLDER}/")):
         tokenizer = files.fetch(remote, key, pin=True).parent
     beside = sum(found.size_bytes for found in listed if not found.key.endswith(SHARD_ENDING))
-    return RemoteShards(remote, index, files, num_open, limit_bytes - beside), tokenizer
+    return Shards(RemoteShardFiles(remote, files, limit_bytes - beside), index, num_open=num_open), tokenizer
 
 
 def remote_shards_state(url: str, max_files: int | None) -> str:

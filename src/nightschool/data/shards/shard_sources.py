@@ -14,6 +14,7 @@ from nightschool.data.shards.shards import (
     OPEN_SHARDS,
     SHARD_ENDING,
     TOKENIZER_FOLDER,
+    LocalShardFiles,
     ShardIndex,
     Shards,
     check_size,
@@ -85,7 +86,8 @@ def open_shards(
         index = _index_in_cache(folder, files, cache, eos_token_id)
     tokenizer = folder / TOKENIZER_FOLDER
     num_open = max(group_shards, OPEN_SHARDS)
-    return ShardSource(Shards(folder, index, cache, num_open=num_open), tokenizer if tokenizer.is_dir() else None)
+    shards = Shards(LocalShardFiles(folder, cache), index, num_open=num_open)
+    return ShardSource(shards, tokenizer if tokenizer.is_dir() else None)
 
 
 def is_shard_folder(path: Path) -> bool:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -140,23 +140,65 @@ def check_index(index: ShardIndex, vocab_size: int, where: str) -> None:
             )
 
 
+class ShardFiles(Protocol):
+    """Where the files of shards are: a folder, or a bucket whose files are fetched when they are needed."""
+
+    @property
+    def folder_of_conversions(self) -> Path: ...
+
+    def acquire(self, shard: ShardInfo) -> Path:
+        """The file of a shard, on this disk until it is released.
+
+        Raises:
+            Conflict: If it was fetched, and does not fit into the cache beside those that are in use.
+        """
+        ...
+
+    def release(self, shard: ShardInfo) -> None:
+        """The shard is mapped no more; its file may go."""
+        ...
+
+    def write_conversion(self, path: Path, content: bytes) -> None:
+        """Write the plain copy of a shard that cannot be mapped as it is."""
+        ...
+
+    def prefetch(self, shards: Sequence[ShardInfo]) -> None:
+        """Hear which shards are needed next, in this order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalShardFiles:
+    """Shards in a folder of this machine; conversions of those that cannot be mapped go to a cache."""
+
+    folder: Path
+    folder_of_conversions: Path
+
+    def acquire(self, shard: ShardInfo) -> Path:
+        return self.folder / shard.file
+
+    def release(self, shard: ShardInfo) -> None:
+        """Files of a folder stay."""
+
+    def write_conversion(self, path: Path, content: bytes) -> None:
+        write_bytes(path, content)
+
+    def prefetch(self, shards: Sequence[ShardInfo]) -> None:
+        """Files of a folder need no fetching."""
+
+
 class Shards:
     """The tokens of each shard, mapped when they are first asked for.
 
     Args:
-        folder: Where the files are.
+        files: Where the files are.
         index: What they hold.
-        cache: Where conversions are kept.
         num_open: At most so many are mapped at a time.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, cache: Path, *, num_open: int = OPEN_SHARDS) -> None:
-        self.folder, self.index, self._cache, self._num_open = folder, index, cache, num_open
+    def __init__(self, files: ShardFiles, index: ShardIndex, *, num_open: int = OPEN_SHARDS) -> None:
+        self.index, self._files, self._num_open = index, files, num_open
         self._open: OrderedDict[int, TokenIds] = OrderedDict()
-
-    def path(self, number: int) -> Path:
-        """Where the file of a shard is."""
-        return self.folder / self.index.shards[number].file
 
     def tokens(self, number: int) -> TokenIds:
         """All tokens of shard `number`, one dimension, mapped.
@@ -168,29 +210,26 @@ class Shards:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        self._opened(number)
-        facts, path = self.index.shards[number], self.path(number)
-        check_size(path, facts)
-        tokens = open_tokens(path, self._cache, facts.sha256, self.index.eos_token_id, keep=self._keep)
-        if len(tokens) != facts.tokens:
-            raise Damaged(f"{path} holds {len(tokens)} tokens, but its index says {facts.tokens}. {_AGAIN}")
+        shard = self.index.shards[number]
+        path = self._files.acquire(shard)
+        check_size(path, shard)
+        tokens = open_tokens(
+            path,
+            self._files.folder_of_conversions,
+            shard.sha256,
+            self.index.eos_token_id,
+            keep=self._files.write_conversion,
+        )
+        if len(tokens) != shard.tokens:
+            raise Damaged(f"{path} holds {len(tokens)} tokens, but its index says {shard.tokens}. {_AGAIN}")
         self._open[number] = tokens
         if len(self._open) > self._num_open:
-            self._closed(self._open.popitem(last=False)[0])
+            self._files.release(self.index.shards[self._open.popitem(last=False)[0]])
         return tokens
 
-    def look_ahead(self, numbers: Sequence[int]) -> None:
-        """Hear which shards are needed next, in this order. For those that have to be fetched."""
-
-    def _keep(self, path: Path, content: bytes) -> None:
-        """Write the conversion of a shard."""
-        write_bytes(path, content)
-
-    def _opened(self, number: int) -> None:
-        """A shard is about to be mapped."""
-
-    def _closed(self, number: int) -> None:
-        """A shard is mapped no more."""
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Say which shards are needed next, in this order."""
+        self._files.prefetch([self.index.shards[number] for number in numbers])
 
 
 _AGAIN = "It was altered after it was written; restore it from a copy, or tokenize again."

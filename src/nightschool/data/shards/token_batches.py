@@ -141,7 +141,7 @@ class TokenBatches:
         group = epoch, self._order.group_of(epoch, place)
         if group != self._group:
             self._group = group
-            self._shards.look_ahead(self._order.upcoming_shards(epoch, place)[: 2 * self._group_shards])
+            self._shards.prefetch(self._order.upcoming_shards(epoch, place)[: 2 * self._group_shards])
         portion = portion or Portion()
         first = place + (end - place) * portion.rank // portion.world_size
         last = place + (end - place) * (portion.rank + 1) // portion.world_size
@@ -224,7 +224,7 @@ class TokenBatches:
         row, column = np.argwhere((tokens >= self._vocab_size) | (tokens < 0))[0].tolist()
         shard, sequence = members[row]
         raise DataError(
-            f"Token {sequence * self.seq_len + column} of {self._shards.path(shard)} is {int(tokens[row, column])}, and the "
+            f"Token {sequence * self.seq_len + column} of {self._shards.index.shards[shard].file} is {int(tokens[row, column])}, and the "
             f"vocabulary has the ids 0 to {self._vocab_size - 1}. The shard is damaged, or belongs to another tokenizer."
         )
 
