@@ -1,10 +1,16 @@
 """Who may ask: keys, browsers, rates, and addresses."""
 
+import socket
+
 import pytest
 from pydantic import SecretStr
+from starlette.testclient import TestClient
 
 from nightschool.errors import NotFound, UsageError
-from nightschool.server.middleware.auth import TokenBuckets
+from nightschool.server.app import create_app
+from nightschool.server.metrics import Metrics
+from nightschool.server.middleware.auth import Guard, TokenBuckets
+from nightschool.server.middleware.request_log import Access
 from nightschool.server.settings import ServerSettings, read_api_keys
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of
@@ -112,10 +118,63 @@ def test_a_rebound_name_does_not_reach_a_loopback_server(host, status):
         assert client.get("/model_info", headers={"host": host}).status_code == status
 
 
-def test_with_a_key_any_host_name_will_do():
-    with client_of(FakeSlot(), api_keys=KEYS) as client:
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("bot.example:8001", 200),
+        ("localhost:8001", 200),
+        (f"{socket.gethostname()}:8001", 200),
+        ("192.168.0.7:8001", 200),
+        ("[fd00::7]:8001", 200),
+        ("evil.example", 403),
+        ("192.168.0.7.evil.example", 403),
+        ("", 403),
+    ],
+)
+def test_with_keys_the_host_is_an_address_or_a_name_of_this_server(host, status):
+    with client_of(FakeSlot(), api_keys=KEYS, host="0.0.0.0", allowed_hosts=("bot.example",)) as client:
+        for path in ("/model_info", "/healthz"):
+            answer = client.get(path, headers={"host": host, "x-api-key": "first-key-of-two"})
+            assert answer.status_code == status
+            assert status == 200 or "--allowed-hosts" in answer.json()["detail"]
+
+
+def test_every_host_is_taken_only_where_there_are_keys():
+    with client_of(FakeSlot(), api_keys=KEYS, allowed_hosts=("*",)) as client:
         headers = {"host": "bot.example", "x-api-key": "first-key-of-two"}
         assert client.get("/model_info", headers=headers).status_code == 200
+    with pytest.raises(UsageError, match="NIGHTSCHOOL_API_KEY"):
+        ServerSettings(allowed_hosts=("*",)).check()
+
+
+@pytest.mark.parametrize("origin", ["http://[::1", "http://[", "http://]", "//", "http://[::1]:x", "\xff"])
+def test_an_origin_that_is_no_address_is_a_foreign_one(origin):
+    with client_of(FakeSlot()) as client:
+        answer = client.post("/generate", json=ASK, headers={"origin": origin.encode("latin-1")})
+        assert answer.status_code == 403
+        assert answer.json()["detail"].startswith("A page of another origin")
+
+
+def test_wrong_keys_are_counted_against_the_address_whatever_the_rate_is():
+    now = 0.0
+    app = create_app(FakeSlot(), ServerSettings(api_keys=KEYS))
+    guard = Guard(app, settings=ServerSettings(api_keys=KEYS), clock=lambda: now)
+    with TestClient(Access(guard, metrics=Metrics(lambda: None), templates=[]), "http://127.0.0.1") as client:
+
+        def asked(key: str) -> int:
+            return client.get("/api/settings", headers={"x-api-key": key}).status_code
+
+        assert asked("first-key-of-two") == 200
+        assert [asked(f"guess-{number}") for number in range(12)] == [401] * 10 + [429] * 2
+        refused = client.get("/v1/models", headers={"x-api-key": "guess-again"})
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert refused.headers["retry-after"] == "6"
+        assert asked("second-key-of-two") == 429, "else a guesser sees which guess was right"
+        assert asked("first-key-of-two") == 200, "whoever opened from here before is not shut out by a guesser"
+        assert client.get("/api/settings").status_code == 401, "no key is no guess"
+        now = 6.0
+        assert asked("second-key-of-two") == 200
+        assert [asked("guess") for _ in range(2)] == [401, 429]
 
 
 def test_a_rate_is_kept_per_key_and_says_when_to_come_again():

@@ -133,7 +133,7 @@ def test_health_with_a_model_has_exactly_the_six_fields():
     ]
     assert body["model_loaded"] is True
     assert body["current_model_version"] == VERSION
-    assert body["current_model_path"] == "/nowhere"
+    assert body["current_model_path"] == f"models/bot/{VERSION}", "never where the home lies"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -150,7 +150,7 @@ def test_refresh_finds_a_promoted_version_at_once(method):
             "status": "success",
             "message": "Model refresh completed",
             "current_model_version": "20260101_000000",
-            "current_model_path": "/nowhere",
+            "current_model_path": "models/bot/20260101_000000",
         }
         assert client.post("/generate", json={"query": "a"}).json()["model_version"] == "20260101_000000"
 

@@ -41,7 +41,10 @@ def say_hello(prompt: str) -> str:
 class FakeVersion:
     name: str
     id: str
-    path: Path = Path("/nowhere")
+
+    @property
+    def path(self) -> Path:
+        return Path("/home/of/somebody/.nightschool/models", self.name, self.id)
 
     @property
     def ref(self) -> str:

@@ -50,8 +50,8 @@ def serve(
         queue_limit: Requests that may wait; more are refused with 429.
         requests_per_minute: Bound per key, or per address without keys.
         request_burst: Requests that may come at once before that bound applies.
-        allowed_hosts: A further name that may stand in the Host header, for a reverse proxy before a server on
-            127.0.0.1. May be given several times.
+        allowed_hosts: A further name that may stand in the Host header, such as that of a reverse proxy; with keys,
+            '*' takes any. May be given several times.
         max_body_bytes: Largest request body; a larger one is refused with 413.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
         drain_seconds: How long running answers may take to finish after SIGTERM.

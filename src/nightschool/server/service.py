@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 
 from nightschool.errors import Damaged
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import SlotPort
+from nightschool.server.ports import SlotPort, VersionPort
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.settings import ServerSettings
@@ -65,3 +65,8 @@ def published_at(version: Version) -> datetime:
         if version.facts.created_at is not None:
             return version.facts.created_at
     return datetime.fromtimestamp(version.path.stat().st_mtime, UTC)
+
+
+def shown_path(version: VersionPort) -> str:
+    """Where a version lies in the home; where the home lies on this machine is nobody's business over HTTP."""
+    return "/".join(version.path.parts[-3:])

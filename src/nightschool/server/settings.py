@@ -22,7 +22,9 @@ class ServerSettings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback needs an API key.")
     port: int = Field(8001, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     allowed_hosts: tuple[str, ...] = Field(
-        (), description="Further names that may stand in the Host header, for a reverse proxy before a loopback server."
+        (),
+        description="Further names that may stand in the Host header, such as that of a reverse proxy; with keys, "
+        "* takes any. Loopback names always may, and with keys this machine's name and bare addresses.",
     )
     api_keys: tuple[SecretStr, ...] = Field(
         (), description=f"Accepted keys, from {KEY_VARIABLE} (comma separated) or a file; without any, all may ask."
@@ -52,8 +54,13 @@ class ServerSettings(BaseModel):
         """Refuse what would open the server to everybody.
 
         Raises:
-            UsageError: If the host is not loopback and there is no API key.
+            UsageError: If the host is not loopback, or any Host header will do, and there is no API key.
         """
+        if "*" in self.allowed_hosts and not self.api_keys:
+            raise UsageError(
+                f"--allowed-hosts '*' lets every page that a browser opens ask this server, and there is no API key. "
+                f"Set {KEY_VARIABLE}, or name the hosts."
+            )
         if not self.on_loopback and not self.api_keys:
             raise UsageError(
                 f"The host {self.host} can be reached from other machines, and there is no API key. "
@@ -66,10 +73,16 @@ def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine only."""
     if host == "localhost":
         return True
+    return is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address, which no name server had to be asked for."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
+    return True
 
 
 def read_api_keys(env: Mapping[str, str] | None = None, file: Path | None = None) -> tuple[SecretStr, ...]:

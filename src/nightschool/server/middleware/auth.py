@@ -6,20 +6,27 @@ import hashlib
 import hmac
 import math
 import re
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nightschool.server.errors import Refusal, error_response
-from nightschool.server.settings import ServerSettings, is_loopback
+from nightschool.server.settings import ServerSettings, is_address, is_loopback
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 _UNLIMITED_PATHS = OPEN_PATHS | {"/metrics"}
 _MOST_CALLERS = 10_000
+_FAILED_KEYS_PER_MINUTE = 10
+_FAILED_KEYS_AT_ONCE = 10
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d+)?")
 
 
@@ -30,8 +37,13 @@ class Guard:
         self._app = app
         self._settings = settings
         self._digests = [_digest(key.get_secret_value()) for key in settings.api_keys]
+        self._hosts = set(settings.allowed_hosts)
+        if self._digests:
+            self._hosts |= {settings.host.lower(), socket.gethostname().lower()}
         rate = settings.requests_per_minute
         self._buckets = None if rate is None else TokenBuckets(rate / 60, settings.request_burst, clock)
+        self._guesses = TokenBuckets(_FAILED_KEYS_PER_MINUTE / 60, _FAILED_KEYS_AT_ONCE, clock)
+        self._seen_keys: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -48,7 +60,7 @@ class Guard:
         caller = scope["client"][0] if scope.get("client") else "unknown"
         exempt = path in OPEN_PATHS or (path == "/metrics" and self._settings.on_loopback)
         if self._digests and not exempt:
-            caller = self._check_key(headers)
+            caller = self._check_key(headers, caller)
             scope["state"]["caller"] = caller
         if self._buckets is not None and path not in _UNLIMITED_PATHS:
             wait_seconds = self._buckets.take(caller)
@@ -68,41 +80,70 @@ class Guard:
         resolves to 127.0.0.1 (DNS rebinding) makes it same-origin; the Host header gives that away.
         """
         host = headers.get("host", "")
-        if self._settings.on_loopback and not self._digests and not self._known_host(host):
+        if not self._known_host(host):
             raise Refusal(
                 403,
-                f"The Host header {host[:200]!r} is not this machine. "
-                "Ask for localhost or 127.0.0.1, or start the server with --allowed-hosts NAME.",
+                f"The Host header {host[:200]!r} is not a name of this server. Ask for its address, "
+                "or start the server with --allowed-hosts NAME.",
                 "host_refused",
             )
         changes = method not in ("GET", "HEAD", "OPTIONS") or path == "/refresh_model"
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        foreign = origin is not None and _host_of(origin) != host.lower()
         if changes and (foreign or headers.get("sec-fetch-site") == "cross-site"):
             raise Refusal(
                 403, "A page of another origin sent this. Ask from the same origin, or without a browser.", "cross_site"
             )
 
     def _known_host(self, host: str) -> bool:
-        match = _HOST.fullmatch(host.lower())
-        return match is not None and (is_loopback(match[1]) or match[1] in self._settings.allowed_hosts)
+        """Whether the Host header is a name of this server; an attacker's page has a name of its own there.
 
-    def _check_key(self, headers: Headers) -> str:
-        """The digest of the key that was sent, as the name of the caller."""
+        Without keys only loopback names and the allowed ones will do. With keys others may reach the server, so its
+        own names and every bare address will do too: rebinding needs a name.
+        """
+        match = _HOST.fullmatch(host.lower())
+        if match is None:
+            return False
+        name = match[1]
+        by_address = bool(self._digests) and is_address(name)
+        return is_loopback(name) or by_address or name in self._hosts or "*" in self._hosts
+
+    def _check_key(self, headers: Headers, address: str) -> str:
+        """The digest of the key that was sent, as the name of the caller.
+
+        Wrong keys empty a bucket of the address that they come from. Once it is empty, no key from there is looked at,
+        right or wrong, or a guesser would still learn which is right; only keys that it has used before still open.
+        """
         scheme, _, value = headers.get("authorization", "").partition(" ")
         sent = headers.get("x-api-key") or (value.strip() if scheme.lower() == "bearer" else "")
+        if not sent:
+            raise _no_entry("There is no API key")
         digest = _digest(sent)
+        caller = digest.hex()
+        wait_seconds = 0 if (address, caller) in self._seen_keys else self._guesses.wait(address)
+        if wait_seconds > 0:
+            message = f"Too many wrong API keys came from this address. Wait {wait_seconds} s."
+            raise Refusal(429, message, "too_many_wrong_keys", headers={"Retry-After": str(wait_seconds)})
         # Every key is compared, each in constant time, so that timing says nothing about any of them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
-            what = "The API key is not known" if sent else "There is no API key"
-            raise Refusal(
-                401,
-                f"{what}. Send `Authorization: Bearer KEY` or `x-api-key: KEY`.",
-                "invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return digest.hex()
+            self._guesses.take(address)
+            raise _no_entry("The API key is not known")
+        _remember(self._seen_keys, (address, caller), None)
+        return caller
+
+
+def _no_entry(what: str) -> Refusal:
+    message = f"{what}. Send `Authorization: Bearer KEY` or `x-api-key: KEY`."
+    return Refusal(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an Origin header; None if it has none, or is no address at all."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
 
 
 def _digest(key: str) -> bytes:
@@ -118,14 +159,27 @@ class TokenBuckets:
 
     def take(self, caller: str) -> int:
         """Take one token; 0 if there was one, else the whole seconds until there is."""
+        wait_seconds, tokens = self.wait(caller), self._tokens(caller)
+        _remember(self._buckets, caller, (tokens if wait_seconds else tokens - 1, self._clock()))
+        return wait_seconds
+
+    def wait(self, caller: str) -> int:
+        """The whole seconds until there is a token; 0 if there is one. Takes none."""
+        tokens = self._tokens(caller)
+        return 0 if tokens >= 1 else max(1, math.ceil((1 - tokens) / self._rate))
+
+    def _tokens(self, caller: str) -> float:
         now = self._clock()
-        tokens, at = self._buckets.pop(caller, (float(self._burst), now))
-        tokens = min(self._burst, tokens + (now - at) * self._rate)
-        allowed = tokens >= 1
-        self._buckets[caller] = (tokens - 1 if allowed else tokens, now)
-        if len(self._buckets) > _MOST_CALLERS:
-            self._buckets.popitem(last=False)
-        return 0 if allowed else max(1, math.ceil((1 - tokens) / self._rate))
+        tokens, at = self._buckets.get(caller, (float(self._burst), now))
+        return min(self._burst, tokens + (now - at) * self._rate)
+
+
+def _remember(known: OrderedDict[Key, Value], key: Key, value: Value) -> None:
+    """Keep a value as the newest; what was not seen for longest goes first."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > _MOST_CALLERS:
+        known.popitem(last=False)
 
 
 def describe(settings: ServerSettings) -> Sequence[str]:

@@ -18,7 +18,7 @@ from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.generation import while_connected
 from nightschool.server.recording import Exchange
-from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf, published_at, timestamp
+from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf, published_at, shown_path, timestamp
 from nightschool.server.submission import Ask
 
 router = APIRouter(tags=["Parametric memory"])
@@ -48,7 +48,7 @@ class Health(BaseModel):
     status: Literal["healthy"]
     model_loaded: bool
     current_model_version: str | None
-    current_model_path: str | None
+    current_model_path: str | None = Field(..., description="In the home, such as models/bot/20251202_115436.")
     timestamp: datetime
     device: Literal["cuda", "cpu"]
 
@@ -127,7 +127,7 @@ def _present(service: Service) -> dict[str, Any]:
     current = service.slot.current
     return {
         "current_model_version": current.version.id if current else None,
-        "current_model_path": str(current.version.path) if current else None,
+        "current_model_path": shown_path(current.version) if current else None,
         "timestamp": timestamp(),
         "device": service.device,
     }
@@ -143,7 +143,7 @@ async def model_info(service: ServiceOf) -> Response:
     return JSONResponse(
         {
             "current_model_version": current.version.id,
-            "current_model_path": str(current.version.path),
+            "current_model_path": shown_path(current.version),
             "tokenizer_vocab_size": len(current.engine.loaded.tokenizer),
             "device": service.device,
             "last_updated": timestamp(current.loaded_at),
@@ -154,7 +154,7 @@ async def model_info(service: ServiceOf) -> Response:
 
 def _available(service: Service) -> list[dict[str, str]]:
     versions = service.registry.versions(service.slot.name) if service.registry is not None else []
-    return [{"path": str(v.path), "version": v.id, "modified_time": timestamp(published_at(v))} for v in versions]
+    return [{"path": shown_path(v), "version": v.id, "modified_time": timestamp(published_at(v))} for v in versions]
 
 
 async def _refresh(service: Service) -> Response:

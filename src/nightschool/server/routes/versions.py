@@ -16,7 +16,7 @@ from nightschool.feedback import promotion
 from nightschool.server.bodies import Body
 from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
-from nightschool.server.service import Service, ServiceOf, published_at, timestamp
+from nightschool.server.service import Service, ServiceOf, published_at, shown_path, timestamp
 from nightschool.store.registry import Registry
 
 router = APIRouter(prefix="/api/models", tags=["Versions"])
@@ -123,7 +123,7 @@ def _registry(service: Service) -> Registry:
 
 def _described(service: Service, registry: Registry, name: str) -> dict[str, Any]:
     versions = [
-        {"version": version.id, "path": str(version.path), "created_at": timestamp(published_at(version))}
+        {"version": version.id, "path": shown_path(version), "created_at": timestamp(published_at(version))}
         for version in registry.versions(name)
     ]
     if not versions and name != service.slot.name:
