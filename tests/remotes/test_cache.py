@@ -12,6 +12,7 @@ from nightschool.errors import Conflict, Damaged, NotFound, Unreachable
 from nightschool.remotes import open_remote
 from nightschool.remotes.cache import FileCache
 from nightschool.remotes.local import LocalStore
+from nightschool.remotes.remote import Remote
 
 
 @pytest.fixture
@@ -151,3 +152,31 @@ def test_threads_that_want_the_same_file_fetch_it_once(remote, cache, fetched):
     for thread in threads:
         thread.join()
     assert fetched == [key(1)]
+
+
+def test_threads_that_write_at_once_do_not_count_on_the_same_room(remote, cache, monkeypatch):
+    cache.fetch(remote, key(0), pin=True)
+    cache.fetch(remote, key(1), pin=True)
+    writing, go_on = threading.Event(), threading.Event()
+    original = Remote.get_to_file
+
+    def slowly(self, name, path, **more):
+        if name == key(2):
+            writing.set()
+            assert go_on.wait(10)
+        return original(self, name, path, **more)
+
+    monkeypatch.setattr(Remote, "get_to_file", slowly)
+    cache.prefetch(remote, [key(2)])
+    assert writing.wait(10)
+    # 200 bytes are pinned and 100 are being written: 100 more would be 50 too many.
+    second = threading.Thread(target=cache.fetch, args=(remote, key(3)))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert cache.size_bytes <= cache.limit_bytes
+    go_on.set()
+    second.join(10)
+    assert cache.path_of(remote, key(3)).exists()
+    assert not cache.path_of(remote, key(2)).exists()
+    assert cache.size_bytes <= cache.limit_bytes

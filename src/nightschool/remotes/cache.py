@@ -7,7 +7,8 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nightschool.errors import Conflict, Damaged, NightschoolError, NotFound, Unreachable
@@ -31,8 +32,9 @@ class FileCache:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
         self.limit_bytes = limit_bytes
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()
         self._pins: dict[Path, tuple[int, int]] = {}
+        self._reserved: dict[Path, int] = {}
         self._wanted: deque[tuple[Remote, str, str | None]] = deque()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -63,8 +65,8 @@ class FileCache:
                 present = remote.head(key)
                 if present is None:
                     raise NotFound(f"There is no {remote.url_of(key)}. Check the address, or list what is there.")
-                self._make_room(present.size_bytes, path, remote.url_of(key))
-                remote.get_to_file(key, path, sha256=sha256, size_bytes=present.size_bytes)
+                with self._room_for(present.size_bytes, path, remote.url_of(key)):
+                    remote.get_to_file(key, path, sha256=sha256, size_bytes=present.size_bytes)
                 write_json(
                     _beside(path, _FACTS), {"etag": present.etag, "sha256": sha256, "size_bytes": present.size_bytes}
                 )
@@ -93,8 +95,8 @@ class FileCache:
             Conflict: If it does not fit the limit beside what is pinned.
             DiskFull: If the disk has no room.
         """
-        self._make_room(len(content), path, "The plain copy of a fetched file")
-        write_bytes(path, content)
+        with self._room_for(len(content), path, "The plain copy of a fetched file"):
+            write_bytes(path, content)
 
     def pin(self, path: Path) -> None:
         """Let nobody drop a file that `fetch` gave, until `unpin` was called as often.
@@ -163,20 +165,49 @@ class FileCache:
             return True
         return present is not None and present.etag == kept.get("etag")
 
+    @contextmanager
+    def _room_for(self, size_bytes: int, path: Path, what: str) -> Iterator[None]:
+        """Make room for a file and reserve it until the block, which writes the file, ends.
+
+        Without the reservation two threads that write at once would both count on the same room.
+
+        Raises:
+            Conflict: If too much is pinned.
+        """
+        while True:
+            try:
+                self._make_room(size_bytes, path, what)
+                break
+            except Conflict:
+                # What another thread is writing can be dropped once it is there.
+                with self._guard:
+                    if not self._reserved:
+                        raise
+                    self._guard.wait()
+        try:
+            yield
+        finally:
+            with self._guard:
+                del self._reserved[path]
+                self._guard.notify_all()
+
     def _make_room(self, size_bytes: int, path: Path, what: str) -> None:
-        """Drop the files used longest ago until the wanted one fits.
+        """Drop the files used longest ago until the wanted one fits; reserve its bytes.
 
         Raises:
             Conflict: If too much is pinned.
         """
         with lock(self._folder / ".lock", f"the cache {self._folder}", wait_seconds=_WAIT_SECONDS):
-            files = [file for file in self._files() if file[2] != path]
-            over = sum(size for _, size, _ in files) + size_bytes - self.limit_bytes
+            with self._guard:
+                reserved = dict(self._reserved)
+            files = [file for file in self._files() if file[2] != path and file[2] not in reserved]
+            over = sum(size for _, size, _ in files) + sum(reserved.values()) + size_bytes - self.limit_bytes
             for _, size, old in sorted(files):
-                if over <= 0:
-                    return
-                if _drop(old):
+                if over > 0 and _drop(old):
                     over -= size
+            if over <= 0:
+                with self._guard:
+                    self._reserved[path] = size_bytes
         if over > 0:
             raise Conflict(
                 f"{what} has {format_bytes(size_bytes)}, but the cache {self._folder} may "
