@@ -168,7 +168,9 @@ class Ours:
                     return
                 params = SamplingParams(max_new_tokens=load.answer_tokens[place], temperature=0, ignore_eos=True)
                 handle = self.engine.submit(
-                    GenerationRequest(f"{place}-{time.monotonic_ns()}", load.prompts[place], params)
+                    GenerationRequest(
+                        f"{place}-{time.monotonic_ns()}", self.engine.binding, load.prompts[place], params
+                    )
                 )
                 answers[place] = list(handle.result().token_ids)
 

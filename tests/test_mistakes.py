@@ -559,7 +559,9 @@ def test_0_means_greedy_deterministic_through_both_routes_whatever_else_is_asked
     for seed in (None, 1, 2):
         engine = server.slot.current.engine
         noise = [
-            engine.submit(GenerationRequest("noise", [n, n + 1], SamplingParams(max_new_tokens=40, seed=n)))
+            engine.submit(
+                GenerationRequest("noise", engine.binding, [n, n + 1], SamplingParams(max_new_tokens=40, seed=n))
+            )
             for n in range(5, 8)
         ]
         assert generate(server, question).json()["response"] == expected

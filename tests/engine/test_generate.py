@@ -10,7 +10,16 @@ import torch
 
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, QueueFull, UsageError
-from tests.support.engine_setups import VOCAB_SIZE, greedy, lively_model, loaded_model, random_prompt, request, running
+from tests.support.engine_setups import (
+    BOUND,
+    VOCAB_SIZE,
+    greedy,
+    lively_model,
+    loaded_model,
+    random_prompt,
+    request,
+    running,
+)
 from tests.support.live_server import eventually
 from tests.support.tokenizers_for_tests import byte_tokenizer
 
@@ -107,9 +116,9 @@ def test_rows_that_outgrow_the_memory_of_the_cache_wait_and_answer_alike(model):
 
 def test_a_cached_prefix_is_never_shared_between_tenants(engine):
     prompt = random_prompt(random.Random(1), 70)
-    first = engine.submit(request(prompt, salt="a")).result(60)
-    assert engine.submit(request(prompt, salt="b")).result(60).usage.cached_tokens == 0
-    again = engine.submit(request(prompt, salt="a")).result(60)
+    first = engine.submit(request(prompt, binding=BOUND.of("a"))).result(60)
+    assert engine.submit(request(prompt, binding=BOUND.of("b"))).result(60).usage.cached_tokens == 0
+    again = engine.submit(request(prompt, binding=BOUND.of("a"))).result(60)
     assert again.usage.cached_tokens == 64
     assert again.token_ids == first.token_ids
 
@@ -363,8 +372,8 @@ def test_logits_that_are_no_numbers_end_only_the_request_that_has_them(model):
     with running(loaded_model(model=model), num_rows=4, prefix_cache=False) as engine:
         run = engine._runner.run
 
-        def poisoned(plan, cache, tokens_of):
-            logits = run(plan, cache, tokens_of)
+        def poisoned(plan, cache, *arguments):
+            logits = run(plan, cache, *arguments)
             answering = [span for span in plan.spans if span.answers]
             for place, span in enumerate(answering):
                 if span.key == 0 and span.start >= 5:
@@ -447,7 +456,7 @@ def test_parameters_out_of_bounds_are_refused_together():
     with pytest.raises(UsageError, match=r"temperature is -1 .*; top_p is 0 .*; top_k is -1 "):
         SamplingParams(temperature=-1, top_p=0, top_k=-1)
     with pytest.raises(UsageError, match="0 tokens"):
-        GenerationRequest("r", [])
+        GenerationRequest("r", BOUND, [])
 
 
 def test_a_model_that_rows_of_a_cache_cannot_serve_is_refused_with_the_reason():

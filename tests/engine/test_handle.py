@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 
+from nightschool.engine.binding import Binding
 from nightschool.engine.handle import Handle, wake
 from nightschool.engine.request import Chunk, GenerationRequest, SamplingParams, Usage
 
 
 def a_handle() -> Handle:
-    request = GenerationRequest("r", [1], SamplingParams(max_new_tokens=2, temperature=0))
-    return Handle(request, "bot@20260101_000000", lambda: None)
+    request = GenerationRequest(
+        "r", Binding("bot@20260101_000000"), [1], SamplingParams(max_new_tokens=2, temperature=0)
+    )
+    return Handle(request, lambda: None)
 
 
 def last_chunk() -> Chunk:

@@ -72,8 +72,8 @@ def test_keys_that_are_no_numbers_are_never_kept_for_others(broken, monkeypatch)
     with running(loaded_model(model=model), num_rows=1) as engine:
         run, calls = engine._runner.run, []
 
-        def poison(plan, cache, tokens_of):
-            logits = run(plan, cache, tokens_of)
+        def poison(plan, cache, *arguments):
+            logits = run(plan, cache, *arguments)
             calls.append(plan)
             if len(calls) == (1 if broken == "prompt" else 3):
                 for pool in cache._pools:

@@ -4,13 +4,16 @@ from contextlib import contextmanager
 
 import torch
 
+from nightschool.engine.binding import Binding
 from nightschool.engine.engine import Engine
 from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.errors import NotLoaded
 from nightschool.models.build import PRESETS, build_model
 from nightschool.models.load import LoadedModel
 from tests.support.tokenizers_for_tests import byte_tokenizer
 
 VOCAB_SIZE = 259
+BOUND = Binding("bot@1")
 
 
 def lively_model(preset="tiny-qwen3", *, seed=1, **changes):
@@ -33,7 +36,7 @@ def loaded_model(preset="tiny-qwen3", *, model=None, context_tokens=None, **chan
 @contextmanager
 def running(loaded, **settings):
     """An engine that is closed at the end, and that must have given everything back by then."""
-    engine = Engine(loaded, settings.pop("version_ref", "bot@1"), **settings)
+    engine = Engine(loaded, settings.pop("base", BOUND.base), **settings)
     try:
         yield engine
     finally:
@@ -51,10 +54,21 @@ def greedy(model, prompt_ids, max_new_tokens):
     return tuple(out[0, len(prompt_ids) :].tolist())
 
 
-def request(prompt_ids, max_new_tokens=16, *, request_id="r", salt="", **params):
+def request(prompt_ids, max_new_tokens=16, *, request_id="r", binding=BOUND, **params):
     """Greedy and to the full length unless told otherwise."""
     params = {"temperature": 0, "ignore_eos": True} | params
-    return GenerationRequest(request_id, list(prompt_ids), SamplingParams(max_new_tokens, **params), cache_salt=salt)
+    return GenerationRequest(request_id, binding, list(prompt_ids), SamplingParams(max_new_tokens, **params))
+
+
+def ask(slot, prompt_ids, max_new_tokens=16, **params):
+    """Submit to what the slot serves, as the server does: again to the next if it was swapped out in between."""
+    while True:
+        generation = slot.current
+        try:
+            return generation.engine.submit(request(prompt_ids, max_new_tokens, binding=generation.binding, **params))
+        except NotLoaded:
+            if slot.current is generation:
+                raise
 
 
 def random_prompt(random, length):

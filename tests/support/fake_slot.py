@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nightschool.data.chat.render import ensure_template
+from nightschool.engine.binding import Binding
 from nightschool.engine.request import Chunk, GenerationRequest, TokenLogprob, Usage
 from nightschool.errors import NotLoaded, PromptTooLong, QueueFull
 
@@ -55,11 +56,6 @@ class FakeVersion:
         return type("Facts", (), {"created_at": datetime(2025, 12, 2, 11, 54, 36, tzinfo=UTC)})()
 
 
-@dataclass
-class FakeLoaded:
-    tokenizer: Any
-
-
 class FakeHandle:
     """Answers the bytes of a text, in the tokens of the byte tokenizer."""
 
@@ -80,7 +76,7 @@ class FakeHandle:
             yield chunk
 
     async def _stream(self) -> AsyncIterator[Chunk]:
-        tokenizer = self.engine.loaded.tokenizer
+        tokenizer = self.engine.tokenizer
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"][: self.request.params.max_new_tokens]
         sent = ""
         for number, token in enumerate(ids):
@@ -107,7 +103,7 @@ class FakeHandle:
 
 @dataclass
 class FakeEngine:
-    loaded: FakeLoaded
+    tokenizer: Any
     context_tokens: int = 100_000
     answer: Callable[[str], str] = say_hello
     seconds_per_token: float = 0.0
@@ -123,7 +119,7 @@ class FakeEngine:
             raise PromptTooLong(len(request.prompt_ids), request.params.max_new_tokens, self.context_tokens)
         if sum(not (h.is_finished or h.cancelled) for h in self.handles) >= self.queue_limit:
             raise QueueFull(f"{self.queue_limit} requests wait. Try again later.", retry_after_seconds=3)
-        prompt = self.loaded.tokenizer.decode(request.prompt_ids)
+        prompt = self.tokenizer.decode(request.prompt_ids)
         handle = FakeHandle(self, request, self.answer(prompt))
         self.handles.append(handle)
         return handle
@@ -137,6 +133,14 @@ class FakeGeneration:
     version: FakeVersion
     engine: FakeEngine
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def binding(self) -> Binding:
+        return Binding(self.version.ref)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.engine.tokenizer
 
 
 class FakeSlot:
@@ -154,7 +158,7 @@ class FakeSlot:
         self.loading = threading.Event()
 
     def serve(self, version: str) -> FakeSlot:
-        engine = FakeEngine(FakeLoaded(byte_tokenizer()), **self.engine_settings)
+        engine = FakeEngine(byte_tokenizer(), **self.engine_settings)
         self.current = FakeGeneration(FakeVersion(self.name, version), engine)
         return self
 

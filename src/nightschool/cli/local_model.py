@@ -43,7 +43,7 @@ class LocalModel:
             PromptTooLong: If it does not fit the context.
         """
         prompt_ids = render_prompt(self.loaded.tokenizer, messages)
-        return self.engine.submit(GenerationRequest(request_id, prompt_ids, params))
+        return self.engine.submit(GenerationRequest(request_id, self.engine.binding, prompt_ids, params))
 
     def close(self) -> None:
         self.engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from nightschool.engine.detokenize import StopText, Vocabulary
-from nightschool.engine.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
+from nightschool.engine.request import Attribution, Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
 
 
 class Answer:
@@ -25,7 +25,12 @@ class Answer:
         self.num_tokens = 0
         self.cached_tokens = 0
 
-    def add(self, token_id: int, logprob: TokenLogprob | None = None) -> Chunk:
+    def add(
+        self,
+        token_id: int,
+        logprob: TokenLogprob | None = None,
+        attribution: tuple[Attribution, ...] | None = None,
+    ) -> Chunk:
         """The chunk that the next token settles; the last one has a `finish_reason`."""
         if token_id in self._stop_ids:
             return self.end("stop")
@@ -37,9 +42,9 @@ class Answer:
         elif self.num_tokens >= self._request.params.max_new_tokens:
             text += self._held_back()
             reason = "stop" if self._stop_text.stopped else "length"
-        return Chunk(
-            text, (token_id,), None if logprob is None else (logprob,), reason, self._usage() if reason else None
-        )
+        logprobs = None if logprob is None else (logprob,)
+        usage = self._usage() if reason else None
+        return Chunk(text, (token_id,), logprobs, reason, usage, attribution=attribution)
 
     def end(self, reason: FinishReason, error: str | None = None) -> Chunk:
         """The last chunk, when no further token comes: text that was held back, and why."""

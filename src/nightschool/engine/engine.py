@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -18,14 +19,16 @@ from torch import nn
 
 from nightschool.data.chat.render import stop_token_ids
 from nightschool.engine.answer import Answer
+from nightschool.engine.binding import Binding
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.detokenize import Vocabulary
 from nightschool.engine.handle import Handle, Sleeper, wake
-from nightschool.engine.model_runner import ModelRunner, exact_context
+from nightschool.engine.model_runner import LayerHook, ModelRunner, exact_context
 from nightschool.engine.prefix import BLOCK, PrefixCache
-from nightschool.engine.request import Chunk, GenerationRequest
+from nightschool.engine.request import Attribution, Chunk, GenerationRequest
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
+from nightschool.engine.step_context import StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.load import LoadedModel
 
@@ -62,7 +65,10 @@ class _Active:
     token_ids: list[int]
     answer: Answer
     sampling: RowSampling
-    is_cancelled: bool = False
+
+    @property
+    def binding(self) -> Binding:
+        return self.handle.request.binding
 
 
 class Engine:
@@ -70,7 +76,7 @@ class Engine:
 
     Args:
         loaded: The model, adapters merged, and its tokenizer.
-        version_ref: What every answer is labelled with, and what cached prefixes belong to.
+        base: The reference of these weights, which every binding that is answered here names.
         num_rows: Answers that grow at once, at most.
         context_tokens: Longest prompt and answer together; the model's own by default, and never more than it, or than
             what `runner.exact_context` says.
@@ -88,7 +94,7 @@ class Engine:
     def __init__(
         self,
         loaded: LoadedModel,
-        version_ref: str,
+        base: str,
         *,
         num_rows: int = 16,
         context_tokens: int | None = None,
@@ -102,9 +108,9 @@ class Engine:
             if value < 1:
                 raise UsageError(f"{name} is {value}, and an engine needs at least 1. Raise it.")
         if loaded.adapter:
-            raise ModelError(f"The adapter of {version_ref} is kept apart. Load it with merge=True to serve it.")
+            raise ModelError(f"The adapter of {base} is kept apart. Load it with merge=True to serve it.")
         self.loaded = loaded
-        self.version_ref = version_ref
+        self.base = base
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self.stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
@@ -115,7 +121,7 @@ class Engine:
         budget_bytes = cache_bytes or free_bytes * _CACHE_SHARE
         budget_tokens = max(1, int(budget_bytes / cache.bytes_per_token))
         self._cache = self._runner.make_cache(num_rows, budget_tokens)
-        self._prefix = PrefixCache(version_ref, prefix_cache_bytes) if prefix_cache else None
+        self._prefix = PrefixCache(prefix_cache_bytes) if prefix_cache else None
         self._scheduler = Scheduler(
             num_rows=num_rows, queue_limit=queue_limit, tokens_per_step=tokens_per_step, cache_tokens=budget_tokens
         )
@@ -129,6 +135,11 @@ class Engine:
         self._ended = threading.Event()
         COMPUTE.add(self)
 
+    @property
+    def binding(self) -> Binding:
+        """Of requests to the base alone, by the default tenant."""
+        return Binding(self.base)
+
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.
 
@@ -138,31 +149,33 @@ class Engine:
             QueueFull: If too many wait.
             NotLoaded: If the engine is closed.
         """
-        prompt_tokens, most = len(request.prompt_ids), request.params.max_new_tokens
+        label, prompt_tokens, most = request.binding.label, len(request.prompt_ids), request.params.max_new_tokens
         if prompt_tokens + most > self.context_tokens:
             raise PromptTooLong(prompt_tokens, most, self.context_tokens)
         lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
         if lowest < 0 or highest >= self._runner.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise UsageError(
-                f"The prompt has the token id {wrong}, and the vocabulary of {self.version_ref} has "
+                f"The prompt has the token id {wrong}, and the vocabulary of {label} has "
                 f"{self._runner.vocab_size} tokens. Use the tokenizer of this model."
             )
         key = next(self._keys)
-        handle = Handle(request, self.version_ref, lambda: self._cancel(key))
+        handle = Handle(request, lambda: self._cancel(key))
         answer = Answer(request, self._vocabulary, self.stop_ids)
         sampling = RowSampling(request.params, request.prompt_ids, self._runner.vocab_size, self._runner.device)
         active = _Active(key, handle, list(request.prompt_ids), answer, sampling)
         with self._lock:
-            if self._state != "open":
-                raise NotLoaded(
-                    f"{self.version_ref} takes no more requests. Send this one to the version that is served."
-                )
+            if self._state != "open" or (request.binding.base, request.binding.adapter) != (self.base, None):
+                raise NotLoaded(f"{label} takes no more requests. Send this one to the version that is served.")
             self._scheduler.submit(key, prompt_tokens, most)
             self._active[key] = active
             self._counts["prompt"] += prompt_tokens
         COMPUTE.wake()
         return handle
+
+    def capture(self, layer: str, hook: LayerHook) -> Callable[[], None]:
+        """See what a layer computes in every step; see `ModelRunner.capture`. Returns how to stop that."""
+        return self._runner.capture(layer, hook)
 
     def load(self) -> tuple[int, int]:
         """How many requests wait, and how many are being answered."""
@@ -223,7 +236,7 @@ class Engine:
             self._step()
         except Exception as error:
             # A mistake of ours, not of a request: nobody may wait for ever, and the next request may succeed.
-            log.exception("a step of the engine failed", extra={"facts": {"version": self.version_ref}})
+            log.exception("a step of the engine failed", extra={"facts": {"base": self.base}})
             self._fail_all(error)
         sleepers, self._sleepers = self._sleepers, []
         wake(sleepers)
@@ -267,7 +280,7 @@ class Engine:
         if self._prefix is None:
             return
         active = self._active[key]
-        blocks = self._prefix.match(active.handle.request.cache_salt, active.token_ids)
+        blocks = self._prefix.match(active.binding, active.token_ids)
         for index, pieces in enumerate(blocks):
             self._cache.write(row, index * BLOCK, pieces)
         active.answer.cached_tokens = len(blocks) * BLOCK
@@ -277,15 +290,16 @@ class Engine:
 
     def _answer(self, plan: StepPlan) -> None:
         """Run a planned step and hand out its tokens."""
+        context = self._context_of(plan)
         try:
-            choices = self._choose(plan)
+            choices = self._choose(plan, context)
         except Exception as error:
             if len(plan.spans) > 1:
                 # Keys and values are only written where they belong, so the step can be repeated one by one.
                 for span in plan.spans:
                     self._answer(StepPlan((span,), ()) if span in plan.decode else StepPlan((), (span,)))
                 return
-            log.exception("a request failed", extra={"facts": {"version": self.version_ref}})
+            log.exception("a request failed", extra={"facts": {"base": self.base}})
             self._fail(plan.spans[0].key, error)
             return
         with self._lock:
@@ -295,34 +309,39 @@ class Engine:
         answering = [span for span in plan.spans if span.answers]
         for span, choice in zip(answering, choices, strict=True):
             try:
-                self._hand_out(span, choice)
+                self._hand_out(span, choice, context.attribution.get(span.key))
             except Exception as error:
-                log.exception("a request failed", extra={"facts": {"version": self.version_ref}})
+                log.exception("a request failed", extra={"facts": {"base": self.base}})
                 if span.key in self._active:
                     self._fail(span.key, error)
 
-    def _choose(self, plan: StepPlan) -> list[Choice]:
-        logits = self._runner.run(plan, self._cache, self._tokens_of)
+    def _context_of(self, plan: StepPlan) -> StepContext:
+        active = [self._active[span.key] for span in plan.spans]
+        return StepContext(plan.spans, tuple(one.binding for one in active), (0,) * len(active))
+
+    def _choose(self, plan: StepPlan, context: StepContext) -> list[Choice]:
+        logits = self._runner.run(plan, self._cache, self._tokens_of, context)
         rows = [self._active[span.key].sampling for span in plan.spans if span.answers]
         return choose(logits, rows) if rows else []
 
     def _tokens_of(self, span: Span) -> Sequence[int]:
         return self._active[span.key].token_ids[span.start : span.start + span.length]
 
-    def _hand_out(self, span: Span, choice: Choice) -> None:
+    def _hand_out(self, span: Span, choice: Choice, attribution: tuple[Attribution, ...] | None) -> None:
         """Give one token to its request, and end the request if it was the last."""
         active = self._active[span.key]
         if not choice.is_finite:
             self._cache.clear(span.row)
             self._fail(
-                span.key, ModelError(f"{self.version_ref} computed no finite number. Roll back to another version.")
+                span.key,
+                ModelError(f"{active.binding.label} computed no finite number. Roll back to another version."),
             )
             return
         if span.start < len(active.handle.request.prompt_ids):
             self._keep(active, span.row, span.start + span.length)
         active.token_ids.append(choice.token_id)
         active.sampling.note(choice.token_id)
-        chunk = active.answer.add(choice.token_id, choice.logprob)
+        chunk = active.answer.add(choice.token_id, choice.logprob, attribution)
         if chunk.finish_reason is not None:
             self._keep(active, span.row, span.start + span.length)
             self._leave(active, chunk)
@@ -332,8 +351,8 @@ class Engine:
     def _keep(self, active: _Active, row: int, tokens: int) -> None:
         """Put the first tokens of a row into the prefix cache."""
         if self._prefix is not None:
-            salt = active.handle.request.cache_salt
-            self._prefix.insert(salt, active.token_ids[:tokens], lambda start, end: self._cache.read(row, start, end))
+            read = partial(self._cache.read, row)
+            self._prefix.insert(active.binding, active.token_ids[:tokens], read)
 
     def _fail(self, key: int, error: Exception) -> None:
         active = self._active[key]

@@ -156,7 +156,7 @@ def _ask(engine: Engine, papers: EvalSet) -> list[ProbeAnswer]:
         generated = handle.result()
         if generated.finish_reason == "error":
             raise NightschoolError(
-                f"{engine.version_ref} failed at the question {question.question!r}: {generated.error}. Run the exam again."
+                f"{engine.base} failed at the question {question.question!r}: {generated.error}. Run the exam again."
             )
         answers.append(question.answered(generated.text))
     return answers
@@ -169,7 +169,7 @@ def _submit(engine: Engine, question: ProbeQuestion, max_new_tokens: int) -> Han
     room = engine.context_tokens - len(prompt_ids)
     params = SamplingParams(max_new_tokens=max(1, min(max_new_tokens, room)), temperature=0)
     try:
-        return engine.submit(GenerationRequest(question.id, prompt_ids, params))
+        return engine.submit(GenerationRequest(question.id, engine.binding, prompt_ids, params))
     except PromptTooLong:
         return None
 

@@ -20,13 +20,11 @@ class Handle:
 
     Args:
         request: What is answered.
-        version: The reference of the version that answers.
         on_cancel: Called at most once, when nobody wants the answer any more.
     """
 
-    def __init__(self, request: GenerationRequest, version: str, on_cancel: Callable[[], None]) -> None:
+    def __init__(self, request: GenerationRequest, on_cancel: Callable[[], None]) -> None:
         self.request = request
-        self.version = version
         self._on_cancel = on_cancel
         self._chunks: list[Chunk] = []
         self._changed = threading.Condition()
@@ -142,7 +140,7 @@ class Handle:
             token_ids=tuple(token for chunk in self._chunks for token in chunk.token_ids),
             finish_reason=last.finish_reason,
             usage=last.usage,
-            version=self.version,
+            version=self.request.binding.label,
             logprobs=logprobs,
             error=last.error,
         )

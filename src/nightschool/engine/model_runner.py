@@ -18,6 +18,7 @@ from nightschool.engine.attention import ROW_ATTENTION, RowStep
 from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.scheduler import Span, StepPlan
+from nightschool.engine.step_context import StepContext
 from nightschool.engine.weights import block_weights
 from nightschool.errors import ModelError
 
@@ -26,6 +27,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 0.1
 
 TokensOf = Callable[[Span], Sequence[int]]
+# Gets what a layer gives to the next: [T,H], the tokens in the order of the context's spans. Runs within the step.
+LayerHook = Callable[[StepContext, Tensor], None]
 
 
 class ModelRunner:
@@ -46,6 +49,7 @@ class ModelRunner:
         self.dtype: torch.dtype = parameter.dtype
         # Four dimensions make transformers hand the mask down as it is instead of building one.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        self._context: StepContext | None = None
         block_weights(self._model, blocked_bytes)
         self.shapes = COMPUTE.call(self._check)
 
@@ -59,11 +63,38 @@ class ModelRunner:
             self.shapes, num_rows=num_rows, budget_tokens=budget_tokens, dtype=self.dtype, device=self.device
         )
 
-    def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf) -> Tensor:
+    def capture(self, layer: str, hook: LayerHook) -> Callable[[], None]:
+        """Call `hook` with what a layer (such as `model.layers.3`) computes in every step; return how to stop that.
+
+        Raises:
+            ModelError: If the model has no such layer.
+        """
+        try:
+            module = self._model.get_submodule(layer)
+        except AttributeError:
+            names = [name for name, _ in self._model.named_modules() if name.count(".") <= 2 and name]
+            raise ModelError(
+                f"{type(self._model).__name__} has no layer {layer!r}. It has {', '.join(names[:40])}."
+            ) from None
+
+        def seen(_: nn.Module, __: Any, output: Any) -> None:
+            if self._context is not None:
+                hook(self._context, (output[0] if isinstance(output, tuple) else output)[0])
+
+        return cast(Callable[[], None], COMPUTE.call(lambda: module.register_forward_hook(seen)).remove)
+
+    def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf, context: StepContext | None = None) -> Tensor:
         """Read the tokens of all spans, keep their keys and values, and return logits [S,V] of the spans that answer.
 
-        The order is that of `plan.spans`.
+        The order is that of `plan.spans`. Layers and hooks find `context` where they look for it.
         """
+        self._context = context
+        try:
+            return self._run(plan, cache, tokens_of)
+        finally:
+            self._context = None
+
+    def _run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf) -> Tensor:
         token_ids: list[int] = []
         places: list[int] = []
         wanted: list[int] = []

@@ -1,8 +1,8 @@
 """Keys and values of prompts that were read before, so that a shared beginning is computed once.
 
 A tree of blocks: each holds the keys and values of `BLOCK` tokens, whose values depend on all tokens before them, so a
-block belongs under exactly one parent. Roots are told apart by version and salt; requests of different tenants share
-nothing. The least recently used leaf goes first when bytes run out.
+block belongs under exactly one parent. Every binding has a root of its own; requests of different tenants share nothing.
+The least recently used leaf goes first when bytes run out.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from nightschool.engine.binding import Binding
+
 BLOCK = 32
 
-Root = tuple[str, str]
 Tokens = tuple[int, ...]
 
 
 @dataclass(eq=False)
 class _Node:
-    """A block under its parent. Roots have no pieces."""
+    """A block under its parent. Roots have no pieces, but a binding."""
 
     parent: _Node | None
     tokens: Tokens
     pieces: list[Tensor] = field(default_factory=list)
     children: dict[Tokens, _Node] = field(default_factory=dict)
+    binding: Binding | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -37,14 +39,12 @@ class PrefixCache:
     """Longest known prefixes, whole blocks only. Not thread-safe; every engine has its own.
 
     Args:
-        version_ref: Whose keys and values these are.
         limit_bytes: Kept at most.
     """
 
-    def __init__(self, version_ref: str, limit_bytes: int) -> None:
-        self._version_ref = version_ref
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._roots: dict[Root, _Node] = {}
+        self._roots: dict[Binding, _Node] = {}
         # From the least to the most recently used. Whoever touches a block touches its parents after it, so the first
         # is always a leaf.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
@@ -54,29 +54,35 @@ class PrefixCache:
     def num_blocks(self) -> int:
         return len(self._recent)
 
-    def match(self, salt: str, token_ids: Sequence[int]) -> list[list[Tensor]]:
+    @property
+    def num_roots(self) -> int:
+        return len(self._roots)
+
+    def match(self, binding: Binding, token_ids: Sequence[int]) -> list[list[Tensor]]:
         """The pieces of the longest known prefix, block by block; at least the last token is left to be computed."""
-        path = self._walk(salt, token_ids[: len(token_ids) - 1])
+        path = self._walk(binding, token_ids[: len(token_ids) - 1])
         self._touch(path)
         return [node.pieces for node in path]
 
-    def insert(self, salt: str, token_ids: Sequence[int], read: Callable[[int, int], list[Tensor]]) -> None:
+    def insert(self, binding: Binding, token_ids: Sequence[int], read: Callable[[int, int], list[Tensor]]) -> None:
         """Keep the whole blocks of `token_ids` that are not known yet. `read(start, end)` copies their pieces."""
-        path = self._walk(salt, token_ids)
-        parent = path[-1] if path else self._roots.setdefault((self._version_ref, salt), _Node(None, ()))
+        path = self._walk(binding, token_ids)
+        parent = path[-1] if path else self._roots.get(binding) or _Node(None, (), binding=binding)
         for start in range(len(path) * BLOCK, len(token_ids) - BLOCK + 1, BLOCK):
             tokens = tuple(token_ids[start : start + BLOCK])
             node = _Node(parent, tokens, read(start, start + BLOCK))
             if self.num_bytes + node.num_bytes > self._limit_bytes and not self._make_room(node.num_bytes, path):
                 break
+            if parent.binding is not None:
+                self._roots[parent.binding] = parent
             parent.children[tokens] = node
             self.num_bytes += node.num_bytes
             path.append(node)
             parent = node
         self._touch(path)
 
-    def _walk(self, salt: str, token_ids: Sequence[int]) -> list[_Node]:
-        node = self._roots.get((self._version_ref, salt))
+    def _walk(self, binding: Binding, token_ids: Sequence[int]) -> list[_Node]:
+        node = self._roots.get(binding)
         path: list[_Node] = []
         for start in range(0, len(token_ids) - BLOCK + 1, BLOCK):
             node = node.children.get(tuple(token_ids[start : start + BLOCK])) if node else None
@@ -103,4 +109,7 @@ class PrefixCache:
             assert not node.children, "only leaves are the least recently used"
             assert node.parent is not None
             del node.parent.children[node.tokens]
+            # Bindings come and go for as long as a server runs; an empty root would stay for ever.
+            if node.parent.binding is not None and not node.parent.children:
+                del self._roots[node.parent.binding]
         return True

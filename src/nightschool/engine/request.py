@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nightschool.engine.binding import Binding
 from nightschool.errors import UsageError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -78,16 +79,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt in token ids, and how to answer it.
-
-    `id` is for logs; it need not be unique. Requests reuse each other's cached prefixes only if their `cache_salt`
-    (the tenant) is the same.
-    """
+    """One prompt in token ids, what answers it, and how. `id` is for logs; it need not be unique."""
 
     id: str
+    binding: Binding
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
-    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -115,12 +112,21 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Attribution:
+    """Something that a token was read from: what it is called, and its share of the token from 0 to 1."""
+
+    source: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer.
 
     Texts of all chunks, one after the other, are the answer. Text may come later than its tokens: half characters and
     what may become a stop string are held back. `token_ids` never hold the end-of-text token. Only the last chunk has a
-    `finish_reason` and `usage`; with the reason `error` it has the message in `error`.
+    `finish_reason` and `usage`; with the reason `error` it has the message in `error`. `attribution` is that of its only
+    token, where a layer of the model said what it was read from (`engine.step_context`).
     """
 
     text: str = ""
@@ -129,6 +135,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    attribution: tuple[Attribution, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

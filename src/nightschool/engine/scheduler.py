@@ -25,7 +25,7 @@ _MOST_RETRY_SECONDS = 60
 
 
 @dataclass(slots=True)
-class Job:
+class ScheduledRequest:
     """A request as the scheduler sees it. `key` is unique; `row` is None while it waits.
 
     The first `cached_tokens` of the prompt came with the row; `held_tokens` of prompt and answer are in it.
@@ -128,8 +128,8 @@ class Scheduler:
         self._tokens_per_step = tokens_per_step
         self._cache_tokens = cache_tokens
         self._clock = clock
-        self._waiting: dict[int, Job] = {}
-        self._running: dict[int, Job] = {}
+        self._waiting: dict[int, ScheduledRequest] = {}
+        self._running: dict[int, ScheduledRequest] = {}
         self._rows: list[int | None] = [None] * num_rows
         self._pace = _Pace()
 
@@ -148,15 +148,11 @@ class Scheduler:
     @property
     def longest_need_tokens(self) -> int:
         """What the neediest of the running requests may come to hold; 0 if none runs."""
-        return max((job.needed_tokens for job in self._running.values()), default=0)
-
-    def job(self, key: int) -> Job:
-        """The request of this key. Raises KeyError if it is finished or unknown."""
-        return self._running[key] if key in self._running else self._waiting[key]
+        return max((request.needed_tokens for request in self._running.values()), default=0)
 
     def oldest_wait_seconds(self) -> float:
         """How long the first of the queue has waited."""
-        return next((self._clock() - job.submitted_at for job in self._waiting.values()), 0.0)
+        return next((self._clock() - request.submitted_at for request in self._waiting.values()), 0.0)
 
     def submit(self, key: int, prompt_tokens: int, max_new_tokens: int) -> None:
         """Queue a request.
@@ -172,33 +168,33 @@ class Scheduler:
                 f"{len(self._waiting)} requests wait, and the queue holds {self.queue_limit}. Send this one again later.",
                 retry_after_seconds=min(_MOST_RETRY_SECONDS, max(1, math.ceil(seconds))),
             )
-        self._waiting[key] = Job(key, prompt_tokens, max_new_tokens, self._clock())
+        self._waiting[key] = ScheduledRequest(key, prompt_tokens, max_new_tokens, self._clock())
 
     def finish(self, key: int) -> int | None:
         """Forget a request, finished or cancelled, waiting or running; return the row that it leaves, if it had one."""
         if self._waiting.pop(key, None) is not None:
             return None
-        job = self._running.pop(key, None)
-        if job is None:
+        request = self._running.pop(key, None)
+        if request is None:
             return None
-        assert job.row is not None
-        self._rows[job.row] = None
+        assert request.row is not None
+        self._rows[request.row] = None
         self._pace.finished_at.append(self._clock())
-        return job.row
+        return request.row
 
     def admit(self) -> list[Admission]:
         """Give rows to those who waited longest, as far as rows and cache go."""
         admissions = []
         while self._waiting and len(self._running) < self.num_rows:
-            job = next(iter(self._waiting.values()))
-            need = max(job.needed_tokens, self.longest_need_tokens)
+            request = next(iter(self._waiting.values()))
+            need = max(request.needed_tokens, self.longest_need_tokens)
             if self._running and need * (len(self._running) + 1) > self._cache_tokens:
                 break
-            del self._waiting[job.key]
-            job.row = self._rows.index(None)
-            self._rows[job.row] = job.key
-            self._running[job.key] = job
-            admissions.append(Admission(job.key, job.row))
+            del self._waiting[request.key]
+            request.row = self._rows.index(None)
+            self._rows[request.row] = request.key
+            self._running[request.key] = request
+            admissions.append(Admission(request.key, request.row))
         return admissions
 
     def compact(self) -> list[Move]:
@@ -217,19 +213,19 @@ class Scheduler:
 
     def reuse(self, key: int, tokens: int) -> None:
         """Note that the row of a request just admitted holds the first tokens of its prompt already."""
-        job = self._running[key]
-        assert job.held_tokens == 0
-        assert 0 <= tokens < job.prompt_tokens, "the last token of a prompt is always computed"
-        job.held_tokens = job.cached_tokens = tokens
+        request = self._running[key]
+        assert request.held_tokens == 0
+        assert 0 <= tokens < request.prompt_tokens, "the last token of a prompt is always computed"
+        request.held_tokens = request.cached_tokens = tokens
 
     def plan(self) -> StepPlan:
         """What goes through the model next; empty if nobody has a row. `advance` says that it did."""
-        jobs = [self._running[key] for key in self._rows if key is not None]
-        decode = tuple(self._span(job, 1) for job in jobs if job.is_answering)
-        reading = [job for job in jobs if not job.is_answering]
+        requests = [self._running[key] for key in self._rows if key is not None]
+        decode = tuple(self._span(request, 1) for request in requests if request.is_answering)
+        reading = [request for request in requests if not request.is_answering]
         budget = max(self._tokens_per_step - len(decode), _LEAST_PROMPT_TOKENS, len(reading))
-        shares = _shares([job.prompt_tokens - job.held_tokens for job in reading], budget)
-        prefill = tuple(self._span(job, share) for job, share in zip(reading, shares, strict=True) if share)
+        shares = _shares([request.prompt_tokens - request.held_tokens for request in reading], budget)
+        prefill = tuple(self._span(request, share) for request, share in zip(reading, shares, strict=True) if share)
         return StepPlan(decode, prefill)
 
     def advance(self, plan: StepPlan) -> None:
@@ -238,10 +234,10 @@ class Scheduler:
             if span.key in self._running:
                 self._running[span.key].held_tokens = span.start + span.length
 
-    def _span(self, job: Job, length: int) -> Span:
-        assert job.row is not None
-        start = job.held_tokens
-        return Span(job.key, job.row, start, length, answers=start + length >= job.prompt_tokens)
+    def _span(self, request: ScheduledRequest, length: int) -> Span:
+        assert request.row is not None
+        start = request.held_tokens
+        return Span(request.key, request.row, start, length, answers=start + length >= request.prompt_tokens)
 
 
 def _shares(wanted: list[int], budget: int) -> list[int]:

@@ -17,13 +17,14 @@ from datetime import datetime
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from nightschool.engine.binding import Binding
 from nightschool.engine.capacity import free_bytes, needed_bytes
 from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
-from nightschool.engine.handle import Handle
 from nightschool.engine.request import GenerationRequest, SamplingParams
-from nightschool.errors import Conflict, NotLoaded, SwapFailed
+from nightschool.errors import Conflict, SwapFailed
 from nightschool.events import now
 from nightschool.models.load import LoadedModel, load_version
 from nightschool.store.home import Home
@@ -43,8 +44,14 @@ class Generation:
     """One version while it is served. Its engine outlives the switch until every request that it took is answered."""
 
     version: Version
+    binding: Binding
     engine: Engine
     loaded_at: datetime
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What its prompts are read with."""
+        return self.engine.loaded.tokenizer
 
     def load(self) -> tuple[int, int]:
         """How many requests wait, and how many are being answered."""
@@ -62,7 +69,7 @@ class SwapReport:
 
 
 class Slot:
-    """Serves one name. `submit` may be called from any thread at any time; swaps wait for each other.
+    """A served name and the generation that answers for it. May be read from any thread; swaps wait for each other.
 
     Args:
         name: Of the registry.
@@ -101,24 +108,6 @@ class Slot:
     def previous(self) -> Generation | None:
         """What served before and is still warm, or None."""
         return self._previous
-
-    def submit(self, request: GenerationRequest) -> Handle:
-        """Queue a request on the generation that serves now; it stays there.
-
-        Raises:
-            NotLoaded: If no version is served.
-            PromptTooLong, UsageError, QueueFull: See `Engine.submit`.
-        """
-        while True:
-            generation = self._current
-            if generation is None:
-                raise NotLoaded(f"No version of {self.name!r} is served. Promote one, then refresh.")
-            try:
-                return generation.engine.submit(request)
-            except NotLoaded:
-                # Swapped out between the two lines above; whoever serves now takes it.
-                if self._current is generation:
-                    raise
 
     def swap(self, ref: str) -> SwapReport:
         """Serve another version.
@@ -203,7 +192,7 @@ class Slot:
         except BaseException:
             engine.close()
             raise
-        return Generation(version, engine, now())
+        return Generation(version, engine.binding, engine, now())
 
     def _make_room(self, swap: _Swap, version: Version) -> None:
         """Drop the generation before if a third one does not fit beside it.
@@ -274,7 +263,7 @@ class _Swap:
             try:
                 length = min(8, engine.context_tokens - 1)
                 params = SamplingParams(max_new_tokens=1, temperature=0)
-                _answer(engine, GenerationRequest("warm-up", [0] * length, params, cache_salt="warm-up"))
+                _answer(engine, GenerationRequest("warm-up", engine.binding.of("warm-up"), [0] * length, params))
             except BaseException:
                 engine.close()
                 raise
@@ -289,9 +278,8 @@ class _Swap:
     @staticmethod
     def _ask(version: Version, engine: Engine, probe: Probe, number: int) -> None:
         params = SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True)
-        answer = _answer(
-            engine, GenerationRequest(f"probe-{number}", list(probe.prompt_ids), params, cache_salt="probe")
-        )
+        binding = engine.binding.of("probe")
+        answer = _answer(engine, GenerationRequest(f"probe-{number}", binding, list(probe.prompt_ids), params))
         if list(answer) != list(probe.expected_ids):
             raise Conflict(
                 f"probe {number} of {version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded version "
@@ -307,7 +295,7 @@ def _answer(engine: Engine, request: GenerationRequest) -> tuple[int, ...]:
     """
     answer = engine.submit(request).result(_PROBE_SECONDS)
     if answer.finish_reason == "error":
-        raise Conflict(f"{engine.version_ref} cannot answer: {answer.error}")
+        raise Conflict(f"{request.binding.label} cannot answer: {answer.error}")
     return answer.token_ids
 
 

@@ -42,7 +42,8 @@ class Running:
         self, generation: GenerationPort, prompts: list[list[int]], handles: list[HandlePort], metrics: Metrics
     ) -> None:
         self.version = generation.version
-        self.tokenizer = generation.engine.loaded.tokenizer
+        self.binding = generation.binding
+        self.tokenizer = generation.tokenizer
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -68,7 +69,7 @@ class Running:
 
     def facts(self) -> dict[str, Any]:
         """What the access log says."""
-        return {"version": self.version.ref, "tokens_in": self.prompt_tokens, "tokens_out": self.generated_tokens}
+        return {"version": self.binding.label, "tokens_in": self.prompt_tokens, "tokens_out": self.generated_tokens}
 
     async def events(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Every chunk of every answer as it comes, with the index of the answer; cancels what is left at the end."""

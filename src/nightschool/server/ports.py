@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from nightschool.engine.binding import Binding
 from nightschool.engine.request import Chunk, GenerationRequest
 
 
@@ -34,18 +35,9 @@ class HandlePort(Protocol):
     def cancel(self) -> None: ...
 
 
-class LoadedPort(Protocol):
-    """A model in this process with its tokenizer."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-
 class EnginePort(Protocol):
     """Generates; `submit` may be called from any thread. `load` counts requests that wait and that are answered."""
 
-    @property
-    def loaded(self) -> LoadedPort: ...
     @property
     def context_tokens(self) -> int: ...
     def submit(self, request: GenerationRequest) -> HandlePort: ...
@@ -57,6 +49,10 @@ class GenerationPort(Protocol):
 
     @property
     def version(self) -> VersionPort: ...
+    @property
+    def binding(self) -> Binding: ...
+    @property
+    def tokenizer(self) -> Any: ...
     @property
     def engine(self) -> EnginePort: ...
     @property

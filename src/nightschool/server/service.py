@@ -16,6 +16,7 @@ from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
+from nightschool.store.principal import DEFAULT_TENANT
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Version
 
@@ -44,12 +45,12 @@ def _request_id(request: Request) -> str:
     return str(request.state.request_id)
 
 
-def _cache_salt(request: Request) -> str:
+def _tenant(request: Request) -> str:
     """The caller, if keys tell callers apart."""
-    return str(getattr(request.state, "caller", ""))
+    return str(getattr(request.state, "caller", DEFAULT_TENANT))
 
 
-CacheSalt = Annotated[str, Depends(_cache_salt)]
+TenantOf = Annotated[str, Depends(_tenant)]
 ServiceOf = Annotated[Service, Depends(_service)]
 RequestId = Annotated[str, Depends(_request_id)]
 

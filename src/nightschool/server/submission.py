@@ -29,14 +29,14 @@ class Ask:
     """What a client wants: `n` answers to each prompt.
 
     `max_new_tokens` of None means `default_max_new_tokens`, or less where the context leaves less.
-    Callers with different `cache_salt` never share cached prefixes, so that timing tells neither about the other.
+    Callers with different `tenant` never share cached prefixes, so that timing tells neither about the other.
     """
 
     prompts: Sequence[Prompt]
     params: SamplingParams
     max_new_tokens: int | None
     default_max_new_tokens: int
-    cache_salt: str
+    tenant: str
     n: int = 1
 
 
@@ -65,7 +65,7 @@ class Answering:
             generation = self._slot.current
             if generation is None:
                 raise NotLoaded("No version is served. Train and promote one, or wait until it is loaded.")
-            tokenizer, context_tokens = generation.engine.loaded.tokenizer, generation.engine.context_tokens
+            tokenizer, context_tokens = generation.tokenizer, generation.engine.context_tokens
             with self._encoding:
                 for prompt in ask.prompts:
                     _refuse_hopeless(tokenizer, prompt, context_tokens)
@@ -83,15 +83,15 @@ class Answering:
         self, generation: GenerationPort, prompts: list[list[int]], ask: Ask, request_id: str
     ) -> list[HandlePort]:
         handles: list[HandlePort] = []
+        binding = generation.binding.of(ask.tenant)
         try:
             for prompt in prompts:
                 params = _with_length(ask, len(prompt), generation.engine.context_tokens)
                 for _ in range(ask.n):
                     index = len(handles)
                     seed = None if params.seed is None else (params.seed + index) % 2**63
-                    request = GenerationRequest(
-                        f"{request_id}-{index}", prompt, replace(params, seed=seed), ask.cache_salt
-                    )
+                    seeded = replace(params, seed=seed)
+                    request = GenerationRequest(f"{request_id}-{index}", binding, prompt, seeded)
                     handles.append(generation.engine.submit(request))
         except BaseException:
             for handle in handles:

@@ -18,7 +18,7 @@ from nightschool.server.openai.models import ChatCompletion, Completion, ModelCa
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
 from nightschool.server.recording import Exchange
-from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf
+from nightschool.server.service import RequestId, Service, ServiceOf, TenantOf
 from nightschool.server.stream import EventStream
 from nightschool.server.submission import Ask
 from nightschool.server.token_text import TokenText
@@ -32,7 +32,7 @@ _MOST_ANSWERS = 32
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
 async def chat_completions(
-    body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+    body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId, tenant: TenantOf
 ) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events that end with `[DONE]`."""
     messages = [message.as_message() for message in body.messages]
@@ -42,7 +42,7 @@ async def chat_completions(
         params=_params(body, logprobs),
         max_new_tokens=_length(body.max_completion_tokens or body.max_tokens, service),
         default_max_new_tokens=service.settings.max_new_tokens_limit,
-        cache_salt=salt,
+        tenant=tenant,
         n=body.n or 1,
     )
     kept = [{"role": message.role, "content": message.content} for message in messages]
@@ -51,7 +51,7 @@ async def chat_completions(
 
 @router.post("/completions", response_model=Completion, responses=_RESPONSES)
 async def completions(
-    body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+    body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, tenant: TenantOf
 ) -> Response:
     """Continue a text as it is, without a chat template."""
     ask = Ask(
@@ -59,7 +59,7 @@ async def completions(
         params=_params(body, body.logprobs),
         max_new_tokens=_length(body.max_tokens, service),
         default_max_new_tokens=_COMPLETION_DEFAULT_TOKENS,
-        cache_salt=salt,
+        tenant=tenant,
         n=body.n or 1,
     )
     if len(ask.prompts) * ask.n > _MOST_ANSWERS:
@@ -122,8 +122,8 @@ class _Request:
         self.head = {
             "id": request_id,
             "created": int(time.time()),
-            "model": running.version.ref,
-            "system_fingerprint": running.version.ref,
+            "model": running.binding.label,
+            "system_fingerprint": running.binding.label,
         }
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ async def _answer(
         running.cancel()
         request.state.facts = running.facts()
 
-    headers = {"x-model-version": version.ref}
+    headers = {"x-model-version": running.binding.label}
     if body.stream:
         return EventStream(answered.events(keep), headers, at_end)
     try:

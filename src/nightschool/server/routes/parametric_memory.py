@@ -18,7 +18,7 @@ from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.generation import while_connected
 from nightschool.server.recording import Exchange
-from nightschool.server.service import CacheSalt, RequestId, Service, ServiceOf, published_at, shown_path, timestamp
+from nightschool.server.service import RequestId, Service, ServiceOf, TenantOf, published_at, shown_path, timestamp
 from nightschool.server.submission import Ask
 
 router = APIRouter(tags=["Parametric memory"])
@@ -84,7 +84,7 @@ class RefreshResponse(BaseModel):
 
 @router.post("/generate", response_model=GenerateResponse, responses=refusals(400, 408, 413, 422, 429, 500, 503))
 async def generate(
-    body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId, salt: CacheSalt
+    body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId, tenant: TenantOf
 ) -> Response:
     """Answer one question. 503 while no model is loaded; 422 where a value is out of bounds."""
     if body.max_new_tokens > service.settings.max_new_tokens_limit:
@@ -97,7 +97,7 @@ async def generate(
         params=SamplingParams(max_new_tokens=1, temperature=body.temperature, top_p=body.top_p),
         max_new_tokens=body.max_new_tokens if given else None,
         default_max_new_tokens=body.max_new_tokens,
-        cache_salt=salt,
+        tenant=tenant,
     )
     running = await service.answering.start(ask, request_id)
     try:
@@ -114,7 +114,7 @@ async def generate(
         "model_version": version.id,
         "timestamp": timestamp(),
     }
-    return JSONResponse(content, headers={"x-model-version": version.ref})
+    return JSONResponse(content, headers={"x-model-version": running.binding.label})
 
 
 @router.get("/health", response_model=Health)
@@ -144,7 +144,7 @@ async def model_info(service: ServiceOf) -> Response:
         {
             "current_model_version": current.version.id,
             "current_model_path": shown_path(current.version),
-            "tokenizer_vocab_size": len(current.engine.loaded.tokenizer),
+            "tokenizer_vocab_size": len(current.tokenizer),
             "device": service.device,
             "last_updated": timestamp(current.loaded_at),
             "available_models": available,

@@ -1,0 +1,102 @@
+"""Whoever looks at a layer sees every token of every step with the binding that it belongs to, and may say what was read."""
+
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+
+from nightschool.engine.request import Attribution
+from nightschool.errors import ModelError
+from tests.support.engine_setups import BOUND, greedy, lively_model, loaded_model, random_prompt, request, running
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model("tiny-llama")
+
+
+def hidden_states(model, token_ids, layer):
+    """What `model.layers.<layer>` computes for one text alone, [T,H]."""
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states[layer + 1][0]
+
+
+class Recorder:
+    """Keeps what a layer computed, by tenant."""
+
+    def __init__(self):
+        self.seen = defaultdict(dict)
+
+    def __call__(self, context, hidden):
+        assert hidden.shape[0] == sum(span.length for span in context.spans)
+        for span, binding, places in context.tokens():
+            for place, vector in enumerate(hidden[places], start=span.start):
+                self.seen[binding.tenant][place] = vector.clone()
+
+
+def test_a_hook_sees_the_hidden_states_of_every_token_and_whose_they_are(model):
+    dice, recorder = random.Random(3), Recorder()
+    prompts = {name: random_prompt(dice, length) for name, length in (("a", 5), ("b", 40), ("c", 17))}
+    with running(loaded_model(model=model), num_rows=3, tokens_per_step=16) as engine:
+        stop = engine.capture("model.layers.0", recorder)
+        handles = {n: engine.submit(request(p, 6, binding=BOUND.of(n))) for n, p in prompts.items()}
+        answers = {name: handle.result(60).token_ids for name, handle in handles.items()}
+        stop()
+        engine.submit(request(prompts["a"], 3, binding=BOUND.of("later"))).result(60)
+    assert set(recorder.seen) == set(prompts)
+    for name, prompt in prompts.items():
+        text = [*prompt, *answers[name]]
+        seen = torch.stack([recorder.seen[name][place] for place in range(len(text) - 1)])
+        # The last token of an answer never goes through the model; layer 0 of 2 is no final norm yet.
+        torch.testing.assert_close(seen, hidden_states(model, text, 0)[:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_hook_says_of_a_token_goes_out_with_it_and_with_nobody_elses(model):
+    prompt = random_prompt(random.Random(4), 8)
+    source = Attribution("entry 7", 0.25)
+
+    def read_from_memory(context, hidden):
+        for span, binding, _ in context.tokens():
+            if span.answers and binding.tenant == "reader":
+                context.attribution[span.key] = (source,)
+
+    with running(loaded_model(model=model)) as engine:
+        engine.capture("model.layers.1", read_from_memory)
+        reader, other = (engine.submit(request(prompt, 4, binding=BOUND.of(name))) for name in ("reader", "other"))
+        assert reader.result(60).token_ids == other.result(60).token_ids == greedy(model, prompt, 4)
+        assert [chunk.attribution for chunk in reader.chunks()] == [(source,)] * 4
+        assert [chunk.attribution for chunk in other.chunks()] == [None] * 4
+
+
+def test_without_a_hook_no_chunk_says_what_it_was_read_from(model):
+    with running(loaded_model(model=model)) as engine:
+        assert {chunk.attribution for chunk in engine.submit(request([5, 6], 4)).chunks()} == {None}
+
+
+def test_a_hook_that_fails_ends_the_requests_of_its_steps_and_not_the_engine(model):
+    def broken(context, hidden):
+        if any(binding.tenant == "unlucky" for binding in context.bindings):
+            raise RuntimeError("a broken memory")
+
+    with running(loaded_model(model=model)) as engine:
+        engine.capture("model.layers.0", broken)
+        unlucky, other = (engine.submit(request([5, 6], 4, binding=BOUND.of(name))) for name in ("unlucky", "other"))
+        assert "a broken memory" in unlucky.result(60).error
+        assert other.result(60).token_ids == greedy(model, [5, 6], 4)
+
+
+def test_a_layer_that_is_not_there_is_refused_by_name(model):
+    with (
+        running(loaded_model(model=model)) as engine,
+        pytest.raises(ModelError, match=r"no layer 'model.layers.9'.*model.layers"),
+    ):
+        engine.capture("model.layers.9", lambda context, hidden: None)
