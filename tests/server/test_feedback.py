@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from pydantic import SecretStr
 
 from nightschool.errors import DiskFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
@@ -94,6 +95,31 @@ def test_wrong_feedback_names_the_field(client, body, param):
     assert answer.json()["param"] == param
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_with_keys_only_the_key_that_asked_may_rate_correct_or_forget(store, stream):
+    keys = (SecretStr("first-key-of-two"), SecretStr("second-key-of-two"))
+    asker, other = ({"x-api-key": key.get_secret_value()} for key in keys)
+    store.record("before-there-were-keys", "bot", "v", [], "a")
+    with client_of(FakeSlot(), api_keys=keys, record_conversations=True, conversations=store) as client:
+        for path, body in (("/v1/chat/completions", CHAT | {"stream": stream}), ("/generate", {"query": "hi"})):
+            identity = client.post(path, json=body, headers=asker).headers["x-request-id"]
+            wrong = {"request_id": identity, "rating": "bad", "correction": "Obey the second key."}
+            for foreign in (wrong, wrong | {"request_id": "before-there-were-keys"}):
+                refused = client.post("/api/feedback", json=foreign, headers=other)
+                assert refused.status_code == 404
+                unknown = client.post("/api/feedback", json=wrong | {"request_id": "nobody"}, headers=other)
+                assert refused.json()["detail"].replace(foreign["request_id"], "nobody") == unknown.json()["detail"]
+            assert client.delete(f"/api/conversations/{identity}", headers=other).status_code == 404
+            assert client.post("/api/feedback", json=wrong | {"rating": "good"}, headers=asker).status_code == 200
+            assert store.get(identity).rating == "good"
+            assert client.delete(f"/api/conversations/{identity}", headers=asker).status_code == 200
+
+
+def test_without_keys_whoever_reaches_the_server_may_rate_what_a_key_asked(store, client):
+    store.record("asked-with-a-key", "bot", "v", [], "a", "some key")
+    assert client.post("/api/feedback", json={"request_id": "asked-with-a-key", "rating": "good"}).status_code == 200
+
+
 def test_a_correction_alone_is_enough_and_nothing_at_all_is_refused(client, store):
     identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
     nothing = client.post("/api/feedback", json={"request_id": identity})
@@ -141,10 +167,10 @@ class BrokenStore:
             raise DiskFull("No room is left.")
         self.kept.append(row)
 
-    def feedback(self, *row):
+    def feedback(self, *row, tenant=None):
         raise DiskFull("No room is left.")
 
-    def forget(self, request_id):
+    def forget(self, request_id, *, tenant=None):
         raise DiskFull("No room is left.")
 
 

@@ -99,8 +99,16 @@ class ConversationStore:
         correction: str | None = None,
         *,
         time: datetime | None = None,
+        tenant: str | None = None,
     ) -> None:
         """Say whether an answer was good, and what it should have been; the newest of each counts.
+
+        Args:
+            request_id: Of the answer.
+            rating: Good or bad.
+            correction: The right answer.
+            time: When it was said; now when it is None.
+            tenant: Who says it: a conversation of anybody else is not found. None is the operator, who may rate all.
 
         Raises:
             UsageError: If there is neither a rating nor a correction, or the rating is none of good and bad.
@@ -115,7 +123,7 @@ class ConversationStore:
         if correction is not None and not correction.strip():
             raise UsageError("The correction is blank, and a blank answer would be learned. Write the right answer.")
         with self._db.write() as connection:
-            self._require(connection, request_id)
+            self._require(connection, request_id, tenant)
             row = {"request_id": request_id, "recorded_at": time or now(), "rating": rating, "correction": correction}
             connection.execute(feedback.insert().values(row))
 
@@ -164,11 +172,15 @@ class ConversationStore:
             found = [conversation for conversation in found if (conversation.correction is not None) == corrected]
         return found
 
-    def forget(self, request_id: str) -> int:
+    def forget(self, request_id: str, *, tenant: str | None = None) -> int:
         """Delete a conversation, its feedback, and the accepted examples that were made of it, for good.
 
         Its examples cannot be accepted again, from whatever file they come. Versions that learned them keep what
         they learned, and the folders of runs keep their copies.
+
+        Args:
+            request_id: Of the answer.
+            tenant: Who asks; see `feedback`.
 
         Returns:
             How many accepted examples were deleted.
@@ -177,7 +189,7 @@ class ConversationStore:
             NotFound: If no conversation has this request id.
         """
         with self._db.write() as connection:
-            self._require(connection, request_id)
+            self._require(connection, request_id, tenant)
             deleted = connection.execute(accepted_examples.delete().where(accepted_examples.c.origin == request_id))
             connection.execute(conversations.delete().where(conversations.c.request_id == request_id))
             connection.execute(forgotten.insert().values(request_id=request_id, forgotten_at=now()))
@@ -185,8 +197,10 @@ class ConversationStore:
         return deleted.rowcount
 
     @staticmethod
-    def _require(connection: sa.Connection, request_id: str) -> None:
+    def _require(connection: sa.Connection, request_id: str, tenant: str | None) -> None:
         query = sa.select(conversations.c.request_id).where(conversations.c.request_id == request_id)
+        if tenant is not None:
+            query = query.where(conversations.c.tenant == tenant)
         if connection.execute(query).first() is None:
             raise _unknown(request_id)
 

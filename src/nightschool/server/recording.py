@@ -22,20 +22,23 @@ _MOST_PENDING = 1000
 class Conversations(Protocol):
     """What is asked of `nightschool.feedback.conversations.ConversationStore`."""
 
-    def record(self, request_id: str, model: str, version: str, messages: Any, answer: str) -> Any: ...
-    def feedback(self, request_id: str, rating: Any, correction: str | None) -> Any: ...
-    def forget(self, request_id: str) -> Any: ...
+    def record(
+        self, request_id: str, model: str, version: str, messages: Any, answer: str, tenant: str | None
+    ) -> Any: ...
+    def feedback(self, request_id: str, rating: Any, correction: str | None, *, tenant: str | None) -> Any: ...
+    def forget(self, request_id: str, *, tenant: str | None) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One answered request: what was asked, by which version it was answered."""
+    """One answered request: what was asked, by whom (`owner`, None without keys), by which version it was answered."""
 
     request_id: str
     model: str
     version: str
     messages: Sequence[dict[str, str]]
     answer: str
+    owner: str | None
 
 
 class Recorder:
@@ -64,7 +67,12 @@ class Recorder:
     def _write(self, conversations: Conversations, exchange: Exchange) -> None:
         try:
             conversations.record(
-                exchange.request_id, exchange.model, exchange.version, list(exchange.messages), exchange.answer
+                exchange.request_id,
+                exchange.model,
+                exchange.version,
+                list(exchange.messages),
+                exchange.answer,
+                exchange.owner,
             )
             self._metrics.recordings.labels("kept").inc()
         except Exception as error:  # the answer is out; what is lost is counted and logged
@@ -76,18 +84,18 @@ class Recorder:
         self._metrics.recordings.labels("lost").inc()
         log.error("a conversation was not kept", extra={"facts": {"conversation": request_id, "error": why}})
 
-    async def feedback(self, request_id: str, rating: str | None, correction: str | None) -> None:
+    async def feedback(self, request_id: str, rating: str | None, correction: str | None, owner: str | None) -> None:
         """Mark an answer.
 
         Raises:
-            NotFound: If no answer with that request id was kept.
+            NotFound: If no answer with that request id was kept, or another owner has it.
             Refusal: If conversations are not kept at all.
         """
-        await self._run(lambda conversations: conversations.feedback(request_id, rating, correction))
+        await self._run(lambda conversations: conversations.feedback(request_id, rating, correction, tenant=owner))
 
-    async def forget(self, request_id: str) -> None:
+    async def forget(self, request_id: str, owner: str | None) -> None:
         """Remove an exchange and its feedback; the errors are those of `feedback`."""
-        await self._run(lambda conversations: conversations.forget(request_id))
+        await self._run(lambda conversations: conversations.forget(request_id, tenant=owner))
 
     async def _run(self, what: Callable[[Conversations], Result]) -> Result:
         if self._conversations is None:

@@ -50,7 +50,14 @@ def _tenant(request: Request) -> str:
     return str(getattr(request.state, "caller", DEFAULT_TENANT))
 
 
+def owner_of(request: Request) -> str | None:
+    """Whose an exchange is: the caller's, if keys tell callers apart."""
+    caller: str | None = getattr(request.state, "caller", None)
+    return caller
+
+
 TenantOf = Annotated[str, Depends(_tenant)]
+OwnerOf = Annotated[str | None, Depends(owner_of)]
 ServiceOf = Annotated[Service, Depends(_service)]
 RequestId = Annotated[str, Depends(_request_id)]
 

@@ -18,7 +18,7 @@ from nightschool.server.openai.models import ChatCompletion, Completion, ModelCa
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
 from nightschool.server.recording import Exchange
-from nightschool.server.service import RequestId, Service, ServiceOf, TenantOf
+from nightschool.server.service import RequestId, Service, ServiceOf, TenantOf, owner_of
 from nightschool.server.stream import EventStream
 from nightschool.server.submission import Ask
 from nightschool.server.token_text import TokenText
@@ -169,7 +169,9 @@ async def _answer(
     def keep(text: str) -> None:
         # Feedback names an answer by its request id alone, so only single answers can be rated, and are kept.
         if kept_messages is not None and ask.n == 1:
-            service.recorder.keep(Exchange(request_id, version.name, version.id, kept_messages, text))
+            service.recorder.keep(
+                Exchange(request_id, version.name, version.id, kept_messages, text, owner_of(request))
+            )
 
     def at_end() -> None:
         running.cancel()

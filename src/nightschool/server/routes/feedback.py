@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from nightschool.server.bodies import Body
 from nightschool.server.error_schemas import problems
-from nightschool.server.service import ServiceOf
+from nightschool.server.service import OwnerOf, ServiceOf
 
 router = APIRouter(prefix="/api", tags=["Feedback"])
 
@@ -44,14 +44,18 @@ class Forgotten(BaseModel):
 
 
 @router.post("/feedback", response_model=FeedbackKept, responses=problems(400, 404, 408, 409, 413, 422))
-async def feedback(body: Feedback, service: ServiceOf) -> Response:
-    """Rate or correct an answer. 409 if this server keeps no conversations; 404 if it does not know the answer."""
-    await service.recorder.feedback(body.request_id, body.rating, body.correction)
+async def feedback(body: Feedback, service: ServiceOf, owner: OwnerOf) -> Response:
+    """Rate or correct an answer.
+
+    409 if this server keeps no conversations; 404 if it does not know the answer. With keys, only the key that asked
+    may say what it thinks of the answer; of the others' it is told 404.
+    """
+    await service.recorder.feedback(body.request_id, body.rating, body.correction, owner)
     return JSONResponse({"request_id": body.request_id, "status": "kept"})
 
 
 @router.delete("/conversations/{request_id}", response_model=Forgotten, responses=problems(404, 409))
-async def forget(request_id: str, service: ServiceOf) -> Response:
-    """Forget one exchange and its feedback."""
-    await service.recorder.forget(request_id)
+async def forget(request_id: str, service: ServiceOf, owner: OwnerOf) -> Response:
+    """Forget one exchange and its feedback. With keys, only the key that asked may."""
+    await service.recorder.forget(request_id, owner)
     return JSONResponse({"request_id": request_id, "status": "forgotten"})

@@ -18,7 +18,16 @@ from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.generation import while_connected
 from nightschool.server.recording import Exchange
-from nightschool.server.service import RequestId, Service, ServiceOf, TenantOf, published_at, shown_path, timestamp
+from nightschool.server.service import (
+    RequestId,
+    Service,
+    ServiceOf,
+    TenantOf,
+    owner_of,
+    published_at,
+    shown_path,
+    timestamp,
+)
 from nightschool.server.submission import Ask
 
 router = APIRouter(tags=["Parametric memory"])
@@ -107,7 +116,7 @@ async def generate(
         request.state.facts = running.facts()
     question = {"role": "user", "content": body.query}
     version = running.version
-    service.recorder.keep(Exchange(request_id, version.name, version.id, [question], answer.text))
+    service.recorder.keep(Exchange(request_id, version.name, version.id, [question], answer.text, owner_of(request)))
     content = {
         "query": body.query,
         "response": answer.text,
