@@ -35,8 +35,8 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
+from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 from nightschool.training.checkpoint.saver import Saver, open_saver
-from nightschool.training.checkpoint.snapshot import State
 
 
 class Trained(nn.Module):
@@ -81,7 +81,8 @@ class Ours:
         self.step += 1
         target = checkpoints.checkpoint_path(self.run, 0, self.step, 1)
         started = time.perf_counter()
-        saver.save(target, State(self.state, {}, {"step": self.step}))
+        groups = {group: sources_of(tensors) for group, tensors in self.state.items()}
+        saver.save(target, CheckpointContents(groups, {}, {"step": self.step}))
         return time.perf_counter() - started
 
 
@@ -213,7 +214,7 @@ def main() -> None:
     num_parameters, rounds, kills = (20_000_000, 3, 3) if bench.quick else (83_000_000, 7, 10)
     model, optimizer = new_state(num_parameters)
     state = tensors_of(model, optimizer)
-    state_bytes = State(state, {}, {}).tensor_bytes
+    state_bytes = sum(t.numel() * t.element_size() for group in state.values() for t in group.values())
     print(f"  state of {state_bytes / 1e9:.2f} GB, {rounds} rounds after one to warm up", flush=True)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:

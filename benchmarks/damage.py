@@ -28,9 +28,9 @@ from nightschool.errors import Damaged, NotFound
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
-from nightschool.training.checkpoint import snapshot
+from nightschool.training.checkpoint import contents
+from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 from nightschool.training.checkpoint.full_state import load_weights
-from nightschool.training.checkpoint.snapshot import State
 
 PAGE_BYTES = 4096
 KINDS = ("flipped bit", "zeroed page", "truncated", "swapped", "missing")
@@ -73,8 +73,9 @@ class Untouchable:
 
 def write_ours(run: Run, step: int) -> Path:
     target = checkpoints.checkpoint_path(run, 0, step, 1)
-    state = State(tensors_at(step), {"state.json": f'{{"step": {step}}}'}, {"step": step})
-    write_folder(target, state.facts, state.contents())
+    groups = {group: sources_of(tensors) for group, tensors in tensors_at(step).items()}
+    whole = CheckpointContents(groups, {"state.json": f'{{"step": {step}}}'}, {"step": step})
+    write_folder(target, whole.facts, whole.stream)
     return target
 
 
@@ -147,8 +148,8 @@ def main() -> None:
     logging.disable()  # DCP tells at length what it misses
     torch.set_num_threads(1)
     chance = random.Random(0)
-    plan = snapshot.plan_files
-    snapshot.plan_files = lambda stem, facts: plan(stem, facts, limit_bytes=200_000)  # several files in a group
+    plan = contents.plan_files
+    contents.plan_files = lambda stem, facts: plan(stem, facts, limit_bytes=200_000)  # several files in a group
     rounds = 1 if bench.quick else 10
     found: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     peers: dict[str, list[bool]] = {peer: [] for peer in PEERS}

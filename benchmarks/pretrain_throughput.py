@@ -122,7 +122,8 @@ def child_bare(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[
         gradients = task.optimizer.gradients_ready()
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         torch._foreach_mul_(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
-        task.optimizer.set_rate(1e-3)
+        for group in task.optimizer.inner.param_groups:
+            group["lr"] = 1e-3
         task.optimizer.inner.step()
         task.optimizer.zero_grad()
         losses.append(loss.item())

@@ -134,14 +134,14 @@ class StopAfter(StopRequest):
     def __init__(self, task, steps):
         super().__init__()
         if steps is not None:
-            counter, compute = itertools.count(1), task.optimizer.set_rate
+            counter, update = itertools.count(1), task.update
 
-            def counted(rate):
-                compute(rate)
+            def counted(*arguments):
                 if next(counter) == steps:
                     self.reason = "SIGTERM"
+                return update(*arguments)
 
-            task.optimizer.set_rate = counted
+            task.update = counted
 
 
 def differing(a, b):

@@ -48,11 +48,7 @@ def optimizer_of(model, **settings):
 def step(optimizer, rate, gradients):
     for parameter, gradient in zip(optimizer._parameters.values(), gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
-    optimizer.gradients_ready()
-    optimizer.set_rate(rate)
-    optimizer.inner.step()
-    optimizer.publish_masters()
-    optimizer.zero_grad()
+    optimizer.step(optimizer.gradients_ready(), rate, 0.0, None)
 
 
 def test_only_matrices_that_are_no_embedding_decay():

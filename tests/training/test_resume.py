@@ -11,7 +11,7 @@ from nightschool.store import atomic
 from nightschool.store.manifest import write_manifest
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.checkpoint_reader import load_tensors
-from nightschool.training.checkpoint.full_state import REQUIRED, saved_tensors
+from nightschool.training.checkpoint.full_state import REQUIRED
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import TrainState
 from tests.support.documents import ARCHITECTURES
@@ -42,7 +42,7 @@ def rows_of(run):
 
 def assert_equal_runs(straight, resumed):
     """0 tensors lost, and every bit the same."""
-    assert not differing(saved_tensors(straight.task), saved_tensors(resumed.task))
+    assert not differing(straight.task.saved_tensors(), resumed.task.saved_tensors())
     assert not differing(straight.task.optimizer.state(), resumed.task.optimizer.state())
     assert rows_of(straight) == rows_of(resumed)
     for mine, theirs in zip(rng.capture(), straight.final_rng, strict=True):
@@ -74,7 +74,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, architecture, me
     third = MiniRun(tmp_path / "parts", architecture, lora=lora).go(resume=second.saved[-1])
     assert_equal_runs(straight, third)
     learned = {name for name, p in third.task.trainable().items()}
-    assert learned <= set(saved_tensors(third.task))
+    assert learned <= set(third.task.saved_tensors())
 
 
 def test_a_fresh_start_in_place_of_a_resume_would_be_noticed(tmp_path):
@@ -93,7 +93,7 @@ def test_a_fresh_start_in_place_of_a_resume_would_be_noticed(tmp_path):
         resumed.go(resume=first.saved[-1])
     finally:
         full_state.load = load
-    assert differing(saved_tensors(straight.task), saved_tensors(resumed.task))
+    assert differing(straight.task.saved_tensors(), resumed.task.saved_tensors())
 
 
 def test_dropout_goes_on_where_it_stopped(tmp_path):
@@ -107,7 +107,7 @@ def test_dropout_goes_on_where_it_stopped(tmp_path):
         resumed.go(resume=first.saved[-1])
     finally:
         rng.restore = restore
-    assert differing(saved_tensors(straight.task), saved_tensors(resumed.task))
+    assert differing(straight.task.saved_tensors(), resumed.task.saved_tensors())
 
 
 def test_a_run_resumed_from_an_earlier_checkpoint_replaces_the_later_ones(tmp_path):
@@ -200,13 +200,13 @@ def test_other_data_are_refused(saved, tmp_path):
 def test_another_model_is_refused_by_the_names_of_its_tensors_and_left_as_it_was(saved, tmp_path):
     fresh = MiniRun(tmp_path / "fresh", "tiny-llama")
     fresh.new_task()
-    fresh.task.optimizer.hyper_parameters = saved.task.optimizer.hyper_parameters
-    before = {name: tensor.clone() for name, tensor in saved_tensors(fresh.task).items()}
+    fresh.task.optimizer_facts = saved.task.optimizer_facts
+    before = {name: tensor.clone() for name, tensor in fresh.task.saved_tensors().items()}
     with pytest.raises(
         StateMismatch, match=r"missing: lm_head\.weight.*unexpected: model\.layers\.0\.self_attn\.k_norm"
     ):
         full_state.load(copied(saved, tmp_path), fresh.task, fresh.context(), saved.schedule)
-    assert not differing(before, saved_tensors(fresh.task))
+    assert not differing(before, fresh.task.saved_tensors())
 
 
 def test_an_adapter_on_another_base_is_refused(tmp_path):
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatc
     monkeypatch.setattr(commit, "write_file", write)
     resumed = MiniRun(tmp_path).go(resume=tmp_path / "checkpoint-5")
     straight = uninterrupted(tmp_path / "straight", "tiny-qwen3")
-    assert not differing(saved_tensors(straight.task), saved_tensors(resumed.task))
+    assert not differing(straight.task.saved_tensors(), resumed.task.saved_tensors())
 
 
 def test_a_crash_while_saving_leaves_no_checkpoint_under_its_name(tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
 from nightschool.training.checkpoint import saver as saver_module
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group
+from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 from nightschool.training.checkpoint.saver import Ranks, open_saver
-from nightschool.training.checkpoint.snapshot import State
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def tensors_of(step):
 
 
 def state_of(step, tensors=None):
-    return State({"model": tensors or tensors_of(step)}, {"notes.txt": f"schön {step}"}, {"step": step})
+    groups = {"model": sources_of(tensors or tensors_of(step))}
+    return CheckpointContents(groups, {"notes.txt": f"schön {step}"}, {"step": step})
 
 
 def save_steps(run, lines, *steps, then=lambda: None, **settings):
@@ -101,10 +102,10 @@ def test_the_files_are_byte_by_byte_the_same_in_either_process(run):
 
 
 def test_large_groups_are_split_and_read_as_one(run, monkeypatch):
-    from nightschool.training.checkpoint import snapshot
+    from nightschool.training.checkpoint import contents
 
-    plan = snapshot.plan_files
-    monkeypatch.setattr(snapshot, "plan_files", lambda stem, facts: plan(stem, facts, limit_bytes=1000))
+    plan = contents.plan_files
+    monkeypatch.setattr(contents, "plan_files", lambda stem, facts: plan(stem, facts, limit_bytes=1000))
     with open_saver(run, Checkpoints(), print) as saver:
         saver.save(path_of(run, 1), state_of(1))
     folder = path_of(run, 1)
@@ -129,14 +130,14 @@ TRAINER = """
     from nightschool import uploads
     from nightschool.store.runs import Run
     from nightschool.training.checkpoint.saver import Ranks, open_saver
-    from nightschool.training.checkpoint.snapshot import State
+    from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 
     run = Run(Path(sys.argv[1]).name, Path(sys.argv[1]))
     tensors = {"a": torch.arange(5_000_000, dtype=torch.float32)}
     with open_saver(run, Checkpoints(), print) as saver:
         for step in (1, 2):
-            state = State({"model": tensors}, {}, {"step": step})
-            saver.save(checkpoints.checkpoint_path(run, 0, step, 1), state)
+            contents = CheckpointContents({"model": sources_of(tensors)}, {}, {"step": step})
+            saver.save(checkpoints.checkpoint_path(run, 0, step, 1), contents)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -319,7 +320,8 @@ def test_the_parts_of_two_ranks_are_one_checkpoint(run, lines):
         open_saver(run, Checkpoints(), lines.append, ranks=Ranks(0, 2)) as first,
     ):
         for step in (1, 2):
-            part = State({"optimizer-rank1": {"m": torch.ones(3) * step}}, {}, {"step": step})
+            sources = sources_of({"m": torch.ones(3) * step})
+            part = CheckpointContents({"optimizer-rank1": sources}, {}, {"step": step})
             other.save(path_of(run, step), part)
             first.save(path_of(run, step), state_of(step))
         other.settle()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,16 @@ class Batch:
     def tokens_consumed(self) -> int:
         """Tokens of the data that it takes, trained or not."""
         return 0 if self.is_idle else int(self.input_ids.shape[-1])
+
+    def without_loss(self) -> Batch:
+        """The same tokens, none of which carries loss, in place of a batch that is not there."""
+        return replace(
+            self,
+            labels=torch.full_like(self.labels, IGNORED),
+            weights=torch.zeros_like(self.weights),
+            tokens_trained=0,
+            is_idle=True,
+        )
 
 
 class Batches:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
-from nightschool.training.distributed.sharding import local_parts, total_norm
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
@@ -37,7 +36,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one update did; the tensors are still on the device, and nobody has waited for them."""
+    """What one update did; the tensors are still on the device, and nobody has waited for them.
+
+    `loss` is this process's part of it.
+    """
 
     step: int
     epoch: int
@@ -84,7 +86,7 @@ def fit(
         NonFiniteLoss: If a loss or a gradient is NaN or infinite; nothing was saved after it.
         NothingToTrain: If no token of an accumulation window carries loss.
     """
-    log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None)
+    log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None, world=world)
     task.model.train()
     while True:
         finished = state.step >= budget.steps_total
@@ -161,32 +163,8 @@ def _update(
             f"No token carries loss in step {state.step + 1} ({task.where(state.epoch, state.batch_index)}). "
             "Look at the loss mask in `nightschool plan`: an assistant turn must be there and must fit max_seq_len."
         )
-    loss: Tensor | None = None
-    for batch in window:
-        # Each part is divided by the tokens of the window before `backward`, so the parts just add up.
-        part = task.loss(batch).sum / tokens_trained
-        (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
-        loss = part.detach() if loss is None else loss + part.detach()
-    assert loss is not None
-
-    optimizer = task.optimizer
-    gradients = optimizer.gradients_ready()
-    # Sharded gradients are summed on their way already.
-    world.add_up([loss] if task.is_sharded else [*gradients, loss])
-    if scaler is not None:
-        scaler.unscale_(optimizer.inner)
-    grad_norm = total_norm(gradients)
-    if max_grad_norm > 0:
-        # The factor is clamped on the device: asking the host whether to clip would wait for the whole backward pass.
-        torch._foreach_mul_(local_parts(gradients), torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0))
-    optimizer.set_rate(learning_rate)
-    if scaler is None:
-        optimizer.inner.step()
-    else:
-        scaler.step(optimizer.inner)
-        scaler.update()
-    optimizer.publish_masters()
-    optimizer.zero_grad()
+    loss = task.accumulate(window, tokens_trained, scaler)
+    grad_norm = task.update(learning_rate, max_grad_norm, scaler, world)
     return StepOutcome(
         step=state.step + 1,
         epoch=state.epoch,
@@ -219,10 +197,11 @@ class _Log:
         describe: Callable[[dict[str, Any]], dict[str, Any]] | None,
         *,
         overflow_is_handled: bool,
+        world: World,
     ) -> None:
         self._state, self._metrics, self._on_row, self._describe = state, metrics, on_row, describe
         self._overflow_is_handled = overflow_is_handled
-        self._device = next(iter(task.trainable().values())).device
+        self._device, self._world = task.device, world
         self._unsettled: list[StepOutcome] = []
         self._last: StepOutcome | None = None
         self._last_norm = 0.0
@@ -241,8 +220,14 @@ class _Log:
         """
         waited_from = time.perf_counter()
         interval = self._state.interval
-        for outcome in self._unsettled:
-            loss, norm = outcome.loss.item(), outcome.grad_norm.item()
+        losses = [outcome.loss for outcome in self._unsettled]
+        self._world.add_up(losses)  # all processes settle after the same steps
+        for outcome, loss, norm in zip(
+            self._unsettled,
+            (loss.item() for loss in losses),
+            (outcome.grad_norm.item() for outcome in self._unsettled),
+            strict=True,
+        ):
             self._refuse_non_finite(outcome, loss, norm)
             interval.steps += 1
             interval.tokens_trained += outcome.tokens_trained

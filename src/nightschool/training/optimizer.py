@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nightschool.config.recipe import Train
-from nightschool.errors import StateMismatch
-from nightschool.training.checkpoint.checkpoint_reader import StoredTensors
+from nightschool.training.checkpoint.checkpoint_reader import check_tensors
 from nightschool.training.distributed.sharding import like, put
 
 LrSchedule = Literal["cosine", "linear", "constant"]
@@ -108,25 +108,42 @@ class AdamW:
         )
 
     def gradients_ready(self) -> list[Tensor]:
-        """Widen the gradients of low-precision parameters, and return all gradients that will be used.
+        """Widen the gradients of low-precision parameters, and return all gradients that `step` will use.
 
-        Call it once after the backward passes of a window, and clip what it returns.
+        Call it once after the backward passes of a window.
         """
         for name, master in self._masters.items():
             gradient = self._parameters[name].grad
             master.grad = None if gradient is None else gradient.float()
         return [p.grad for p in self._updated.values() if p.grad is not None]
 
-    def set_rate(self, learning_rate: float) -> None:
-        """Set the learning rate of the next update."""
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate
-
     @torch.no_grad()
-    def publish_masters(self) -> None:
-        """Round the masters into the parameters that the model computes with."""
+    def step(self, gradients: list[Tensor], rate: float, clip: float, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """Clip the gradients that `gradients_ready` returned to the norm `clip` (0: not at all), update, and drop them.
+
+        Returns:
+            The norm before clipping, over all gradients and over all parts of them; equal in all processes.
+        """
+        if scaler is not None:
+            scaler.unscale_(self.inner)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if clip > 0:
+            # The factor is clamped on the device: asking the host whether to clip would wait for the whole backward pass.
+            parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            torch._foreach_mul_(parts, torch.clamp(clip / (norm + 1e-6), max=1.0))
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        if scaler is None:
+            self.inner.step()
+        else:
+            scaler.step(self.inner)
+            scaler.update()
         if self._masters:
+            # What the model computes with is the rounded master.
             torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
+        self.zero_grad()
+        return norm
 
     @torch.no_grad()
     def take_masters(self, weights: Mapping[str, Tensor]) -> None:
@@ -163,6 +180,10 @@ class AdamW:
             "decayed": sorted(name for name, p in self._updated.items() if self._decay_of(p) > 0),
         }
 
+    def without_state(self) -> set[str]:
+        """The parameters that have had no gradient yet."""
+        return {name for name, parameter in self._updated.items() if "step" not in self.inner.state.get(parameter, {})}
+
     def _decay_of(self, parameter: Tensor) -> float:
         return next(
             float(group["weight_decay"])
@@ -187,8 +208,7 @@ class AdamW:
                 expected |= {f"first_moment.{name}": parameter, f"second_moment.{name}": parameter}
                 expected[f"updates.{name}"] = torch.zeros(())
         expected |= {f"master.{name}": master for name, master in self._masters.items()}
-        described = tensors.described() if isinstance(tensors, StoredTensors) else tensors
-        check_tensors(described, expected, what="optimizer state")
+        check_tensors(tensors, expected, what="optimizer state")
         for name, parameter in self._updated.items():
             if name in parameters_without_state:
                 self.inner.state.pop(parameter, None)
@@ -201,30 +221,3 @@ class AdamW:
             }
         for name, master in self._masters.items():
             put(master, tensors[f"master.{name}"])
-
-
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
-    """Compare two sets of named tensors by name, shape and dtype.
-
-    Raises:
-        StateMismatch: Naming the tensors that are missing, unexpected, or of another shape or dtype.
-    """
-    problems = [
-        f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
-        for kind, names in (
-            ("missing", expected.keys() - found.keys()),
-            ("unexpected", found.keys() - expected.keys()),
-        )
-        if names
-    ]
-    for name in sorted(expected.keys() & found.keys()):
-        mine, theirs = expected[name], found[name]
-        if mine.shape != theirs.shape:
-            problems.append(f"{name} has the shape {list(theirs.shape)}, and the model wants {list(mine.shape)}")
-        elif mine.dtype != theirs.dtype:
-            problems.append(f"{name} is {theirs.dtype}, and the model wants {mine.dtype}")
-    if problems:
-        raise StateMismatch(
-            f"The {what} does not fit this run: {'; '.join(problems[:8])}. "
-            "Resume with the recipe that the checkpoint was saved with, or from another checkpoint."
-        )

@@ -266,7 +266,7 @@ def _train(
         saver.save(target, whole, last=now.step >= budget.steps_total)
 
     if more_saves_than_one(budget):
-        saver.expect(full_state.expected_bytes(task))
+        saver.expect(task.expected_bytes())
     heldout = prepared.evaluate
 
     def evaluate() -> float:

@@ -1,50 +1,44 @@
-"""What the loop trains: a model, the part of it that learns, batches in a fixed order, and a loss."""
+"""What the loop trains: a model, the part of it that learns, batches in a fixed order, and the two verbs of a step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from nightschool.data.batches import Batch
-from nightschool.training.optimizer import AdamW
+from nightschool.config.recipe import Train
+from nightschool.data.batches import Batch, Batches
+from nightschool.data.shards.token_batches import TokenBatches
+from nightschool.errors import DataError, ModelError
+from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
+from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
+from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
+from nightschool.training.checkpoint.contents import TensorSource, sources_of
+from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
+from nightschool.training.distributed.world import ALONE, World
+from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
 
-
-@dataclass(frozen=True)
-class LossResult:
-    """`sum` of the weighted negative log likelihoods in nats (a scalar with a graph) over `tokens` trained tokens."""
-
-    sum: Tensor
-    tokens: int
+Source = TypeVar("Source", bound=Batches | TokenBatches)
 
 
 class Task(Protocol):
-    """All that `fit` asks of a method. Whoever has these trains, checkpoints and resumes.
+    """All that `fit` and a checkpoint ask of a method. Whoever has these trains, saves and resumes.
+
+    Where gradients and optimizer state lie is the task's own affair: nothing else touches them.
 
     A place in an epoch is a number of micro-batches, or of sequences: whatever the task counts in. The micro-batch at a
     place reaches `stride` places further, to the end of the epoch at most.
     """
 
     model: nn.Module
-    optimizer: AdamW
+    device: torch.device
 
     @property
     def fingerprint(self) -> str:
         """What identifies the data and their order; a checkpoint of other data is refused."""
-        ...
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds only a part of every parameter."""
-        ...
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
-        ...
-
-    def loss(self, batch: Batch) -> LossResult:
-        """The loss of one micro-batch, not divided by anything."""
         ...
 
     @property
@@ -63,3 +57,247 @@ class Task(Protocol):
     def where(self, epoch: int, place: int) -> str:
         """Where in the data that is, for messages."""
         ...
+
+    def accumulate(self, window: Sequence[Batch], tokens: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Find the gradients of a window, which this process has its part of.
+
+        Args:
+            window: The micro-batches of one update, all of them, so that a layer can see them at once.
+            tokens: Tokens trained in the window, of all processes: what the summed loss is divided by.
+            scaler: Scales the loss before gradients are taken of it; `update` undoes it.
+
+        Returns:
+            This process's part of the loss in nats per token, a scalar on the device; those of all processes add up.
+        """
+        ...
+
+    def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
+        """Update the weights with the gradients of all processes, and drop these.
+
+        Args:
+            rate: The learning rate.
+            clip: The largest norm of all gradients together; 0 for none. A task may apply the factor when it likes.
+            scaler: The one that `accumulate` got.
+            world: The processes that train together.
+
+        Returns:
+            The norm before clipping, a scalar on the device.
+        """
+        ...
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds, and saves, only a part of every tensor."""
+        ...
+
+    def weights(self) -> list[TensorSource]:
+        """What training changes of the model, or this process's part of it."""
+        ...
+
+    def optimizer_state(self) -> list[TensorSource]:
+        """What the next update needs besides the weights, or this process's part of it."""
+        ...
+
+    def optimizer_facts(self) -> dict[str, Any]:
+        """`hyper_parameters`: what must be equal in the run that resumes; beside it whatever `load_state` wants to know."""
+        ...
+
+    def expected_bytes(self) -> int:
+        """About how many bytes of tensors this process will save, also before the first step."""
+        ...
+
+    def load_state(self, weights: StoredTensors, optimizer: StoredTensors, facts: dict[str, Any], where: str) -> None:
+        """Take over what was saved; `facts` are those of `optimizer_facts`, `where` names the checkpoint.
+
+        Raises:
+            StateMismatch: If a tensor is missing, unexpected, or of another shape or dtype; nothing was changed then.
+        """
+        ...
+
+    def load_weights(self, weights: StoredTensors, where: str) -> None:
+        """Take over the weights alone. Raises StateMismatch as `load_state` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """`sum` of the weighted negative log likelihoods in nats (a scalar with a graph) over `tokens` trained tokens."""
+
+    sum: Tensor
+    tokens: int
+
+
+class CausalTask(Task, Generic[Source]):
+    """A causal language model of `transformers`, bare or with PEFT adapters, its optimizer, and its loss over documents.
+
+    What learns is what requires gradients when the task is made. Products run in `compute_dtype` under autocast;
+    parameters and their sums stay in their own dtype. Gradients and moments lie where the parameters do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Source,
+        train: Train,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
+    ) -> None:
+        self.model = model
+        self.batches: Source = batches
+        self.batch_size = train.batch_size
+        self.world = world
+        self.compute_dtype = compute_dtype
+        self.device = next(model.parameters()).device
+        self.path: ForwardPath = prepare(model)
+        if train.gradient_checkpointing:
+            checkpoint_activations(model)
+        if train.compile:
+            _compile_feed_forward(model)
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trainable:
+            raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
+        self._settings = AdamWSettings.from_recipe(train)
+        self.optimizer = AdamW(self._trainable, self._settings, embedding_names(model))
+        self._sharded: LossModule | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return self._trainable
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def accumulate(self, window: Sequence[Batch], tokens: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        loss: Tensor | None = None
+        for batch in window:
+            # Each part is divided by the tokens of the window before `backward`, so the parts just add up.
+            part = self.loss(batch).sum / tokens
+            (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+            loss = part.detach() if loss is None else loss + part.detach()
+        assert loss is not None, "a window has a micro-batch"
+        return loss
+
+    def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
+        gradients = self.optimizer.gradients_ready()
+        if not self.is_sharded:  # sharded gradients are summed on their way already
+            world.add_up(gradients)
+        return self.optimizer.step(gradients, rate, clip, scaler)
+
+    def discard_gradients(self) -> None:
+        """Forget what `accumulate` found, as if it had not been called."""
+        self.optimizer.zero_grad()
+
+    def loss(self, batch: Batch) -> LossResult:
+        """The loss of one micro-batch, not divided by anything."""
+        with autocast(self.device, self.compute_dtype):
+            loss_sum, tokens = self._forward(on_device(batch, self.device))
+        if self.is_sharded:
+            loss_sum = scaled_gradient(loss_sum, self.world.size)
+        return LossResult(loss_sum, tokens)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, int]:
+        if self._sharded is not None:
+            result: tuple[Tensor, int] = self._sharded(batch)
+            return result
+        return document_loss(self.model, self.path, batch)
+
+    def _heldout_loss(self, batches: Sequence[Callable[[], Batch]]) -> tuple[float, int]:
+        """The mean over all batches, of which each process computes every `world.size`-th."""
+        size = self.world.size
+        mine = list(batches[self.world.rank :: size])
+        if self.is_sharded and len(mine) < -(-len(batches) // size):
+            # Weights are gathered from all processes, so all of them compute as often.
+            mine.append(lambda: batches[0]().without_loss())
+        total, tokens = heldout_sum(
+            self.model,
+            (make() for make in mine),
+            forward=self._forward,
+            device=self.device,
+            compute_dtype=self.compute_dtype,
+        )
+        total, count = self.world.float_sums(total, tokens)
+        if not count:
+            raise DataError("No token of the held-out data carries loss. Hold out something that has an answer.")
+        return total / count, int(count)
+
+    # --- sharding ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._sharded is not None
+
+    def shard(self, stage: int) -> None:
+        """Keep only the part of parameters, gradients and moments that is this process's. All call it before step 1."""
+        kept = embedding_names(self.model)
+        self._sharded = shard_model(self.model, self.path, self.world, stage)
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = AdamW(self._trainable, self._settings, kept)
+
+    # --- the state ---------------------------------------------------------------------------------------------------
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What training changes: the parameters that learn and all persistent buffers, by name."""
+        tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self._trainable.items()}
+        for prefix, module in self.model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    tensors[f"{prefix}.{name}" if prefix else name] = buffer
+        return tensors
+
+    def weights(self) -> list[TensorSource]:
+        return sources_of(self._mine(self.saved_tensors()))
+
+    def optimizer_state(self) -> list[TensorSource]:
+        return sources_of(self._mine(self.optimizer.state()))
+
+    def optimizer_facts(self) -> dict[str, Any]:
+        return {
+            "hyper_parameters": self.optimizer.hyper_parameters(),
+            "without_state": sorted(self.optimizer.without_state()),
+        }
+
+    def expected_bytes(self) -> int:
+        held = self._mine(self.saved_tensors())
+        # Two moments in fp32, and a master where the parameter is shorter than that.
+        of_optimizer = sum(
+            tensor.numel() * (8 if tensor.dtype == torch.float32 else 12)
+            for name, tensor in held.items()
+            if name in self._trainable
+        )
+        return of_optimizer + sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+    def load_state(self, weights: StoredTensors, optimizer: StoredTensors, facts: dict[str, Any], where: str) -> None:
+        check_tensors(weights, self.saved_tensors(), what=f"weights of {where}")
+        self.optimizer.load_state(optimizer, set(facts["without_state"]))
+        self._copy(weights)
+
+    def load_weights(self, weights: StoredTensors, where: str) -> None:
+        check_tensors(weights, self.saved_tensors(), what=f"weights of {where}")
+        self._copy(weights)
+
+    def _copy(self, weights: StoredTensors) -> None:
+        for name, tensor in self.saved_tensors().items():
+            put(tensor, weights[name])
+
+    def _mine(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return own_parts(tensors, self.world.rank) if self.is_sharded else tensors
+
+
+def _compile_feed_forward(model: nn.Module) -> None:
+    """Compile the feed-forward block of every layer.
+
+    The layers themselves are left alone: the layout of the documents differs in every batch, and each new layout
+    would compile them anew.
+
+    Raises:
+        ModelError: If the model has no such blocks.
+    """
+    blocks = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "mlp"]
+    if not blocks:
+        raise ModelError("The model has no feed-forward blocks named `mlp` to compile. Write train.compile=false.")
+    for block in blocks:
+        block.compile(dynamic=True)

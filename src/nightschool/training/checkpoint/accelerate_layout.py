@@ -34,14 +34,14 @@ from nightschool.store.checkpoints import ATTEMPT, Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint import full_state, rng
-from nightschool.training.checkpoint.checkpoint_reader import load_group
-from nightschool.training.checkpoint.full_state import saved_tensors, state_to_save
+from nightschool.training.checkpoint.checkpoint_reader import check_tensors, load_group
+from nightschool.training.checkpoint.full_state import state_to_save
 from nightschool.training.environment import checkpoint_context
-from nightschool.training.optimizer import Schedule, check_tensors
+from nightschool.training.optimizer import Schedule
 from nightschool.training.prepare import prepare
 from nightschool.training.setup import PreparedRun
 from nightschool.training.state import TrainState
-from nightschool.training.task import Task
+from nightschool.training.task import CausalTask
 from nightschool.uploads.archive import unpack_archive
 
 _COPIED = ("training_config.json", "metadata.json", "training_metrics.json")
@@ -149,7 +149,7 @@ def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path
     whole = state_to_save(task, state, context, prepared.schedule, prepared.scaler)
     target = checkpoint_path(run, state.epoch, step, context.files_processed)
     origin = {"imported_from": original, "began_anew": missing, ATTEMPT: checkpoints.next_attempt(run)}
-    write_folder(target, whole.facts | origin, whole.contents())
+    write_folder(target, whole.facts | origin, whole.stream)
     run.update_status(step=step, steps_total=prepared.budget.steps_total)
     run.events.write("imported", step=step, name=target.name, source=original, began_anew=missing)
     return Imported(target, step, missing)
@@ -158,10 +158,10 @@ def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _all_weights(task: Task) -> dict[str, Tensor]:
+def _all_weights(task: CausalTask[Any]) -> dict[str, Tensor]:
     """Every parameter once, and the buffers that are kept, under the model's own names."""
     held = task.optimizer.state()
-    buffers = {name: tensor for name, tensor in saved_tensors(task).items() if name not in task.trainable()}
+    buffers = {name: tensor for name, tensor in task.saved_tensors().items() if name not in task.trainable()}
     weights = {name: parameter.detach() for name, parameter in task.model.named_parameters()} | buffers
     return {name: held.get(f"master.{name}", tensor).detach().cpu().contiguous() for name, tensor in weights.items()}
 
@@ -185,10 +185,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _take_weights(task: Task, found: dict[str, Tensor], original: str) -> None:
+def _take_weights(task: CausalTask[Any], found: dict[str, Tensor], original: str) -> None:
     """Copy the weights, after every name and shape was compared; dtypes are the model's."""
     found = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
-    wanted = saved_tensors(task)
+    wanted = task.saved_tensors()
     tied = set(task.model.state_dict()) - {name for name, _ in task.model.named_parameters()} - set(wanted)
     frozen = {name for name, parameter in task.model.named_parameters() if not parameter.requires_grad}
     extra = {name for name in found if name in tied | frozen or name.endswith(_COMPUTED)} - set(wanted)
@@ -273,7 +273,7 @@ def _state_at(prepared: PreparedRun, step: int, facts: dict[str, Any]) -> TrainS
     return state
 
 
-def _take_optimizer(task: Task, folder: Path, missing: list[str]) -> None:
+def _take_optimizer(task: CausalTask[Any], folder: Path, missing: list[str]) -> None:
     found = _read_plain(folder, "optimizer.bin", missing)
     if found is None:
         missing[-1] += ": the moments begin at zero"
@@ -285,7 +285,7 @@ def _take_optimizer(task: Task, folder: Path, missing: list[str]) -> None:
         missing.append(f"optimizer.bin (it does not fit: {_why(error)}): the moments begin at zero")
 
 
-def _moments_by_name(task: Task, found: dict[str, Any]) -> dict[str, Tensor]:
+def _moments_by_name(task: CausalTask[Any], found: dict[str, Any]) -> dict[str, Tensor]:
     """The moments under our names. Numbers stand for parameters; they are counted through the groups.
 
     Known are one group in the order of the model, and two of which the first one decays: by our rule, or by the widespread
@@ -313,7 +313,7 @@ def _moments_by_name(task: Task, found: dict[str, Any]) -> dict[str, Tensor]:
     raise StateMismatch(f"its groups of {sizes} parameters are in no order that is known for this model")
 
 
-def _orders(task: Task) -> list[list[list[str]]]:
+def _orders(task: CausalTask[Any]) -> list[list[list[str]]]:
     trainable = task.trainable()
     ours = set(task.optimizer.hyper_parameters()["decayed"])
     norms = {

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nightschool.checkpoint_writer.tensorfile import index_name
-from nightschool.errors import Damaged
-from nightschool.training.checkpoint.snapshot import DTYPE_CODES
+from nightschool.errors import Damaged, StateMismatch
+from nightschool.training.checkpoint.contents import DTYPE_CODES
 
 # The weights were called otherwise in format 1; everything else is the same.
 _MODEL_STEMS = ("model", "weights")
@@ -135,3 +135,31 @@ def _whole_files(folder: Path, stem: str) -> list[str]:
 
 def _unreadable(path: Path, error: Exception) -> Damaged:
     return Damaged(f"{path.name} of {path.parent.name} cannot be read: {error}. Resume from another checkpoint.")
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
+    """Compare two sets of named tensors by name, shape and dtype; stored ones are not read.
+
+    Raises:
+        StateMismatch: Naming the tensors that are missing, unexpected, or of another shape or dtype.
+    """
+    found = found.described() if isinstance(found, StoredTensors) else found
+    problems = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
+        for kind, names in (
+            ("missing", expected.keys() - found.keys()),
+            ("unexpected", found.keys() - expected.keys()),
+        )
+        if names
+    ]
+    for name in sorted(expected.keys() & found.keys()):
+        mine, theirs = expected[name], found[name]
+        if mine.shape != theirs.shape:
+            problems.append(f"{name} has the shape {list(theirs.shape)}, and the model wants {list(mine.shape)}")
+        elif mine.dtype != theirs.dtype:
+            problems.append(f"{name} is {theirs.dtype}, and the model wants {mine.dtype}")
+    if problems:
+        raise StateMismatch(
+            f"The {what} does not fit this run: {'; '.join(problems[:8])}. "
+            "Resume with the recipe that the checkpoint was saved with, or from another checkpoint."
+        )

@@ -13,14 +13,14 @@ A checkpoint is a folder of safetensors and JSON; nothing in it is a pickle:
 
 Above 1 GiB of tensors, `model-00001-of-00003.safetensors` … and `model.safetensors.index.json` take the place of one
 file, and so for the optimizer. Where processes share the tensors among them, `model-rank0.safetensors`,
-`model-rank1.safetensors` … do (see `stored_tensors`). What the first format called `weights.safetensors` is still read.
+`model-rank1.safetensors` … do (see `checkpoint_reader`). What the first format called `weights.safetensors` is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,10 @@ from nightschool.errors import MadeByNewer, StateMismatch
 from nightschool.store.manifest import verify
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group, open_group, rank_group
+from nightschool.training.checkpoint.contents import CheckpointContents, TensorSource, sources_of
 from nightschool.training.checkpoint.metadata import metadata, training_config, training_metrics
-from nightschool.training.checkpoint.snapshot import State
-from nightschool.training.distributed.sharding import own_parts, put
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.optimizer import Schedule, check_tensors
+from nightschool.training.optimizer import Schedule
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
 
@@ -73,16 +72,6 @@ class CheckpointContext:
     numerics: dict[str, Any]
 
 
-def saved_tensors(task: Task) -> dict[str, Tensor]:
-    """Return what training changes: the parameters that learn and all persistent buffers, by name."""
-    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in task.trainable().items()}
-    for prefix, module in task.model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                tensors[f"{prefix}.{name}" if prefix else name] = buffer
-    return tensors
-
-
 def frozen_fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters that do not learn."""
     digest = hashlib.sha256()
@@ -101,18 +90,14 @@ def state_to_save(
     schedule: Schedule,
     scaler: torch.amp.GradScaler | None = None,
     rngs: Sequence[tuple[dict[str, Any], dict[str, Tensor]]] | None = None,
-) -> State:
+) -> CheckpointContents:
     """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step.
 
     `rngs` are the random states of all processes, in the order of ranks; without them, that of this one.
     """
     rngs = rngs or [rng.capture()]
     recipe = training_config(context.recipe_yaml)
-    optimizer = {
-        "hyper_parameters": task.optimizer.hyper_parameters(),
-        "schedule": asdict(schedule),
-        "without_state": sorted(_without_state(task)),
-    }
+    optimizer = task.optimizer_facts() | {"schedule": asdict(schedule)}
     plain_state = {
         "format": FORMAT,
         "train": state.to_json(),
@@ -141,10 +126,10 @@ def state_to_save(
         "metadata.json": facts,
         "training_metrics.json": training_metrics(state, schedule.steps_total, context.epochs_total),
     }
-    return State(
+    return CheckpointContents(
         tensors={
-            **held_tensors(task),
-            **{rng.group_of(rank): tensors for rank, (_, tensors) in enumerate(rngs)},
+            **_groups(task),
+            **{rng.group_of(rank): sources_of(tensors) for rank, (_, tensors) in enumerate(rngs)},
         },
         texts={name: _to_json(value) for name, value in plain.items()} | {"recipe.yaml": context.recipe_yaml},
         facts={
@@ -159,25 +144,15 @@ def state_to_save(
     )
 
 
-def part_to_save(task: Task, state: TrainState, rank: int) -> State:
+def part_to_save(task: Task, state: TrainState, rank: int) -> CheckpointContents:
     """What a process other than the first adds to the checkpoint of this moment, where they share the tensors."""
-    return State(tensors=held_tensors(task, rank), texts={}, facts={"step": state.step})
+    return CheckpointContents(tensors=_groups(task, rank), texts={}, facts={"step": state.step})
 
 
-def held_tensors(task: Task, rank: int = 0) -> dict[str, dict[str, Tensor]]:
-    """The groups of tensors that a process saves: all there is, or its part of it, shared with the run."""
-    groups = {"model": saved_tensors(task), "optimizer": task.optimizer.state()}
-    if not task.is_sharded:
-        return groups
-    return {rank_group(stem, rank): own_parts(tensors, rank) for stem, tensors in groups.items()}
-
-
-def expected_bytes(task: Task, rank: int = 0) -> int:
-    """About how many bytes of tensors this process will save, also before the optimizer has its moments."""
-    saved, learning = saved_tensors(task), set(task.trainable())
-    held = own_parts(saved, rank) if task.is_sharded else saved
-    of_optimizer = sum(t.numel() * (8 if t.dtype == torch.float32 else 12) for n, t in held.items() if n in learning)
-    return of_optimizer + sum(t.numel() * t.element_size() for t in held.values())
+def _groups(task: Task, rank: int = 0) -> dict[str, list[TensorSource]]:
+    """The groups of tensors that a process saves: all there is, or its part of it, under a name of its own."""
+    groups = {"model": task.weights(), "optimizer": task.optimizer_state()}
+    return {rank_group(stem, rank): sources for stem, sources in groups.items()} if task.is_sharded else groups
 
 
 def save(
@@ -191,13 +166,13 @@ def save(
     """Write a checkpoint to the folder `target` in this process, whole or not at all, and return it.
 
     A checkpoint that is already there under this name (the run was resumed from an earlier one) is replaced. A run
-    saves with `saving.Saver`, which does the same beside the training.
+    saves with `Saver`, which does the same beside the training.
 
     Raises:
         DiskFull: If there is no room; nothing of the target remains, and other checkpoints are untouched.
     """
     whole = state_to_save(task, state, context, schedule, scaler)
-    write_folder(target, whole.facts, whole.contents())
+    write_folder(target, whole.facts, whole.stream)
     return target
 
 
@@ -231,10 +206,7 @@ def load(
     optimizer = _load_json(folder / "optimizer.json")
     _check_plain(folder, plain, optimizer, task, context, schedule, scaler)
     state = TrainState.from_json(plain["train"])
-    weights = open_group(folder, "model")
-    check_tensors(weights.described(), saved_tensors(task), what=f"weights of {folder.name}")
-    task.optimizer.load_state(open_group(folder, "optimizer"), set(optimizer["without_state"]))
-    _copy_weights(task, weights)
+    task.load_state(open_group(folder, "model"), open_group(folder, "optimizer"), optimizer, folder.name)
     if scaler is not None:
         scaler.load_state_dict(plain["scaler"])
     group = rng.group_of(world.rank)
@@ -253,15 +225,7 @@ def load_weights(folder: Path, task: Task) -> None:
         StateMismatch: If a tensor is missing, unexpected, or of another shape or dtype.
     """
     verify(folder, digests=True)
-    weights = open_group(folder, "model")
-    check_tensors(weights.described(), saved_tensors(task), what=f"weights of {folder.name}")
-    _copy_weights(task, weights)
-
-
-@torch.no_grad()
-def _copy_weights(task: Task, weights: Mapping[str, Tensor]) -> None:
-    for name, tensor in saved_tensors(task).items():
-        put(tensor, weights[name])
+    task.load_weights(open_group(folder, "model"), folder.name)
 
 
 def _is_there(folder: Path, name: str) -> bool:
@@ -293,7 +257,7 @@ def _check_plain(
         "gradient scaler": scaler is not None,
         "data fingerprint": task.fingerprint,
         **context.numerics,
-        **{f"optimizer {name}": value for name, value in task.optimizer.hyper_parameters().items()},
+        **{f"optimizer {name}": value for name, value in task.optimizer_facts()["hyper_parameters"].items()},
         **{f"schedule {name}": value for name, value in asdict(schedule).items()},
     }
     theirs = {
@@ -320,11 +284,6 @@ def _check_plain(
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _without_state(task: Task) -> set[str]:
-    held = {name.removeprefix("updates.") for name in task.optimizer.state() if name.startswith("updates.")}
-    return set(task.trainable()) - held
 
 
 def _to_json(value: object) -> str:

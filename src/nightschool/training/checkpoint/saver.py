@@ -5,7 +5,7 @@ written even if this process is killed. One save is under way at a time; the nex
 ended. A writer that was killed is replaced, and what it had in hand is written again from the same memory.
 
 Where several processes train together, each opens a saver with its rank, and all of them call `save` for the same target,
-each with a `State` of what only that rank has; the names of its groups and texts must differ between ranks
+each with a `CheckpointContents` of what only that rank has; the names of its groups and texts must differ between ranks
 (`optimizer-rank1`, `rng-rank1.json`). The facts of rank 0 go into the manifest, and `step` must be in those of each. Each
 rank has a writer of its own; that of rank 0 waits for the parts of the others and commits (`store.writing.parts`). No
 collective call is made: `save` does not wait for other ranks, and `settle` on any rank tells whether all were written. Such
@@ -31,7 +31,8 @@ from nightschool.errors import DiskFull, NightschoolError
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
-from nightschool.training.checkpoint.snapshot import Snapshot, State
+from nightschool.training.checkpoint.contents import CheckpointContents
+from nightschool.training.checkpoint.snapshot import Snapshot
 from nightschool.units import format_bytes
 
 Say = Callable[[str], None]
@@ -116,12 +117,12 @@ class Saver:
         if self._writer is not None and self._fits(size_bytes):
             self._writer.reserve(size_bytes)
 
-    def save(self, target: Path, state: State, *, last: bool = False) -> None:
+    def save(self, target: Path, contents: CheckpointContents, *, last: bool = False) -> None:
         """Save the state as the checkpoint `target`; on return it is safe from the death of this process.
 
         Args:
             target: Its folder; an older one of that name is replaced.
-            state: What it will hold; it may change as soon as this returns.
+            contents: What it will hold; it may change as soon as this returns.
             last: Nothing is trained afterwards, so that there is nothing to be gained by a copy that was not made before.
 
         Raises:
@@ -133,7 +134,7 @@ class Saver:
         upload = self._settings.upload
         if self._ranks.rank == 0 and upload is not None and upload.max_pending is not None:
             uploads.wait_for_room(self._home, upload.max_pending, say=self._say, stop=self._stop)
-        facts = state.facts | {checkpoints.ATTEMPT: self.attempt}
+        facts = contents.facts | {checkpoints.ATTEMPT: self.attempt}
         keep = self._settings.keep
         order = Order(
             run=str(self._run.path),
@@ -145,9 +146,9 @@ class Saver:
             rank=self._ranks.rank,
             num_ranks=self._ranks.num_ranks,
         )
-        copied = None if last and not self._has_copied else self._copy(state, order)
+        copied = None if last and not self._has_copied else self._copy(contents, order)
         if copied is None:
-            self._conclude(carry_out(order, state.contents()))
+            self._conclude(carry_out(order, contents.stream))
         else:
             self._hand_over(order, *copied)
         if self._ranks.rank == 0:
@@ -188,12 +189,12 @@ class Saver:
     def _has_copied(self) -> bool:
         return self._memory is not None and self._memory.size_bytes > 0
 
-    def _copy(self, state: State, order: Order) -> tuple[list[tuple[str, int, int]], int] | None:
+    def _copy(self, contents: CheckpointContents, order: Order) -> tuple[list[tuple[str, int, int]], int] | None:
         """Copy the state into the shared memory, as `Snapshot.take`; None if this process must write by itself."""
-        if self._writer is None or self._snapshot is None or not self._fits(state.tensor_bytes):
+        if self._writer is None or self._snapshot is None or not self._fits(contents.tensor_bytes):
             return None
         try:
-            return self._snapshot.take(state, order)
+            return self._snapshot.take(contents, order)
         except OSError as error:
             self._go_on_alone(f"memory for a copy of the state cannot be had: {error}")
             return None

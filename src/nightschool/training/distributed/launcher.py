@@ -95,7 +95,7 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest)
         if point is not None:
             state = full_state.load(point.path, task, context, prepared.schedule, prepared.scaler, world=world)
         if saver is not None and more_saves_than_one(budget):
-            saver.expect(full_state.expected_bytes(task, world.rank))
+            saver.expect(task.expected_bytes())
 
         def save(now: TrainState) -> None:
             """Hand in what only this process has of the checkpoint."""

@@ -11,7 +11,7 @@ each loads the whole model before it lets go of the others' parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -96,15 +96,3 @@ def put(target: Tensor, tensor: Tensor) -> None:
         target.to_local().copy_(like(target, tensor).to_local())  # type: ignore[attr-defined]
     else:
         target.copy_(tensor)
-
-
-@torch.no_grad()
-def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of each tensor, sharing its memory."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-
-
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm over all gradients, and over all parts of them; a plain tensor, equal in all processes."""
-    norm = torch.nn.utils.get_total_norm(list(gradients), foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import DtypeChoice, bf16_speedup
 from nightschool.models.peak import peak_flops
 from nightschool.training.checkpoint import rng
-from nightschool.training.methods.causal import FinetuneTask, PretrainTask
+from nightschool.training.task import CausalTask
 
 # bf16 rounds to 8 bits, so it has to be worth it; and a product alone says at least that it is not emulated.
 WORTH_IT = 1.15
@@ -22,7 +23,7 @@ ROUNDS = 3
 MAX_SECONDS = 6.0
 
 
-def choose_by_measuring(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
+def choose_by_measuring(task: CausalTask[Any], choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
     """Replace what `auto` chose on a CPU by what the task itself shows; the task then computes in it.
 
     A product alone misleads: on small models casts and norms take more time than products (measured: on a model of a
@@ -34,7 +35,7 @@ def choose_by_measuring(task: FinetuneTask | PretrainTask, choice: DtypeChoice, 
     return chosen
 
 
-def _measured(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
+def _measured(task: CausalTask[Any], choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
     if reckoned_seconds(task, torch.float32) > MAX_SECONDS:
         return choice  # a step takes longer than the measurement may, and what dominates it then is products
     product = bf16_speedup(min(hidden_size, 1024))
@@ -60,22 +61,21 @@ def _measured(task: FinetuneTask | PretrainTask, choice: DtypeChoice, hidden_siz
     return replace(choice, compute=faster, why=why)
 
 
-def reckoned_seconds(task: FinetuneTask | PretrainTask, dtype: torch.dtype) -> float:
+def reckoned_seconds(task: CausalTask[Any], dtype: torch.dtype) -> float:
     """Seconds that the largest micro-batch takes at the least: if all of it ran as fast as the best product."""
     tokens = task.batch(0, _largest(task)).input_ids.shape[-1]
     return tokens * flops_per_token(task.model) / peak_flops(task.device, dtype)[0]
 
 
-def compute(task: FinetuneTask | PretrainTask, batch_index: int) -> None:
+def compute(task: CausalTask[Any], batch_index: int) -> None:
     """One micro-batch of epoch 0, forward and backward, waiting for the end; leaves no gradients."""
-    loss = task.loss(task.batch(0, batch_index))
-    (loss.sum / max(1, loss.tokens)).backward()  # type: ignore[no-untyped-call]
-    loss.sum.item()
-    task.optimizer.zero_grad()
+    batch = task.batch(0, batch_index)
+    task.accumulate([batch], max(1, batch.tokens_trained)).item()
+    task.discard_gradients()
 
 
 @contextmanager
-def measuring(task: FinetuneTask | PretrainTask) -> Iterator[None]:
+def measuring(task: CausalTask[Any]) -> Iterator[None]:
     """A block in which the task may be computed with; random state and training mode are put back after it."""
     training, random_state = task.model.training, rng.capture()
     task.model.train()
@@ -86,7 +86,7 @@ def measuring(task: FinetuneTask | PretrainTask) -> Iterator[None]:
         rng.restore(*random_state)
 
 
-def _largest(task: FinetuneTask | PretrainTask) -> int:
+def _largest(task: CausalTask[Any]) -> int:
     sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
     return max(sizes)[1]
 
