@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nightschool.data.chat.render import stop_token_ids
+from nightschool.engine.admission import AdmissionPolicy, FairByTenant
 from nightschool.engine.answer import Answer
 from nightschool.engine.binding import Binding
 from nightschool.engine.compute import COMPUTE
@@ -84,6 +85,8 @@ class Engine:
         prefix_cache: Whether beginnings that were read before are kept.
         prefix_cache_bytes: How much of them.
         tokens_per_step: Tokens of prompts that are read between two tokens of the answers, about.
+        max_adapters: Different adapters among the answers in the making, at most.
+        admission: Makes the policy that says who of those that wait is next: fair between tenants by default.
         cache_bytes: Keys and values of the answers in the making, at most, unless a single one needs more; by default a
             quarter of what is free at start.
 
@@ -102,9 +105,13 @@ class Engine:
         prefix_cache: bool = True,
         prefix_cache_bytes: int = _PREFIX_BYTES,
         tokens_per_step: int = 512,
+        max_adapters: int = 8,
+        admission: Callable[[], AdmissionPolicy] = FairByTenant,
         cache_bytes: int | None = None,
     ) -> None:
-        for name, value in (("num_rows", num_rows), ("queue_limit", queue_limit), ("tokens_per_step", tokens_per_step)):
+        limits = {"num_rows": num_rows, "queue_limit": queue_limit, "tokens_per_step": tokens_per_step}
+        limits["max_adapters"] = max_adapters
+        for name, value in limits.items():
             if value < 1:
                 raise UsageError(f"{name} is {value}, and an engine needs at least 1. Raise it.")
         if loaded.adapter:
@@ -123,7 +130,12 @@ class Engine:
         self._cache = self._runner.make_cache(num_rows, budget_tokens)
         self._prefix = PrefixCache(prefix_cache_bytes) if prefix_cache else None
         self._scheduler = Scheduler(
-            num_rows=num_rows, queue_limit=queue_limit, tokens_per_step=tokens_per_step, cache_tokens=budget_tokens
+            num_rows=num_rows,
+            queue_limit=queue_limit,
+            tokens_per_step=tokens_per_step,
+            cache_tokens=budget_tokens,
+            max_adapters=max_adapters,
+            admission=admission(),
         )
         self._keys = itertools.count()
         self._active: dict[int, _Active] = {}
@@ -167,7 +179,8 @@ class Engine:
         with self._lock:
             if self._state != "open" or (request.binding.base, request.binding.adapter) != (self.base, None):
                 raise NotLoaded(f"{label} takes no more requests. Send this one to the version that is served.")
-            self._scheduler.submit(key, prompt_tokens, most)
+            binding = request.binding
+            self._scheduler.submit(key, prompt_tokens, most, tenant=binding.tenant, adapter=binding.adapter)
             self._active[key] = active
             self._counts["prompt"] += prompt_tokens
         COMPUTE.wake()

@@ -3,8 +3,8 @@
 A request waits in a queue, then takes a row of the cache, reads its prompt in chunks, and from then on makes one token a
 step, until it is finished or cancelled. Every step takes the next token of all answering rows first, so that a long
 prompt delays them by at most one chunk; what is left of the step's tokens is shared among the prompts being read: each
-gets an equal part, and what short ones leave goes to the longer ones. Requests are admitted in the order in which they
-came, without exception, so none can starve.
+gets an equal part, and what short ones leave goes to the longer ones. An `AdmissionPolicy` says who is next. The adapters
+of the rows in use are bounded: who needs one more waits, and others may pass it, but not for ever.
 
 Rows in use are kept dense, 0 … n-1: whoever frees a row makes room for the next request, or else for the last row.
 """
@@ -17,16 +17,20 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nightschool.engine.admission import AdmissionPolicy, FirstCome
 from nightschool.errors import QueueFull
+from nightschool.store.principal import DEFAULT_TENANT
 
 # While many rows answer, prompts still advance by this much a step.
 _LEAST_PROMPT_TOKENS = 16
 _MOST_RETRY_SECONDS = 60
+# A request whose adapter has no place is passed by this many others, at most.
+_MOST_PASSED_BY = 16
 
 
 @dataclass(slots=True)
 class ScheduledRequest:
-    """A request as the scheduler sees it. `key` is unique; `row` is None while it waits.
+    """A request as the scheduler sees it. `key` is unique; `row` is None while it waits; `adapter` is None without one.
 
     The first `cached_tokens` of the prompt came with the row; `held_tokens` of prompt and answer are in it.
     """
@@ -35,6 +39,9 @@ class ScheduledRequest:
     prompt_tokens: int
     max_new_tokens: int
     submitted_at: float
+    tenant: str = DEFAULT_TENANT
+    adapter: str | None = None
+    passed_by: int = 0
     row: int | None = None
     held_tokens: int = 0
     cached_tokens: int = 0
@@ -111,6 +118,8 @@ class Scheduler:
         tokens_per_step: Tokens that go through the model in one step, at most, apart from `num_rows`.
         cache_tokens: Places in the cache: rows in use times the longest need among them stays within it, unless only one
             row is in use.
+        max_adapters: Different adapters among the rows in use, at most.
+        admission: Who of those that wait is next; first come, first served without it.
         clock: Seconds, rising.
     """
 
@@ -121,12 +130,16 @@ class Scheduler:
         queue_limit: int,
         tokens_per_step: int,
         cache_tokens: int,
+        max_adapters: int = 8,
+        admission: AdmissionPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_rows = num_rows
         self.queue_limit = queue_limit
         self._tokens_per_step = tokens_per_step
         self._cache_tokens = cache_tokens
+        self._max_adapters = max_adapters
+        self._admission: AdmissionPolicy = admission or FirstCome()
         self._clock = clock
         self._waiting: dict[int, ScheduledRequest] = {}
         self._running: dict[int, ScheduledRequest] = {}
@@ -154,7 +167,15 @@ class Scheduler:
         """How long the first of the queue has waited."""
         return next((self._clock() - request.submitted_at for request in self._waiting.values()), 0.0)
 
-    def submit(self, key: int, prompt_tokens: int, max_new_tokens: int) -> None:
+    def submit(
+        self,
+        key: int,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        adapter: str | None = None,
+    ) -> None:
         """Queue a request.
 
         Raises:
@@ -168,7 +189,9 @@ class Scheduler:
                 f"{len(self._waiting)} requests wait, and the queue holds {self.queue_limit}. Send this one again later.",
                 retry_after_seconds=min(_MOST_RETRY_SECONDS, max(1, math.ceil(seconds))),
             )
-        self._waiting[key] = ScheduledRequest(key, prompt_tokens, max_new_tokens, self._clock())
+        present = {other.tenant for others in (self._waiting, self._running) for other in others.values()}
+        self._admission.arrived(tenant, present)
+        self._waiting[key] = ScheduledRequest(key, prompt_tokens, max_new_tokens, self._clock(), tenant, adapter)
 
     def finish(self, key: int) -> int | None:
         """Forget a request, finished or cancelled, waiting or running; return the row that it leaves, if it had one."""
@@ -183,19 +206,36 @@ class Scheduler:
         return request.row
 
     def admit(self) -> list[Admission]:
-        """Give rows to those who waited longest, as far as rows and cache go."""
+        """Give rows to those who are next, as far as rows, adapters and cache go."""
         admissions = []
         while self._waiting and len(self._running) < self.num_rows:
-            request = next(iter(self._waiting.values()))
+            request, passed = self._next()
+            if request is None:
+                break
             need = max(request.needed_tokens, self.longest_need_tokens)
             if self._running and need * (len(self._running) + 1) > self._cache_tokens:
                 break
+            for other in passed:
+                other.passed_by += 1
             del self._waiting[request.key]
+            self._admission.served(request.tenant, request.prompt_tokens)
             request.row = self._rows.index(None)
             self._rows[request.row] = request.key
             self._running[request.key] = request
             admissions.append(Admission(request.key, request.row))
         return admissions
+
+    def _next(self) -> tuple[ScheduledRequest | None, list[ScheduledRequest]]:
+        """The first whose adapter has a place, and those that it passes."""
+        present = {request.adapter for request in self._running.values()} - {None}
+        passed: list[ScheduledRequest] = []
+        for request in self._admission.order(self._waiting.values()):
+            if request.adapter is None or request.adapter in present or len(present) < self._max_adapters:
+                return request, passed
+            if request.passed_by >= _MOST_PASSED_BY:
+                break
+            passed.append(request)
+        return None, []
 
     def compact(self) -> list[Move]:
         """Make the rows in use dense by moving the last ones into the holes."""
@@ -217,6 +257,7 @@ class Scheduler:
         assert request.held_tokens == 0
         assert 0 <= tokens < request.prompt_tokens, "the last token of a prompt is always computed"
         request.held_tokens = request.cached_tokens = tokens
+        self._admission.served(request.tenant, -tokens)
 
     def plan(self) -> StepPlan:
         """What goes through the model next; empty if nobody has a row. `advance` says that it did."""
@@ -231,8 +272,12 @@ class Scheduler:
     def advance(self, plan: StepPlan) -> None:
         """Note that a step is done. Requests that were finished meanwhile are passed over."""
         for span in plan.spans:
-            if span.key in self._running:
-                self._running[span.key].held_tokens = span.start + span.length
+            request = self._running.get(span.key)
+            if request is None:
+                continue
+            if request.is_answering:  # its prompt was counted when it was admitted
+                self._admission.served(request.tenant, span.length)
+            request.held_tokens = span.start + span.length
 
     def _span(self, request: ScheduledRequest, length: int) -> Span:
         assert request.row is not None
