@@ -96,12 +96,12 @@ def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
     from nightschool.training.run import execute
-    from nightschool.training.signals import stop_on_signals
+    from nightschool.work.stop import Stop
 
     home = Home(scratch / "home")
     home.ensure()
     run = RunStore(home).create(plain, name="bench")
-    with stop_on_signals() as stop:
+    with Stop() as stop:
         execute(home, run, resume=None, root=scratch, stop=stop)
     rows = list(read_events(run.metrics_path))
     return [row["loss"] for row in rows], [datetime.fromisoformat(row["time"]).timestamp() for row in rows]

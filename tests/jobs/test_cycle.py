@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,12 +18,12 @@ from nightschool.jobs import cycle as cycles
 from nightschool.jobs.cycle import CheckpointContext, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.outcome import CycleContext
 from nightschool.jobs.selection import Studied, starting_weights
-from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry, VersionMetadata
 from nightschool.store.runs import RunStore
+from nightschool.work.stop import Stop
 
 
 class School:
@@ -303,7 +302,7 @@ def test_a_cycle_that_was_interrupted_before_the_exam_does_not_train_again(schoo
 
     def trains_and_gets_a_signal(home, run, **more):
         code = School.train(school, home, run, **more)
-        stop.signal_number = signal.SIGTERM
+        stop.reason = "SIGTERM"
         return code
 
     cycles.run_training = trains_and_gets_a_signal

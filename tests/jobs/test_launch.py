@@ -13,9 +13,10 @@ from nightschool.errors import Conflict
 from nightschool.jobs import launch
 from nightschool.jobs.launch import child_environment, settle_status, start_process, wait_for
 from nightschool.jobs.processes import ask_to_stop, effective_state, how_it_ended, training_process, wait_for_stranger
-from nightschool.jobs.stop import Stop
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
+from nightschool.work.processes import command
+from nightschool.work.stop import Stop
 
 TRAINER = """
 import os, signal, sys, time
@@ -51,7 +52,7 @@ def run(tmp_path):
 
 def _wait(log, what, **more):
     from_byte = log.stat().st_size if log.exists() else 0
-    process = start_process(["fake_trainer", what], log=log, machine=more.pop("machine", "alone"))
+    process = start_process([sys.executable, "-m", "fake_trainer", what], log=log, machine=more.pop("machine", "alone"))
     return wait_for(process, log=log, from_byte=from_byte, stop=more.pop("stop", Stop()), **more)
 
 
@@ -99,7 +100,7 @@ def test_a_signal_reaches_the_child_which_saves_and_exits_75(trainer, number):
 
 def test_a_stop_that_came_before_the_child_ends_it_too(trainer):
     stop = Stop()
-    stop.request(signal.SIGTERM)
+    stop.request("SIGTERM")
     assert _wait(trainer, "wait", stop=stop) in (75, -signal.SIGTERM)
 
 
@@ -139,37 +140,26 @@ def test_run_training_starts_the_run_module_with_home_and_run(run, tmp_path, mon
     launch.run_training(home, run, resume="latest")
     launch.run_exam(home, run, candidate="bot@b", champion="bot@a")
     assert asked == [
-        ["nightschool.training.run", "--home", str(home.path), "--run", run.id, "--resume", "latest"],
-        [
-            "nightschool.engine.exam",
-            "--home",
-            str(home.path),
-            "--candidate",
-            "bot@b",
-            "--run",
-            run.id,
-            "--champion",
-            "bot@a",
-        ],
+        command("train", "--home", str(home.path), "--run", run.id, "--resume", "latest"),
+        command("examine", "--home", str(home.path), "--candidate", "bot@b", "--run", run.id, "--champion", "bot@a"),
     ]
 
 
-def test_only_a_process_that_names_the_run_is_asked_to_stop(run):
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", "another-run"])
-    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", run.id])
+def test_only_the_process_that_trains_the_run_is_asked_to_stop(run):
+    trainer, successor = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) for _ in range(2))
     try:
-        run.update_status(state="running", pid=other.pid)
+        run.update_status(state="running", pid=successor.pid, pid_created_at=1.0)  # its number was another's before
         assert training_process(run) is None
         assert effective_state(run) == "interrupted"
         with pytest.raises(Conflict, match="its state is interrupted"):
             ask_to_stop(run)
-        run.update_status(pid=ours.pid)
+        run.update_status(pid=trainer.pid)
         assert effective_state(run) == "running"
-        assert ask_to_stop(run) == ours.pid
-        assert ours.wait(10) == -signal.SIGTERM
-        assert other.poll() is None
+        assert ask_to_stop(run) == trainer.pid
+        assert trainer.wait(10) == -signal.SIGTERM
+        assert successor.poll() is None
     finally:
-        for process in (other, ours):
+        for process in (trainer, successor):
             process.kill()
             process.wait()
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import signal
 import sys
 import threading
 
@@ -19,11 +18,11 @@ from nightschool.errors import Conflict, Damaged, DiskFull, Interrupted, Nightsc
 from nightschool.jobs import launch, resume_check
 from nightschool.jobs.bitwise import compare_checkpoints
 from nightschool.jobs.resume_check import check_resume
-from nightschool.jobs.stop import Stop
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.training import run as run_module
+from nightschool.work.stop import Stop
 from tests.support import toy_trainer
 from tests.support.toy_trainer import train
 from tests.support.training_setups import one_deterministic_thread
@@ -174,7 +173,7 @@ def test_a_signal_ends_the_rehearsal_and_leaves_nothing(home, monkeypatch):
         launch.subprocess, "Popen", lambda words, **options: real([sys.executable, "-c", code], **options)
     )
     stop = Stop()
-    threading.Timer(0.5, lambda: stop.request(signal.SIGINT)).start()
+    threading.Timer(0.5, lambda: stop.request("SIGINT")).start()
     with pytest.raises(Interrupted):
         check_resume(home, run, steps=4, root=home.path, stop=stop)
     assert not list(home.path.glob(".rehearsal-*"))

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import DataError, DiskFull, Locked
 from nightschool.jobs.outcome import CycleContext, CycleResult
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
-from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
+from nightschool.work.stop import Stop
 
 START = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -38,7 +37,7 @@ class FakeClock:
         for asleep_at in [at for at in self.sleeps_through if at <= self.moment]:
             self.moment += self.sleeps_through.pop(asleep_at)
         if self.moment >= self._until:
-            self._stop.signal_number = signal.SIGTERM
+            self._stop.reason = "SIGTERM"
         return self._stop.requested
 
 
@@ -200,7 +199,7 @@ def test_an_interrupted_cycle_exits_75_and_the_next_start_goes_on_with_its_run(t
 
     def interrupted(home, recipe, **_):
         begun.append(_run_of_a_cycle(first))
-        first.stop.signal_number = signal.SIGTERM
+        first.stop.reason = "SIGTERM"
         return CycleResult("interrupted", "at step 5", run_id=begun[0].id)
 
     first.cycle = interrupted

@@ -11,11 +11,11 @@ import pytest
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.outcome import CycleContext
 from nightschool.jobs.scheduler import Scheduler
-from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database
 from nightschool.store.ledger import Ledger
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
+from nightschool.work.stop import Stop
 from tests.jobs.test_cycle import School
 from tests.jobs.test_scheduler import START, FakeClock
 

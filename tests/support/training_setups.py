@@ -16,8 +16,8 @@ from nightschool.training.loop import Budget, fit
 from nightschool.training.methods.causal import FinetuneTask
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.optimizer import Schedule
-from nightschool.training.signals import StopRequest
 from nightschool.training.state import TrainState
+from nightschool.work.stop import Stop
 
 VOCAB_SIZE = 64
 
@@ -128,7 +128,7 @@ class MiniRun:
         return self
 
 
-class StopAfter(StopRequest):
+class StopAfter(Stop):
     """Asks for a stop while the step after `steps` finished ones is computed."""
 
     def __init__(self, task, steps):

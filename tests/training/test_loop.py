@@ -15,9 +15,9 @@ from nightschool.training.loop import Budget, fit, steps_in_epoch
 from nightschool.training.metrics import MetricsLog, truncate_after
 from nightschool.training.optimizer import Schedule
 from nightschool.training.publish import greedy_continuation
-from nightschool.training.signals import StopRequest
 from nightschool.training.state import TrainState
 from nightschool.units import Every
+from nightschool.work.stop import Stop
 from tests.support.documents import ARCHITECTURES
 from tests.support.training_setups import (
     LORA,
@@ -252,7 +252,7 @@ def test_a_stop_finishes_the_step_and_saves(tmp_path):
 
 
 def test_a_stop_before_step_1_saves_nothing(tmp_path):
-    stop = StopRequest()
+    stop = Stop()
     stop.reason = "SIGINT"
     with pytest.raises(Interrupted, match="SIGINT stopped the run after step 0 of 5") as caught:
         train(make_task(), tmp_path, steps=5, stop=stop, save=lambda state: pytest.fail("saved"))

@@ -23,7 +23,7 @@ from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.pretrain import open_source, prepare_pretraining
 from nightschool.training.planning.plan import make_plan
 from nightschool.training.run import execute
-from nightschool.training.signals import StopRequest
+from nightschool.work.stop import Stop
 from tests.support.shard_setups import tokenizer, write_shards
 
 
@@ -67,14 +67,15 @@ def recipe_of(corpus, **changes):
     } | changes
 
 
-class StopAtStep(StopRequest):
+class StopAtStep(Stop):
     """Asks to stop at the first look after so many looks."""
 
     def __init__(self, looks):
         super().__init__()
         self.looks = looks
 
-    def __bool__(self):
+    @property
+    def requested(self):
         self.looks -= 1
         return self.looks < 0
 
@@ -83,7 +84,7 @@ def pretrain(home, corpus, *, stop=None, run=None, **changes):
     home.ensure()
     new = run is None
     run = run or RunStore(home).create(recipe_of(corpus, **changes), name="neox")
-    execute(home, run, resume=None if new else "latest", root=corpus, stop=StopRequest() if stop is None else stop)
+    execute(home, run, resume=None if new else "latest", root=corpus, stop=Stop() if stop is None else stop)
     return run
 
 

@@ -249,8 +249,9 @@ def test_a_run_waits_until_enough_is_uploaded(home, tmp_path, monkeypatch):
 
 def uploader_in_thread(home):
     from nightschool.jobs.uploader import serve
+    from nightschool.work.stop import Stop
 
-    serve(home, idle_seconds=0, timeout_seconds=5, stop=lambda: False, say=print)
+    serve(home, idle_seconds=0, timeout_seconds=5, stop=Stop(), say=print)
 
 
 def test_a_run_does_not_wait_for_what_has_failed_or_for_ever(home, monkeypatch):

@@ -14,12 +14,14 @@ from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import read_events
 from nightschool.jobs.uploader import main as uploader
 from nightschool.remotes import open_remote
+from nightschool.store import tables
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
 from nightschool.store.runs import RunStore
 from nightschool.uploads.journal import Journal
 from nightschool.uploads.layout import Pointer, move_pointer, read_pointer
+from nightschool.work.identity import ProcessIdentity
 from tests.support.live_server import eventually
 from tests.support.object_stores import add_checkpoint, make_run, moto, s3  # noqa: F401
 from tests.support.store_databases import db, environment, postgres, postgres_url  # noqa: F401
@@ -220,14 +222,13 @@ def test_of_two_processes_one_gets_an_upload_and_a_dead_one_loses_it(home, run, 
     journal = Journal(home, db)
     journal.enqueue(run_id=run.id, checkpoint=add_checkpoint(run, 10), url=url)
     mine = journal.claim()
-    from nightschool.uploads import journal as module
-
-    real = module._me
-    try:
-        module._me = lambda: "elsewhere:1:2.0"
-        assert journal.claim() is None  # held, by a process that lives
-    finally:
-        module._me = real
+    assert mine.lease.owner == ProcessIdentity.mine()
+    with db.write() as connection:
+        elsewhere = str(ProcessIdentity.of(os.getppid()))
+        connection.execute(tables.uploads.update().values(owner=elsewhere))
+    assert journal.claim() is None  # held, by a process that lives
+    with db.write() as connection:
+        connection.execute(tables.uploads.update().values(owner=mine.owner))
     journal.give_back(mine)
     code = (
         "import sys; from pathlib import Path; from nightschool.store.database import open_database;"
@@ -249,7 +250,7 @@ def test_of_two_processes_one_gets_an_upload_and_a_dead_one_loses_it(home, run, 
 def test_an_uploader_that_is_started_outlives_its_parent_and_ends(home, run, url):
     path = add_checkpoint(run, 10)
     code = (
-        "import sys; from pathlib import Path; from nightschool.store import uploads;"
+        "import sys; from pathlib import Path; from nightschool import uploads;"
         "from nightschool.store.home import Home; from nightschool.store.runs import RunStore;"
         "home = Home(Path(sys.argv[1])); uploads.after_commit(home, RunStore(home).ls()[0], Path(sys.argv[2]), say=print);"
         "assert 'torch' not in sys.modules; assert 'obstore' not in sys.modules; print(uploads._started[0].pid)"

@@ -10,7 +10,6 @@ import json
 import select
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from nightschool.checkpoint_writer.commit import Order, Outcome
 from nightschool.checkpoint_writer.shared_buffer import SharedMemory
 from nightschool.store.locks import lock_to_hand_over
 from nightschool.store.runs import Run
+from nightschool.work.processes import command
 
 WAIT_SECONDS = 600.0
 _CLOSE_SECONDS = 600.0
@@ -56,10 +56,10 @@ class WriterProcess:
         try:
             with its:
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable, "-m", "nightschool.checkpoint_writer",
+                    command(
+                        "write-checkpoints",
                         "--channel", str(its.fileno()), "--memory", str(memory.handle), "--lock", str(lock_file),
-                    ],
+                    ),
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                     pass_fds=(its.fileno(), memory.handle, lock_file),

@@ -17,12 +17,12 @@ from nightschool.errors import Locked
 from nightschool.events import now
 from nightschool.jobs.schedule import Timetable
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
-from nightschool.jobs.stop import Stop
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import lock
 from nightschool.store.names import check_name
+from nightschool.work.stop import Stop
 
 
 def run(recipe: Path, /, *overrides: str) -> int:

@@ -28,6 +28,7 @@ from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
 from nightschool.uploads import settings_of
 from nightschool.uploads.fetch import fetch_checkpoint, refuse_another_in_bucket
+from nightschool.work.processes import command
 
 
 def train(
@@ -62,9 +63,7 @@ def train(
     if int(os.environ.get("RANK", "0")) > 0 and not dry_run:
         # One of several that torchrun started: the first one decides, this one trains along.
         return subprocess.run(
-            [sys.executable, "-m", "nightschool.training.run", "--home", str(home.path)],
-            env=child_environment("alone"),
-            check=False,
+            command("train", "--home", str(home.path)), env=child_environment("alone"), check=False
         ).returncode
     if dry_run:
         if recipe is None or resume is not None:
@@ -207,12 +206,13 @@ def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ..
 
 def _detach(home: Home, run: Run, checkpoint: str | None, held_lock: int) -> int:
     """Leave the rest of the cycle, and its lock, to a process of its own."""
-    arguments = ["nightschool.jobs.detached", "--home", str(home.path), "--run", run.id, "--lock", str(held_lock)]
-    if checkpoint is not None:
-        arguments += ["--resume", checkpoint]
+    resuming = () if checkpoint is None else ("--resume", checkpoint)
+    where = ("--home", str(home.path), "--run", run.id, "--lock", str(held_lock))
     directory = Path(CycleContext.read(run).root)
     try:
-        process = start_process(arguments, log=run.log_path, directory=directory, keep_open=[held_lock])
+        process = start_process(
+            command("cycle", *where, *resuming), log=run.log_path, directory=directory, keep_open=[held_lock]
+        )
     except OSError as error:
         if run.status.state == "queued":
             run.update_status(state="failed", error=f"Its process could not be started: {error}", exit_code=1)

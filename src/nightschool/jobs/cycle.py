@@ -27,12 +27,12 @@ from nightschool.jobs.selection import (
     reason_to_skip,
     starting_weights,
 )
-from nightschool.jobs.stop import Stop
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
 from nightschool.store.names import CHAMPION
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
+from nightschool.work.stop import Stop
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from nightschool.errors import Interrupted
 from nightschool.jobs.processes import how_it_ended
-from nightschool.jobs.stop import Stop
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
+from nightschool.work.processes import command
+from nightschool.work.stop import Stop
 
 OnLine = Callable[[str], None]
 
@@ -44,14 +44,14 @@ def child_environment(machine: Machine) -> dict[str, str]:
 
 
 def start_process(
-    arguments: Sequence[str],
+    command_line: Sequence[str],
     *,
     log: Path,
     machine: Machine = "alone",
     directory: Path | None = None,
     keep_open: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start `python -m arguments…` in a process group of its own, its output appended to `log`.
+    """Start a command (see work/processes) in a process group of its own, its output appended to `log`.
 
     It inherits the descriptors `keep_open`.
 
@@ -60,7 +60,7 @@ def start_process(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            command_line,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -122,7 +122,7 @@ class _Follower:
 
 
 def _run(
-    arguments: Sequence[str],
+    command_line: Sequence[str],
     *,
     log: Path,
     stop: Stop,
@@ -131,7 +131,7 @@ def _run(
     directory: Path | None,
 ) -> int:
     from_byte = log.stat().st_size if log.exists() else 0
-    process = start_process(arguments, log=log, machine=machine, directory=directory)
+    process = start_process(command_line, log=log, machine=machine, directory=directory)
     return wait_for(process, log=log, from_byte=from_byte, stop=stop, on_line=on_line)
 
 
@@ -159,12 +159,10 @@ def run_training(
     Returns:
         The exit code: 0 done, 75 interrupted and resumable, other: failed. A signal is minus its number.
     """
-    arguments = ["nightschool.training.run", "--home", str(home.path), "--run", run.id]
-    if resume is not None:
-        arguments += ["--resume", resume]
+    resuming = () if resume is None else ("--resume", resume)
     stop = stop or Stop()
     exit_code = _run(
-        arguments,
+        command("train", "--home", str(home.path), "--run", run.id, *resuming),
         log=run.log_path,
         stop=stop,
         on_line=on_line,
@@ -200,11 +198,9 @@ def run_exam(
 
     `candidate` and `champion` are `name@version`. Returns the exit code, 0 when the exam could decide.
     """
-    arguments = ["nightschool.engine.exam", "--home", str(home.path), "--candidate", candidate, "--run", run.id]
-    if champion is not None:
-        arguments += ["--champion", champion]
+    compared = () if champion is None else ("--champion", champion)
     return _run(
-        arguments,
+        command("examine", "--home", str(home.path), "--candidate", candidate, "--run", run.id, *compared),
         log=run.log_path,
         stop=stop or Stop(),
         on_line=on_line,

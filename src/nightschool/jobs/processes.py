@@ -8,27 +8,14 @@ import time
 import psutil
 
 from nightschool.errors import Conflict
-from nightschool.jobs.stop import Stop
 from nightschool.store.runs import Run
+from nightschool.work.stop import Stop
 
 
 def training_process(run: Run) -> psutil.Process | None:
-    """The living process that trains `run`, or None.
-
-    The pid in status.json may have been given to another program since: only a process whose command line names
-    this very run is ours.
-    """
-    pid = run.status.pid
-    if pid is None:
-        return None
-    try:
-        process = psutil.Process(pid)
-        command = process.cmdline()
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-    except psutil.Error:
-        return None
-    return process if run.id in command else None
+    """The living process that trains `run`, or None."""
+    process = run.status.process
+    return None if process is None else process.find()
 
 
 def effective_state(run: Run) -> str:

@@ -25,7 +25,6 @@ from nightschool.events import read_events
 from nightschool.jobs.bitwise import Comparison, compare_checkpoints
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, OnLine, start_process, wait_for
 from nightschool.jobs.processes import how_it_ended
-from nightschool.jobs.stop import Stop
 from nightschool.store import checkpoints
 from nightschool.store.atomic import PARTIAL, sweep_partials, write_json
 from nightschool.store.checkpoints import Checkpoint
@@ -33,6 +32,8 @@ from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStatus
 from nightschool.units import Every
+from nightschool.work.processes import command
+from nightschool.work.stop import Stop
 
 FEWEST_STEPS = 2
 # What a run writes while it trains; the copy writes its own.
@@ -263,9 +264,9 @@ class _Starter:
 
     def __call__(self, copy: _Copy, steps: int) -> None:
         from_byte = copy.log_path.stat().st_size if copy.log_path.exists() else 0
-        arguments = ["nightschool.training.resume_check", "--home", str(copy.home.path), "--run", copy.id]
-        arguments += ["--steps", str(steps), "--root", str(self.root)]
-        process = start_process(arguments, log=copy.log_path, directory=self.root)
+        where = ("--home", str(copy.home.path), "--run", copy.id, "--root", str(self.root))
+        line = command("check-resume", *where, "--steps", str(steps))
+        process = start_process(line, log=copy.log_path, directory=self.root)
         code = wait_for(process, log=copy.log_path, from_byte=from_byte, stop=self.stop, on_line=self.on_line)
         if self.stop.requested or code == INTERRUPTED_EXIT_CODE:
             raise Interrupted("A signal ended the rehearsal; the run itself is as it was. Begin the rehearsal again.")

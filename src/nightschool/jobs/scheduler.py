@@ -20,7 +20,6 @@ from nightschool.jobs.cycle import CheckpointContext, continue_cycle, run_cycle
 from nightschool.jobs.outcome import CycleContext, CycleResult, Trigger, verdict_of
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.jobs.selection import Studied
-from nightschool.jobs.stop import Stop
 from nightschool.store.atomic import FULL
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -28,6 +27,7 @@ from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import lock
 from nightschool.store.names import stamp_of
 from nightschool.store.runs import Run, RunStore
+from nightschool.work.stop import Stop
 
 # A cycle that begins later than this was missed, as when the machine slept, and not merely late.
 LATE = timedelta(minutes=2)

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from nightschool import uploads
@@ -28,6 +27,7 @@ from nightschool.store.runs import Run
 from nightschool.units import format_bytes
 from nightschool.uploads.journal import Journal, Upload
 from nightschool.uploads.push import attempt
+from nightschool.work.stop import Stop
 
 # Training comes first.
 _NICENESS = 10
@@ -48,17 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--idle-seconds", type=float, default=_IDLE_SECONDS)
     parser.add_argument("--timeout-seconds", type=float, default=TIMEOUT_SECONDS)
     given = parser.parse_args(arguments)
-    stop = _Stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop.note)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(_NICENESS)
     idle_seconds = 0.0 if given.drain else given.idle_seconds
     try:
-        return serve(
-            Home(given.home), idle_seconds=idle_seconds, timeout_seconds=given.timeout_seconds, stop=stop, say=_say
-        )
+        with Stop() as stop:
+            return serve(
+                Home(given.home), idle_seconds=idle_seconds, timeout_seconds=given.timeout_seconds, stop=stop, say=_say
+            )
     except Locked as error:
         if not given.drain:
             return 0  # several were started at once, and one is enough
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def serve(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Callable[[], bool], say: Say) -> int:
+def serve(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Stop, say: Say) -> int:
     """Upload whatever is due, until nothing is queued for `idle_seconds`.
 
     Returns:
@@ -90,14 +88,14 @@ def serve(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Call
                 return 1 if Journal(home, db).ls(states=("failed",)) else 0
 
 
-def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Callable[[], bool], say: Say) -> None:
+def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Stop, say: Say) -> None:
     for found in uploads.reconcile(home):
         say(f"Found {found.name} of {found.run_id}, which was not in the journal")
     idle_since = time.monotonic()
     with open_database(home) as db:
         journal = Journal(home, db)
         while True:
-            if stop():
+            if stop.requested:
                 raise Interrupted("The uploader was stopped; it goes on where it was when it is started again.")
             try:
                 upload = journal.claim()
@@ -110,7 +108,7 @@ def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Call
                 raise
             except NightschoolError as error:  # of the database: full, or locked by somebody for too long
                 say(f"error: {error}")
-                time.sleep(_PAUSE_AFTER_FAULT_SECONDS)
+                stop.wait(_PAUSE_AFTER_FAULT_SECONDS)
                 continue
             if due is None and time.monotonic() - idle_since >= idle_seconds:
                 return
@@ -118,14 +116,14 @@ def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Call
                 say(f"{home.path} was removed; there is nothing left to upload")
                 return
             # What is due and could not be taken is at work elsewhere.
-            time.sleep(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
+            stop.wait(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
 
 
 def _timed(
-    home: Home, journal: Journal, upload: Upload, timeout_seconds: float, stop: Callable[[], bool], say: Say
+    home: Home, journal: Journal, upload: Upload, timeout_seconds: float, stop: Stop, say: Say
 ) -> tuple[Upload, float]:
     started = time.monotonic()
-    result = attempt(home, journal, upload, say=say, stop=stop, timeout_seconds=timeout_seconds)
+    result = attempt(home, journal, upload, say=say, stop=lambda: stop.requested, timeout_seconds=timeout_seconds)
     return result, time.monotonic() - started
 
 
@@ -148,21 +146,6 @@ def _tell(home: Home, timed: tuple[Upload, float], say: Say) -> None:
             log = EventLog(run.events_path, run_id=run.id)
             log.write(event, name=upload.name, url=upload.url, **facts)
             log.close()
-
-
-class _Stop:
-    """Notes signals. The second one ends the process at once: nothing but the part that is under way is sent again."""
-
-    def __init__(self) -> None:
-        self._noted = False
-
-    def __call__(self) -> bool:
-        return self._noted
-
-    def note(self, number: int, _: FrameType | None) -> None:
-        if self._noted:
-            os._exit(128 + number)
-        self._noted = True
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import socket
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 from ruamel.yaml import YAML
 
 from nightschool.errors import Conflict, Damaged, DiskFull, NotFound
@@ -29,21 +29,20 @@ from nightschool.store.atomic import (
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.names import check_name, is_stamp, next_free_stamp
+from nightschool.work.identity import ProcessIdentity
 
 RunState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
 STATES: tuple[RunState, ...] = get_args(RunState)
 FINAL_STATES: tuple[RunState, ...] = ("completed", "failed", "cancelled", "interrupted")
 _WAIT_SECONDS = 30.0
-# Clocks are corrected while processes live, so that their creation seems to move a little.
-_SAME_PROCESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """What status.json holds. `candidate` is the published version (`name@version`), `error` the message of a failure.
 
-    `started_at` and `finished_at` are ISO 8601 in UTC; `pid` is the process that trains, and `pid_created_at` when
-    that process began (seconds since 1970), filled in with it.
+    `started_at` and `finished_at` are ISO 8601 in UTC. `pid` is the process that trains; when it began (seconds since
+    1970) and its `host` are filled in with it.
     """
 
     run_id: str
@@ -58,21 +57,23 @@ class RunStatus:
     candidate: str | None = None
     exit_code: int | None = None
     pid_created_at: float | None = None
+    host: str | None = None
 
     @property
     def is_final(self) -> bool:
         return self.state in FINAL_STATES
 
     @property
+    def process(self) -> ProcessIdentity | None:
+        """The process that trains, or did last."""
+        if self.pid is None or self.pid_created_at is None:
+            return None
+        return ProcessIdentity(self.host or socket.gethostname(), self.pid, self.pid_created_at)
+
+    @property
     def process_lives(self) -> bool:
-        """Whether the process `pid` still runs. A `running` run without one was killed: it is really interrupted."""
-        if self.pid is None:
-            return False
-        created_at = _created_at(self.pid)
-        # The kernel gives process ids out again; the one that we mean was created at the moment that we wrote down.
-        return created_at is not None and (
-            self.pid_created_at is None or abs(created_at - self.pid_created_at) < _SAME_PROCESS_SECONDS
-        )
+        """Whether that process still runs. A `running` run without one was killed: it is really interrupted."""
+        return self.process is not None and self.process.lives
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class Run:
             elif state in FINAL_STATES:
                 changes = {"finished_at": moment, **changes}
             if changes.get("pid") is not None:
-                changes = {"pid_created_at": _created_at(changes["pid"]), **changes}
+                found = ProcessIdentity.of(changes["pid"])
+                began_at = None if found is None else found.created_at
+                changes = {"pid_created_at": began_at, "host": socket.gethostname(), **changes}
             status = dataclasses.replace(present, **changes)
             write_json(self.status_path, dataclasses.asdict(status))
         return status
@@ -282,15 +285,6 @@ class RunStore:
 
     def _lock(self) -> AbstractContextManager[None]:
         return lock(self.home.locks / "runs.lock", "the list of runs", wait_seconds=_WAIT_SECONDS)
-
-
-def _created_at(pid: int) -> float | None:
-    """When a process began, in seconds since 1970, or None if it does not run (any more)."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.NoSuchProcess:
-        return None
 
 
 def _to_yaml(plain: dict[str, Any]) -> str:

@@ -16,10 +16,10 @@ from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
-from nightschool.training.signals import StopRequest
 from nightschool.training.state import Interval, TrainState
 from nightschool.training.task import Task
 from nightschool.units import Every
+from nightschool.work.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def fit(
     metrics: MetricsLog | None,
     evaluate: Callable[[], float] | None = None,
     save: Callable[[TrainState], None] | None = None,
-    stop: StopRequest | None = None,
+    stop: Stop | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     describe: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
@@ -92,7 +92,7 @@ def fit(
         finished = state.step >= budget.steps_total
         # Clocks and signals differ between processes, so they agree on what is due.
         stopping, evaluation_due, save_due = world.any(
-            bool(stop),
+            stop is not None and stop.requested,
             evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished),
             save is not None and state.save_due(budget.save_every, finished=finished),
         )

@@ -19,20 +19,21 @@ from nightschool.store.runs import RunStore
 from nightschool.training.distributed.launcher import started_ranks
 from nightschool.training.distributed.world import joined_world
 from nightschool.training.run import execute
-from nightschool.training.signals import StopRequest, stop_on_signals
+from nightschool.work.stop import Stop
 
 
-class StopAfter(StopRequest):
+class StopAfter(Stop):
     """Stops a run after so many steps, or when a signal asks for it."""
 
-    def __init__(self, num_steps: int, signals: StopRequest) -> None:
+    def __init__(self, num_steps: int, signals: Stop) -> None:
         super().__init__()
         self._steps_left = num_steps
         self._signals = signals
 
-    def __bool__(self) -> bool:
+    @property
+    def requested(self) -> bool:
         """The loop asks once before each step."""
-        if self._signals:
+        if self._signals.requested:
             self.reason = self._signals.reason
         elif self._steps_left == 0:
             self.reason = "The rehearsal"
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, required=True, help="steps to train before saving")
     parser.add_argument("--root", type=Path, default=Path(), help="where relative paths of the recipe begin")
     given = parser.parse_args(arguments)
-    with stop_on_signals() as signals:
+    with Stop() as signals:
         stop = StopAfter(given.steps, signals)
         try:
             home = Home(given.home.absolute())

@@ -47,8 +47,8 @@ from nightschool.training.planning.plan import plan_of, render_plan
 from nightschool.training.prepare import prepare
 from nightschool.training.progress import Progress, say
 from nightschool.training.setup import PreparedRun
-from nightschool.training.signals import StopRequest, stop_on_signals
 from nightschool.training.state import TrainState
+from nightschool.work.stop import Stop
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", help="the name of a checkpoint, or `latest`")
     parser.add_argument("--root", type=Path, default=Path(), help="where relative paths of the recipe begin")
     given = parser.parse_args(arguments)
-    with stop_on_signals() as stop:
+    with Stop() as stop:
         try:
             home, root = Home(given.home.absolute()), given.root.absolute()
             if given.run is None or int(os.environ.get("RANK", "0")) > 0:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(error, error.exit_code)
 
 
-def _follow(home: Home, root: Path, stop: StopRequest) -> int:
+def _follow(home: Home, root: Path, stop: Stop) -> int:
     """Be one of the other processes of whatever run process 0 names."""
     with joined_world() as world:
         if world.is_first:
@@ -105,7 +105,7 @@ def _wanted_processes(run: Run) -> int:
     return 1 if "WORLD_SIZE" in os.environ else Recipe.model_validate(run.recipe()).train.num_processes
 
 
-def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: StopRequest, world: World = ALONE) -> int:
+def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: Stop, world: World = ALONE) -> int:
     """Run it, and write into the status how it ended, whatever happens."""
     try:
         with lock(run.lock_path, f"the run {run.id}"):
@@ -159,7 +159,7 @@ def _explained(error: Exception) -> Exception:
     return error
 
 
-def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: StopRequest, world: World = ALONE) -> None:
+def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: Stop, world: World = ALONE) -> None:
     """Train the run and publish its candidate; in process 0 of `world`, while the others `follow`.
 
     Raises:
@@ -243,7 +243,7 @@ def _train(
     prepared: PreparedRun,
     context: CheckpointContext,
     point: Checkpoint | None,
-    stop: StopRequest,
+    stop: Stop,
     saver: Saver,
     world: World,
 ) -> TrainState:

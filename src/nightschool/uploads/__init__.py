@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +31,7 @@ from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes
 from nightschool.uploads.journal import UNFINISHED, Journal, Upload, UploadState, digest_of
 from nightschool.uploads.push import push_until_done
+from nightschool.work.processes import PROCESSES, command
 
 __all__ = [
     "Settings",
@@ -346,7 +346,7 @@ def ensure_uploader(home: Home) -> int | None:
     make_folder(home.path)
     with uploader_log_path(home).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nightschool.jobs.uploader", "--home", str(home.path)],
+            command("upload", "--home", str(home.path)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -365,7 +365,7 @@ def restart_uploader(home: Home) -> int | None:
     with suppress(OSError, ValueError, psutil.Error):
         old = psutil.Process(int(uploader_lock_path(home).read_text()))
         # The number may be another program's by now.
-        if "nightschool.jobs.uploader" in old.cmdline():
+        if PROCESSES["upload"] in old.cmdline():
             old.terminate()
             old.wait(_END_SECONDS)
     return ensure_uploader(home)

@@ -7,16 +7,12 @@ a lease is at it, `done`, or `failed` when trying again by itself would not help
 from __future__ import annotations
 
 import hashlib
-import os
-import random
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import sqlalchemy as sa
 
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NightschoolError, NotFound
@@ -27,15 +23,16 @@ from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.manifest import MANIFEST, read_manifest
 from nightschool.store.tables import upload_files, uploads
+from nightschool.work.backoff import BackOff
+from nightschool.work.identity import ProcessIdentity
+from nightschool.work.lease import Lease
 
 UploadState = Literal["queued", "running", "done", "failed"]
 UNFINISHED: tuple[UploadState, ...] = ("queued", "running", "failed")
 
-# A lease ends when its process dies on this machine; on another machine, after this long without a sign of life.
+# On another machine, a lease ends after this long without a sign of life.
 _LEASE_SECONDS = 900.0
-_FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 300.0
-_SAME_PROCESS_SECONDS = 5.0
+_BACK_OFF = BackOff(first_seconds=1.0, longest_seconds=300.0)
 # Weights are what somebody needs first; the manifest is no data and goes last.
 _FIRST = ("model", "adapter_model", "pytorch_model", "weights")
 
@@ -69,6 +66,10 @@ class Upload:
     @property
     def folder(self) -> Path:
         return Path(self.path)
+
+    @property
+    def lease(self) -> Lease:
+        return Lease(ProcessIdentity.parse(self.owner or ""), self.lease_until)
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,14 @@ class Journal:
         Of two processes, only one gets it. A row whose process died is due.
         """
         moment = now()
+        lease = Lease.begin(moment, _LEASE_SECONDS)
         conditions = [uploads.c.home == self._home, uploads.c.state.in_(("queued", "running"))]
         if upload_id is not None:
             conditions.append(uploads.c.id == upload_id)
         with self._db.write() as connection:
             for row in _load(connection, *conditions):
                 waits = upload_id is None and row.state == "queued" and _seconds_to_try(row, moment) > 0
-                if waits or (row.state == "running" and _is_held(row, moment)):
+                if waits or (row.state == "running" and row.lease.is_held_by_another(moment)):
                     continue
                 # The condition is for PostgreSQL, where another transaction may have been quicker.
                 as_seen = (
@@ -211,8 +213,8 @@ class Journal:
                     .where(as_seen)
                     .values(
                         state="running",
-                        owner=_me(),
-                        lease_until=moment + timedelta(seconds=_LEASE_SECONDS),
+                        owner=str(lease.owner),
+                        lease_until=lease.until,
                         attempts=row.attempts + 1,
                     )
                 )
@@ -270,13 +272,12 @@ class Journal:
 
     def fail(self, upload: Upload, error: NightschoolError, *, for_good: bool) -> Upload:
         """Note a failed attempt; unless it is for good, the next one comes after a pause that grows, and is random."""
-        pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** min(upload.attempts - 1, 30))
         with self._db.write() as connection:
             self._release(
                 connection,
                 upload,
                 state="failed" if for_good else "queued",
-                next_try_at=now() + timedelta(seconds=random.uniform(pause / 2, pause)),
+                next_try_at=now() + timedelta(seconds=_BACK_OFF.pause_seconds(upload.attempts)),
                 error=str(error),
                 error_code=error.code,
             )
@@ -304,7 +305,7 @@ class Journal:
     def _still_mine(self, connection: sa.Connection, upload: Upload) -> None:
         """Renew the lease, if it is still ours."""
         mine = (uploads.c.id == upload.id) & (uploads.c.digest == upload.digest) & (uploads.c.owner == upload.owner)
-        renewed = uploads.update().where(mine).values(lease_until=now() + timedelta(seconds=_LEASE_SECONDS))
+        renewed = uploads.update().where(mine).values(lease_until=upload.lease.heartbeat(now(), _LEASE_SECONDS).until)
         if not connection.execute(renewed).rowcount:
             raise Conflict(
                 f"The upload of {upload.name} to {upload.url} is not the one that was begun: the checkpoint was "
@@ -319,7 +320,7 @@ class Journal:
 def _seconds_to_try(upload: Upload, moment: datetime) -> float:
     seconds = (upload.next_try_at - moment).total_seconds()
     # Longer than the longest pause is no pause: the clock was put back.
-    return seconds if 0 < seconds <= _LONGEST_PAUSE_SECONDS else 0.0
+    return seconds if 0 < seconds <= _BACK_OFF.longest_seconds else 0.0
 
 
 def digest_of(checkpoint: Path) -> str:
@@ -338,27 +339,6 @@ def stamp_of(path: Path) -> str | None:
 
 def _urgency(name: str) -> tuple[bool, str]:
     return not name.startswith(_FIRST), name
-
-
-def _me() -> str:
-    """A name of our process, also among those that had or will have its number."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def _is_held(upload: Upload, moment: datetime) -> bool:
-    """Whether the process that holds the lease may still be at it."""
-    owner = upload.owner or ""
-    if owner == _me():
-        return False
-    if owner.count(":") >= 2:
-        host, pid, created_at = owner.rsplit(":", 2)
-        if host == socket.gethostname():
-            try:
-                began_at = float(psutil.Process(int(pid)).create_time())
-            except psutil.Error:
-                return False
-            return abs(began_at - float(created_at)) < _SAME_PROCESS_SECONDS
-    return upload.lease_until is not None and upload.lease_until > moment
 
 
 def _load(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> list[Upload]:

@@ -7,7 +7,6 @@ without a manifest does not exist, a manifest is only ever created, and the poin
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import tempfile
 import time
@@ -36,11 +35,13 @@ from nightschool.store.manifest import MANIFEST, read_manifest, verify
 from nightschool.uploads.archive import make_archive
 from nightschool.uploads.journal import Journal, Upload, UploadFile, digest_of, stamp_of
 from nightschool.uploads.layout import LATEST, archive_key, checkpoint_key, made_when, move_pointer, pointer_to
+from nightschool.work.backoff import BackOff
 
 Say = Callable[[str], None]
 Stop = Callable[[], bool]
 
 _NOTE_SECONDS = 2.0
+_IN_THE_FOREGROUND = BackOff(first_seconds=1.0, longest_seconds=30.0)
 # What the user must mend is tried this often, with growing pauses, before it waits for `retry`.
 _TRIES_UNTIL_MENDED = 5
 
@@ -105,7 +106,7 @@ def push_until_done(
         if news != told:
             say(news)
             told = news
-        pause = random.uniform(0.5, 1.0) * min(30.0, 2.0 ** max(0, upload.attempts - 1))
+        pause = _IN_THE_FOREGROUND.pause_seconds(upload.attempts)
         if time.monotonic() + pause > deadline:
             return upload
         time.sleep(pause)

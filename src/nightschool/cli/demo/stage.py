@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from nightschool.errors import NightschoolError
+from nightschool.work.processes import command
 
-COMMAND = (sys.executable, "-m", "nightschool.cli")
+COMMAND = tuple(command("cli"))
 
 
 class DemoFailed(NightschoolError):

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nightschool.cli.doctor.finding import Finding
 from nightschool.errors import NightschoolError
 from nightschool.jobs.processes import how_it_ended
 from nightschool.units import format_bytes
+from nightschool.work.processes import command
 
 PROBE_SECONDS = 180.0
 DRIVER_SECONDS = 20.0
@@ -41,12 +41,7 @@ def probe() -> dict[str, Any]:
 def _ask_torch() -> dict[str, Any] | str:
     """What it found, or why it found nothing: a torch that hangs is waited for once."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "nightschool.cli.doctor.probe"],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-        )
+        done = subprocess.run(command("probe"), capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         return f"torch gave no answer within {PROBE_SECONDS:.0f} s"
     last = (done.stderr.strip().splitlines() or [""])[-1]

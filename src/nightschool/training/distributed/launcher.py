@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,8 +22,9 @@ from nightschool.training.environment import checkpoint_context
 from nightschool.training.loop import Budget, fit
 from nightschool.training.prepare import prepare
 from nightschool.training.progress import say
-from nightschool.training.signals import StopRequest
 from nightschool.training.state import TrainState
+from nightschool.work.processes import command
+from nightschool.work.stop import Stop
 
 _FAREWELL_SECONDS = 30.0
 
@@ -49,12 +49,11 @@ def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapp
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    arguments = ["--home", str(home.path), "--root", str(root)]
     with ExitStack() as stack:
         for rank in range(1, count):
             log = stack.enter_context(log_of(run, rank).open("ab"))
             process = subprocess.Popen(
-                [sys.executable, "-m", "nightschool.training.run", *arguments],
+                command("train", "--home", str(home.path), "--root", str(root)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -70,7 +69,7 @@ def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapp
                 os.environ.pop(name, None)
 
 
-def follow(home: Home, run: Run, *, world: World, root: Path, stop: StopRequest) -> None:
+def follow(home: Home, run: Run, *, world: World, root: Path, stop: Stop) -> None:
     """Train along with process 0, which decides, and writes all but the parts of shared tensors.
 
     Raises:

@@ -13,16 +13,21 @@ from typing import Any
 
 from nightschool.errors import Interrupted
 
+SECOND_SIGNAL_EXIT_CODE = 130
+
 
 class Stop:
     """Notes SIGINT and SIGTERM while it is entered, and forwards each to the child that is running.
+
+    The second signal goes to the child too; without a child it ends this process at once, with exit code 130 and
+    without any clean-up. What was committed is whole, because it was committed by renaming, or in a transaction.
 
     Signals reach Python only in the main thread; entered in another thread, a Stop notes nothing until `request`.
     Entering an entered Stop again changes nothing, so that a caller may hand down its own.
     """
 
     def __init__(self) -> None:
-        self.signal_number: int | None = None
+        self.reason: str | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self._depth = 0
         self._before: dict[int, Any] = {}
@@ -31,11 +36,11 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        return self.signal_number is not None
+        return self.reason is not None
 
-    def request(self, signal_number: int) -> None:
-        """What a signal does: note it, wake the sleeper, tell the child."""
-        self.signal_number = signal_number
+    def request(self, reason: str) -> None:
+        """Note why work should stop (the name of a signal), wake the sleeper, tell the child."""
+        self.reason = reason
         if self._pipe is not None:
             # A full pipe refuses the byte, and the earlier ones wake the sleeper all the same.
             with contextlib.suppress(BlockingIOError):
@@ -56,7 +61,9 @@ class Stop:
             raise Interrupted(f"Stopped by a signal before {where}. Start again to go on from there.")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.request(number)
+        if self.requested and self.child is None:
+            os._exit(SECOND_SIGNAL_EXIT_CODE)
+        self.request(signal.Signals(number).name)
 
     def __enter__(self) -> Stop:
         self._depth += 1

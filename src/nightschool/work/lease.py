@@ -1,0 +1,34 @@
+"""Who works on a row of a queue, until when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from nightschool.work.identity import ProcessIdentity
+
+
+@dataclass(frozen=True)
+class Lease:
+    """`owner` may work until `until`, and gives signs of life before that. Without an owner nobody works.
+
+    On the machine of its owner a lease ends with that process; on another one, after it was silent for too long.
+    """
+
+    owner: ProcessIdentity | None
+    until: datetime | None
+
+    @classmethod
+    def begin(cls, moment: datetime, seconds: float) -> Lease:
+        """A lease of this process, for so long."""
+        return cls(ProcessIdentity.mine(), moment + timedelta(seconds=seconds))
+
+    def heartbeat(self, moment: datetime, seconds: float) -> Lease:
+        """The lease after a sign of life of its owner."""
+        return replace(self, until=moment + timedelta(seconds=seconds))
+
+    def is_held_by_another(self, moment: datetime) -> bool:
+        """Whether a process other than this one may still be at work."""
+        if self.owner is not None and self.owner.is_here:
+            return self.owner.lives and self.owner.pid != ProcessIdentity.mine().pid
+        return self.until is not None and self.until > moment

@@ -1,0 +1,29 @@
+"""The processes that nightschool starts, by name: the one table of their modules.
+
+Whoever starts one knows its name and not its module, so that a room may start the process of a room above it.
+A test looks whether every module is there and can be run, and that nobody starts another one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+ProcessName = Literal["cli", "probe", "train", "examine", "check-resume", "cycle", "upload", "write-checkpoints"]
+
+PROCESSES: Mapping[ProcessName, str] = {
+    "cli": "nightschool.cli",
+    "probe": "nightschool.cli.doctor.probe",
+    "train": "nightschool.training.run",
+    "examine": "nightschool.engine.exam",
+    "check-resume": "nightschool.training.resume_check",
+    "cycle": "nightschool.jobs.detached",
+    "upload": "nightschool.jobs.uploader",
+    "write-checkpoints": "nightschool.checkpoint_writer",
+}
+
+
+def command(process: ProcessName, *arguments: str) -> list[str]:
+    """The command line that starts a process with the interpreter of this one."""
+    return [sys.executable, "-m", PROCESSES[process], *arguments]
