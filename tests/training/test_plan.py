@@ -6,14 +6,17 @@ import torch
 from rich.console import Console
 
 from nightschool.config.recipe import Recipe
+from nightschool.data.chat import render as render_module
 from nightschool.data.chat.render import Rendered
+from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
 from nightschool.store.home import Home
+from nightschool.training.planning import plan as planning
 from nightschool.training.planning import throughput
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.training.planning.plan import make_plan, measure, render_plan
-from nightschool.training.selection import select_examples
+from nightschool.training.selection import Selection, sample_of, select_examples
 from nightschool.training.setup import prepare_finetune, refuse_nothing_to_train
 from tests.support.training_setups import differing, one_deterministic_thread
 
@@ -162,3 +165,48 @@ def test_a_mask_groups_neighbours():
 def test_the_probe_stops_in_time(tmp_path, home, monkeypatch):
     monkeypatch.setattr(throughput, "PROBE_SECONDS", 0.0)
     assert plan_for(tmp_path, home, CHATS).measured_batches == 1
+
+
+def many_chats(count):
+    """Examples that differ and are equally long, so that a sample of them estimates without an error."""
+    digits = [f"{number:03d}".translate(str.maketrans("0123456789", "abcdefghij")) for number in range(count)]
+    return [{"query": f"{' '.join(word)}?", "retrieved": f"{' '.join(word)}."} for word in digits]
+
+
+def test_a_plan_of_much_data_renders_a_sample_and_says_so(tmp_path, home, monkeypatch):
+    rows = many_chats(120)
+    whole = plan_for(tmp_path, home, rows, replay={"ratio": 0})
+    rendered = []
+    monkeypatch.setattr(planning, "SAMPLED_EXAMPLES", 30)
+    monkeypatch.setattr(render_module, "_render_chat", spy(render_module._render_chat, rendered))
+    sampled = plan_for(tmp_path, home, rows, replay={"ratio": 0})
+    assert len(rendered) < 50, "neither what is trained nor what is held out is rendered as a whole"
+    assert (whole.examples_rendered, sampled.examples_rendered) == (whole.examples_new, 30)
+    assert [note for note in sampled.notes if "estimates" in note] == [
+        f"30 of {whole.examples_new} examples were rendered: counts of tokens, cuts and steps are estimates."
+    ]
+    assert not any("estimates" in note for note in whole.notes)
+    for count in ("examples_new", "examples_held_out", "steps_total", "steps_per_epoch", "formats"):
+        assert getattr(sampled, count) == getattr(whole, count), count
+    assert sampled.tokens_trained == pytest.approx(whole.tokens_trained, rel=0.1)
+    assert sum(role.tokens for role in sampled.tokens_by_role.values()) == pytest.approx(sampled.tokens, abs=4)
+
+
+def spy(whole, calls):
+    def noted(*arguments):
+        calls.append(arguments)
+        return whole(*arguments)
+
+    return noted
+
+
+def test_a_sample_is_chosen_by_the_seed_and_keeps_the_order_and_the_first_examples():
+    new = [Example(text=f"text {number}", line=number) for number in range(1000)]
+    whole = Selection(new=new, replayed=new[:500], held_out=new[:100])
+    one, same, other = (sample_of(whole, 150, seed=seed) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    assert [example.line for example in one.new] == sorted({example.line for example in one.new})
+    assert one.new[:3] == new[:3]
+    assert (len(one.replayed), len(one.held_out)) == (pytest.approx(50, abs=3), pytest.approx(10, abs=3))
+    assert sample_of(whole, 1500, seed=1) is whole

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nightschool.store.atomic import write_bytes
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
+SHOWN_FIRST = 3
 NEW, REPLAYED, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "heldout.jsonl"
 
 
@@ -90,6 +92,25 @@ def _replay(
         and (example.answer is None or example.answer.strip() not in wrong)
     )
     return list(islice(free, wanted))
+
+
+def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
+    """About `num_examples` of what is trained, and as large a share of what is held out; all of it where it is less.
+
+    Each list keeps its order and its first examples, and the same seed chooses the same ones.
+    """
+    share = num_examples / max(1, len(whole.train))
+    if share >= 1:
+        return whole
+    chooser = random.Random(seed)
+
+    def sampled(examples: list[Example]) -> list[Example]:
+        wanted = round(share * len(examples))
+        first = min(SHOWN_FIRST, wanted)
+        chosen = sorted(chooser.sample(range(first, len(examples)), wanted - first))
+        return [examples[index] for index in (*range(first), *chosen)]
+
+    return replace(whole, new=sampled(whole.new), replayed=sampled(whole.replayed), held_out=sampled(whole.held_out))
 
 
 def write_selection(folder: Path, selection: Selection) -> None:

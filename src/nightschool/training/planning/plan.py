@@ -20,12 +20,14 @@ from nightschool.training.methods.pretrain import PreparedPretrain, prepare_pret
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.training.planning.pretrain_plan import PretrainPlan, pretrain_plan_of, render_pretrain_plan
 from nightschool.training.planning.throughput import Probe, disk_free, disk_needed, measure
-from nightschool.training.selection import select_examples
+from nightschool.training.selection import Selection, sample_of, select_examples
 from nightschool.training.setup import PreparedFinetune, PreparedRun, prepare_finetune
 from nightschool.units import format_bytes
 
 PREVIEWED_EXAMPLES = 3
 LISTED_CUTS = 10
+# Rendering takes about a millisecond an example: a plan looks at this many, chosen by the seed. A run counts them all.
+SAMPLED_EXAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Cut:
 class Plan:
     """Everything that `nightschool plan` says; plain values throughout, so that `asdict` is JSON.
 
-    Token counts are those of one epoch. Times are extrapolated from micro-batches that were really computed.
+    Token counts are those of one epoch. Where `examples_rendered` is less than all that would be trained, a sample was
+    rendered, and the counts of tokens, cuts and steps are estimates. Times are extrapolated from micro-batches that were really computed.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Plan:
     examples_held_out: int
     examples_known: int
     examples_without_loss: int
+    examples_rendered: int
     duplicates: int
     formats: dict[str, list[str]]
     tokens: int
@@ -105,7 +109,9 @@ def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan | Pr
     root = root or Path.cwd()
     if recipe.method == "pretrain":
         return pretrain_plan_of(prepare_pretraining(recipe, home, root=root), home, recipe.train.num_processes)
-    return finetune_plan_of(prepare_finetune(recipe, select_examples(recipe, home, root), home, root=root), home)
+    whole = select_examples(recipe, home, root)
+    sample = sample_of(whole, SAMPLED_EXAMPLES, seed=recipe.train.seed)
+    return finetune_plan_of(prepare_finetune(recipe, sample, home, root=root), home, whole=whole)
 
 
 def plan_of(prepared: PreparedRun, home: Home) -> Plan | PretrainPlan:
@@ -116,12 +122,17 @@ def plan_of(prepared: PreparedRun, home: Home) -> Plan | PretrainPlan:
     return finetune_plan_of(prepared, home)
 
 
-def finetune_plan_of(prepared: PreparedFinetune, home: Home) -> Plan:
-    """The plan of fine-tuning."""
+def finetune_plan_of(prepared: PreparedFinetune, home: Home, *, whole: Selection | None = None) -> Plan:
+    """The plan of fine-tuning. Where `prepared` holds a sample of the `whole` selection, counts are scaled up."""
+    whole = whole or prepared.selection
+    scale = len(whole.train) / max(1, len(prepared.selection.train))
     recipe, task, rendered_data = prepared.recipe, prepared.task, prepared.rendered_data
     batches, count = task.batches, count_parameters(task.model)
     rendered = rendered_data.all
-    steps_per_epoch = steps_in_epoch(batches.num_batches(0), recipe.train.accumulation_steps)
+    steps_per_epoch = steps_in_epoch(round(batches.num_batches(0) * scale), recipe.train.accumulation_steps)
+    steps_total = prepared.budget.steps_total
+    if whole is not prepared.selection:
+        steps_total = recipe.train.max_steps or steps_per_epoch * recipe.train.epochs
     probe = measure(task)
     cost = expected_peak_bytes(
         task.model,
@@ -138,50 +149,50 @@ def finetune_plan_of(prepared: PreparedFinetune, home: Home) -> Plan:
         method=recipe.method,
         parameters_total=count.total,
         parameters_trainable=count.trainable,
-        examples_new=len(prepared.selection.new),
-        examples_replayed=len(prepared.selection.replayed),
-        examples_held_out=len(prepared.selection.held_out),
-        examples_known=prepared.selection.num_known,
-        examples_without_loss=batches.num_left_out,
-        duplicates=prepared.selection.num_duplicates,
-        formats=prepared.selection.formats,
-        tokens=batches.tokens,
-        tokens_trained=batches.tokens_trained,
-        tokens_by_role=tokens_by_role(rendered),
+        examples_new=len(whole.new),
+        examples_replayed=len(whole.replayed),
+        examples_held_out=len(whole.held_out),
+        examples_known=whole.num_known,
+        examples_without_loss=round(batches.num_left_out * scale),
+        examples_rendered=len(prepared.selection.train),
+        duplicates=whole.num_duplicates,
+        formats=whole.formats,
+        tokens=round(batches.tokens * scale),
+        tokens_trained=round(batches.tokens_trained * scale),
+        tokens_by_role=tokens_by_role(rendered, scale),
         cut_share=sum(r.cut_tokens for r in rendered) / max(1, all_tokens),
         cut_trained_share=cut_trained / max(1, cut_trained + batches.tokens_trained),
-        cut_examples=len(cuts),
+        cut_examples=round(len(cuts) * scale),
         cuts=cuts[:LISTED_CUTS],
         epochs=recipe.train.epochs,
         steps_per_epoch=steps_per_epoch,
-        steps_total=prepared.budget.steps_total,
+        steps_total=steps_total,
         dtype=prepared.dtype.why,
         device=task.device.type,
         num_threads=prepared.num_threads,
         expected_peak_bytes=cost.total,
-        expected_seconds=batches.tokens
-        / probe.tokens_per_second
-        * prepared.budget.steps_total
-        / max(1, steps_per_epoch),
+        expected_seconds=batches.tokens * scale / probe.tokens_per_second * steps_total / max(1, steps_per_epoch),
         measured_batches=probe.batches,
         measured_tokens_per_second=probe.tokens_per_second,
         disk_needed_bytes=disk_needed(prepared, count.total, count.trainable),
         disk_free_bytes=disk_free(home.path),
-        notes=_notes(prepared),
+        notes=_notes(prepared, whole),
         loss_masks=[
             loss_mask(prepared.loaded.tokenizer, r.input_ids, r.weights, r.roles) for r in rendered[:PREVIEWED_EXAMPLES]
         ],
     )
 
 
-def tokens_by_role(rendered: list[Rendered]) -> dict[str, RoleTokens]:
-    """Count the tokens of each role, and those that carry loss; most frequent role first."""
+def tokens_by_role(rendered: list[Rendered], scale: float = 1.0) -> dict[str, RoleTokens]:
+    """Count the tokens of each role, and those that carry loss, times `scale`; most frequent role first."""
     tokens: Counter[str] = Counter()
     trained: Counter[str] = Counter()
     for document in rendered:
         tokens.update(document.roles)
         trained.update(role for role, weight in zip(document.roles, document.weights, strict=True) if weight > 0)
-    return {role: RoleTokens(count, trained[role]) for role, count in tokens.most_common()}
+    return {
+        role: RoleTokens(round(count * scale), round(trained[role] * scale)) for role, count in tokens.most_common()
+    }
 
 
 def _cuts(prepared: PreparedFinetune) -> list[Cut]:
@@ -199,11 +210,15 @@ def _cuts(prepared: PreparedFinetune) -> list[Cut]:
     return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
 
 
-def _notes(prepared: PreparedFinetune) -> list[str]:
+def _notes(prepared: PreparedFinetune, whole: Selection) -> list[str]:
     path = prepared.task.path
+    rendered, there = len(prepared.selection.train), len(whole.train)
     return [
         note
         for note in (
+            ""
+            if rendered == there
+            else f"{rendered:,} of {there:,} examples were rendered: counts of tokens, cuts and steps are estimates.",
             path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
             path.why_padded and "Nor can such a model be examined or served here: the exam of its candidate will fail.",
             path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
