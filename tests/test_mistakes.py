@@ -19,10 +19,10 @@ from pydantic import BaseModel
 from nightschool.config.recipe import Recipe, Shape
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Example, Message
-from nightschool.engine import exam
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.engine.slot import Slot
 from nightschool.errors import NightschoolError
+from nightschool.evaluation.eval_set import eval_set_of_run
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ScoreSheet
@@ -87,7 +87,7 @@ PROVEN_ELSEWHERE = {
     "failures surface with a non-zero exit / error code": [
         "training/test_run.py::test_what_cannot_be_trained_fails_with_its_error",
         "cli/test_train.py::test_train_exits_as_its_cycle_ended",
-        "engine/test_exam.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam",
+        "engine/test_compare.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end",
         "server/test_parametric_memory.py::test_a_failed_refresh_is_500_is_counted_and_the_old_version_serves_on",
         "server/test_openai.py::test_a_failure_in_the_middle_of_a_stream_reaches_the_client_as_an_error",
         "training/test_world.py::test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed",
@@ -151,6 +151,9 @@ class Place:
             self.conversations.record(f"r{number}", model, "20260101_000000", asked, f"Answer {number}.")
             self.conversations.feedback(f"r{number}", rating, correction)
         database.close()
+
+    def count_tokens(self, text):
+        return len(self.tokenizer(text)["input_ids"])
 
     def write(self, name, rows):
         (self.root / f"{name}.json").write_text(json.dumps([{"query": q, "retrieved": a} for q, a in rows]))
@@ -257,9 +260,10 @@ def judged(place, recipe, monkeypatch):
 
 
 def asked(place, recipe, monkeypatch):
-    """What the exam asks, and how long an answer may be."""
-    papers = exam._papers(place.home, recipe, place.root, place.tokenizer)
-    return len(papers.questions), papers.max_new_tokens
+    """What the gate asks, and how long an answer may be."""
+    run = RunStore(place.home).create(recipe.as_plain(), name=recipe.name)
+    eval_set = eval_set_of_run(place.home, recipe.name, run, place.count_tokens, candidate="none")
+    return len(eval_set.questions), eval_set.limits.max_new_tokens
 
 
 def next_night(place, recipe, monkeypatch):
@@ -362,7 +366,7 @@ OBSERVED = {
     "gate.holdout_loss": (judged, {}, {"gate.holdout_loss": "<= 1.5"}),
     "gate.forgetting": (judged, {}, {"gate.forgetting": "<= 1%"}),
     "gate.new_facts": (judged, {}, {"gate.new_facts": "off"}),
-    "gate.pins": "engine/test_exam.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
+    "gate.pins": "engine/test_compare.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
     "gate.sample": (asked, {}, {"gate.sample": 2}),
     "gate.max_new_tokens": (asked, {}, {"gate.max_new_tokens": 7}),
     "schedule.every": (next_night, {}, {"schedule.every": "6h"}),

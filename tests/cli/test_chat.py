@@ -256,7 +256,7 @@ def test_a_local_answer_is_kept_with_the_version_as_a_server_keeps_it(model, ref
         return SimpleNamespace(chunks=lambda: iter([chunk]), cancel=lambda: None)
 
     loaded = SimpleNamespace(ref=ref, ask=answer_hello, close=lambda: None)
-    monkeypatch.setattr("nightschool.cli.local_model.LocalModel", lambda home, model: loaded)
+    monkeypatch.setattr("nightschool.engine.local_model.LocalModel", lambda home, model: loaded)
     home = Home(tmp_path).ensure()
     backend, reply = LocalBackend(home, model, record=True), Reply()
     assert list(backend.stream([Message("user", "hi")], Params(), reply)) == ["Hello."]

@@ -27,7 +27,7 @@ from nightschool.work.stop import Stop
 
 
 class School:
-    """A home whose training and exam processes are replaced by what they leave on disk."""
+    """A home whose training and gate processes are replaced by what they leave on disk."""
 
     def __init__(self, tmp_path):
         self.root = tmp_path
@@ -89,7 +89,7 @@ class School:
 def school(tmp_path, monkeypatch):
     school = School(tmp_path)
     monkeypatch.setattr(cycles, "run_training", school.train)
-    monkeypatch.setattr(cycles, "run_exam", school.examine)
+    monkeypatch.setattr(cycles, "run_gate", school.examine)
     return school
 
 
@@ -264,7 +264,7 @@ def test_an_exam_that_fails_leaves_the_champion_and_keeps_the_candidate(school):
     school.exam_exit_code = -9
     result = school.cycle()
     assert result.outcome == "failed"
-    assert "the exam failed: the process was killed by SIGKILL; the machine may have run out of memory" in result.detail
+    assert "the gate failed: the process was killed by SIGKILL; the machine may have run out of memory" in result.detail
     assert result.candidate is not None
     assert school.champion is None
 
@@ -274,8 +274,8 @@ def test_an_exam_that_fails_says_why_in_its_own_words(school, monkeypatch):
         on_line("the weights of bot@x were altered.")
         return 1
 
-    monkeypatch.setattr(cycles, "run_exam", broken)
-    assert "the exam failed: the weights of bot@x were altered." in school.cycle().detail
+    monkeypatch.setattr(cycles, "run_gate", broken)
+    assert "the gate failed: the weights of bot@x were altered." in school.cycle().detail
 
 
 def test_data_that_cannot_be_read_creates_no_run(school):

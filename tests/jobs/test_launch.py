@@ -138,10 +138,10 @@ def test_run_training_starts_the_run_module_with_home_and_run(run, tmp_path, mon
     monkeypatch.setattr(launch, "_run", lambda arguments, **_: asked.append(arguments) or 0)
     home = Home(tmp_path / "home")
     launch.run_training(home, run, resume="latest")
-    launch.run_exam(home, run, candidate="bot@b", champion="bot@a")
+    launch.run_gate(home, run, candidate="bot@b", champion="bot@a")
     assert asked == [
         command("train", "--home", str(home.path), "--run", run.id, "--resume", "latest"),
-        command("examine", "--home", str(home.path), "--candidate", "bot@b", "--run", run.id, "--champion", "bot@a"),
+        command("compare", "--home", str(home.path), "--candidate", "bot@b", "--run", run.id, "--champion", "bot@a"),
     ]
 
 

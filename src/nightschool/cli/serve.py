@@ -59,7 +59,7 @@ def serve(
     """
     from pydantic import ValidationError
 
-    from nightschool.cli.local_model import serving_dtype
+    from nightschool.engine.local_model import serving_dtype
     from nightschool.models.dtype import resolve_device
     from nightschool.server.run import serve as serve_name
     from nightschool.server.settings import ServerSettings, read_api_keys

@@ -35,19 +35,27 @@ class ProbeQuestion:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
         """Read what `to_json` wrote."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     def answered(self, answer: str) -> ProbeAnswer:
         """Join the question and a version's answer, judged by `match.is_correct`."""
         return ProbeAnswer(**vars(self), answer=answer, correct=is_correct(answer, self.expected))
 
+    def unanswered(self, prompt_tokens: int) -> ProbeAnswer:
+        """The wrong answer of a version whose context does not hold the question."""
+        return ProbeAnswer(**vars(self), overlong_tokens=prompt_tokens)
+
 
 @dataclass(frozen=True)
 class ProbeAnswer(ProbeQuestion):
-    """A question with the answer that a version gave to it."""
+    """A question with the answer that a version gave to it.
+
+    `overlong_tokens` are those of a prompt that the version's context does not hold: it was not asked, and is wrong.
+    """
 
     answer: str = ""
     correct: bool = False
+    overlong_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -104,13 +104,13 @@ class AcceptedExamples:
         """`count` examples of the pool, or all if there are fewer; the same for the same pool and seed."""
         return self.shuffled(name, seed)[: max(count, 0)]
 
-    def shuffled(self, name: str, seed: int) -> list[dict[str, Any]]:
-        """The whole pool in the order of a seed.
+    def shuffled(self, name: str, seed: int, *, without: str | None = None) -> list[dict[str, Any]]:
+        """The whole pool in the order of a seed, as it is without what one version learned.
 
         Each example has its place in that order whatever else is in the pool, so that the first ones of a pool which
         grew by a few examples are almost the same.
         """
-        pool = self._pool(name)
+        pool = self._pool(name, without)
         order = sorted(pool, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
         return [pool[digest] for digest in order]
 
@@ -118,9 +118,9 @@ class AcceptedExamples:
         """How many different examples the pool holds."""
         return len(self._pool(name))
 
-    def digests(self, name: str) -> set[str]:
-        """The identities (`Example.digest`) of what the pool holds."""
-        return set(self._pool(name))
+    def digests(self, name: str, *, without: str | None = None) -> set[str]:
+        """The identities (`Example.digest`) of what the pool holds, without what one version learned."""
+        return set(self._pool(name, without))
 
     def trained(self, name: str) -> set[str]:
         """The identities of all that a version of this name has learned, rolled back or replaced since or not."""
@@ -157,9 +157,9 @@ class AcceptedExamples:
         with self._db.write() as connection:
             _mark(connection, name, version, active=True)
 
-    def _pool(self, name: str) -> dict[str, dict[str, Any]]:
+    def _pool(self, name: str, without: str | None = None) -> dict[str, dict[str, Any]]:
         pool: dict[str, dict[str, Any]] = {}
-        for row in current(self.rows(name)):
+        for row in current(row for row in self.rows(name) if row.version != without):
             pool.setdefault(row.digest, row.example)
         return pool
 

@@ -1,6 +1,6 @@
-"""One cycle: new data → run → candidate → exam → the champion moves, or stays.
+"""One cycle: new data → run → candidate → gate → the champion moves, or stays.
 
-Nothing here holds a tensor. Training and the exam are processes; what they leave on disk is read. A failure at any
+Nothing here holds a tensor. Training and the gate are processes; what they leave on disk is read. A failure at any
 point leaves the champion where it was, and the result says how far the cycle came. What a cycle must remember
 between its stages lies in `cycle.json` in the run's folder, so that another process can go on with it.
 """
@@ -16,7 +16,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
-from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_exam, run_training
+from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_gate, run_training
 from nightschool.jobs.outcome import CycleContext, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
 from nightschool.jobs.selection import (
@@ -54,7 +54,7 @@ class CheckpointContext:
 
 
 @dataclass(frozen=True)
-class Exam:
+class Comparison:
     """A candidate, the champion that it was compared with, and the gate's report as JSON."""
 
     candidate: Version
@@ -103,7 +103,7 @@ def continue_cycle(
     around: CheckpointContext | None = None,
     held_lock: int | None = None,
 ) -> CycleResult:
-    """Go on with a cycle that was interrupted, from where it stopped: training, exam or promotion.
+    """Go on with a cycle that was interrupted, from where it stopped: training, gate or promotion.
 
     `resume` is a checkpoint's name, or `latest`, which is step 0 where no checkpoint was written yet. `held_lock` is
     the descriptor of the cycle's lock, where whoever started this process handed it over.
@@ -188,11 +188,11 @@ def _finish(home: Home, run: Run, resume: str | None, around: CheckpointContext)
         stage = "promotion"
         if _is_half_promoted(home, run, candidate):
             return _complete_promotion(home, run, facts, candidate, around)
-        stage = "the exam"
-        around.stop.check("the exam began")
-        exam = _examine(home, run, facts, candidate, around)
+        stage = "the gate"
+        around.stop.check("the gate began")
+        compared = _compare(home, run, facts, candidate, around)
         stage = "promotion"
-        return _decide(home, run, facts, wanted, exam, around)
+        return _decide(home, run, facts, wanted, compared, around)
     except Interrupted as error:
         return _result(run, home, facts, "interrupted", str(error))
     except (NightschoolError, OSError) as error:
@@ -254,7 +254,7 @@ def _train(
     return _result(run, home, facts, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
 
 
-def _examine(home: Home, run: Run, facts: CycleContext, candidate: Version, around: CheckpointContext) -> Exam:
+def _compare(home: Home, run: Run, facts: CycleContext, candidate: Version, around: CheckpointContext) -> Comparison:
     """Compare the candidate with today's champion and return the gate's report."""
     registry = Registry(home)
     champion = champion_of(registry, run.name)
@@ -268,7 +268,7 @@ def _examine(home: Home, run: Run, facts: CycleContext, candidate: Version, arou
         if around.on_line is not None and not line.startswith("{"):
             around.on_line(line)
 
-    exit_code = run_exam(
+    exit_code = run_gate(
         home,
         run,
         candidate=candidate.ref,
@@ -279,24 +279,24 @@ def _examine(home: Home, run: Run, facts: CycleContext, candidate: Version, arou
         directory=Path(facts.root),
     )
     if around.stop.requested:
-        raise Interrupted(f"The exam of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
+        raise Interrupted(f"The comparison of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
     if exit_code != 0:
         said = lines[-1] if exit_code > 0 and lines else how_it_ended(exit_code)
         raise Damaged(f"{said} ({candidate.ref} stays published; go on with nightschool train --resume {run.id})")
-    return Exam(candidate, champion, registry.load_report(run.name, candidate.id))
+    return Comparison(candidate, champion, registry.load_report(run.name, candidate.id))
 
 
 def _decide(
-    home: Home, run: Run, facts: CycleContext, wanted: str, exam: Exam, around: CheckpointContext
+    home: Home, run: Run, facts: CycleContext, wanted: str, compared: Comparison, around: CheckpointContext
 ) -> CycleResult:
     """Move the champion if `serve.promote` and the report let it."""
-    registry, ref = Registry(home), exam.candidate.ref
-    passed = exam.report["decision"] == "promote"
-    verdict = f"{ref} passed the gate" if passed else f"{ref} failed {', '.join(failed_rules(exam.report))}"
+    registry, ref = Registry(home), compared.candidate.ref
+    passed = compared.report["decision"] == "promote"
+    verdict = f"{ref} passed the gate" if passed else f"{ref} failed {', '.join(failed_rules(compared.report))}"
 
     def ended(outcome: Outcome, detail: str) -> CycleResult:
         around.say(f"{outcome.capitalize()}: {detail}")
-        return _result(run, home, facts, outcome, detail, candidate=ref, report=exam.report)
+        return _result(run, home, facts, outcome, detail, candidate=ref, report=compared.report)
 
     if wanted == "if_gate_passes" and not passed:
         return ended("refused", verdict)
@@ -305,14 +305,14 @@ def _decide(
     champion, pinned = champion_of(registry, run.name), registry.pinned(run.name)
     if pinned is not None:
         return ended("published", f"{verdict}; it is not promoted, because the champion is pinned to {pinned.ref}")
-    if champion != exam.champion:
-        before = exam.champion.ref if exam.champion else "none"
+    if champion != compared.champion:
+        before = compared.champion.ref if compared.champion else "none"
         now_champion = champion.ref if champion else "none"
         return ended(
             "published",
             f"{verdict}; it is not promoted, because the champion moved from {before} to {now_champion} meanwhile",
         )
-    promote(home, run.name, exam.candidate.id, by=_mover(run))
+    promote(home, run.name, compared.candidate.id, by=_mover(run))
     return ended("promoted", verdict if passed else f"{verdict}; promoted all the same: serve.promote is always")
 
 

@@ -1,4 +1,4 @@
-"""Start the processes that do the work: a training run, an exam.
+"""Start the processes that do the work: a training run, the gate.
 
 A child writes its own log file, so that it lives on, and its log goes on, when whoever started it is closed. Who
 waits for it follows that file.
@@ -183,7 +183,7 @@ def settle_status(run: Run, exit_code: int, *, stopped: bool) -> None:
         run.update_status(state="failed", exit_code=exit_code, error=how_it_ended(exit_code))
 
 
-def run_exam(
+def run_gate(
     home: Home,
     run: Run,
     *,
@@ -196,11 +196,11 @@ def run_exam(
 ) -> int:
     """Compare a candidate with the champion in a process of its own; the report lands in the registry.
 
-    `candidate` and `champion` are `name@version`. Returns the exit code, 0 when the exam could decide.
+    `candidate` and `champion` are `name@version`. Returns the exit code, 0 when the gate could decide.
     """
     compared = () if champion is None else ("--champion", champion)
     return _run(
-        command("examine", "--home", str(home.path), "--candidate", candidate, "--run", run.id, *compared),
+        command("compare", "--home", str(home.path), "--candidate", candidate, "--run", run.id, *compared),
         log=run.log_path,
         stop=stop or Stop(),
         on_line=on_line,

@@ -20,7 +20,7 @@ from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 
 if TYPE_CHECKING:
-    from nightschool.cli.local_model import LocalModel
+    from nightschool.engine.local_model import LocalModel
 
 TIMEOUT_SECONDS = 600.0
 LOCAL = "local"
@@ -217,7 +217,7 @@ class LocalBackend:
         self._conversations.feedback(request_id, rating, correction)
 
     def switch(self, model: str) -> None:
-        from nightschool.cli.local_model import LocalModel
+        from nightschool.engine.local_model import LocalModel
 
         # The new one first: if it cannot be loaded, the old one goes on answering.
         loaded = LocalModel(self._home, model)

@@ -220,7 +220,7 @@ def _notes(prepared: PreparedFinetune, whole: Selection) -> list[str]:
             if rendered == there
             else f"{rendered:,} of {there:,} examples were rendered: counts of tokens, cuts and steps are estimates.",
             path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
-            path.why_padded and "Nor can such a model be examined or served here: the exam of its candidate will fail.",
+            path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
             path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
             "" if prepared.held_out else "Nothing is held out, so no held-out loss is taken.",
         )

@@ -1,4 +1,4 @@
-"""The exam on models that really learned, or forgot, a few facts: what is asked, what is kept, what is decided."""
+"""The gate on models that really learned, or forgot, a few facts: what is asked, what is kept, what is decided."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from nightschool.cli.main import main
 from nightschool.config.recipe import Recipe
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
-from nightschool.engine import exam
-from nightschool.engine.exam import examine
+from nightschool.engine import compare as comparing
+from nightschool.engine.compare import compare
+from nightschool.engine.engine import Engine
 from nightschool.errors import Damaged, NotFound
+from nightschool.evaluation.eval_set import eval_set_of_run
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import GateReport
 from nightschool.feedback.pins import Pins
@@ -88,18 +91,18 @@ class Room:
         self.home = Home(path).ensure()
         self.registry = Registry(self.home)
         self.models = models
+        self.run = self.make_run(NEW, HELD_OUT)
         self.refs = {
             name: self.registry.publish(
                 "bot",
                 lambda folder, model=model: save_version_folder(model, byte_tokenizer(), folder),
-                VersionMetadata(),
+                VersionMetadata(run_id=self.run.id),
             ).ref
             for name, model in models.items()
         }
         self.database = open_database(self.home)
         self.accepted = AcceptedExamples(self.database)
         self.accepted.add("bot", self.refs["old"].split("@")[1], [example.to_json() for example in OLD])
-        self.run = self.make_run(NEW, HELD_OUT)
 
     def make_run(self, new, held_out, base="new:tiny-llama", **gate):
         recipe = Recipe.model_validate(
@@ -112,8 +115,8 @@ class Room:
             (run.path / f"{name}.jsonl").write_text("".join(lines))
         return run
 
-    def examine(self, candidate, champion=None, run=None):
-        return examine(self.home, (run or self.run).id, self.refs[candidate], champion and self.refs[champion])
+    def compare(self, candidate, champion=None, run=None):
+        return compare(self.home, (run or self.run).id, self.refs[candidate], champion and self.refs[champion])
 
     def kept(self, candidate):
         return self.registry.load_report(*self.refs[candidate].split("@"))
@@ -139,7 +142,7 @@ def failed(report):
 
 
 def test_a_candidate_that_learned_and_kept_all_is_promoted(room):
-    report = room.examine("both", "old")
+    report = room.compare("both", "old")
     assert (report.decision, report.candidate, report.champion) == ("promote", room.refs["both"], room.refs["old"])
     assert {pair.question for pair in report.learned} == {"Ilka?", "Sonno?"}
     assert list(report.lost) == []
@@ -147,7 +150,7 @@ def test_a_candidate_that_learned_and_kept_all_is_promoted(room):
 
 def test_a_candidate_that_forgot_is_refused_for_that(room):
     Pins(room.database).add("bot", "Mista?", "Oslo")
-    report = room.examine("forgetful", "old")
+    report = room.compare("forgetful", "old")
     assert report.decision == "refuse"
     assert {"forgetting", "pins"} <= failed(report)
     assert "new_facts" not in failed(report)
@@ -155,13 +158,13 @@ def test_a_candidate_that_forgot_is_refused_for_that(room):
 
 
 def test_a_candidate_that_learned_nothing_is_refused_for_that(room):
-    report = room.examine("old", "old")
+    report = room.compare("old", "old")
     assert failed(report) == {"new_facts"}
 
 
 def test_the_report_is_kept_with_every_answer_of_both(room):
     Pins(room.database).add("bot", "Mista?", "Oslo")
-    report = room.examine("both", "old")
+    report = room.compare("both", "old")
     kept = room.kept("both")
     assert GateReport.from_json(kept) == report
     asked = []
@@ -174,9 +177,37 @@ def test_the_report_is_kept_with_every_answer_of_both(room):
     assert asked[0] == asked[1], "both answer the same questions"
 
 
+def test_the_gate_and_eval_give_one_figure_for_one_version_before_and_after_its_promotion(room, monkeypatch, capsys):
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(room.home.path))
+    Pins(room.database).add("bot", "Mista?", "Oslo")
+    run = room.make_run([*NEW, LONG, fact("Vera?", "Wien")], HELD_OUT)
+    for file in ("new_examples.jsonl", "heldout.jsonl"):
+        (room.run.path / file).write_bytes((run.path / file).read_bytes())
+    room.compare("both", "old")
+    of_gate = ScoreSheet.from_json(room.kept("both")["sheets"]["candidate"])
+    candidate = room.refs["both"]
+
+    def of_eval():
+        assert main(["eval", candidate, "--output-file", str(room.home.path / "answers.jsonl"), "--json"]) == 0
+        answers = [json.loads(line) for line in (room.home.path / "answers.jsonl").read_text().splitlines()]
+        return json.loads(capsys.readouterr().out), answers
+
+    data, answers = of_eval()
+    assert answers == [answer.to_json() for answer in of_gate.answers]
+    assert (data["heldout_loss"], data["heldout_tokens"]) == (of_gate.heldout_loss, of_gate.heldout_tokens)
+    assert data["questions"] == {
+        "new": {"asked": 4, "correct": 2},
+        "old": {"asked": 2, "correct": 2},
+        "pin": {"asked": 1, "correct": 1},
+    }
+    assert [one["question"] for one in data["not_asked"]] == [LONG.question]
+    room.accepted.add("bot", candidate.split("@")[1], [example.to_json() for example in NEW])
+    assert of_eval() == (data, answers)
+
+
 def test_the_held_out_loss_is_that_of_transformers(room):
     unseen = [fact("Bela lives?", "Rome")]
-    room.examine("both", "old", room.make_run(NEW, unseen))
+    room.compare("both", "old", room.make_run(NEW, unseen))
     [document] = render_examples(byte_tokenizer(), unseen, CONTEXT_TOKENS)
     ids = torch.tensor([document.input_ids])
     labels = torch.where(torch.tensor([document.weights]) > 0, ids, -100)
@@ -188,20 +219,20 @@ def test_the_held_out_loss_is_that_of_transformers(room):
 
 
 def test_the_first_version_has_nobody_to_be_compared_with(room):
-    report = room.examine("both")
+    report = room.compare("both")
     assert (report.decision, report.champion) == ("promote", None)
     assert room.kept("both")["sheets"]["champion"] is None
 
 
 def test_where_nothing_was_held_out_there_is_no_loss(room):
     run = room.make_run(NEW, [])
-    room.examine("both", "old", run)
+    room.compare("both", "old", run)
     assert [room.kept("both")["sheets"][side]["heldout_loss"] for side in ("candidate", "champion")] == [None, None]
 
 
 def test_a_question_longer_than_the_context_counts_as_not_answered(room):
     run = room.make_run([*NEW, LONG], HELD_OUT)
-    report = room.examine("both", "old", run)
+    report = room.compare("both", "old", run)
     sheet = ScoreSheet.from_json(room.kept("both")["sheets"]["candidate"])
     [answer] = [answer for answer in sheet.answers if answer.question == LONG.question]
     assert (answer.answer, answer.correct) == ("", False)
@@ -211,7 +242,7 @@ def test_a_question_longer_than_the_context_counts_as_not_answered(room):
 
 def test_a_wording_that_was_not_trained_is_asked_in_place_of_the_trained_one(room):
     run = room.make_run([fact("Ilka?", "Graz", "Where is Ilka?")], HELD_OUT)
-    room.examine("both", "old", run)
+    room.compare("both", "old", run)
     sheet = ScoreSheet.from_json(room.kept("both")["sheets"]["candidate"])
     assert [(a.question, a.wording) for a in sheet.of_kind("new")] == [("Where is Ilka?", "paraphrase")]
 
@@ -220,9 +251,9 @@ MANY = [fact(f"Town {number}?", f"Lake {number}") for number in range(40)]
 
 
 def asked_of(room, run, kind):
-    recipe = Recipe.model_validate(run.recipe())
-    papers = exam._papers(room.home, recipe, run.path, byte_tokenizer())
-    return {question.question for question in papers.questions if question.kind == kind}
+    candidate = room.refs["both"].split("@")[1]
+    eval_set = eval_set_of_run(room.home, "bot", run, len, candidate=candidate)
+    return {question.question for question in eval_set.only(kind).questions}
 
 
 def test_old_questions_are_those_that_were_not_replayed_tonight(room):
@@ -248,7 +279,7 @@ def test_a_base_that_starts_anew_is_asked_what_the_champion_knows_as_old(room):
     anew = room.make_run(NEW + OLD, HELD_OUT)
     assert asked_of(room, anew, "new") == {"Ilka?", "Sonno?"}
     assert asked_of(room, anew, "old") == {"Bela?", "Mista?", "Toron?"}
-    report = room.examine("forgetful", "old", anew)
+    report = room.compare("forgetful", "old", anew)
     assert "forgetting" in failed(report)
 
 
@@ -260,9 +291,9 @@ def test_a_run_that_studies_everything_again_is_asked_it_as_new(room):
 def test_a_pin_that_is_lost_stands_in_the_way_alone(room):
     Pins(room.database).add("bot", "Mista?", "Oslo")
     run = room.make_run(NEW, HELD_OUT, forgetting="off", holdout_loss="off")
-    assert failed(room.examine("forgetful", "old", run)) == {"pins"}
+    assert failed(room.compare("forgetful", "old", run)) == {"pins"}
     off = room.make_run(NEW, HELD_OUT, forgetting="off", holdout_loss="off", pins="off")
-    assert room.examine("forgetful", "old", off).decision == "promote"
+    assert room.compare("forgetful", "old", off).decision == "promote"
 
 
 def test_a_version_that_was_altered_is_not_examined(room):
@@ -270,18 +301,18 @@ def test_a_version_that_was_altered_is_not_examined(room):
     config.chmod(0o644)
     config.write_text(config.read_text() + " ")
     with pytest.raises(Damaged, match=r"config\.json"):
-        room.examine("both", "old")
+        room.compare("both", "old")
     with pytest.raises(NotFound):
         room.kept("both")
 
 
-def test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam(room, monkeypatch, capsys):
+def test_an_answer_that_fails_is_no_wrong_answer_but_the_end(room, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("a broken expert")
 
-    monkeypatch.setattr(exam.Engine, "_choose", broken)
+    monkeypatch.setattr(Engine, "_choose", broken)
     words = ["--home", str(room.home.path), "--run", room.run.id, "--candidate", room.refs["both"]]
-    assert exam.main(words) == 1
+    assert comparing.main(words) == 1
     assert "a broken expert" in capsys.readouterr().err
     with pytest.raises(NotFound):
         room.kept("both")
@@ -290,7 +321,7 @@ def test_an_answer_that_fails_is_no_wrong_answer_but_the_end_of_the_exam(room, m
 @pytest.mark.parametrize(("candidate", "decision"), [("both", "promote"), ("forgetful", "refuse")])
 def test_the_command_ends_with_one_line_of_json_whatever_it_decides(room, capsys, candidate, decision):
     words = ["--home", str(room.home.path), "--run", room.run.id, "--candidate", room.refs[candidate]]
-    assert exam.main([*words, "--champion", room.refs["old"]]) == 0
+    assert comparing.main([*words, "--champion", room.refs["old"]]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["decision"], last["candidate"], last["champion"]) == (decision, room.refs[candidate], room.refs["old"])
     assert json.loads(Path(last["report"]).read_text())["decision"] == decision
@@ -298,6 +329,6 @@ def test_the_command_ends_with_one_line_of_json_whatever_it_decides(room, capsys
 
 def test_what_is_not_there_is_said_with_its_exit_code(room, capsys):
     words = ["--home", str(room.home.path), "--candidate", room.refs["both"]]
-    assert exam.main([*words, "--run", "bot-20000101_000000"]) == 4
-    assert exam.main([*words, "--run", room.run.id, "--champion", "bot@20000101_000000"]) == 4
+    assert comparing.main([*words, "--run", "bot-20000101_000000"]) == 4
+    assert comparing.main([*words, "--run", room.run.id, "--champion", "bot@20000101_000000"]) == 4
     assert capsys.readouterr().out == ""

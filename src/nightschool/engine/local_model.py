@@ -1,0 +1,83 @@
+"""A model in this process, ready to answer: the same for `chat`, for `eval` and for the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nightschool.data.chat.render import render_prompt
+from nightschool.data.example import Message
+from nightschool.engine.engine import Engine
+from nightschool.engine.handle import Handle
+from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.errors import PromptTooLong
+from nightschool.models.dtype import probe_dtype, resolve_device
+from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.quiet import quiet_libraries
+from nightschool.store.home import Home
+
+
+def serving_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU that computes it natively; fp32 elsewhere, as trained."""
+    return probe_dtype(device) if device.type == "cuda" else torch.float32
+
+
+class LocalModel:
+    """A loaded model and the engine that answers with it.
+
+    `ref` is `name@version` for a version of the registry, else what was asked for.
+    """
+
+    def __init__(self, home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None) -> None:
+        with quiet_libraries():
+            device = resolve_device()
+            self.loaded: LoadedModel = load_base(ref, home, device=device, dtype=serving_dtype(device), root=root)
+        self.ref = self.loaded.ref
+        self.engine = Engine(self.loaded, self.ref, num_rows=num_rows)
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt and answer together."""
+        return self.engine.context_tokens
+
+    def ask(self, request_id: str, messages: Sequence[Message], params: SamplingParams) -> Handle:
+        """Queue a conversation.
+
+        Raises:
+            PromptTooLong: If it does not fit the context.
+        """
+        prompt_ids = render_prompt(self.loaded.tokenizer, messages)
+        return self.engine.submit(GenerationRequest(request_id, self.engine.binding, prompt_ids, params))
+
+    def ask_greedily(self, request_id: str, messages: Sequence[Message], max_new_tokens: int) -> Handle:
+        """Queue a conversation, answered by the likeliest tokens, fewer where the context is nearly full.
+
+        Raises:
+            PromptTooLong: If the context has no room for one token of an answer.
+        """
+        prompt_ids = render_prompt(self.loaded.tokenizer, messages)
+        free_tokens = self.context_tokens - len(prompt_ids)
+        if free_tokens < 1:
+            raise PromptTooLong(len(prompt_ids), 1, self.context_tokens)
+        params = SamplingParams(max_new_tokens=min(max_new_tokens, free_tokens), temperature=0)
+        return self.engine.submit(GenerationRequest(request_id, self.engine.binding, prompt_ids, params))
+
+    def count_tokens(self, text: str) -> int:
+        """The length of a text in the model's tokens, without special ones."""
+        return len(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+@contextmanager
+def local_model(home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None) -> Iterator[LocalModel]:
+    """Load a model for the time of a block; a relative folder is taken against `root`."""
+    model = LocalModel(home, ref, num_rows=num_rows, root=root)
+    try:
+        yield model
+    finally:
+        model.close()
