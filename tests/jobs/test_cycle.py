@@ -35,7 +35,7 @@ class School:
         self.registry = Registry(self.home)
         self.training_exit_code, self.exam_exit_code, self.decision = 0, 0, "promote"
         self.resumed, self.examined, self.news = [], [], []
-        self.before_exam = lambda: None
+        self.before_gate = lambda: None
         self.teach(3)
 
     def teach(self, count, first=0):
@@ -63,7 +63,7 @@ class School:
 
     def examine(self, home, run, *, candidate, champion, **_):
         self.examined.append((candidate, champion))
-        self.before_exam()
+        self.before_gate()
         if self.exam_exit_code == 0:
             passed = self.decision == "promote"
             rules = [{"rule": "forgetting", "passed": passed, "why": "12% of the old answers were lost"}]
@@ -149,7 +149,7 @@ def test_a_champion_that_moves_during_the_exam_is_not_overwritten(school):
     school.cycle()
     school.teach(2, first=10)
     third = school.registry.publish("bot", lambda folder: (folder / "w").write_text("w") and None, VersionMetadata())
-    school.before_exam = lambda: school.registry.promote("bot", third.id, by="somebody")
+    school.before_gate = lambda: school.registry.promote("bot", third.id, by="somebody")
     result = school.cycle()
     assert result.outcome == "published"
     assert "the champion moved" in result.detail
@@ -414,10 +414,10 @@ def test_a_cycle_that_is_killed_after_the_champion_moved_is_completed(school, mo
     refused = school.cycle()  # so that there is a version to drop
     school.decision = "promote"
     school.teach(2, first=10)
-    school.before_exam = lambda: killed_at(step, monkeypatch)
+    school.before_gate = lambda: killed_at(step, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         school.cycle()
-    school.before_exam = lambda: None
+    school.before_gate = lambda: None
     run = RunStore(school.home).ls()[0]
     assert run.id not in (first.run_id, refused.run_id)
     result = continue_cycle(school.home, run.id)

@@ -25,8 +25,8 @@ STAGES = {
     "before the run was created": (RunStore, "create", "before"),
     "before training": (cycles, "run_training", "before"),
     "after training": (cycles, "run_training", "after"),
-    "before the exam": (cycles, "run_exam", "before"),
-    "after the exam": (cycles, "run_exam", "after"),
+    "before the gate": (cycles, "run_gate", "before"),
+    "after the gate": (cycles, "run_gate", "after"),
     "before the champion moved": (Registry, "promote", "before"),
     "after the champion moved": (Registry, "promote", "after"),
     "before the end was entered": (Ledger, "finish", "before"),
@@ -61,7 +61,7 @@ class Nights:
 
     def _serve(self, kill_at, decision):
         self.school.decision = decision
-        cycles.run_training, cycles.run_exam = (
+        cycles.run_training, cycles.run_gate = (
             self._noted("trained", self.school.train),
             self._noted("examined", self.school.examine),
         )
