@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from nightschool.engine.request import SamplingParams
 from nightschool.engine.sampling import RowSampling, choose
+from nightschool.errors import UsageError
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -170,6 +171,48 @@ def test_only_the_row_whose_logits_are_no_numbers_says_so(bad, params):
     logits[1, 7] = bad
     choices = choose(logits, [row(**params) for _ in range(3)])
     assert [choice.is_finite for choice in choices] == [True, False, True]
+
+
+TINIEST = 5e-324
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("temperature", [TINIEST, 1e-46, 1e-38, 1e-10])
+def test_next_to_no_temperature_is_the_likeliest_token(temperature, restriction):
+    logits = random_logits(4)
+    logits[0, 7] = -math.inf
+    rows = [row(temperature=temperature, **restriction) for _ in range(3)] + [row()]
+    chosen = choose(logits, rows)
+    assert [choice.token_id for choice in chosen[:3]] == logits[:3].argmax(-1).tolist()
+    assert all(choice.is_finite for choice in chosen)
+
+
+@pytest.mark.parametrize("params", [{"top_p": TINIEST}, {"top_p": 1e-46, "top_k": 3}, {"min_p": 1.0}], ids=str)
+def test_next_to_no_share_still_leaves_the_likeliest_token(params):
+    logits = random_logits(3)
+    chosen = choose(logits, [row(**params) for _ in range(3)])
+    assert [choice.token_id for choice in chosen] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_penalties_at_their_bounds_choose_a_token_that_there_is(penalty):
+    logits = random_logits(2) * 1e30
+    rows = [row(range(VOCAB), repetition_penalty=penalty, temperature=t, presence_penalty=-2.0) for t in (0.0, 1.0)]
+    assert all(choice.is_finite and 0 <= choice.token_id < VOCAB for choice in choose(logits, rows))
+
+
+def test_a_row_whose_logits_a_penalty_makes_no_numbers_says_so_and_spares_the_others():
+    logits = random_logits(2) * 1e37
+    wild, plain = row(range(VOCAB), repetition_penalty=0.01), row()
+    chosen = choose(logits, [wild, plain])
+    assert [choice.is_finite for choice in chosen] == [False, True]
+    assert all(0 <= choice.token_id < VOCAB for choice in chosen)
+
+
+@pytest.mark.parametrize("penalty", [0.0, TINIEST, 1e-45, 0.009, 101.0, math.inf, math.nan])
+def test_a_penalty_that_leaves_no_numbers_is_refused(penalty):
+    with pytest.raises(UsageError, match=r"repetition_penalty .* from 0.01 to 100"):
+        SamplingParams(repetition_penalty=penalty)
 
 
 def test_tokens_of_probability_zero_never_come():

@@ -91,6 +91,18 @@ def test_greedy_answers_are_those_of_transformers_before_and_after_a_swap_and_a_
     assert bot.expected(bot.old, QUESTION, 12) != bot.expected(bot.new, QUESTION, 12)
 
 
+def test_numbers_that_vanish_in_32_bits_are_answered_or_refused(bot, server):
+    greedy = generate(server).json()["response"]
+    assert generate(server, temperature=1e-46, top_p=1).json()["response"] == greedy
+    assert generate(server, temperature=1e-46, top_p=1e-46).json()["response"] == greedy
+    ask = {"model": "bot", "prompt": QUESTION, "max_tokens": 4}
+    refused = httpx2.post(f"{server.url}/v1/completions", json=ask | {"repetition_penalty": 1e-45})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "repetition_penalty"
+    lowest = ask | {"repetition_penalty": 0.01, "presence_penalty": -2, "frequency_penalty": -2, "min_p": 1e-46}
+    assert httpx2.post(f"{server.url}/v1/completions", json=lowest, timeout=60).status_code == 200
+
+
 def test_every_answer_under_swaps_belongs_to_the_version_it_names(bot, server):
     questions = ["a?", "Is it?", "What is the name of it?"]
     truth = {(v, q): bot.expected(v, q, 16) for v in bot.models for q in questions}

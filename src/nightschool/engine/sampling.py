@@ -18,6 +18,8 @@ from nightschool.engine.request import SamplingParams, TokenLogprob
 
 # Of rows with top_p and no top_k, this many likeliest tokens are looked at before the whole vocabulary is sorted.
 _FIRST_LOOK = 256
+# Temperatures below it are zero in 32 bits, and nothing may be divided by them; at this one only the likeliest is left.
+_LOWEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 class RowSampling:
@@ -85,6 +87,9 @@ def choose(logits_sv: Tensor, rows: Sequence[RowSampling]) -> list[Choice]:
     adjusted_sv = logits_sv
     if any(row.params.has_penalties for row in rows):
         adjusted_sv = torch.stack([row.penalise(logits_v) for row, logits_v in zip(rows, logits_sv, strict=True)])
+        # A penalty can make infinities of huge logits.
+        finite_s = finite_s & adjusted_sv.amax(dim=-1).isfinite()
+        adjusted_sv = torch.where(finite_s[:, None], adjusted_sv, 0.0)
     token_ids_s = adjusted_sv.argmax(dim=-1)
     finite = finite_s.tolist()
     sampled = [place for place, row in enumerate(rows) if row.params.temperature > 0]
@@ -97,8 +102,10 @@ def choose(logits_sv: Tensor, rows: Sequence[RowSampling]) -> list[Choice]:
                 [rows[place].draw() for place in members], dtype=torch.float64, device=logits_sv.device
             )
             params = [rows[place].params for place in members]
-            scaled_sv = adjusted_sv.index_select(0, index) / _column([p.temperature for p in params], logits_sv.device)
-            scaled_sv = scaled_sv - scaled_sv.amax(dim=-1, keepdim=True)
+            temperatures = [max(p.temperature, _LOWEST_TEMPERATURE) for p in params]
+            scaled_sv = adjusted_sv.index_select(0, index)
+            # Divided after the likeliest became 0, no temperature makes two infinities, whose difference is no number.
+            scaled_sv = (scaled_sv - scaled_sv.amax(dim=-1, keepdim=True)) / _column(temperatures, logits_sv.device)
             pick = _sample_restricted if restricted else _sample_all
             token_ids_s[index] = pick(scaled_sv, params, draws)
     chosen: list[int] = token_ids_s.tolist()
@@ -148,8 +155,8 @@ def _sample_restricted(scaled_sv: Tensor, params: Sequence[SamplingParams], draw
     bounded = torch.tensor([p.top_k > 0 for p in params], device=scaled_sv.device)[:, None]
     mass_s1 = torch.where(bounded, weights_sk.sum(dim=-1, keepdim=True), total_s1)
     before_sk = weights_sk.cumsum(dim=-1) - weights_sk
-    # The token that crosses top_p is the last one in, so the likeliest always is.
-    weights_sk = weights_sk * (before_sk < mass_s1 * top_p_s1)
+    # The token that crosses top_p is the last one in, so the likeliest always is, even if top_p is zero in 32 bits.
+    weights_sk = weights_sk * ((before_sk < mass_s1 * top_p_s1) | (rank_k == 0))
     weights_sk = weights_sk * (weights_sk >= _column([p.min_p for p in params], scaled_sv.device))
     return ids_sk.gather(1, _invert(weights_sk, draws_s)[:, None])[:, 0]
 

@@ -76,7 +76,7 @@ class Sampling(Body):
     top_k: Integer | None = Field(None, ge=0, le=1000, description="Sample from this many tokens; 0 from all.")
     min_p: Number | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one.")
     repetition_penalty: Number | None = Field(
-        None, gt=0, le=10, description="Divides the scores of tokens seen in prompt or answer; 1 is none."
+        None, ge=0.01, le=10, description="Divides the scores of tokens seen in prompt or answer; 1 is none."
     )
     presence_penalty: Number | None = Field(None, ge=-2, le=2, description="Lowers the scores of tokens answered.")
     frequency_penalty: Number | None = Field(
