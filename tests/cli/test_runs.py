@@ -126,7 +126,7 @@ def test_stop_asks_only_a_process_that_is_ours(home, capsys):
         assert stranger.poll() is None
         run.update_status(pid=ours.pid)
         assert _json(capsys, "runs", "stop")["pid"] == ours.pid
-        assert ours.wait(10) == -15
+        assert ours.wait(60) == -15
     finally:
         for process in (stranger, ours):
             process.kill()

@@ -310,7 +310,7 @@ def test_every_answer_is_exact_for_the_version_that_it_reports_while_versions_ch
         before = dict(counts)
         report = slot.rollback() if number % 3 == 2 else slot.swap((school.new, school.old)[number % 2])
         # Swaps go on once the new version has answered somebody.
-        eventually(lambda ref=report.after, seen=before: counts[ref] > seen[ref], 30)
+        eventually(lambda ref=report.after, seen=before: counts[ref] > seen[ref])
     stop.set()
     for thread in asking:
         thread.join(60)

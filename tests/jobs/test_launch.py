@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -107,9 +106,7 @@ def test_a_stop_that_came_before_the_child_ends_it_too(trainer):
 def test_a_signal_wakes_a_sleeper_at_once():
     with Stop() as stop:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        started = time.monotonic()
-        assert stop.wait(30)
-        assert time.monotonic() - started < 5
+        assert stop.wait(3600)  # who slept on would meet the time limit of the test
 
 
 def test_without_a_signal_a_sleeper_sleeps():
@@ -156,7 +153,7 @@ def test_only_the_process_that_trains_the_run_is_asked_to_stop(run):
         run.update_status(pid=trainer.pid)
         assert effective_state(run) == "running"
         assert ask_to_stop(run) == trainer.pid
-        assert trainer.wait(10) == -signal.SIGTERM
+        assert trainer.wait(60) == -signal.SIGTERM
         assert successor.poll() is None
     finally:
         for process in (trainer, successor):

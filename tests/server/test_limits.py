@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 
 import httpx2
 import pytest
@@ -49,10 +48,9 @@ def test_a_prompt_of_ten_megabytes_is_413_and_the_client_sees_it(server):
 
 
 def test_a_declared_length_is_refused_before_the_body_is_read(server):
-    started = time.monotonic()
+    """Nothing follows the headers: who waited for the body would answer 408 when its time is over."""
     answer = raw(server, head(server, "Content-Length: 999999999999"))
     assert b" 413 " in answer.split(b"\r\n")[0]
-    assert time.monotonic() - started < 3
 
 
 def test_a_chunked_body_is_counted_while_it_comes(server):

@@ -61,8 +61,8 @@ class Process:
         self.lines: list[str] = []
         self.reading = threading.Thread(target=self._read)
         self.reading.start()
-        self.url = eventually(self._url, 30)
-        eventually(lambda: httpx2.get(f"{self.url}/readyz").status_code == ready, 30)
+        self.url = eventually(self._url)
+        eventually(lambda: httpx2.get(f"{self.url}/readyz").status_code == ready)
 
     def _read(self) -> None:
         for line in self.popen.stdout:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -44,16 +43,14 @@ def test_migrations_make_exactly_the_tables(db):  # noqa: F811
     assert ScriptDirectory.from_config(alembic_config()).get_heads() == [HEAD]
 
 
-def test_opening_again_imports_no_alembic_and_is_quick(home):
+def test_opening_again_imports_neither_alembic_nor_torch(home):
     open_database(home, env={}).close()
     code = (
-        "import sys, time; from pathlib import Path; from nightschool.store.home import Home;"
-        "from nightschool.store.database import open_database; began = time.process_time();"
-        "open_database(Home(Path(sys.argv[1])), env={}); print(time.process_time() - began);"
+        "import sys; from pathlib import Path; from nightschool.store.home import Home;"
+        "from nightschool.store.database import open_database; open_database(Home(Path(sys.argv[1])), env={});"
         "assert 'alembic' not in sys.modules; assert 'torch' not in sys.modules"
     )
-    seconds = float(subprocess.run([sys.executable, "-c", code, home.path], check=True, capture_output=True).stdout)
-    assert seconds < 0.05
+    subprocess.run([sys.executable, "-c", code, home.path], check=True)
 
 
 def test_what_is_named_without_need_imports_no_sqlalchemy():
@@ -65,19 +62,24 @@ def test_many_open_a_new_database_at_once(home, environment):  # noqa: F811
     code = (
         "import sys; from pathlib import Path; from nightschool.store.home import Home;"
         "from nightschool.store.database import open_database; from nightschool.feedback.pins import Pins;"
-        "sys.stdin.readline(); Pins(open_database(Home(Path(sys.argv[1])))).add('bot', sys.argv[2], 'a')"
+        "print('ready', flush=True); sys.stdin.readline(); Pins(open_database(Home(Path(sys.argv[1])))).add('bot', sys.argv[2], 'a')"
     )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, home.path, f"q{index}"],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env=os.environ | environment,
         )
         for index in range(4)
     ]
-    time.sleep(0.5)
     for process in processes:
-        process.communicate(b"\n")
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
     assert [process.returncode for process in processes] == [0] * 4
     with open_database(home, env=environment) as database, database.read() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(pins)).scalar() == 4

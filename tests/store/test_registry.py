@@ -99,7 +99,7 @@ def test_concurrent_publishers_get_different_versions(registry):
     gate = threading.Barrier(6)
 
     def fill_together(folder):
-        gate.wait(10)
+        gate.wait(60)
         fill(folder)
 
     with ThreadPoolExecutor(6) as pool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -151,7 +150,8 @@ class FakeSlot:
         self.promoted = promoted
         self.current: FakeGeneration | None = None
         self.engine_settings = engine
-        self.seconds_per_load = 0.0
+        self.may_load = threading.Event()
+        self.may_load.set()
         self.fails_with: Exception | None = None
         self.closed = False
         self.refreshes = 0
@@ -165,7 +165,7 @@ class FakeSlot:
     def refresh(self) -> bool:
         self.refreshes += 1
         self.loading.set()
-        time.sleep(self.seconds_per_load)
+        assert self.may_load.wait(60)
         if self.fails_with is not None:
             raise self.fails_with
         if self.promoted is None or (self.current is not None and self.current.version.id == self.promoted):
