@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from nightschool.config.schema import Path, dotted
@@ -157,33 +158,14 @@ class _TooDeep(YAMLError):
 
 
 def _compose(text: str) -> Node | None:
-    line = _line_too_deep(text)
-    if line is not None:
-        raise _TooDeep(line)
-    try:
-        node: Node | None = YAML(typ="safe", pure=True).compose(text)
-    except RecursionError:
-        raise _TooDeep(1) from None
-    return node
-
-
-def _line_too_deep(text: str) -> int | None:
-    """The line on which brackets or dashes nest too deep to be read, if any.
-
-    YAML's own reader takes seconds and all of the stack for some thousand of them. Brackets in quotes count too: no
-    recipe leaves so many open.
-    """
+    # Events come one by one, so that what nests too deep for the composer's stack is found before it gets there.
     depth = 0
-    for number, line in enumerate(text.split("\n"), 1):
-        if not re.search(r"[\[{\]}]|- -|\? \?|: :", line):
-            continue
-        for character in line:
-            depth += (character in "[{") - (character in "]}")
-            if depth > MAX_DEPTH:
-                return number
-        if len(re.findall(r"[-?:]\s", line)) > 2 * MAX_DEPTH and re.match(rf"\s*([-?:]\s+){{{MAX_DEPTH}}}", line):
-            return number
-    return None
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _TooDeep(int(event.start_mark.line) + 1)
+    node: Node | None = YAML(typ="safe", pure=True).compose(text)
+    return node
 
 
 def _line(node: Node) -> int:
@@ -279,29 +261,13 @@ class _Walk:
 
 
 def _construct(node: Node) -> Any:
-    """A scalar's value: text, number, truth or nothing. Times stay text."""
+    """A scalar's value as YAML 1.2 reads it: text, number, truth or nothing. Times stay text."""
     kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
-    text = node.value
+    if kind in ("str", "timestamp"):
+        return node.value
+    if kind not in ("null", "bool", "int", "float"):
+        raise ValueError(f"has the tag {node.tag!r}; a recipe holds plain values: remove the tag")
     try:
-        if kind in ("str", "timestamp"):
-            return text
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return text.lower() == "true"
-        if kind == "int":
-            return _integer(text)
-        if kind == "float":
-            return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+        return YAML(typ="safe", pure=True).constructor.construct_object(node)
     except ValueError:
-        raise ValueError(f"{text!r} is no number") from None
-    raise ValueError(f"has the tag {node.tag!r}; a recipe holds plain values: remove the tag")
-
-
-def _integer(text: str) -> int:
-    """YAML 1.2: decimal (a leading zero changes nothing), 0x, 0o and 0b."""
-    digits = text.replace("_", "")
-    sign = -1 if digits.startswith("-") else 1
-    digits = digits.lstrip("+-").lower()
-    base = {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10)
-    return sign * int(digits[2:] if base != 10 else digits, base)
+        raise ValueError(f"{node.value!r} is no number") from None

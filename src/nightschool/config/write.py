@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from nightschool.units import format_seconds, parse_seconds
 
 # Texts that YAML 1.2 reads as themselves without quotes, whatever program reads them.
 _PLAIN = re.compile(r"(?:[A-Za-z][A-Za-z0-9_/.@-]*(?::[A-Za-z][A-Za-z0-9_/.@-]*)?|\./[A-Za-z0-9_/.@-]+)")
+# Controls, line separators, surrogates and non-characters, which JSON leaves as they are.
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 _WORDS_WITH_A_TYPE = frozenset(["true", "false", "null", "yes", "no", "on", "off", "y", "n"])
 
 
@@ -89,18 +92,5 @@ def _scalar(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A double-quoted YAML scalar. Whatever YAML may not hold as it is, is written as an escape."""
-    return '"' + "".join(_character(character) for character in text) + '"'
-
-
-def _character(character: str) -> str:
-    code = ord(character)
-    if character in '"\\':
-        return f"\\{character}"
-    if character == "\n":
-        return "\\n"
-    if character == "\t":
-        return "\\t"
-    if 0x20 <= code < 0x7F or (0xA0 <= code < 0xD800 and code not in (0x2028, 0x2029)) or 0x1F300 <= code < 0x1FB00:
-        return character
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    """A double-quoted YAML scalar: a JSON string in which what YAML does not allow is escaped, too."""
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
