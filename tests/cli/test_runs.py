@@ -82,7 +82,7 @@ def test_each_process_of_a_run_has_a_log(home, capsys):
 
 def test_watch_follows_until_the_run_ends_and_exits_as_it_does(home, capsys):
     run = make_run(home)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", run.id])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
     try:
         run.update_status(state="running", pid=child.pid, exit_code=None)
 
@@ -118,9 +118,9 @@ def test_watch_with_json_prints_one_row_a_line(home, capsys):
 def test_stop_asks_only_a_process_that_is_ours(home, capsys):
     run = make_run(home)
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
-    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", run.id])
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
     try:
-        run.update_status(state="running", pid=stranger.pid)
+        run.update_status(state="running", pid=stranger.pid, pid_created_at=1.0)  # its number was given away
         assert main(["runs", "stop", run.id]) == 1
         assert "No process trains the run" in capsys.readouterr().err
         assert stranger.poll() is None

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from nightschool.cli import top as top_module
 from nightschool.cli.main import main
-from nightschool.cli.top import frame as frame_module
 from nightschool.cli.top.app import TopApp
-from nightschool.cli.top.frame import Monitor
 from nightschool.cli.top.text import describe
 from nightschool.events import now
 from nightschool.store.home import Home
 from nightschool.views import machine
+from nightschool.views import monitor as monitor_module
 from nightschool.views.metrics_rows import RowsFollower
+from nightschool.views.monitor import Monitor
 from tests.support.cli_home import add_checkpoint, make_run
 
 
@@ -28,7 +28,7 @@ from tests.support.cli_home import add_checkpoint, make_run
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(frame_module, "_FIRST_SECONDS", None)
+    monkeypatch.setattr(monitor_module, "_FIRST_SECONDS", None)
     monkeypatch.setattr(machine, "_FIRST_LOOK_SECONDS", None)
     return Home(tmp_path / "home").ensure()
 

@@ -11,7 +11,7 @@ import pytest
 from nightschool.errors import Conflict
 from nightschool.jobs import launch
 from nightschool.jobs.launch import child_environment, settle_status, start_process, wait_for
-from nightschool.jobs.processes import ask_to_stop, effective_state, how_it_ended, training_process, wait_for_stranger
+from nightschool.jobs.processes import ask_to_stop, how_it_ended, wait_for_stranger
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.work.processes import command
@@ -146,12 +146,12 @@ def test_only_the_process_that_trains_the_run_is_asked_to_stop(run):
     trainer, successor = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) for _ in range(2))
     try:
         run.update_status(state="running", pid=successor.pid, pid_created_at=1.0)  # its number was another's before
-        assert training_process(run) is None
-        assert effective_state(run) == "interrupted"
+        assert run.status.find_process() is None
+        assert run.status.effective_state == "interrupted"
         with pytest.raises(Conflict, match="its state is interrupted"):
             ask_to_stop(run)
         run.update_status(pid=trainer.pid)
-        assert effective_state(run) == "running"
+        assert run.status.effective_state == "running"
         assert ask_to_stop(run) == trainer.pid
         assert trainer.wait(60) == -signal.SIGTERM
         assert successor.poll() is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ARROWS = {"falling": "↓", "rising": "↑", "level": "→"}
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -64,11 +62,6 @@ def loss(value: float | None) -> str | None:
 def trend_arrow(value: str | None) -> str | None:
     """`↓ falling`."""
     return None if value is None else f"{_ARROWS[value]} {value}"
-
-
-def plain(text: str) -> str:
-    """The text without colours."""
-    return _ANSI.sub("", text)
 
 
 def folder_bytes(folder: Path) -> int:

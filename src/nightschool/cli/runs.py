@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nightschool.cli.formatting import duration, figure, folder_bytes, moment, plain, sparkline
+from nightschool.cli.formatting import duration, figure, folder_bytes, moment, sparkline
 from nightschool.cli.lookup import find_run
 from nightschool.cli.output import answer, confirm, session, table
 from nightschool.errors import NotFound
-from nightschool.jobs.processes import ask_to_stop, effective_state, training_process
+from nightschool.jobs.processes import ask_to_stop
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes
-from nightschool.views.metrics_rows import Row, RowsFollower, is_number, read_rows
-
-POLL_SECONDS = 0.5
+from nightschool.views.metrics_rows import Row, is_number, read_rows
+from nightschool.views.runs import POLL_SECONDS, follow_metrics, run_summary, without_colours
 
 
 def ls(*, name: str | None = None) -> None:
@@ -31,7 +28,7 @@ def ls(*, name: str | None = None) -> None:
         name: Only runs of this name.
     """
     runs = [run for run in RunStore(Home.find()).ls() if name is None or run.name == name]
-    rows = [_summary(run) for run in runs]
+    rows = [run_summary(run) for run in runs]
     answer(
         rows,
         lambda: (
@@ -66,7 +63,7 @@ def show(run_id: str | None = None, /) -> None:
     run = find_run(Home.find(), run_id)
     rows = read_rows(run.metrics_path)
     points = [point.name for point in checkpoints.ls(run)]
-    data = {**_summary(run, rows), "checkpoints": points, "path": str(run.path), "recipe": run.recipe()}
+    data = {**run_summary(run, rows), "checkpoints": points, "path": str(run.path), "recipe": run.recipe()}
 
     def text() -> str:
         facts = [(key, value) for key, value in data.items() if key not in ("recipe", "checkpoints", "error")]
@@ -90,14 +87,14 @@ def watch(run_id: str | None = None, /) -> int:
         run_id: The run; the newest without it.
     """
     run = find_run(Home.find(), run_id)
-    for row in _follow_metrics(run):
+    for row in follow_metrics(run):
         if session().json:
             print(_json_line(row), flush=True)
         else:
             print(_metrics_line(run, row), flush=True)
     status = run.status
     if not session().json:
-        print(f"{run.id}: {effective_state(run)}" + (f": {status.error}" if status.error else ""))
+        print(f"{run.id}: {run.status.effective_state}" + (f": {status.error}" if status.error else ""))
     return status.exit_code or 0
 
 
@@ -122,9 +119,9 @@ def logs(
     coloured = sys.stdout.isatty()
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
-            lives = follow and training_process(run) is not None
+            lives = follow and run.status.find_process() is not None
             for line in file:
-                print(line if coloured else plain(line), end="", flush=follow)
+                print(line if coloured else without_colours(line), end="", flush=follow)
             if not lives:
                 return
             time.sleep(POLL_SECONDS)
@@ -179,7 +176,7 @@ def compare(first: str, second: str, /, *more: str) -> None:
     keys = {key: None for one in settings for key in one}
     differing = {key: [one.get(key) for one in settings] for key in keys}
     differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
-    summaries = [_summary(run) for run in runs]
+    summaries = [run_summary(run) for run in runs]
     figures = {key: [summary[key] for summary in summaries] for key in _COMPARED}
     answer(
         {"runs": [run.id for run in runs], "settings": differing, "figures": figures},
@@ -225,50 +222,6 @@ def flatten(plain_values: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in pairs:
         flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
-
-
-def _summary(run: Run, rows: list[Row] | None = None) -> dict[str, Any]:
-    rows = read_rows(run.metrics_path) if rows is None else rows
-    heldout, losses = ([row[key] for row in rows if is_number(row.get(key))] for key in ("heldout_loss", "loss"))
-    last: Row = rows[-1] if rows else {}
-    state = effective_state(run)
-    return {
-        **dataclasses.asdict(run.status),
-        "state": state,
-        "loss": last.get("loss"),
-        "best_loss": min(losses, default=None),
-        "heldout_loss": heldout[-1] if heldout else None,
-        "best_heldout_loss": min(heldout, default=None),
-        "tokens_per_second": last.get("tokens_per_second"),
-        "tokens_trained": last.get("tokens_trained_total"),
-        "peak_bytes": last.get("peak_bytes"),
-        "seconds": last.get("seconds"),
-        "perplexity": last.get("perplexity"),
-        "bits_per_byte": last.get("bits_per_byte"),
-        "heldout_perplexity": _newest(rows, "heldout_perplexity"),
-        "heldout_bits_per_byte": _newest(rows, "heldout_bits_per_byte"),
-        "mfu": last.get("mfu"),
-        "eta_seconds": last.get("eta_seconds") if state == "running" else None,
-    }
-
-
-def _newest(rows: list[Row], key: str) -> Any:
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
-
-
-def _follow_metrics(run: Run) -> Iterator[Row]:
-    """Every row, those that are there and those that come, until the run has ended."""
-    seen, follower = 0, RowsFollower(run.metrics_path)
-    while True:
-        ended = run.status.is_final or (run.status.state == "running" and training_process(run) is None)
-        rows = follower.update()
-        # A resumed run rewrites the rows after its checkpoint: go on from what is there.
-        seen = min(seen, len(rows))
-        yield from rows[seen:]
-        seen = len(rows)
-        if ended:
-            return
-        time.sleep(POLL_SECONDS)
 
 
 # What a line of `watch` says after the step, where a row has it.

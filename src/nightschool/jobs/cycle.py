@@ -18,7 +18,7 @@ from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_gate, run_training
 from nightschool.jobs.outcome import CycleContext, CycleResult, Outcome, Trigger
-from nightschool.jobs.processes import how_it_ended, training_process, wait_for_stranger
+from nightschool.jobs.processes import how_it_ended, wait_for_stranger
 from nightschool.jobs.selection import (
     Studied,
     champion_of,
@@ -164,7 +164,7 @@ def begin_cycle(
 def _refuse_beside_another(home: Home, name: str) -> None:
     """A run whose cycle was killed may train on by itself, and two at once would not see each other's results."""
     for run in RunStore(home).ls():
-        if run.name == name and not run.status.is_final and (process := training_process(run)) is not None:
+        if run.name == name and not run.status.is_final and (process := run.status.find_process()) is not None:
             raise Locked(
                 f"The run {run.id} is still being trained by process {process.pid}. Wait for it, "
                 f"or end it with nightschool runs stop {run.id}."
@@ -231,7 +231,7 @@ def _train(
     home: Home, run: Run, facts: CycleContext, resume: str | None, around: CheckpointContext
 ) -> CycleResult | None:
     """Train; None when all went well."""
-    if training_process(run) is not None:
+    if run.status.find_process() is not None:
         around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
         exit_code = wait_for_stranger(run, around.stop)
     else:

@@ -5,23 +5,9 @@ from __future__ import annotations
 import signal
 import time
 
-import psutil
-
 from nightschool.errors import Conflict
 from nightschool.store.runs import Run
 from nightschool.work.stop import Stop
-
-
-def training_process(run: Run) -> psutil.Process | None:
-    """The living process that trains `run`, or None."""
-    process = run.status.process
-    return None if process is None else process.find()
-
-
-def effective_state(run: Run) -> str:
-    """The state in status.json, except that a `running` run without a process was killed: it is `interrupted`."""
-    status = run.status
-    return "interrupted" if status.state == "running" and training_process(run) is None else status.state
 
 
 def ask_to_stop(run: Run) -> int:
@@ -30,10 +16,10 @@ def ask_to_stop(run: Run) -> int:
     Raises:
         Conflict: If no process trains it.
     """
-    process = training_process(run)
+    process = run.status.find_process()
     if process is None:
         raise Conflict(
-            f"No process trains the run {run.id}; its state is {effective_state(run)}. There is nothing to stop."
+            f"No process trains the run {run.id}; its state is {run.status.effective_state}. There is nothing to stop."
         )
     process.send_signal(signal.SIGTERM)
     return int(process.pid)
@@ -46,7 +32,7 @@ def wait_for_stranger(run: Run, stop: Stop) -> int:
         The exit code that it left in status.json; 1 if it could leave none.
     """
     asked = False
-    while (process := training_process(run)) is not None:
+    while (process := run.status.find_process()) is not None:
         if stop.wait(0.2 if not stop.requested else 0.0) and not asked:
             process.send_signal(signal.SIGTERM)
             asked = True

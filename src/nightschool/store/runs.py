@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import psutil
 from ruamel.yaml import YAML
 
 from nightschool.errors import Conflict, Damaged, DiskFull, NotFound
@@ -70,10 +71,19 @@ class RunStatus:
             return None
         return ProcessIdentity(self.host or socket.gethostname(), self.pid, self.pid_created_at)
 
+    def find_process(self) -> psutil.Process | None:
+        """That process itself, if it still runs on this machine."""
+        return None if self.process is None else self.process.find()
+
     @property
     def process_lives(self) -> bool:
-        """Whether that process still runs. A `running` run without one was killed: it is really interrupted."""
+        """Whether that process still runs."""
         return self.process is not None and self.process.lives
+
+    @property
+    def effective_state(self) -> RunState:
+        """The state, except that a `running` run whose process is dead was killed: it is `interrupted`."""
+        return "interrupted" if self.state == "running" and not self.process_lives else self.state
 
 
 @dataclass(frozen=True)

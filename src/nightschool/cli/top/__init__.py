@@ -8,10 +8,10 @@ import sys
 import time
 
 from nightschool.cli.output import answer, session
-from nightschool.cli.top.frame import Monitor
 from nightschool.cli.top.text import describe
 from nightschool.errors import NotFound, UsageError
 from nightschool.store.home import Home
+from nightschool.views.monitor import Monitor
 
 
 def top(run_id: str | None = None, /, *, once: bool = False, refresh: float = 3.0, logs: bool = False) -> None:

@@ -13,8 +13,9 @@ from textual.coordinate import Coordinate
 from textual.widgets import DataTable, Footer, Static
 
 from nightschool.cli.chart import chart
-from nightschool.cli.top.frame import UNREADABLE, Monitor
 from nightschool.cli.top.text import COLUMNS, cells, details, machine_line, uploads_line
+from nightschool.views.monitor import Monitor
+from nightschool.views.runs import UNREADABLE
 
 CHART_HEIGHT = 8
 _STATE_COLOURS = {"running": "green", "failed": "red", "interrupted": "yellow", "unreadable": "red"}

@@ -1,4 +1,4 @@
-"""What `nightschool top` shows: the runs, one of them in detail, the machine, the uploads. Facts only, as JSON.
+"""A home at one moment: its runs, one of them in detail, the machine, the uploads. Plain values, as `top` shows them.
 
 Everything is read while others write it. What cannot be read at this moment, or was damaged, is shown as unknown, and
 the next look tries again: whoever watches a night must not be thrown out by one file.
@@ -6,38 +6,27 @@ the next look tries again: whoever watches a night must not be thrown out by one
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
-from nightschool.cli.formatting import plain
-from nightschool.errors import NightschoolError, NotFound
+from nightschool.errors import NotFound
 from nightschool.events import now
-from nightschool.jobs.processes import effective_state, training_process
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStatus, RunStore
 from nightschool.views.machine import MachineView
-from nightschool.views.metrics_rows import Row, RowsFollower, is_number, parse_row
+from nightschool.views.metrics_rows import Row, RowsFollower, is_number
+from nightschool.views.runs import last_sample, log_tail, tried
 from nightschool.views.uploads import upload_summary
 
-LOG_LINES = 200
-TAIL_BYTES = 65_536
 NEWEST_RUNS = 12
 # The time left follows from this many last rows, so that a slow start does not count for ever.
 SPEED_ROWS = 50
 # How busy a processor is can only be said of a span of time: at the first look of this one, later since the last look.
 _FIRST_SECONDS = 0.1
-
-# What reading files that others write may raise: they vanish, are half there, or hold something else.
-UNREADABLE = (NightschoolError, OSError, LookupError, ValueError, TypeError, AttributeError, psutil.Error)
-
-T = TypeVar("T")
 
 
 class Monitor:
@@ -68,7 +57,7 @@ class Monitor:
             **self._details(chosen, rows[chosen.id]),
             "runs": list(rows.values()),
             "machine": self._machine.look(self.home.path),
-            "uploads": _tried(lambda: upload_summary(self.home), None),
+            "uploads": tried(lambda: upload_summary(self.home), None),
         }
 
     def _choose(self, runs: list[Run], rows: dict[str, dict[str, Any]], wanted: str | None) -> Run:
@@ -85,8 +74,8 @@ class Monitor:
         """One line of the table."""
         rows = self._rows(run)
         last = _numbers(rows[-1]) if rows else {}
-        status = _tried(lambda: run.status, RunStatus(run_id=run.id, name=run.name, state="queued"))
-        state = _tried(lambda: effective_state(run), "unreadable")
+        status = tried(lambda: run.status, RunStatus(run_id=run.id, name=run.name, state="queued"))
+        state = tried(lambda: run.status.effective_state, "unreadable")
         step = last.get("step", status.step)
         return {
             "run_id": run.id,
@@ -101,7 +90,7 @@ class Monitor:
             "seconds": last.get("seconds"),
             "seconds_left": _seconds_left(rows, status.steps_total) if state == "running" else None,
             "peak_bytes": last.get("peak_bytes"),
-            "num_checkpoints": _tried(lambda: len(checkpoints.ls(run)), None),
+            "num_checkpoints": tried(lambda: len(checkpoints.ls(run)), None),
             "candidate": status.candidate,
             "error": status.error,
         }
@@ -109,8 +98,8 @@ class Monitor:
     def _details(self, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         rows = self._rows(run)
         last = _numbers(rows[-1]) if rows else {}
-        champion = _tried(lambda: Registry(self.home).aliases(run.name).get("champion"), None)
-        newest = _tried(lambda: checkpoints.ls(run)[-1].name if summary["num_checkpoints"] else None, None)
+        champion = tried(lambda: Registry(self.home).aliases(run.name).get("champion"), None)
+        newest = tried(lambda: checkpoints.ls(run)[-1].name if summary["num_checkpoints"] else None, None)
         return {
             **summary,
             "losses": [row["loss"] for row in rows if is_number(row.get("loss"))],
@@ -123,7 +112,7 @@ class Monitor:
             "bits_per_byte": last.get("bits_per_byte"),
             "heldout_bits_per_byte": _last(rows, "heldout_bits_per_byte"),
             "mfu": last.get("mfu"),
-            "seconds_since_row": _tried(lambda: _seconds_since(rows[-1]["time"]), None),
+            "seconds_since_row": tried(lambda: _seconds_since(rows[-1]["time"]), None),
             "newest_checkpoint": newest,
             "champion": f"{run.name}@{champion}" if champion else None,
             "process": self._process(run) if summary["state"] == "running" else None,
@@ -135,7 +124,7 @@ class Monitor:
         """Processor and memory of the process that trains; the share is that since the last look."""
 
         def look() -> dict[str, Any] | None:
-            found = training_process(run)
+            found = run.status.find_process()
             if found is None:
                 return None
             first = found.pid not in self._processes
@@ -147,27 +136,7 @@ class Monitor:
                 "num_threads": process.num_threads(),
             }
 
-        return _tried(look, None)
-
-
-def log_tail(path: Path) -> list[str]:
-    """The last lines of a log, without colours; none where there is no log."""
-    return plain(_tried(lambda: _tail(path), "")).splitlines()[-LOG_LINES:]
-
-
-def last_sample(path: Path) -> dict[str, Any] | None:
-    """What the model wrote when it was last asked to, if the end of the events still tells."""
-    for line in reversed(_tried(lambda: _tail(path), "").splitlines()):
-        event = parse_row(line)
-        if event is not None and event.get("event") == "sample":
-            return {key: event.get(key) for key in ("step", "prompt", "continuation")}
-    return None
-
-
-def _tail(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-        return file.read().decode(errors="replace")
+        return tried(look, None)
 
 
 def _seconds_left(rows: list[Row], total: int | None) -> float | None:
@@ -195,11 +164,3 @@ def _seconds_since(moment: str) -> float:
 def _numbers(row: Row) -> dict[str, float]:
     """The figures of a row that are numbers."""
     return {key: value for key, value in row.items() if is_number(value)}
-
-
-def _tried(look: Callable[[], T], otherwise: T) -> T:
-    """What a look finds, or `otherwise` where it cannot be had at this moment."""
-    try:
-        return look()
-    except UNREADABLE:
-        return otherwise
