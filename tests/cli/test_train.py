@@ -21,11 +21,15 @@ from nightschool.errors import Interrupted, Locked
 from nightschool.jobs import detached
 from nightschool.jobs.cycle import cycle_lock_path
 from nightschool.jobs.outcome import CycleContext, CycleResult
+from nightschool.models.export import save_version_folder
 from nightschool.server.settings import ServerSettings
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, lock_to_hand_over
+from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from tests.support.cli_home import add_checkpoint
+from tests.support.engine_setups import lively_model
+from tests.support.tokenizers_for_tests import byte_tokenizer
 
 RECIPE = "name: bot\nbase: new:tiny\ndata: [{path: train.json}]\ntrain: {epochs: 3}\n"
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +243,20 @@ def test_serve_hands_its_options_to_the_server(home, monkeypatch, capsys):
     )
     assert (engine["num_rows"], engine["queue_limit"]) == (4, 256)
     assert "Conversations are kept" in capsys.readouterr().err
+
+
+def test_serve_adds_a_model_from_elsewhere_first_and_says_so(home, monkeypatch, capsys, tmp_path):
+    served = []
+    monkeypatch.setattr("nightschool.server.run.serve", lambda home, name, settings, *, engine: served.append(name))
+    save_version_folder(lively_model(), byte_tokenizer(), tmp_path / "My Model")
+    for words in (["serve", "./My Model"], ["serve", str(tmp_path / "My Model"), "--name", "mine"]):
+        assert main(words) == 0
+    assert served == ["my-model", "mine"]
+    assert "Added my-model@" in capsys.readouterr().err
+    (champion,) = Registry(home).versions("my-model")
+    assert Registry(home).resolve("my-model") == champion
+    assert main(["serve", "bot", "--name", "mine"]) == 2
+    assert main(["serve", "./My Model", "serve.record_conversations=true"]) == 2
 
 
 def test_serve_has_an_option_for_each_bound_of_the_server(home, monkeypatch):

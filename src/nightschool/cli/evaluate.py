@@ -48,7 +48,7 @@ def evaluate(
     model's context is listed as not asked, and counts as wrong.
 
     Args:
-        model: NAME (its champion), NAME@VERSION, a folder or a hub id.
+        model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
         suite: A data file with questions and answers, or one of new, old and pins.
         sample: At most this many questions of a kind; by default as its run's recipe says, else 200.
         max_new_tokens: Longest answer in tokens; by default as its run's recipe says, else 64.

@@ -107,6 +107,10 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "show": ("nightschool.cli.models:show", "One version: facts, files, history."),
             "report": ("nightschool.cli.models:report", "What the gate found: learned, lost, rule by rule."),
             "diff": ("nightschool.cli.models:diff", "The answers that differ between two versions."),
+            "add": (
+                "nightschool.cli.models:add",
+                "Add a folder, a GGUF file or a hub model as a name's first version.",
+            ),
             "promote": ("nightschool.cli.models:promote", "Make a version the champion."),
             "rollback": ("nightschool.cli.models:rollback", "Make the previous champion the champion again."),
             "pin": ("nightschool.cli.models:pin", "Hold the champion: no cycle moves it."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nightschool.cli.formatting import figure, folder_bytes, moment
 from nightschool.cli.output import answer, bold, colour_wanted, confirm, table
@@ -21,6 +22,9 @@ from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
 from nightschool.units import format_bytes
 from nightschool.views.versions import champion_ref, score_sheets, version_story, version_summary
+
+if TYPE_CHECKING:
+    from nightschool.training.add_model import Added
 
 
 def ls(name: str | None = None, /) -> None:
@@ -137,6 +141,36 @@ def diff(first: str, second: str, /) -> None:
     )
 
 
+def add(name: str, source: str, /) -> None:
+    """Add a model that was made elsewhere as the first version of a name; it is the champion at once.
+
+    It is copied into the home, loaded again by plain transformers and compared, tensor by tensor and in its logits.
+    Adding the same files again changes nothing.
+
+    Args:
+        name: A name that has no versions yet.
+        source: A Hugging Face or PEFT folder, a GGUF file, or a hub id.
+    """
+    from nightschool.training.add_model import add_model
+
+    added = add_model(Home.find(), name, source, by=who())
+    answer(
+        {"ref": added.version.ref, "champion": added.champion.ref, "added": added.is_new},
+        told(added),
+        quiet=added.version.ref,
+    )
+
+
+def told(added: Added) -> str:
+    """What came of adding a model, in words."""
+    version, facts = added.version, added.version.facts
+    done = f"Added {version.ref}" if added.is_new else f"{version.ref} was added from these files before"
+    return (
+        f"{done} ({_count(facts.num_parameters)} parameters, {facts.dtype}). "
+        f"The champion of {version.name} is {added.champion.ref}."
+    )
+
+
 def promote(model: str, /) -> None:
     """Make a version the champion. The gate is not asked.
 
@@ -151,7 +185,7 @@ def promote(model: str, /) -> None:
             f"{model!r} names no version. Write {model}@VERSION; nightschool models ls {model} lists them."
         )
     before = champion_ref(registry, wanted.name)
-    version = promote_version(home, wanted.name, registry.resolve(model).id, by=_who())
+    version = promote_version(home, wanted.name, registry.resolve(model).id, by=who())
     _moved(before, version)
 
 
@@ -163,7 +197,7 @@ def rollback(name: str = "default", /) -> None:
     """
     home = Home.find()
     before = champion_ref(Registry(home), name)
-    _moved(before, roll_back(home, parse_ref(name).name, by=_who()))
+    _moved(before, roll_back(home, parse_ref(name).name, by=who()))
 
 
 def pin(model: str, /) -> None:
@@ -174,7 +208,7 @@ def pin(model: str, /) -> None:
     """
     home = Home.find()
     version = Registry(home).resolve(model)
-    pin_champion(home, version.name, version.id, by=_who())
+    pin_champion(home, version.name, version.id, by=who())
     answer({"pinned": version.ref}, f"Pinned {version.ref}: no cycle moves the champion.", quiet=version.ref)
 
 
@@ -184,7 +218,7 @@ def unpin(name: str, /) -> None:
     Args:
         name: The name whose champion was pinned.
     """
-    Registry(Home.find()).unpin(parse_ref(name).name, by=_who())
+    Registry(Home.find()).unpin(parse_ref(name).name, by=who())
     answer({"unpinned": name}, f"Unpinned {name}: the next candidate that passes becomes the champion.", quiet=name)
 
 
@@ -199,10 +233,10 @@ def alias(model: str, alias: str, /, *, rm: bool = False) -> None:
     registry = Registry(Home.find())
     name = parse_ref(model).name
     if rm:
-        registry.remove_alias(name, alias, by=_who())
+        registry.remove_alias(name, alias, by=who())
         answer({"alias": alias, "name": name, "ref": None}, f"{name} has no alias {alias} any more.", quiet=alias)
         return
-    version = registry.set_alias(name, alias, registry.resolve(model).id, by=_who())
+    version = registry.set_alias(name, alias, registry.resolve(model).id, by=who())
     answer({"alias": alias, "name": name, "ref": version.ref}, f"{name}@{alias} is {version.ref}.", quiet=version.ref)
 
 
@@ -279,7 +313,7 @@ def _moved(before: str | None, version: Version) -> None:
     )
 
 
-def _who() -> str:
+def who() -> str:
     return os.environ.get("USER") or "user"
 
 

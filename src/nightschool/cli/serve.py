@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nightschool.cli.models import told, who
 from nightschool.cli.output import note
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Serve
@@ -14,9 +15,10 @@ from nightschool.units import parse_seconds
 
 
 def serve(
-    name: str = "default",
+    source: str = "default",
     /,
     *overrides: str,
+    name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8001,
     model_check_interval: str | None = None,
@@ -38,8 +40,10 @@ def serve(
     Starts with or without a model. Runs until SIGTERM or Ctrl-C; running answers may finish.
 
     Args:
-        name: The name whose champion is served; or a recipe file, whose `name` and `serve` settings then hold.
+        source: The name whose champion is served; or a recipe file, whose `name` and `serve` settings then hold; or a
+            folder, a GGUF file or a hub id, which is first added as by nightschool models add.
         overrides: Settings of the recipe, as serve.record_conversations=true.
+        name: The name to add a folder, a file or a hub model under; without it, one is made of the last part of SOURCE.
         host: Address to listen on. Other than 127.0.0.1 needs an API key, in NIGHTSCHOOL_API_KEY or a file.
         port: Port to listen on; 0 takes a free one.
         model_check_interval: How often to look for a newly promoted version: 3600, 10m, 1h; 3600 s without it.
@@ -64,7 +68,7 @@ def serve(
     from nightschool.server.run import serve as serve_name
     from nightschool.server.settings import ServerSettings, read_api_keys
 
-    served, wishes = _what_is_served(name, overrides)
+    served, wishes = _what_is_served(source, overrides, name)
     if record_conversations is None:
         record_conversations = wishes.record_conversations
     try:
@@ -103,18 +107,32 @@ def serve(
     serve_name(Home.find(), served, settings, engine=engine)
 
 
-def _what_is_served(name: str, overrides: tuple[str, ...]) -> tuple[str, Serve]:
-    """The served name and what its recipe wishes; a name alone has the defaults.
+def _what_is_served(source: str, overrides: tuple[str, ...], name: str | None) -> tuple[str, Serve]:
+    """The served name and what its recipe wishes; a name alone has the defaults. A model from elsewhere is added first.
 
     Raises:
-        UsageError: If settings follow a name, which has none.
+        UsageError: If settings follow a name, which has none, or `--name` follows what has a name.
     """
-    if name.endswith((".yaml", ".yml")):
-        recipe = read_recipe(Path(name), overrides)
-        return recipe.name, recipe.serve
-    if overrides:
+    is_recipe = source.endswith((".yaml", ".yml"))
+    if overrides and not is_recipe:
         raise UsageError(
-            f"{overrides[0]!r} is a setting of a recipe, but {name!r} is a name. Write nightschool serve RECIPE.yaml "
+            f"{overrides[0]!r} is a setting of a recipe, but {source!r} is none. Write nightschool serve RECIPE.yaml "
             f"{overrides[0]}, or use the options of nightschool serve --help."
         )
-    return check_name(name), Serve()
+    if not is_recipe and ("/" in source or source.lower().endswith(".gguf")):  # no name has either
+        return _added(source, name), Serve()
+    if name is not None:
+        raise UsageError(f"--name is for a folder, a GGUF file or a hub id, and {source!r} has a name. Leave it out.")
+    if is_recipe:
+        recipe = read_recipe(Path(source), overrides)
+        return recipe.name, recipe.serve
+    return check_name(source), Serve()
+
+
+def _added(source: str, name: str | None) -> str:
+    """Add what lies at `source` and return its name. What was added before is served as it went on since."""
+    from nightschool.training.add_model import add_model, name_for
+
+    added = add_model(Home.find(), name or name_for(source), source, by=who())
+    note(told(added))
+    return added.version.name

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from nightschool.cli.output import answer, note
 from nightschool.errors import UsageError
+from nightschool.store.home import Home
 from nightschool.units import format_bytes, parse_tokens
 
 
@@ -27,7 +28,7 @@ def tokenize(
 
     Args:
         files: Files, folders or patterns.
-        tokenizer: `train:bpe-8192` trains one on these files; else a folder or hub id.
+        tokenizer: `train:bpe-8192` trains one on these files; else a folder, a GGUF file or a hub id.
         out: The folder of the shards.
         row_tokens: Tokens of a row of the arrays.
         shard_tokens: Tokens of a shard.
@@ -36,8 +37,7 @@ def tokenize(
     from nightschool.data.shards.tokenize import TRAIN_PREFIX, has_begun, train_tokenizer
     from nightschool.data.shards.tokenize import tokenize as write_shards
     from nightschool.data.sources.rows import expand
-    from nightschool.models.hub import fetch_from_hub
-    from nightschool.models.load import as_folder, load_tokenizer
+    from nightschool.models.load import find_tokenizer, load_tokenizer
 
     if not files:
         raise UsageError("There is nothing to tokenize. Write nightschool data tokenize FILES --tokenizer … --out DIR.")
@@ -53,8 +53,7 @@ def tokenize(
             note(f"Training a tokenizer on {len(found)} files")
             chosen = train_tokenizer(found, tokenizer)
     else:
-        folder = as_folder(tokenizer, Path.cwd())
-        chosen = load_tokenizer(folder if folder is not None else fetch_from_hub(tokenizer), tokenizer)
+        chosen = find_tokenizer(tokenizer, Home.find(), Path.cwd())
 
     def on_shard(facts: ShardInfo) -> None:
         note(f"{facts.file}: {facts.tokens:,} tokens of {facts.documents:,} documents")

@@ -226,7 +226,8 @@ class Recipe(Section):
         description="The name under which versions are published and served.",
     )
     base: NotBlank = Field(
-        ..., description="Starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>."
+        ...,
+        description="Starting weights: a hub id, ./folder, ./file.gguf, name@version of the registry, or new:<preset>.",
     )
     method: Method = Field(
         "full",
@@ -234,7 +235,8 @@ class Recipe(Section):
     )
     shape: Shape = Field(default_factory=Shape, description="Where a new: base differs from its preset.")
     tokenizer: NotBlank | None = Field(
-        None, description="A folder or hub id, for shards without a tokenizer beside them (method: pretrain)."
+        None,
+        description="A folder, GGUF file or hub id, for shards without a tokenizer beside them (method: pretrain).",
     )
     data: list[DataSource] = Field(
         default_factory=list, validate_default=True, description="Where the examples come from."

@@ -118,7 +118,7 @@ def prove_export(
     if not difference <= limit:
         raise ModelError(
             f"The folder {folder} does not give the logits of the trained model: they differ by {difference:.1e} of the "
-            f"largest, and {limit:.0e} is allowed. It is not published; the checkpoint is still whole."
+            f"largest, and {limit:.0e} is allowed. It is not published; what it was made from is still whole."
         )
     if tokenizer is not None:
         _compare_tokenizers(tokenizer, folder)
@@ -191,7 +191,7 @@ def _load_plainly(dtype: torch.dtype, device: torch.device, folder: Path) -> Any
     lost = not_loaded(report)
     if lost:
         raise ModelError(
-            f"The folder {folder} does not hold the whole model: {lost}. It is not published; the checkpoint is still whole."
+            f"The folder {folder} does not hold the whole model: {lost}. It is not published; what it was made from is still whole."
         )
     return again.to(device).eval()
 
@@ -199,7 +199,7 @@ def _load_plainly(dtype: torch.dtype, device: torch.device, folder: Path) -> Any
 def _cannot_be_loaded(folder: Path, library: str, error: Exception) -> str:
     return (
         f"The folder {folder} cannot be loaded by {library}: {error} "
-        "It is not published; the checkpoint is still whole."
+        "It is not published; what it was made from is still whole."
     )
 
 
@@ -213,7 +213,7 @@ def _compare_tensors(trained: dict[str, Tensor], stored: dict[str, Tensor], fold
     if differing:
         raise ModelError(
             f"The folder {folder} lost {len(differing)} of {len(trained)} tensors of the trained model, such as {differing[0]}. "
-            "It is not published; the checkpoint is still whole."
+            "It is not published; what it was made from is still whole."
         )
 
 

@@ -1,7 +1,7 @@
 """Loading a base: every tensor that the model needs, nothing else, or an error that names it.
 
-A reference is one of: a hub id (`Qwen/Qwen3-0.6B`), a folder (`./model`), a version of the registry (`name@version`,
-`name@alias`, or `name` alone for its champion), or `new:<preset>`.
+A reference is one of: a hub id (`Qwen/Qwen3-0.6B`), a folder (`./model`), a GGUF file (`./model.gguf`), a version of the
+registry (`name@version`, `name@alias`, or `name` alone for its champion), or `new:<preset>`.
 
 transformers only logs what it could not load and goes on with random weights. Here its report is an error, and so is a
 difference between the number of elements in the files and in the model: no conversion of names can hide a lost tensor
@@ -24,6 +24,7 @@ from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base, load_adapter, merge_adapter
 from nightschool.models.build import build_model
 from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
+from nightschool.models.gguf_header import SUFFIX as GGUF
 from nightschool.models.hub import fetch_from_hub
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
@@ -47,8 +48,8 @@ _TOKENIZER_FILES = (
 class LoadedModel:
     """A model with its tokenizer, in evaluation mode.
 
-    `ref` is what was asked for, resolved: `name@version` for a champion, an absolute path for a folder. `base_ref` is what its weights stand on: for an
-    adapter that is kept apart its base, else `ref`. `path` is the folder of the full weights that an adapter can stand
+    `ref` is what was asked for, resolved: `name@version` for a champion, an absolute path for a folder or file. `base_ref`
+    is what its weights stand on: for an adapter that is kept apart its base, else `ref`. `path` is the folder of the full weights that an adapter can stand
     on; None where no folder holds them (`new:` models, merged adapters).
     `adapter` says whether `model` is a `PeftModel` whose adapter is kept apart.
     `vocab_size` counts rows of the embedding, `tokenizer_size` ids of the tokenizer; the former is never smaller.
@@ -101,7 +102,7 @@ def load_base(
         seed: Of the weights of `new:<preset>`.
         merge: Whether an adapter is added into its base's weights (to serve, to train in full) or kept apart (to go on
             training it).
-        root: Folder against which a relative folder is taken; the working directory without it.
+        root: Folder against which a relative path is taken; the working directory without it.
         shape: Fields of the configuration of `new:<preset>` that differ from the preset's.
 
     Raises:
@@ -111,9 +112,9 @@ def load_base(
     """
     if ref.startswith("new:"):
         return _build_new(ref, tokenizer, seed, dtype, device, shape)
-    folder = as_folder(ref, root)
-    if folder is not None:
-        return _load_folder(folder, str(folder), home, dtype=dtype, device=device, merge=merge)
+    path = as_path(ref, root)
+    if path is not None:
+        return _load_folder(plain_folder(path, home), str(path), home, dtype=dtype, device=device, merge=merge)
     registry = Registry(home)
     if "@" in ref or ("/" not in ref and ref in registry.names()):
         return load_version(registry.resolve(ref), home, dtype=dtype, device=device, merge=merge)
@@ -149,13 +150,26 @@ def context_of(model: PreTrainedModel | PeftModel) -> int:
     return int(stated) if stated else _UNSTATED_CONTEXT_TOKENS
 
 
-def as_folder(ref: str, root: Path | None) -> Path | None:
-    """The folder that `ref` means, or None. What begins like a path is a folder, there or not."""
+def as_path(ref: str, root: Path | None) -> Path | None:
+    """The folder or GGUF file that `ref` means, or None. What is written like a path is one, there or not."""
     path = Path(ref).expanduser()
     path = path if path.is_absolute() or root is None else root / path
-    if ref.startswith(("./", "../", "/", "~", ".\\")) or ref in (".", "..") or ("@" not in ref and path.is_dir()):
+    if ref.startswith(("./", "../", "/", "~", ".\\")) or ref in (".", "..") or ref.lower().endswith(GGUF):
         return path.resolve()
-    return None
+    return path.resolve() if "@" not in ref and path.is_dir() else None
+
+
+def plain_folder(path: Path, home: Home) -> Path:
+    """The Hugging Face folder of what `as_path` found: the folder itself, or what a GGUF file was unpacked into.
+
+    Raises:
+        NotFound, ModelError, Damaged: If the file is not there or cannot be read back; see `models.gguf.unpacked`.
+    """
+    if not path.name.lower().endswith(GGUF) or path.is_dir():
+        return path
+    from nightschool.models.gguf import unpacked  # few bases are GGUF files
+
+    return unpacked(path, home)
 
 
 def _build_new(
@@ -200,6 +214,12 @@ def _load_folder(
     if merge:
         return _finish(merge_adapter(wrapped), tokenizer, ref, None)
     return replace(_finish(wrapped, tokenizer, ref, under.path), base_ref=under.ref, adapter=True)
+
+
+def find_tokenizer(ref: str, home: Home, root: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder, in a GGUF file or at a hub id. Raises as `load_base` does."""
+    path = as_path(ref, root)
+    return load_tokenizer(fetch_from_hub(ref) if path is None else plain_folder(path, home), ref)
 
 
 def load_tokenizer(folder: Path, ref: str) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from nightschool.errors import ModelError
 from nightschool.models.adapters import adapter_base
 from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
 from nightschool.models.hub import fetch_from_hub
-from nightschool.models.load import as_folder
+from nightschool.models.load import as_path, plain_folder
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
@@ -50,9 +50,9 @@ def stored_weights_of(version: Version, home: Home) -> StoredWeights:
 
 
 def _inspect(ref: str, home: Home, root: Path | None, *, num_adapters: int) -> StoredWeights:
-    folder = as_folder(ref, root)
-    if folder is not None:
-        return _of_folder(folder, ref, home, None, num_adapters=num_adapters)
+    path = as_path(ref, root)
+    if path is not None:
+        return _of_folder(plain_folder(path, home), ref, home, None, num_adapters=num_adapters)
     registry = Registry(home)
     if "@" in ref or ("/" not in ref and ref in registry.names()):
         version = registry.resolve(ref)

@@ -50,7 +50,7 @@ def write_manifest(folder: Path, **facts: Any) -> Manifest:
         Damaged: If the folder holds a link or a special file: a published folder stands on its own.
         DiskFull: If there is no room.
     """
-    files = {name: FileInfo(_sha256(folder / name), (folder / name).stat().st_size) for name in _files_in(folder)}
+    files = {name: FileInfo(file_sha256(folder / name), (folder / name).stat().st_size) for name in _files_in(folder)}
     return seal(folder, files, facts)
 
 
@@ -127,7 +127,7 @@ def verify(folder: Path, *, digests: bool) -> Manifest:
         )
     if digests:
         for name, stated in manifest.files.items():
-            actual = _sha256(folder / name)
+            actual = file_sha256(folder / name)
             if actual != stated.sha256:
                 raise Damaged(
                     f"{folder / name} has the SHA-256 {actual}, but its manifest says {stated.sha256}. {_REMEDY}"
@@ -176,7 +176,8 @@ def _checked_path(name: str, manifest: Path) -> str:
     return name
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits. Raises Damaged if it is not there."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

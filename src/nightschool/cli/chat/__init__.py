@@ -36,7 +36,7 @@ def chat(
     Reads lines from a pipe as well. With --json every answer is one JSON object on a line.
 
     Args:
-        model: NAME (its champion), NAME@VERSION, a folder or a hub id; with --url a served name.
+        model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id; with --url a served name.
         url: Ask a running server in place of loading the model here, as http://127.0.0.1:8001.
         record: Keep the answers in the home, so that /good, /bad and /fix can mark them for a later night.
         system: A system message.
@@ -71,7 +71,7 @@ def ask(
 
     Args:
         question: The question; without it, it is read from stdin.
-        model: NAME (its champion), NAME@VERSION, a folder or a hub id. Several are asked one after another.
+        model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id. Several are asked one after another.
         url: Ask a running server in place of loading the model here.
         system: A system message.
         temperature: 0 always takes the likeliest token.

@@ -23,8 +23,7 @@ from nightschool.data.shards.tokenize import end_of_text_id, tokenizer_fingerpri
 from nightschool.errors import DataError, ModelError, UsageError
 from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import resolve_dtype
-from nightschool.models.hub import fetch_from_hub
-from nightschool.models.load import LoadedModel, as_folder, load_base, load_tokenizer
+from nightschool.models.load import LoadedModel, find_tokenizer, load_base, load_tokenizer
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.checkpoint import rng
@@ -243,7 +242,7 @@ def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, Pr
             "Write data: [{path: shards/}]; nightschool data tokenize makes one folder of many files."
         )
     place, cache = recipe.data[0].path, home.cache / "shards"
-    given = None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, root)
+    given = None if recipe.tokenizer is None else find_tokenizer(recipe.tokenizer, home, root)
     opened = partial(
         open_shards,
         place,
@@ -271,11 +270,6 @@ def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, Pr
                 "Take the tokenizer that lies beside the shards, or tokenize again."
             )
     return source, tokenizer
-
-
-def _tokenizer(ref: str, root: Path) -> PreTrainedTokenizerBase:
-    folder = as_folder(ref, root)
-    return load_tokenizer(folder if folder is not None else fetch_from_hub(ref), ref)
 
 
 def _refuse_short_context(loaded: LoadedModel, seq_len: int) -> None:
