@@ -29,9 +29,9 @@ from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection import Selection, reason_to_skip, select_examples
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.schedule import Timetable
-from nightschool.jobs.selection import NewExamples, reason_to_skip
 from nightschool.models.export import save_version_folder
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -42,7 +42,6 @@ from nightschool.training import setup as classroom_module
 from nightschool.training.loop import fit
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.planning.plan import plan_of
-from nightschool.training.selection import select_examples
 from nightschool.training.setup import prepare_finetune
 from nightschool.training.state import TrainState
 from tests.support.engine_setups import lively_model
@@ -275,7 +274,7 @@ def next_night(place, recipe, monkeypatch):
 
 def skipped(place, recipe, monkeypatch):
     new = [Example(text="a text")]
-    return reason_to_skip(recipe, NewExamples(new, 1), "fingerprint", None)
+    return reason_to_skip(recipe, Selection(new, num_new=1, num_all=1), "fingerprint", None)
 
 
 KEPT = {"data": [{"from": "conversations", "where": {"rating": "any", "corrected": None}}]}

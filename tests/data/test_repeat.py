@@ -11,9 +11,9 @@ from nightschool.evaluation.questions import make_questions
 from nightschool.feedback.conversation_examples import study
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection import read_selection, select_examples, write_selection
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
-from nightschool.training.selection import read_selection, select_examples, write_selection
 
 
 def pair(question: str, answer: str, **more: object) -> Example:

@@ -13,11 +13,12 @@ from nightschool.errors import Conflict, DataError, DiskFull, Locked
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection import PreviousCycle
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.cycle import CheckpointContext, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.outcome import CycleContext
-from nightschool.jobs.selection import Studied, starting_weights
+from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
@@ -78,10 +79,10 @@ class School:
     def champion(self):
         return self.registry.aliases("bot").get("champion")
 
-    def cycle(self, trigger="manual", studied=None, **values):
+    def cycle(self, trigger="manual", previous=None, **values):
         around = CheckpointContext(on_news=self.news.append)
         return run_cycle(
-            self.home, self.recipe(**values), trigger=trigger, root=self.root, studied=studied, around=around
+            self.home, self.recipe(**values), trigger=trigger, root=self.root, previous=previous, around=around
         )
 
 
@@ -178,20 +179,20 @@ def test_min_new_examples_0_always_runs_and_so_does_a_manual_cycle(school):
 def test_what_was_refused_is_not_tried_again_until_something_changed(school):
     school.decision = "refuse"
     first = school.cycle("start")
-    studied = Studied(first.data_fingerprint, first.outcome)
-    again = school.cycle("due", studied)
+    previous = PreviousCycle(first.data_fingerprint, first.outcome)
+    again = school.cycle("due", previous)
     assert again.outcome == "skipped"
     assert "nothing changed since the last cycle, which was refused" in again.detail
-    assert school.cycle("due", studied, replay={"ratio": 5}).outcome == "refused"
+    assert school.cycle("due", previous, replay={"ratio": 5}).outcome == "refused"
     school.teach(4)
-    assert school.cycle("due", studied).outcome == "refused"
+    assert school.cycle("due", previous).outcome == "refused"
 
 
 def test_serving_and_timing_do_not_count_as_a_change(school):
     school.decision = "refuse"
     first = school.cycle("start")
-    studied = Studied(first.data_fingerprint, first.outcome)
-    assert school.cycle("due", studied, schedule={"every": "1h"}).outcome == "skipped"
+    previous = PreviousCycle(first.data_fingerprint, first.outcome)
+    assert school.cycle("due", previous, schedule={"every": "1h"}).outcome == "skipped"
 
 
 def test_held_out_examples_are_not_new(school):

@@ -49,13 +49,13 @@ class DueCycle:
         self.stop = Stop()
         self.clock = FakeClock(self.stop, until)
         self.takes, self.outcome = takes, outcome
-        self.ran, self.resumed, self.lines, self.studied = [], [], [], []
+        self.ran, self.resumed, self.lines, self.previous = [], [], [], []
         self.recipe = Recipe(name="bot", base="new:tiny", data=[{"path": "a.json"}], schedule=schedule)
         self.ledger = Ledger(open_database(self.home))
 
-    def cycle(self, home, recipe, *, trigger, root, studied=None, around=None):
+    def cycle(self, home, recipe, *, trigger, root, previous=None, around=None):
         self.ran.append((self.clock.moment, trigger))
-        self.studied.append(studied)
+        self.previous.append(previous)
         self.clock.moment += self.takes
         outcome = self.outcome(len(self.ran)) if callable(self.outcome) else self.outcome
         if isinstance(outcome, Exception):
@@ -161,8 +161,8 @@ def test_the_next_cycle_is_told_what_the_last_finished_one_had(tmp_path):
     outcomes = {1: "refused", 2: "skipped", 3: "promoted"}
     night = DueCycle(tmp_path, until=START + 2 * DAY + HOUR, outcome=outcomes.get)
     night.serve()
-    assert night.studied[0] is None
-    assert [(one.data_fingerprint, one.outcome) for one in night.studied[1:]] == [("data 1", "refused")] * 2
+    assert night.previous[0] is None
+    assert [(one.data_fingerprint, one.outcome) for one in night.previous[1:]] == [("data 1", "refused")] * 2
 
 
 def test_a_second_scheduler_is_locked_out_and_told_who_holds_the_lock(tmp_path):

@@ -10,6 +10,7 @@ from nightschool.data.tokenizer import train_bpe
 from nightschool.engine.model_runner import ModelRunner
 from nightschool.errors import ModelError
 from nightschool.events import read_events
+from nightschool.feedback.selection import select_examples
 from nightschool.layers.forward import prepare
 from nightschool.models import dtype as dtype_module
 from nightschool.models.build import PRESETS, build_model
@@ -21,7 +22,6 @@ from nightschool.store.runs import RunStore
 from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.planning.plan import make_plan, plan_of
 from nightschool.training.run import main
-from nightschool.training.selection import select_examples
 from nightschool.training.setup import prepare_finetune
 from tests.support.training_setups import differing, one_deterministic_thread
 

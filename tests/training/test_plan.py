@@ -11,12 +11,12 @@ from nightschool.data.chat.render import Rendered
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
+from nightschool.feedback.selection import Selection, sample_of, select_examples
 from nightschool.store.home import Home
 from nightschool.training.planning import plan as planning
 from nightschool.training.planning import throughput
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.training.planning.plan import make_plan, measure, render_plan
-from nightschool.training.selection import Selection, sample_of, select_examples
 from nightschool.training.setup import prepare_finetune, refuse_nothing_to_train
 from tests.support.training_setups import differing, one_deterministic_thread
 

@@ -12,13 +12,12 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
 from nightschool.data.shards.shard_sources import is_shard_folder, open_shards
 from nightschool.data.shards.shards import verify_shard
-from nightschool.data.sources.load import Loaded, read_file, split_held_out
+from nightschool.data.sources.load import Loaded, read_file
 from nightschool.errors import Damaged, UsageError
 from nightschool.feedback.conversations import ConversationStore
-from nightschool.feedback.novelty import novelty_for
-from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection import select_loaded
 from nightschool.feedback.training_data import load_sources
-from nightschool.jobs.selection import starting_weights
+from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
@@ -66,13 +65,12 @@ def check(source: Path, /, *overrides: str) -> int:
     }
     if recipe is not None:
         home = Home.find()
-        trained = AcceptedExamples(open_database(home)).trained(recipe.name)
-        split = split_held_out(loaded.examples, recipe.held_out, root=Path.cwd(), trained=trained)
-        new = novelty_for(home, recipe.name, starting_weights(home, recipe), split.train).new
+        wanted = recipe.model_copy(update={"base": starting_weights(home, recipe)})
+        selection = select_loaded(loaded, wanted, home, Path.cwd())
         data |= {
-            "held_out": len(split.held_out),
-            "new": len(new),
-            "studied_before": len(split.train) - len(new),
+            "held_out": len(selection.held_out),
+            "new": selection.num_new,
+            "studied_before": selection.num_left_out + len(selection.new) - selection.num_new,
         }
 
     def text() -> str:

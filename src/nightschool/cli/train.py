@@ -20,7 +20,7 @@ from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.jobs.cycle import CheckpointContext, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import child_environment, start_process
 from nightschool.jobs.outcome import CycleContext, CycleResult
-from nightschool.jobs.selection import starting_weights
+from nightschool.jobs.starting_weights import starting_weights
 from nightschool.remotes.address import is_url
 from nightschool.store.home import Home
 from nightschool.store.locks import lock_to_hand_over

@@ -16,17 +16,11 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
+from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_gate, run_training
 from nightschool.jobs.outcome import CycleContext, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, wait_for_stranger
-from nightschool.jobs.selection import (
-    Studied,
-    champion_of,
-    find_new_examples,
-    fingerprint_of,
-    reason_to_skip,
-    starting_weights,
-)
+from nightschool.jobs.starting_weights import champion_of, starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
 from nightschool.store.names import CHAMPION
@@ -72,7 +66,7 @@ def run_cycle(
     *,
     trigger: Trigger,
     root: Path,
-    studied: Studied | None = None,
+    previous: PreviousCycle | None = None,
     around: CheckpointContext | None = None,
 ) -> CycleResult:
     """Do one whole cycle and return how it ended.
@@ -82,7 +76,7 @@ def run_cycle(
         recipe: What is wanted. The run starts from the champion of its name where there is one.
         trigger: Why now. A `manual` cycle is never skipped for lack of new data.
         root: Where relative paths of the recipe begin.
-        studied: What the last finished cycle had before it; the same again is skipped.
+        previous: What the last finished cycle had before it; the same again is skipped.
         around: Who watches and who may stop it.
 
     Raises:
@@ -91,7 +85,7 @@ def run_cycle(
     """
     around = around or CheckpointContext()
     with around.stop, lock(cycle_lock_path(home, recipe.name), f"a cycle of {recipe.name}"):
-        begun = begin_cycle(home, recipe, trigger=trigger, root=root, studied=studied, around=around)
+        begun = begin_cycle(home, recipe, trigger=trigger, root=root, previous=previous, around=around)
         return begun if isinstance(begun, CycleResult) else _finish(home, begun, None, around)
 
 
@@ -125,7 +119,7 @@ def begin_cycle(
     *,
     trigger: Trigger,
     root: Path,
-    studied: Studied | None = None,
+    previous: PreviousCycle | None = None,
     around: CheckpointContext | None = None,
 ) -> Run | CycleResult:
     """Decide whether there is something to study and create the run; trains nothing. The caller holds the lock."""
@@ -135,29 +129,30 @@ def begin_cycle(
     champion = champion_of(Registry(home), name)
     if champion is not None:
         settle(home, name)  # what an earlier cycle may have been killed before
-    new = find_new_examples(home, recipe, root)
     base = starting_weights(home, recipe, say=around.say)
-    fingerprint = fingerprint_of(recipe, base, new)
+    wanted = recipe.model_copy(update={"base": base})
+    selection = select(wanted, home, root)
+    fingerprint = fingerprint_of(wanted, selection)
     around.stop.check("the run was created")
     if trigger != "manual" and recipe.schedule.min_new_examples > 0:
-        reason = reason_to_skip(recipe, new, fingerprint, studied)
+        reason = reason_to_skip(recipe, selection, fingerprint, previous)
         if reason is not None:
             around.say(f"Skipped: {reason}")
             return CycleResult(
                 "skipped", reason, champion=champion.ref if champion else None, data_fingerprint=fingerprint
             )
-    plain = recipe.model_copy(update={"base": base}).as_plain()
-    run = RunStore(home).create(plain, name=name)
+    run = RunStore(home).create(wanted.as_plain(), name=name)
+    write_selection(run.path, selection)
     CycleContext(
         trigger=trigger,
         root=str(root.resolve()),
         recipe_base=recipe.base,
         champion=champion.ref if champion else None,
         data_fingerprint=fingerprint,
-        num_new_examples=len(new.examples),
+        num_new_examples=selection.num_new,
     ).write(run)
-    studied_now = "token shards" if new.shards else f"{len(new.examples)} new of {new.num_all} examples"
-    around.say(f"Run {run.id}: {studied_now}, starting from {base}")
+    data = "token shards" if selection.shards else f"{selection.num_new} new of {selection.num_all} examples"
+    around.say(f"Run {run.id}: {data}, starting from {base}")
     return run
 
 

@@ -16,10 +16,10 @@ from typing import Protocol
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
+from nightschool.feedback.selection import PreviousCycle
 from nightschool.jobs.cycle import CheckpointContext, continue_cycle, run_cycle
 from nightschool.jobs.outcome import CycleContext, CycleResult, Trigger, verdict_of
 from nightschool.jobs.schedule import Timetable, roughly
-from nightschool.jobs.selection import Studied
 from nightschool.store.atomic import FULL
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -70,7 +70,7 @@ class RunCycle(Protocol):
         *,
         trigger: Trigger,
         root: Path,
-        studied: Studied | None = None,
+        previous: PreviousCycle | None = None,
         around: CheckpointContext | None = None,
     ) -> CycleResult: ...
 
@@ -288,7 +288,7 @@ class Scheduler:
             recipe,
             trigger=night.trigger,
             root=self._root,
-            studied=self._studied(),
+            previous=self._previous(),
             around=self._around(),
         )
 
@@ -329,11 +329,11 @@ class Scheduler:
         if cycle is not None:
             self._end(cycle, CycleResult("skipped", detail))
 
-    def _studied(self) -> Studied | None:
+    def _previous(self) -> PreviousCycle | None:
         """What the last cycle that came to a verdict had before it."""
         for cycle in self._ledger.ls(self.name):
             if cycle.outcome in FINISHED and cycle.data_fingerprint is not None:
-                return Studied(cycle.data_fingerprint, cycle.outcome)
+                return PreviousCycle(cycle.data_fingerprint, cycle.outcome)
         return None
 
     def _undone(self) -> str | None:

@@ -171,11 +171,11 @@ def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: Stop,
     ranks = saving_ranks(recipe, world)
     with open_saver(run, recipe.checkpoints, say, ranks=ranks, stop=lambda: stop.reason is not None) as saver:
         point = _checkpoint_to_resume(run, resume)
-        world.from_first((resume is not None, point.name if point else "", saver.attempt))
+        world.from_first((point.name if point else "", saver.attempt))
         run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
         say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
 
-        prepared = prepare(home, run, recipe, root=root, resuming=resume is not None, point=point, world=world)
+        prepared = prepare(home, run, recipe, root=root, point=point, world=world)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         write_json(run.path / "environment.json", describe_environment(prepared))
         plan = plan_of(prepared, home)
@@ -203,7 +203,7 @@ def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) ->
             f"The checkpoint of step {step} was not written, and a sharded model is published from it. "
             "Make room on the disk, and go on with --resume latest."
         )
-    prepared = prepare(home, run, recipe, root=root, resuming=True, point=last)
+    prepared = prepare(home, run, recipe, root=root, point=last)
     full_state.load_weights(last.path, prepared.task)
     return prepared
 

@@ -20,6 +20,7 @@ from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import ModelError, NothingToTrain, UsageError
+from nightschool.feedback.selection import Selection
 from nightschool.layers.forward import ForwardPath
 from nightschool.models.adapters import attach_lora
 from nightschool.models.dtype import DtypeChoice, num_threads_here, resolve_device, resolve_dtype
@@ -33,7 +34,6 @@ from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.methods.causal import FinetuneTask, PretrainTask
 from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.precision import choose_by_measuring
-from nightschool.training.selection import Selection
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
 NEW_VOCAB_SIZE = 2048

@@ -70,7 +70,7 @@ def export_accelerate(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
     """
     recipe = Recipe.model_validate(run.recipe())
     with publish_directory(folder) as partial:
-        prepared = prepare(home, run, recipe, root=root, resuming=True, point=point)
+        prepared = prepare(home, run, recipe, root=root, point=point)
         context = checkpoint_context(prepared, run.recipe_path.read_text(encoding="utf-8"))
         task, schedule, scaler = prepared.task, prepared.schedule, prepared.scaler
         state = full_state.load(point.path, task, context, schedule, scaler)
@@ -133,7 +133,7 @@ def import_accelerate(home: Home, run: Run, source: Path, *, root: Path) -> Impo
 def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path) -> Imported:
     recipe = Recipe.model_validate(run.recipe())
     weights = _read_weights(folder)
-    prepared = prepare(home, run, recipe, root=root, resuming=False, point=None)
+    prepared = prepare(home, run, recipe, root=root, point=None)
     task = prepared.task
     _take_weights(task, weights, original)
     missing: list[str] = []

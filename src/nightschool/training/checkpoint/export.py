@@ -7,6 +7,7 @@ from pathlib import Path
 from nightschool.config.recipe import Recipe
 from nightschool.data.chat.render import stop_token_ids
 from nightschool.errors import NotFound
+from nightschool.feedback.selection import read_selection
 from nightschool.models.export import prove_export, save_version_folder
 from nightschool.store.atomic import publish_directory
 from nightschool.store.checkpoints import Checkpoint
@@ -14,7 +15,6 @@ from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint.full_state import load_weights
 from nightschool.training.prepare import prepare
-from nightschool.training.selection import read_selection
 
 
 def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, root: Path) -> float:
@@ -42,7 +42,7 @@ def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
         )
     recipe = Recipe.model_validate(run.recipe())
     with publish_directory(folder) as partial:
-        prepared = prepare(home, run, recipe, root=root, resuming=True, point=point)
+        prepared = prepare(home, run, recipe, root=root, point=point)
         load_weights(point.path, prepared.task)
         loaded = prepared.loaded
         prepared.task.optimizer.release()

@@ -77,14 +77,14 @@ def follow(home: Home, run: Run, *, world: World, root: Path, stop: Stop) -> Non
         RuntimeError: If process 0 is gone.
     """
     recipe = Recipe.model_validate(run.recipe())
-    resuming, name, attempt = world.from_first((False, "", 0))
+    name, attempt = world.from_first(("", 0))
     point = checkpoints.get(run, name) if name else None
     with ExitStack() as stack:
         saver = None
         if wants_shards(recipe, world):
             ranks = saving_ranks(recipe, world, attempt)
             saver = stack.enter_context(open_saver(run, recipe.checkpoints, say, ranks=ranks))
-        prepared = prepare(home, run, recipe, root=root, resuming=resuming, point=point, world=world)
+        prepared = prepare(home, run, recipe, root=root, point=point, world=world)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         task, evaluate, budget = prepared.task, prepared.evaluate, prepared.budget
         state = TrainState(task.fingerprint)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.chat.render import Rendered
+from nightschool.feedback.selection import Selection, sample_of, select_examples
 from nightschool.models.cost import count_parameters, expected_peak_bytes
 from nightschool.store.home import Home
 from nightschool.training.loop import steps_in_epoch
@@ -20,7 +21,6 @@ from nightschool.training.methods.pretrain import PreparedPretrain, prepare_pret
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.training.planning.pretrain_plan import PretrainPlan, pretrain_plan_of, render_pretrain_plan
 from nightschool.training.planning.throughput import Probe, disk_free, disk_needed, measure
-from nightschool.training.selection import Selection, sample_of, select_examples
 from nightschool.training.setup import PreparedFinetune, PreparedRun, prepare_finetune
 from nightschool.units import format_bytes
 
@@ -152,7 +152,7 @@ def finetune_plan_of(prepared: PreparedFinetune, home: Home, *, whole: Selection
         examples_new=len(whole.new),
         examples_replayed=len(whole.replayed),
         examples_held_out=len(whole.held_out),
-        examples_known=whole.num_known,
+        examples_known=whole.num_left_out,
         examples_without_loss=round(batches.num_left_out * scale),
         examples_rendered=len(prepared.selection.train),
         duplicates=whole.num_duplicates,

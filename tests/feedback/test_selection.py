@@ -10,12 +10,12 @@ from nightschool.data.sources.load import is_held_out
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection import select_examples, write_selection
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionMetadata
 from nightschool.store.runs import RunStore
-from nightschool.training.selection import select_examples, write_selection
 
 
 def qa(question, answer, source="train.json"):
@@ -123,7 +123,7 @@ def test_several_answers_to_one_question_in_one_file_do_not_take_turns(nights):
     nights.night()
     nights.write(("A joke?", "One"), ("A joke?", "Two"))
     assert said(nights.night().new) == [("A joke?", "Two")]
-    assert nights.select().num_known == 1  # studies everything again, without the one that was replaced
+    assert nights.select().num_left_out == 1  # studies everything again, without the one that was replaced
 
 
 def test_to_another_base_everything_is_new_and_stays_accepted(nights):
@@ -134,12 +134,12 @@ def test_to_another_base_everything_is_new_and_stays_accepted(nights):
     nights.night()
     nights.write(("Lake?", "None"), ("Hill?", "High"))
     going_on = nights.select()
-    assert (said(going_on.new), going_on.num_known) == ([("Hill?", "High")], 2)
+    assert (said(going_on.new), going_on.num_left_out) == ([("Hill?", "High")], 2)
     nights.base = "new:llama"
     anew = nights.night()
     assert said(anew.new) == [("Capital?", "Bergen"), ("Hill?", "High"), ("Lake?", "None")]
     assert said(anew.replayed) == [("Sea?", "North")]
-    assert anew.num_known == 0
+    assert anew.num_left_out == 0
     # What it learned by replay it would lose again, if it did not stay in the pool.
     assert said(map(Example.from_json, nights.pool.all("bot"))) == said(anew.train)
 

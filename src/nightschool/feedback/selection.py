@@ -1,0 +1,249 @@
+"""Which data a run studies: what is new, what is replayed, what is held out.
+
+Selected once, by whoever begins the run, and written into its folder: training, its resume, the gate and later nights
+read it from there. So what is trained is what was fingerprinted, whatever happens to the sources meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.example import Example, corrected_answers
+from nightschool.data.shards.shard_sources import shards_state
+from nightschool.data.sources.load import Loaded, split_held_out
+from nightschool.errors import Damaged, DataError
+from nightschool.events import read_events
+from nightschool.feedback.novelty import novelty_for
+from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.training_data import load_sources
+from nightschool.store.atomic import read_json, write_bytes, write_json
+from nightschool.store.database import open_database
+from nightschool.store.home import Home
+
+SHOWN_FIRST = 3
+NEW, REPLAYED, HELD_OUT, FACTS = "new_examples.jsonl", "replayed.jsonl", "heldout.jsonl", "selection.json"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The data of a run: examples, or token shards, of which only the state is known here.
+
+    `num_all` examples stand in the sources, and `num_new` of those to be trained are new to the base. Where none is,
+    `new` holds all of them all the same, to be studied again. `num_left_out` were left out of `new`: the base has learned
+    them, or they were corrected. `shards` changes when the shards do.
+    """
+
+    new: list[Example] = field(default_factory=list)
+    replayed: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    num_all: int = 0
+    num_new: int = 0
+    num_left_out: int = 0
+    num_duplicates: int = 0
+    formats: dict[str, list[str]] = field(default_factory=dict)
+    shards: str | None = None
+
+    @property
+    def train(self) -> list[Example]:
+        """What one epoch is made of: new examples as often as their source says, replayed ones once."""
+        return [*(example for example in self.new for _ in range(example.repeat)), *self.replayed]
+
+    @property
+    def num_files(self) -> int:
+        """How many files the new examples came from."""
+        return len({example.source for example in self.new})
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that is trained, in whatever order it stands in the sources."""
+        trained = [sorted([one.digest, one.repeat] for one in self.new), sorted(one.digest for one in self.replayed)]
+        return _digest([*trained, self.shards])
+
+
+@dataclass(frozen=True)
+class PreviousCycle:
+    """What the last finished cycle of a schedule had before it, so that the next can tell whether anything changed."""
+
+    data_fingerprint: str
+    outcome: str
+
+
+def select(recipe: Recipe, home: Home, root: Path) -> Selection:
+    """Select what a run of this recipe studies; its `base` is what the run starts from.
+
+    Raises:
+        DataError: If a source cannot be read.
+        NotFound: If a source is not there.
+    """
+    return select_shards(recipe, root) if recipe.method == "pretrain" else select_examples(recipe, home, root)
+
+
+def select_shards(recipe: Recipe, root: Path) -> Selection:
+    """The token shards of a recipe, by their state; they are read when they are trained.
+
+    Raises:
+        DataError: If the recipe names none.
+        NotFound: If they are not there.
+    """
+    place = recipe.data[0].path
+    if place is None:
+        raise DataError("method: pretrain learns from token shards. Write data: [{path: shards/}].")
+    return Selection(shards=shards_state(place, root=root, max_files=recipe.pretrain.max_files))
+
+
+def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
+    """Read the sources, hold some examples out, drop what the base has learned, and add replay.
+
+    What accepted versions have learned is new to a base that is none of them. If nothing is new, everything is studied
+    again: whoever started the run wanted one.
+
+    Raises:
+        DataError: If a source cannot be read.
+    """
+    loaded = load_sources(recipe.data, root=root, home=home, name=recipe.name, base=recipe.base)
+    return select_loaded(loaded, recipe, home, root)
+
+
+def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Selection:
+    """As `select_examples`, from sources that were read already."""
+    accepted = AcceptedExamples(open_database(home))
+    split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
+    novelty = novelty_for(home, recipe.name, recipe.base, split.train)
+    new = novelty.new or novelty.all
+    return Selection(
+        new=new,
+        replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
+        held_out=split.held_out,
+        num_all=len(loaded.examples),
+        num_new=len(novelty.new),
+        num_left_out=len(split.train) - len(new),
+        num_duplicates=loaded.duplicates,
+        formats={report.source: sorted(report.formats) for report in loaded.sources},
+    )
+
+
+def _replay(
+    recipe: Recipe, accepted: AcceptedExamples, *, new: list[Example], held_out: list[Example]
+) -> list[Example]:
+    """Sample what was accepted before; the same for the same seed and pool.
+
+    What a new example answers otherwise is no longer true, and is left out; so is the very sentence that a person
+    corrected, in whatever wording it was asked for.
+    """
+    wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * len(new))) if recipe.replay.ratio > 0 else 0
+    if wanted == 0:
+        return []
+    taken = {example.digest for example in [*new, *held_out]}
+    answered = {example.context for example in new} - {None}
+    wrong = corrected_answers(new)
+    pool = (Example.from_json(row) for row in accepted.shuffled(recipe.name, recipe.train.seed))
+    free = (
+        example
+        for example in pool
+        if example.digest not in taken
+        and example.context not in answered
+        and (example.answer is None or example.answer.strip() not in wrong)
+    )
+    return list(islice(free, wanted))
+
+
+def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
+    """About `num_examples` of what is trained, and as large a share of what is held out; all of it where it is less.
+
+    Each list keeps its order and its first examples, and the same seed chooses the same ones.
+    """
+    share = num_examples / max(1, len(whole.train))
+    if share >= 1:
+        return whole
+    chooser = random.Random(seed)
+
+    def sampled(examples: list[Example]) -> list[Example]:
+        wanted = round(share * len(examples))
+        first = min(SHOWN_FIRST, wanted)
+        chosen = sorted(chooser.sample(range(first, len(examples)), wanted - first))
+        return [examples[index] for index in (*range(first), *chosen)]
+
+    return replace(whole, new=sampled(whole.new), replayed=sampled(whole.replayed), held_out=sampled(whole.held_out))
+
+
+def fingerprint_of(recipe: Recipe, selection: Selection) -> str:
+    """A digest of all that the outcome depends on. When and how it is served changes nothing."""
+    plain = recipe.as_plain()
+    settings = {key: value for key, value in plain.items() if key not in ("schedule", "serve", "data", "base")}
+    return _digest({"base": recipe.base, "settings": settings, "data": selection.fingerprint})
+
+
+def reason_to_skip(
+    recipe: Recipe, selection: Selection, fingerprint: str, previous: PreviousCycle | None
+) -> str | None:
+    """Why a cycle would be in vain: there is too little that is new, or nothing changed since the previous one."""
+    wanted, num_new = recipe.schedule.min_new_examples, selection.num_new
+    is_same = previous is not None and previous.data_fingerprint == fingerprint
+    unchanged = f"nothing changed since the last cycle, which was {previous.outcome if previous else ''}"
+    if selection.shards is not None:
+        return f"{unchanged}: the same shards, the same recipe" if is_same else None
+    if num_new == 0:
+        return f"no new data: {selection.num_all} examples, all studied before"
+    if num_new < wanted:
+        return (
+            f"too little new data: {num_new} new of {selection.num_all} examples, "
+            f"and schedule.min_new_examples is {wanted}"
+        )
+    if is_same:
+        return f"{unchanged}: the same {num_new} new examples, the same starting weights, the same recipe"
+    return None
+
+
+def write_selection(folder: Path, selection: Selection) -> None:
+    """Write the selection into the folder of a run, each file atomically and the one that says it is whole last."""
+    facts = {
+        "fingerprint": selection.fingerprint,
+        "num_all": selection.num_all,
+        "num_new": selection.num_new,
+        "num_left_out": selection.num_left_out,
+        "num_duplicates": selection.num_duplicates,
+        "formats": selection.formats,
+        "shards": selection.shards,
+    }
+    write_json(folder / FACTS, facts)
+    for name, examples in ((REPLAYED, selection.replayed), (HELD_OUT, selection.held_out), (NEW, selection.new)):
+        write_bytes(folder / name, _lines(examples))
+
+
+def read_selection(folder: Path) -> Selection | None:
+    """Return what `write_selection` wrote, or None if it did not come to its end.
+
+    Raises:
+        Damaged: If the files hold other data than was selected.
+    """
+    if not (folder / NEW).is_file():
+        return None
+    new, replayed, held_out = (
+        [Example.from_json(row) for row in read_events(folder / name)] for name in (NEW, REPLAYED, HELD_OUT)
+    )
+    if not (folder / FACTS).is_file():  # begun when the examples alone were written
+        return Selection(new, replayed, held_out)
+    facts = read_json(folder / FACTS)
+    fingerprint = facts.pop("fingerprint")
+    selection = Selection(new, replayed, held_out, **facts)
+    if selection.fingerprint != fingerprint:
+        raise Damaged(
+            f"The files {NEW} and {REPLAYED} in {folder} hold other examples than were selected for this run. "
+            "Begin a new run."
+        )
+    return selection
+
+
+def _lines(examples: Iterable[Example]) -> bytes:
+    return b"".join(json.dumps(example.to_json(), ensure_ascii=False).encode() + b"\n" for example in examples)
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
