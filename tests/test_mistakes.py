@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from nightschool.config.recipe import Recipe, Shape
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Example, Message
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.engine.slot import Slot
 from nightschool.errors import NightschoolError
@@ -476,7 +477,7 @@ def bot(tmp_path):
 
 @pytest.fixture
 def server(bot):
-    slot = Slot("bot", bot.home, num_rows=4)
+    slot = Slot("bot", EnginePool(bot.home, num_rows=4))
     with live(slot, registry=bot.registry) as server:
         server.slot = slot
         yield server

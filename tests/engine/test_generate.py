@@ -142,7 +142,7 @@ def test_the_end_token_ends_an_answer_and_is_no_part_of_it(model):
     tokens = greedy(model, prompt, 16)
     place = next(i for i in range(2, 16) if tokens[i] not in tokens[:i])
     with running(loaded) as engine:
-        engine.stop_ids = frozenset({tokens[place]})
+        engine._residents[None].stop_ids = frozenset({tokens[place]})
         answer = engine.submit(request(prompt, ignore_eos=False)).result(60)
         assert (answer.token_ids, answer.finish_reason) == (tokens[:place], "stop")
         assert engine.submit(request(prompt, ignore_eos=True)).result(60).token_ids == tokens

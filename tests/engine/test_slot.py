@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nightschool.config.recipe import Lora
+from nightschool.engine import pool as pool_module
 from nightschool.engine import slot as slot_module
 from nightschool.engine.capacity import free_bytes, needed_bytes
 from nightschool.engine.compute import COMPUTE
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, ModelError, NotFound, PromptTooLong, SwapFailed
 from nightschool.models.adapters import attach_lora
@@ -72,7 +74,7 @@ def school(tmp_path):
 
 @pytest.fixture
 def slot(school):
-    slot = Slot("bot", school.home, num_rows=4)
+    slot = Slot("bot", EnginePool(school.home, num_rows=4))
     yield slot
     slot.close()
     eventually(lambda: engines() == [])
@@ -121,7 +123,7 @@ def test_a_rollback_serves_what_was_before_without_loading_it_again(school, slot
     slot.swap(school.old)
     before = slot.current
     slot.swap(school.new)
-    monkeypatch.setattr(slot_module, "load_version", lambda *_, **__: pytest.fail("it is still warm"))
+    monkeypatch.setattr(pool_module, "load_version", lambda *_, **__: pytest.fail("it is still warm"))
     report = slot.rollback()
     assert (report.before, report.after) == (school.new, school.old)
     assert slot.current is before
@@ -209,7 +211,7 @@ def test_whatever_goes_wrong_is_a_failed_swap(school, slot, monkeypatch, kind, s
     if place == "Probe":
         monkeypatch.setattr(slot_module._Swap, "_ask", fail)
     else:
-        monkeypatch.setattr(slot_module, place, fail)
+        monkeypatch.setattr(pool_module, place, fail)
     with pytest.raises(SwapFailed, match=f"'{stage}' and changed nothing: .*x") as failed:
         slot.swap(school.new)
     assert failed.value.__cause__ is error
@@ -257,7 +259,7 @@ def test_without_room_for_a_third_version_the_one_before_makes_room(school, slot
 def test_without_room_for_a_second_version_nothing_is_loaded_and_both_numbers_are_said(school, slot, monkeypatch):
     slot.swap(school.old)
     monkeypatch.setattr(slot_module, "free_bytes", lambda _: 1000)
-    monkeypatch.setattr(slot_module, "load_version", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pool_module, "load_version", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(SwapFailed, match=r"takes about .* and 1 kB of this machine are free") as failed:
         slot.swap(school.new)
     assert failed.value.stage == "load"
@@ -319,7 +321,7 @@ def test_every_answer_is_exact_for_the_version_that_it_reports_while_versions_ch
 
 
 def test_settings_reach_the_engine_of_every_version(school):
-    slot = Slot("bot", school.home, context_tokens=40)
+    slot = Slot("bot", EnginePool(school.home, context_tokens=40))
     try:
         for ref in (school.old, school.new):
             slot.swap(ref)
@@ -331,7 +333,7 @@ def test_settings_reach_the_engine_of_every_version(school):
 
 def test_a_closed_slot_has_answered_or_cancelled_and_serves_nothing(school):
     for drain, reason in ((True, "length"), (False, "cancelled")):
-        slot = Slot("bot", school.home, num_rows=1)
+        slot = Slot("bot", EnginePool(school.home, num_rows=1))
         slot.swap(school.old)
         handles = [ask(slot, PROBE, 200) for _ in range(3)]
         slot.close(drain=drain)

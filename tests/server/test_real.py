@@ -10,6 +10,7 @@ import torch
 
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.models.build import build_model
@@ -63,7 +64,7 @@ def bot(tmp_path):
 def server(bot):
     database = open_database(bot.home)
     bot.store = ConversationStore(database)
-    slot = Slot("bot", bot.home, num_rows=4, queue_limit=8)
+    slot = Slot("bot", EnginePool(bot.home, num_rows=4, queue_limit=8))
     with live(slot, registry=bot.registry, record_conversations=True, conversations=bot.store) as server:
         server.slot = slot
         yield server
@@ -260,7 +261,7 @@ def test_a_thousand_requests_at_once_are_answered_or_told_to_come_again(bot, ser
 
 
 def test_the_server_starts_before_the_first_version_and_finds_it(bot):
-    slot = Slot("later", bot.home)
+    slot = Slot("later", EnginePool(bot.home))
     with live(slot, wait=False, registry=bot.registry, model_check_interval=0.2) as server:
         assert httpx2.get(f"{server.url}/readyz").status_code == 503
         assert httpx2.get(f"{server.url}/health").json()["model_loaded"] is False

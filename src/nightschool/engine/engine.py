@@ -1,4 +1,4 @@
-"""One model version that answers many requests at once, token by token.
+"""One base that answers many requests at once, token by token, for all bindings that stand on it.
 
 Requests join and leave between any two steps, which run on the thread of all engines (`compute`). The lock guards the
 queue and is never held while the model runs.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from nightschool.data.chat.render import stop_token_ids
 from nightschool.engine.admission import AdmissionPolicy, FairByTenant
@@ -32,6 +33,7 @@ from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
 from nightschool.engine.step_context import StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.load import LoadedModel
+from nightschool.models.unmerged import UnmergedAdapter
 
 log = logging.getLogger("nightschool.engine")
 
@@ -58,10 +60,25 @@ class EngineStats:
 
 
 @dataclass(eq=False)
+class _Resident:
+    """What the engine can answer with: its base alone, or an adapter on it, by its number in the model runner.
+
+    One that is not open takes no requests; it still answers the `num_active` that it took.
+    """
+
+    number: int
+    vocabulary: Vocabulary
+    stop_ids: Collection[int]
+    is_open: bool = True
+    num_active: int = 0
+
+
+@dataclass(eq=False)
 class _Active:
     """A request with everything that its answer needs. `token_ids` are prompt and answer."""
 
     key: int
+    resident: _Resident
     handle: Handle
     token_ids: list[int]
     answer: Answer
@@ -73,10 +90,10 @@ class _Active:
 
 
 class Engine:
-    """Continuous batching over one model.
+    """Continuous batching over one model, and over adapters on it.
 
     Args:
-        loaded: The model, adapters merged, and its tokenizer.
+        loaded: The model and its tokenizer; an adapter that it came with is merged into it.
         base: The reference of these weights, which every binding that is answered here names.
         num_rows: Answers that grow at once, at most.
         context_tokens: Longest prompt and answer together; the model's own by default, and never more than it, or than
@@ -120,8 +137,7 @@ class Engine:
         self.base = base
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
-        self.stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
-        self._vocabulary = Vocabulary(loaded.tokenizer)
+        self._residents: dict[str | None, _Resident] = {None: self._resident(0, loaded.tokenizer)}
         free_bytes = _free_bytes(loaded.model)
         self._runner = ModelRunner(loaded.model, blocked_bytes=int(free_bytes * _BLOCKED_SHARE))
         cache = self._runner.make_cache(num_rows, 1)
@@ -144,6 +160,7 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "prompt", "cached", "generated", "finished", "failed"), 0)
         self._state = "open"
         self._lock = threading.Lock()
+        self._answered = threading.Condition(self._lock)
         self._ended = threading.Event()
         COMPUTE.add(self)
 
@@ -152,6 +169,53 @@ class Engine:
         """Of requests to the base alone, by the default tenant."""
         return Binding(self.base)
 
+    def open(self, adapter: UnmergedAdapter | None = None) -> Binding:
+        """Answer with an adapter from now on; without one, with the base alone, which an engine does when it starts.
+
+        Raises:
+            NeedsMerging: If the model has a layer that cannot have the adapter unmerged, with the reason.
+        """
+        binding = Binding(self.base, adapter.ref if adapter is not None else None)
+        with self._lock:
+            resident = self._residents.get(binding.adapter)
+            if resident is not None:
+                resident.is_open = True
+                self._answered.notify_all()
+                return binding
+        assert adapter is not None, "the base alone is always known"
+        resident = self._resident(self._runner.add_adapter(adapter.weights), adapter.tokenizer)
+        with self._lock:
+            self._residents[binding.adapter] = resident
+        return binding
+
+    def retire(self, binding: Binding, *, drain: bool = True, timeout_seconds: float | None = None) -> None:
+        """Take no more requests of a binding, whoever the tenant, and let its adapter go once all are answered.
+
+        Args:
+            binding: One that `open` returned.
+            drain: Whether requests that were taken are answered first; else they end as cancelled.
+            timeout_seconds: How long draining may take, before the rest is cancelled.
+        """
+        with self._lock:
+            resident = self._residents[binding.adapter]
+            resident.is_open = False
+
+            def is_over() -> bool:
+                return resident.is_open or not resident.num_active
+
+            if not drain or not self._answered.wait_for(is_over, timeout_seconds):
+                self._cancelled += [key for key, active in self._active.items() if active.resident is resident]
+                COMPUTE.wake()
+                self._answered.wait_for(is_over)
+            if resident.is_open or binding.adapter is None or self._residents.get(binding.adapter) is not resident:
+                return
+            del self._residents[binding.adapter]
+        self._runner.remove_adapter(resident.number)
+
+    def _resident(self, number: int, tokenizer: PreTrainedTokenizerBase) -> _Resident:
+        generation_config = getattr(self.loaded.model, "generation_config", None)
+        return _Resident(number, Vocabulary(tokenizer), stop_token_ids(tokenizer, generation_config))
+
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.
 
@@ -159,7 +223,7 @@ class Engine:
             PromptTooLong: If prompt and answer do not fit the context.
             UsageError: If a token id is not in the vocabulary.
             QueueFull: If too many wait.
-            NotLoaded: If the engine is closed.
+            NotLoaded: If the engine is closed, or does not answer for this binding.
         """
         label, prompt_tokens, most = request.binding.label, len(request.prompt_ids), request.params.max_new_tokens
         if prompt_tokens + most > self.context_tokens:
@@ -173,15 +237,16 @@ class Engine:
             )
         key = next(self._keys)
         handle = Handle(request, lambda: self._cancel(key))
-        answer = Answer(request, self._vocabulary, self.stop_ids)
         sampling = RowSampling(request.params, request.prompt_ids, self._runner.vocab_size, self._runner.device)
-        active = _Active(key, handle, list(request.prompt_ids), answer, sampling)
         with self._lock:
-            if self._state != "open" or (request.binding.base, request.binding.adapter) != (self.base, None):
-                raise NotLoaded(f"{label} takes no more requests. Send this one to the version that is served.")
             binding = request.binding
+            resident = self._residents.get(binding.adapter) if binding.base == self.base else None
+            if self._state != "open" or resident is None or not resident.is_open:
+                raise NotLoaded(f"{label} takes no more requests. Send this one to the version that is served.")
+            answer = Answer(request, resident.vocabulary, resident.stop_ids)
             self._scheduler.submit(key, prompt_tokens, most, tenant=binding.tenant, adapter=binding.adapter)
-            self._active[key] = active
+            self._active[key] = _Active(key, resident, handle, list(request.prompt_ids), answer, sampling)
+            resident.num_active += 1
             self._counts["prompt"] += prompt_tokens
         COMPUTE.wake()
         return handle
@@ -266,9 +331,7 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, []
             if self._state == "closing":
                 cancelled = list(self._active)
-            for key in cancelled:
-                self._scheduler.finish(key)
-            gone = [active for key in cancelled if (active := self._active.pop(key, None))]
+            gone = [self._forget(self._active[key]) for key in dict.fromkeys(cancelled) if key in self._active]
             admissions = self._scheduler.admit()
             moves = self._scheduler.compact()
         for active in gone:
@@ -330,7 +393,9 @@ class Engine:
 
     def _context_of(self, plan: StepPlan) -> StepContext:
         active = [self._active[span.key] for span in plan.spans]
-        return StepContext(plan.spans, tuple(one.binding for one in active), (0,) * len(active))
+        return StepContext(
+            plan.spans, tuple(one.binding for one in active), tuple(one.resident.number for one in active)
+        )
 
     def _choose(self, plan: StepPlan, context: StepContext) -> list[Choice]:
         logits = self._runner.run(plan, self._cache, self._tokens_of, context)
@@ -382,10 +447,18 @@ class Engine:
 
     def _leave(self, active: _Active, chunk: Chunk) -> None:
         with self._lock:
-            self._scheduler.finish(active.key)
-            del self._active[active.key]
+            self._forget(active)
             self._counts["finished"] += 1
         self._publish(active, chunk)
+
+    def _forget(self, active: _Active) -> _Active:
+        """Free what a request holds; the lock is held."""
+        self._scheduler.finish(active.key)
+        del self._active[active.key]
+        active.resident.num_active -= 1
+        if not active.resident.num_active:
+            self._answered.notify_all()
+        return active
 
 
 def _free_bytes(model: nn.Module) -> int:

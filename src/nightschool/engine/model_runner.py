@@ -14,17 +14,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nightschool.engine.adapters import AdapterTable
 from nightschool.engine.attention import ROW_ATTENTION, RowStep
+from nightschool.engine.binding import Binding
 from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.step_context import StepContext
 from nightschool.engine.weights import block_weights
 from nightschool.errors import ModelError
+from nightschool.models.unmerged import LoraWeights
 
 # Logits of one pass over packed prompts against those of the model's own attention, as a share of the largest.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 0.1
+# Of the prompt by which a new adapter is tried; more than the wanted one, so that the two are told apart.
+_TRIED_TOKENS = 5
 
 TokensOf = Callable[[Span], Sequence[int]]
 # Gets what a layer gives to the next: [T,H], the tokens in the order of the context's spans. Runs within the step.
@@ -51,6 +56,7 @@ class ModelRunner:
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._context: StepContext | None = None
         block_weights(self._model, blocked_bytes)
+        self._adapters = AdapterTable(self._model)
         self.shapes = COMPUTE.call(self._check)
 
     @property
@@ -83,6 +89,18 @@ class ModelRunner:
 
         return cast(Callable[[], None], COMPUTE.call(lambda: module.register_forward_hook(seen)).remove)
 
+    def add_adapter(self, weights: LoraWeights) -> int:
+        """Take an adapter in, after a look whether it runs; returns the number by which a `StepContext` names it.
+
+        Raises:
+            NeedsMerging: If the model has a layer that cannot have it unmerged, with the reason.
+        """
+        return COMPUTE.call(lambda: self._add_adapter(weights))
+
+    def remove_adapter(self, number: int) -> None:
+        """Let an adapter go that no step names any more."""
+        COMPUTE.call(lambda: self._adapters.remove(number))
+
     def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf, context: StepContext | None = None) -> Tensor:
         """Read the tokens of all spans, keep their keys and values, and return logits [S,V] of the spans that answer.
 
@@ -93,6 +111,20 @@ class ModelRunner:
             return self._run(plan, cache, tokens_of)
         finally:
             self._context = None
+
+    def _add_adapter(self, weights: LoraWeights) -> int:
+        number = self._adapters.add(weights)
+        ids = [0] * _TRIED_TOKENS
+        span = Span(0, 0, 0, len(ids))
+        self._context = StepContext((span,), (Binding(""),), (number,))
+        try:
+            self._forward(ids, range(len(ids)), RowStep(None, device=self.device, dtype=self.dtype), [len(ids) - 1])
+        except BaseException:
+            self._adapters.remove(number)
+            raise
+        finally:
+            self._context = None
+        return number
 
     def _run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf) -> Tensor:
         token_ids: list[int] = []
@@ -113,6 +145,7 @@ class ModelRunner:
         self, token_ids: Sequence[int], places: Sequence[int], step: RowStep, wanted: Sequence[int] | None
     ) -> Tensor:
         """Logits [S,V] of the tokens at `wanted`, or of all."""
+        self._adapters.begin(self._context, wanted)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self.device),
             position_ids=torch.tensor([places], device=self.device),

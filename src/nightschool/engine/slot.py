@@ -13,20 +13,14 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from nightschool.engine.binding import Binding
-from nightschool.engine.capacity import free_bytes, needed_bytes
-from nightschool.engine.compute import apart
-from nightschool.engine.engine import Engine
-from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.engine.capacity import free_bytes
+from nightschool.engine.pool import EnginePool, Generation
+from nightschool.engine.request import SamplingParams
 from nightschool.errors import Conflict, SwapFailed
-from nightschool.events import now
-from nightschool.models.load import LoadedModel, load_version
+from nightschool.models.unmerged import NeedsMerging
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 from nightschool.store.versions import Probe
@@ -34,28 +28,8 @@ from nightschool.units import format_bytes
 
 log = logging.getLogger("nightschool.engine")
 
-_PROBE_SECONDS = 120.0
 # How long a swap that needs the room waits for the last answers of a version that was dropped.
 _DRAIN_SECONDS = 30.0
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """One version while it is served. Its engine outlives the switch until every request that it took is answered."""
-
-    version: Version
-    binding: Binding
-    engine: Engine
-    loaded_at: datetime
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What its prompts are read with."""
-        return self.engine.loaded.tokenizer
-
-    def load(self) -> tuple[int, int]:
-        """How many requests wait, and how many are being answered."""
-        return self.engine.load()
 
 
 @dataclass(frozen=True)
@@ -73,26 +47,13 @@ class Slot:
 
     Args:
         name: Of the registry.
-        home: Whose registry.
-        dtype: Of the parameters.
-        device: Where they go.
-        engine: Settings of `Engine`, such as `num_rows`.
+        pool: The engines that answer; several slots may share them.
     """
 
-    def __init__(
-        self,
-        name: str,
-        home: Home,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        **engine: Any,
-    ) -> None:
+    def __init__(self, name: str, pool: EnginePool) -> None:
         self.name = name
-        self.home = home
-        self._dtype = dtype
-        self._device = device
-        self._engine_settings = engine
+        self.home = pool.home
+        self._pool = pool
         self._current: Generation | None = None
         self._previous: Generation | None = None
         self._pointer = threading.Lock()
@@ -153,7 +114,7 @@ class Slot:
                 generations = [g for g in (self._current, self._previous) if g is not None]
                 self._current = self._previous = None
             for generation in generations:
-                generation.engine.close(drain=drain, timeout_seconds=timeout_seconds)
+                self._pool.close(generation, drain=drain, timeout_seconds=timeout_seconds)
 
     def _swap(self, ref: str, *, is_trusted: bool = False) -> SwapReport:
         """`is_trusted` takes a version that is still warm without comparing its files again."""
@@ -170,7 +131,7 @@ class Slot:
         with swap.stage("switch"), self._pointer:
             dropped, self._previous, self._current = self._previous, before, after
         if dropped is not None and dropped is not after:
-            _let_go(dropped)
+            self._let_go(dropped)
         log.info(
             "version swapped",
             extra={"facts": {"before": before and before.version.ref, "after": version.ref, "seconds": swap.seconds}},
@@ -185,14 +146,13 @@ class Slot:
     def _load(self, swap: _Swap, version: Version) -> Generation:
         """Load a version beside the one that serves, up to and including its probes."""
         self._make_room(swap, version)
-        loaded = swap.load(version, self._dtype, self._device)
-        engine = swap.warm_up(version, loaded, self._engine_settings)
+        generation = self._pool.open(version, swap.stage)
         try:
-            swap.probe(version, engine)
+            swap.probe(generation)
         except BaseException:
-            engine.close()
+            self._pool.close(generation)
             raise
-        return Generation(version, engine.binding, engine, now())
+        return generation
 
     def _make_room(self, swap: _Swap, version: Version) -> None:
         """Drop the generation before if a third one does not fit beside it.
@@ -201,31 +161,30 @@ class Slot:
             SwapFailed: If there is too little room even then. Nothing was loaded.
         """
         with swap.stage("load"):
-            needed = needed_bytes(version, self.home, self._dtype)
-            if free_bytes(self._device) >= needed:
+            needed, device = self._pool.needed_bytes(version), self._pool.device
+            if free_bytes(device) >= needed:
                 return
             with self._pointer:
                 dropped, self._previous = self._previous, None
             if dropped is not None:
-                ended = _let_go(dropped)
+                ended = self._let_go(dropped)
                 del dropped
                 ended.join(_DRAIN_SECONDS)
-            free = free_bytes(self._device)
+            free = free_bytes(device)
             if free < needed:
-                where = "the GPU" if torch.device(self._device).type == "cuda" else "this machine"
+                where = "the GPU" if torch.device(device).type == "cuda" else "this machine"
                 raise Conflict(
                     f"{version.ref} takes about {format_bytes(needed)} beside the version that is served, and "
                     f"{format_bytes(free)} of {where} are free. Free some memory, or stop the server and start it with "
                     f"{version.ref}."
                 )
 
-
-def _let_go(generation: Generation) -> threading.Thread:
-    """End a generation once it has answered what it took; the thread ends when it has."""
-    # On a thread of its own, because one slow answer must not hold up the swap.
-    thread = threading.Thread(target=generation.engine.close, kwargs={"drain": True}, daemon=True)
-    thread.start()
-    return thread
+    def _let_go(self, generation: Generation) -> threading.Thread:
+        """End a generation once it has answered what it took; the thread ends when it has."""
+        # On a thread of its own, because one slow answer must not hold up the swap.
+        thread = threading.Thread(target=self._pool.close, args=(generation,), kwargs={"drain": True}, daemon=True)
+        thread.start()
+        return thread
 
 
 class _Swap:
@@ -252,51 +211,21 @@ class _Swap:
         with self.stage("verify"):
             version.verify(digests=True)
 
-    def load(self, version: Version, dtype: torch.dtype, device: torch.device | str) -> LoadedModel:
-        with self.stage("load"):
-            return apart(lambda: load_version(version, self._home, dtype=dtype, device=device, merge=True))
-
-    def warm_up(self, version: Version, loaded: LoadedModel, settings: dict[str, Any]) -> Engine:
-        """Start the engine and make it answer once, so that the first client pays for no first time."""
-        with self.stage("warm_up"):
-            engine = Engine(loaded, version.ref, **settings)
-            try:
-                length = min(8, engine.context_tokens - 1)
-                params = SamplingParams(max_new_tokens=1, temperature=0)
-                _answer(engine, GenerationRequest("warm-up", engine.binding.of("warm-up"), [0] * length, params))
-            except BaseException:
-                engine.close()
-                raise
-            return engine
-
-    def probe(self, version: Version, engine: Engine) -> None:
+    def probe(self, generation: Generation) -> None:
         """The golden prompts: a version that answers them otherwise is not what was published."""
         with self.stage("probe"):
-            for number, probe in enumerate(version.facts.probes, start=1):
-                self._ask(version, engine, probe, number)
+            for number, probe in enumerate(generation.version.facts.probes, start=1):
+                self._ask(generation, probe, number)
 
     @staticmethod
-    def _ask(version: Version, engine: Engine, probe: Probe, number: int) -> None:
+    def _ask(generation: Generation, probe: Probe, number: int) -> None:
         params = SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True)
-        binding = engine.binding.of("probe")
-        answer = _answer(engine, GenerationRequest(f"probe-{number}", binding, list(probe.prompt_ids), params))
+        answer = generation.answer(f"probe-{number}", list(probe.prompt_ids), params)
         if list(answer) != list(probe.expected_ids):
             raise Conflict(
-                f"probe {number} of {version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded version "
+                f"probe {number} of {generation.version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded version "
                 f"answers {_few(answer)}. Publish it again."
             )
-
-
-def _answer(engine: Engine, request: GenerationRequest) -> tuple[int, ...]:
-    """The tokens of an answer that must come.
-
-    Raises:
-        Conflict: If it ends in an error.
-    """
-    answer = engine.submit(request).result(_PROBE_SECONDS)
-    if answer.finish_reason == "error":
-        raise Conflict(f"{request.binding.label} cannot answer: {answer.error}")
-    return answer.token_ids
 
 
 def _few(token_ids: list[int] | tuple[int, ...]) -> str:
@@ -318,5 +247,5 @@ class _Stage:
         spent = time.perf_counter() - self._started
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
         # Any exception: a library may raise what it likes, and whoever asked for the swap must learn that nothing changed.
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, NeedsMerging):
             raise SwapFailed(self._name, str(error) or type(error).__name__) from error

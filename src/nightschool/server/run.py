@@ -15,6 +15,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, UsageError
 from nightschool.feedback.conversations import ConversationStore
@@ -49,7 +50,11 @@ def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[st
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
         app = create_app(
-            Slot(name, home, **chosen), settings, registry=Registry(home), conversations=conversations, device=device
+            Slot(name, EnginePool(home, **chosen)),
+            settings,
+            registry=Registry(home),
+            conversations=conversations,
+            device=device,
         )
         run_app(app, settings, listener)
 

@@ -1,0 +1,185 @@
+"""One engine per base, whatever number of versions and names stand on it.
+
+A version with weights of its own is a base. An adapter is served on its base's engine, unmerged, beside the others there;
+what `models.unmerged` cannot keep apart is merged into a copy of its base, as a base of its own, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nightschool.engine.binding import Binding
+from nightschool.engine.capacity import needed_bytes
+from nightschool.engine.compute import apart
+from nightschool.engine.engine import Engine
+from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.errors import Conflict
+from nightschool.events import now
+from nightschool.models.load import LoadedModel, load_base, load_version
+from nightschool.models.unmerged import NeedsMerging, UnmergedAdapter, base_under, load_unmerged, why_merged
+from nightschool.store.home import Home
+from nightschool.store.registry import Version
+
+log = logging.getLogger("nightschool.engine")
+
+_ANSWER_SECONDS = 120.0
+# Asks what a version answers when it is opened; no name of a tenant looks like it.
+_NO_TENANT = "(probe)"
+
+# Times what happens in its block and names it in what goes wrong there; `NeedsMerging` is nothing wrong and passes.
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One version while it is served: `binding` on `engine`, until every request that it took is answered."""
+
+    version: Version
+    binding: Binding
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    loaded_at: datetime
+
+    def answer(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> tuple[int, ...]:
+        """The tokens of an answer that must come; it shares no prefix with any client's.
+
+        Raises:
+            Conflict: If it ends in an error.
+        """
+        request = GenerationRequest(request_id, self.binding.of(_NO_TENANT), prompt_ids, params)
+        answer = self.engine.submit(request).result(_ANSWER_SECONDS)
+        if answer.finish_reason == "error":
+            raise Conflict(f"{self.binding.label} cannot answer: {answer.error}")
+        return answer.token_ids
+
+
+class EnginePool:
+    """The engines of one process. Methods may be called from any thread; versions are opened one after the other.
+
+    Args:
+        home: Whose registry.
+        dtype: Of the parameters.
+        device: Where they go.
+        merge_adapters: Whether every adapter is merged into a copy of its base: as fast as a base, and as large.
+        engine: Settings of every `Engine`, such as `num_rows`.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        merge_adapters: bool = False,
+        **engine: Any,
+    ) -> None:
+        self.home = home
+        self.device = device
+        self._dtype = dtype
+        self._merge_adapters = merge_adapters
+        self._engine_settings = engine
+        self._engines: dict[str, Engine] = {}
+        self._holders: dict[str, int] = {}
+        self._opening = threading.Lock()
+        self._lock = threading.Lock()
+
+    def needed_bytes(self, version: Version) -> int:
+        """What serving a version takes beside what is loaded; an adapter on a base that is loaded takes next to nothing.
+
+        Raises:
+            NotFound, ModelError, Damaged: If its base is not there, or cannot be read.
+        """
+        base = self._base_apart(version)
+        if base is not None and why_merged(version.path) is not None:
+            base = None
+        with self._lock:
+            if (base or version.ref) in self._engines:
+                return 0
+        return needed_bytes(version, self.home, self._dtype)
+
+    def open(self, version: Version, stage: Stage) -> Generation:
+        """Load what is missing of a version, and let it answer once, so that the first client pays for no first time."""
+        with self._opening:
+            try:
+                with stage("load"):
+                    base = self._base_apart(version)
+                if base is not None:
+                    return self._open_unmerged(version, base, stage)
+            except NeedsMerging as reason:
+                facts = {"version": version.ref, "reason": str(reason)}
+                log.warning("an adapter is merged into a copy of its base", extra={"facts": facts})
+            load = partial(load_version, version, self.home, dtype=self._dtype, device=self.device, merge=True)
+            with self._held(version.ref, load, stage) as engine:
+                return self._start(version, engine, None, stage)
+
+    def close(self, generation: Generation, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
+        """End a generation, and its engine if nothing else stands on it; `drain` answers first what was taken."""
+        generation.engine.retire(generation.binding, drain=drain, timeout_seconds=timeout_seconds)
+        self._let_go(generation.engine)
+
+    def _base_apart(self, version: Version) -> str | None:
+        """The base of an adapter, unless it is to be merged."""
+        return None if self._merge_adapters else base_under(version, self.home)
+
+    def _open_unmerged(self, version: Version, base: str, stage: Stage) -> Generation:
+        with stage("load"):
+            reason = why_merged(version.path)
+            if reason is not None:
+                raise NeedsMerging(reason)
+        load = partial(load_base, base, self.home, dtype=self._dtype, device=self.device, merge=True)
+        with self._held(base, load, stage) as engine:
+            with stage("load"):
+                adapter = load_unmerged(version, engine.loaded)
+            return self._start(version, engine, adapter, stage)
+
+    @contextmanager
+    def _held(self, base: str, load: Callable[[], LoadedModel], stage: Stage) -> Iterator[Engine]:
+        """The engine of a base, started if there is none, with one more holder unless the block fails."""
+        with self._lock:
+            engine = self._engines.get(base)
+            if engine is not None:
+                self._holders[base] += 1
+        if engine is None:
+            with stage("load"):
+                loaded = apart(load)
+            with stage("warm_up"):
+                engine = Engine(loaded, base, **self._engine_settings)
+            with self._lock:
+                self._engines[base], self._holders[base] = engine, 1
+        try:
+            yield engine
+        except BaseException:
+            self._let_go(engine)
+            raise
+
+    def _let_go(self, engine: Engine) -> None:
+        with self._lock:
+            self._holders[engine.base] -= 1
+            is_last = not self._holders[engine.base]
+            if is_last:
+                del self._holders[engine.base], self._engines[engine.base]
+        if is_last:
+            engine.close()
+
+    def _start(self, version: Version, engine: Engine, adapter: UnmergedAdapter | None, stage: Stage) -> Generation:
+        with stage("warm_up"):
+            binding = engine.open(adapter)
+            tokenizer = adapter.tokenizer if adapter is not None else engine.loaded.tokenizer
+            generation = Generation(version, binding, engine, tokenizer, now())
+            try:
+                length = min(8, engine.context_tokens - 1)
+                generation.answer("warm-up", [0] * length, SamplingParams(max_new_tokens=1, temperature=0))
+            except BaseException:
+                engine.retire(binding, drain=False)
+                raise
+            return generation

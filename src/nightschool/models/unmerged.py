@@ -1,0 +1,152 @@
+"""LoRA adapters that stay apart from their base, so that several of them can be served on one copy of it.
+
+Read from peft's file format by a list of what is understood. Whatever else an adapter may ask for (DoRA, further modules,
+biases, experts) is refused with its name; such an adapter can still be merged into a base of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nightschool.errors import Damaged, ModelError
+from nightschool.models.adapters import adapter_base
+from nightschool.models.folder import is_adapter_folder
+from nightschool.models.load import LoadedModel, as_folder, load_tokenizer
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry, Version
+
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+# Fields of adapter_config.json that may have any value: read here, plain from the tensors, or of no effect on answers.
+_UNDERSTOOD = frozenset(
+    {"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern"}
+    | {"layers_to_transform", "layers_pattern", "task_type", "inference_mode", "base_model_name_or_path", "revision"}
+    | {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size"}
+)
+# Other ways to begin change the base, too, which peft repeats when it loads the adapter.
+_PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal")
+
+
+class NeedsMerging(ModelError):
+    """An adapter that cannot be served apart from its base, and why; merged it can."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """Per layer the two factors of what an adapter adds: [in, r] and [r, out], the second one scaled."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class UnmergedAdapter:
+    """An adapter version as an engine of its base takes it."""
+
+    ref: str
+    tokenizer: PreTrainedTokenizerBase
+    weights: LoraWeights
+
+
+def base_under(version: Version, home: Home) -> str | None:
+    """The reference, resolved, of the base that an adapter version stands on; None if it has all its weights itself."""
+    if not is_adapter_folder(version.path):
+        return None
+    base = version.facts.base or adapter_base(version.path)
+    if not base:
+        return None
+    folder = as_folder(base, None)
+    if folder is not None:
+        return str(folder)
+    registry = Registry(home)
+    return registry.resolve(base).ref if "@" in base or ("/" not in base and base in registry.names()) else base
+
+
+def load_unmerged(version: Version, under: LoadedModel) -> UnmergedAdapter:
+    """Read the adapter of a version for the base `under`.
+
+    Raises:
+        NeedsMerging: If it cannot stay apart, or its tokenizer does not fit the base; the message says why.
+        Damaged: If its file cannot be read.
+    """
+    weights = read_lora(version.path)
+    has_tokenizer = (version.path / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(version.path, version.ref) if has_tokenizer else under.tokenizer
+    if len(tokenizer) > under.vocab_size:
+        raise NeedsMerging(f"its tokenizer has {len(tokenizer)} ids and the vocabulary of its base {under.vocab_size}")
+    return UnmergedAdapter(version.ref, tokenizer, weights)
+
+
+def why_merged(folder: Path) -> str | None:
+    """Why the adapter of a folder cannot stay apart from its base; None if it can."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"{folder / 'adapter_config.json'} is no JSON ({error}). Publish the adapter again.") from None
+    if config.get("peft_type") != "LORA":
+        return f"its peft_type is {config.get('peft_type')}"
+    if config.get("init_lora_weights", True) not in _PLAIN_BEGINNINGS:
+        return f"its init_lora_weights is {config['init_lora_weights']!r}"
+    usual = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    for name, value in config.items():
+        if name in _UNDERSTOOD or name in ("peft_type", "init_lora_weights") or not value:
+            continue
+        if value != usual.get(name):
+            return f"its {name} is {_short(value)}"
+    with _opened(folder) as file:
+        strange = next((name for name in file.keys() if _TENSOR.fullmatch(name) is None), None)  # noqa: SIM118
+    return None if strange is None else f"it has the tensor {strange}"
+
+
+def read_lora(folder: Path) -> LoraWeights:
+    """The tensors of an adapter folder, scaled as peft scales them.
+
+    Raises:
+        NeedsMerging: If the adapter cannot stay apart from its base, with the reason.
+        Damaged: If the file cannot be read.
+    """
+    reason = why_merged(folder)
+    if reason is not None:
+        raise NeedsMerging(reason)
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    halves: dict[str, dict[str, Tensor]] = {}
+    with _opened(folder) as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            found = _TENSOR.fullmatch(name)
+            assert found is not None, "why_merged looked at every name"
+            halves.setdefault(found[1], {})[found[2]] = file.get_tensor(name)
+    factors = {}
+    for layer, half in halves.items():
+        a, b = half.get("A"), half.get("B")
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise NeedsMerging(f"its tensors of {layer} do not belong together")
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise NeedsMerging(f"its tensors of {layer} are not finite")
+        # rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+        scale = config["lora_alpha"] / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0])
+        factors[layer] = a.t().contiguous(), (b * scale).t().contiguous()
+    return LoraWeights(factors)
+
+
+def _opened(folder: Path) -> Any:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise NeedsMerging("it has no adapter_model.safetensors")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} cannot be read ({error}). Publish the adapter again.") from None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,179 @@
+"""One engine per base: adapters come and go on it without a second copy, and every answer is that of its own version."""
+
+import logging
+
+import pytest
+import torch
+
+from nightschool.engine import pool as pool_module
+from nightschool.engine.adapters import AdapterLinear
+from nightschool.engine.pool import EnginePool
+from nightschool.engine.slot import Slot
+from nightschool.errors import SwapFailed
+from nightschool.models.export import save_version_folder
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.versions import VersionMetadata
+from tests.support.adapter_setups import lively_adapter, publish_adapter
+from tests.support.engine_setups import ask, greedy, lively_model
+from tests.support.live_server import eventually
+from tests.support.tokenizers_for_tests import byte_tokenizer
+
+PROMPT = [9, 8, 7, 6]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class House:
+    """A home with a base, two adapters of `bot` and one of `cat` on it."""
+
+    def __init__(self, path):
+        self.home = Home(path).ensure()
+        self.registry = Registry(self.home)
+        self.model = lively_model("tiny-llama")
+        self.base = self.full("base", seed=1)
+        self.one, self.two = (self.adapter("bot", seed=seed) for seed in (1, 2))
+        self.cat = self.adapter("cat", seed=3)
+
+    def full(self, name, *, seed):
+        def fill(folder):
+            save_version_folder(lively_model("tiny-llama", seed=seed), byte_tokenizer(), folder)
+
+        return self.registry.publish(name, fill, VersionMetadata())
+
+    def adapter(self, name, **settings):
+        return publish_adapter(self.registry, lively_adapter(**settings), self.base, name=name)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    return House(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def pool(house):
+    pool = EnginePool(house.home, num_rows=4)
+    yield pool
+    assert pool._engines == {}, "every slot was closed"
+
+
+@pytest.fixture
+def slots(pool):
+    slots = {name: Slot(name, pool) for name in ("bot", "cat", "base")}
+    yield slots
+    for slot in slots.values():
+        slot.close()
+
+
+def answers_exactly(slot, published):
+    answer = ask(slot, PROMPT, 12).result(60)
+    assert (answer.version, answer.token_ids) == (published.ref, published.greedy(PROMPT, 12))
+
+
+def test_names_that_stand_on_one_base_share_one_engine(house, pool, slots):
+    for slot, ref in ((slots["bot"], house.one.ref), (slots["cat"], house.cat.ref), (slots["base"], house.base.ref)):
+        slot.swap(ref)
+    assert list(pool._engines) == [house.base.ref]
+    assert len({slot.current.engine for slot in slots.values()}) == 1
+    handles = [ask(slot, PROMPT, 30) for slot in slots.values() for _ in range(2)]
+    expected = [house.one.greedy(PROMPT, 30), house.cat.greedy(PROMPT, 30), greedy(house.model, PROMPT, 30)]
+    assert [handle.result(60).token_ids for handle in handles] == [one for one in expected for _ in range(2)]
+
+
+def test_a_swap_between_adapters_loads_no_second_base_and_disturbs_no_answer(house, pool, slots, monkeypatch):
+    slot = slots["bot"]
+    slot.swap(house.one.ref)
+    monkeypatch.setattr(pool_module, "load_base", lambda *_, **__: pytest.fail("the base is here"))
+    monkeypatch.setattr(pool_module, "load_version", lambda *_, **__: pytest.fail("the base is here"))
+    handle = ask(slot, PROMPT, 200)
+    eventually(lambda: handle._chunks)
+    report = slot.swap(house.two.ref)
+    assert list(report.seconds) == ["resolve", "verify", "load", "warm_up", "probe", "switch"]
+    answers_exactly(slot, house.two)
+    answer = handle.result(60)
+    assert (answer.version, answer.token_ids) == (house.one.ref, house.one.greedy(PROMPT, 200))
+    slot.rollback()
+    answers_exactly(slot, house.one)
+    assert list(pool._engines) == [house.base.ref]
+
+
+def test_with_room_for_no_second_base_an_adapter_is_swapped_all_the_same(house, pool, slots, monkeypatch):
+    slots["bot"].swap(house.one.ref)
+    monkeypatch.setattr("nightschool.engine.slot.free_bytes", lambda _: 1000)
+    slots["bot"].swap(house.two.ref)
+    answers_exactly(slots["bot"], house.two)
+    other = house.full("cat", seed=5)
+    with pytest.raises(SwapFailed, match="takes about"):
+        slots["cat"].swap(other.ref)
+
+
+def test_the_engine_ends_with_the_last_name_on_its_base(house, pool, slots):
+    slots["base"].swap(house.base.ref)
+    slots["bot"].swap(house.one.ref)
+    engine = slots["bot"].current.engine
+    slots["base"].close()
+    answers_exactly(slots["bot"], house.one)
+    slots["bot"].close()
+    assert pool._engines == {}
+    assert engine.load() == (0, 0)
+
+
+def test_a_dropped_adapter_drains_and_leaves_the_layers(house, pool, slots):
+    slot, third = slots["bot"], house.adapter("bot", seed=4)
+    slot.swap(house.one.ref)
+    handles = [ask(slot, PROMPT, 100) for _ in range(6)]
+    slot.swap(house.two.ref)
+    slot.swap(third.ref)
+    assert [handle.result(60).token_ids for handle in handles] == [house.one.greedy(PROMPT, 100)] * 6
+    layer = next(m for m in slot.current.engine._runner._model.modules() if isinstance(m, AdapterLinear))
+    eventually(lambda: len(layer.factors) == 2)
+    slot.swap(house.one.ref)
+    answers_exactly(slot, house.one)
+
+
+def test_what_cannot_be_kept_apart_is_merged_into_a_base_of_its_own_and_the_log_says_why(house, pool, slots, caplog):
+    slots["bot"].swap(house.one.ref)
+    special = house.adapter("cat", seed=5, use_dora=True)
+    with caplog.at_level(logging.WARNING):
+        slots["cat"].swap(special.ref)
+    [record] = [record for record in caplog.records if "merged" in record.getMessage()]
+    assert record.facts == {"version": special.ref, "reason": "its use_dora is true"}
+    answers_exactly(slots["cat"], special)
+    answers_exactly(slots["bot"], house.one)
+    assert sorted(pool._engines) == sorted([house.base.ref, special.ref])
+
+
+def test_adapters_can_be_merged_on_request(house):
+    pool = EnginePool(house.home, merge_adapters=True)
+    slot = Slot("bot", pool)
+    try:
+        slot.swap(house.one.ref)
+        assert list(pool._engines) == [house.one.ref]
+        answers_exactly(slot, house.one)
+    finally:
+        slot.close()
+
+
+@pytest.mark.parametrize("stage", ["verify", "probe"])
+def test_a_swap_to_a_bad_adapter_changes_nothing(house, pool, slots, stage):
+    slot, expected = slots["bot"], [0, 0, 0] if stage == "probe" else None
+    bad = publish_adapter(house.registry, lively_adapter(seed=6), house.base, expected=expected)
+    if stage == "verify":
+        path = house.registry.resolve(bad.ref).path / "adapter_model.safetensors"
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    slot.swap(house.one.ref)
+    with pytest.raises(SwapFailed, match=f"'{stage}'"):
+        slot.swap(bad.ref)
+    answers_exactly(slot, house.one)
+    layer = next(m for m in slot.current.engine._runner._model.modules() if isinstance(m, AdapterLinear))
+    assert len(layer.factors) == 1, "the bad one is gone"
+    with pytest.raises(SwapFailed):
+        slots["cat"].swap(bad.ref)
+    assert pool._holders == {house.base.ref: 1}
