@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base
 from nightschool.models.folder import is_adapter_folder
-from nightschool.models.load import LoadedModel, as_folder, load_tokenizer
+from nightschool.models.load import LoadedModel, as_path, load_tokenizer
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 
@@ -64,9 +64,9 @@ def base_under(version: Version, home: Home) -> str | None:
     base = version.facts.base or adapter_base(version.path)
     if not base:
         return None
-    folder = as_folder(base, None)
-    if folder is not None:
-        return str(folder)
+    path = as_path(base, None)
+    if path is not None:
+        return str(path)
     registry = Registry(home)
     return registry.resolve(base).ref if "@" in base or ("/" not in base and base in registry.names()) else base
 
