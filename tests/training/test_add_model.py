@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nightschool.config.recipe import Lora
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, Damaged, NameRefused, NotFound, UsageError
 from nightschool.models.adapters import attach_lora
@@ -46,7 +47,7 @@ def test_a_folder_becomes_the_champion_and_is_served(tmp_path, home):
     assert facts.probes
     loaded = load_version(version)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
-    slot = Slot("bot", home)
+    slot = Slot("bot", EnginePool(home))
     try:
         assert slot.refresh()  # verified, loaded, and it answers its probes
     finally:
