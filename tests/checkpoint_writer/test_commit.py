@@ -63,7 +63,9 @@ def contents_of(**texts):
 
 def order(run, step, **more):
     target = checkpoints.checkpoint_path(run, 0, step, 1)
-    return Order(str(run.path), str(target), {"step": step, "heldout_loss": None} | more.pop("facts", {}), **more)
+    return Order(
+        run.id, str(run.path), str(target), {"step": step, "heldout_loss": None} | more.pop("facts", {}), **more
+    )
 
 
 def save(run, step, **more):

@@ -82,7 +82,7 @@ def test_each_mistake_has_its_sentence(line, message):
 
 def test_a_recipe_without_base_or_data_says_what_they_are():
     assert problems("name: a\n") == [
-        "r.yaml:1: base: is missing: starting weights: a hub id, ./folder, name@version of the registry, or new:<preset>.",
+        "r.yaml:1: base: is missing: starting weights: a hub id, ./folder, ./file.gguf, name@version of the registry, or new:<preset>.",
         "r.yaml:1: data: there is no data; write `data: [{path: train.json}]`",
     ]
     assert problems("base: x\ndata: []\n") == ["r.yaml:2: data: there is no data; write `data: [{path: train.json}]`"]

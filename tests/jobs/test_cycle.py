@@ -328,7 +328,7 @@ def test_a_run_that_an_earlier_cycle_left_training_blocks_the_next_one(school):
         run.update_status(state="running", pid=child.pid)
         with pytest.raises(Locked, match=f"{run.id} is still being trained by process {child.pid}"):
             school.cycle()
-        run.update_status(pid=os.getpid())  # a pid that now belongs to another program
+        run.update_status(pid=os.getpid(), pid_created_at=1.0)  # a pid that now belongs to another program
         assert school.cycle().outcome == "promoted"
     finally:
         child.kill()

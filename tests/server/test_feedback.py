@@ -160,10 +160,10 @@ class BrokenStore:
     def record(self, *row):
         raise DiskFull("No room is left.")
 
-    def feedback(self, *row, tenant=None):
+    def feedback(self, *row, owner=None):
         raise DiskFull("No room is left.")
 
-    def forget(self, request_id, *, tenant=None):
+    def forget(self, request_id, *, owner=None):
         raise DiskFull("No room is left.")
 
 

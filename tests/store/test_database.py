@@ -11,17 +11,20 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
+from nightschool.errors import Conflict, Damaged, DiskFull, Locked, MadeByNewer, UsageError
 from nightschool.events import now
 from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.pins import Pins
+from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.store import database as module
 from nightschool.store.database import HEAD, open_database
 from nightschool.store.home import Home
+from nightschool.store.home_file import id_of
 from nightschool.store.ledger import Ledger
 from nightschool.store.migrations.upgrade import alembic_config
 from nightschool.store.tables import forgotten, metadata, pins, schedules
 from tests.support.crash_points import kill_everywhere
-from tests.support.store_databases import db, environment, postgres, postgres_url  # noqa: F401
+from tests.support.store_databases import db, environment, old_database, postgres, postgres_url  # noqa: F401
 
 
 @pytest.fixture
@@ -211,11 +214,7 @@ def test_what_is_forgotten_is_overwritten_while_the_database_is_open(home):
 
 
 def test_an_old_database_is_brought_up_to_date_with_what_it_holds(home, environment):  # noqa: F811
-    with open_database(home, env=environment) as database, database.write() as connection:
-        connection.execute(schedules.insert().values(name="kept"))
-        for table in ("forgotten", "upload_files", "uploads"):
-            connection.execute(sa.text(f"DROP TABLE {table}"))
-        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    old_database(home, environment, "0001", "INSERT INTO schedules (name) VALUES ('kept')")
     with open_database(home, env=environment) as database, database.read() as connection:
         assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
         assert connection.execute(sa.select(forgotten)).all() == []
@@ -230,7 +229,7 @@ LONG_PATH = "/models/" + "deep/" * 100
 def test_long_names_and_paths_are_kept_on_every_server(db):  # noqa: F811
     store = ConversationStore(db)
     store.record("r1", LONGEST_NAME, "20261121_060000", [{"role": "user", "content": "?"}], "!")
-    store.record("r2", "local", LONG_PATH, [{"role": "user", "content": "?"}], "!", tenant="t" * 128)
+    store.record("r2", "local", LONG_PATH, [{"role": "user", "content": "?"}], "!", owner="t" * 128)
     assert (store.get("r1").model, store.get("r2").version) == (LONGEST_NAME, LONG_PATH)
     ledger = Ledger(db)
     run_id, ref = f"{LONGEST_NAME}-20261121_060000", f"{LONGEST_NAME}@20261121_060000"
@@ -239,17 +238,108 @@ def test_long_names_and_paths_are_kept_on_every_server(db):  # noqa: F811
 
 
 def test_versions_that_were_kept_with_their_name_are_kept_without_it(home, environment):  # noqa: F811
-    with open_database(home, env=environment) as database:
-        for request_id, name, version in (
-            ("r1", "bot", "bot@20261121_060000"),
-            ("r2", "bot", "20261121_060000"),
-            ("r3", "local", "./some@folder"),
-        ):
-            ConversationStore(database).record(request_id, name, version, [{"role": "user", "content": "?"}], "!")
-        with database.write() as connection:
-            for table in ("upload_files", "uploads"):
-                connection.execute(sa.text(f"DROP TABLE {table}"))
-            connection.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
+    old_database(
+        home,
+        environment,
+        "0002",
+        *(
+            "INSERT INTO conversations (request_id, recorded_at, model, version, messages, answer) VALUES "
+            f"('{request_id}', '2026-11-21 06:00:00', '{name}', '{version}', '[]', '\"!\"')"
+            for request_id, name, version in (
+                ("r1", "bot", "bot@20261121_060000"),
+                ("r2", "bot", "20261121_060000"),
+                ("r3", "local", "./some@folder"),
+            )
+        ),
+    )
     with open_database(home, env=environment) as database:
         versions = [one.version for one in ConversationStore(database).select()]
     assert versions == ["20261121_060000", "20261121_060000", "./some@folder"]
+
+
+ROWS_OF_0004 = (
+    "INSERT INTO conversations (request_id, recorded_at, model, version, tenant, messages, answer) VALUES "
+    "('r1', '2026-11-21 06:00:00', 'bot', '20261121_060000', 'digest of a key', '[]', '\"!\"')",
+    "INSERT INTO feedback (id, request_id, recorded_at, rating) VALUES (7, 'r1', '2026-11-21 07:00:00', 'good')",
+    "INSERT INTO accepted_versions (name, version, active) VALUES ('bot', '20261121_060000', true)",
+    "INSERT INTO accepted_examples (id, name, version, digest, origin, example) "
+    "VALUES (3, 'bot', '20261121_060000', 'd', 'r1', '{\"messages\": []}')",
+    "INSERT INTO pins (id, name, question, answer, created_at) "
+    "VALUES (2, 'bot', '\"q\"', '\"a\"', '2026-11-21 06:00:00')",
+    "INSERT INTO cycles (id, name, due_at, trigger, pid, started_at, outcome) "
+    "VALUES (5, 'bot', '2026-11-21 06:00:00', 'due', 12, '2026-11-21 06:00:00', 'promoted')",
+    "INSERT INTO schedules (name, paused_at) VALUES ('bot', '2026-11-21 08:00:00')",
+)
+
+
+def test_what_exists_becomes_the_default_tenants(home, environment):  # noqa: F811
+    old_database(home, environment, "0004", *ROWS_OF_0004)
+    with open_database(home, env=environment) as database:
+        (conversation,) = ConversationStore(database).select(model="bot")
+        assert (conversation.owner, conversation.rating) == ("digest of a key", "good")
+        assert AcceptedExamples(database).digests("bot") == {"d"}
+        assert [pin.id for pin in Pins(database).ls("bot")] == [2]
+        ledger = Ledger(database)
+        assert [(cycle.id, cycle.name, cycle.owner) for cycle in ledger.ls("bot")] == [(5, "bot", None)]
+        assert ledger.paused("bot")
+        # What another tenant calls the same is another one.
+        assert (Pins(database).ls("acme/bot"), ledger.ls("acme/bot"), ledger.paused("acme/bot")) == ([], [], False)
+        assert AcceptedExamples(database).digests("acme/bot") == set()
+        # The keys work: every one of these would collide with the default tenant's row.
+        AcceptedExamples(database).add("acme/bot", "20261121_060000", [{"messages": []}])
+        ledger.begin("acme/bot", conversation.time, "due")
+        ledger.pause("acme/bot")
+        assert ledger.names() == ["acme/bot", "bot"]
+        with database.read() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": types_differ})
+            assert compare_metadata(context, metadata) == []
+
+
+def test_two_homes_on_one_postgresql_do_not_meet(tmp_path, postgres_url):  # noqa: F811
+    on_postgresql = {"DATABASE_URL": postgres_url}
+    homes = [Home(tmp_path / name) for name in ("one", "two")]
+    for home in homes:
+        with open_database(home, env=on_postgresql) as database:
+            Pins(database).add("bot", "q", f"of {home.path.name}")
+    for home in homes:
+        with open_database(home, env=on_postgresql) as database:
+            assert [pin.answer for pin in Pins(database).ls("bot")] == [f"of {home.path.name}"]
+
+
+def test_a_lone_home_takes_its_tables_with_it_on_postgresql(tmp_path, home, postgres_url):  # noqa: F811
+    on_postgresql = {"DATABASE_URL": postgres_url}
+    old_database(home, on_postgresql, "0004", *ROWS_OF_0004)
+    with open_database(Home(tmp_path / "unused"), env=on_postgresql) as database:
+        assert Pins(database).ls("bot") == []
+    with open_database(home, env=on_postgresql) as database:
+        assert [pin.id for pin in Pins(database).ls("bot")] == [2]
+        assert Pins(database).add("bot", "another", "a").id == 1  # the sequence moved along, too
+
+
+def test_tables_that_several_homes_share_are_given_to_none(home, postgres_url):  # noqa: F811
+    on_postgresql = {"DATABASE_URL": postgres_url}
+    upload = (
+        "INSERT INTO uploads (home, path, url, run_id, name, step, digest, archive, size_bytes, state, attempts, "
+        "next_try_at, queued_at) VALUES ('/other/home', '/p', 'file:///u', 'r', 'n', 1, 'd', false, 1, 'done', 1, "
+        "now(), now())"
+    )
+    old_database(home, on_postgresql, "0004", upload)
+    for _ in range(2):
+        with pytest.raises(Conflict, match="rows of this home and of /other/home"):
+            open_database(home, env=on_postgresql)
+
+
+def test_a_home_of_a_newer_form_is_refused(home):
+    open_database(home, env={}).close()
+    file = home.path / "home.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(MadeByNewer, match="has the form 2 of a newer nightschool; this one knows 1"):
+        open_database(home, env={})
+    file.write_text('{"format": 1, "id": "../x"}')
+    with pytest.raises(Damaged, match=r"home\.json is damaged"):
+        open_database(home, env={})
+
+
+def test_the_id_of_a_home_is_given_out_once(home):
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: id_of(home), range(8)))) == 1

@@ -85,7 +85,7 @@ def test_version_ids_are_the_time_and_move_on(registry, monkeypatch):
 def test_an_id_is_published_once_and_never_again(registry):
     version = registry.new_version_id("bot")
     registry.publish("bot", fill, VersionMetadata(version=version))
-    with pytest.raises(Conflict, match="exists already"):
+    with pytest.raises(Conflict, match="nothing is ever written over"):
         registry.publish("bot", fill, VersionMetadata(version=version))
     registry.remove("bot", version)
     with pytest.raises(Conflict, match="was removed"):

@@ -69,7 +69,7 @@ def test_the_list_is_by_time_not_by_name(store):
 def test_runs_that_are_not_there(store):
     with pytest.raises(NotFound, match="no runs yet"):
         store.get("bot-20261121_023000")
-    for run_id in ("../../etc", "a/b-20261121_023000", "", "..-20261121_023000"):
+    for run_id in ("../../etc", "a/b/c-20261121_023000", "", "..-20261121_023000"):
         with pytest.raises(NameRefused):
             store.get(run_id)
     with pytest.raises(NotFound):

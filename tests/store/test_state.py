@@ -33,10 +33,8 @@ def qa(question, answer="a", **more):
 @pytest.fixture
 def kept(db):  # noqa: F811
     store = ConversationStore(db)
-    for index, (model, tenant) in enumerate([("bot", None), ("bot", "acme"), ("zoo", None)]):
-        store.record(
-            f"r{index}", model, f"{model}@20261121_023000", ASKED, f"answer {index}", tenant, time=hours(index)
-        )
+    for index, (model, owner) in enumerate([("bot", None), ("acme/bot", "key"), ("zoo", None)]):
+        store.record(f"r{index}", model, f"{model}@20261121_023000", ASKED, f"answer {index}", owner, time=hours(index))
     return store
 
 
@@ -46,13 +44,13 @@ def ids(conversations):
 
 def test_a_conversation_comes_back_as_it_was(kept):
     conversation = kept.get("r1")
-    assert (conversation.request_id, conversation.time, conversation.model) == ("r1", hours(1), "bot")
+    assert (conversation.request_id, conversation.time, conversation.model) == ("r1", hours(1), "acme/bot")
     assert (conversation.version, conversation.messages, conversation.answer) == (
-        "bot@20261121_023000",
+        "acme/bot@20261121_023000",
         ASKED,
         "answer 1",
     )
-    assert (conversation.rating, conversation.correction, conversation.tenant) == (None, None, "acme")
+    assert (conversation.rating, conversation.correction, conversation.owner) == (None, None, "key")
     with pytest.raises(NotFound, match="'r9' was kept"):
         kept.get("r9")
     with pytest.raises(Conflict, match="'r1' was recorded before"):
@@ -98,7 +96,9 @@ def test_filters(kept):
     assert ids(kept.select(corrected=True)) == ["r1"]
     assert ids(kept.select(corrected=False)) == ["r0", "r2"]
     assert ids(kept.select(model="zoo")) == ["r2"]
-    assert ids(kept.select(tenant="acme")) == ["r1"]
+    assert ids(kept.select(model="bot")) == ["r0"]
+    assert ids(kept.select(model="acme/bot")) == ids(kept.select(tenant="acme")) == ["r1"]
+    assert ids(kept.select(tenant="default")) == ["r0", "r2"]
     assert ids(kept.select(since=hours(2))) == ["r0", "r1", "r2"]  # old answers with later feedback are new
     assert ids(kept.select(since=hours(5.5))) == ["r1"]
     assert ids(kept.select(rating="good", corrected=True)) == []
@@ -284,7 +284,7 @@ def test_a_cycle_is_begun_once_and_finished_once(db):  # noqa: F811
     ledger = Ledger(db)
     cycle_id = ledger.begin("bot", T0, "schedule")
     east = T0.astimezone(timezone(timedelta(hours=9)))
-    with pytest.raises(Locked, match=r"was begun by process \d+"):
+    with pytest.raises(Locked, match=r"was begun by process .+:\d+:[\d.]+ at"):
         ledger.begin("bot", east, "manual")
     ledger.begin("zoo", T0, "schedule")
     ledger.finish(cycle_id, "skipped")

@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
 
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
+from nightschool.store.migrations.upgrade import alembic_config
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +62,21 @@ def environment(request):
 def db(environment, tmp_path):
     with open_database(Home(tmp_path / "home"), env=environment) as database:
         yield database
+
+
+def old_database(home, environment, revision, *statements):
+    """A state database as an older nightschool left it, at one of the earlier layouts, with rows in it.
+
+    On PostgreSQL it had no schema of its own, and the home was used.
+    """
+    home.ensure()
+    (home.runs / "removed.json").write_text('{"run_ids": []}')
+    url = environment.get("DATABASE_URL", f"sqlite:///{home.state_db}").replace("postgresql:", "postgresql+psycopg:")
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    engine.dispose()

@@ -23,7 +23,6 @@ from nightschool.events import EventLog
 from nightschool.store import checkpoints
 from nightschool.store.atomic import publish_directory, write_text
 from nightschool.store.checkpoints import LATEST, Keep
-from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest, seal
 from nightschool.store.runs import Run
 from nightschool.units import Every, format_bytes
@@ -39,6 +38,7 @@ class Order:
     `rank` says which of the `num_ranks` processes that train together gave it: see `parts`.
     """
 
+    run_id: str
     run: str
     target: str
     facts: dict[str, Any]
@@ -148,7 +148,7 @@ def _write_with_room(run: Run, order: Order, contents: Contents, shared: SharedS
 
 
 def _run_of(order: Order) -> Run:
-    return Run(Path(order.run).name, Path(order.run))
+    return Run(order.run_id, Path(order.run))
 
 
 def _shared(order: Order) -> SharedSave | None:
@@ -169,7 +169,7 @@ def _tidy_up(run: Run, order: Order) -> tuple[list[str], str | None]:
     """Upload, remove old ones, point at the new one. What goes wrong here makes it no less of a checkpoint."""
     removed: list[str] = []
     try:
-        uploads.after_commit(_home_of(run), run, Path(order.target), say=say)
+        uploads.after_commit(run.home, run, Path(order.target), say=say)
         removed = _retain(run, order)
         write_text(run.checkpoints_path / LATEST, Path(order.target).name + "\n")
     except (NightschoolError, OSError) as error:
@@ -184,12 +184,8 @@ def say(text: str) -> None:
 
 
 def _retain(run: Run, order: Order) -> list[str]:
-    removed = checkpoints.apply_retention(run, order.keep, is_pending=partial(uploads.is_pending, _home_of(run)))
+    removed = checkpoints.apply_retention(run, order.keep, is_pending=partial(uploads.is_pending, run.home))
     return [point.name for point in removed]
-
-
-def _home_of(run: Run) -> Home:
-    return Home(run.path.parent.parent)
 
 
 def _write_part(shared: SharedSave, rank: int, contents: Contents) -> int:

@@ -36,10 +36,11 @@ def find_checkpoint(home: Home, wanted: str) -> tuple[Run, Checkpoint]:
     """
     store = RunStore(home)
     given = Path(os.path.abspath(wanted))  # noqa: PTH100  the folder may be a link; its own name counts
-    if given.parent.name == "checkpoints" and given.parent.parent.parent == home.runs:
-        run = store.get(given.parent.parent.name)
+    inside = store.containing(given)
+    if inside is not None and given.parent == inside.checkpoints_path:
+        run = store.get(inside.id)
         return run, checkpoints.get(run, given.name)
-    run_id, slash, name = wanted.partition("/")
+    run_id, slash, name = wanted.rpartition("/")
     if slash:
         run = store.get(run_id)
         return run, checkpoints.get(run, name)

@@ -21,7 +21,7 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import lock
-from nightschool.store.names import check_name
+from nightschool.store.names import check_full_name
 from nightschool.work.stop import Stop
 
 
@@ -61,7 +61,7 @@ def ls(name: str | None = None, /, *, limit: int = 20) -> None:
     """
     home = Home.find()
     ledger = Ledger(open_database(home))
-    names = [check_name(name)] if name is not None else ledger.names()
+    names = [check_full_name(name)] if name is not None else ledger.names()
     cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
     rows = [_cycle(cycle) for cycle in cycles]
     states = {one: {"running": _is_running(home, one), "paused": ledger.paused(one)} for one in names}

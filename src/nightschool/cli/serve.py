@@ -10,7 +10,8 @@ from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Serve
 from nightschool.errors import UsageError
 from nightschool.store.home import Home
-from nightschool.store.names import check_name
+from nightschool.store.names import check_full_name
+from nightschool.store.registry import Registry
 from nightschool.units import parse_seconds
 
 
@@ -119,14 +120,16 @@ def _what_is_served(source: str, overrides: tuple[str, ...], name: str | None) -
             f"{overrides[0]!r} is a setting of a recipe, but {source!r} is none. Write nightschool serve RECIPE.yaml "
             f"{overrides[0]}, or use the options of nightschool serve --help."
         )
-    if not is_recipe and ("/" in source or source.lower().endswith(".gguf")):  # no name has either
+    # A name has a slash only behind its tenant.
+    is_path = "/" in source and source not in Registry(Home.find()).names()
+    if not is_recipe and (is_path or source.lower().endswith(".gguf")):
         return _added(source, name), Serve()
     if name is not None:
         raise UsageError(f"--name is for a folder, a GGUF file or a hub id, and {source!r} has a name. Leave it out.")
     if is_recipe:
         recipe = read_recipe(Path(source), overrides)
         return recipe.name, recipe.serve
-    return check_name(source), Serve()
+    return check_full_name(source), Serve()
 
 
 def _added(source: str, name: str | None) -> str:

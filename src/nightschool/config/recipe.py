@@ -222,8 +222,8 @@ class Recipe(Section):
 
     name: str = Field(
         "default",
-        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
-        description="The name under which versions are published and served.",
+        pattern=r"^([a-z0-9][a-z0-9._-]{0,63}/)?[a-z0-9][a-z0-9._-]{0,63}$",
+        description="The name under which versions are published and served; `tenant/name` for a tenant of its own.",
     )
     base: NotBlank = Field(
         ...,
@@ -256,7 +256,7 @@ class Recipe(Section):
     def _a_name_on_disk(cls, name: str) -> str:
         if ".." in name:
             raise ValueError(f"{name!r} holds '..'; a name is a folder on disk: write single dots")
-        return name
+        return name.removeprefix("default/")
 
     @field_validator("data")
     @classmethod

@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import now
 from nightschool.store.database import Database
+from nightschool.store.names import full_name, split_name
 from nightschool.store.tables import accepted_examples, conversations, feedback, forgotten
 
 Rating = Literal["good", "bad"]
@@ -35,7 +36,7 @@ class Conversation:
     answer: str
     rating: Rating | None = None
     correction: str | None = None
-    tenant: str | None = None
+    owner: str | None = None
     touched_at: datetime | None = None
 
 
@@ -52,7 +53,7 @@ class ConversationStore:
         version: str,
         messages: Sequence[dict[str, Any]],
         answer: str,
-        tenant: str | None = None,
+        owner: str | None = None,
         *,
         time: datetime | None = None,
     ) -> None:
@@ -60,24 +61,26 @@ class ConversationStore:
 
         Args:
             request_id: What feedback will name it by.
-            model: The served name.
+            model: The served name; with its tenant, whose conversation it then is.
             version: The version that answered.
             messages: The turns before the answer, as `{"role", "content"}`.
             answer: What the model said.
-            tenant: Whose conversation it is.
+            owner: Who asked, as only that one may rate it or have it forgotten; None where everybody may.
             time: When it was answered; now when it is None.
 
         Raises:
             Conflict: If this request id was recorded before, or was forgotten.
         """
+        tenant, bare = split_name(model)
         row = {
             "request_id": request_id,
             "recorded_at": time or now(),
-            "model": model,
+            "tenant": tenant,
+            "model": bare,
             "version": version,
             "messages": list(messages),
             "answer": answer,
-            "tenant": tenant,
+            "owner": owner,
         }
         try:
             with self._db.write() as connection:
@@ -99,7 +102,7 @@ class ConversationStore:
         correction: str | None = None,
         *,
         time: datetime | None = None,
-        tenant: str | None = None,
+        owner: str | None = None,
     ) -> None:
         """Say whether an answer was good, and what it should have been; the newest of each counts.
 
@@ -108,7 +111,7 @@ class ConversationStore:
             rating: Good or bad.
             correction: The right answer.
             time: When it was said; now when it is None.
-            tenant: Who says it: a conversation of anybody else is not found. None is the operator, who may rate all.
+            owner: Who says it: a conversation of anybody else is not found. None is the operator, who may rate all.
 
         Raises:
             UsageError: If there is neither a rating nor a correction, or the rating is none of good and bad.
@@ -123,7 +126,7 @@ class ConversationStore:
         if correction is not None and not correction.strip():
             raise UsageError("The correction is blank, and a blank answer would be learned. Write the right answer.")
         with self._db.write() as connection:
-            self._require(connection, request_id, tenant)
+            self._require(connection, request_id, owner)
             row = {"request_id": request_id, "recorded_at": time or now(), "rating": rating, "correction": correction}
             connection.execute(feedback.insert().values(row))
 
@@ -149,14 +152,15 @@ class ConversationStore:
         Args:
             rating: Only answers with this newest rating; `any` and None keep rated and unrated ones.
             corrected: True: only answers with a correction; False: only those without.
-            model: Only answers of this served name.
+            model: Only answers of this served name, of its tenant.
             since: Only what came, or got feedback, at this moment or later: a correction that comes after the
                 promotion of a champion is new, however old the answer is.
-            tenant: Only this tenant's.
+            tenant: Only this tenant's, whatever served name answered; not needed beside `model`.
         """
         conditions: list[sa.ColumnElement[bool]] = []
         if model is not None:
-            conditions.append(conversations.c.model == model)
+            tenant, bare = split_name(model)
+            conditions.append(conversations.c.model == bare)
         if tenant is not None:
             conditions.append(conversations.c.tenant == tenant)
         if since is not None:
@@ -172,7 +176,7 @@ class ConversationStore:
             found = [conversation for conversation in found if (conversation.correction is not None) == corrected]
         return found
 
-    def forget(self, request_id: str, *, tenant: str | None = None) -> int:
+    def forget(self, request_id: str, *, owner: str | None = None) -> int:
         """Delete a conversation, its feedback, and the accepted examples that were made of it, for good.
 
         Its examples cannot be accepted again, from whatever file they come. Versions that learned them keep what
@@ -180,7 +184,7 @@ class ConversationStore:
 
         Args:
             request_id: Of the answer.
-            tenant: Who asks; see `feedback`.
+            owner: Who asks; see `feedback`.
 
         Returns:
             How many accepted examples were deleted.
@@ -189,7 +193,7 @@ class ConversationStore:
             NotFound: If no conversation has this request id.
         """
         with self._db.write() as connection:
-            self._require(connection, request_id, tenant)
+            self._require(connection, request_id, owner)
             deleted = connection.execute(accepted_examples.delete().where(accepted_examples.c.origin == request_id))
             connection.execute(conversations.delete().where(conversations.c.request_id == request_id))
             connection.execute(forgotten.insert().values(request_id=request_id, forgotten_at=now()))
@@ -197,10 +201,10 @@ class ConversationStore:
         return deleted.rowcount
 
     @staticmethod
-    def _require(connection: sa.Connection, request_id: str, tenant: str | None) -> None:
+    def _require(connection: sa.Connection, request_id: str, owner: str | None) -> None:
         query = sa.select(conversations.c.request_id).where(conversations.c.request_id == request_id)
-        if tenant is not None:
-            query = query.where(conversations.c.tenant == tenant)
+        if owner is not None:
+            query = query.where(conversations.c.owner == owner)
         if connection.execute(query).first() is None:
             raise _unknown(request_id)
 
@@ -233,12 +237,12 @@ def _conversation(row: sa.Row[Any], said: list[sa.Row[Any]]) -> Conversation:
     return Conversation(
         request_id=row.request_id,
         time=row.recorded_at,
-        model=row.model,
+        model=full_name(row.tenant, row.model),
         version=row.version,
         messages=row.messages,
         answer=row.answer,
         rating=ratings[-1] if ratings else None,
         correction=corrections[-1] if corrections else None,
-        tenant=row.tenant,
+        owner=row.owner,
         touched_at=max([row.recorded_at, *(item.recorded_at for item in said)]),
     )

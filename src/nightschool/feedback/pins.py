@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import now
 from nightschool.store.database import Database
-from nightschool.store.names import check_name
-from nightschool.store.tables import pins
+from nightschool.store.names import check_full_name, full_name
+from nightschool.store.tables import is_name_in, key_of, pins
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pins:
             UsageError: If the question or the answer is blank.
             Conflict: If the question is pinned already; the message names its pin.
         """
-        check_name(name)
+        name = check_full_name(name)
         if not question.strip() or not answer.strip():
             raise UsageError(
                 f"The pin {question!r} → {answer!r} has a blank side. Write both a question and an answer."
@@ -51,7 +51,7 @@ class Pins:
                         f"{name!r} has pinned {question!r} already, to {pin.answer!r} (pin {pin.id}). Remove that pin first."
                     )
             moment = now()
-            row = {"name": name, "question": question, "answer": answer, "created_at": moment}
+            row = key_of(name) | {"question": question, "answer": answer, "created_at": moment}
             key = connection.execute(pins.insert().values(row)).inserted_primary_key
             assert key is not None
         return Pin(key[0], name, question, answer, moment)
@@ -64,12 +64,12 @@ class Pins:
     def remove(self, name: str, pin_id: int) -> None:
         """Remove a pin. Raises NotFound if this name has none of this id."""
         with self._db.write() as connection:
-            found = connection.execute(pins.delete().where(pins.c.name == name, pins.c.id == pin_id)).rowcount
+            found = connection.execute(pins.delete().where(*is_name_in(pins, name), pins.c.id == pin_id)).rowcount
             if not found:
                 ids = ", ".join(str(pin.id) for pin in _load(connection, name)) or "none"
                 raise NotFound(f"{name!r} has no pin {pin_id}. It has {ids}.")
 
 
 def _load(connection: sa.Connection, name: str) -> list[Pin]:
-    rows = connection.execute(sa.select(pins).where(pins.c.name == name).order_by(pins.c.id))
-    return [Pin(row.id, row.name, row.question, row.answer, row.created_at) for row in rows]
+    rows = connection.execute(sa.select(pins).where(*is_name_in(pins, name)).order_by(pins.c.id))
+    return [Pin(row.id, full_name(row.tenant, row.name), row.question, row.answer, row.created_at) for row in rows]

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from nightschool.store.database import Database
-from nightschool.store.tables import accepted_examples, accepted_versions, forgotten
+from nightschool.store.tables import accepted_examples, accepted_versions, forgotten, is_name_in, key_of
 
 
 def example_digest(example: dict[str, Any]) -> str:
@@ -76,14 +76,14 @@ class AcceptedExamples:
             present = set(
                 connection.execute(
                     sa.select(accepted_examples.c.digest).where(
-                        accepted_examples.c.name == name, accepted_examples.c.version == version
+                        *is_name_in(accepted_examples, name), accepted_examples.c.version == version
                     )
                 ).scalars()
             )
             gone = set(connection.execute(sa.select(forgotten.c.request_id)).scalars())
             rows = [
                 {
-                    "name": name,
+                    **key_of(name),
                     "version": version,
                     "digest": digest,
                     "origin": example_origin(example),
@@ -125,13 +125,13 @@ class AcceptedExamples:
     def trained(self, name: str) -> set[str]:
         """The identities of all that a version of this name has learned, rolled back or replaced since or not."""
         with self._db.read() as connection:
-            query = sa.select(accepted_examples.c.digest).where(accepted_examples.c.name == name).distinct()
+            query = sa.select(accepted_examples.c.digest).where(*is_name_in(accepted_examples, name)).distinct()
             return set(connection.execute(query).scalars())
 
     def versions(self, name: str) -> set[str]:
         """The versions whose examples were added. Adding is one step, so each has all of its examples."""
         with self._db.read() as connection:
-            query = sa.select(accepted_examples.c.version).where(accepted_examples.c.name == name).distinct()
+            query = sa.select(accepted_examples.c.version).where(*is_name_in(accepted_examples, name)).distinct()
             return set(connection.execute(query).scalars())
 
     def rows(self, name: str) -> list[Accepted]:
@@ -142,7 +142,7 @@ class AcceptedExamples:
             accepted_examples.c.example,
             accepted_versions.c.active,
         )
-        query = sa.select(*columns).select_from(_joined()).where(accepted_examples.c.name == name)
+        query = sa.select(*columns).select_from(_joined()).where(*is_name_in(accepted_examples, name))
         with self._db.read() as connection:
             found = connection.execute(query.order_by(accepted_examples.c.id)).all()
         return [Accepted(v, digest, example_context(example), active, example) for v, digest, example, active in found]
@@ -180,6 +180,6 @@ def _joined() -> sa.Join:
 
 
 def _mark(connection: sa.Connection, name: str, version: str, *, active: bool) -> None:
-    key = (accepted_versions.c.name == name, accepted_versions.c.version == version)
+    key = (*is_name_in(accepted_versions, name), accepted_versions.c.version == version)
     if not connection.execute(accepted_versions.update().where(*key).values(active=active)).rowcount:
-        connection.execute(accepted_versions.insert().values(name=name, version=version, active=active))
+        connection.execute(accepted_versions.insert().values(**key_of(name), version=version, active=active))

@@ -17,7 +17,8 @@ from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.lineage import start_of
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
-from nightschool.store.names import CHAMPION, is_stamp, moment_of
+from nightschool.store.names import CHAMPION, full_name, is_stamp, moment_of, split_name
+from nightschool.store.principal import DEFAULT_TENANT
 from nightschool.store.registry import Registry
 
 _STAMP_SLACK = timedelta(minutes=1)
@@ -81,7 +82,11 @@ def _read_conversations(
     database = open_database(home)
     try:
         kept = ConversationStore(database).select(
-            source.where.rating, source.where.corrected, _studied_name(source, name), since
+            source.where.rating,
+            source.where.corrected,
+            _studied_name(source, name),
+            since,
+            tenant=split_name(name)[0] if name is not None else DEFAULT_TENANT,
         )
     finally:
         database.close()
@@ -93,7 +98,10 @@ def _read_conversations(
 def _studied_name(source: DataSource, name: str | None) -> str | None:
     """The served name whose conversations are meant, or None for those of all."""
     wanted = source.where.model
-    return name if wanted is None else None if wanted == ANY_NAME else wanted
+    if wanted is None or wanted == ANY_NAME:
+        return name if wanted is None else None
+    # A recipe studies what was said to its own tenant alone.
+    return full_name(split_name(name)[0] if name is not None else DEFAULT_TENANT, wanted)
 
 
 def _base_began(home: Home, name: str, base: str | None) -> datetime | None:

@@ -23,7 +23,7 @@ from nightschool.jobs.processes import how_it_ended, wait_for_stranger
 from nightschool.jobs.starting_weights import champion_of, starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
-from nightschool.store.names import CHAMPION
+from nightschool.store.names import CHAMPION, lock_path
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 from nightschool.work.stop import Stop
@@ -57,7 +57,7 @@ class Comparison:
 
 
 def cycle_lock_path(home: Home, name: str) -> Path:
-    return home.locks / f"cycle-{name}.lock"
+    return lock_path(home, "cycle", name)
 
 
 def run_cycle(

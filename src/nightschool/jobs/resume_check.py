@@ -30,7 +30,8 @@ from nightschool.store.atomic import PARTIAL, sweep_partials, write_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
-from nightschool.store.runs import Run, RunStatus
+from nightschool.store.names import home_of, tenants_of
+from nightschool.store.runs import Run, RunStatus, RunStore
 from nightschool.units import Every
 from nightschool.work.processes import command
 from nightschool.work.stop import Stop
@@ -198,24 +199,19 @@ def _scratch(home: Home, size_bytes: int) -> Iterator[Path]:
         os.close(handle)
 
 
-@dataclass(frozen=True)
-class _Copy(Run):
-    """The copy of a run, and the home that it lies in."""
-
-    home: Home
-
-
-def _copy(home: Home, run: Run, point: Checkpoint | None, folder: Path) -> _Copy:
+def _copy(home: Home, run: Run, point: Checkpoint | None, folder: Path) -> Run:
     """A home of its own with a copy of the run, up to the checkpoint."""
     scratch = Home(folder).ensure()
-    copy = _Copy(run.id, scratch.runs / run.id, scratch)
+    copy = RunStore(scratch).at(run.id)
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     copy.checkpoints_path.mkdir()
     if point is not None:
         _link_tree(point.path, copy.checkpoints_path / point.name, linked_bytes=0)
-    if home.models.is_dir():
-        shutil.rmtree(scratch.models)
-        _link_tree(home.models, scratch.models, linked_bytes=_LINKED_BYTES)
+    for tenant in tenants_of(home):
+        models, copies = home_of(home, tenant).models, home_of(scratch, tenant).models
+        if models.is_dir():
+            shutil.rmtree(copies, ignore_errors=True)
+            _link_tree(models, copies, linked_bytes=_LINKED_BYTES)
     if home.cache.is_dir():  # what was fetched need not be fetched again
         scratch.cache.rmdir()
         scratch.cache.symlink_to(home.cache, target_is_directory=True)
@@ -262,7 +258,7 @@ class _Starter:
     on_line: OnLine | None
     stop: Stop
 
-    def __call__(self, copy: _Copy, steps: int) -> None:
+    def __call__(self, copy: Run, steps: int) -> None:
         from_byte = copy.log_path.stat().st_size if copy.log_path.exists() else 0
         where = ("--home", str(copy.home.path), "--run", copy.id, "--root", str(self.root))
         line = command("check-resume", *where, "--steps", str(steps))

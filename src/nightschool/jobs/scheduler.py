@@ -25,7 +25,7 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import lock
-from nightschool.store.names import stamp_of
+from nightschool.store.names import lock_path, stamp_of
 from nightschool.store.runs import Run, RunStore
 from nightschool.work.stop import Stop
 
@@ -368,4 +368,4 @@ def _cut_short(run: Run | None) -> CycleResult:
 
 
 def schedule_lock_path(home: Home, name: str) -> Path:
-    return home.locks / f"schedule-{name}.lock"
+    return lock_path(home, "schedule", name)

@@ -23,7 +23,7 @@ from nightschool.remotes import TIMEOUT_SECONDS
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
-from nightschool.store.runs import Run
+from nightschool.store.runs import RunStore
 from nightschool.units import format_bytes
 from nightschool.uploads.journal import Journal, Upload
 from nightschool.uploads.push import attempt
@@ -140,7 +140,7 @@ def _tell(home: Home, timed: tuple[Upload, float], say: Say) -> None:
         event, facts = "upload_failed", {"error": upload.error, "attempts": upload.attempts, "state": upload.state}
     else:
         return
-    run = Run(upload.run_id, home.runs / upload.run_id)
+    run = RunStore(home).at(upload.run_id)
     if run.status_path.is_file():
         with contextlib.suppress(OSError):  # the journal has it; the disk may be full
             log = EventLog(run.events_path, run_id=run.id)

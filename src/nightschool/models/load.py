@@ -116,7 +116,7 @@ def load_base(
     if path is not None:
         return _load_folder(plain_folder(path, home), str(path), home, dtype=dtype, device=device, merge=merge)
     registry = Registry(home)
-    if "@" in ref or ("/" not in ref and ref in registry.names()):
+    if "@" in ref or ref in registry.names():
         return load_version(registry.resolve(ref), home, dtype=dtype, device=device, merge=merge)
     return _load_folder(fetch_from_hub(ref), ref, home, dtype=dtype, device=device, merge=merge)
 

@@ -54,7 +54,7 @@ def _inspect(ref: str, home: Home, root: Path | None, *, num_adapters: int) -> S
     if path is not None:
         return _of_folder(plain_folder(path, home), ref, home, None, num_adapters=num_adapters)
     registry = Registry(home)
-    if "@" in ref or ("/" not in ref and ref in registry.names()):
+    if "@" in ref or ref in registry.names():
         version = registry.resolve(ref)
         return _of_folder(version.path, version.ref, home, version.facts.base, num_adapters=num_adapters)
     return _of_folder(fetch_from_hub(ref), ref, home, None, num_adapters=num_adapters)

@@ -68,7 +68,7 @@ def base_under(version: Version, home: Home) -> str | None:
     if path is not None:
         return str(path)
     registry = Registry(home)
-    return registry.resolve(base).ref if "@" in base or ("/" not in base and base in registry.names()) else base
+    return registry.resolve(base).ref if "@" in base or base in registry.names() else base
 
 
 def load_unmerged(version: Version, under: LoadedModel) -> UnmergedAdapter:

@@ -23,10 +23,10 @@ class Conversations(Protocol):
     """What is asked of `nightschool.feedback.conversations.ConversationStore`."""
 
     def record(
-        self, request_id: str, model: str, version: str, messages: Any, answer: str, tenant: str | None
+        self, request_id: str, model: str, version: str, messages: Any, answer: str, owner: str | None
     ) -> Any: ...
-    def feedback(self, request_id: str, rating: Any, correction: str | None, *, tenant: str | None) -> Any: ...
-    def forget(self, request_id: str, *, tenant: str | None) -> Any: ...
+    def feedback(self, request_id: str, rating: Any, correction: str | None, *, owner: str | None) -> Any: ...
+    def forget(self, request_id: str, *, owner: str | None) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Recorder:
             NotFound: If no answer with that request id was kept, or another owner has it.
             Refusal: If conversations are not kept at all.
         """
-        await self._run(lambda conversations: conversations.feedback(request_id, rating, correction, tenant=owner))
+        await self._run(lambda conversations: conversations.feedback(request_id, rating, correction, owner=owner))
 
     async def forget(self, request_id: str, owner: str | None) -> None:
         """Remove an exchange and its feedback; the errors are those of `feedback`."""
-        await self._run(lambda conversations: conversations.forget(request_id, tenant=owner))
+        await self._run(lambda conversations: conversations.forget(request_id, owner=owner))
 
     async def _run(self, what: Callable[[Conversations], Result]) -> Result:
         if self._conversations is None:

@@ -1,7 +1,7 @@
 """The state database: tables, and opening it at the newest layout.
 
 SQLite in the home (write-ahead log, so that readers never wait for a writer), or PostgreSQL when DATABASE_URL names
-one. The layout is brought up to date by the migrations in this package when the database is opened, under a lock;
+one; there every home has a schema of its own, so that two homes on one database do not meet. The layout is brought up to date by the migrations in this package when the database is opened, under a lock;
 a database that is up to date costs one query.
 """
 
@@ -19,11 +19,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
 from nightschool.store.atomic import make_folder
 from nightschool.store.home import Home
+from nightschool.store.home_file import check_format, id_of
 from nightschool.store.locks import lock
+from nightschool.store.tables import metadata
 
 URL_VARIABLE = "DATABASE_URL"
 # The newest migration in migrations/versions; a test compares the two.
-HEAD = "0004"
+HEAD = "0005"
 _BUSY_SECONDS = 30.0
 _CLEAR_WAIT_SECONDS = 1
 _MIGRATION_WAIT_SECONDS = 120.0
@@ -116,11 +118,13 @@ def open_database(home: Home, *, env: Mapping[str, str] | None = None) -> Databa
 
     Raises:
         UsageError: If DATABASE_URL is no SQLite or PostgreSQL address, or its driver is not installed.
-        Conflict: If a newer nightschool wrote the database.
+        Conflict: If a newer nightschool wrote the database, or other homes share its tables.
+        MadeByNewer: If a newer nightschool has given the home another form.
         Damaged, DiskFull, Locked: As `Database.write` does.
     """
     url = _database_url(home, os.environ if env is None else env)
-    database = Database(_create_engine(url))
+    check_format(home)
+    database = Database(_create_engine(url, home))
     try:
         if _revision(database) != HEAD:
             _migrate(home, database)
@@ -150,10 +154,18 @@ def _database_url(home: Home, env: Mapping[str, str]) -> URL:
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
-def _create_engine(url: URL) -> Engine:
+def schema_of(home: Home) -> str:
+    """The PostgreSQL schema that holds the tables of a home."""
+    return f"nightschool_{id_of(home)}"
+
+
+def _create_engine(url: URL, home: Home) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            return sa.create_engine(url, pool_pre_ping=True)
+            engine = sa.create_engine(url, pool_pre_ping=True)
+            schema = schema_of(home)
+            sa.event.listen(engine, "connect", lambda connection, _: _look_in(connection, schema), insert=True)
+            return engine
         except (NoSuchModuleError, ImportError) as error:
             raise UsageError(
                 f"{URL_VARIABLE} names a PostgreSQL database, but its driver is missing ({error}). "
@@ -163,6 +175,13 @@ def _create_engine(url: URL) -> Engine:
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _look_in(connection: Any, schema: str) -> None:
+    """Let a new connection to PostgreSQL see the tables of one home alone."""
+    before, connection.autocommit = connection.autocommit, True
+    connection.execute(f'SET search_path TO "{schema}"')
+    connection.autocommit = before
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -201,12 +220,46 @@ def _migrate(home: Home, database: Database) -> None:
         if is_sqlite
         else nullcontext()
     )
+    id_of(home)
     with held, database.write() as connection:
         if not is_sqlite:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_POSTGRES_MIGRATION_LOCK)))
+            _make_schema(connection, home)
         known = upgrade(connection)
     if not known:
         raise Conflict(
             f"The database was written by a newer nightschool (layout {_revision(database)}); this one knows {HEAD}. "
             f"Install the newer nightschool again."
         )
+
+
+def _make_schema(connection: Connection, home: Home) -> None:
+    """Make the schema of a home, unless it is there; what older versions kept for it outside of one moves in.
+
+    Raises:
+        Conflict: If other homes kept theirs in the same tables, so that nobody knows whose a row is.
+    """
+    schema = schema_of(home)
+    if schema in sa.inspect(connection).get_schema_names():
+        return
+    connection.execute(sa.schema.CreateSchema(schema))
+    # Where older versions kept their tables: wherever the server puts those of whoever names no schema.
+    connection.execute(sa.text("SET LOCAL search_path TO DEFAULT"))
+    old_schema = connection.execute(sa.select(sa.func.current_schema())).scalar()
+    old_tables = set(sa.inspect(connection).get_table_names(schema=old_schema)) & {*metadata.tables, "alembic_version"}
+    others: set[str] = set()
+    if "uploads" in old_tables:
+        found = connection.execute(sa.text("SELECT DISTINCT home FROM uploads")).scalars()
+        others = set(found) - {str(home.path)}
+    connection.execute(sa.text(f'SET LOCAL search_path TO "{schema}"'))
+    # Whoever has neither trained nor published anything yet did not write these tables.
+    is_used = any(folder.is_dir() and any(folder.iterdir()) for folder in (home.runs, home.models))
+    if "alembic_version" not in old_tables or not is_used:
+        return
+    if others:
+        raise Conflict(
+            f"The tables in the schema {old_schema} of {URL_VARIABLE} hold rows of this home and of "
+            f"{', '.join(sorted(others))}, and nothing tells them apart. Give each home a copy of that database."
+        )
+    for table in sorted(old_tables):
+        connection.execute(sa.text(f'ALTER TABLE "{old_schema}"."{table}" SET SCHEMA "{schema}"'))

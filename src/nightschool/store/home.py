@@ -38,6 +38,11 @@ class Home:
         return self.path / "models"
 
     @property
+    def tenants(self) -> Path:
+        """A home for each tenant but the default one: its runs, its models, its locks."""
+        return self.path / "tenants"
+
+    @property
     def cache(self) -> Path:
         return self.path / "cache"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -13,8 +12,9 @@ from sqlalchemy.exc import IntegrityError
 from nightschool.errors import Conflict, Locked, NotFound, UsageError
 from nightschool.events import now
 from nightschool.store.database import Database
-from nightschool.store.names import check_name
-from nightschool.store.tables import cycles, schedules
+from nightschool.store.names import full_name
+from nightschool.store.tables import cycles, is_name_in, key_of, schedules
+from nightschool.work.identity import ProcessIdentity
 
 Outcome = Literal["promoted", "published", "refused", "skipped", "failed", "interrupted"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -22,13 +22,13 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 @dataclass(frozen=True)
 class Cycle:
-    """One cycle. While it is under way `finished_at` and `outcome` are None, and `pid` is the process that does it."""
+    """One cycle. While it is under way `finished_at` and `outcome` are None, and `owner` is the process that does it."""
 
     id: int
     name: str
     due_at: datetime
     trigger: str
-    pid: int
+    owner: str | None
     started_at: datetime
     finished_at: datetime | None = None
     outcome: Outcome | None = None
@@ -56,8 +56,8 @@ class Ledger:
             Locked: If another scheduler has begun this cycle and not finished it.
             Conflict: If this cycle was finished before.
         """
-        check_name(name)
-        row = {"name": name, "due_at": due_at, "trigger": trigger, "pid": os.getpid(), "started_at": now()}
+        owner = str(ProcessIdentity.mine())
+        row = key_of(name) | {"due_at": due_at, "trigger": trigger, "owner": owner, "started_at": now()}
         try:
             with self._db.write() as connection:
                 key = connection.execute(cycles.insert().values(row)).inserted_primary_key
@@ -65,10 +65,10 @@ class Ledger:
                 return int(key[0])
         except IntegrityError as error:
             with self._db.read() as connection:
-                other = _load(connection, cycles.c.name == name, cycles.c.due_at == due_at)[0]
+                other = _load(connection, *is_name_in(cycles, name), cycles.c.due_at == due_at)[0]
             if other.outcome is None:
                 raise Locked(
-                    f"The cycle of {name!r} that was due at {due_at.isoformat()} was begun by process {other.pid} at "
+                    f"The cycle of {name!r} that was due at {due_at.isoformat()} was begun by process {other.owner} at "
                     f"{other.started_at.isoformat()}. Leave it to that scheduler, or stop that one."
                 ) from error
             raise Conflict(
@@ -120,22 +120,21 @@ class Ledger:
     def ls(self, name: str, *, limit: int | None = None) -> list[Cycle]:
         """The cycles of a name, the one due last first."""
         with self._db.read() as connection:
-            return _load(connection, cycles.c.name == name, limit=limit)
+            return _load(connection, *is_name_in(cycles, name), limit=limit)
 
     def names(self) -> list[str]:
         """The names that have a cycle, in order."""
         with self._db.read() as connection:
-            return list(connection.execute(sa.select(cycles.c.name).distinct().order_by(cycles.c.name)).scalars())
+            query = sa.select(cycles.c.tenant, cycles.c.name).distinct().order_by(cycles.c.tenant, cycles.c.name)
+            return [full_name(tenant, name) for tenant, name in connection.execute(query)]
 
     def pause(self, name: str) -> None:
         """Let no cycle of a name begin by the clock until `resume`. Pausing twice is the same as once."""
-        check_name(name)
         if not self.paused(name):
             self._set_paused(name, now())
 
     def resume(self, name: str) -> None:
         """Let cycles begin by the clock again."""
-        check_name(name)
         self._set_paused(name, None)
 
     def paused(self, name: str) -> bool:
@@ -145,15 +144,16 @@ class Ledger:
     def paused_at(self, name: str) -> datetime | None:
         """Since when a name is paused, or None."""
         with self._db.read() as connection:
-            return connection.execute(sa.select(schedules.c.paused_at).where(schedules.c.name == name)).scalar()
+            return connection.execute(sa.select(schedules.c.paused_at).where(*is_name_in(schedules, name))).scalar()
 
     def _set_paused(self, name: str, moment: datetime | None) -> None:
         with self._db.write() as connection:
-            update = schedules.update().where(schedules.c.name == name).values(paused_at=moment)
+            update = schedules.update().where(*is_name_in(schedules, name)).values(paused_at=moment)
             if not connection.execute(update).rowcount:
-                connection.execute(schedules.insert().values(name=name, paused_at=moment))
+                connection.execute(schedules.insert().values(**key_of(name), paused_at=moment))
 
 
 def _load(connection: sa.Connection, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Cycle]:
     query = sa.select(cycles).where(*conditions).order_by(cycles.c.due_at.desc(), cycles.c.id.desc()).limit(limit)
-    return [Cycle(**row._mapping) for row in connection.execute(query)]
+    rows = (dict(row._mapping) for row in connection.execute(query))
+    return [Cycle(**row | {"name": full_name(row.pop("tenant"), row["name"])}) for row in rows]

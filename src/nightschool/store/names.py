@@ -1,5 +1,7 @@
 """Names that may become paths, and references to versions: `name`, `name@alias`, `name@version`.
 
+A name of a tenant other than the default one is written `tenant/name`, wherever a name may stand.
+
 Whatever comes from a request, a recipe or a command line passes through here before it touches the disk.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from nightschool.errors import NameRefused
 from nightschool.store.home import Home
+from nightschool.store.principal import DEFAULT_TENANT
 
 CHAMPION, LATEST, PREVIOUS = "champion", "latest", "previous"
 RESERVED_ALIASES = (CHAMPION, LATEST, PREVIOUS)
@@ -41,6 +44,14 @@ def check_name(name: str, *, what: str = "name") -> str:
             f"Choose a name with another ending."
         )
     return name
+
+
+def is_name(text: str) -> bool:
+    """Whether `check_name` takes it."""
+    try:
+        return check_name(text) == text
+    except NameRefused:
+        return False
 
 
 def is_stamp(text: str) -> bool:
@@ -95,9 +106,49 @@ def check_alias(alias: str) -> str:
     return alias
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The tenant and the name that `tenant/name` or `name` stand for.
+
+    Raises:
+        NameRefused: If either may not become a part of a path.
+    """
+    tenant, slash, bare = name.rpartition("/") if isinstance(name, str) else ("", "", name)
+    return check_name(tenant, what="tenant") if slash else DEFAULT_TENANT, check_name(bare)
+
+
+def full_name(tenant: str, name: str) -> str:
+    """`tenant/name` as people read and write it: the default tenant is never shown."""
+    return name if tenant == DEFAULT_TENANT else f"{tenant}/{name}"
+
+
+def check_full_name(name: str) -> str:
+    """Return `tenant/name` or `name` in the form of `full_name`. Raises NameRefused as `split_name` does."""
+    return full_name(*split_name(name))
+
+
+def home_of(home: Home, tenant: str) -> Home:
+    """Where the runs, models and locks of a tenant lie. Those of the default tenant lie in the home itself."""
+    return home if tenant == DEFAULT_TENANT else Home(home.tenants / check_name(tenant, what="tenant"))
+
+
+def tenants_of(home: Home) -> list[str]:
+    """The tenants that have anything on this disk, the default one first."""
+    if not home.tenants.is_dir():
+        return [DEFAULT_TENANT]
+    found = (path.name for path in home.tenants.iterdir() if is_name(path.name) and path.name != DEFAULT_TENANT)
+    return [DEFAULT_TENANT, *sorted(found)]
+
+
+def lock_path(home: Home, kind: str, name: str) -> Path:
+    """The lock file of one kind of work on a name: `models`, `cycle`, `schedule`. Raises as `split_name` does."""
+    tenant, bare = split_name(name)
+    return home_of(home, tenant).locks / f"{kind}-{bare}.lock"
+
+
 def model_path(home: Home, name: str) -> Path:
-    """The folder of all versions of `name`. Raises NameRefused as `check_name` does."""
-    return home.models / check_name(name)
+    """The folder of all versions of a name. Raises NameRefused as `split_name` does."""
+    tenant, bare = split_name(name)
+    return home_of(home, tenant).models / bare
 
 
 def version_path(home: Home, name: str, version: str) -> Path:
@@ -111,24 +162,31 @@ def version_path(home: Home, name: str, version: str) -> Path:
 
 @dataclass(frozen=True)
 class Ref:
-    """A version by its id, or by an alias: exactly one of `version` and `alias` is set."""
+    """A version by its id, or by an alias: exactly one of `version` and `alias` is set.
+
+    `name` is `tenant/name`, or the name alone for the default tenant.
+    """
 
     name: str
     version: str | None = None
     alias: str | None = None
+
+    @property
+    def tenant(self) -> str:
+        return split_name(self.name)[0]
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version or self.alias}"
 
 
 def parse_ref(text: str) -> Ref:
-    """`name` (its champion), `name@alias` or `name@version`.
+    """`name` (its champion), `name@alias` or `name@version`, of the default tenant, or with `tenant/` before it.
 
     Raises:
         NameRefused: If a part of it is no name, alias or version id.
     """
     name, at, pointer = text.partition("@")
-    check_name(name)
+    name = check_full_name(name)
     if not at:
         return Ref(name, alias=CHAMPION)
     if _STAMP.fullmatch(pointer) is not None:

@@ -1,6 +1,7 @@
 """The registry: versions and aliases of every name.
 
     models/<name>/<version>/        published, read-only, with nightschool.json and manifest.json
+    tenants/<tenant>/models/…       the same of every tenant but the default one, whose names are written tenant/name
     models/<name>/aliases.json      champion, users' aliases, the history of moves, ids that were given out
     models/<name>/reports/          what the gate said of each candidate
 
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nightschool.errors import Conflict, Damaged, DiskFull, NameRefused, NotFound
+from nightschool.errors import Conflict, Damaged, DiskFull, NotFound
 from nightschool.events import now
 from nightschool.store.alias_state import AliasMove, AliasState
 from nightschool.store.atomic import publish_directory, read_json, remove_folder, write_json
@@ -30,10 +31,14 @@ from nightschool.store.names import (
     PREVIOUS,
     RESERVED_ALIASES,
     check_alias,
-    check_name,
+    check_full_name,
     check_version_id,
+    full_name,
+    home_of,
+    is_name,
     model_path,
     parse_ref,
+    tenants_of,
     version_path,
 )
 from nightschool.store.registry_entry import RegistryEntry
@@ -48,16 +53,18 @@ class Registry:
     def __init__(self, home: Home) -> None:
         self.home = home
 
-    def names(self) -> list[str]:
-        """The names that have at least one version, in order."""
-        if not self.home.models.is_dir():
-            return []
-        return sorted(
-            path.name for path in self.home.models.iterdir() if _is_name(path.name) and self._shelf(path.name).ids()
-        )
+    def names(self, tenant: str | None = None) -> list[str]:
+        """The names that have at least one version, in order: of one tenant, or of all, the default one's first."""
+        names: list[str] = []
+        for one in tenants_of(self.home) if tenant is None else [tenant]:
+            models = home_of(self.home, one).models
+            found = sorted(path.name for path in models.iterdir()) if models.is_dir() else []
+            names += [full_name(one, name) for name in found if is_name(name)]
+        return [name for name in names if self._shelf(name).ids()]
 
     def versions(self, name: str) -> list[Version]:
         """The versions of a name, newest first; none if the name is unknown."""
+        name = check_full_name(name)
         return [Version(name, id_, version_path(self.home, name, id_)) for id_ in self._shelf(name).ids()]
 
     def resolve(self, ref: str) -> Version:
@@ -77,7 +84,7 @@ class Registry:
         if version in ids:
             return Version(wanted.name, version, version_path(self.home, wanted.name, version))
         if not ids:
-            names = self.names()
+            names = self.names(wanted.tenant)
             exists = f"There are {', '.join(names)}." if names else "Nothing was published yet."
             raise NotFound(f"There is no version of {wanted.name!r} in {self.home.models}. {exists}")
         if version is not None and wanted.alias is not None:
@@ -130,6 +137,7 @@ class Registry:
             Conflict: If the version exists, was removed, or was never given out.
             DiskFull: If there is no room.
         """
+        name = check_full_name(name)
         version = check_version_id(facts.version) if facts.version else self.new_version_id(name)
         book = self._shelf(name).book()
         if version in book.removed or version not in book.issued:
@@ -322,13 +330,6 @@ class Registry:
 def _aliases(book: AliasState, ids: list[str]) -> dict[str, str]:
     derived = {LATEST: ids[0] if ids else None, PREVIOUS: book.previous(ids)}
     return {**book.aliases, **{alias: version for alias, version in derived.items() if version}}
-
-
-def _is_name(text: str) -> bool:
-    try:
-        return check_name(text) == text
-    except NameRefused:
-        return False
 
 
 def _stands_on(version: Version, ref: str) -> bool:

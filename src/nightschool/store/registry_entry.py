@@ -14,7 +14,7 @@ from nightschool.store.atomic import remove_folder, sweep_partials
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.manifest import MANIFEST
-from nightschool.store.names import is_stamp, model_path, moment_of, next_free_stamp
+from nightschool.store.names import check_full_name, is_stamp, lock_path, model_path, moment_of, next_free_stamp
 
 # How long a change of the book waits for another one; each takes milliseconds.
 _WAIT_SECONDS = 30.0
@@ -39,9 +39,9 @@ class RegistryEntry:
     """The folder of one name. Raises NameRefused if the name may not become a path."""
 
     def __init__(self, home: Home, name: str) -> None:
-        self.name = name
+        self.name = check_full_name(name)
         self.folder = model_path(home, name)
-        self._lock_path = home.locks / f"models-{name}.lock"
+        self._lock_path = lock_path(home, "models", name)
         self._book_path = self.folder / "aliases.json"
 
     def book(self) -> AliasState:

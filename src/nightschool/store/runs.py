@@ -29,7 +29,7 @@ from nightschool.store.atomic import (
 )
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
-from nightschool.store.names import check_name, is_stamp, next_free_stamp
+from nightschool.store.names import full_name, home_of, is_stamp, next_free_stamp, split_name, tenants_of
 from nightschool.work.identity import ProcessIdentity
 
 RunState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
@@ -95,8 +95,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name under which its versions are published."""
+        """The name under which its versions are published; with its tenant, unless that is the default one."""
         return self.id.rpartition("-")[0]
+
+    @property
+    def home(self) -> Home:
+        """The home that it lies in."""
+        # runs/<run> or tenants/<tenant>/runs/<run>
+        return Home(self.path.parents[3 if "/" in self.id else 1])
 
     @property
     def recipe_path(self) -> Path:
@@ -217,15 +223,16 @@ class RunStore:
             NameRefused: If the name may not become a path.
             DiskFull: If there is no room; then there is no run.
         """
-        check_name(name)
+        tenant, bare = split_name(name)
+        name, runs = full_name(tenant, bare), home_of(self.home, tenant).runs
         with self._lock():
-            sweep_partials(self.home.runs)
+            sweep_partials(runs)
             removed = set(self._removed())
             stamp = next_free_stamp(
                 moment or now(),
-                lambda stamp: f"{name}-{stamp}" in removed or (self.home.runs / f"{name}-{stamp}").exists(),
+                lambda stamp: f"{name}-{stamp}" in removed or (runs / f"{bare}-{stamp}").exists(),
             )
-            run = Run(f"{name}-{stamp}", self.home.runs / f"{name}-{stamp}")
+            run = Run(f"{name}-{stamp}", runs / f"{bare}-{stamp}")
             with publish_directory(run.path) as folder:
                 write_text(folder / run.recipe_path.name, _to_yaml(recipe_plain))
                 (folder / run.checkpoints_path.name).mkdir()
@@ -242,22 +249,37 @@ class RunStore:
             NameRefused: If the id could not be a file name.
             NotFound: If there is no such run; the message names some that exist.
         """
-        name, _, stamp = run_id.rpartition("-")
-        check_name(name if is_stamp(stamp) else run_id, what="run id")
-        run = Run(run_id, self.home.runs / run_id)
-        if not is_stamp(stamp) or not run.status_path.is_file():
+        run = self.at(run_id)
+        if not run.status_path.is_file():
             newest = [run.id for run in self.ls()[:5]]
             exists = f"The newest are {', '.join(newest)}." if newest else "There are no runs yet."
             raise NotFound(f"There is no run {run_id!r} in {self.home.runs}. {exists}")
         return run
 
-    def ls(self) -> list[Run]:
-        """All runs, newest first."""
+    def at(self, run_id: str) -> Run:
+        """Where the run of this id lies, or would lie. Raises NameRefused if it could not be a path."""
+        name, _, stamp = run_id.rpartition("-")
+        tenant, bare = split_name(name if is_stamp(stamp) else run_id)
+        folder = f"{bare}-{stamp}" if is_stamp(stamp) else bare
+        return Run(full_name(tenant, folder), home_of(self.home, tenant).runs / folder)
+
+    def containing(self, path: Path) -> Run | None:
+        """The run in whose folder a path lies, in the home's own spelling; None if it lies in none."""
+        for tenant in tenants_of(self.home):
+            runs = home_of(self.home, tenant).runs
+            if path.is_relative_to(runs) and path != runs:
+                folder = path.relative_to(runs).parts[0]
+                return Run(full_name(tenant, folder), runs / folder)
+        return None
+
+    def ls(self, tenant: str | None = None) -> list[Run]:
+        """The runs of one tenant, or of all, newest first."""
         runs = []
-        for path in self.home.runs.glob("*-*"):
-            _, _, stamp = path.name.rpartition("-")
-            if not path.name.endswith(PARTIAL) and is_stamp(stamp) and (path / "status.json").is_file():
-                runs.append(Run(path.name, path))
+        for one in tenants_of(self.home) if tenant is None else [tenant]:
+            for path in home_of(self.home, one).runs.glob("*-*"):
+                _, _, stamp = path.name.rpartition("-")
+                if not path.name.endswith(PARTIAL) and is_stamp(stamp) and (path / "status.json").is_file():
+                    runs.append(Run(full_name(one, path.name), path))
         return sorted(runs, key=lambda run: (run.id.rpartition("-")[2], run.id), reverse=True)
 
     def remove(self, run_id: str) -> None:

@@ -9,6 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from nightschool.store.names import split_name
+from nightschool.store.principal import DEFAULT_TENANT
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """Aware datetimes in, aware datetimes in UTC out, also where the database keeps no time zone."""
@@ -46,7 +49,9 @@ conversations = sa.Table(
     sa.Column("recorded_at", UtcDateTime, nullable=False, index=True),
     sa.Column("model", sa.String(200), nullable=False, index=True),
     sa.Column("version", sa.Text, nullable=False),
-    sa.Column("tenant", sa.String(200), index=True),
+    sa.Column("tenant", sa.String(64), nullable=False, server_default=DEFAULT_TENANT, index=True),
+    # The SHA-256 of the key that asked, or None where nobody needs one.
+    sa.Column("owner", sa.String(200)),
     sa.Column("messages", AnyJson, nullable=False),
     sa.Column("answer", AnyJson, nullable=False),
 )
@@ -76,6 +81,7 @@ forgotten = sa.Table(
 accepted_versions = sa.Table(
     "accepted_versions",
     metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True, server_default=DEFAULT_TENANT),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("version", sa.String(32), primary_key=True),
     sa.Column("active", sa.Boolean, nullable=False),
@@ -85,33 +91,41 @@ accepted_examples = sa.Table(
     "accepted_examples",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False, server_default=DEFAULT_TENANT),
     sa.Column("name", sa.String(64), nullable=False),
     sa.Column("version", sa.String(32), nullable=False),
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("origin", sa.String(200), index=True),
     sa.Column("example", AnyJson, nullable=False),
-    sa.ForeignKeyConstraint(["name", "version"], ["accepted_versions.name", "accepted_versions.version"]),
-    sa.UniqueConstraint("name", "version", "digest"),
+    sa.ForeignKeyConstraint(
+        ["tenant", "name", "version"],
+        ["accepted_versions.tenant", "accepted_versions.name", "accepted_versions.version"],
+    ),
+    sa.UniqueConstraint("tenant", "name", "version", "digest"),
 )
 
 pins = sa.Table(
     "pins",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(64), nullable=False, index=True),
+    sa.Column("tenant", sa.String(64), nullable=False, server_default=DEFAULT_TENANT),
+    sa.Column("name", sa.String(64), nullable=False),
     sa.Column("question", AnyJson, nullable=False),
     sa.Column("answer", AnyJson, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Index("ix_pins_tenant_name", "tenant", "name"),
 )
 
 cycles = sa.Table(
     "cycles",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False, server_default=DEFAULT_TENANT),
     sa.Column("name", sa.String(64), nullable=False),
     sa.Column("due_at", UtcDateTime, nullable=False),
     sa.Column("trigger", sa.String(32), nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
+    # The process that does it, as `ProcessIdentity`; None where an older nightschool did.
+    sa.Column("owner", sa.String(200)),
     sa.Column("started_at", UtcDateTime, nullable=False),
     sa.Column("finished_at", UtcDateTime),
     sa.Column("outcome", sa.String(16)),
@@ -119,12 +133,13 @@ cycles = sa.Table(
     sa.Column("run_id", sa.String(200)),
     sa.Column("candidate", sa.String(200)),
     sa.Column("data_fingerprint", sa.String(128)),
-    sa.UniqueConstraint("name", "due_at"),
+    sa.UniqueConstraint("tenant", "name", "due_at"),
 )
 
 schedules = sa.Table(
     "schedules",
     metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True, server_default=DEFAULT_TENANT),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("paused_at", UtcDateTime),
 )
@@ -170,3 +185,19 @@ upload_files = sa.Table(
     sa.Column("session", sa.Text),
     sa.Column("etag", sa.String(200)),
 )
+
+
+def key_of(name: str) -> dict[str, str]:
+    """The values of the columns `tenant` and `name` for `tenant/name` or `name`.
+
+    Raises:
+        NameRefused: If it is no name.
+    """
+    tenant, bare = split_name(name)
+    return {"tenant": tenant, "name": bare}
+
+
+def is_name_in(table: sa.Table, name: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    """The conditions under which a row is of `tenant/name` or `name`. Raises NameRefused if it is no name."""
+    tenant, bare = split_name(name)
+    return table.c.tenant == tenant, table.c.name == bare

@@ -16,7 +16,7 @@ from nightschool.models.load import as_path, load_base
 from nightschool.models.stored import stored_weights
 from nightschool.store.home import Home
 from nightschool.store.manifest import file_sha256
-from nightschool.store.names import CHAMPION, check_name
+from nightschool.store.names import CHAMPION, check_full_name
 from nightschool.store.registry import Registry, Version, VersionMetadata
 from nightschool.training.publish import publish_candidate
 
@@ -60,7 +60,7 @@ def add_model(home: Home, name: str, source: str, *, by: str, root: Path | None 
         Conflict: If the name has versions of another origin.
         NotFound, ModelError, Damaged: If the source cannot be loaded.
     """
-    check_name(name)
+    name = check_full_name(name)
     if source.startswith("new:") or "@" in source:
         raise UsageError(
             f"{source!r} is no model to add: a folder, a GGUF file or a hub id is. nightschool train makes models from "

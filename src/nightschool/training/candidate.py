@@ -62,4 +62,4 @@ def _take_best(run: Run, prepared: PreparedRun, state: TrainState) -> tuple[int,
 
 def _is_version(home: Home, base: str) -> bool:
     """Whether the base is one of the registry."""
-    return "@" in base or ("/" not in base and base in Registry(home).names())
+    return "@" in base or base in Registry(home).names()

@@ -168,7 +168,7 @@ def is_pending(home: Home, path: Path) -> bool:
     if any(row.state != "done" or row.digest != present for row in rows):
         return True
     try:
-        settings = settings_of(_run_of(path))
+        settings = settings_of(_run_of(home, path))
         return settings is not None and str(parse_url(settings.url)) not in {row.url for row in rows}
     except FileNotFoundError:
         return False
@@ -371,6 +371,8 @@ def restart_uploader(home: Home) -> int | None:
     return ensure_uploader(home)
 
 
-def _run_of(checkpoint: Path) -> Run:
-    folder = checkpoint.parent.parent
-    return Run(folder.name, folder)
+def _run_of(home: Home, checkpoint: Path) -> Run:
+    run = RunStore(home).containing(checkpoint)
+    if run is None:
+        raise NotFound(f"{checkpoint} lies in no run of {home.path}. Name a checkpoint of a run.")
+    return run

@@ -16,7 +16,7 @@ from nightschool.store.checkpoints import Checkpoint, parse_checkpoint
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.manifest import MANIFEST, read_manifest, verify
-from nightschool.store.names import check_name, is_stamp, stamp_of
+from nightschool.store.names import check_full_name, full_name, is_stamp, split_name, stamp_of
 from nightschool.store.runs import Run, RunStatus, RunStore
 from nightschool.units import format_bytes
 from nightschool.uploads.archive import unpack_archive
@@ -181,7 +181,7 @@ def _fetched(home: Home, located: Located, staging: Path, say: Say) -> Path:
     content = located.remote.read(f"{located.key}/{MANIFEST}").data
     write_bytes(staging / MANIFEST, content)
     manifest = read_manifest(staging)
-    if located.run_id is not None and (home.runs / located.run_id / "checkpoints" / located.name).exists():
+    if located.run_id is not None and (RunStore(home).at(located.run_id).checkpoints_path / located.name).exists():
         return staging  # compared by the caller
     say(f"Downloading {located.url} ({format_bytes(manifest.size_bytes)})")
     for name, facts in manifest.files.items():
@@ -217,15 +217,17 @@ def _unpacked(located: Located, staging: Path, say: Say) -> Path:
 def _run_for(home: Home, located: Located, folder: Path) -> Run:
     """The run that the checkpoint belongs to: the one of its id, or a new one with the recipe that it carries."""
     manifest = read_manifest(folder)
-    run_id = located.run_id
-    if run_id is not None and (home.runs / run_id / "status.json").is_file():
+    run_id, recipe = located.run_id, folder / "recipe.yaml"
+    if run_id is not None and "/" not in run_id and recipe.is_file():
+        # In a bucket, the folder above a run may be its tenant or any other; the recipe knows.
+        run_id = full_name(split_name(_name_in(recipe, located))[0], run_id)
+    if run_id is not None and RunStore(home).at(run_id).status_path.is_file():
         return RunStore(home).get(run_id)
-    recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         raise Damaged(f"{located.url} holds no recipe.yaml, so no run can be made of it. Take another checkpoint.")
     if run_id is None:
         run_id = f"{_name_in(recipe, located)}-{stamp_of(manifest.created_at)}"
-    run = Run(run_id, home.runs / run_id)
+    run = RunStore(home).at(run_id)
     if run.status_path.is_file():
         return run
     step = manifest.facts.get("step")
@@ -247,7 +249,7 @@ def _name_in(recipe: Path, located: Located) -> str:
     name = Run("", recipe.parent).recipe().get("name")
     if not isinstance(name, str):
         raise Damaged(f"The recipe.yaml of {located.url} has no name. Take another checkpoint.")
-    return check_name(name)
+    return check_full_name(name)
 
 
 def _refuse_another(located: Located, checkpoint: Path, folder: Path) -> None:
@@ -267,6 +269,6 @@ def _conflict(path: Path, mine: bytes, url: str, theirs: bytes) -> Conflict:
 def _is_run_id(text: str) -> bool:
     name, _, stamp = text.rpartition("-")
     try:
-        return is_stamp(stamp) and bool(check_name(name))
+        return is_stamp(stamp) and bool(check_full_name(name))
     except NameRefused:
         return False

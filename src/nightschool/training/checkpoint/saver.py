@@ -29,7 +29,6 @@ from nightschool.checkpoint_writer.shared_buffer import SharedMemory, available_
 from nightschool.config.recipe import Checkpoints
 from nightschool.errors import DiskFull, NightschoolError
 from nightschool.store import checkpoints
-from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint.contents import CheckpointContents
 from nightschool.training.checkpoint.snapshot import Snapshot
@@ -99,7 +98,7 @@ class Saver:
         stop: Callable[[], bool],
     ) -> None:
         self._ranks, self._stop = ranks, stop
-        self._home = Home(run.path.parent.parent)
+        self._home = run.home
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
         self.attempt = ranks.attempt or checkpoints.next_attempt(run)
         self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
@@ -137,6 +136,7 @@ class Saver:
         facts = contents.facts | {checkpoints.ATTEMPT: self.attempt}
         keep = self._settings.keep
         order = Order(
+            run_id=self._run.id,
             run=str(self._run.path),
             target=str(target),
             facts=facts,
