@@ -117,7 +117,7 @@ def test_broken_bodies_are_refused_in_the_spelling_of_the_family(server, path, b
 def test_malformed_json_says_where():
     with client_of(FakeSlot()) as client:
         answer = client.post("/generate", content=b'{"query": }', headers={"content-type": "application/json"})
-    assert answer.json()["detail"][0]["msg"].endswith("at character 10.")
+    assert answer.json()["detail"][0]["msg"].endswith("at line 1 column 11.")
 
 
 def test_errors_never_repeat_what_was_sent():

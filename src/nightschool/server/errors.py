@@ -169,13 +169,12 @@ def _code_of(problem_type: str) -> str:
 
 
 def _sentence(problem: Mapping[str, Any]) -> str:
-    context = problem.get("ctx") or {}
-    if problem["type"] == "json_invalid":
-        return f"The body is no valid JSON: {context.get('error', 'it ends early')} at character {problem['loc'][-1]}."
+    if problem["type"] == "model_type":
+        return "Input should be an object"
     return str(problem["msg"]).removeprefix("Value error, ").encode("utf-8", "replace").decode()
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """` Did you mean 'x'?`, or nothing if no known name is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

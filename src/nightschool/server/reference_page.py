@@ -89,8 +89,8 @@ def _type(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     if "$ref" in schema:
         fields = _resolved(schema, schemas).get("properties", {})
         return "{" + ", ".join(fields) + "}"
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_type(option, schemas) for option in schema["anyOf"]))
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(option, schemas) for option in options))
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nightschool.engine.request import SamplingParams
+from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Answer, Running, while_connected
@@ -23,7 +24,7 @@ from nightschool.server.stream import EventStream
 from nightschool.server.submission import Ask
 from nightschool.server.token_text import TokenText
 
-router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"])
+router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"], route_class=BodyRoute)
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {**openai_refusals(400, 404, 408, 413, 500, 503), 200: _STREAM}
 _COMPLETION_DEFAULT_TOKENS = 16

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from nightschool.data.example import Message
-from nightschool.server.bodies import Body, Flag, Integer, Number, Only
+from nightschool.server.bodies import Body, Flag, Integer, Number, Only, bounded
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 16
+MOST_PROMPT_TOKENS = 262_144
+MOST_MESSAGES = 2000
+MOST_PARTS = 1000
+MOST_STOPS = 4
+MOST_METADATA = 16
 MOST_LOGPROBS = 20
 MAX_NEW_TOKENS = 65_536
 
 _NOT_ASKED = (None, False)
 Null = Annotated[None, Only(None)]
 Stop = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+def _text_or(otherwise: str) -> Callable[[Any], str]:
+    """Which branch of a union is meant, so that only that one is tried, and only its errors are told."""
+    return lambda value: otherwise if isinstance(value, list) else "text"
+
+
+def _kind_of_prompt(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else None
+    of_list = "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "token_ids"
+    return of_list if isinstance(value, list) else "text"
+
+
+def _few(value: Any) -> Any:
+    """Pydantic counts the entries of a dict only after it has looked at, and complained of, every one."""
+    if isinstance(value, dict) and len(value) > MOST_METADATA:
+        raise PydanticCustomError("too_long", f"At most {MOST_METADATA} entries are accepted.")
+    return value
+
+
+Metadata = Annotated[dict[str, str], Field(max_length=MOST_METADATA), BeforeValidator(_few)]
 
 
 class TextPart(Body):
@@ -33,7 +60,10 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"] = Field(
         ..., description="Who speaks; `developer` is read as `system`."
     )
-    content: str | Annotated[list[TextPart], Field(min_length=1)] = Field(..., description="What is said.")
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], bounded(MOST_PARTS), Tag("parts")],
+        Discriminator(_text_or("parts")),
+    ] = Field(..., description="What is said.")
     name: Null = Field(None, description="Not supported.")
     refusal: Null = Field(None, description="Not supported.")
     audio: Null = Field(None, description="Not supported.")
@@ -82,9 +112,13 @@ class Sampling(Body):
     frequency_penalty: Number | None = Field(
         None, ge=-2, le=2, description="Lowers the scores of tokens answered, once for each time."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
-        None, description="Texts that end the answer; they are not part of it."
-    )
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag("text")] | Annotated[list[Stop], bounded(MOST_STOPS, least=0), Tag("texts")],
+            Discriminator(_text_or("texts")),
+        ]
+        | None
+    ) = Field(None, description="Texts that end the answer; they are not part of it.")
     seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Makes sampling repeat itself.")
     n: Integer | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
     stream: Flag | None = Field(None, description="Send the answer as server-sent events while it is made.")
@@ -107,7 +141,7 @@ class Sampling(Body):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(..., min_length=1, max_length=2000, description="The conversation so far.")
+    messages: Annotated[list[ChatMessage], bounded(MOST_MESSAGES)] = Field(..., description="The conversation so far.")
     max_completion_tokens: Integer | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="The newer name of max_tokens; not both."
     )
@@ -128,7 +162,7 @@ class ChatRequest(Sampling):
     verbosity: Null = Field(None, description="Not supported.")
     web_search_options: Null = Field(None, description="Not supported.")
     store: Annotated[bool | None, Only(*_NOT_ASKED)] = Field(None, description="Not supported.")
-    metadata: dict[str, str] | None = Field(None, description="Accepted; changes nothing.")
+    metadata: Metadata | None = Field(None, description="Accepted; changes nothing.")
     service_tier: Annotated[str | None, Only(None, "auto", "default")] = Field(None, description="There is one tier.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
     prompt_cache_key: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
@@ -142,18 +176,19 @@ class ChatRequest(Sampling):
         return self
 
 
-TokenIds = Annotated[list[Annotated[Integer, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Strict(), Field(ge=0)]], bounded(MOST_PROMPT_TOKENS)]
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
-    ) = Field(..., description="A text or token ids, or several of either; a text is not put into a chat template.")
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[TokenIds, Tag("token_ids")]
+        | Annotated[list[str], bounded(MOST_PROMPTS), Tag("texts")]
+        | Annotated[list[TokenIds], bounded(MOST_PROMPTS), Tag("lists")],
+        Discriminator(_kind_of_prompt),
+    ] = Field(..., description="A text or token ids, or several of either; a text is not put into a chat template.")
     logprobs: Integer | None = Field(
         None, ge=0, le=5, description="Log-probabilities of the answer, with this many likeliest tokens."
     )

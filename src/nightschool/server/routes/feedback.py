@@ -9,10 +9,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from nightschool.server.bodies import Body
+from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
 from nightschool.server.service import OwnerOf, ServiceOf
 
-router = APIRouter(prefix="/api", tags=["Feedback"])
+router = APIRouter(prefix="/api", tags=["Feedback"], route_class=BodyRoute)
 
 
 class Feedback(Body):

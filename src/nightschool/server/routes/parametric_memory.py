@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from nightschool.data.example import Message
 from nightschool.engine.request import SamplingParams
 from nightschool.server.bodies import Body, Integer, Number
+from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.generation import while_connected
@@ -30,7 +31,7 @@ from nightschool.server.service import (
 )
 from nightschool.server.submission import Ask
 
-router = APIRouter(tags=["Parametric memory"])
+router = APIRouter(tags=["Parametric memory"], route_class=BodyRoute)
 
 
 class GenerateRequest(Body):

@@ -14,12 +14,13 @@ from pydantic import BaseModel, Field
 from nightschool.errors import NightschoolError, NotFound, SwapFailed
 from nightschool.feedback import promotion
 from nightschool.server.bodies import Body
+from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
 from nightschool.server.service import Service, ServiceOf, published_at, shown_path, timestamp
 from nightschool.store.registry import Registry
 
-router = APIRouter(prefix="/api/models", tags=["Versions"])
+router = APIRouter(prefix="/api/models", tags=["Versions"], route_class=BodyRoute)
 
 
 class PublishedVersion(BaseModel):
