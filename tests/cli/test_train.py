@@ -27,6 +27,7 @@ from nightschool.store.home import Home
 from nightschool.store.locks import lock, lock_to_hand_over
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
+from nightschool.work.processes import command
 from tests.support.cli_home import add_checkpoint
 from tests.support.engine_setups import lively_model
 from tests.support.tokenizers_for_tests import byte_tokenizer
@@ -138,15 +139,7 @@ def test_detach_prints_the_run_and_leaves_a_process_with_it(home, monkeypatch, c
     run = RunStore(home).ls()[0]
     assert capsys.readouterr().out == f"{run.id}\n"
     arguments, log, directory = started[0]
-    assert arguments == [
-        "nightschool.jobs.detached",
-        "--home",
-        str(home.path),
-        "--run",
-        run.id,
-        "--lock",
-        arguments[-1],
-    ]
+    assert arguments == command("cycle", "--home", str(home.path), "--run", run.id, "--lock", arguments[-1])
     assert (log, directory) == (run.log_path, Path.cwd())
 
 

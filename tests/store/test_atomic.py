@@ -110,7 +110,7 @@ def test_a_folder_appears_whole(tmp_path):
         assert not target.exists()
     assert (target / "sub" / "file").read_text() == "x"
     assert entries(target.parent) == ["target"]
-    with pytest.raises(Conflict, match="exists already"), publish_directory(target):
+    with pytest.raises(Conflict, match="nothing is ever written over"), publish_directory(target):
         raise AssertionError("not reached")
 
 
