@@ -1,4 +1,4 @@
-"""Uploads through a network that fails, with uploaders that are killed, and with credentials that do not do."""
+"""Uploads through a network that fails, with uploaders that are killed, and with credentials that are not accepted."""
 
 import hashlib
 import http.server

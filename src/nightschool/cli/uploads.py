@@ -247,7 +247,7 @@ def retry(*names: str, wait: bool = False) -> int:
             for row in due
         ]
     elif due:
-        # The one that runs may have been started with credentials that do not do.
+        # The one that runs may have been started with credentials that are refused.
         uploads.restart_uploader(home)
     answer(
         [upload_row(row) for row in due],

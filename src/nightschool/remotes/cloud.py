@@ -223,7 +223,7 @@ class CloudStore:
             code = re.search(r"<Code>(\w+)</Code>", said)
             what = code[1] if code else ("none were found" if "169.254" in said else "refused")
             return CredentialsRefused(
-                f"The credentials for {url} do not do: {what}. {self._credentials}, and see that they may read and "
+                f"The credentials for {url} are not accepted: {what}. {self._credentials}, and see that they may read and "
                 f"write there."
             )
         if _REFUSED.search(said):

@@ -47,7 +47,7 @@ def download(
                     f"{url} has {present.size_bytes} bytes, but {size_bytes} belong there. "
                     f"It was cut or replaced in the bucket; take another copy."
                 )
-            # The etag is in the name: a rest of another content is never gone on with.
+            # The etag is in the name: the rest of other content is never appended.
             mark = hashlib.sha256(f"{url}\n{present.etag}\n{sha256}".encode()).hexdigest()[:16]
             rest = path.with_name(f".{path.name[:100]}-{mark}{PARTIAL}")
             before = _size_of(rest)

@@ -154,7 +154,7 @@ class GoogleStore:
             if answer.status_code == 308:
                 return transfer.session, _arrived_bytes(answer), None
             if answer.status_code >= 500 or answer.status_code in (408, 429):
-                raise Unreachable(f"{self._url}/{key} could not be gone on with: HTTP {answer.status_code}. Try later.")
+                raise Unreachable(f"{self._url}/{key} could not be resumed: HTTP {answer.status_code}. Try later.")
             transfer.on_session(None)  # sessions end after a week, or with their bucket
         blob = self._bucket.blob(key)
         session = blob.create_resumable_upload_session(size=source.size_bytes, checksum=None, **self._how)
@@ -251,7 +251,7 @@ class GoogleStore:
             return Conflict(f"{url} exists already, or was changed by somebody else meanwhile. Read it, and compare.")
         if isinstance(error, api.Unauthorized | api.Forbidden | auth.RefreshError | auth.DefaultCredentialsError):
             what = said if self._credentials_known else "none were found"
-            return CredentialsRefused(f"The credentials for {url} do not do: {what}. {_CREDENTIALS}")
+            return CredentialsRefused(f"The credentials for {url} are not accepted: {what}. {_CREDENTIALS}")
         if isinstance(error, api.ClientError) and not isinstance(error, api.TooManyRequests):
             return RemoteError(f"The store refused {url}: {said}. Check the address and its settings.")
         return Unreachable(f"{url} could not be reached: {said}. Check the network; what was begun is tried again.")

@@ -153,7 +153,7 @@ class HubStore:
         remedy = "Set HF_TOKEN to a token that may write there, or run hf auth login."
         if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
             # The Hub says 401 of a private repository that does not exist, too.
-            return CredentialsRefused(f"The credentials for {url} do not do: {said}. {remedy}")
+            return CredentialsRefused(f"The credentials for {url} are not accepted: {said}. {remedy}")
         if isinstance(error, RepositoryNotFoundError):
             return BucketMissing(f"There is no repository {self._url}. Check its name, or create it: hf repo create.")
         if status in (409, 412):
