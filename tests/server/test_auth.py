@@ -6,12 +6,13 @@ import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from nightschool.errors import NotFound, UsageError
+from nightschool.errors import NameRefused, NotFound, UsageError
 from nightschool.server.app import create_app
 from nightschool.server.metrics import Metrics
-from nightschool.server.middleware.auth import Guard, TokenBuckets
+from nightschool.server.middleware.auth import Guard, TokenBuckets, scope_needed
 from nightschool.server.middleware.request_log import Access
-from nightschool.server.settings import ServerSettings, read_api_keys
+from nightschool.server.settings import ApiKey, ServerSettings, read_api_keys
+from nightschool.store.principal import SCOPES, Principal
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of
 
@@ -215,7 +216,7 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# of the night shift\nthird-key-abc\n\n")
     keys = read_api_keys({"NIGHTSCHOOL_API_KEY": "first-key-abc, second-key-abc,"}, file)
-    assert [key.get_secret_value() for key in keys] == ["first-key-abc", "second-key-abc", "third-key-abc"]
+    assert [key.key.get_secret_value() for key in keys] == ["first-key-abc", "second-key-abc", "third-key-abc"]
     assert "first-key-abc" not in repr(ServerSettings(api_keys=keys))
     assert read_api_keys({}) == ()
     for bad in ("short", "has a space in it", "schlüssel-schlüssel"):
@@ -223,3 +224,47 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path):
             read_api_keys({"NIGHTSCHOOL_API_KEY": bad})
     with pytest.raises(NotFound, match="gone"):
         read_api_keys({}, tmp_path / "gone")
+
+
+def test_a_key_in_a_file_may_have_a_tenant_and_scopes(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("plain-key-abc\ntheirs-key-abc tenant=acme\nreader-key-abc tenant=acme  scopes=generate,feedback\n")
+    assert [key.principal for key in read_api_keys({}, file)] == [
+        Principal("default", SCOPES),
+        Principal("acme", SCOPES),
+        Principal("acme", frozenset({"generate", "feedback"})),
+    ]
+    for line, wrong in (("tenat=acme", "tenat"), ("scopes=generate,fly", "fly"), ("scopes=", "''"), ("acme", "acme")):
+        file.write_text(f"theirs-key-abc {line}")
+        with pytest.raises(UsageError, match=f"begins with 'th' is followed by '?{wrong}"):
+            read_api_keys({}, file)
+    file.write_text("theirs-key-abc tenant=../acme")
+    with pytest.raises(NameRefused, match=r"tenant '\.\./acme' is refused"):
+        read_api_keys({}, file)
+
+
+@pytest.mark.parametrize(
+    ("scope", "method", "path"),
+    [
+        ("generate", "POST", "/generate"),
+        ("generate", "POST", "/v1/chat/completions"),
+        ("feedback", "POST", "/api/feedback"),
+        ("feedback", "DELETE", "/api/conversations/r1"),
+        ("manage", "POST", "/api/models/bot/promote"),
+        ("manage", "GET", "/refresh_model"),
+    ],
+)
+def test_a_key_may_do_what_its_scopes_say(scope, method, path):
+    keys = [ApiKey(key=SecretStr(f"only-{one}-key"), scopes=frozenset({one})) for one in sorted(SCOPES)]
+    with client_of(FakeSlot(), api_keys=keys) as client:
+        for one in sorted(SCOPES):
+            answer = client.request(method, path, json={}, headers={"x-api-key": f"only-{one}-key"})
+            refused = answer.status_code == 403 and "lacks the scope" in answer.text
+            assert refused == (one != scope), (one, answer.text)
+
+
+def test_every_route_that_changes_anything_needs_a_scope():
+    paths = create_app(FakeSlot(), ServerSettings()).openapi()["paths"]
+    changing = {(method.upper(), path) for path, methods in paths.items() for method in methods if method != "get"}
+    assert {scope_needed(*one) for one in changing} == SCOPES
+    assert scope_needed("POST", "/api/something/new") == "manage"

@@ -6,12 +6,29 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from nightschool.errors import NotFound, UsageError
+from nightschool.store.names import check_name
+from nightschool.store.principal import DEFAULT_TENANT, SCOPES, Principal, Scope
 
 KEY_VARIABLE = "NIGHTSCHOOL_API_KEY"
+
+
+class ApiKey(BaseModel):
+    """A key, and who asks with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: SecretStr
+    tenant: str = DEFAULT_TENANT
+    scopes: frozenset[Scope] = SCOPES
+
+    @property
+    def principal(self) -> Principal:
+        return Principal(self.tenant, self.scopes)
 
 
 class ServerSettings(BaseModel):
@@ -26,7 +43,7 @@ class ServerSettings(BaseModel):
         description="Further names that may stand in the Host header, such as that of a reverse proxy; with keys, "
         "* takes any. Loopback names always may, and with keys this machine's name and bare addresses.",
     )
-    api_keys: tuple[SecretStr, ...] = Field(
+    api_keys: tuple[ApiKey, ...] = Field(
         (), description=f"Accepted keys, from {KEY_VARIABLE} (comma separated) or a file; without any, all may ask."
     )
     model_check_interval: float = Field(
@@ -44,6 +61,11 @@ class ServerSettings(BaseModel):
     request_burst: int = Field(10, ge=1, description="Requests that may come at once before the rate applies.")
     drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severe log lines kept.")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _plain_keys(cls, keys: Any) -> Any:
+        return [{"key": key} if isinstance(key, str | SecretStr) else key for key in keys]
 
     @property
     def on_loopback(self) -> bool:
@@ -85,25 +107,42 @@ def is_address(host: str) -> bool:
     return True
 
 
-def read_api_keys(env: Mapping[str, str] | None = None, file: Path | None = None) -> tuple[SecretStr, ...]:
+def read_api_keys(env: Mapping[str, str] | None = None, file: Path | None = None) -> tuple[ApiKey, ...]:
     """The keys of the environment (comma separated) and of a file (one a line, `#` starts a comment).
+
+    In the file, a key may be followed by `tenant=NAME` and `scopes=generate,feedback`.
 
     Raises:
         NotFound: If the file is not there.
-        UsageError: If a key has fewer than 8 characters, holds a space or is not ASCII.
+        UsageError: If a key has fewer than 8 characters or is not ASCII, or what follows it makes no sense.
     """
-    keys = (os.environ if env is None else env).get(KEY_VARIABLE, "").split(",")
+    lines = (os.environ if env is None else env).get(KEY_VARIABLE, "").split(",")
+    # In the environment a key stands alone; a space there is a slip.
+    found = [_api_key([line.strip()]) for line in lines if line.strip()]
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
         except FileNotFoundError:
             raise NotFound(f"The file of API keys {file} is not there. Write one key a line into it.") from None
-        keys += [line for line in lines if not line.lstrip().startswith("#")]
-    found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
-    for key in found:
-        if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
-            raise UsageError(
-                f"The API key that begins with {key[:2]!r} has {len(key)} characters or holds a character that "
-                f"a header cannot carry. Use at least 8 printable ASCII characters without spaces."
-            )
-    return tuple(SecretStr(key) for key in found)
+        found += [_api_key(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return tuple({key.key.get_secret_value(): key for key in found}.values())
+
+
+def _api_key(words: list[str]) -> ApiKey:
+    key, *more = words
+    shown = f"The API key that begins with {key[:2]!r}"
+    if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"{shown} has {len(key)} characters or holds a character that a header cannot carry. "
+            f"Use at least 8 printable ASCII characters without spaces."
+        )
+    fields = dict(word.partition("=")[::2] for word in more)
+    scopes = frozenset(fields.pop("scopes", ",".join(SCOPES)).split(","))
+    tenant = check_name(fields.pop("tenant", DEFAULT_TENANT), what="tenant")
+    if fields or not scopes <= SCOPES:
+        wrong = ", ".join([*fields, *sorted(scopes - SCOPES)])
+        raise UsageError(
+            f"{shown} is followed by {wrong!r}. Write KEY, then tenant=NAME, then scopes= with some of "
+            f"{','.join(sorted(SCOPES))}, without spaces inside."
+        )
+    return ApiKey(key=SecretStr(key), tenant=tenant, scopes=cast("frozenset[Scope]", scopes))

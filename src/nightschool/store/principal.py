@@ -9,7 +9,7 @@ DEFAULT_TENANT = "default"
 """The tenant of whatever names none. It is never shown."""
 
 Scope = Literal["generate", "feedback", "manage"]
-SCOPES: frozenset[str] = frozenset(get_args(Scope))
+SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 """`generate` asks models, `feedback` rates and corrects their answers, `manage` moves aliases and swaps what is served."""
 
 
@@ -18,7 +18,7 @@ class Principal:
     """Whose names are meant (`tenant`), and what may be done with them (`scopes`, some of `SCOPES`)."""
 
     tenant: str
-    scopes: frozenset[str]
+    scopes: frozenset[Scope]
 
     def __post_init__(self) -> None:
         unknown = self.scopes - SCOPES

@@ -1,4 +1,4 @@
-"""Who may ask: the Host and Origin of browsers, API keys, and the rate of each caller."""
+"""Who may ask: the Host and Origin of browsers, API keys with what they may do, and the rate of each caller."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nightschool.server.errors import Refusal, error_response
 from nightschool.server.settings import ServerSettings, is_address, is_loopback
+from nightschool.store.principal import LOCAL, Principal
+from nightschool.store.principal import Scope as Permission
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
+_GENERATES = frozenset({"/v1/chat/completions", "/v1/completions", "/generate"})
+_TELLS = ("/api/feedback", "/api/conversations/")
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 _UNLIMITED_PATHS = OPEN_PATHS | {"/metrics"}
 _MOST_CALLERS = 10_000
@@ -36,9 +40,9 @@ class Guard:
     def __init__(self, app: ASGIApp, *, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._settings = settings
-        self._digests = [_digest(key.get_secret_value()) for key in settings.api_keys]
+        self._principals = {_digest(key.key.get_secret_value()): key.principal for key in settings.api_keys}
         self._hosts = set(settings.allowed_hosts)
-        if self._digests:
+        if self._principals:
             self._hosts |= {settings.host.lower(), socket.gethostname().lower()}
         rate = settings.requests_per_minute
         self._buckets = None if rate is None else TokenBuckets(rate / 60, settings.request_burst, clock)
@@ -59,9 +63,12 @@ class Guard:
         self._check_browser(scope["method"], path, headers)
         caller = scope["client"][0] if scope.get("client") else "unknown"
         exempt = path in OPEN_PATHS or (path == "/metrics" and self._settings.on_loopback)
-        if self._digests and not exempt:
-            caller = self._check_key(headers, caller)
-            scope["state"]["caller"] = caller
+        scope["state"]["principal"] = LOCAL
+        if self._principals and not exempt:
+            digest = self._check_key(headers, caller)
+            caller = digest.hex()
+            scope["state"]["caller"], scope["state"]["principal"] = caller, self._principals[digest]
+            _check_scope(self._principals[digest], scope["method"], path)
         if self._buckets is not None and path not in _UNLIMITED_PATHS:
             wait_seconds = self._buckets.take(caller)
             if wait_seconds > 0:
@@ -87,10 +94,9 @@ class Guard:
                 "or start the server with --allowed-hosts NAME.",
                 "host_refused",
             )
-        changes = method not in ("GET", "HEAD", "OPTIONS") or path == "/refresh_model"
         origin = headers.get("origin")
         foreign = origin is not None and _host_of(origin) != host.lower()
-        if changes and (foreign or headers.get("sec-fetch-site") == "cross-site"):
+        if is_change(method, path) and (foreign or headers.get("sec-fetch-site") == "cross-site"):
             raise Refusal(
                 403, "A page of another origin sent this. Ask from the same origin, or without a browser.", "cross_site"
             )
@@ -105,11 +111,11 @@ class Guard:
         if match is None:
             return False
         name = match[1]
-        by_address = bool(self._digests) and is_address(name)
+        by_address = bool(self._principals) and is_address(name)
         return is_loopback(name) or by_address or name in self._hosts or "*" in self._hosts
 
-    def _check_key(self, headers: Headers, address: str) -> str:
-        """The digest of the key that was sent, as the name of the caller.
+    def _check_key(self, headers: Headers, address: str) -> bytes:
+        """The digest of the key that was sent.
 
         Wrong keys empty a bucket of the address that they come from. Once it is empty, no key from there is looked at,
         right or wrong, or a guesser would still learn which is right; only keys that it has used before still open.
@@ -125,12 +131,37 @@ class Guard:
             message = f"Too many wrong API keys came from this address. Wait {wait_seconds} s."
             raise Refusal(429, message, "too_many_wrong_keys", headers={"Retry-After": str(wait_seconds)})
         # Every key is compared, each in constant time, so that timing says nothing about any of them.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, known) for known in self._principals]
         if not any(matches):
             self._guesses.take(address)
             raise _no_entry("The API key is not known")
         _remember(self._seen_keys, (address, caller), None)
-        return caller
+        return digest
+
+
+def scope_needed(method: str, path: str) -> Permission | None:
+    """What a key must be allowed to do for a request; None where every key will do."""
+    if path in _GENERATES:
+        return "generate"
+    if path.startswith(_TELLS):
+        return "feedback"
+    return "manage" if is_change(method, path) else None
+
+
+def is_change(method: str, path: str) -> bool:
+    """Whether a request may change something: all but plain reading."""
+    return method not in ("GET", "HEAD", "OPTIONS") or path == "/refresh_model"
+
+
+def _check_scope(principal: Principal, method: str, path: str) -> None:
+    needed = scope_needed(method, path)
+    if needed is not None and needed not in principal.scopes:
+        raise Refusal(
+            403,
+            f"This API key may not do that: it lacks the scope {needed!r}. It has "
+            f"{', '.join(sorted(principal.scopes)) or 'none'}.",
+            "scope_missing",
+        )
 
 
 def _no_entry(what: str) -> Refusal:
