@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from nightschool.server.app import create_app
-from nightschool.server.run import listening
+from nightschool.server.run import listening, server_config
 from nightschool.server.settings import ServerSettings
 from tests.support.fake_slot import FakeSlot
 
@@ -45,9 +45,8 @@ def client_of(slot: Any, *, keep_out: bool = False, **settings: Any) -> Iterator
 
 
 class LiveServer:
-    def __init__(self, app: FastAPI, listener: socket.socket, drain_seconds: int = 5) -> None:
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds)
-        self.server = uvicorn.Server(config)
+    def __init__(self, app: FastAPI, listener: socket.socket, settings: ServerSettings) -> None:
+        self.server = uvicorn.Server(server_config(app, settings))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -62,9 +61,9 @@ class LiveServer:
 def live(slot: Any, *, wait: bool = True, **settings: Any) -> Iterator[LiveServer]:
     """A server on a free port of this machine, with a model if the slot promises one."""
     more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
-    chosen = ServerSettings(port=0, **settings)
+    chosen = ServerSettings(port=0, **{"drain_seconds": 5, **settings})
     with listening(chosen) as listener:
-        server = LiveServer(create_app(slot, chosen, **more), listener)
+        server = LiveServer(create_app(slot, chosen, **more), listener, chosen)
         server.thread.start()
         eventually(lambda: server.server.started)
         if (

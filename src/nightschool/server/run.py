@@ -21,6 +21,7 @@ from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
+from nightschool.server.connections import Connections
 from nightschool.server.logs import configure_logs
 from nightschool.server.settings import ServerSettings
 from nightschool.store.database import open_database
@@ -62,15 +63,7 @@ def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[st
 
 def run_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> None:
     """Run an app on a socket until a signal; one process, one event loop."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
-        timeout_keep_alive=30,
-    )
+    config = server_config(app, settings)
     # What the libraries made while they were imported is never garbage, and looking through it again and again holds up
     # every thread (measured: half a million lists in a body took 650 ms to parse, and 80 ms so).
     gc.collect()
@@ -79,6 +72,22 @@ def run_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> 
     log.info("listening", extra={"facts": {"url": f"http://{address[0]}:{address[1]}"}})
     with _signals_end_quietly():
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def server_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn serves an app of ours."""
+    connections = Connections(settings.max_connections, settings.idle_timeout_seconds)
+    return uvicorn.Config(
+        app,
+        http=connections.protocol(),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+        timeout_keep_alive=math.ceil(settings.idle_timeout_seconds),
+    )
 
 
 @contextmanager

@@ -54,6 +54,12 @@ class ServerSettings(BaseModel):
     )
     max_body_bytes: int = Field(2_000_000, ge=1024, description="Largest accepted request body; more is refused (413).")
     body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time a client may take to send its body.")
+    max_connections: int = Field(
+        1024, ge=1, description="Connections at once; over it, the one that waits longest for a request is closed."
+    )
+    idle_timeout_seconds: float = Field(
+        30.0, gt=0, description="Longest time a connection may stay without a whole head of a request."
+    )
     max_new_tokens_limit: int = Field(8192, ge=1, le=65536, description="Most tokens one answer may be asked to have.")
     requests_per_minute: float | None = Field(
         None, gt=0, description="Requests per minute of one key, or of one address without keys; null is unbounded."
