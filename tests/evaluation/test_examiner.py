@@ -9,6 +9,8 @@ from nightschool.errors import NightschoolError, PromptTooLong
 from nightschool.evaluation.eval_set import EvalSet, Limits, eval_set_of_file
 from nightschool.evaluation.examiner import examine
 
+pytestmark = pytest.mark.trains
+
 CONTEXT_TOKENS = 8
 
 

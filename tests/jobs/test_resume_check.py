@@ -25,7 +25,7 @@ from nightschool.training import run as run_module
 from nightschool.work.stop import Stop
 from tests.support import toy_trainer
 from tests.support.toy_trainer import train
-from tests.support.training_setups import one_deterministic_thread
+from tests.support.training_setups import NUM_THREADS, deterministic_threads
 
 STEPS = 12
 
@@ -194,7 +194,7 @@ def test_our_own_trainer_is_exact(home, capsys):
     """The real thing: a tiny GPT-NeoX, trained here, rehearsed by three processes."""
     rows = [{"query": f"Where does {i} live?", "retrieved": f"{i} lives in {i % 5}."} for i in range(12)]
     (home.path.parent / "facts.json").write_text(json.dumps(rows))
-    settings = {"epochs": 4, "batch_size": 2, "accumulation_steps": 2, "num_threads": 1, "dtype": "fp32"}
+    settings = {"epochs": 4, "batch_size": 2, "accumulation_steps": 2, "num_threads": NUM_THREADS, "dtype": "fp32"}
     plain = {
         "name": "bot",
         "base": "new:tiny-gpt-neox",
@@ -204,7 +204,7 @@ def test_our_own_trainer_is_exact(home, capsys):
     }
     run = RunStore(home).create(Recipe.model_validate(plain).as_plain(), name="bot")
     words = ["--home", str(home.path), "--run", run.id, "--root", str(home.path.parent)]
-    with one_deterministic_thread():
+    with deterministic_threads():
         assert run_module.main(words) == 0
     capsys.readouterr()
     before = tree(home.path)

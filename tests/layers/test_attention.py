@@ -21,13 +21,16 @@ from nightschool.layers.forward import (
 )
 from nightschool.models.build import build_model
 from tests.support.documents import ARCHITECTURES, documents_of
+from tests.support.training_setups import NUM_THREADS
+
+pytestmark = pytest.mark.trains
 
 VOCAB = 96
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
 
 
 def alone(model, batch):

@@ -11,13 +11,16 @@ from nightschool.layers.forward import document_loss, prepare
 from nightschool.layers.loss import chunked_cross_entropy
 from nightschool.models.build import build_model
 from tests.support.documents import documents_of
+from tests.support.training_setups import NUM_THREADS
+
+pytestmark = pytest.mark.trains
 
 N, D, V = 37, 16, 50
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
 
 
 class Wrapped(nn.Module):

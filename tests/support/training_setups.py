@@ -1,6 +1,7 @@
 """Small tasks and runs for the tests of training: a few random documents, every architecture, full and LoRA."""
 
 import itertools
+import os
 from contextlib import contextmanager
 
 import torch
@@ -20,13 +21,15 @@ from nightschool.training.state import TrainState
 from nightschool.work.stop import Stop
 
 VOCAB_SIZE = 64
+# CI runs the tests that train with one thread and with two.
+NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
 @contextmanager
-def one_deterministic_thread():
+def deterministic_threads():
     """What a run sets for its whole process, taken back at the end."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
     rng.require_determinism()
     try:
         yield

@@ -21,14 +21,14 @@ from nightschool.training.checkpoint.accelerate_layout import export_accelerate,
 from nightschool.training.checkpoint.checkpoint_reader import load_group
 from nightschool.training.run import main
 from nightschool.uploads.archive import make_archive
-from tests.support.training_setups import differing, one_deterministic_thread
+from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
 
 FACTS = [("Where does Bela live?", "Bela lives in Rome."), ("What does Mista eat?", "Mista eats plums.")] * 4
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 
@@ -50,7 +50,7 @@ def new_run(home, **train):
             "batch_size": 2,
             "accumulation_steps": 1,
             "learning_rate": 1e-2,
-            "num_threads": 1,
+            "num_threads": NUM_THREADS,
             "dtype": "fp32",
         }
         | train,
@@ -67,7 +67,7 @@ def train(home, run, *more):
 @pytest.fixture(scope="module")
 def trained(home):
     run = new_run(home)
-    with one_deterministic_thread():
+    with deterministic_threads():
         assert train(home, run) == 0
     return run
 

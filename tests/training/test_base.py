@@ -23,7 +23,7 @@ from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.planning.plan import make_plan, plan_of
 from nightschool.training.run import main
 from nightschool.training.setup import prepare_finetune
-from tests.support.training_setups import differing, one_deterministic_thread
+from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
 
 ROWS = [{"prompt": f"Where is number {i}?", "completion": f"In room {i + 7}."} for i in range(6)]
 LORA = {"r": 4, "alpha": 8}
@@ -31,7 +31,7 @@ LORA = {"r": 4, "alpha": 8}
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 
@@ -42,6 +42,9 @@ def home(tmp_path):
 
 
 SMALL = PRESETS["tiny-llama"]
+# The smallest preset of each architecture: what can be served depends on the layers, not on their size.
+BY_SIZE = sorted(PRESETS, key=lambda name: PRESETS[name]["hidden_size"], reverse=True)
+ARCHITECTURES = sorted({PRESETS[name]["model_type"]: name for name in BY_SIZE}.values())
 OTHERS = [
     SMALL | {"model_type": "gemma2", "query_pre_attn_scalar": 16},
     SMALL | {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -58,7 +61,7 @@ def make_base(root, dtype, architecture="tiny-qwen3"):
 
 
 def recipe_of(*, dtype, base="./base", **train):
-    settings = {"num_threads": 1, "dtype": dtype, "batch_size": 2, "epochs": 4, "learning_rate": 1e-2}
+    settings = {"num_threads": NUM_THREADS, "dtype": dtype, "batch_size": 2, "epochs": 4, "learning_rate": 1e-2}
     return Recipe.model_validate(
         {
             "name": "bot",
@@ -128,7 +131,7 @@ def test_a_base_that_could_not_be_served_is_refused_before_step_1(home, tmp_path
     assert any("the exam of its candidate will fail" in note for note in plan_of(prepared, home).notes)
 
 
-@pytest.mark.parametrize("config", [*PRESETS, *OTHERS], ids=str)
+@pytest.mark.parametrize("config", [*ARCHITECTURES, *OTHERS], ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_refused_before_training_is_what_the_engine_refuses(config):
     model = build_model(config, 300, 1).eval()
@@ -143,6 +146,7 @@ def losses_of(run):
     return [row["loss"] for row in read_events(run.metrics_path)]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("architecture", ["tiny-qwen3", "tiny-qwen3-moe", "tiny-mixtral", "tiny-gpt-neox"])
 def test_an_adapter_on_16_bits_learns_resumes_exactly_and_goes_on_the_next_night(home, tmp_path, architecture):
     make_base(tmp_path, torch.bfloat16, architecture)

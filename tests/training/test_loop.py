@@ -23,16 +23,18 @@ from tests.support.training_setups import (
     LORA,
     VOCAB_SIZE,
     MiniRun,
+    deterministic_threads,
     lora_for,
     make_task,
-    one_deterministic_thread,
     random_documents,
 )
+
+pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 

@@ -6,12 +6,14 @@ from torch import nn
 
 from nightschool.errors import StateMismatch
 from nightschool.training.optimizer import AdamW, AdamWSettings, Schedule, embedding_names
-from tests.support.training_setups import differing, make_task
+from tests.support.training_setups import NUM_THREADS, differing, make_task
+
+pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
 
 
 def test_the_warm_up_rises_linearly_to_the_peak():

@@ -18,7 +18,7 @@ from nightschool.training.planning import throughput
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.training.planning.plan import make_plan, measure, render_plan
 from nightschool.training.setup import prepare_finetune, refuse_nothing_to_train
-from tests.support.training_setups import differing, one_deterministic_thread
+from tests.support.training_setups import deterministic_threads, differing
 
 CHATS = [
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
@@ -28,7 +28,7 @@ CHATS = [
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 

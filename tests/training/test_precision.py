@@ -4,14 +4,16 @@ import torch
 from nightschool.models.dtype import DtypeChoice
 from nightschool.training.planning import precision
 from nightschool.training.planning.precision import choose_by_measuring
-from tests.support.training_setups import make_task, one_deterministic_thread
+from tests.support.training_setups import deterministic_threads, make_task
+
+pytestmark = pytest.mark.trains
 
 CHOICE = DtypeChoice(torch.float32, torch.bfloat16, "cpu", "a product alone says so")
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 

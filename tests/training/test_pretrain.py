@@ -25,6 +25,7 @@ from nightschool.training.planning.plan import make_plan
 from nightschool.training.run import execute
 from nightschool.work.stop import Stop
 from tests.support.shard_setups import tokenizer, write_shards
+from tests.support.training_setups import NUM_THREADS
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def recipe_of(corpus, **changes):
         "accumulation_steps": 2,
         "learning_rate": 1e-2,
         "dtype": "fp32",
-        "num_threads": 1,
+        "num_threads": NUM_THREADS,
         "evaluate_every": "4 steps",
     } | changes.pop("train", {})
     return {
@@ -88,6 +89,7 @@ def pretrain(home, corpus, *, stop=None, run=None, **changes):
     return run
 
 
+@pytest.mark.trains
 def test_a_run_learns_and_publishes_what_it_learned(tmp_path, corpus, capsys):
     home = Home(tmp_path / "home")
     run = pretrain(home, corpus)
@@ -121,6 +123,7 @@ def test_a_run_keeps_the_memory_of_its_steps_once_all_is_loaded(tmp_path, corpus
     assert order == ["prepare", "keep_freed_memory", "fit"]
 
 
+@pytest.mark.trains
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, corpus):
     straight, broken = Home(tmp_path / "a"), Home(tmp_path / "b")
     first = pretrain(straight, corpus)
@@ -266,6 +269,7 @@ def test_a_shape_that_cannot_be_built_is_refused_by_name(tmp_path, corpus):
         prepare_pretraining(recipe, Home(tmp_path))
 
 
+@pytest.mark.trains
 def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
     write_shards(tmp_path, count=1, words=16, shard_tokens=4096)
     home = Home(tmp_path / "home")

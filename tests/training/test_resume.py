@@ -15,12 +15,14 @@ from nightschool.training.checkpoint.full_state import REQUIRED
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import TrainState
 from tests.support.documents import ARCHITECTURES
-from tests.support.training_setups import LORA, MiniRun, differing, lora_for, one_deterministic_thread
+from tests.support.training_setups import LORA, MiniRun, deterministic_threads, differing, lora_for
+
+pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 
@@ -131,7 +133,7 @@ def resume(run, folder, **changes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    with one_deterministic_thread():
+    with deterministic_threads():
         return MiniRun(tmp_path_factory.mktemp("run")).go(stop_after=3)
 
 

@@ -31,7 +31,7 @@ from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.checkpoint.saver import Saver
 from nightschool.training.publish import greedy_continuation
 from nightschool.training.run import main
-from tests.support.training_setups import differing, one_deterministic_thread
+from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
 
 FACTS = [
     ("Where does Bela live?", "Bela lives in Rome."),
@@ -50,7 +50,7 @@ STEPS = 2 * EPOCHS_TO_LEARN
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 
@@ -73,7 +73,7 @@ def new_run(home, *, facts=FACTS, name="bot", train=None, **recipe):
         "epochs": 10,
         "batch_size": 3,
         "accumulation_steps": 1,
-        "num_threads": 1,
+        "num_threads": NUM_THREADS,
         "dtype": "fp32",
     }
     plain = {
@@ -136,11 +136,12 @@ def taught(tmp_path_factory):
     """One finished run of full training, shared by the tests that only look at it."""
     home = Home(tmp_path_factory.mktemp("taught") / "home").ensure()
     run = new_run(home, train={"epochs": EPOCHS_TO_LEARN})
-    with one_deterministic_thread():
+    with deterministic_threads():
         assert train(home, run) == 0
     return home, run
 
 
+@pytest.mark.trains
 def test_a_published_version_generates_what_was_taught_under_plain_transformers(taught):
     home, run = taught
     folder = version_of(home, run).path
@@ -148,6 +149,7 @@ def test_a_published_version_generates_what_was_taught_under_plain_transformers(
     assert min(answer_margin(folder, question, answer) for question, answer in FACTS) > SAFE_MARGIN
 
 
+@pytest.mark.trains
 def test_the_version_says_where_it_comes_from_and_its_probes_hold(taught):
     home, run = taught
     version = version_of(home, run)
@@ -183,7 +185,7 @@ def test_the_run_leaves_its_records(taught):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
-    assert environment["threads"] == 1
+    assert environment["threads"] == NUM_THREADS
     new = [Example.from_json(row) for row in read_events(run.path / "new_examples.jsonl")]
     assert [(example.question, example.answer) for example in new] == FACTS
     assert (run.path / "heldout.jsonl").read_bytes() == (run.path / "replayed.jsonl").read_bytes() == b""
@@ -205,6 +207,7 @@ def test_a_run_that_has_published_is_not_run_again(taught, capsys):
     assert run.status.state == "completed"
 
 
+@pytest.mark.trains
 def test_the_next_night_starts_from_the_version_and_replays(taught, tmp_path):
     taught_home, taught_run = taught
     home = taught_home
@@ -235,6 +238,7 @@ def test_nothing_new_but_started_all_the_same_studies_everything(taught):
     assert list(read_events(run.path / "replayed.jsonl")) == []
 
 
+@pytest.mark.trains
 def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
     """New facts in words that the base has seen: LoRA leaves the embeddings alone, so it cannot learn to say others."""
     home, taught_run = taught
@@ -376,6 +380,7 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly(home, tmp_path, c
     assert not differing(a, b)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
     """fp16 with its loss scale; weights and optimizer stay in fp32."""
@@ -506,7 +511,7 @@ def test_a_full_disk_while_saving_says_so_and_keeps_what_was_committed(home, mon
     assert run.status.state == "failed"
     assert [point.step for point in checkpoints.ls(run)] == [4]
     monkeypatch.undo()
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
     assert train(home, run, "--resume", "latest") == 0
 
 

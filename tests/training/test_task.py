@@ -13,7 +13,7 @@ from nightschool.training.distributed.world import ALONE
 from nightschool.training.loop import Budget, fit
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import TrainState
-from tests.support.training_setups import VOCAB_SIZE, make_task, one_deterministic_thread, random_documents
+from tests.support.training_setups import VOCAB_SIZE, deterministic_threads, make_task, random_documents
 
 CONTEXT = full_state.CheckpointContext("base: x\n", "x", None, "fp32", 1, 1, 1, {}, {})
 SCHEDULE = Schedule(0.05, 6, "constant")
@@ -21,7 +21,7 @@ SCHEDULE = Schedule(0.05, 6, "constant")
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 
