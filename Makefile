@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types contracts unit install install-test real-model real-model-file clean
+.PHONY: demo test lint types contracts unit trains install install-test install-ci real-model real-model-file clean
 
 demo: install            ## the ten-minute story, offline, on a CPU
 	$(BIN)/nightschool demo $(DEMO)
@@ -33,8 +33,13 @@ contracts:
 unit:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+THREADS ?= 1
+trains: install-test     ## the tests that train; for ATEN_CPU_CAPABILITY=default or avx2, and THREADS=2
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m trains
+
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
+install-ci: $(VENV)/.installed-ci
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,5 +58,11 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@
 
+# What tests are skipped without. Of TRL only the templates are read, so none of what it needs is installed.
+$(VENV)/.installed-ci: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,emulators,postgres,gguf]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps trl
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .real-model build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .ci/node .real-model build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Under NIGHTSCHOOL_NO_SKIPS nothing goes unproven unnoticed."""
+"""Under NIGHTSCHOOL_TEST_NO_SKIPS nothing goes unproven unnoticed."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def outcome(folder, **environment):
     for name, source in FILES.items():
         (folder / name).write_text(source)
     command = [sys.executable, "-m", "pytest", "-rA", "--continue-on-collection-errors", "-p", "tests.support.no_skips"]
-    inherited = {key: value for key, value in os.environ.items() if key != "NIGHTSCHOOL_NO_SKIPS"}
+    inherited = {key: value for key, value in os.environ.items() if key != "NIGHTSCHOOL_TEST_NO_SKIPS"}
     environment = inherited | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment
     command += ["-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
@@ -45,11 +45,11 @@ def outcome(folder, **environment):
 
 
 def test_a_skip_fails_where_skips_are_refused_and_says_why(tmp_path):
-    code, output = outcome(tmp_path, NIGHTSCHOOL_NO_SKIPS="1")
+    code, output = outcome(tmp_path, NIGHTSCHOOL_TEST_NO_SKIPS="1")
     assert code == 1
     assert f"1 failed, {len(ALLOWED)} skipped, 1 xfailed, 2 errors" in output
     for reason in ("no database here", "no templates here", "no service here"):
-        assert f"{reason}\nNIGHTSCHOOL_NO_SKIPS is set, so what this test needs must be installed." in output
+        assert f"{reason}\nNIGHTSCHOOL_TEST_NO_SKIPS is set, so what this test needs must be installed." in output
 
 
 def test_elsewhere_it_is_a_skip(tmp_path):

@@ -1,4 +1,4 @@
-"""Where NIGHTSCHOOL_NO_SKIPS is set, as in CI, a test that would be skipped fails instead.
+"""Where NIGHTSCHOOL_TEST_NO_SKIPS is set, as in CI, a test that would be skipped fails instead.
 
 What a skip waits for is then installed (`.ci/run` does that), so a skip means that something went unproven unnoticed.
 """
@@ -19,12 +19,12 @@ ALLOWED = {
 
 def _refused(report, expected_failure=False):
     """The report, as a failure if it is a skip that nothing excuses."""
-    if not os.environ.get("NIGHTSCHOOL_NO_SKIPS") or not report.skipped or expected_failure:
+    if not os.environ.get("NIGHTSCHOOL_TEST_NO_SKIPS") or not report.skipped or expected_failure:
         return report
     reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
     if not any(allowed in reason for allowed in ALLOWED):
         report.outcome = "failed"
-        report.longrepr = f"{reason}\nNIGHTSCHOOL_NO_SKIPS is set, so what this test needs must be installed."
+        report.longrepr = f"{reason}\nNIGHTSCHOOL_TEST_NO_SKIPS is set, so what this test needs must be installed."
     return report
 
 
