@@ -13,14 +13,14 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.training.run import main
 from tests.support.shard_setups import write_shards
-from tests.support.training_setups import one_deterministic_thread
+from tests.support.training_setups import deterministic_threads
 
 FACTS = [("Where does Bela live?", "In Rome."), ("What does Mista eat?", "Plums."), ("Who sails?", "Nobody.")]
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    with one_deterministic_thread():
+    with deterministic_threads():
         yield
 
 
