@@ -1,10 +1,12 @@
 """The gate on models that really learned, or forgot, a few facts: what is asked, what is kept, what is decided."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from nightschool.cli.main import main
 from nightschool.config.recipe import Recipe
@@ -15,7 +17,9 @@ from nightschool.engine import compare as comparing
 from nightschool.engine.compare import compare
 from nightschool.engine.engine import Engine
 from nightschool.errors import Damaged, NotFound
+from nightschool.evaluation import gate
 from nightschool.evaluation.eval_set import eval_set_of_run
+from nightschool.evaluation.report import render
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import GateReport
 from nightschool.feedback.pins import Pins
@@ -107,7 +111,7 @@ class Room:
     def make_run(self, new, held_out, base="new:tiny-llama", **gate):
         recipe = Recipe.model_validate(
             {"name": "bot", "base": base, "data": [{"path": "x.json"}]}
-            | {"gate": {"max_new_tokens": 8} | gate, "train": {"max_seq_len": CONTEXT_TOKENS}}
+            | {"gate": {"max_new_tokens": 8, "general": "off"} | gate, "train": {"max_seq_len": CONTEXT_TOKENS}}
         )
         run = RunStore(self.home).create(recipe.as_plain(), name="bot")
         for name, examples in (("new_examples", new), ("heldout", held_out)):
@@ -116,17 +120,20 @@ class Room:
         return run
 
     def compare(self, candidate, champion=None, run=None):
-        return compare(self.home, (run or self.run).id, self.refs[candidate], champion and self.refs[champion])
+        champion = champion and self.refs[champion]
+        return compare(self.home, (run or self.run).id, self.refs[candidate], champion, root=self.home.path)
 
     def kept(self, candidate):
         return self.registry.load_report(*self.refs[candidate].split("@"))
 
-    def said(self, name, messages):
+    def said(self, name, messages, max_new_tokens=8):
         """What transformers answers, alone."""
         tokenizer = byte_tokenizer()
         ids = render_prompt(tokenizer, [Message(m["role"], m["content"]) for m in messages])
         with torch.inference_mode():
-            out = self.models[name].generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+            out = self.models[name].generate(
+                torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+            )
         return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
 
@@ -222,6 +229,60 @@ def test_the_first_version_has_nobody_to_be_compared_with(room):
     report = room.compare("both")
     assert (report.decision, report.champion) == ("promote", None)
     assert room.kept("both")["sheets"]["champion"] is None
+    assert report.notes[0].startswith("The base new:tiny-llama is random weights, which answer nothing")
+
+
+def first_night(room, **gate):
+    """A run from a base that knows OLD, with OLD as general questions, and an open one."""
+    save_version_folder(room.models["old"], byte_tokenizer(), room.home.path / "base")
+    prompts = [{"question": one.question, "answer": one.answer} for one in OLD] + [{"question": "Toron?!"}]
+    (room.home.path / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return room.make_run(NEW, [], base="./base", general="general.jsonl", **gate)
+
+
+def test_the_first_night_is_compared_with_its_base_and_not_let_lose_what_that_knew(room, monkeypatch):
+    monkeypatch.setattr(gate, "FEWEST_GENERAL", 3)
+    # As if nothing had been accepted: all that is known of OLD is that the base answers it.
+    room.accepted.drop_version("bot", room.refs["old"].split("@")[1])
+    run = first_night(room)
+    report = room.compare("forgetful", run=run)
+    assert (report.decision, report.champion, report.champion_is_base) == ("refuse", "./base", True)
+    assert failed(report) == {"general_lost"}
+    assert {pair.question for pair in report.lost} == {"Bela?", "Mista?", "Toron?"}
+    good = room.compare("both", run=run)
+    assert good.decision == "promote"
+    assert [pair.kind for pair in good.learned] == ["new", "new"]
+    sheet = ScoreSheet.from_json(room.kept("both")["sheets"]["champion"])
+    assert (sheet.version, sheet.is_base, len(sheet.of_kind("general"))) == ("./base", True, 3)
+    shown = StringIO()
+    render(good, Console(width=100, file=shown))
+    assert "compared with ./base, its base, as there is no champion yet" in shown.getvalue()
+
+
+def test_champions_drift_is_the_divergence_on_what_the_base_itself_answers(room):
+    run = first_night(room, drift="<= 0.0001")
+    report = room.compare("forgetful", run=run)
+    assert "drift" in failed(report)
+    said = room.said("old", [{"role": "user", "content": "Toron?!"}], max_new_tokens=32)
+    tokenizer = byte_tokenizer()
+    prompt = render_prompt(tokenizer, [Message("user", "Toron?!")])
+    answer = tokenizer(said, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        p, q = (
+            room.models[name](torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for name in ("old", "forgetful")
+        )
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    sheet = ScoreSheet.from_json(room.kept("forgetful")["sheets"]["candidate"])
+    assert (sheet.drift, sheet.drift_tokens) == (pytest.approx(expected, rel=1e-3), len(answer))
+    assert room.compare("old", run=run).figures[0].drift == pytest.approx(0, abs=1e-5), "none from itself"
+
+
+def test_a_base_that_is_gone_is_no_champion_and_the_report_says_so(room):
+    run = room.make_run(NEW, [], base="./gone")
+    report = room.compare("both", run=run)
+    assert (report.decision, report.champion) == ("promote", None)
+    assert report.notes[0].startswith("The base ./gone could not be asked what it knows: ")
 
 
 def test_where_nothing_was_held_out_there_is_no_loss(room):

@@ -47,7 +47,13 @@ def test_a_better_candidate_is_promoted_with_both_figures():
     candidate = sheet("m@2", answers("new", 9, 1), answers("old", 97, 3), answers("pin", 2, 0), loss=1.21)
     report = decide(candidate, champion, Gate())
     assert (report.decision, report.candidate, report.champion) == ("promote", "m@2", "m@1")
-    assert judged(report) == {"holdout_loss": True, "new_facts": True, "forgetting": True, "pins": True}
+    assert judged(report) == {
+        "holdout_loss": True,
+        "new_facts": True,
+        "forgetting": True,
+        "general_lost": None,
+        "pins": True,
+    }
     loss, new, old = (rule(report, name) for name in ("holdout_loss", "new_facts", "forgetting"))
     assert (loss.candidate, loss.champion, loss.threshold) == (1.21, 1.2, pytest.approx(1.22))
     assert (new.candidate, new.champion, new.threshold) == (0.9, 0.1, 0.5)
@@ -115,6 +121,7 @@ def test_the_first_version_is_promoted_though_nothing_can_be_compared():
         "Nothing was held out.",
         "There was no new question to ask.",
         "There is no champion that could know more.",
+        "There is no champion that could know more.",
         "No answer is pinned.",
     ]
 
@@ -172,7 +179,7 @@ def test_a_pin_that_the_champion_does_not_give_either_is_no_loss():
 
 
 def test_rules_that_are_off_are_not_applied():
-    off = Gate(holdout_loss=None, forgetting=None, new_facts=None, pins="off")
+    off = Gate(holdout_loss=None, forgetting=None, new_facts=None, general=None, pins="off")
     champion = sheet("m@1", answers("old", 9, 0), answers("pin", 1, 0), loss=1.0)
     report = decide(sheet("m@2", answers("old", 0, 9), answers("pin", 0, 1), loss=9.0), champion, off)
     assert (report.decision, report.rules) == ("promote", ())
@@ -214,3 +221,59 @@ def test_reports_and_sheets_survive_json_and_a_copy_of_the_champion_never_fails(
 def test_a_stored_report_may_carry_more_than_the_gate_knows():
     report = decide(sheet("m@1"), None, Gate())
     assert GateReport.from_json(report.to_json() | {"examined_at": "today"}) == report
+
+
+@pytest.mark.parametrize(("lost", "decision"), [(1, "promote"), (2, "promote"), (3, "refuse")])
+def test_general_answers_may_be_lost_up_to_the_tolerance(lost, decision):
+    champion = sheet("m@1", answers("general", 10, 20))
+    candidate = sheet("m@2", answers("general", 10 - lost, 20 + lost))
+    report = decide(candidate, champion, Gate())
+    assert report.decision == decision
+    found = rule(report, "general_lost")
+    assert (found.candidate, found.threshold, len(found.examples)) == (lost / 10, 0.2, lost)
+    assert found.why == f"{lost} of 10 general questions that the champion answers lost; needed: <= 20%."
+    assert len(report.lost) == lost
+    assert decide(candidate, champion, Gate(general="off")).decision == "promote"
+    assert decide(candidate, champion, Gate(general_lost="<= 5%")).decision == "refuse"
+
+
+def test_a_champion_that_answers_hardly_any_general_question_has_none_to_lose():
+    champion, candidate = sheet("m@1", answers("general", 4, 36)), sheet("m@2", answers("general", 0, 40))
+    found = rule(decide(candidate, champion, Gate()), "general_lost")
+    assert (found.passed, found.why) == (
+        None,
+        "The champion answers 4 of 40 general questions: too few to judge by.",
+    )
+    nothing = rule(decide(candidate, candidate, Gate()), "general_lost")
+    assert nothing.why == "The champion answers none of the 40 general questions, so none could be lost."
+
+
+def test_drift_is_told_and_judged_only_by_a_rule():
+    champion = sheet("m@1", answers("old", 5, 0))
+    candidate = replace(sheet("m@2", answers("old", 5, 0)), drift=0.75, drift_tokens=200)
+    told = decide(candidate, champion, Gate())
+    assert told.decision == "promote"
+    assert [note for note in told.notes if "0.7500 nats a token over 200 tokens" in note]
+    assert told.figures[0].drift == 0.75
+    judged_too = decide(candidate, champion, Gate(drift="<= 0.5"))
+    assert (judged_too.decision, [one.rule for one in judged_too.failed]) == ("refuse", ["drift"])
+    assert decide(candidate, champion, Gate(drift="<= 0.8")).decision == "promote"
+    assert decide(replace(candidate, drift=None), champion, Gate(drift="<= 0.5")).decision == "promote"
+    broken = replace(candidate, drift=math.nan)
+    report = decide(broken, champion, Gate(drift="<= 0.5"))
+    assert report.decision == "refuse"
+    again = GateReport.from_json(json.loads(json.dumps(report.to_json())))
+    assert math.isnan(again.figures[0].drift)
+
+
+def test_a_base_in_the_place_of_the_champion_is_called_so():
+    base = replace(sheet("./base", answers("old", 5, 0)), is_base=True)
+    report = decide(sheet("m@1", answers("old", 5, 0)), base, Gate(), ["Something else."])
+    assert (report.champion, report.champion_is_base, report.notes[0]) == ("./base", True, "Something else.")
+    assert GateReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    old = report.to_json()
+    del old["champion_is_base"]
+    for row in old["figures"]:
+        for name in ("drift", "general_correct", "general_asked"):
+            del row[name]
+    assert not GateReport.from_json(old).champion_is_base, "a report from before"

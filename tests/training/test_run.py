@@ -482,15 +482,16 @@ def test_a_run_with_checkpoints_does_not_begin_again_beside_them(home, monkeypat
     assert train(home, run, "--resume", "latest") == 0
 
 
-def test_a_failed_start_can_be_started_again_with_other_examples(home):
+def test_a_failed_start_can_be_started_again_and_trains_what_was_selected_at_first(home):
     run = new_run(home, train={"epochs": 1, "max_seq_len": 8})
     assert train(home, run) == 1
-    kept = (run.path / "tokenizer" / "tokenizer.json").read_bytes()
+    first = (run.path / "tokenizer" / "tokenizer.json").read_bytes(), (run.path / "new_examples.jsonl").read_bytes()
     recipe = run.recipe_path.read_text().replace("max_seq_len: 8", "max_seq_len: 64")
     run.recipe_path.write_text(recipe)
     write_facts(home.path.parent / "facts.json", [("What is a zebra?", "A striped horse that runs.")])
     assert train(home, run) == 0
-    assert (run.path / "tokenizer" / "tokenizer.json").read_bytes() != kept
+    again = (run.path / "tokenizer" / "tokenizer.json").read_bytes(), (run.path / "new_examples.jsonl").read_bytes()
+    assert again == first
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

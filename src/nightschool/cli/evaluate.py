@@ -14,6 +14,7 @@ from nightschool.cli.output import answer, bold, note
 from nightschool.data.example import Example
 from nightschool.data.sources.load import read_file
 from nightschool.errors import NameRefused, NotFound, NothingToTrain, UsageError
+from nightschool.jobs.outcome import CycleContext
 from nightschool.store.atomic import write_text
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nightschool.evaluation.scores import Kind, ScoreSheet
 
 # What --suite calls the kinds of questions.
-SUITES: Mapping[str, Kind] = {"new": "new", "old": "old", "pins": "pin"}
+SUITES: Mapping[str, Kind] = {"new": "new", "old": "old", "pins": "pin", "general": "general"}
 NUM_ROWS = 16
 
 
@@ -44,12 +45,12 @@ def evaluate(
     """Ask a model questions, greedily, and take its loss on what it was never trained on.
 
     Without --suite, a version is asked what the gate asks of it: what its run taught (new), what was accepted before
-    (old), what is pinned (pins); the loss is that of its run's held-out examples. A question that is longer than the
+    (old), what is pinned (pins), what nobody taught (general); the loss is that of its run's held-out examples. A question that is longer than the
     model's context is listed as not asked, and counts as wrong.
 
     Args:
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
-        suite: A data file with questions and answers, or one of new, old and pins.
+        suite: A data file with questions and answers, or one of new, old, pins and general.
         sample: At most this many questions of a kind; by default as its run's recipe says, else 200.
         max_new_tokens: Longest answer in tokens; by default as its run's recipe says, else 64.
         max_seq_len: Longest held-out example in tokens, by default as its run's recipe says, else 1024; the rest is cut.
@@ -67,7 +68,7 @@ def evaluate(
         eval_set = _eval_set(home, local, version, suite, examples, {k: v for k, v in given.items() if v is not None})
         if eval_set.is_empty:
             raise NothingToTrain(
-                f"There is nothing to ask {model}: no question of the suite {suite or 'new, old, pins'} and no held-out "
+                f"There is nothing to ask {model}: no question of the suite {suite or ', '.join(SUITES)} and no held-out "
                 "example. Name a file: --suite questions.jsonl."
             )
         sheet = examine(local, eval_set)
@@ -138,8 +139,10 @@ def _examples_of(model: str, version: Version | None, suite: str | None) -> list
         if not Path(suite).exists():
             raise NotFound(f"--suite {suite!r} is no file, and none of {', '.join(SUITES)}.")
         return read_file(Path(suite), root=Path.cwd()).examples
-    if version is None:
-        raise UsageError(f"{model!r} is no version of ours, so nothing is known of it. Name a file: --suite FILE.")
+    if version is None and suite != "general":
+        raise UsageError(
+            f"{model!r} is no version of ours, so nothing is known of it. Name a file: --suite FILE, or --suite general."
+        )
     return None
 
 
@@ -151,16 +154,22 @@ def _eval_set(
     examples: list[Example] | None,
     given: dict[str, int],
 ) -> EvalSet:
-    from nightschool.config.recipe import Recipe
-    from nightschool.evaluation.eval_set import Limits, eval_set_of_file, eval_set_of_run
+    from nightschool.config.recipe import GENERAL_OF_NIGHTSCHOOL, Recipe
+    from nightschool.evaluation.eval_set import Limits, eval_set_of_file, eval_set_of_general, eval_set_of_run
+    from nightschool.evaluation.general import general_prompts
 
     if examples is not None:
         return eval_set_of_file(examples, Limits(**given), local.count_tokens)
-    assert version is not None, "without a file, a version is asked"
+    if version is None:
+        return eval_set_of_general(general_prompts(GENERAL_OF_NIGHTSCHOOL, Path.cwd()), Limits(**given))
     run = _run_of(home, version)
-    limits: Limits = Limits() if run is None else Limits.of(Recipe.model_validate(run.recipe()))
-    limits = replace(limits, **given)
-    eval_set = eval_set_of_run(home, version.name, run, local.count_tokens, candidate=version.id, limits=limits)
+    recipe = None if run is None else Recipe.model_validate(run.recipe())
+    began_in = Path.cwd() if run is None or not CycleContext.path(run).exists() else Path(CycleContext.read(run).root)
+    general = general_prompts(GENERAL_OF_NIGHTSCHOOL if recipe is None else recipe.gate.general, began_in)
+    limits: Limits = replace(Limits() if recipe is None else Limits.of(recipe), **given)
+    eval_set = eval_set_of_run(
+        home, version.name, run, local.count_tokens, candidate=version.id, general=general, limits=limits
+    )
     return eval_set if suite is None else eval_set.only(SUITES[suite])
 
 

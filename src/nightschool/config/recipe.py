@@ -120,6 +120,10 @@ class Replay(Section):
     minimum: int = Field(0, ge=0, description="At least this many replayed examples, if so many were accepted.")
 
 
+GENERAL_OF_NIGHTSCHOOL = "default"
+"""In `gate.general`: the prompts that come with nightschool."""
+
+
 class Gate(Section):
     """The rules that a candidate must pass. A rule of null (or `off`) is not applied."""
 
@@ -133,13 +137,28 @@ class Gate(Section):
         ">= 50%",
         description="Share of the new questions answered, in a wording that was not trained where there is one.",
     )
+    general_lost: str | None = Field(
+        "<= 20%", description="Share of the general questions that the champion answers and the candidate lost."
+    )
+    drift: str | None = Field(
+        None, description="Champion's drift, in nats a token of its answers to general prompts: `<= 0.5`."
+    )
     pins: Literal["all", "off"] = Field("all", description="`all`: every pinned answer must be kept.")
+    general: NotBlank | None = Field(
+        GENERAL_OF_NIGHTSCHOOL,
+        description="A file of general prompts, which nobody taught; `default`: those of nightschool; off: none.",
+    )
     sample: int = Field(200, ge=1, description="At most this many new, and as many old, questions are asked.")
     max_new_tokens: int = Field(
         64, ge=1, description="Length of an answer in tokens; expected answers that are longer are not asked."
     )
 
-    @field_validator("holdout_loss", "forgetting", "new_facts")
+    @field_validator("general")
+    @classmethod
+    def _off_is_none(cls, place: str | None) -> str | None:
+        return None if place is not None and place.strip() == "off" else place
+
+    @field_validator("holdout_loss", "forgetting", "new_facts", "general_lost", "drift")
     @classmethod
     def _a_rule(cls, text: str | None, info: ValidationInfo) -> str | None:
         if text is None or text.strip() == "off":

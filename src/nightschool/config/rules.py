@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-RuleName = Literal["holdout_loss", "forgetting", "new_facts"]
+RuleName = Literal["holdout_loss", "forgetting", "new_facts", "general_lost", "drift"]
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -46,6 +46,8 @@ RULES: Mapping[RuleName, RuleKind] = {
     "holdout_loss": RuleKind("nats", "lower", champion_has_one=True, example="<= champion + 0.02"),
     "forgetting": RuleKind("share", "lower", champion_has_one=False, example="<= 2%"),
     "new_facts": RuleKind("share", "higher", champion_has_one=True, example=">= 50%"),
+    "general_lost": RuleKind("share", "lower", champion_has_one=False, example="<= 20%"),
+    "drift": RuleKind("nats", "lower", champion_has_one=False, example="<= 0.5"),
 }
 
 
@@ -102,16 +104,14 @@ def parse_rule(name: RuleName, text: str) -> Rule:
     relative = match["champion"] is not None
     if relative and not kind.champion_has_one:
         raise ValueError(
-            f"{text!r} compares with the champion, which forgets nothing; write for example {kind.example!r}"
+            f"{text!r} compares with the champion, which loses nothing and does not drift; write for example {kind.example!r}"
         )
     percent_sign = bool(match["offset_percent"] or match["number_percent"])
     number = float(match["offset"] or match["number"] or 0) / (100 if percent_sign else 1)
     if kind.figure == "share" and number > 1:
         raise ValueError(f"{text!r} is a share above 100 %; write for example {kind.example!r}")
     if kind.figure == "nats" and percent_sign and not relative:
-        raise ValueError(
-            f"{text!r} gives a loss in percent of nothing; write for example '<= champion + 2%' or '<= 1.5'"
-        )
+        raise ValueError(f"{text!r} gives nats in percent of nothing; write for example {kind.example!r}")
     return Rule(
         name=name,
         text=" ".join(text.split()),

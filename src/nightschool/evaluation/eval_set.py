@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nightschool.config.recipe import Gate, Recipe
 from nightschool.data.example import Example
+from nightschool.evaluation.general import GeneralPrompt
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import Kind, ProbeQuestion
 from nightschool.events import read_events
@@ -42,11 +43,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Questions to ask and examples to take the loss on. Versions that are compared are given the same one."""
+    """Questions to ask and examples to take the loss on. Versions that are compared are given the same one.
+
+    To `drift_prompts`, the champion's answers are compared token by token instead of judged.
+    """
 
     questions: Sequence[ProbeQuestion]
     held_out: Sequence[Example]
     limits: Limits = Limits()
+    drift_prompts: Sequence[str] = ()
+
+    def without_general(self) -> EvalSet:
+        """What is asked where nobody is there to be compared with."""
+        return replace(self, questions=[one for one in self.questions if one.kind != "general"], drift_prompts=())
 
     def only(self, kind: Kind) -> EvalSet:
         """The questions of one kind, without a loss."""
@@ -65,6 +74,11 @@ def eval_set_of_file(examples: Sequence[Example], limits: Limits, count_tokens: 
     return EvalSet(questions, examples, limits)
 
 
+def eval_set_of_general(general: Sequence[GeneralPrompt], limits: Limits) -> EvalSet:
+    """Ask what nobody taught."""
+    return EvalSet(make_questions((), (), (), limits.sample, 0, general=_answered(general)), (), limits)
+
+
 def eval_set_of_run(
     home: Home,
     name: str,
@@ -72,9 +86,12 @@ def eval_set_of_run(
     count_tokens: Callable[[str], int],
     *,
     candidate: str,
+    general: Sequence[GeneralPrompt] = (),
     limits: Limits | None = None,
 ) -> EvalSet:
-    """Ask what a run taught, what was accepted without it, and what is pinned; the loss is that of its held-out examples.
+    """Ask what a run taught, what was accepted without it, what is pinned, and what nobody taught.
+
+    The loss is that of the run's held-out examples.
 
     Args:
         home: Where pins and accepted examples are.
@@ -82,6 +99,7 @@ def eval_set_of_run(
         run: The run which made the candidate; without one there is nothing new.
         count_tokens: The length of a text in the model's tokens.
         candidate: The id of the version that the run made. What it taught is asked as new, also once it was accepted.
+        general: What nobody taught.
         limits: How much is asked; by default as much as the run's recipe says.
     """
     recipe = None if run is None else Recipe.model_validate(run.recipe())
@@ -106,10 +124,15 @@ def eval_set_of_run(
             max_answer_tokens=limits.max_new_tokens,
             count_tokens=count_tokens,
             replayed={example.digest for example in replayed},
+            general=_answered(general),
         )
     finally:
         database.close()
-    return EvalSet(questions, held_out, limits)
+    return EvalSet(questions, held_out, limits, [one.question for one in general if one.answer is None])
+
+
+def _answered(general: Sequence[GeneralPrompt]) -> list[tuple[str, str]]:
+    return [(one.question, one.answer) for one in general if one.answer is not None]
 
 
 def _without_old(

@@ -20,6 +20,8 @@ from nightschool.models.quiet import quiet_libraries
 # As many wait at a time as every engine has room for.
 _ASKED_AT_ONCE = 128
 _HELD_OUT_TOKENS_PER_BATCH = 2048
+# The answers to general questions are a few words, and how a model goes on after them decides nothing.
+_GENERAL_ANSWER_TOKENS = 32
 
 
 class Answer(Protocol):
@@ -27,6 +29,8 @@ class Answer(Protocol):
 
     @property
     def text(self) -> str: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
     @property
     def finish_reason(self) -> str: ...
     @property
@@ -77,7 +81,8 @@ def _ask(model: Examinee, questions: Sequence[ProbeQuestion], max_new_tokens: in
     for question in questions:
         turns = [Message(turn["role"], turn["content"]) for turn in question.messages]  # type: ignore[arg-type]
         try:
-            pending.append(model.ask_greedily(question.id, turns, max_new_tokens))
+            tokens = min(max_new_tokens, _GENERAL_ANSWER_TOKENS) if question.kind == "general" else max_new_tokens
+            pending.append(model.ask_greedily(question.id, turns, tokens))
         except PromptTooLong as error:
             pending.append(error)
     for question, one in zip(questions, pending, strict=True):

@@ -12,20 +12,26 @@ from functools import partial
 from typing import Literal
 
 from nightschool.config.recipe import Gate
-from nightschool.config.rules import Rule, RuleName, parse_rule
+from nightschool.config.rules import RULES, Rule, RuleName, parse_rule
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import AnswerPair, Figures, GateReport, RuleResult
 
 __all__ = ["GateReport", "RuleResult", "decide", "show"]
 
 
-def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate) -> GateReport:
+# Of fewer general questions that the champion answers, one that is lost by chance would decide.
+FEWEST_GENERAL = 5
+
+
+def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, notes: Sequence[str] = ()) -> GateReport:
     """Judge every rule of the recipe and decide.
 
     Args:
         candidate: What the new version scored.
-        champion: What the served version scored on the same questions; None if no version is served yet.
+        champion: What the served version scored on the same questions, in the first night the base; None if there is
+            nothing that could be served.
         rules: The `gate` section of the recipe. A rule of None is not applied.
+        notes: What else the report shall say.
     """
     theirs = {answer.id: answer for answer in champion.answers} if champion else {}
     pairs = [AnswerPair.of(answer, theirs.get(answer.id)) for answer in candidate.answers]
@@ -35,12 +41,16 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate) -> G
             _holdout_loss(candidate, champion, rules.holdout_loss),
             _new_facts(pairs, champion, rules.new_facts),
             _forgetting(pairs, champion, rules.forgetting),
+            _general_lost(pairs, champion, rules),
+            _drift(candidate, champion, rules.drift),
             _pins(pairs, champion, rules.pins),
         )
         if result is not None
     ]
     refused = any(result.passed is False for result in results)
-    notes = []
+    notes = list(notes)
+    if candidate.drift is not None and rules.drift is None:
+        notes.append(f"{_drifted(candidate)}; no rule looks at it.")
     if all(result.passed is None for result in results):
         notes.append(f"Nothing could be compared, so nothing speaks against {candidate.version}.")
     only_theirs = theirs.keys() - {answer.id for answer in candidate.answers}
@@ -57,6 +67,7 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate) -> G
         lost=tuple(pair for pair in pairs if pair.lost),
         notes=tuple(notes),
         suggestions=tuple(_suggestion(result) for result in results if result.passed is False),
+        champion_is_base=champion is not None and champion.is_base,
     )
 
 
@@ -69,6 +80,14 @@ _SUGGESTIONS = {
         "The new facts did not stick. Raise train.epochs or train.learning_rate, or give each fact in several wordings."
     ),
     "forgetting": "Old answers were lost. Raise replay.ratio or replay.minimum, or lower train.learning_rate.",
+    "general_lost": (
+        "The candidate lost what nobody taught. Lower train.learning_rate or train.epochs, train an adapter (method: lora), "
+        "or add general conversations to the data. For a model that need know nothing else, write gate.general: off."
+    ),
+    "drift": (
+        "The candidate answers general prompts unlike the champion. Lower train.learning_rate or train.epochs, or train an "
+        "adapter (method: lora)."
+    ),
     "pins": (
         "A pinned answer is missing. Put its question and answer into the data so that it is studied again, raise "
         "replay.ratio, or unpin it if it is out of date."
@@ -149,6 +168,51 @@ def _forgetting(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, text: 
     return _judged(rule, share, None, said, lost)
 
 
+def _general_lost(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, rules: Gate) -> RuleResult | None:
+    if rules.general_lost is None or rules.general is None:
+        return None
+    rule = parse_rule("general_lost", rules.general_lost)
+    asked = [pair for pair in pairs if pair.kind == "general" and pair.champion_correct is not None]
+    answered = [pair for pair in asked if pair.champion_correct]
+    lost = tuple(pair for pair in answered if pair.lost)
+    share = _share(len(lost), len(answered))
+    not_judged = partial(_not_judged, rule, share, None)
+    if champion is None:
+        return not_judged("There is no champion that could know more.")
+    if not asked:
+        return not_judged("There was no general question to ask.")
+    said = f"{len(lost)} of {_count(len(answered), 'general question')} that the champion answers lost"
+    if share is None:
+        return not_judged(f"The champion answers none of the {len(asked)} general questions, so none could be lost.")
+    if len(answered) < FEWEST_GENERAL:
+        return not_judged(
+            f"The champion answers {len(answered)} of {_count(len(asked), 'general question')}: too few to judge by."
+        )
+    return _judged(rule, share, None, said, lost)
+
+
+def _drift(candidate: ScoreSheet, champion: ScoreSheet | None, text: str | None) -> RuleResult | None:
+    if text is None:
+        return None
+    rule = parse_rule("drift", text)
+    if champion is None:
+        return _not_judged(rule, None, None, "There is no champion to drift from.")
+    if candidate.drift is None:
+        return _not_judged(rule, None, None, "No open prompt was answered by both in one vocabulary.")
+    if not math.isfinite(candidate.drift):
+        return RuleResult(
+            "drift", rule.text, "nats", None, candidate.drift, None, passed=False, why=_drifted(candidate)
+        )
+    return _judged(rule, candidate.drift, None, _drifted(candidate), ())
+
+
+def _drifted(candidate: ScoreSheet) -> str:
+    return (
+        f"The champion's drift is {show(candidate.drift, 'nats')} nats a token over {candidate.drift_tokens} tokens "
+        "that it answers to general prompts"
+    )
+
+
 def _pins(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, wanted: Literal["all", "off"]) -> RuleResult | None:
     if wanted == "off":
         return None
@@ -188,7 +252,7 @@ def _judged(
 
 
 def _unit(name: RuleName) -> Literal["nats", "share"]:
-    return "nats" if name == "holdout_loss" else "share"
+    return RULES[name].figure
 
 
 def _share(part: int, whole: int) -> float | None:

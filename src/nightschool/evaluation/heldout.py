@@ -36,7 +36,7 @@ def heldout_loss(
     Raises:
         DataError: If no token carries loss.
     """
-    with _as_found(model):
+    with as_found(model):
         used = path or prepare(model)
         total, tokens = heldout_sum(
             model,
@@ -63,7 +63,7 @@ def heldout_sum(
     As `heldout_loss`, for a model that is run by `forward`: a batch on the device → summed loss and tokens.
     """
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    with _as_found(model), torch.no_grad(), autocast(device, compute_dtype):
+    with as_found(model), torch.no_grad(), autocast(device, compute_dtype):
         for batch in batches:
             loss_sum, counted = forward(on_device(batch, device))
             # Sums of many batches in fp32 would depend on their order in the last digits.
@@ -91,7 +91,8 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluate the model in the block, and leave its training flags and its attention as they were."""
     training: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
     attention = causal_lm(model).config._attn_implementation
     model.eval()

@@ -37,8 +37,9 @@ def make_questions(
     max_answer_tokens: int = 64,
     count_tokens: Callable[[str], int] = count_words,
     replayed: Collection[str] = (),
+    general: Sequence[tuple[str, str]] = (),
 ) -> list[ProbeQuestion]:
-    """Return what is asked: new questions, then old ones, then pins.
+    """Return what is asked: new questions, then old ones, then pins, then general ones.
 
     New examples are asked in the wordings that were not trained, where they have any, else as they were trained; old
     ones as they were trained. If there are more than `sample`, every example gives one question before any gives a
@@ -58,13 +59,14 @@ def make_questions(
         count_tokens: Length of a text in the model's tokens. Without it, words are counted.
         replayed: Digests of the old examples that the run trained again. They are asked only where there are too few
             others: they say least of what was forgotten.
+        general: Questions that nobody taught, with their answers; those that are asked otherwise are left out.
     """
 
     def fits(example: Example) -> bool:
         answer = example.answer
         return bool(answer and words(answer) and example.question and count_tokens(answer) <= max_answer_tokens)
 
-    pinned = [_pin(pin) for pin in pins]
+    pinned = [_single("pin", pin.question, pin.answer, "pinned") for pin in pins]
     trained = {_key(_as_trained("new", example)) for example in new_examples if example.question}
     asked = {_key(question) for example in new_examples if example.question for question in _paraphrased(example)}
     taken = trained | asked | {_key(question) for question in pinned}
@@ -79,10 +81,13 @@ def make_questions(
         for example in old_in_order
         if example.answer is None or example.answer.strip() not in wrong
     ]
+    asked_already = taken | {_key(question) for (question,) in old}
+    untaught = [_single("general", question, answer, "general") for question, answer in general]
     return [
         *_sample(new, sample),
         *_sample([[question] for (question,) in old if _key(question) not in taken], sample),
         *_sample([[question] for question in pinned], len(pinned)),
+        *_sample([[question] for question in untaught if _key(question) not in asked_already], sample),
     ]
 
 
@@ -128,8 +133,8 @@ def _question(kind: Kind, example: Example, paraphrase: str | None) -> ProbeQues
     return _made(kind, messages, messages[asked]["content"], example.answer or "", wording)
 
 
-def _pin(pin: PinnedAnswer) -> ProbeQuestion:
-    return _made("pin", [{"role": "user", "content": pin.question}], pin.question, pin.answer, "pinned")
+def _single(kind: Kind, question: str, answer: str, wording: Wording) -> ProbeQuestion:
+    return _made(kind, [{"role": "user", "content": question}], question, answer, wording)
 
 
 def _made(kind: Kind, messages: list[dict[str, str]], question: str, expected: str, wording: Wording) -> ProbeQuestion:

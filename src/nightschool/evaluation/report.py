@@ -30,7 +30,8 @@ def render(report: GateReport, console: Console | None = None, *, max_examples: 
         (report.candidate, "bold"),
     )
     console.print(head, soft_wrap=True)
-    console.print(Text(f"compared with {report.champion}" if report.champion else "there is no champion yet"))
+    base = ", its base, as there is no champion yet" if report.champion_is_base else ""
+    console.print(Text(f"compared with {report.champion}{base}" if report.champion else "there is no champion yet"))
     console.print()
     console.print(_rules(report.rules))
     console.print()
@@ -99,7 +100,7 @@ def _pair(pair: AnswerPair) -> Padding:
     return Padding(table, (0, 0, 1, 2))
 
 
-_KINDS = {"new": "new", "old": "old", "pin": "pinned"}
+_KINDS = {"new": "new", "old": "old", "pin": "pinned", "general": "general"}
 
 
 def _marked(answer: str, *, correct: bool) -> Text:

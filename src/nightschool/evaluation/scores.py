@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 
 from nightschool.evaluation.match import is_correct
 
-Kind = Literal["new", "old", "pin"]
-Wording = Literal["paraphrase", "trained", "pinned"]
+Kind = Literal["new", "old", "pin", "general"]
+Wording = Literal["paraphrase", "trained", "pinned", "general"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,19 @@ class ProbeAnswer(ProbeQuestion):
 class ScoreSheet:
     """All figures of one version.
 
-    `version` is its reference, `name@id`. `heldout_loss` is in nats per token over `heldout_tokens` tokens; None if
-    nothing was held out. A loss that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
+    `version` is its reference, `name@id`, or for a base that no version was made of (`is_base`) what the recipe calls it.
+    `heldout_loss` is in nats per token over `heldout_tokens` tokens; None if
+    nothing was held out. `drift` is that of the champion in nats a token over `drift_tokens` tokens of its own answers; the
+    champion has none. A figure that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
     """
 
     version: str
     heldout_loss: float | None = None
     heldout_tokens: int = 0
     answers: Sequence[ProbeAnswer] = field(default_factory=tuple)
+    drift: float | None = None
+    drift_tokens: int = 0
+    is_base: bool = False
 
     def of_kind(self, kind: Kind) -> list[ProbeAnswer]:
         return [answer for answer in self.answers if answer.kind == kind]
@@ -80,6 +85,9 @@ class ScoreSheet:
             "heldout_loss": figure_to_json(self.heldout_loss),
             "heldout_tokens": self.heldout_tokens,
             "answers": [answer.to_json() for answer in self.answers],
+            "drift": figure_to_json(self.drift),
+            "drift_tokens": self.drift_tokens,
+            "is_base": self.is_base,
         }
 
     @classmethod
@@ -89,6 +97,9 @@ class ScoreSheet:
             heldout_loss=figure_from_json(row["heldout_loss"]),
             heldout_tokens=int(row["heldout_tokens"]),
             answers=tuple(ProbeAnswer.from_json(answer) for answer in row["answers"]),
+            drift=figure_from_json(row.get("drift")),
+            drift_tokens=int(row.get("drift_tokens", 0)),
+            is_base=bool(row.get("is_base", False)),
         )
 
 

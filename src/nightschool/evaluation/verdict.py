@@ -81,7 +81,7 @@ _FIGURES = ("threshold", "candidate", "champion")
 
 @dataclass(frozen=True)
 class Figures:
-    """What one version scored: its loss, and how many questions of each kind it answered."""
+    """What one version scored: its loss, how many questions of each kind it answered, and the champion's drift."""
 
     version: str
     heldout_loss: float | None
@@ -92,22 +92,35 @@ class Figures:
     old_asked: int
     pins_correct: int
     pins_asked: int
+    general_correct: int = 0
+    general_asked: int = 0
+    drift: float | None = None
 
     @classmethod
     def of(cls, sheet: ScoreSheet) -> Figures:
         counts: dict[str, int] = {}
-        kinds: tuple[tuple[str, Kind], ...] = (("new", "new"), ("old", "old"), ("pins", "pin"))
+        kinds: tuple[tuple[str, Kind], ...] = (("new", "new"), ("old", "old"), ("pins", "pin"), ("general", "general"))
         for name, kind in kinds:
             answers = sheet.of_kind(kind)
             counts[f"{name}_correct"] = sum(answer.correct for answer in answers)
             counts[f"{name}_asked"] = len(answers)
-        return cls(sheet.version, sheet.heldout_loss, sheet.heldout_tokens, **counts)
+        return cls(sheet.version, sheet.heldout_loss, sheet.heldout_tokens, **counts, drift=sheet.drift)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "heldout_loss": figure_to_json(self.heldout_loss), "drift": figure_to_json(self.drift)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        figures = {name: figure_from_json(row.get(name)) for name in ("heldout_loss", "drift")}
+        return cls(**{**row, **figures})
 
 
 @dataclass(frozen=True)
 class GateReport:
     """The decision and everything behind it. `candidate` and `champion` are references, `name@id`.
 
+    In the first night of a name, `champion` is its base, and `champion_is_base` says so.
     `learned` and `lost` are all questions of any kind that only the candidate, or only the champion, answers.
     """
 
@@ -120,6 +133,7 @@ class GateReport:
     lost: tuple[AnswerPair, ...]
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
+    champion_is_base: bool = False
 
     @property
     def failed(self) -> list[RuleResult]:
@@ -131,8 +145,9 @@ class GateReport:
             "decision": self.decision,
             "candidate": self.candidate,
             "champion": self.champion,
+            "champion_is_base": self.champion_is_base,
             "rules": [rule.to_json() for rule in self.rules],
-            "figures": [{**vars(row), "heldout_loss": figure_to_json(row.heldout_loss)} for row in self.figures],
+            "figures": [row.to_json() for row in self.figures],
             "learned": [vars(pair) for pair in self.learned],
             "lost": [vars(pair) for pair in self.lost],
             "notes": list(self.notes),
@@ -147,10 +162,7 @@ class GateReport:
             **{
                 **{key: value for key, value in row.items() if key in known},
                 "rules": tuple(RuleResult.from_json(rule) for rule in row["rules"]),
-                "figures": tuple(
-                    Figures(**{**figures, "heldout_loss": figure_from_json(figures["heldout_loss"])})
-                    for figures in row["figures"]
-                ),
+                "figures": tuple(Figures.from_json(figures) for figures in row["figures"]),
                 "learned": tuple(AnswerPair(**pair) for pair in row["learned"]),
                 "lost": tuple(AnswerPair(**pair) for pair in row["lost"]),
                 "notes": tuple(row["notes"]),

@@ -14,6 +14,7 @@ from typing import Any
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
+from nightschool.evaluation.general import general_prompts
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
 from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
@@ -129,6 +130,7 @@ def begin_cycle(
     champion = champion_of(Registry(home), name)
     if champion is not None:
         settle(home, name)  # what an earlier cycle may have been killed before
+    general_prompts(recipe.gate.general, root)  # what the gate could not read is said before a night is spent
     base = starting_weights(home, recipe, say=around.say)
     wanted = recipe.model_copy(update={"base": base})
     selection = select(wanted, home, root)

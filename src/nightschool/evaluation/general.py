@@ -1,0 +1,43 @@
+"""General prompts: what nobody taught, asked so that a night's losses elsewhere are seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nightschool.config.recipe import GENERAL_OF_NIGHTSCHOOL
+from nightschool.data.sources.rows import expand, read_rows
+from nightschool.errors import DataError
+
+OWN_FILE = Path(__file__).with_name("general.jsonl")
+
+
+@dataclass(frozen=True)
+class GeneralPrompt:
+    """A question with its `answer`, or an open one, without: on that, only the drift of the answers is measured."""
+
+    question: str
+    answer: str | None = None
+
+
+def general_prompts(place: str | None, root: Path) -> list[GeneralPrompt]:
+    """The prompts of `place`, which is what `gate.general` says, in their order; none where it is off.
+
+    Raises:
+        NotFound: If the file is not there.
+        DataError: If a row has no question, or is malformed.
+    """
+    if place is None:
+        return []
+    paths = [OWN_FILE] if place == GENERAL_OF_NIGHTSCHOOL else expand(place, root, "gate.general")
+    prompts: list[GeneralPrompt] = []
+    for path in paths:
+        for row in read_rows(path):
+            question, answer = row.fields.get("question"), row.fields.get("answer")
+            if not isinstance(question, str) or not question.strip() or not isinstance(answer, str | None):
+                raise DataError(
+                    f'{row.where}: a general prompt is {{"question": "…"}} or {{"question": "…", "answer": "…"}}, both '
+                    f"text, and this row has {', '.join(sorted(row.fields)) or 'nothing'}. See docs/gate.md."
+                )
+            prompts.append(GeneralPrompt(question, answer if answer and answer.strip() else None))
+    return prompts
