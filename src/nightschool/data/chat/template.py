@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import jinja2
 
+from nightschool.data.chat.sandbox import TooMuch, render
 from nightschool.data.example import Message, Role
 from nightschool.errors import DataError, ModelError
 
@@ -34,11 +35,12 @@ PLAIN_TEMPLATE = (
 """For a tokenizer without ChatML's tokens: no token is added, so no embedding has to grow. The eos token ends an answer."""
 
 _DATE = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July", "%H": "00", "%M": "00", "%S": "00"}
-_FIXED_CLOCK = (
-    "{%- macro strftime_now(format) %}{{- format"
-    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
-    + " }}{%- endmacro %}"
-)
+
+
+def _fixed_clock(format: str) -> str:  # noqa: A002 - what templates call it with
+    for code, value in _DATE.items():
+        format = format.replace(code, value)  # noqa: A001
+    return format
 
 
 def ensure_template(tokenizer: Any) -> None:
@@ -65,24 +67,40 @@ def render_text(tokenizer: Any, messages: Sequence[Message], *, generation_promp
     changes at midnight would be another one than was trained, and a resumed run would differ from an uninterrupted one.
 
     Raises:
-        DataError: If the template refuses these messages, in its own words.
+        DataError: If the template refuses these messages, in its own words, is faulty, or takes too much time or room.
     """
+    values = {
+        **tokenizer.special_tokens_map,
+        "messages": [{"role": m.role, "content": m.content} for m in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": generation_prompt,
+        "enable_thinking": thinking,
+        "thinking": thinking,
+    }
+    characters = sum(len(m.content) for m in messages)
     try:
-        template = tokenizer.get_chat_template()
-        text = tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages],
-            chat_template=_FIXED_CLOCK + template if "strftime_now" in template else template,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            enable_thinking=thinking,
-            thinking=thinking,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        return render(tokenizer.get_chat_template(), values, characters=characters, strftime_now=_fixed_clock)
+    except jinja2.TemplateSyntaxError as error:
         raise DataError(
-            f"the model's chat template refuses the conversation: {error}. Change the turns to suit it."
+            f"the model's chat template is malformed: {_said(error)} Correct it in the model's folder."
         ) from None
-    assert isinstance(text, str)
-    return text
+    except TooMuch as error:
+        raise DataError(
+            f"the model's chat template does not end well: {_said(error)} Take another base, or correct it."
+        ) from None
+    except Exception as error:  # the template is foreign code: it raises whatever it stumbles over
+        raise DataError(
+            f"the model's chat template refuses the conversation: {_said(error)} Change the turns to suit it."
+        ) from None
+
+
+def _said(error: Exception) -> str:
+    """What a template raised, as one sentence of bounded length."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    if not isinstance(error, jinja2.TemplateError | ValueError | TypeError):
+        said = f"{type(error).__name__}: {said}"
+    return said if said.endswith((".", "!", "?")) else f"{said}."
 
 
 def sentinels(count: int, salt: str = "") -> list[str]:
