@@ -15,6 +15,9 @@ from nightschool.data.sources.problems import Problems
 from nightschool.data.sources.rows import expand, read_rows
 from nightschool.errors import DataError
 
+MOST_EXAMPLES = 5_000_000
+"""Of one file: an example takes a kilobyte of memory and more."""
+
 
 @dataclass(frozen=True)
 class SourceReport:
@@ -137,7 +140,7 @@ def read_into(path: Path, format_name: str, root: Path, problems: Problems) -> L
     examples: list[Example] = []
     formats: Counter[str] = Counter()
     seen: dict[str, Example] = {}
-    for row in read_rows(path, source=source, problems=problems):
+    for row in read_rows(path, source=source, problems=problems, most_rows=MOST_EXAMPLES):
         try:
             found = to_examples(row, format_name)
         except DataError as error:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from nightschool.data.sources.json_rows import json_array, json_lines, json_stream, parse_json
+from nightschool.data.sources.parquet_rows import parquet_rows
 from nightschool.data.sources.problems import Problems
-from nightschool.data.sources.text_input import LINE_LIMIT_BYTES, open_data, text_lines, too_long
+from nightschool.data.sources.text_input import LINE_LIMIT_BYTES, open_data, text_lines, too_long, too_many
 from nightschool.errors import DataError, NotFound
 
 Kind = Literal["array", "lines", "stream", "parquet", "csv", "text"]
@@ -41,13 +39,16 @@ class Row:
         return f"{self.source}:{self.line}"
 
 
-def read_rows(path: Path, *, source: str | None = None, problems: Problems | None = None) -> Iterator[Row]:
+def read_rows(
+    path: Path, *, source: str | None = None, problems: Problems | None = None, most_rows: int | None = None
+) -> Iterator[Row]:
     """Yield the rows of one file in its order, holding one at a time.
 
     Args:
         path: The file.
         source: How messages name the file; by default as the path is written.
         problems: Where malformed rows are noted while reading goes on. By default the first one raises.
+        most_rows: Refuse a file with more; at once where the file says how many it has.
 
     Raises:
         NotFound: If there is no such file.
@@ -58,8 +59,10 @@ def read_rows(path: Path, *, source: str | None = None, problems: Problems | Non
     noted = len(problems.found)
     count = 0
     try:
-        for line, fields in _values(kind_of(path, source), path, source, problems):
+        for line, fields in _values(kind_of(path, source), path, source, problems, most_rows):
             count += 1
+            if most_rows is not None and count > most_rows:
+                raise too_many(source, "more rows", most_rows)
             if isinstance(fields, dict):
                 yield Row(fields, source, line)
             else:
@@ -159,7 +162,9 @@ def _lines_or_stream(path: Path, source: str, ending: str) -> Kind:
     return "lines"
 
 
-def _values(kind: Kind, path: Path, source: str, problems: Problems) -> Iterator[tuple[int, Any]]:
+def _values(
+    kind: Kind, path: Path, source: str, problems: Problems, most_rows: int | None
+) -> Iterator[tuple[int, Any]]:
     match kind:
         case "array":
             return json_array(path, source)
@@ -168,25 +173,11 @@ def _values(kind: Kind, path: Path, source: str, problems: Problems) -> Iterator
         case "stream":
             return json_stream(path, source)
         case "parquet":
-            return _parquet_rows(path, source)
+            return parquet_rows(path, source, most_rows)
         case "csv":
             return _csv_rows(path, source, problems)
         case "text":
             return _text_document(path, source)
-
-
-def _parquet_rows(path: Path, source: str) -> Iterator[tuple[int, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield number, {name: value for name, value in fields.items() if value is not None}
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{source}: the Parquet file cannot be read: {str(error).splitlines()[0]}. Write it again."
-        ) from None
 
 
 def _csv_rows(path: Path, source: str, problems: Problems) -> Iterator[tuple[int, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -22,9 +23,12 @@ def open_data(path: Path) -> IO[bytes]:
 
     Raises:
         NotFound: If there is no such file.
-        DataError: If it is a folder, or may not be read.
+        DataError: If it is no regular file (opening a pipe would wait for whoever writes it), or may not be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "no regular file, but a pipe, a socket or a device"
+            raise DataError(f"{path} is {kind}. Name a file; copy what comes from elsewhere into one.")
         return path.open("rb")
     except FileNotFoundError:
         raise NotFound(f"There is no file {path}. Correct the path, or create the file.") from None
@@ -36,6 +40,14 @@ def too_long(source: str, line: int, what: str) -> DataError:
     """The error for a value above `LINE_LIMIT_BYTES`."""
     return DataError(
         f"{source}:{line}: {what} is longer than the limit of {format_bytes(LINE_LIMIT_BYTES)}. Split it into shorter ones."
+    )
+
+
+def too_many(source: str, has: str, most_rows: int) -> DataError:
+    """The error for a file with more rows than examples may be held in memory."""
+    return DataError(
+        f"{source}: the file has {has}, and {most_rows:,} are read at most, because examples are held in memory. "
+        "Take a part of it; to pretrain on all of it, use nightschool data tokenize."
     )
 
 
