@@ -315,3 +315,49 @@ def test_a_model_from_elsewhere_is_added_and_added_once(home, capsys, tmp_path):
     assert main(["models", "add", "Mine!", "./there"]) == 2
     assert main(["models", "add", "other", "./nowhere"]) == 4
     assert "Name a folder, a GGUF file or a hub id." in capsys.readouterr().err
+
+
+DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
+
+
+def test_a_damaged_version_is_named_and_hides_no_other(home, capsys):
+    whole, nested, unexamined = add_version(home, heldout_loss=1.25), add_version(home), add_version(home)
+    damage(nested.path / "nightschool.json", DEEP)
+    Registry(home).save_report("bot", unexamined.id, {})
+    damage(Registry(home).report_path("bot", unexamined.id), DEEP)
+    rows = {row["ref"]: row for row in _json(capsys, "models", "ls")}
+    assert list(rows) == [unexamined.ref, nested.ref, whole.ref]
+    assert rows[whole.ref]["kind"] == "model"
+    assert rows[whole.ref]["damaged"] is None
+    for version, file in ((nested, "nightschool.json"), (unexamined, f"reports/{unexamined.id}.json")):
+        assert rows[version.ref]["kind"] == "damaged"
+        assert f"{file} is not JSON (it is nested too deeply)" in rows[version.ref]["damaged"]
+    assert main(["models", "ls"]) == 0
+    printed = capsys.readouterr()
+    assert whole.ref in printed.out
+    assert f"{nested.ref}: {nested.path / 'nightschool.json'} is not JSON" in printed.err
+
+
+def test_what_shows_a_damaged_version_alone_says_which_file_and_what_to_do(home, capsys):
+    version = add_version(home)
+    damage(version.path / "nightschool.json", DEEP)
+    assert main(["models", "show", version.ref]) == 1
+    said = capsys.readouterr().err
+    assert "nightschool.json" in said
+    assert "estore" in said
+    assert "mistake of nightschool" not in said
+
+
+def test_a_name_whose_aliases_are_damaged_hides_no_other(home, capsys):
+    add_version(home)
+    other = add_version(home, name="other")
+    damage(home.models / "bot" / "aliases.json", DEEP)
+    assert main(["models", "ls"]) == 0
+    printed = capsys.readouterr()
+    assert other.ref in printed.out
+    assert f"{home.models / 'bot' / 'aliases.json'} is not JSON" in printed.err
+
+
+def damage(path, content):
+    path.chmod(0o644)
+    path.write_text(content)

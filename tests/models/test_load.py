@@ -20,6 +20,7 @@ from nightschool.models.build import PRESETS, build_model
 from nightschool.models.cost import count_parameters
 from nightschool.models.export import save_version_folder
 from nightschool.models.load import load_base, load_version
+from nightschool.models.stored import stored_weights
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionMetadata
 from tests.support.documents import ARCHITECTURES
@@ -350,3 +351,61 @@ def test_16_bit_loads_in_16_bit(architecture, tmp_path, home):
     loaded = load_base(str(tmp_path / "m"), home, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert isinstance(loaded.model, type(AutoModelForCausalLM.from_config(loaded.model.config)))
+
+
+KERNEL = "kernels-community/flash-attn"
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_the_kernels_that_a_config_asks_for_are_not_taken(key, tmp_path, home):
+    folder_of(tmp_path / "m")
+    edit_config(tmp_path / "m", **{key: KERNEL})
+    loaded = load_base(str(tmp_path / "m"), home)
+    assert KERNEL not in (loaded.model.config._attn_implementation, loaded.model.config._experts_implementation)
+    save_version_folder(loaded.model, loaded.tokenizer, tmp_path / "again")
+    assert KERNEL not in (tmp_path / "again" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_deeply_nested_file_of_a_base_is_named(file, tmp_path, home):
+    folder_of(tmp_path / "m")
+    (tmp_path / "m" / file).write_text('{"a":' * 20_000 + "1" + "}" * 20_000)
+    with pytest.raises((Damaged, ModelError), match=str(tmp_path / "m")):
+        load_base(str(tmp_path / "m"), home)
+
+
+@pytest.mark.parametrize("fields", [{"num_attention_heads": 0}, {"hidden_size": 0}, {"num_hidden_layers": -1}])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_configuration_that_cannot_be_built_is_named(fields, architecture, tmp_path, home):
+    folder_of(tmp_path / "m", architecture)
+    edit_config(tmp_path / "m", **fields)
+    with pytest.raises(Damaged, match=str(tmp_path / "m")):
+        load_base(str(tmp_path / "m"), home)
+
+
+def test_a_configuration_that_divides_by_zero_is_named_before_anything_is_loaded(tmp_path, home):
+    folder_of(tmp_path / "m", "tiny-llama")
+    edit_config(tmp_path / "m", num_attention_heads=0, head_dim=None)
+    with pytest.raises(Damaged, match=r"config\.json of the base .* cannot be used: .*zero"):
+        stored_weights(str(tmp_path / "m"), home)
+
+
+def adapter_folder(path, base):
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+
+
+@pytest.mark.parametrize("look", [load_base, stored_weights])
+def test_an_adapter_that_stands_on_itself_is_refused(look, tmp_path, home):
+    for name, base in (("itself", "itself"), ("one", "other"), ("other", "one")):
+        adapter_folder(tmp_path / name, str(tmp_path / base))
+    for name in ("itself", "one"):
+        with pytest.raises(ModelError, match="stands on this adapter itself"):
+            look(str(tmp_path / name), home)
+
+
+def test_a_deeply_nested_adapter_config_is_named(tmp_path, home):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("[" * 20_000)
+    with pytest.raises(Damaged, match=r"adapter_config\.json"):
+        load_base(str(tmp_path / "a"), home)

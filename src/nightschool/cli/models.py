@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nightschool.cli.formatting import figure, folder_bytes, moment
-from nightschool.cli.output import answer, bold, colour_wanted, confirm, table
-from nightschool.errors import UsageError
+from nightschool.cli.output import answer, bold, colour_wanted, confirm, note, table
+from nightschool.errors import Damaged, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import figure_to_json
 from nightschool.evaluation.verdict import GateReport
@@ -35,9 +35,19 @@ def ls(name: str | None = None, /) -> None:
     """
     registry = Registry(Home.find())
     names = registry.names() if name is None else [parse_ref(name).name]
-    rows = [version_summary(registry, version) for one in names for version in registry.versions(one)]
+    rows = []
+    for one in names:
+        try:
+            rows += [version_summary(registry, version) for version in registry.versions(one)]
+        except Damaged as error:
+            if name is not None:
+                raise
+            note(f"{one}: {error}")
     if name is not None and not rows:
         registry.resolve(name)
+    for row in rows:
+        if row["damaged"]:
+            note(f"{row['ref']}: {row['damaged']}")
     answer(
         rows,
         lambda: (

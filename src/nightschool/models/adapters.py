@@ -7,7 +7,6 @@ linear layers but bare tensors; for architectures that PEFT knows, its `all-line
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nightschool.errors import Damaged, ModelError
+from nightschool.models.folder import read_json
 from nightschool.models.quiet import quiet_libraries
 
 
@@ -114,7 +114,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     with quiet_libraries():
         try:
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except Exception as error:  # the files are foreign: peft raises whatever it stumbles over
             raise ModelError(
                 f"The adapter {folder} does not fit its base: {error} Load it on the base that it was trained on."
             ) from None
@@ -176,11 +176,7 @@ def describe_adapter(wrapped: PeftModel) -> AdapterInfo:
 
 def adapter_base(folder: Path) -> str | None:
     """The base that an adapter folder names."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Damaged(f"{folder / 'adapter_config.json'} is no JSON ({error}). Publish the adapter again.") from None
-    base = config.get("base_model_name_or_path")
+    base = read_json(folder / "adapter_config.json", str(folder)).get("base_model_name_or_path")
     return str(base) if base else None
 
 

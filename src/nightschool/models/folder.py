@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nightschool.errors import Damaged, ModelError, NotFound
+from nightschool.store.atomic import json_fault
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -77,8 +78,10 @@ def read_json(path: Path, ref: str) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Damaged(f"{path} of the base {ref!r} is no JSON ({error}). Fetch or copy the folder again.") from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(
+            f"{path} of the base {ref!r} is not JSON ({json_fault(error)}). Fetch or copy the folder again."
+        ) from None
     if not isinstance(content, dict):
         raise Damaged(f"{path} of the base {ref!r} holds no JSON object. Fetch or copy the folder again.")
     return content

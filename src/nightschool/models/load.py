@@ -17,8 +17,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base, load_adapter, merge_adapter
@@ -112,13 +111,7 @@ def load_base(
     """
     if ref.startswith("new:"):
         return _build_new(ref, tokenizer, seed, dtype, device, shape)
-    path = as_path(ref, root)
-    if path is not None:
-        return _load_folder(plain_folder(path, home), str(path), home, dtype=dtype, device=device, merge=merge)
-    registry = Registry(home)
-    if "@" in ref or ref in registry.names():
-        return load_version(registry.resolve(ref), home, dtype=dtype, device=device, merge=merge)
-    return _load_folder(fetch_from_hub(ref), ref, home, dtype=dtype, device=device, merge=merge)
+    return _load_folder(locate(ref, home, root), home, dtype=dtype, device=device, merge=merge)
 
 
 def load_version(
@@ -134,8 +127,7 @@ def load_version(
     Without `home` the version's own is taken: its folder is `<home>/models/<name>/<version>`.
     """
     home = home or Home(version.path.parents[2])
-    base = version.facts.base if version.facts.kind == "adapter" else None
-    return _load_folder(version.path, version.ref, home, dtype=dtype, device=device, merge=merge, base=base)
+    return _load_folder(located_version(version), home, dtype=dtype, device=device, merge=merge)
 
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
@@ -172,6 +164,52 @@ def plain_folder(path: Path, home: Home) -> Path:
     return unpacked(path, home)
 
 
+@dataclass(frozen=True)
+class Located:
+    """The plain folder that a reference means. `base` is what the registry says that an adapter stands on."""
+
+    folder: Path
+    ref: str
+    base: str | None = None
+
+
+def locate(ref: str, home: Home, root: Path | None = None) -> Located:
+    """Find what `ref` means: a folder or GGUF file, a version of the registry, or a repository of the hub. See `load_base`."""
+    path = as_path(ref, root)
+    if path is not None:
+        return Located(plain_folder(path, home), str(path))
+    registry = Registry(home)
+    if "@" in ref or ref in registry.names():
+        return located_version(registry.resolve(ref))
+    return Located(fetch_from_hub(ref), ref)
+
+
+def located_version(version: Version) -> Located:
+    return Located(version.path, version.ref, version.facts.base if version.facts.kind == "adapter" else None)
+
+
+def down_to_weights(found: Located, home: Home) -> list[Located]:
+    """What a reference stands on: itself, and below an adapter its base, down to a folder of full weights.
+
+    Raises:
+        ModelError: If an adapter names no base, or stands on itself.
+    """
+    chain = [found]
+    while is_adapter_folder(chain[-1].folder):
+        last = chain[-1]
+        base = last.base or adapter_base(last.folder)
+        if base is None:
+            raise ModelError(f"The adapter {last.ref!r} names no base. Publish it again with its base.")
+        under = locate(base, home)
+        if any(under.folder.resolve() == above.folder.resolve() for above in chain):
+            raise ModelError(
+                f"The adapter {last.ref!r} names the base {base!r}, which stands on this adapter itself. "
+                "Correct base_model_name_or_path in its adapter_config.json."
+            )
+        chain.append(under)
+    return chain
+
+
 def _build_new(
     ref: str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -190,23 +228,15 @@ def _build_new(
 
 
 def _load_folder(
-    folder: Path,
-    ref: str,
-    home: Home,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    merge: bool,
-    base: str | None = None,
+    found: Located, home: Home, *, dtype: torch.dtype, device: torch.device | str, merge: bool
 ) -> LoadedModel:
-    if not is_adapter_folder(folder):
+    folder, ref = found.folder, found.ref
+    chain = down_to_weights(found, home)
+    if len(chain) == 1:
         facts = inspect_folder(folder, ref)
         return _finish(_moved(_load_weights(facts, ref, dtype), device), load_tokenizer(folder, ref), ref, folder)
-    base = base or adapter_base(folder)
-    if base is None:
-        raise ModelError(f"The adapter {ref!r} names no base. Publish it again with its base.")
     # A base that is an adapter itself has to become one set of weights before another adapter stands on it.
-    under = load_base(base, home, dtype=dtype, device=device, merge=True)
+    under = _load_folder(chain[1], home, dtype=dtype, device=device, merge=True)
     wrapped = load_adapter(cast(PreTrainedModel, under.model), folder, trainable=not merge)
     wrapped.eval()
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -237,37 +267,49 @@ def load_tokenizer(folder: Path, ref: str) -> PreTrainedTokenizerBase:
     with quiet_libraries():
         try:
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        except Exception as error:  # the files are foreign: transformers raises whatever it stumbles over
             raise ModelError(
-                f"The base {ref!r} has no tokenizer that can be read in {folder} ({_first_line(error)}). "
+                f"The base {ref!r} has no tokenizer that can be read in {folder} ({_said(error)[:-1]}). "
                 "Put the base's tokenizer.json and tokenizer_config.json there."
             ) from None
     return cast(PreTrainedTokenizerBase, loaded)
 
 
+def load_config(folder: Path, ref: str) -> Any:
+    """The configuration of a model folder, a `PreTrainedConfig`, without the kernels that it may ask for.
+
+    Raises:
+        Damaged: If transformers cannot make a configuration of its config.json.
+    """
+    with quiet_libraries():
+        try:
+            config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the file is foreign: a configuration divides by what is written there
+            raise Damaged(
+                f"{folder / 'config.json'} of the base {ref!r} cannot be used: {_said(error)} Fetch or copy the folder again."
+            ) from None
+    # A config may name a kernel of the hub, which would be fetched and run; with None the library's own is chosen.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
 def _load_weights(facts: FolderInfo, ref: str, dtype: torch.dtype) -> PreTrainedModel:
+    config = load_config(facts.path, ref)
     with quiet_libraries():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(facts.path),
+                config=config,
                 dtype=dtype,
                 output_loading_info=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ImportError,
-            SafetensorError,
-        ) as error:
+        except Exception as error:  # the files are foreign: transformers raises whatever it stumbles over
             raise Damaged(
-                f"The base {ref!r} cannot be loaded from {facts.path}: {_first_line(error)} "
+                f"The base {ref!r} cannot be loaded from {facts.path}: {_said(error)} "
                 "Its configuration and its weights do not belong together, or a file is broken; fetch it again."
             ) from None
     model, report = loaded
@@ -301,5 +343,9 @@ def _moved(model: PreTrainedModel, device: torch.device | str, dtype: torch.dtyp
     return cast(PreTrainedModel, cast(Any, model).to(device=device, dtype=dtype))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _said(error: BaseException) -> str:
+    """The first line of what a library said, as a sentence."""
+    said = (str(error).strip().splitlines() or [""])[0][:300]
+    if not isinstance(error, OSError | ValueError | RuntimeError):
+        said = f"{type(error).__name__} {said}".strip()  # `'hidden_size'` or `division by zero` alone say little
+    return said if said.endswith((".", "!")) else f"{said}."

@@ -7,16 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from nightschool.errors import ModelError
-from nightschool.models.adapters import adapter_base
-from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
-from nightschool.models.hub import fetch_from_hub
-from nightschool.models.load import as_path, plain_folder
-from nightschool.models.quiet import quiet_libraries
+from nightschool.models.folder import FolderInfo, inspect_folder
+from nightschool.models.load import Located, down_to_weights, load_config, locate, located_version
 from nightschool.store.home import Home
-from nightschool.store.registry import Registry, Version
+from nightschool.store.registry import Version
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -41,37 +36,21 @@ def stored_weights(ref: str, home: Home, root: Path | None = None) -> StoredWeig
         NotFound: If nothing of that name is here.
         ModelError, Damaged: If it is no causal language model, or a file is broken.
     """
-    return _inspect(ref, home, root, num_adapters=0)
+    return _inspect(locate(ref, home, root), home)
 
 
 def stored_weights_of(version: Version, home: Home) -> StoredWeights:
     """The same for a published version."""
-    return _of_folder(version.path, version.ref, home, version.facts.base, num_adapters=0)
+    return _inspect(located_version(version), home)
 
 
-def _inspect(ref: str, home: Home, root: Path | None, *, num_adapters: int) -> StoredWeights:
-    path = as_path(ref, root)
-    if path is not None:
-        return _of_folder(plain_folder(path, home), ref, home, None, num_adapters=num_adapters)
-    registry = Registry(home)
-    if "@" in ref or ref in registry.names():
-        version = registry.resolve(ref)
-        return _of_folder(version.path, version.ref, home, version.facts.base, num_adapters=num_adapters)
-    return _of_folder(fetch_from_hub(ref), ref, home, None, num_adapters=num_adapters)
-
-
-def _of_folder(folder: Path, ref: str, home: Home, base: str | None, *, num_adapters: int) -> StoredWeights:
-    if is_adapter_folder(folder):
-        base = base or adapter_base(folder)
-        if base is None:
-            raise ModelError(f"The adapter {ref!r} names no base. Publish it again with its base.")
-        return _inspect(base, home, None, num_adapters=num_adapters + 1)
-    facts = inspect_folder(folder, ref)
-    with quiet_libraries():
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+def _inspect(found: Located, home: Home) -> StoredWeights:
+    *adapters, weights = down_to_weights(found, home)
+    facts = inspect_folder(weights.folder, weights.ref)
+    config = load_config(weights.folder, weights.ref)
     return StoredWeights(
         num_elements=sum(tensor.num_elements for tensor in facts.tensors),
-        dtype=torch.float32 if num_adapters > 1 else _dtype_of_most(facts),
+        dtype=torch.float32 if len(adapters) > 1 else _dtype_of_most(facts),
         hidden_size=int(config.get_text_config().hidden_size),
     )
 

@@ -124,9 +124,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist. Check the name, or where the home is (NIGHTSCHOOL_HOME).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(
-            f"{path} is no JSON ({error}). Restore it from a backup, or remove what it belongs to."
+            f"{path} is not JSON ({json_fault(error)}). Restore it from a backup, or remove what it belongs to."
         ) from error
     if not isinstance(content, dict):
         raise Damaged(
@@ -134,6 +134,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"Restore it from a backup, or remove what it belongs to."
         )
     return content
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that `json.loads` refused."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def partial_of(target: Path) -> Path:

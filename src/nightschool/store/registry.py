@@ -60,7 +60,7 @@ class Registry:
             models = home_of(self.home, one).models
             found = sorted(path.name for path in models.iterdir()) if models.is_dir() else []
             names += [full_name(one, name) for name in found if is_name(name)]
-        return [name for name in names if self._shelf(name).ids()]
+        return [name for name in names if self._shelf(name).is_used]
 
     def versions(self, name: str) -> list[Version]:
         """The versions of a name, newest first; none if the name is unknown."""

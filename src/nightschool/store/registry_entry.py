@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from nightschool.errors import Damaged
 from nightschool.events import now
 from nightschool.store.alias_state import AliasState, read_book, write_book
 from nightschool.store.atomic import remove_folder, sweep_partials
@@ -47,6 +48,14 @@ class RegistryEntry:
     def book(self) -> AliasState:
         """The present book; readers take no lock, because it is replaced as a whole."""
         return read_book(self._book_path)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a version exists. Where the book is damaged, whether any was finished: the name is not hidden."""
+        try:
+            return bool(self.ids())
+        except Damaged:
+            return True
 
     def ids(self) -> list[str]:
         """Ids of the versions that exist, newest first: finished, and not removed."""

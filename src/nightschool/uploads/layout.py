@@ -133,5 +133,5 @@ def made_when(manifest: bytes) -> str:
     try:
         plain = json.loads(manifest)
         return f"made {plain['created_at']}, step {plain['facts'].get('step', '?')}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "whose manifest cannot be read"

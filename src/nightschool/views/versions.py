@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
-from nightschool.errors import NotFound
+from nightschool.errors import Damaged, NotFound
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.store.names import CHAMPION, parse_ref
-from nightschool.store.registry import Registry, Version
+from nightschool.store.registry import Registry, Version, VersionMetadata
 
 
 def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
-    """One line of a list of versions. `gate` is the decision of its report, None where there is none."""
+    """One line of a list of versions. `gate` is the decision of its report, None where there is none.
+
+    `damaged` says what is wrong where nightschool.json or the report cannot be read; other versions are listed as usual.
+    """
     pinned = registry.pinned(version.name)
     aliases = sorted(alias for alias, id_ in registry.aliases(version.name).items() if id_ == version.id)
+    gate, facts, damaged = None, VersionMetadata(), []
     try:
-        gate = registry.load_report(version.name, version.id)["decision"]
-    except NotFound:
-        gate = None
-    facts = version.facts
+        with contextlib.suppress(NotFound):  # the gate has not examined it
+            gate = registry.load_report(version.name, version.id).get("decision")
+    except Damaged as error:
+        damaged.append(str(error))
+    try:
+        facts = version.facts
+    except Damaged as error:
+        damaged.append(str(error))
     return {
         "ref": version.ref,
         "name": version.name,
@@ -28,9 +37,10 @@ def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
         "gate": gate,
         "heldout_loss": facts.heldout_loss,
         "num_parameters": facts.num_parameters,
-        "kind": facts.kind,
-        "method": facts.method,
+        "kind": "damaged" if damaged else facts.kind,
+        "method": None if damaged else facts.method,
         "created_at": facts.created_at.isoformat() if facts.created_at else None,
+        "damaged": " ".join(damaged) or None,
     }
 
 
@@ -68,7 +78,7 @@ def score_sheets(registry: Registry, before: Version, after: Version) -> tuple[S
     for version in registry.versions(after.name) + registry.versions(before.name):
         try:
             stored = registry.load_report(version.name, version.id).get("sheets", {})
-        except NotFound:
+        except (NotFound, Damaged):
             continue
         sheets = {row["version"]: ScoreSheet.from_json(row) for row in stored.values() if row is not None}
         if before.ref in sheets and after.ref in sheets:

@@ -165,7 +165,7 @@ def _refusal(status: int, body: bytes) -> NightschoolError:
         content = json.loads(body)
         message = content.get("error", content)
         message = message.get("message") or message.get("detail") or message if isinstance(message, dict) else message
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         message = body.decode(errors="replace")[:200]
     text = f"The server answered {status}: {message}"
     kinds: dict[int, type[NightschoolError]] = {400: UsageError, 422: UsageError, 404: NotFound, 409: Conflict}

@@ -18,7 +18,7 @@ import numpy as np
 
 from nightschool.data.shards.npz import TokenIds, fingerprint_in, open_tokens
 from nightschool.errors import Damaged, DataError, NotFound
-from nightschool.store.atomic import write_bytes, write_json
+from nightschool.store.atomic import json_fault, write_bytes, write_json
 
 INDEX = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -117,8 +117,10 @@ def read_index(path: Path) -> ShardIndex:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFound(f"There is no {path}. Make shards with `nightschool data tokenize`.") from None
-    except ValueError as error:
-        raise Damaged(f"{path} is no JSON ({error}). Tokenize again, or remove it: it can be made anew.") from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(
+            f"{path} is not JSON ({json_fault(error)}). Tokenize again, or remove it: it can be made anew."
+        ) from None
     if not isinstance(plain, dict):
         raise Damaged(f"{path} holds no JSON object. Tokenize again, or remove it: it can be made anew.")
     return ShardIndex.from_json(plain, str(path))

@@ -209,7 +209,7 @@ def _take_weights(task: CausalTask[Any], found: dict[str, Tensor], original: str
 def _read_json(path: Path, missing: list[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         missing.append(f"{path.name} ({_why(error)}): the loss history begins anew")
         return {}
     return content if isinstance(content, dict) else {}
