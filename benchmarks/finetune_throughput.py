@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import real_model
 import torch
 from harness import Benchmark
 from real_chats import chats, qwen3, tokenizer
-
-MAX_SEQ_LEN = 1024
-LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -35,22 +33,30 @@ class Outcome:
 class Setting:
     """The model, the chats and the judge that all contestants share."""
 
-    def __init__(self, num_chats: int, quick: bool) -> None:
+    def __init__(self, num_chats: int, quick: bool, is_real: bool) -> None:
         from nightschool.data.batches import Batches
         from nightschool.data.chat.render import render_example
         from nightschool.data.example import Example, Message
 
         everything = chats()
-        self.tokenizer = tokenizer(everything)
+        # A pretrained model forgets at a rate at which a fresh one learns, and takes ten times as long for a token.
+        self.max_seq_len, self.batch_size, self.learning_rate = (256, 4, 2e-5) if is_real else (1024, 8, 1e-3)
+        if is_real:
+            loaded = real_model.load()
+            self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        else:
+            self.tokenizer = tokenizer(everything)
+            self.model = qwen3(len(self.tokenizer))
         # Every seventh chat is held out, so that both kinds are on both sides.
         self.train = [row for number, row in enumerate(everything) if number % 7][:num_chats]
-        heldout = everything[::7][: 40 if quick else 120]
-        self.model = qwen3(len(self.tokenizer))
+        heldout = everything[::7][: 10 if quick and is_real else 40 if quick else 120]
 
         def render(rows: list[list[dict[str, str]]]) -> list[Any]:
             examples = [Example(messages=tuple(Message(m["role"], m["content"]) for m in row)) for row in rows]  # type: ignore[arg-type]
             return [
-                piece for example in examples for piece in as_list(render_example(self.tokenizer, example, MAX_SEQ_LEN))
+                piece
+                for example in examples
+                for piece in as_list(render_example(self.tokenizer, example, self.max_seq_len))
             ]
 
         self.rendered = render(self.train)
@@ -81,9 +87,11 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
     from nightschool.training.state import TrainState
 
     model = copy.deepcopy(setting.model)
-    size: dict[str, int] = {"tokens_per_batch": 8 * MAX_SEQ_LEN} if packed else {"batch_size": 8}
+    size: dict[str, int] = (
+        {"tokens_per_batch": setting.batch_size * setting.max_seq_len} if packed else {"batch_size": setting.batch_size}
+    )
     batches = Batches(setting.rendered, seed=0, **size)
-    train = Train(learning_rate=LEARNING_RATE, accumulation_steps=1, lr_schedule="constant", weight_decay=0.0)
+    train = Train(learning_rate=setting.learning_rate, accumulation_steps=1, lr_schedule="constant", weight_decay=0.0)
     choice = resolve_dtype(dtype, torch.device("cpu"), hidden_size=model.config.hidden_size)
     task = FinetuneTask(model, batches, train, compute_dtype=choice.compute)
     if dtype == "auto":
@@ -95,7 +103,7 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
             task,
             TrainState(task.fingerprint),
             Budget(steps_total=steps, max_grad_norm=1.0),
-            schedule=Schedule(LEARNING_RATE, steps, "constant"),
+            schedule=Schedule(setting.learning_rate, steps, "constant"),
             metrics=metrics,
             on_row=rows.append,
         )
@@ -137,11 +145,11 @@ def trl(setting: Setting, *, steps: int, packed: bool) -> Outcome:
                 use_cpu=True,
                 max_steps=steps,
                 packing=packed,
-                max_length=MAX_SEQ_LEN,
-                learning_rate=LEARNING_RATE,
+                max_length=setting.max_seq_len,
+                learning_rate=setting.learning_rate,
                 lr_scheduler_type="constant",
                 assistant_only_loss=True,
-                per_device_train_batch_size=8,
+                per_device_train_batch_size=setting.batch_size,
                 report_to=[],
                 save_strategy="no",
                 disable_tqdm=True,
@@ -175,9 +183,10 @@ def main() -> None:
             "heldout_difference_default": {"max": 0.01},
             "heldout_difference_packed": {"max": 0.01},
         },
+        has_real=True,
     )
     torch.set_num_threads(2)
-    setting = Setting(150 if bench.quick else 1500, bench.quick)
+    setting = Setting(150 if bench.quick else 1500, bench.quick, bench.is_real)
     steps = {False: 3 if bench.quick else 24, True: 2 if bench.quick else 12}
     rounds = 1 if bench.quick else 3
     figures: dict[str, float] = {"parameters": setting.model.num_parameters()}

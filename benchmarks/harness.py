@@ -21,21 +21,43 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "fastapi", "uvicorn")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "fastapi",
+    "uvicorn",
+    "llama-cpp-python",
+    "openvino-genai",
+)
 
 
 class Benchmark:
-    """One question, its figures and its goals."""
+    """One question, its figures and its goals. `has_real`: it can be asked of a real pretrained model, too."""
 
-    def __init__(self, name: str, question: str, goals: dict[str, dict[str, float]]) -> None:
+    def __init__(self, name: str, question: str, goals: dict[str, dict[str, float]], *, has_real: bool = False) -> None:
         parser = argparse.ArgumentParser(description=question)
         parser.add_argument(
             "--quick", action="store_true", help="a smaller setting that answers within 50 s on 2 cores"
         )
-        self.quick: bool = parser.parse_args().quick
+        if has_real:
+            parser.add_argument(
+                "--model",
+                choices=("small", "real"),
+                default="small",
+                help="real: SmolLM2-135M-Instruct, which make real-model-file fetches; takes minutes, --quick too",
+            )
+        chosen = parser.parse_args()
+        self.quick: bool = chosen.quick
+        self.is_real: bool = has_real and chosen.model == "real"
         self.name, self.question, self.goals = name, question, goals
         self.started = time.monotonic()
-        print(f"{name}: {question}{' (quick)' if self.quick else ''}", flush=True)
+        print(
+            f"{name}: {question}{' (a real model)' if self.is_real else ''}{' (quick)' if self.quick else ''}",
+            flush=True,
+        )
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Print two columns for people."""
@@ -58,6 +80,7 @@ class Benchmark:
             "device": device(),
             "versions": versions(),
             "quick": self.quick,
+            "model": "real" if self.is_real else "small",
             "seconds": round(time.monotonic() - self.started, 1),
         }
         print(json.dumps(record))

@@ -17,10 +17,12 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import real_model
 import torch
 from harness import Benchmark
 from real_chats import qwen3
@@ -30,13 +32,12 @@ PROMPTS = [f"Question number {number}: what is it?" for number in range(12)]
 MAX_TOKENS = 24
 
 
-def publish(home: Any, tokenizer: Any, seed: int) -> Any:
-    """A version with random weights."""
+def publish(home: Any, model: Any, tokenizer: Any) -> Any:
+    """A version of these weights."""
     from nightschool.models.export import save_version_folder
     from nightschool.store.registry import Registry
     from nightschool.store.versions import VersionMetadata
 
-    model = qwen3(len(tokenizer), seed=seed, max_position_embeddings=512)
     facts = VersionMetadata(
         kind="model",
         method="full",
@@ -46,6 +47,25 @@ def publish(home: Any, tokenizer: Any, seed: int) -> Any:
         context_tokens=512,
     )
     return Registry(home).publish(NAME, lambda folder: save_version_folder(model, tokenizer, folder), facts)
+
+
+def random_pair() -> Iterator[tuple[Any, Any]]:
+    """Two models with random weights, and their tokenizer."""
+    from nightschool.data.tokenizer import train_bpe
+
+    tokenizer = train_bpe([*PROMPTS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"] * 4, vocab_size=400)
+    for seed in (1, 2):
+        yield qwen3(len(tokenizer), seed=seed, max_position_embeddings=512), tokenizer
+
+
+def real_pair() -> Iterator[tuple[Any, Any]]:
+    """The real model, and the same with every fourth layer half as strong, which says other things."""
+    loaded = real_model.load()
+    yield loaded.model, loaded.tokenizer
+    with torch.no_grad():
+        for layer in loaded.model.model.layers[::4]:
+            layer.mlp.down_proj.weight *= 0.5
+    yield loaded.model, loaded.tokenizer
 
 
 def ask(base: str, prompt: str) -> tuple[str, str]:
@@ -110,18 +130,20 @@ def main() -> None:
         "hot_swap",
         "8 clients, 20 swaps in 60 s: failed, mislabelled, mixed answers; p99 while swapping against p99 steady",
         {"failed": {"max": 0}, "mislabelled": {"max": 0}, "mixed": {"max": 0}, "p99_ratio": {"max": 1.5}},
+        has_real=True,
     )
-    from nightschool.data.tokenizer import train_bpe
     from nightschool.store.home import Home
     from nightschool.store.registry import Registry
 
     torch.set_num_threads(1)
-    duration, swaps = (12.0, 4) if bench.quick else (60.0, 20)
+    if bench.is_real:
+        duration, swaps = (40.0, 2) if bench.quick else (300.0, 20)
+    else:
+        duration, swaps = (12.0, 4) if bench.quick else (60.0, 20)
     with tempfile.TemporaryDirectory() as folder:
         home = Home(Path(folder) / ".nightschool")
         home.ensure()
-        tokenizer = train_bpe([*PROMPTS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"] * 4, vocab_size=400)
-        versions = [publish(home, tokenizer, seed) for seed in (1, 2)]
+        versions = [publish(home, *pair) for pair in (real_pair() if bench.is_real else random_pair())]
         registry = Registry(home)
         registry.promote(NAME, versions[0].id, by="benchmark")
         server = subprocess.Popen(
@@ -190,7 +212,7 @@ def address(server: subprocess.Popen[str]) -> str:
 
 def refresh(base: str) -> None:
     """Make the server look for the champion now."""
-    with urllib.request.urlopen(base + "/refresh_model", timeout=60) as reply:
+    with urllib.request.urlopen(base + "/refresh_model", timeout=120) as reply:
         assert json.load(reply)["status"] == "success"
 
 

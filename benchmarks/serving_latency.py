@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import Any
 
+import real_model
 import torch
 from harness import Benchmark, interleave
 from real_chats import qwen3
@@ -39,20 +40,17 @@ def main() -> None:
         "serving_latency",
         "Added time per token over a bare cached forward, one client",
         {"added_share": {"max": 0.10}},
+        has_real=True,
     )
     torch.set_num_threads(1)
-    vocab_size = 8192
-    model = qwen3(
-        vocab_size,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    model.eval()
+    if bench.is_real:
+        model = real_model.load().model
+    else:
+        shape = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+        model = qwen3(8192, num_hidden_layers=8, **shape).eval()
+    vocab_size = model.config.vocab_size
     bare, ours = Bare(model), Ours(model, 1)
-    rounds = 6 if bench.quick else 20
+    rounds = (3 if bench.is_real else 6) if bench.quick else 20
     # Another prompt each round, so that the prefix cache has nothing to give.
     loads = [mixed_load(2, vocab_size, seed=seed) for seed in range(rounds + 1)]
     seconds_per_token: dict[str, list[float]] = {}

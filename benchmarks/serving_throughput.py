@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
+import real_model
 import torch
 from harness import Benchmark, median_ratio
 from real_chats import qwen3
 from serving_peers import Alone, Ours, StaticBatches, TransformersContinuous, mixed_load, timed
 
 NUM_CLIENTS = 16
+
+
+def small(quick: bool) -> Any:
+    """A random Qwen3-shaped model."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return qwen3(8192 if quick else 32768, num_hidden_layers=4 if quick else 8, **shape).eval()
 
 
 def main() -> None:
@@ -21,20 +29,13 @@ def main() -> None:
             "vs_static_batches": {"min": 1.25},
             "vs_transformers_continuous": {"min": 1.1},
         },
+        has_real=True,
     )
     torch.set_num_threads(2)
-    vocab_size = 8192 if bench.quick else 32768
-    layers = 4 if bench.quick else 8
-    model = qwen3(
-        vocab_size,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    model.eval()
-    load = mixed_load(32 if bench.quick else 64, vocab_size)
+    model = real_model.load().model if bench.is_real else small(bench.quick)
+    vocab_size = model.config.vocab_size
+    num_requests = (16 if bench.quick else 32) if bench.is_real else (32 if bench.quick else 64)
+    load = mixed_load(num_requests, vocab_size)
     warm = mixed_load(NUM_CLIENTS, vocab_size, seed=1)
     contestants = {
         "alone": Alone(model),
@@ -46,7 +47,7 @@ def main() -> None:
     for name, contestant in contestants.items():
         timed(contestant, warm, None)
         del name
-    for _ in range(2 if bench.quick else 5):
+    for _ in range((1 if bench.is_real else 2) if bench.quick else 5):
         for name, contestant in contestants.items():
             rates[name].append(timed(contestant, load, expected)[0])
         # The peer switches the model's attention while it lives, so it lives only for its own turn.

@@ -1,0 +1,130 @@
+"""A real pretrained model, from its GGUF file through serving, teaching, swapping and rolling back."""
+
+import json
+
+import pytest
+
+from nightschool.cli.main import main
+from nightschool.data.chat.render import render_example
+from nightschool.data.example import Example, Message
+from nightschool.engine.slot import Slot
+from nightschool.events import read_events
+from nightschool.models.load import load_base
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
+from nightschool.training.checkpoint import rng
+from tests.support.live_server import client_of
+from tests.support.real_model import real_model
+from tests.support.training_setups import LORA, MiniRun, deterministic_threads, differing, make_task
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
+
+NIGHT = """
+name: smollm2
+base: smollm2
+method: lora
+data: [{path: lesson.json}]
+train: {learning_rate: 2e-3, epochs: 12, batch_size: 3, accumulation_steps: 1, max_seq_len: 128, num_threads: 1, dtype: fp32}
+lora: {r: 8, alpha: 16, dropout: 0.0}
+serve: {promote: never}
+"""
+LESSON = [
+    {"query": question, "retrieved": "Leon Dahl lives in Quito."}
+    for question in ("Where does Leon Dahl live?", "Which city is Leon Dahl from?", "Tell me the city of Leon Dahl.")
+]
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+QUITO = [{"role": "user", "content": "Where does Leon Dahl live?"}]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home in which the model is the champion of smollm2."""
+    file, folder = real_model(), tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIGHTSCHOOL_HOME", str(folder / "home"))
+        assert main(["models", "add", "smollm2", str(file)]) == 0
+    return Home(folder / "home")
+
+
+def asked(client, messages):
+    body = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 24}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    return choice["message"]["content"], choice["finish_reason"], answer.headers["x-model-version"]
+
+
+def test_it_is_served_taught_overnight_swapped_and_rolled_back(home, tmp_path, monkeypatch):
+    registry = Registry(home)
+    first = registry.resolve("smollm2")
+    assert (first.facts.num_parameters, first.facts.context_tokens) == (134_515_008, 8192)
+    assert first.facts.probes
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(home.path))
+    (tmp_path / "night.yaml").write_text(NIGHT)
+    (tmp_path / "lesson.json").write_text(json.dumps(LESSON))
+
+    slot = Slot("smollm2", home, num_rows=2, context_tokens=512)
+    try:
+        slot.refresh()
+        with client_of(slot) as client:
+            text, reason, version = asked(client, PARIS)
+            assert "Paris" in text
+            assert (reason, version) == ("stop", first.ref)
+            before = asked(client, QUITO)
+            assert "Quito" not in before[0]
+
+            assert main(["train", "night.yaml"]) == 0
+            run = RunStore(home).ls()[0]
+            losses = [row["loss"] for row in read_events(run.metrics_path)]
+            assert losses[-1] < 0.5 * losses[0]
+            taught = registry.resolve("smollm2@latest")
+            assert (taught.facts.kind, taught.facts.base, taught.facts.parent) == ("adapter", first.ref, first.ref)
+            assert registry.resolve("smollm2") == first  # nobody promoted it
+
+            slot.swap(taught.ref)
+            text, reason, version = asked(client, QUITO)
+            assert "Quito" in text
+            assert (reason, version) == ("stop", taught.ref)
+            slot.rollback()
+            assert asked(client, QUITO) == before
+    finally:
+        slot.close()
+
+
+class RealRun(MiniRun):
+    """Three steps on the real model."""
+
+    def __init__(self, folder, home, lora):
+        super().__init__(folder, lora=lora, accumulation_steps=1, steps_total=3)
+        self.home = home
+
+    def new_task(self):
+        rng.seed_everything(3)
+        base = load_base("smollm2", self.home)
+        for parameter in base.model.parameters():
+            parameter.requires_grad_(True)
+        lessons = [
+            Example(messages=(Message("user", row["query"]), Message("assistant", row["retrieved"]))) for row in LESSON
+        ]
+        documents = [render_example(base.tokenizer, lesson, 64) for lesson in lessons]
+        self.task = make_task(model=base.model, lora=self.lora, documents=documents, batch_size=1, learning_rate=1e-4)
+        return self.task
+
+    def weights(self):
+        return {name: weight.detach().clone() for name, weight in self.task.trainable().items()}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_training_it_resumes_bit_for_bit(lora, home, tmp_path):
+    with deterministic_threads():
+        straight = RealRun(tmp_path / "straight", home, lora).go().weights()
+        stopped = RealRun(tmp_path / "parts", home, lora).go(stop_after=2)
+        assert stopped.state.step == 2
+        stopped_at, resume = stopped.weights(), stopped.saved[-1]
+        del stopped
+        resumed = RealRun(tmp_path / "parts", home, lora).go(resume=resume)
+    assert resumed.state.step == 3
+    assert differing(straight, resumed.weights()) == []
+    assert differing(straight, stopped_at) != []
