@@ -10,14 +10,9 @@ from nightschool.engine.adapters import AdapterLinear
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import SwapFailed
-from nightschool.models.export import save_version_folder
-from nightschool.store.home import Home
-from nightschool.store.registry import Registry
-from nightschool.store.versions import VersionMetadata
-from tests.support.adapter_setups import lively_adapter, publish_adapter
-from tests.support.engine_setups import ask, greedy, lively_model
+from tests.support.adapter_setups import House, lively_adapter, publish_adapter
+from tests.support.engine_setups import ask, greedy
 from tests.support.live_server import eventually
-from tests.support.tokenizers_for_tests import byte_tokenizer
 
 PROMPT = [9, 8, 7, 6]
 
@@ -28,27 +23,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class House:
-    """A home with a base, two adapters of `bot` and one of `cat` on it."""
-
-    def __init__(self, path):
-        self.home = Home(path).ensure()
-        self.registry = Registry(self.home)
-        self.model = lively_model("tiny-llama")
-        self.base = self.full("base", seed=1)
-        self.one, self.two = (self.adapter("bot", seed=seed) for seed in (1, 2))
-        self.cat = self.adapter("cat", seed=3)
-
-    def full(self, name, *, seed):
-        def fill(folder):
-            save_version_folder(lively_model("tiny-llama", seed=seed), byte_tokenizer(), folder)
-
-        return self.registry.publish(name, fill, VersionMetadata())
-
-    def adapter(self, name, **settings):
-        return publish_adapter(self.registry, lively_adapter(**settings), self.base, name=name)
 
 
 @pytest.fixture(scope="module")

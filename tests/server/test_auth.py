@@ -158,7 +158,7 @@ def test_an_origin_that_is_no_address_is_a_foreign_one(origin):
 
 def test_wrong_keys_are_counted_against_the_address_whatever_the_rate_is():
     now = 0.0
-    app = create_app(FakeSlot(), ServerSettings(api_keys=KEYS))
+    app = create_app([FakeSlot()], ServerSettings(api_keys=KEYS))
     guard = Guard(app, settings=ServerSettings(api_keys=KEYS), clock=lambda: now)
     with TestClient(Access(guard, metrics=Metrics(lambda: None), templates=[]), "http://127.0.0.1") as client:
 

@@ -153,7 +153,7 @@ def test_when_it_is_on_the_log_and_the_settings_say_so(store):
     [started] = [row for row in log.rows if row["message"] == "serving"]
     assert started["recording"] == "conversations are kept for later nights"
     with pytest.raises(UsageError):
-        create_app(FakeSlot(), ServerSettings(record_conversations=True))
+        create_app([FakeSlot()], ServerSettings(record_conversations=True))
 
 
 class BrokenStore:

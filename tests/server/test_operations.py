@@ -120,7 +120,7 @@ def test_metrics_count_requests_tokens_and_swaps():
         assert found["nightschool_http_request_seconds_count", "path=/generate"] == 2
         assert found["nightschool_refreshes_total", "outcome=swapped"] == 1
         assert found["nightschool_version_info", "name=bot", "version=20251202_115436"] == 1
-        assert found["nightschool_model_loaded",] == 1
+        assert found["nightschool_model_loaded", "name=bot"] == 1
         assert found["nightschool_rows_running",] == 0
         assert found["nightschool_requests_waiting",] == 0
 
@@ -130,7 +130,7 @@ def test_two_apps_do_not_share_metrics():
         first.post("/generate", json={"query": "a"})
         assert figures(first)["nightschool_generated_tokens_total",] > 0
         assert figures(second)["nightschool_generated_tokens_total",] == 0
-        assert figures(second)["nightschool_model_loaded",] == 0
+        assert figures(second)["nightschool_model_loaded", "name=other"] == 0
 
 
 def test_every_request_has_one_line_in_the_log_without_its_prompt():

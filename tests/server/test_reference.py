@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 
 
 def document(**settings):
-    return create_app(NoSlot(), ServerSettings(**settings)).openapi()
+    return create_app([NoSlot()], ServerSettings(**settings)).openapi()
 
 
 def test_the_page_is_up_to_date():

@@ -31,7 +31,7 @@ configure_logs("info")
 settings = ServerSettings(port=0, drain_seconds=5)
 slot = FakeSlot(answer=lambda prompt: "x" * 50, seconds_per_token=0.01)
 with listening(settings) as listener:
-    run_app(create_app(slot, settings), settings, listener)
+    run_app(create_app([slot], settings), settings, listener)
 print("closed" if slot.closed else "left open", flush=True)
 """
 

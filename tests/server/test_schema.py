@@ -42,7 +42,7 @@ def document(tmp_path_factory):
 GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 OPERATIONS = [
     (path, method.upper(), mode)
-    for path, operations in create_app(NoSlot(), ServerSettings()).openapi()["paths"].items()
+    for path, operations in create_app([NoSlot()], ServerSettings()).openapi()["paths"].items()
     for method, operation in operations.items()
     for mode in ((GOOD, BAD) if "requestBody" in operation else (GOOD,))
 ]

@@ -6,6 +6,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from nightschool.models.export import save_version_folder
+from nightschool.store.home import Home
+from nightschool.store.registry import Registry
 from nightschool.store.versions import Probe, VersionMetadata
 from tests.support.engine_setups import greedy, lively_model
 from tests.support.tokenizers_for_tests import byte_tokenizer
@@ -47,3 +49,25 @@ def publish_adapter(registry, wrapped, base, *, name="bot", expected=None):
     facts = VersionMetadata(kind="adapter", method="lora", base=base.ref, probes=probes)
     version = registry.publish(name, lambda folder: save_adapter(wrapped, folder, str(base.path)), facts)
     return PublishedAdapter(version.ref, wrapped)
+
+
+class House:
+    """A home with a base, two adapters of `bot` and one of `cat` on it."""
+
+    def __init__(self, path):
+        self.home = Home(path).ensure()
+        self.registry = Registry(self.home)
+        self.model = lively_model("tiny-llama")
+        self.tokenizer = byte_tokenizer()
+        self.base = self.full("base", seed=1)
+        self.one, self.two = (self.adapter("bot", seed=seed) for seed in (1, 2))
+        self.cat = self.adapter("cat", seed=3)
+
+    def full(self, name, *, seed):
+        def fill(folder):
+            save_version_folder(lively_model("tiny-llama", seed=seed), byte_tokenizer(), folder)
+
+        return self.registry.publish(name, fill, VersionMetadata())
+
+    def adapter(self, name, **settings):
+        return publish_adapter(self.registry, lively_adapter(**settings), self.base, name=name)

@@ -33,15 +33,18 @@ def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 @contextmanager
 def client_of(slot: Any, *, keep_out: bool = False, **settings: Any) -> Iterator[TestClient]:
-    """A client of an app in this process, after the first look for a version."""
+    """A client of an app of one slot or a list of them in this process, after the first look for versions."""
     more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
-    app = create_app(slot, ServerSettings(**settings), **more)
+    slots = slot if isinstance(slot, list) else [slot]
+    app = create_app(slots, ServerSettings(**settings), **more)
     with TestClient(app, base_url="http://127.0.0.1:8001") as client:
-        if not keep_out and isinstance(slot, FakeSlot):
-            eventually(
-                lambda: slot.refreshes and (slot.current is not None or slot.promoted is None or slot.fails_with)
-            )
+        fakes = [one for one in slots if isinstance(one, FakeSlot) and not keep_out]
+        eventually(lambda: all(map(_was_looked_at, fakes)))
         yield client
+
+
+def _was_looked_at(slot: FakeSlot) -> bool:
+    return bool(slot.refreshes and (slot.current is not None or slot.promoted is None or slot.fails_with))
 
 
 class LiveServer:
@@ -63,7 +66,8 @@ def live(slot: Any, *, wait: bool = True, **settings: Any) -> Iterator[LiveServe
     more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
     chosen = ServerSettings(port=0, **{"drain_seconds": 5, **settings})
     with listening(chosen) as listener:
-        server = LiveServer(create_app(slot, chosen, **more), listener, chosen)
+        slots = slot if isinstance(slot, list) else [slot]
+        server = LiveServer(create_app(slots, chosen, **more), listener, chosen)
         server.thread.start()
         eventually(lambda: server.server.started)
         if (

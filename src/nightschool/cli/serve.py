@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Literal
 
 from nightschool.cli.models import told, who
 from nightschool.cli.output import note
@@ -14,11 +16,12 @@ from nightschool.store.names import check_full_name
 from nightschool.store.registry import Registry
 from nightschool.units import parse_seconds
 
+# serve.port=1, but no path with an equals sign in it.
+_SETTING = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
+
 
 def serve(
-    source: str = "default",
-    /,
-    *overrides: str,
+    *sources: str,
     name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8001,
@@ -26,6 +29,9 @@ def serve(
     record_conversations: bool | None = None,
     api_keys_file: Path | None = None,
     num_rows: int = 16,
+    max_adapters: int = 8,
+    merge_adapters: bool = False,
+    admission: Literal["fair", "first-come"] = "fair",
     context_tokens: int | None = None,
     queue_limit: int = 256,
     requests_per_minute: float | None = None,
@@ -36,21 +42,26 @@ def serve(
     drain_seconds: float = 30.0,
     log_level: str = "info",
 ) -> None:
-    """Answer over HTTP with the champion of a name, and swap when another version is promoted.
+    """Answer over HTTP with the champions of one name or several, and swap when another version is promoted.
 
-    Starts with or without a model. Runs until SIGTERM or Ctrl-C; running answers may finish.
+    The `model` of a request says which name answers; without one it is the first. Names on one base share one engine, and
+    each adapter is served unmerged beside the others on it. Starts with or without a model. Runs until SIGTERM or Ctrl-C; running answers may finish.
 
     Args:
-        source: The name whose champion is served; or a recipe file, whose `name` and `serve` settings then hold; or a
-            folder, a GGUF file or a hub id, which is first added as by nightschool models add.
-        overrides: Settings of the recipe, as serve.record_conversations=true.
-        name: The name to add a folder, a file or a hub model under; without it, one is made of the last part of SOURCE.
+        sources: The names whose champions are served; the name default without any. A recipe file stands for its
+            `name`, and its `serve` settings hold, changed by settings such as serve.record_conversations=true. A
+            folder, a GGUF file or a hub id is first added as by nightschool models add.
+        name: The name to add a folder, a file or a hub model under; without it, one is made of its last part.
         host: Address to listen on. Other than 127.0.0.1 needs an API key, in NIGHTSCHOOL_API_KEY or a file.
         port: Port to listen on; 0 takes a free one.
         model_check_interval: How often to look for a newly promoted version: 3600, 10m, 1h; 3600 s without it.
         record_conversations: Keep conversations and feedback, so that a later night can study them.
         api_keys_file: A file with one API key a line.
-        num_rows: Requests that are answered at the same time.
+        num_rows: Requests that are answered at the same time by one base.
+        max_adapters: Different adapters among them.
+        merge_adapters: Merge every adapter into a copy of its base: as fast as the base alone, and one more base in
+            memory for each.
+        admission: Who is next when more wait than are answered: fair shares by tenant, or first-come.
         context_tokens: Longest prompt and answer together, in tokens; the model's own limit without it.
         queue_limit: Requests that may wait; more are refused with 429.
         requests_per_minute: Bound per key, or per address without keys.
@@ -64,12 +75,13 @@ def serve(
     """
     from pydantic import ValidationError
 
+    from nightschool.engine.admission import ADMISSION_POLICIES
     from nightschool.engine.local_model import serving_dtype
     from nightschool.models.dtype import resolve_device
-    from nightschool.server.run import serve as serve_name
+    from nightschool.server.run import serve as serve_names
     from nightschool.server.settings import ServerSettings, read_api_keys
 
-    served, wishes = _what_is_served(source, overrides, name)
+    served, wishes = _what_is_served(sources, name)
     if record_conversations is None:
         record_conversations = wishes.record_conversations
     try:
@@ -102,34 +114,52 @@ def serve(
         "device": device,
         "dtype": serving_dtype(device),
         "num_rows": num_rows,
+        "max_adapters": max_adapters,
+        "merge_adapters": merge_adapters,
+        "admission": ADMISSION_POLICIES[admission],
         "context_tokens": context_tokens,
         "queue_limit": queue_limit,
     }
-    serve_name(Home.find(), served, settings, engine=engine)
+    serve_names(Home.find(), served, settings, engine=engine)
 
 
-def _what_is_served(source: str, overrides: tuple[str, ...], name: str | None) -> tuple[str, Serve]:
-    """The served name and what its recipe wishes; a name alone has the defaults. A model from elsewhere is added first.
+def _what_is_served(arguments: tuple[str, ...], name: str | None) -> tuple[list[str], Serve]:
+    """The served names and what their recipe wishes; names alone have the defaults. Models from elsewhere are added first.
 
     Raises:
-        UsageError: If settings follow a name, which has none, or `--name` follows what has a name.
+        UsageError: If settings stand without a recipe, or `--name` without one model to be added.
     """
-    is_recipe = source.endswith((".yaml", ".yml"))
-    if overrides and not is_recipe:
+    settings = tuple(argument for argument in arguments if _SETTING.match(argument))
+    sources = [argument for argument in arguments if argument not in settings] or ["default"]
+    recipes = [source for source in sources if source.endswith((".yaml", ".yml"))]
+    elsewhere = [source for source in sources if _is_elsewhere(source)]
+    if settings and not recipes:
         raise UsageError(
-            f"{overrides[0]!r} is a setting of a recipe, but {source!r} is none. Write nightschool serve RECIPE.yaml "
-            f"{overrides[0]}, or use the options of nightschool serve --help."
+            f"{settings[0]!r} is a setting of a recipe, and there is no recipe. Write nightschool serve RECIPE.yaml "
+            f"{settings[0]}, or use the options of nightschool serve --help."
         )
-    # A name has a slash only behind its tenant.
-    is_path = "/" in source and source not in Registry(Home.find()).names()
-    if not is_recipe and (is_path or source.lower().endswith(".gguf")):
-        return _added(source, name), Serve()
-    if name is not None:
-        raise UsageError(f"--name is for a folder, a GGUF file or a hub id, and {source!r} has a name. Leave it out.")
-    if is_recipe:
-        recipe = read_recipe(Path(source), overrides)
-        return recipe.name, recipe.serve
-    return check_full_name(source), Serve()
+    if len(recipes) > 1:
+        raise UsageError(f"{' and '.join(recipes)} may want different things of one server. Name one recipe.")
+    if name is not None and len(elsewhere) != 1:
+        raise UsageError(
+            f"--name is for one folder, GGUF file or hub id, and there are {len(elsewhere)}. Leave it out, and add models "
+            "with nightschool models add."
+        )
+    recipe = read_recipe(Path(recipes[0]), settings) if recipes else None
+    served = []
+    for source in sources:
+        if recipe is not None and source in recipes:
+            served.append(recipe.name)
+        else:
+            served.append(_added(source, name) if source in elsewhere else check_full_name(source))
+    return served, recipe.serve if recipe is not None else Serve()
+
+
+def _is_elsewhere(source: str) -> bool:
+    """Whether a model would have to be added first: a path, a hub id or a file, but no recipe and no `tenant/name`."""
+    if source.endswith((".yaml", ".yml")):
+        return False
+    return source.lower().endswith(".gguf") or ("/" in source and source not in Registry(Home.find()).names())
 
 
 def _added(source: str, name: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any
@@ -31,6 +31,7 @@ from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Conversations, Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.routes import feedback, operations, parametric_memory, versions
+from nightschool.server.served_names import ServedNames
 from nightschool.server.service import Service
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
@@ -49,36 +50,37 @@ FAMILIES = (
 
 
 def create_app(
-    slot: SlotPort,
+    slots: Sequence[SlotPort],
     settings: ServerSettings,
     *,
     registry: Registry | None = None,
     conversations: Conversations | None = None,
     device: str | None = None,
 ) -> FastAPI:
-    """The server of one slot.
+    """The server of one name or several.
 
     Args:
-        slot: What answers. It may be empty; the app looks for a promoted version when it starts.
+        slots: What answers for each name. They may be empty; the app looks for promoted versions when it starts.
         settings: Bounds and keys.
         registry: Lists and moves versions; without it `/model_info` lists none, and `/api/models` says so.
         conversations: Where conversations are kept; needed if, and used only if, the settings ask for it.
-        device: `cuda` or `cpu`, where the slot puts its models; without it, what this machine has.
+        device: `cuda` or `cpu`, where the slots put their models; without it, what this machine has.
 
     Raises:
         UsageError: If the settings ask for recording and there is nowhere to record.
     """
     if settings.record_conversations and conversations is None:
         raise UsageError("record_conversations is on, but there is no store of conversations. Serve from a home.")
-    metrics = Metrics(lambda: slot.current)
+    names = ServedNames(slots)
+    metrics = Metrics(names)
     service = Service(
-        slot=slot,
+        names=names,
         settings=settings,
         registry=registry,
         metrics=metrics,
-        refresher=Refresher(slot, metrics, settings.model_check_interval),
+        refresher=Refresher(names, metrics, settings.model_check_interval),
         recorder=Recorder(conversations if settings.record_conversations else None, metrics),
-        answering=Answering(slot, metrics),
+        answering=Answering(names, metrics),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     app = FastAPI(
@@ -108,14 +110,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service = app.state.service
     assert isinstance(service, Service)
     recording = "conversations are kept for later nights" if service.recorder.on else "conversations are not kept"
-    facts = {"name": service.slot.name, "recording": recording, "access": list(auth.describe(service.settings))}
+    facts = {
+        "names": [slot.name for slot in service.names],
+        "recording": recording,
+        "access": list(auth.describe(service.settings)),
+    }
     log.info("serving", extra={"facts": facts})
     service.refresher.start()
     yield
     log.info("stopping")
     await service.refresher.stop()
     await service.recorder.close()
-    await anyio.to_thread.run_sync(service.slot.close)
+    for slot in service.names:
+        await anyio.to_thread.run_sync(slot.close)
     log.info("stopped")
 
 

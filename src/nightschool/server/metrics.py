@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
-from nightschool.server.ports import GenerationPort
+from nightschool.server.served_names import ServedNames
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counters and histograms of one app; gauges are read from the slot when they are asked for."""
+    """Counters and histograms of one app; gauges are read from the slots when they are asked for."""
 
-    def __init__(self, current: Callable[[], GenerationPort | None]) -> None:
+    def __init__(self, names: ServedNames) -> None:
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "nightschool_http_requests", "Requests answered.", ["method", "path", "status"], registry=registry
@@ -46,7 +46,7 @@ class Metrics:
         )
         for outcome in ("swapped", "unchanged", "failed"):
             self.refreshes.labels(outcome)
-        registry.register(_SlotGauges(current))
+        registry.register(_SlotGauges(names))
 
     def render(self) -> bytes:
         """The text format of Prometheus."""
@@ -54,18 +54,24 @@ class Metrics:
 
 
 class _SlotGauges:
-    """What the slot is and does at this moment."""
+    """What the slots are and do at this moment."""
 
-    def __init__(self, current: Callable[[], GenerationPort | None]) -> None:
-        self._current = current
+    def __init__(self, names: ServedNames) -> None:
+        self._names = names
 
     def collect(self) -> Iterable[Metric]:
-        generation = self._current()
-        waiting, running = generation.engine.load() if generation is not None else (0, 0)
-        yield GaugeMetricFamily("nightschool_model_loaded", "1 if a model is served.", value=float(bool(generation)))
-        yield GaugeMetricFamily("nightschool_requests_waiting", "Requests in the queue.", value=waiting)
-        yield GaugeMetricFamily("nightschool_rows_running", "Answers being generated.", value=running)
-        if generation is not None:
-            version = InfoMetricFamily("nightschool_version", "The version that is served.")
-            version.add_metric([], {"name": generation.version.name, "version": generation.version.id})
-            yield version
+        loaded = GaugeMetricFamily("nightschool_model_loaded", "1 if a version of the name is served.", labels=["name"])
+        version = InfoMetricFamily("nightschool_version", "The versions that are served.")
+        serving = [(slot.name, slot.current) for slot in self._names]
+        for name, generation in serving:
+            loaded.add_metric([name], float(generation is not None))
+            if generation is not None:
+                version.add_metric([], {"name": name, "version": generation.version.id})
+        yield loaded
+        yield version
+        # Names on one base share an engine, which counts once.
+        loads = [engine.load() for engine in {id(g.engine): g.engine for _, g in serving if g is not None}.values()]
+        yield GaugeMetricFamily(
+            "nightschool_requests_waiting", "Requests in the queue.", value=sum(w for w, _ in loads)
+        )
+        yield GaugeMetricFamily("nightschool_rows_running", "Answers being generated.", value=sum(r for _, r in loads))

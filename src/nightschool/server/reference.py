@@ -11,7 +11,7 @@ from nightschool.server.settings import ServerSettings
 
 def main() -> None:
     """Write the reference to stdout."""
-    sys.stdout.write(render(create_app(NoSlot(), ServerSettings()).openapi()))
+    sys.stdout.write(render(create_app([NoSlot()], ServerSettings()).openapi()))
 
 
 class NoSlot:

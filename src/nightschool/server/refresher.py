@@ -1,4 +1,4 @@
-"""Looks for promoted versions: at once at start, then at an interval, and whenever somebody asks."""
+"""Looks for promoted versions of every name: at once at start, then at an interval, and whenever somebody asks."""
 
 from __future__ import annotations
 
@@ -13,60 +13,65 @@ from typing import TypeVar
 from nightschool.errors import NightschoolError, NotFound
 from nightschool.server.metrics import Metrics
 from nightschool.server.ports import SlotPort
+from nightschool.server.served_names import ServedNames
 
 log = logging.getLogger("nightschool.server.refresher")
 Result = TypeVar("Result")
 
 
 class Refresher:
-    """Everything that moves the slot runs on one thread of its own: never on the event loop, never twice at once."""
+    """Everything that moves a slot runs on one thread of its own: never on the event loop, never twice at once."""
 
-    def __init__(self, slot: SlotPort, metrics: Metrics, interval_seconds: float) -> None:
-        self._slot = slot
+    def __init__(self, names: ServedNames, metrics: Metrics, interval_seconds: float) -> None:
+        self._names = names
         self._metrics = metrics
         self._interval_seconds = interval_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refresh")
         self._watching: asyncio.Task[None] | None = None
-        self.last_error: str | None = None
+        self._last_errors: dict[str, str] = {}
 
-    async def refresh(self) -> bool:
-        """Serve the champion if it is not served already. Returns whether the version changed.
+    def last_error(self, name: str) -> str | None:
+        """Why the newest version of a name is not served; None if it is."""
+        return self._last_errors.get(name)
+
+    async def refresh(self, slot: SlotPort) -> bool:
+        """Serve the champion of a name if it is not served already. Returns whether the version changed.
 
         Raises:
             NightschoolError: Why it could not be served; whatever served before still does.
         """
-        return await self.alone(self._refresh)
+        return await self.alone(partial(self._refresh, slot))
 
     async def alone(self, move: Callable[[], Result]) -> Result:
-        """Run a function on the thread that moves the slot; it goes on even if the caller goes away."""
+        """Run a function on the thread that moves the slots; it goes on even if the caller goes away."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, move))
 
-    def _refresh(self) -> bool:
-        before = self._slot.current
-        log.info("looking for a promoted version", extra={"facts": {"name": self._slot.name}})
+    def _refresh(self, slot: SlotPort) -> bool:
+        before = slot.current
+        log.info("looking for a promoted version", extra={"facts": {"name": slot.name}})
         try:
-            swapped = self._slot.refresh()
+            swapped = slot.refresh()
         except NotFound as error:
             if before is not None:
-                self._failed(error)
+                self._failed(slot, error)
                 raise
-            log.info("no version is promoted yet", extra={"facts": {"name": self._slot.name}})
+            log.info("no version is promoted yet", extra={"facts": {"name": slot.name}})
             self._metrics.refreshes.labels("unchanged").inc()
             return False
         except Exception as error:
-            self._failed(error)
+            self._failed(slot, error)
             raise
-        self.last_error = None
+        self._last_errors.pop(slot.name, None)
         self._metrics.refreshes.labels("swapped" if swapped else "unchanged").inc()
-        if swapped and self._slot.current is not None:
-            log.info("successfully updated", extra={"facts": {"version": self._slot.current.version.ref}})
+        if swapped and slot.current is not None:
+            log.info("successfully updated", extra={"facts": {"version": slot.current.version.ref}})
         return swapped
 
-    def _failed(self, error: Exception) -> None:
-        self.last_error = str(error) or type(error).__name__
+    def _failed(self, slot: SlotPort, error: Exception) -> None:
+        message = self._last_errors[slot.name] = str(error) or type(error).__name__
         self._metrics.refreshes.labels("failed").inc()
-        current = self._slot.current
-        facts = {"error": self.last_error, "still_serving": current.version.ref if current else None}
+        current = slot.current
+        facts = {"name": slot.name, "error": message, "still_serving": current.version.ref if current else None}
         unexpected = not isinstance(error, NightschoolError)
         log.error("error updating the model", exc_info=error if unexpected else None, extra={"facts": facts})
 
@@ -76,9 +81,10 @@ class Refresher:
 
     async def _watch(self) -> None:
         while True:
-            # The error is logged and counted where it happened; the next look may succeed.
-            with contextlib.suppress(Exception):
-                await self.refresh()
+            for slot in self._names:
+                # The error is logged and counted where it happened; the next look may succeed.
+                with contextlib.suppress(Exception):
+                    await self.refresh(slot)
             await asyncio.sleep(self._interval_seconds)
 
     async def stop(self) -> None:

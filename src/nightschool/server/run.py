@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,14 +32,16 @@ log = logging.getLogger("nightschool.server")
 _BACKLOG = 1024
 
 
-def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[str, Any] | None = None) -> None:
-    """Serve a name until SIGTERM or SIGINT; running answers may finish within `drain_seconds`.
+def serve(
+    home: Home, names: Sequence[str], settings: ServerSettings, *, engine: Mapping[str, Any] | None = None
+) -> None:
+    """Serve names until SIGTERM or SIGINT; running answers may finish within `drain_seconds`.
 
     Args:
         home: Where versions and conversations are.
-        name: The served name. No version of it needs to exist yet.
+        names: The served names; the first answers who names no model. No version of them needs to exist yet.
         settings: Address, keys, bounds.
-        engine: Settings of the slot and its engines, such as `device` and `num_rows`.
+        engine: Settings of `EnginePool` and its engines, such as `device` and `num_rows`.
 
     Raises:
         UsageError: If the address is open to others without a key, or cannot be listened on.
@@ -51,8 +53,9 @@ def serve(home: Home, name: str, settings: ServerSettings, *, engine: Mapping[st
         conversations = ConversationStore(open_database(home)) if settings.record_conversations else None
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
+        pool = EnginePool(home, **chosen)
         app = create_app(
-            Slot(name, EnginePool(home, **chosen)),
+            [Slot(name, pool) for name in names],
             settings,
             registry=Registry(home),
             conversations=conversations,

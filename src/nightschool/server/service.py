@@ -11,12 +11,13 @@ from fastapi import Depends, Request
 
 from nightschool.errors import Damaged
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import SlotPort, VersionPort
+from nightschool.server.ports import VersionPort
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
+from nightschool.server.served_names import ServedNames
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
-from nightschool.store.principal import DEFAULT_TENANT
+from nightschool.store.principal import LOCAL, SCOPES, Principal
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Version
 
@@ -25,7 +26,7 @@ from nightschool.store.versions import Version
 class Service:
     """The parts of one running server."""
 
-    slot: SlotPort
+    names: ServedNames
     settings: ServerSettings
     registry: Registry | None
     metrics: Metrics
@@ -45,9 +46,10 @@ def _request_id(request: Request) -> str:
     return str(request.state.request_id)
 
 
-def _tenant(request: Request) -> str:
-    """The caller, if keys tell callers apart."""
-    return str(getattr(request.state, "caller", DEFAULT_TENANT))
+def _principal(request: Request) -> Principal:
+    """Who asks: every key is a tenant of its own as far as cached prefixes go; without keys it is this machine."""
+    caller = owner_of(request)
+    return LOCAL if caller is None else Principal(caller, SCOPES)
 
 
 def owner_of(request: Request) -> str | None:
@@ -56,7 +58,7 @@ def owner_of(request: Request) -> str | None:
     return caller
 
 
-TenantOf = Annotated[str, Depends(_tenant)]
+PrincipalOf = Annotated[Principal, Depends(_principal)]
 OwnerOf = Annotated[str | None, Depends(owner_of)]
 ServiceOf = Annotated[Service, Depends(_service)]
 RequestId = Annotated[str, Depends(_request_id)]

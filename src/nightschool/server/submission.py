@@ -11,12 +11,15 @@ import anyio.to_thread
 
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
+from nightschool.engine.binding import Binding
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Running
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import GenerationPort, HandlePort, SlotPort
+from nightschool.server.ports import GenerationPort, HandlePort
+from nightschool.server.served_names import ServedNames
+from nightschool.store.principal import Principal
 
 Prompt = Sequence[Message] | str | list[int]
 Result = TypeVar("Result")
@@ -26,25 +29,26 @@ _SPLIT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Ask:
-    """What a client wants: `n` answers to each prompt.
+    """What a client wants: `n` answers to each prompt by `model`, or by the first served name without it.
 
     `max_new_tokens` of None means `default_max_new_tokens`, or less where the context leaves less.
-    Callers with different `tenant` never share cached prefixes, so that timing tells neither about the other.
+    Tenants never share cached prefixes, so that timing tells neither about the other.
     """
 
     prompts: Sequence[Prompt]
     params: SamplingParams
     max_new_tokens: int | None
     default_max_new_tokens: int
-    tenant: str
+    model: str | None
+    principal: Principal
     n: int = 1
 
 
 class Answering:
     """Turns prompts into token ids with the tokenizer of the version that will answer, and submits them to it."""
 
-    def __init__(self, slot: SlotPort, metrics: Metrics) -> None:
-        self._slot = slot
+    def __init__(self, names: ServedNames, metrics: Metrics) -> None:
+        self._names = names
         self._metrics = metrics
         # A tokenizer is changed by encoding with other truncation settings; one at a time is safe.
         self._encoding = threading.Lock()
@@ -53,7 +57,8 @@ class Answering:
         """Begin to generate.
 
         Raises:
-            NotLoaded: If no version is served.
+            Refusal: 404 if the model is not served here.
+            NotLoaded: If no version of it is loaded.
             PromptTooLong: If a prompt and its answer do not fit the context.
             QueueFull: If too many requests wait.
             UsageError: If a prompt cannot be rendered or has no token.
@@ -62,28 +67,25 @@ class Answering:
 
     def _start(self, ask: Ask, request_id: str) -> Running:
         while True:
-            generation = self._slot.current
-            if generation is None:
-                raise NotLoaded("No version is served. Train and promote one, or wait until it is loaded.")
+            generation, binding = self._names.resolve(ask.model, ask.principal)
             tokenizer, context_tokens = generation.tokenizer, generation.engine.context_tokens
             with self._encoding:
                 for prompt in ask.prompts:
                     _refuse_hopeless(tokenizer, prompt, context_tokens)
                 prompts = [_encode(tokenizer, prompt) for prompt in ask.prompts]
             try:
-                handles = self._submit(generation, prompts, ask, request_id)
+                handles = self._submit(generation, binding, prompts, ask, request_id)
             except NotLoaded:
                 # The version was swapped out while the prompt was rendered; the next one has its own tokenizer.
-                if self._slot.current is generation:
+                if self._names.resolve(ask.model, ask.principal)[0] is generation:
                     raise
                 continue
             return Running(generation, prompts, handles, self._metrics)
 
     def _submit(
-        self, generation: GenerationPort, prompts: list[list[int]], ask: Ask, request_id: str
+        self, generation: GenerationPort, binding: Binding, prompts: list[list[int]], ask: Ask, request_id: str
     ) -> list[HandlePort]:
         handles: list[HandlePort] = []
-        binding = generation.binding.of(ask.tenant)
         try:
             for prompt in prompts:
                 params = _with_length(ask, len(prompt), generation.engine.context_tokens)

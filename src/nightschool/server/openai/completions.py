@@ -18,8 +18,9 @@ from nightschool.server.generation import Answer, Running, while_connected
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
+from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Exchange
-from nightschool.server.service import RequestId, Service, ServiceOf, TenantOf, owner_of
+from nightschool.server.service import PrincipalOf, RequestId, Service, ServiceOf, owner_of
 from nightschool.server.stream import EventStream
 from nightschool.server.submission import Ask
 from nightschool.server.token_text import TokenText
@@ -33,7 +34,7 @@ _MOST_ANSWERS = 32
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
 async def chat_completions(
-    body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId, tenant: TenantOf
+    body: ChatRequest, request: Request, service: ServiceOf, request_id: RequestId, principal: PrincipalOf
 ) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events that end with `[DONE]`."""
     messages = [message.as_message() for message in body.messages]
@@ -43,7 +44,8 @@ async def chat_completions(
         params=_params(body, logprobs),
         max_new_tokens=_length(body.max_completion_tokens or body.max_tokens, service),
         default_max_new_tokens=service.settings.max_new_tokens_limit,
-        tenant=tenant,
+        model=body.model,
+        principal=principal,
         n=body.n or 1,
     )
     kept = [{"role": message.role, "content": message.content} for message in messages]
@@ -52,7 +54,7 @@ async def chat_completions(
 
 @router.post("/completions", response_model=Completion, responses=_RESPONSES)
 async def completions(
-    body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, tenant: TenantOf
+    body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, principal: PrincipalOf
 ) -> Response:
     """Continue a text as it is, without a chat template."""
     ask = Ask(
@@ -60,7 +62,8 @@ async def completions(
         params=_params(body, body.logprobs),
         max_new_tokens=_length(body.max_tokens, service),
         default_max_new_tokens=_COMPLETION_DEFAULT_TOKENS,
-        tenant=tenant,
+        model=body.model,
+        principal=principal,
         n=body.n or 1,
     )
     if len(ask.prompts) * ask.n > _MOST_ANSWERS:
@@ -97,20 +100,6 @@ def _length(asked: int | None, service: Service) -> int | None:
         message = f"max_tokens is {asked}, and this server makes at most {limit}. Ask for fewer."
         raise Refusal(400, message, "invalid_value", param="max_tokens")
     return asked
-
-
-def _check_model(wanted: str, service: Service) -> None:
-    """Refuse every name but the served one: bare, @champion, or @ the version that is served now."""
-    name, current = service.slot.name, service.slot.current
-    if wanted in (name, f"{name}@champion") or (current is not None and wanted == current.version.ref):
-        return
-    served = f"{name} is served" if current is None else f"{current.version.ref} is served"
-    raise Refusal(
-        404,
-        f"The model {wanted!r} is not served here; {served}. Ask for {name!r}.",
-        "model_not_found",
-        param="model",
-    )
 
 
 class _Request:
@@ -162,7 +151,6 @@ async def _answer(
     request_id: str,
     kept_messages: Sequence[dict[str, str]] | None,
 ) -> Response:
-    _check_model(body.model, service)
     running = await service.answering.start(ask, request_id)
     answered = _Request(body, ask, shape, running, request_id)
     version = running.version
@@ -191,27 +179,25 @@ async def _answer(
 
 @router.get("/models", response_model=ModelList, responses=openai_refusals())
 async def models(service: ServiceOf) -> Response:
-    """The names under which the served version may be asked; none while nothing is loaded."""
-    return JSONResponse({"object": "list", "data": _cards(service)})
+    """What may stand in `model`: each name, and the version that it means now; none of what is not loaded."""
+    return JSONResponse({"object": "list", "data": [card for slot in service.names for card in _cards(slot)]})
 
 
 @router.get("/models/{model}", response_model=ModelCard, responses=openai_refusals(404))
 async def model(model: str, service: ServiceOf) -> Response:
     """One of them."""
-    for card in _cards(service):
-        if card["id"] == model:
-            return JSONResponse(card)
-    _check_model(model, service)
-    raise Refusal(404, f"The model {model!r} is not loaded yet.", "model_not_found", param="model")
+    card = next((card for card in _cards(service.names.slot_of(model)) if card["id"] == model), None)
+    if card is None:
+        raise Refusal(404, f"The model {model!r} is not loaded yet.", "model_not_found", param="model")
+    return JSONResponse(card)
 
 
-def _cards(service: Service) -> list[dict[str, Any]]:
-    current = service.slot.current
+def _cards(slot: SlotPort) -> list[dict[str, Any]]:
+    current = slot.current
     if current is None:
         return []
-    name = service.slot.name
     created = int(current.loaded_at.timestamp())
     return [
-        {"id": name_of, "object": "model", "created": created, "owned_by": "nightschool"}
-        for name_of in (name, f"{name}@champion", current.version.ref)
+        {"id": name, "object": "model", "created": created, "owned_by": "nightschool"}
+        for name in (slot.name, f"{slot.name}@champion", current.version.ref)
     ]

@@ -105,7 +105,7 @@ class Completion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A name under which the served version may be asked."""
+    """A name under which a served version may be asked."""
 
     id: str
     object: Literal["model"]

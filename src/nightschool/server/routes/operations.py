@@ -24,23 +24,33 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """A model is loaded."""
+    """A version of every name is loaded."""
 
     status: Literal["ready"]
-    model: str = Field(..., description="name@version")
+    model: str = Field(..., description="name@version of the first name.")
+    models: list[str] = Field(..., description="The same of every name.")
+
+
+class ServedModel(BaseModel):
+    """A name that this server answers for."""
+
+    name: str
+    served_version: str | None = Field(..., description="Null until one is loaded.")
+    last_refresh_error: str | None = Field(..., description="Why the newest version is not served; null if it is.")
 
 
 class Settings(BaseModel):
     """What this server was started with, and what went wrong last."""
 
-    name: str
+    name: str = Field(..., description="The first of `models`, which answers where no model is named.")
+    models: list[ServedModel]
     record_conversations: bool
     model_check_interval_seconds: float
     max_body_bytes: int
     max_new_tokens_limit: int
     requests_per_minute: float | None
     api_key_needed: bool
-    last_refresh_error: str | None = Field(..., description="Why the newest version is not served; null if it is.")
+    last_refresh_error: str | None = Field(..., description="Of the first name.")
 
 
 @router.get("/healthz", response_model=Alive)
@@ -51,11 +61,12 @@ async def healthz() -> Response:
 
 @router.get("/readyz", response_model=Ready, responses=refusals(503))
 async def readyz(service: ServiceOf) -> Response:
-    """503 until a model is loaded."""
-    current = service.slot.current
-    if current is None:
+    """503 until a version of every name is loaded."""
+    serving = [slot.current for slot in service.names]
+    loaded = [current.version.ref for current in serving if current is not None]
+    if len(loaded) < len(serving):
         raise model_not_loaded()
-    return JSONResponse({"status": "ready", "model": current.version.ref})
+    return JSONResponse({"status": "ready", "model": loaded[0], "models": loaded})
 
 
 @router.get(
@@ -72,16 +83,25 @@ async def metrics(service: ServiceOf) -> Response:
 @router.get("/api/settings", response_model=Settings, responses=problems())
 async def settings(service: ServiceOf) -> Response:
     """What this server was started with; never its keys."""
-    chosen = service.settings
+    chosen, first = service.settings, service.names.first
+    models = [
+        {
+            "name": slot.name,
+            "served_version": slot.current.version.id if slot.current is not None else None,
+            "last_refresh_error": service.refresher.last_error(slot.name),
+        }
+        for slot in service.names
+    ]
     return JSONResponse(
         {
-            "name": service.slot.name,
+            "name": first.name,
+            "models": models,
             "record_conversations": service.recorder.on,
             "model_check_interval_seconds": chosen.model_check_interval,
             "max_body_bytes": chosen.max_body_bytes,
             "max_new_tokens_limit": chosen.max_new_tokens_limit,
             "requests_per_minute": chosen.requests_per_minute,
             "api_key_needed": bool(chosen.api_keys),
-            "last_refresh_error": service.refresher.last_error,
+            "last_refresh_error": service.refresher.last_error(first.name),
         }
     )

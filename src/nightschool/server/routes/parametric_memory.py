@@ -18,12 +18,13 @@ from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.generation import while_connected
+from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Exchange
 from nightschool.server.service import (
+    PrincipalOf,
     RequestId,
     Service,
     ServiceOf,
-    TenantOf,
     owner_of,
     published_at,
     shown_path,
@@ -41,6 +42,7 @@ class GenerateRequest(Body):
     max_new_tokens: Integer = Field(256, ge=1, description="Most tokens of the answer.")
     temperature: Number = Field(0.7, ge=0, le=2, description="0 is greedy and deterministic; 1 is more creative.")
     top_p: Number = Field(0.9, gt=0, le=1, description="Sample from the smallest set of this probability.")
+    model: str | None = Field(None, description="Which of the served names answers; the first one without it.")
 
 
 class GenerateResponse(BaseModel):
@@ -92,9 +94,9 @@ class RefreshResponse(BaseModel):
     timestamp: datetime
 
 
-@router.post("/generate", response_model=GenerateResponse, responses=refusals(400, 408, 413, 422, 429, 500, 503))
+@router.post("/generate", response_model=GenerateResponse, responses=refusals(400, 404, 408, 413, 422, 429, 500, 503))
 async def generate(
-    body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId, tenant: TenantOf
+    body: GenerateRequest, request: Request, service: ServiceOf, request_id: RequestId, principal: PrincipalOf
 ) -> Response:
     """Answer one question. 503 while no model is loaded; 422 where a value is out of bounds."""
     if body.max_new_tokens > service.settings.max_new_tokens_limit:
@@ -107,7 +109,8 @@ async def generate(
         params=SamplingParams(max_new_tokens=1, temperature=body.temperature, top_p=body.top_p),
         max_new_tokens=body.max_new_tokens if given else None,
         default_max_new_tokens=body.max_new_tokens,
-        tenant=tenant,
+        model=body.model,
+        principal=principal,
     )
     running = await service.answering.start(ask, request_id)
     try:
@@ -129,12 +132,13 @@ async def generate(
 
 @router.get("/health", response_model=Health)
 async def health(service: ServiceOf) -> Response:
-    """Whether a model is loaded, and which. Always 200; see /readyz for a status that says so."""
-    return JSONResponse({"status": "healthy", "model_loaded": service.slot.current is not None} | _present(service))
+    """Whether a version of the first name is loaded, and which. Always 200; see /readyz for a status that says so."""
+    slot = service.names.first
+    return JSONResponse({"status": "healthy", "model_loaded": slot.current is not None} | _present(service, slot))
 
 
-def _present(service: Service) -> dict[str, Any]:
-    current = service.slot.current
+def _present(service: Service, slot: SlotPort) -> dict[str, Any]:
+    current = slot.current
     return {
         "current_model_version": current.version.id if current else None,
         "current_model_path": shown_path(current.version) if current else None,
@@ -143,13 +147,14 @@ def _present(service: Service) -> dict[str, Any]:
     }
 
 
-@router.get("/model_info", response_model=ModelInfo, responses=refusals(503))
-async def model_info(service: ServiceOf) -> Response:
-    """The version that is served and every published one. 503 while no model is loaded."""
-    current = service.slot.current
+@router.get("/model_info", response_model=ModelInfo, responses=refusals(404, 503))
+async def model_info(service: ServiceOf, model: str | None = None) -> Response:
+    """The version that is served and every published one, of the first name or of `model`. 503 while none is loaded."""
+    slot = service.names.slot_of(model)
+    current = slot.current
     if current is None:
         raise model_not_loaded()
-    available = await anyio.to_thread.run_sync(_available, service)
+    available = await anyio.to_thread.run_sync(_available, service, slot.name)
     return JSONResponse(
         {
             "current_model_version": current.version.id,
@@ -162,28 +167,29 @@ async def model_info(service: ServiceOf) -> Response:
     )
 
 
-def _available(service: Service) -> list[dict[str, str]]:
-    versions = service.registry.versions(service.slot.name) if service.registry is not None else []
+def _available(service: Service, name: str) -> list[dict[str, str]]:
+    versions = service.registry.versions(name) if service.registry is not None else []
     return [{"path": shown_path(v), "version": v.id, "modified_time": timestamp(published_at(v))} for v in versions]
 
 
-async def _refresh(service: Service) -> Response:
+async def _refresh(service: Service, model: str | None) -> Response:
+    slot = service.names.slot_of(model)
     try:
-        await service.refresher.refresh()
+        await service.refresher.refresh(slot)
     except Exception as error:  # logged and counted by the refresher; whatever it was, the old version still serves
         raise Refusal(500, f"Model refresh failed: {error}", "refresh_failed") from error
-    present = _present(service)
+    present = _present(service, slot)
     del present["device"]
     return JSONResponse({"status": "success", "message": "Model refresh completed"} | present)
 
 
-@router.get("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 500))
-async def refresh_model(service: ServiceOf) -> Response:
-    """Look for a promoted version now, and serve it. A failure changes nothing."""
-    return await _refresh(service)
+@router.get("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 404, 500))
+async def refresh_model(service: ServiceOf, model: str | None = None) -> Response:
+    """Look for a promoted version of the first name, or of `model`, now, and serve it. A failure changes nothing."""
+    return await _refresh(service, model)
 
 
-@router.post("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 500))
-async def refresh_model_by_post(service: ServiceOf) -> Response:
+@router.post("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 404, 500))
+async def refresh_model_by_post(service: ServiceOf, model: str | None = None) -> Response:
     """The same as GET."""
-    return await _refresh(service)
+    return await _refresh(service, model)

@@ -17,6 +17,7 @@ from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
+from nightschool.server.ports import SlotPort
 from nightschool.server.service import Service, ServiceOf, published_at, shown_path, timestamp
 from nightschool.store.registry import Registry
 
@@ -97,22 +98,22 @@ async def _move(service: Service, registry: Registry, name: str, move: Callable[
         return registry.aliases(name)["champion"]
 
     champion = await service.refresher.alone(move_and_read)
-    if name == service.slot.name:
+    slot = service.names.get(name)
+    if slot is not None:
         try:
-            await service.refresher.refresh()
+            await service.refresher.refresh(slot)
         except NightschoolError as error:
             stage = f" at the stage '{error.stage}'" if isinstance(error, SwapFailed) else ""
             message = (
                 f"{name}@{champion} is the champion now, but could not be served{stage}: {error} "
-                f"{_served(service) or 'Nothing'} is still served. Promote another version or roll back."
+                f"{_served(slot) or 'Nothing'} is still served. Promote another version or roll back."
             )
             raise Refusal(409, message, error.code) from error
-    served = _served(service) if name == service.slot.name else None
-    return JSONResponse({"name": name, "champion": champion, "served_version": served})
+    return JSONResponse({"name": name, "champion": champion, "served_version": _served(slot)})
 
 
-def _served(service: Service) -> str | None:
-    current = service.slot.current
+def _served(slot: SlotPort | None) -> str | None:
+    current = slot.current if slot is not None else None
     return current.version.id if current is not None else None
 
 
@@ -127,9 +128,9 @@ def _described(service: Service, registry: Registry, name: str) -> dict[str, Any
         {"version": version.id, "path": shown_path(version), "created_at": timestamp(published_at(version))}
         for version in registry.versions(name)
     ]
-    if not versions and name != service.slot.name:
+    slot = service.names.get(name)
+    if not versions and slot is None:
         raise NotFound(
             f"There is no version of {name!r} in the registry. It has {', '.join(registry.names()) or 'none'}."
         )
-    served = _served(service) if name == service.slot.name else None
-    return {"name": name, "served_version": served, "aliases": registry.aliases(name), "versions": versions}
+    return {"name": name, "served_version": _served(slot), "aliases": registry.aliases(name), "versions": versions}

@@ -1,0 +1,72 @@
+"""The names that one server answers for, and the one way from a request's `model` to what answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from nightschool.engine.binding import Binding
+from nightschool.errors import NotLoaded, UsageError
+from nightschool.server.errors import Refusal
+from nightschool.server.ports import GenerationPort, SlotPort
+from nightschool.store.principal import Principal
+
+
+class ServedNames:
+    """Slots by name, in the order in which they were given; who names no model is answered by the first.
+
+    Raises:
+        UsageError: If there is no name, or one is given twice.
+    """
+
+    def __init__(self, slots: Sequence[SlotPort]) -> None:
+        self._slots = {slot.name: slot for slot in slots}
+        if not slots or len(self._slots) < len(slots):
+            given = ", ".join(slot.name for slot in slots) or "none"
+            raise UsageError(f"A server needs one name or more, each once, and was given {given}. Name each once.")
+        self.first: SlotPort = slots[0]
+
+    def __iter__(self) -> Iterator[SlotPort]:
+        return iter(self._slots.values())
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def get(self, name: str) -> SlotPort | None:
+        """The slot of a name, if this server serves it."""
+        return self._slots.get(name)
+
+    def slot_of(self, model: str | None) -> SlotPort:
+        """The slot that `model` means: a bare name, `name@champion`, or `name@version` of the version served now.
+
+        Raises:
+            Refusal: 404 if this server does not serve it; the message names what it serves.
+        """
+        if model is None:
+            return self.first
+        name, _, version = model.partition("@")
+        slot = self._slots.get(name)
+        current = slot.current if slot is not None else None
+        is_served = version in ("", "champion") or (current is not None and version == current.version.id)
+        if slot is None or not is_served or model.endswith("@"):
+            loaded = [other.name if other.current is None else other.current.version.ref for other in self]
+            raise Refusal(
+                404,
+                f"The model {model[:200]!r} is not served here. There is {', '.join(loaded)}: "
+                f"ask for {' or '.join(repr(other) for other in self._slots)}.",
+                "model_not_found",
+                param="model",
+            )
+        return slot
+
+    def resolve(self, model: str | None, principal: Principal) -> tuple[GenerationPort, Binding]:
+        """What answers a request for `model`, bound to the tenant that asks.
+
+        Raises:
+            Refusal: 404, as `slot_of`.
+            NotLoaded: If no version of the name is loaded.
+        """
+        slot = self.slot_of(model)
+        generation = slot.current
+        if generation is None:
+            raise NotLoaded(f"No version of {slot.name!r} is served. Promote one, or wait until it is loaded.")
+        return generation, generation.binding.of(principal.tenant)
