@@ -33,7 +33,8 @@ def test_health_answers_while_a_model_loads_and_readiness_waits():
         finally:
             slot.may_load.set()
         eventually(lambda: slot.current)
-        assert httpx2.get(f"{server.url}/readyz").json() == {"status": "ready", "model": "bot@20251202_115436"}
+        ref = "bot@20251202_115436"
+        assert httpx2.get(f"{server.url}/readyz").json() == {"status": "ready", "model": ref, "models": [ref]}
 
 
 def test_a_huge_prompt_is_refused_off_the_event_loop():
