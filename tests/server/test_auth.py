@@ -264,7 +264,7 @@ def test_a_key_may_do_what_its_scopes_say(scope, method, path):
 
 
 def test_every_route_that_changes_anything_needs_a_scope():
-    paths = create_app(FakeSlot(), ServerSettings()).openapi()["paths"]
+    paths = create_app([FakeSlot()], ServerSettings()).openapi()["paths"]
     changing = {(method.upper(), path) for path, methods in paths.items() for method in methods if method != "get"}
     assert {scope_needed(*one) for one in changing} == SCOPES
     assert scope_needed("POST", "/api/something/new") == "manage"
