@@ -1,16 +1,21 @@
 """Several names behind one server: `model` chooses, each name is promoted and refreshed by itself, and none is guessed."""
 
+from dataclasses import replace
 from urllib.parse import quote
 
 import openai
 import pytest
 import torch
+from pydantic import SecretStr
 
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import SwapFailed, UsageError
 from nightschool.server.served_names import ServedNames
+from nightschool.server.settings import ApiKey
+from nightschool.store.home import Home
 from nightschool.store.principal import LOCAL, Principal
+from nightschool.store.registry import Registry, VersionMetadata
 from tests.support.adapter_setups import House
 from tests.support.engine_setups import greedy
 from tests.support.fake_slot import FakeSlot
@@ -125,10 +130,47 @@ def test_a_name_is_served_once_and_none_is_no_server():
 
 
 def test_what_answers_is_bound_to_the_tenant_that_asks(slots):
+    slots.append(FakeSlot("acme/cat", promoted=BOT))
     names = ServedNames([slot.serve(slot.promoted) for slot in slots])
-    for principal in (LOCAL, Principal("acme", frozenset({"generate"}))):
+    acme = Principal("acme", frozenset({"generate"}))
+    for principal, version in ((LOCAL, CAT), (acme, BOT)):
         generation, binding = names.resolve("cat", principal)
-        assert (generation.version.id, binding.label, binding.tenant) == (CAT, f"cat@{CAT}", principal.tenant)
+        assert (generation.version.id, binding.tenant) == (version, principal.tenant)
+    _, binding = names.resolve("acme/cat", replace(acme, key="digest"))
+    assert (binding.label, binding.tenant) == (f"acme/cat@{BOT}", "digest"), "two keys share no cached prefix"
+
+
+def test_names_of_other_tenants_are_404(slots, tmp_path):
+    registry = Registry(Home(tmp_path / "home"))
+    for name in ("bot", "acme/dog", "zoo/cat"):
+        registry.publish(name, lambda folder: None, VersionMetadata())
+    slots.append(FakeSlot("acme/dog", promoted=BOT, answer=lambda prompt: "I am dog."))
+    keys = [ApiKey(key=SecretStr(f"key-of-{tenant}"), tenant=tenant) for tenant in ("default", "acme", "zoo")]
+    with client_of(slots, registry=registry, api_keys=keys) as client:
+        asked = {}
+        for tenant in ("default", "acme", "zoo"):
+            client.headers["x-api-key"] = f"key-of-{tenant}"
+            for model in ("bot", "dog", "acme/dog"):
+                answer = say(client, model)
+                asked[tenant, model] = answer.status_code
+                if answer.status_code == 404 and tenant != "default":
+                    assert "'bot'" not in answer.text.replace("The model 'bot'", "")
+            listed = {card["id"].partition("@")[0] for card in client.get("/v1/models").json()["data"]}
+            assert listed == {"default": {"bot", "cat"}, "acme": {"acme/dog"}, "zoo": set()}[tenant]
+            known = {model["name"] for model in client.get("/api/models").json()["models"]}
+            assert known == {"default": {"bot"}, "acme": {"acme/dog"}, "zoo": {"zoo/cat"}}[tenant]
+            for path in ("/api/models/dog", "/model_info?model=dog", "/v1/models/acme%2Fdog"):
+                found = client.get(path).status_code
+                assert (found == 200) == (tenant == "acme" and "%2F" not in path), (tenant, path, found)
+            assert client.post("/api/models/dog/promote", json={"version": "latest"}).status_code == (
+                200 if tenant == "acme" else 404
+            )
+            assert client.get("/api/settings").status_code == (404 if tenant == "zoo" else 200)
+    assert {key for key, status in asked.items() if status == 200} == {
+        ("default", "bot"),
+        ("acme", "dog"),
+        ("acme", "acme/dog"),
+    }
 
 
 def test_a_base_and_two_adapters_behind_one_server_answer_each_as_it_would_alone(tmp_path):

@@ -8,6 +8,7 @@ from nightschool.engine.binding import Binding
 from nightschool.errors import NotLoaded, UsageError
 from nightschool.server.errors import Refusal
 from nightschool.server.ports import GenerationPort, SlotPort
+from nightschool.store.names import full_name, split_name
 from nightschool.store.principal import Principal
 
 
@@ -35,38 +36,45 @@ class ServedNames:
         """The slot of a name, if this server serves it."""
         return self._slots.get(name)
 
-    def slot_of(self, model: str | None) -> SlotPort:
-        """The slot that `model` means: a bare name, `name@champion`, or `name@version` of the version served now.
+    def of(self, principal: Principal) -> list[SlotPort]:
+        """The slots of the tenant that asks; what others have does not exist for it."""
+        return [slot for slot in self if split_name(slot.name)[0] == principal.tenant]
+
+    def slot_of(self, model: str | None, principal: Principal) -> SlotPort:
+        """The slot that `model` means: a name, `name@champion`, or `name@version` of the version served now.
+
+        The name is the tenant's own, with or without `tenant/` before it.
 
         Raises:
-            Refusal: 404 if this server does not serve it; the message names what it serves.
+            Refusal: 404 if this server does not serve it to this tenant; the message names what it serves.
         """
-        if model is None:
-            return self.first
-        name, _, version = model.partition("@")
-        slot = self._slots.get(name)
+        own = {slot.name: slot for slot in self.of(principal)}
+        if model is None and own:
+            return next(iter(own.values()))
+        name, _, version = (model or "").partition("@")
+        slot = own.get(name) or own.get(full_name(principal.tenant, name))
         current = slot.current if slot is not None else None
         is_served = version in ("", "champion") or (current is not None and version == current.version.id)
-        if slot is None or not is_served or model.endswith("@"):
-            loaded = [other.name if other.current is None else other.current.version.ref for other in self]
+        if slot is None or model is None or not is_served or model.endswith("@"):
+            loaded = [other.name if other.current is None else other.current.version.ref for other in own.values()]
             raise Refusal(
                 404,
-                f"The model {model[:200]!r} is not served here. There is {', '.join(loaded)}: "
-                f"ask for {' or '.join(repr(other) for other in self._slots)}.",
+                f"The model {(model or '')[:200]!r} is not served here. There is {', '.join(loaded) or 'none'}: "
+                f"ask for {' or '.join(repr(other) for other in own) or 'one to be served'}.",
                 "model_not_found",
                 param="model",
             )
         return slot
 
     def resolve(self, model: str | None, principal: Principal) -> tuple[GenerationPort, Binding]:
-        """What answers a request for `model`, bound to the tenant that asks.
+        """What answers a request for `model`, bound to who asks: two keys share no cached prefix either.
 
         Raises:
             Refusal: 404, as `slot_of`.
             NotLoaded: If no version of the name is loaded.
         """
-        slot = self.slot_of(model)
+        slot = self.slot_of(model, principal)
         generation = slot.current
         if generation is None:
             raise NotLoaded(f"No version of {slot.name!r} is served. Promote one, or wait until it is loaded.")
-        return generation, generation.binding.of(principal.tenant)
+        return generation, generation.binding.of(principal.key or principal.tenant)

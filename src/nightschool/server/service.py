@@ -17,7 +17,7 @@ from nightschool.server.refresher import Refresher
 from nightschool.server.served_names import ServedNames
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
-from nightschool.store.principal import LOCAL, SCOPES, Principal
+from nightschool.store.principal import Principal
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Version
 
@@ -47,15 +47,15 @@ def _request_id(request: Request) -> str:
 
 
 def _principal(request: Request) -> Principal:
-    """Who asks: every key is a tenant of its own as far as cached prefixes go; without keys it is this machine."""
-    caller = owner_of(request)
-    return LOCAL if caller is None else Principal(caller, SCOPES)
+    """Who asks, as its key says; without keys it is this machine."""
+    principal = request.state.principal
+    assert isinstance(principal, Principal)
+    return principal
 
 
 def owner_of(request: Request) -> str | None:
-    """Whose an exchange is: the caller's, if keys tell callers apart."""
-    caller: str | None = getattr(request.state, "caller", None)
-    return caller
+    """Whose an exchange is: the key's that asked; everybody's without keys."""
+    return _principal(request).key
 
 
 PrincipalOf = Annotated[Principal, Depends(_principal)]

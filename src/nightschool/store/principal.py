@@ -15,10 +15,14 @@ SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 
 @dataclass(frozen=True)
 class Principal:
-    """Whose names are meant (`tenant`), and what may be done with them (`scopes`, some of `SCOPES`)."""
+    """Whose names are meant (`tenant`), and what may be done with them (`scopes`, some of `SCOPES`).
+
+    `key` is the digest of the API key that was sent, which tells the askers of one tenant apart; None without keys.
+    """
 
     tenant: str
     scopes: frozenset[Scope]
+    key: str | None = None
 
     def __post_init__(self) -> None:
         unknown = self.scopes - SCOPES

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -40,7 +41,8 @@ class Guard:
     def __init__(self, app: ASGIApp, *, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._settings = settings
-        self._principals = {_digest(key.key.get_secret_value()): key.principal for key in settings.api_keys}
+        digests = {_digest(key.key.get_secret_value()): key.principal for key in settings.api_keys}
+        self._principals = {digest: replace(who, key=digest.hex()) for digest, who in digests.items()}
         self._hosts = set(settings.allowed_hosts)
         if self._principals:
             self._hosts |= {settings.host.lower(), socket.gethostname().lower()}

@@ -178,15 +178,17 @@ async def _answer(
 
 
 @router.get("/models", response_model=ModelList, responses=openai_refusals())
-async def models(service: ServiceOf) -> Response:
+async def models(service: ServiceOf, principal: PrincipalOf) -> Response:
     """What may stand in `model`: each name, and the version that it means now; none of what is not loaded."""
-    return JSONResponse({"object": "list", "data": [card for slot in service.names for card in _cards(slot)]})
+    return JSONResponse(
+        {"object": "list", "data": [card for slot in service.names.of(principal) for card in _cards(slot)]}
+    )
 
 
 @router.get("/models/{model}", response_model=ModelCard, responses=openai_refusals(404))
-async def model(model: str, service: ServiceOf) -> Response:
+async def model(model: str, service: ServiceOf, principal: PrincipalOf) -> Response:
     """One of them."""
-    card = next((card for card in _cards(service.names.slot_of(model)) if card["id"] == model), None)
+    card = next((card for card in _cards(service.names.slot_of(model, principal)) if card["id"] == model), None)
     if card is None:
         raise Refusal(404, f"The model {model!r} is not loaded yet.", "model_not_found", param="model")
     return JSONResponse(card)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from nightschool.server.error_schemas import problems, refusals
 from nightschool.server.errors import model_not_loaded
-from nightschool.server.service import ServiceOf
+from nightschool.server.service import PrincipalOf, ServiceOf
 
 router = APIRouter(tags=["Operations"])
 
@@ -80,17 +80,17 @@ async def metrics(service: ServiceOf) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/api/settings", response_model=Settings, responses=problems())
-async def settings(service: ServiceOf) -> Response:
+@router.get("/api/settings", response_model=Settings, responses=problems(404))
+async def settings(service: ServiceOf, principal: PrincipalOf) -> Response:
     """What this server was started with; never its keys."""
-    chosen, first = service.settings, service.names.first
+    chosen, first = service.settings, service.names.slot_of(None, principal)
     models = [
         {
             "name": slot.name,
             "served_version": slot.current.version.id if slot.current is not None else None,
             "last_refresh_error": service.refresher.last_error(slot.name),
         }
-        for slot in service.names
+        for slot in service.names.of(principal)
     ]
     return JSONResponse(
         {

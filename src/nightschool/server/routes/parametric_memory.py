@@ -31,6 +31,7 @@ from nightschool.server.service import (
     timestamp,
 )
 from nightschool.server.submission import Ask
+from nightschool.store.principal import Principal
 
 router = APIRouter(tags=["Parametric memory"], route_class=BodyRoute)
 
@@ -148,9 +149,9 @@ def _present(service: Service, slot: SlotPort) -> dict[str, Any]:
 
 
 @router.get("/model_info", response_model=ModelInfo, responses=refusals(404, 503))
-async def model_info(service: ServiceOf, model: str | None = None) -> Response:
+async def model_info(service: ServiceOf, principal: PrincipalOf, model: str | None = None) -> Response:
     """The version that is served and every published one, of the first name or of `model`. 503 while none is loaded."""
-    slot = service.names.slot_of(model)
+    slot = service.names.slot_of(model, principal)
     current = slot.current
     if current is None:
         raise model_not_loaded()
@@ -172,8 +173,8 @@ def _available(service: Service, name: str) -> list[dict[str, str]]:
     return [{"path": shown_path(v), "version": v.id, "modified_time": timestamp(published_at(v))} for v in versions]
 
 
-async def _refresh(service: Service, model: str | None) -> Response:
-    slot = service.names.slot_of(model)
+async def _refresh(service: Service, principal: Principal, model: str | None) -> Response:
+    slot = service.names.slot_of(model, principal)
     try:
         await service.refresher.refresh(slot)
     except Exception as error:  # logged and counted by the refresher; whatever it was, the old version still serves
@@ -184,12 +185,12 @@ async def _refresh(service: Service, model: str | None) -> Response:
 
 
 @router.get("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 404, 500))
-async def refresh_model(service: ServiceOf, model: str | None = None) -> Response:
+async def refresh_model(service: ServiceOf, principal: PrincipalOf, model: str | None = None) -> Response:
     """Look for a promoted version of the first name, or of `model`, now, and serve it. A failure changes nothing."""
-    return await _refresh(service, model)
+    return await _refresh(service, principal, model)
 
 
 @router.post("/refresh_model", response_model=RefreshResponse, responses=refusals(403, 404, 500))
-async def refresh_model_by_post(service: ServiceOf, model: str | None = None) -> Response:
+async def refresh_model_by_post(service: ServiceOf, principal: PrincipalOf, model: str | None = None) -> Response:
     """The same as GET."""
-    return await _refresh(service, model)
+    return await _refresh(service, principal, model)

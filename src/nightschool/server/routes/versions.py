@@ -18,7 +18,8 @@ from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
 from nightschool.server.ports import SlotPort
-from nightschool.server.service import Service, ServiceOf, published_at, shown_path, timestamp
+from nightschool.server.service import PrincipalOf, Service, ServiceOf, published_at, shown_path, timestamp
+from nightschool.store.names import full_name, parse_ref
 from nightschool.store.registry import Registry
 
 router = APIRouter(prefix="/api/models", tags=["Versions"], route_class=BodyRoute)
@@ -62,33 +63,34 @@ class Moved(BaseModel):
 
 
 @router.get("", response_model=NamedModels, responses=problems())
-async def every_model(service: ServiceOf) -> Response:
+async def every_model(service: ServiceOf, principal: PrincipalOf) -> Response:
     """Every name with its versions and aliases."""
     registry = _registry(service)
 
     def look() -> list[dict[str, Any]]:
-        return [_described(service, registry, name) for name in registry.names()]
+        return [_described(service, registry, name) for name in registry.names(principal.tenant)]
 
     return JSONResponse({"models": await anyio.to_thread.run_sync(look)})
 
 
 @router.get("/{name}", response_model=NamedModel, responses=problems(400, 404))
-async def one_model(name: str, service: ServiceOf) -> Response:
+async def one_model(name: str, service: ServiceOf, principal: PrincipalOf) -> Response:
     """One name with its versions and aliases."""
+    name = full_name(principal.tenant, name)
     return JSONResponse(await anyio.to_thread.run_sync(_described, service, _registry(service), name))
 
 
 @router.post("/{name}/promote", response_model=Moved, responses=problems(400, 404, 408, 409, 413, 422))
-async def promote(name: str, body: Promote, service: ServiceOf) -> Response:
+async def promote(name: str, body: Promote, service: ServiceOf, principal: PrincipalOf) -> Response:
     """Make a version the champion, and serve it if this server serves the name."""
-    registry = _registry(service)
+    registry, name = _registry(service), full_name(principal.tenant, name)
     return await _move(service, registry, name, lambda: promotion.promote(registry.home, name, body.version, by="http"))
 
 
 @router.post("/{name}/rollback", response_model=Moved, responses=problems(400, 404, 409))
-async def rollback(name: str, service: ServiceOf) -> Response:
+async def rollback(name: str, service: ServiceOf, principal: PrincipalOf) -> Response:
     """Make the champion before this one the champion again, and serve it if this server serves the name."""
-    registry = _registry(service)
+    registry, name = _registry(service), full_name(principal.tenant, name)
     return await _move(service, registry, name, lambda: promotion.roll_back(registry.home, name, by="http"))
 
 
@@ -131,6 +133,6 @@ def _described(service: Service, registry: Registry, name: str) -> dict[str, Any
     slot = service.names.get(name)
     if not versions and slot is None:
         raise NotFound(
-            f"There is no version of {name!r} in the registry. It has {', '.join(registry.names()) or 'none'}."
+            f"There is no version of {name!r} in the registry. It has {', '.join(registry.names(parse_ref(name).tenant)) or 'none'}."
         )
     return {"name": name, "served_version": _served(slot), "aliases": registry.aliases(name), "versions": versions}
