@@ -35,7 +35,7 @@ unit:
 
 THREADS ?= 1
 trains: install-test     ## the tests that train; for ATEN_CPU_CAPABILITY=default or avx2, and THREADS=2
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m trains
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist worksteal -m trains
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
