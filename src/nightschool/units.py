@@ -141,3 +141,19 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+def printable(text: str, *, colours: bool = False) -> str:
+    """Text for a terminal, in which control characters are written out as Python writes them, not obeyed.
+
+    Models, data, templates and servers write what they like, and a terminal may take it for a command (OSC 52 fills the
+    clipboard). Line ends and tabs stay; with `colours` so do sequences that only colour, as our own tables have them.
+    """
+    if colours:
+        parts = _COLOURS.split(text)
+        return "".join(part if index % 2 else printable(part) for index, part in enumerate(parts))
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

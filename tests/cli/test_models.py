@@ -361,3 +361,21 @@ def test_a_name_whose_aliases_are_damaged_hides_no_other(home, capsys):
 def damage(path, content):
     path.chmod(0o644)
     path.write_text(content)
+
+
+OSC_52 = "\x1b]52;c;ZXZpbA==\x07"
+
+
+def test_escapes_in_data_and_errors_are_written_out(home, capsys, tmp_path):
+    row = {"query": f"Hi{OSC_52}\u202e?", "retrieved": f"line one\n\tline two\x9b2J{OSC_52}"}
+    (tmp_path / "hostile.json").write_text(json.dumps([row]))
+    assert main(["data", "preview", "hostile.json"]) == 0
+    printed = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(printed)
+    assert "\\x1b]52;c;ZXZpbA==\\x07\\u202e?" in printed
+    assert "line one\n\tline two\\x9b2J" in printed
+    (tmp_path / "wrong.json").write_text(json.dumps([{f"a{OSC_52}": 1}]))
+    assert main(["data", "check", "wrong.json"]) == 1
+    said = capsys.readouterr().err
+    assert "\\x1b]52" in said
+    assert "\x1b" not in said

@@ -1,6 +1,7 @@
 """Opening the state database: new, up to date, newer than we are, damaged, full, and by many at once."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import OperationalError
 
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, MadeByNewer, UsageError
 from nightschool.events import now
@@ -343,3 +345,10 @@ def test_a_home_of_a_newer_form_is_refused(home):
 def test_the_id_of_a_home_is_given_out_once(home):
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda _: id_of(home), range(8)))) == 1
+
+
+@pytest.mark.parametrize("said", ["attempt to write a readonly database", "unable to open database file"])
+def test_a_home_that_cannot_be_written_is_no_mistake_of_ours(tmp_path, said):
+    refused = pytest.raises(Conflict, match="the home is read-only, or belongs to another user")
+    with open_database(Home(tmp_path)) as database, refused, database.write():
+        raise OperationalError("INSERT", {}, sqlite3.OperationalError(said))

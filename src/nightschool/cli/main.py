@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
 from nightschool import __version__
 from nightschool.cli.output import CURRENT, Session, print_json, session
 from nightschool.errors import NightschoolError, RecipeError, UsageError
+from nightschool.units import printable
 
 EVERYWHERE = """\
 Everywhere, before or after the verb:
@@ -255,7 +256,7 @@ def report_error(error: Exception) -> int:
             body["problems"] = [vars(problem) for problem in error.problems]
         print_json({"error": body})
     else:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return exit_code
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nightschool.errors import UsageError
+from nightschool.units import printable
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def answer(data: Any, text: Callable[[], str] | str, *, quiet: Callable[[], str]
     chosen = quiet if current.quiet and quiet is not None else text
     shown = chosen if isinstance(chosen, str) else chosen()
     if shown:
-        print(shown)
+        print(printable(shown, colours=True))
 
 
 def print_json(data: Any) -> None:
@@ -50,7 +51,7 @@ def note(text: str) -> None:
     """Say something beside the answer: on stderr, and not with `-q` or `--json`."""
     current = session()
     if not (current.json or current.quiet):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def colour_wanted() -> bool:
@@ -89,6 +90,6 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if session().json or not sys.stdin.isatty():
         raise UsageError(f"{question} Nobody can be asked here. Add --yes to go on.")
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UsageError("The answer was no; nothing was changed. Answer y, or add --yes.")

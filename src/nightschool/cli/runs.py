@@ -16,7 +16,7 @@ from nightschool.jobs.processes import ask_to_stop
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
-from nightschool.units import format_bytes
+from nightschool.units import format_bytes, printable
 from nightschool.views.metrics_rows import Row, is_number, read_rows
 from nightschool.views.runs import POLL_SECONDS, follow_metrics, run_summary, without_colours
 
@@ -121,7 +121,11 @@ def logs(
         while True:
             lives = follow and run.status.find_process() is not None
             for line in file:
-                print(line if coloured else without_colours(line), end="", flush=follow)
+                print(
+                    printable(line, colours=coloured) if coloured else printable(without_colours(line)),
+                    end="",
+                    flush=follow,
+                )
             if not lives:
                 return
             time.sleep(POLL_SECONDS)

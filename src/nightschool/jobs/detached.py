@@ -13,6 +13,7 @@ from nightschool.errors import Interrupted, NightschoolError
 from nightschool.jobs.cycle import CheckpointContext, continue_cycle
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
+from nightschool.units import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except NightschoolError as error:
         _never_began(home, given.run, error)
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  stdout and stderr are the log of the run
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201  stdout and stderr are the log of the run
         return error.exit_code
-    print(f"{result.outcome}: {result.detail}")  # noqa: T201
+    print(f"{result.outcome}: {printable(result.detail)}")  # noqa: T201
     return result.exit_code
 
 

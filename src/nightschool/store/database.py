@@ -106,6 +106,11 @@ class Database:
                     f"Another process has been writing the database {where} for more than {_BUSY_SECONDS:.0f} s. "
                     f"Wait until it is done, or stop that process."
                 ) from error
+            if "readonly" in said or "unable to open" in said:
+                raise Conflict(
+                    f"The database {where} cannot be written ({said}): the home is read-only, or belongs to another user. "
+                    f"Make it writable, or copy it and name the copy in NIGHTSCHOOL_HOME."
+                ) from error
             if "malformed" in said or "not a database" in said:
                 raise Damaged(
                     f"The database {where} is damaged ({said}). Restore it from a copy, or move it away."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nightschool.store.runs import Run
-from nightschool.units import format_seconds
+from nightschool.units import format_seconds, printable
 
 STATUS_SECONDS = 2.0
 LINE_SECONDS = 1.0
@@ -15,7 +15,7 @@ LINE_SECONDS = 1.0
 
 def say(text: str) -> None:
     """Write one line of the log."""
-    print(text, flush=True)  # noqa: T201 - stdout is the log of the run
+    print(printable(text), flush=True)  # noqa: T201 - stdout is the log of the run
 
 
 def _more(row: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ from nightschool.training.prepare import prepare
 from nightschool.training.progress import Progress, say
 from nightschool.training.setup import PreparedRun
 from nightschool.training.state import TrainState
+from nightschool.units import printable
 from nightschool.work.stop import Stop
 
 
@@ -140,7 +141,7 @@ def _note_failure(run: Run, error: Exception, code: int) -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)  # noqa: T201
     return code
 
 

@@ -15,6 +15,7 @@ from nightschool.cli.output import answer, bold, note, session
 from nightschool.data.example import Message
 from nightschool.errors import NightschoolError, UsageError
 from nightschool.store.home import Home
+from nightschool.units import printable
 
 DEFAULT_MODEL = "default"
 
@@ -93,7 +94,7 @@ def ask(
         with closing(_backend(home, one, url, record=False)) as backend:
             for piece in backend.stream(turns, params, reply):
                 if live:
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
             rows.append({"model": backend.model, "version": reply.version, "answer": reply.text})
     data = {"question": text, "answers": rows} if len(rows) > 1 else {"question": text, **rows[0]}
     if live:
@@ -163,7 +164,7 @@ def _answer(chat: Chat) -> bool:
     try:
         for piece in pieces:
             if live:
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         whole = False
     finally:

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.text import Text
 
+from nightschool.units import printable
+
 # Where there is no colour, these enclose what is trained.
 OPEN, CLOSE = "▏", "▕"
 
@@ -41,7 +43,7 @@ def render_mask(spans: Sequence[Span], *, colour: bool) -> Text:
     text = Text()
     for span in spans:
         if colour:
-            text.append(span.text, style="bold green" if span.trained else "dim")
+            text.append(printable(span.text), style="bold green" if span.trained else "dim")
         else:
-            text.append(f"{OPEN}{span.text}{CLOSE}" if span.trained else span.text)
+            text.append(f"{OPEN}{printable(span.text)}{CLOSE}" if span.trained else printable(span.text))
     return text
