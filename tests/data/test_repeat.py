@@ -8,7 +8,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example, Message, corrected_answers
 from nightschool.data.sources.problems import Problems
 from nightschool.evaluation.questions import make_questions
-from nightschool.feedback.conversation_examples import study
+from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import read_selection, select_examples, write_selection
@@ -79,6 +79,6 @@ def test_a_short_answer_that_was_corrected_once_may_be_right_elsewhere():
 
 def test_a_correction_remembers_what_it_corrects(tmp_path):
     home = home_with_a_correction(tmp_path)
-    [example] = study(ConversationStore(open_database(home)).select(corrected=True), Problems()).examples
+    [example] = examples_of(ConversationStore(open_database(home)).select(corrected=True), Problems()).examples
     assert example.corrects == "Bo lives in Rome."
     assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example

@@ -51,7 +51,7 @@ def test_a_conversation_comes_back_as_it_was(kept):
         "answer 1",
     )
     assert (conversation.rating, conversation.correction, conversation.owner) == (None, None, "key")
-    with pytest.raises(NotFound, match="'r9' was kept"):
+    with pytest.raises(NotFound, match="'r9' was recorded"):
         kept.get("r9")
     with pytest.raises(Conflict, match="'r1' was recorded before"):
         kept.record("r1", "bot", "v", ASKED, "x")

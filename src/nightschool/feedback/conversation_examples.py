@@ -1,4 +1,4 @@
-"""Conversations that the server kept → examples: what a person corrected by day is learned by night."""
+"""Conversations that the server recorded → examples: what a person corrected by day is learned by night."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nightschool.data.sources.problems import Problems
 from nightschool.errors import DataError
 
 
-class Kept(Protocol):
-    """What is needed of a kept conversation."""
+class RecordedConversation(Protocol):
+    """What is needed of a recorded conversation."""
 
     @property
     def request_id(self) -> str: ...
@@ -28,7 +28,7 @@ class Kept(Protocol):
 
 
 @dataclass(frozen=True)
-class Studied:
+class ConversationExamples:
     """`bad` counts answers that were rated bad and never corrected, `superseded` those that a later one replaces."""
 
     examples: list[Example]
@@ -36,8 +36,8 @@ class Studied:
     superseded: int
 
 
-def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
-    """Turn kept conversations, which come oldest first, into examples.
+def examples_of(conversations: Iterable[RecordedConversation], problems: Problems) -> ConversationExamples:
+    """Turn recorded conversations, which come oldest first, into examples.
 
     The last answer is the correction where there is one, else the answer as given; earlier answers are context only.
     An answer that was rated bad and not corrected is never learned. Of the same question answered several times in
@@ -45,19 +45,19 @@ def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
     """
     by_question: dict[tuple[Message, ...], Example] = {}
     bad = superseded = 0
-    for kept in conversations:
-        if kept.correction is None and kept.rating == "bad":
+    for one in conversations:
+        if one.correction is None and one.rating == "bad":
             bad += 1
             continue
-        answer = kept.answer if kept.correction is None else kept.correction
-        where = f"conversations: {kept.request_id}"
+        answer = one.answer if one.correction is None else one.correction
+        where = f"conversations: {one.request_id}"
         if not answer.strip():
             problems.add(
-                f"{where}: the {'answer' if kept.correction is None else 'correction'} is blank. Correct it again, or forget it."
+                f"{where}: the {'answer' if one.correction is None else 'correction'} is blank. Correct it again, or forget it."
             )
             continue
         try:
-            turns = parse_messages(list(kept.messages))
+            turns = parse_messages(list(one.messages))
         except DataError as error:
             problems.add(f"{where}: {error}")
             continue
@@ -65,8 +65,8 @@ def study(conversations: Iterable[Kept], problems: Problems) -> Studied:
         superseded += by_question.pop(question, None) is not None
         by_question[question] = Example(
             messages=(*question, Message("assistant", answer)),
-            id=kept.request_id,
+            id=one.request_id,
             source=CONVERSATIONS,
-            corrects=kept.answer if kept.correction is not None else "",
+            corrects=one.answer if one.correction is not None else "",
         )
-    return Studied(list(by_question.values()), bad, superseded)
+    return ConversationExamples(list(by_question.values()), bad, superseded)

@@ -1,4 +1,4 @@
-"""What the server kept by day: conversations, and what people said of the answers."""
+"""What the server recorded by day: conversations, and what people said of the answers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ConversationStore:
                 connection.execute(conversations.insert().values(row))
         except IntegrityError as error:
             raise Conflict(
-                f"The request {request_id!r} was recorded before, and answers are kept once. Use a new request id."
+                f"The request {request_id!r} was recorded before, and an answer is recorded once. Use a new request id."
             ) from error
 
     def feedback(
@@ -131,7 +131,7 @@ class ConversationStore:
             connection.execute(feedback.insert().values(row))
 
     def get(self, request_id: str) -> Conversation:
-        """One conversation. Raises NotFound if it was not kept."""
+        """One conversation. Raises NotFound if it was not recorded."""
         with self._db.read() as connection:
             found = _load(connection, conversations.c.request_id == request_id)
         if not found:
@@ -211,7 +211,7 @@ class ConversationStore:
 
 def _unknown(request_id: str) -> NotFound:
     return NotFound(
-        f"No conversation with the request id {request_id!r} was kept. "
+        f"No conversation with the request id {request_id!r} was recorded. "
         f"Check the id, and that the server keeps conversations (serve.record_conversations)."
     )
 

@@ -30,7 +30,7 @@ def novelty_for(home: Home, name: str, base: str, examples: Sequence[Example]) -
         NotFound: If `base` names a version that does not exist.
     """
     rows = AcceptedExamples(open_database(home)).rows(name)
-    return without_known(examples, rows, learned_by(home, name, base))
+    return novelty(examples, rows, learned_by(home, name, base))
 
 
 def learned_by(home: Home, name: str, base: str) -> Callable[[str], bool]:
@@ -44,7 +44,7 @@ def learned_by(home: Home, name: str, base: str) -> Callable[[str], bool]:
     return (lambda _: False) if start is None else line_of(registry, start).may_hold
 
 
-def without_known(examples: Sequence[Example], rows: Iterable[Accepted], learned: Callable[[str], bool]) -> Novelty:
+def novelty(examples: Sequence[Example], rows: Iterable[Accepted], learned: Callable[[str], bool]) -> Novelty:
     """Drop what was replaced, then what was learned.
 
     An example that a newer accepted one replaced stays away while the sources still hold that one. Later it is new
@@ -67,13 +67,13 @@ def without_known(examples: Sequence[Example], rows: Iterable[Accepted], learned
             example.source == CONVERSATIONS or all(example_origin(row.example) is None for row in newer)
         )
 
-    known = {row.digest for row in rows if learned(row.version)}
+    learned_digests = {row.digest for row in rows if learned(row.version)}
     everything, new = [], []
     for example in examples:
         again = example.digest in replaced
         if again and not taken_back(example):
             continue
         everything.append(example)
-        if again or example.digest not in known:
+        if again or example.digest not in learned_digests:
             new.append(example)
     return Novelty(new, everything)

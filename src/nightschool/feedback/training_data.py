@@ -12,7 +12,7 @@ from nightschool.data.sources.load import Loaded, SourceReport, read_into, witho
 from nightschool.data.sources.problems import Problems
 from nightschool.data.sources.rows import expand
 from nightschool.errors import NotFound
-from nightschool.feedback.conversation_examples import study
+from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.lineage import start_of
 from nightschool.store.database import open_database
@@ -38,7 +38,7 @@ def load_sources(
     Args:
         sources: `recipe.data`.
         root: Where relative paths begin.
-        home: Where conversations were kept; needed for `from: conversations`.
+        home: Where conversations were recorded; needed for `from: conversations`.
         name: The recipe's name: whose champion `since: last_promoted` asks for, and whose conversations are studied
             unless the source names others.
         base: What the run starts from, if that is not the champion: `since: last_promoted` then asks for what came
@@ -74,14 +74,14 @@ def _repeated(loaded: Loaded, times: int) -> Loaded:
 def _read_conversations(
     source: DataSource, home: Home | None, name: str | None, base: str | None, problems: Problems
 ) -> Loaded:
-    assert home is not None, "conversations are kept in a home"
+    assert home is not None, "conversations are recorded in a home"
     since = None
     if source.since == "last_promoted":
         assert name is not None, "only a name has a champion"
         since = _base_began(home, name, base)
     database = open_database(home)
     try:
-        kept = ConversationStore(database).select(
+        recorded = ConversationStore(database).select(
             source.where.rating,
             source.where.corrected,
             _studied_name(source, name),
@@ -90,9 +90,9 @@ def _read_conversations(
         )
     finally:
         database.close()
-    studied = study(kept, problems)
-    report = SourceReport("conversations", {"conversations": len(kept)}, len(studied.examples))
-    return Loaded(studied.examples, [report], bad=studied.bad, superseded=studied.superseded)
+    found = examples_of(recorded, problems)
+    report = SourceReport("conversations", {"conversations": len(recorded)}, len(found.examples))
+    return Loaded(found.examples, [report], bad=found.bad, superseded=found.superseded)
 
 
 def _studied_name(source: DataSource, name: str | None) -> str | None:

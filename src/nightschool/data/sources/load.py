@@ -33,7 +33,7 @@ class Loaded:
     """All examples of a recipe, in the order of its sources.
 
     `duplicates` counts examples that were there before and were left out. `bad` and `superseded` count kept
-    conversations that were left out, see `nightschool.feedback.conversation_examples.study`.
+    conversations that were left out, see `nightschool.feedback.conversation_examples.examples_of`.
     """
 
     examples: list[Example]
