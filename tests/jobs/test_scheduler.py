@@ -70,6 +70,7 @@ class DueCycle:
         return Scheduler(
             self.home,
             lambda: self.recipe,
+            ledger=self.ledger,
             root=Path.cwd(),
             stop=self.stop,
             clock=self.clock,

@@ -72,9 +72,16 @@ class Nights:
         clock = FakeClock(stop, START + timedelta(hours=self.starts + 1))
         clock.moment = START + timedelta(hours=self.starts)
         recipe = self.school.recipe()
-        return Scheduler(
-            self.school.home, lambda: recipe, root=self.school.root, stop=stop, clock=clock, say=lambda _: None
-        ).serve()
+        with open_database(self.school.home) as db:
+            return Scheduler(
+                self.school.home,
+                lambda: recipe,
+                ledger=Ledger(db),
+                root=self.school.root,
+                stop=stop,
+                clock=clock,
+                say=lambda _: None,
+            ).serve()
 
     def _noted(self, what, work):
         def noted(home, run, **more):

@@ -119,10 +119,11 @@ def forget(request_id: str, /, *, yes: bool = False) -> None:
         request_id: The id that the answer came with.
         yes: Do not ask.
     """
-    conversations = ConversationStore(open_database(Home.find()))
-    found = conversations.get(request_id)
-    confirm(f"Delete the conversation {request_id} of {found.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
-    replayed = conversations.forget(request_id)
+    with open_database(Home.find()) as db:
+        conversations = ConversationStore(db)
+        found = conversations.get(request_id)
+        confirm(f"Delete the conversation {request_id} of {found.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
+        replayed = conversations.forget(request_id)
     answer(
         {"forgotten": request_id, "accepted_examples_deleted": replayed},
         f"Deleted {request_id}, and {replayed} examples that would have been replayed.",

@@ -18,7 +18,8 @@ def add(question: str, expected: str, /, *, name: str = "default") -> None:
         expected: The answer that must stay.
         name: The name whose versions must keep it.
     """
-    pin = _pins().add(name, question, expected)
+    with open_database(Home.find()) as db:
+        pin = Pins(db).add(name, question, expected)
     answer(
         {**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()},
         f"Pinned for {name} as {pin.id}: {question} → {expected}",
@@ -32,7 +33,8 @@ def ls(*, name: str = "default") -> None:
     Args:
         name: The name.
     """
-    pins = _pins().ls(name)
+    with open_database(Home.find()) as db:
+        pins = Pins(db).ls(name)
     answer(
         [{**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()} for pin in pins],
         lambda: (
@@ -52,13 +54,9 @@ def rm(pin: int, /, *, name: str = "default", yes: bool = False) -> None:
         name: The name.
         yes: Do not ask.
     """
-    pins = _pins()
-    found = next((one for one in pins.ls(name) if one.id == pin), None)
-    if found is not None:
-        confirm(f"Unpin {found.question!r} → {found.answer!r}?", yes=yes)
-    pins.remove(name, pin)
+    with open_database(Home.find()) as db:
+        found = next((one for one in Pins(db).ls(name) if one.id == pin), None)
+        if found is not None:
+            confirm(f"Unpin {found.question!r} → {found.answer!r}?", yes=yes)
+        Pins(db).remove(name, pin)
     answer({"removed": pin}, f"Unpinned {pin}.", quiet=str(pin))
-
-
-def _pins() -> Pins:
-    return Pins(open_database(Home.find()))

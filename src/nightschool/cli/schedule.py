@@ -49,7 +49,9 @@ def run(recipe: Path, /, *overrides: str) -> int:
 
     let_children_colour()
     stop = Stop()
-    return Scheduler(Home.find(), load, root=root, stop=stop, say=say).serve()
+    home = Home.find()
+    with open_database(home) as db:
+        return Scheduler(home, load, ledger=Ledger(db), root=root, stop=stop, say=say).serve()
 
 
 def ls(name: str | None = None, /, *, limit: int = 20) -> None:
@@ -60,11 +62,12 @@ def ls(name: str | None = None, /, *, limit: int = 20) -> None:
         limit: At most this many of a name.
     """
     home = Home.find()
-    ledger = Ledger(open_database(home))
-    names = [check_full_name(name)] if name is not None else ledger.names()
-    cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
+    with open_database(home) as db:
+        ledger = Ledger(db)
+        names = [check_full_name(name)] if name is not None else ledger.names()
+        cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
+        states = {one: {"running": _is_running(home, one), "paused": ledger.paused(one)} for one in names}
     rows = [_cycle(cycle) for cycle in cycles]
-    states = {one: {"running": _is_running(home, one), "paused": ledger.paused(one)} for one in names}
 
     def text() -> str:
         if not rows:
@@ -96,15 +99,16 @@ def next_due(recipe: Path, /, *overrides: str, count: int = 3) -> None:
     """
     home = Home.find()
     settings = read_recipe(recipe, overrides)
-    ledger = Ledger(open_database(home))
     timetable = Timetable.of(settings.schedule)
-    running, last = _is_running(home, settings.name), ledger.last(settings.name)
+    with open_database(home) as db:
+        last, paused = Ledger(db).last(settings.name), Ledger(db).paused(settings.name)
+    running = _is_running(home, settings.name)
     moments = list(_due(timetable, last.due_at if last else now(), max(1, count)))
     data = {
         "name": settings.name,
         "timetable": str(timetable),
         "running": running,
-        "paused": ledger.paused(settings.name),
+        "paused": paused,
         "due_at": [one.isoformat() for one in moments],
         "last": _cycle(last) if last else None,
     }
@@ -130,7 +134,8 @@ def pause(name: str = "default", /) -> None:
     Args:
         name: The name.
     """
-    Ledger(open_database(Home.find())).pause(name)
+    with open_database(Home.find()) as db:
+        Ledger(db).pause(name)
     answer({"name": name, "paused": True}, f"Paused {name}: cycles that fall due are skipped.", quiet=name)
 
 
@@ -140,7 +145,8 @@ def resume(name: str = "default", /) -> None:
     Args:
         name: The name.
     """
-    Ledger(open_database(Home.find())).resume(name)
+    with open_database(Home.find()) as db:
+        Ledger(db).resume(name)
     answer({"name": name, "paused": False}, f"Resumed {name}.", quiet=name)
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.feedback.lineage import line_of, start_of
 from nightschool.feedback.replay_pool import Accepted, AcceptedExamples, current, example_origin
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 
@@ -23,14 +22,13 @@ class Novelty(NamedTuple):
     all: list[Example]
 
 
-def novelty_for(home: Home, name: str, base: str, examples: Sequence[Example]) -> Novelty:
+def novelty_for(accepted: AcceptedExamples, home: Home, name: str, base: str, examples: Sequence[Example]) -> Novelty:
     """Part what is new to a run of `name` that starts from `base`; everything is, if that is none of its versions.
 
     Raises:
         NotFound: If `base` names a version that does not exist.
     """
-    rows = AcceptedExamples(open_database(home)).rows(name)
-    return novelty(examples, rows, learned_by(home, name, base))
+    return novelty(examples, accepted.rows(name), learned_by(home, name, base))
 
 
 def learned_by(home: Home, name: str, base: str) -> Callable[[str], bool]:

@@ -113,20 +113,21 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
 
 def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Selection:
     """As `select_examples`, from sources that were read already."""
-    accepted = AcceptedExamples(open_database(home))
-    split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
-    novelty = novelty_for(home, recipe.name, recipe.base, split.train)
-    new = novelty.new or novelty.all
-    return Selection(
-        new=new,
-        replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
-        held_out=split.held_out,
-        num_all=len(loaded.examples),
-        num_new=len(novelty.new),
-        num_left_out=len(split.train) - len(new),
-        num_duplicates=loaded.duplicates,
-        formats={report.source: sorted(report.formats) for report in loaded.sources},
-    )
+    with open_database(home) as db:
+        accepted = AcceptedExamples(db)
+        split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
+        novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
+        new = novelty.new or novelty.all
+        return Selection(
+            new=new,
+            replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
+            held_out=split.held_out,
+            num_all=len(loaded.examples),
+            num_new=len(novelty.new),
+            num_left_out=len(split.train) - len(new),
+            num_duplicates=loaded.duplicates,
+            formats={report.source: sorted(report.formats) for report in loaded.sources},
+        )
 
 
 def _replay(

@@ -21,7 +21,6 @@ from nightschool.jobs.cycle import CheckpointContext, continue_cycle, run_cycle
 from nightschool.jobs.outcome import CycleContext, CycleResult, Trigger, verdict_of
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.store.atomic import FULL
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import lock
@@ -101,6 +100,7 @@ class Scheduler:
         home: Home,
         load: Callable[[], Recipe],
         *,
+        ledger: Ledger,
         root: Path,
         stop: Stop,
         clock: Clock | None = None,
@@ -118,7 +118,7 @@ class Scheduler:
         self._go_on = go_on
         self._recipe = load()
         self._timetable = Timetable.of(self._recipe.schedule)
-        self._ledger = Ledger(open_database(home))
+        self._ledger = ledger
         self._last_outcome: str | None = None
         # Cycles that have ended and whose end the ledger could not take yet.
         self._unentered: list[tuple[int, CycleResult]] = []

@@ -9,7 +9,7 @@ import math
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ def serve(
     """
     settings.check()
     configure_logs(settings.log_level)
-    with listening(settings) as listener:
-        conversations = ConversationStore(open_database(home)) if settings.record_conversations else None
+    with listening(settings) as listener, open_database(home) if settings.record_conversations else nullcontext() as db:
+        conversations = None if db is None else ConversationStore(db)
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
         pool = EnginePool(home, **chosen)

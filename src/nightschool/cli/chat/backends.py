@@ -182,7 +182,8 @@ class LocalBackend:
     def __init__(self, home: Home, model: str, *, record: bool) -> None:
         self._home = home
         self._loaded: LocalModel | None = None
-        self._conversations = ConversationStore(open_database(home)) if record else None
+        self._db = open_database(home) if record else None
+        self._conversations = None if self._db is None else ConversationStore(self._db)
         self.model = model
         self.switch(model)
 
@@ -225,6 +226,8 @@ class LocalBackend:
         self._loaded, self.model = loaded, model
 
     def close(self) -> None:
+        if self._db is not None:
+            self._db.close()
         if self._loaded is not None:
             self._loaded.close()
             self._loaded = None

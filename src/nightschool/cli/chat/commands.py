@@ -170,7 +170,8 @@ def _fix(chat: Chat, rest: str) -> bool:
 def _pin(chat: Chat, _rest: str) -> bool:
     question, given, _ = chat.answered()
     name = parse_ref(chat.backend.model).name
-    pin = Pins(open_database(chat.home)).add(name, question.content, given.content)
+    with open_database(chat.home) as db:
+        pin = Pins(db).add(name, question.content, given.content)
     chat.say(f"Pinned for {name} as {pin.id}: every candidate must keep this answer.")
     return False
 
