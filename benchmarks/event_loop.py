@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import Benchmark
-from hot_swap import NAME, PROMPTS, address, ask, publish, refresh
+from hot_swap import NAME, PROMPTS, address, ask, publish, random_pair, refresh
 
 ROWS = [{"query": f"Where is number {index}?", "retrieved": f"In room {index + 7}."} for index in range(16)]
 
@@ -106,7 +106,6 @@ def main() -> None:
         "How long does /healthz take while the machine trains and the server loads and answers?",
         {"busy_p95_seconds": {"max": 0.1}},
     )
-    from nightschool.data.tokenizer import train_bpe
     from nightschool.store.home import Home
     from nightschool.store.registry import Registry
 
@@ -115,8 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         home = Home(folder / ".nightschool").ensure()
-        tokenizer = train_bpe([*PROMPTS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"] * 4, vocab_size=400)
-        versions = [publish(home, tokenizer, seed) for seed in (1, 2)]
+        versions = [publish(home, *pair) for pair in random_pair()]
         registry = Registry(home)
         registry.promote(NAME, versions[0].id, by="benchmark")
         server = subprocess.Popen(

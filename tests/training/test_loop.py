@@ -68,9 +68,13 @@ def test_accumulating_small_batches_is_one_large_batch(tmp_path, lora):
     assert rows_small[0]["loss"] == pytest.approx(rows_large[0]["loss"], rel=1e-5)
     assert rows_small[0]["grad_norm"] == pytest.approx(rows_large[0]["grad_norm"], rel=1e-4)
     assert state_small.tokens_trained == state_large.tokens_trained == sum(d.trained_tokens for d in documents)
-    # Adam divides by the gradient's own size; where that is almost 0 the last digits decide, hence the tolerance.
-    for name, parameter in small.trainable().items():
-        torch.testing.assert_close(parameter, large.trainable()[name], rtol=1e-3, atol=1e-4)
+    # Not the weights: Adam divides by the gradient's own size, and where that is almost 0 rounding decides on the sign of
+    # a whole step. The first moment is the gradient, but for a factor.
+    moments, expected = small.optimizer.state(), large.optimizer.state()
+    compared = [name for name in expected if name.startswith("first_moment.")]
+    assert len(compared) == len(small.trainable())
+    for name in compared:
+        assert (moments[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-8, name
 
 
 def test_a_mean_of_means_would_be_noticed(tmp_path):
