@@ -221,6 +221,27 @@ def test_whatever_goes_wrong_is_a_failed_swap(school, slot, monkeypatch, kind, s
     assert slot.swap(school.new).changed
 
 
+def test_what_makes_a_version_official_comes_after_its_probes_and_may_still_say_no(school, slot):
+    slot.swap(school.old)
+    wrong = school.publish(lively_model("tiny-llama", seed=3), expected=[1, 1, 1])
+    official = []
+    with pytest.raises(SwapFailed):
+        slot.swap(wrong, commit=lambda: official.append(wrong))
+    assert official == []
+
+    def refuse():
+        assert slot.current.version.ref == school.old, "not served before it is official"
+        raise Conflict("The champion is pinned.")
+
+    with pytest.raises(Conflict, match="pinned"):
+        slot.swap(school.new, commit=refuse)
+    school.answers_exactly(slot, school.old)
+    for _ in range(2):
+        slot.swap(school.new, commit=lambda: official.append(school.new))
+    assert official == [school.new] * 2
+    school.answers_exactly(slot, school.new)
+
+
 def test_a_version_that_is_not_there_fails_at_resolve(slot):
     with pytest.raises(SwapFailed, match="'resolve'"):
         slot.swap("bot@20000101_000000")

@@ -107,7 +107,7 @@ def test_other_names_are_moved_without_touching_what_is_served(registry, version
         assert client.get("/health").json()["current_model_version"] == versions[0].id
 
 
-def test_a_champion_that_cannot_be_served_is_told_and_the_old_one_serves_on(registry, versions):
+def test_a_version_that_cannot_be_served_never_becomes_the_champion(registry, versions):
     slot = RegistrySlot(registry)
     with client_of(slot, registry=registry) as client:
         slot.fails_with = SwapFailed("probe", "it answers otherwise.")
@@ -115,6 +115,8 @@ def test_a_champion_that_cannot_be_served_is_told_and_the_old_one_serves_on(regi
         assert answer.status_code == 409
         assert "'probe'" in answer.json()["detail"]
         assert f"{versions[0].id} is still served" in answer.json()["detail"]
+        assert registry.aliases("bot")["champion"] == versions[0].id
+        assert [move.after for move in registry.history("bot") if move.alias == "champion"] == [versions[0].id]
         assert client.post("/generate", json={"query": "a"}).json()["model_version"] == versions[0].id
 
 

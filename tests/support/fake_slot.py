@@ -176,5 +176,15 @@ class FakeSlot:
             before.engine.closed = True
         return True
 
+    def swap(self, ref: str, *, commit: Callable[[], object]) -> None:
+        if self.fails_with is not None:
+            raise self.fails_with
+        commit()
+        before = self.current
+        self.promoted = ref.partition("@")[2]
+        self.serve(self.promoted)
+        if before is not None:
+            before.engine.closed = True
+
     def close(self) -> None:
         self.closed = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,17 +71,19 @@ class Slot:
         """What served before and is still warm, or None."""
         return self._previous
 
-    def swap(self, ref: str) -> SwapReport:
+    def swap(self, ref: str, *, commit: Callable[[], object] | None = None) -> SwapReport:
         """Serve another version.
 
         Args:
             ref: `name@version`, `name@alias`, or the bare name for its champion.
+            commit: What makes it official, such as moving the alias: called once the version has shown that it
+                answers, right before it serves. If it raises, nothing changes.
 
         Raises:
             SwapFailed: With the stage; whatever served before still does.
         """
         with self._swapping:
-            return self._swap(ref)
+            return self._swap(ref, commit=commit)
 
     def rollback(self) -> SwapReport:
         """Serve what served before, which is still warm: one pointer moves.
@@ -116,7 +119,7 @@ class Slot:
             for generation in generations:
                 self._pool.close(generation, drain=drain, timeout_seconds=timeout_seconds)
 
-    def _swap(self, ref: str, *, is_trusted: bool = False) -> SwapReport:
+    def _swap(self, ref: str, *, is_trusted: bool = False, commit: Callable[[], object] | None = None) -> SwapReport:
         """`is_trusted` takes a version that is still warm without comparing its files again."""
         swap = _Swap(self.name, self.home)
         if self._is_closed:
@@ -124,10 +127,19 @@ class Slot:
         version = swap.resolve(ref)
         before = self._current
         if before is not None and before.version.ref == version.ref:
+            if commit is not None:
+                commit()
             return SwapReport(before.version.ref, version.ref, changed=False, seconds=swap.seconds)
         if not is_trusted:
             swap.verify(version)
         after = self._warm(version.ref) or self._load(swap, version)
+        if commit is not None:
+            try:
+                commit()
+            except BaseException:
+                if after is not self._previous:
+                    self._pool.close(after)
+                raise
         with swap.stage("switch"), self._pointer:
             dropped, self._previous, self._current = self._previous, before, after
         if dropped is not None and dropped is not after:

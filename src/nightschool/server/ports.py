@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,4 +67,5 @@ class SlotPort(Protocol):
     @property
     def current(self) -> GenerationPort | None: ...
     def refresh(self) -> bool: ...
+    def swap(self, ref: str, *, commit: Callable[[], object]) -> object: ...
     def close(self) -> None: ...

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+from nightschool.errors import NotLoaded
 from nightschool.server.app import create_app
 from nightschool.server.reference_page import render
 from nightschool.server.settings import ServerSettings
@@ -22,6 +24,9 @@ class NoSlot:
 
     def refresh(self) -> bool:
         return False
+
+    def swap(self, ref: str, *, commit: Callable[[], object]) -> object:
+        raise NotLoaded(f"Nothing serves {ref} here, and {commit} was not called.")
 
     def close(self) -> None:
         return None

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from nightschool.errors import NightschoolError, NotFound, SwapFailed
+from nightschool.errors import NotFound, SwapFailed
 from nightschool.feedback import promotion
 from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
@@ -19,7 +19,7 @@ from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
 from nightschool.server.ports import SlotPort
 from nightschool.server.service import PrincipalOf, Service, ServiceOf, published_at, shown_path, timestamp
-from nightschool.store.names import full_name, parse_ref
+from nightschool.store.names import PREVIOUS, full_name, parse_ref
 from nightschool.store.registry import Registry
 
 router = APIRouter(prefix="/api/models", tags=["Versions"], route_class=BodyRoute)
@@ -82,36 +82,58 @@ async def one_model(name: str, service: ServiceOf, principal: PrincipalOf) -> Re
 
 @router.post("/{name}/promote", response_model=Moved, responses=problems(400, 404, 408, 409, 413, 422))
 async def promote(name: str, body: Promote, service: ServiceOf, principal: PrincipalOf) -> Response:
-    """Make a version the champion, and serve it if this server serves the name."""
+    """Make a version the champion, and serve it if this server serves the name.
+
+    It is loaded and probed first; 409 names the stage at which that failed, and then nothing has changed.
+    """
     registry, name = _registry(service), full_name(principal.tenant, name)
-    return await _move(service, registry, name, lambda: promotion.promote(registry.home, name, body.version, by="http"))
+    return await _move(
+        service,
+        registry,
+        name,
+        lambda: registry.resolve(f"{name}@{body.version}").ref,
+        lambda: promotion.promote(registry.home, name, body.version, by="http"),
+    )
 
 
 @router.post("/{name}/rollback", response_model=Moved, responses=problems(400, 404, 409))
 async def rollback(name: str, service: ServiceOf, principal: PrincipalOf) -> Response:
-    """Make the champion before this one the champion again, and serve it if this server serves the name."""
+    """Make the champion before this one the champion again, and serve it if this server serves the name.
+
+    It is loaded and probed first, as with a promotion.
+    """
     registry, name = _registry(service), full_name(principal.tenant, name)
-    return await _move(service, registry, name, lambda: promotion.roll_back(registry.home, name, by="http"))
+
+    def previous() -> str | None:
+        version = registry.aliases(name).get(PREVIOUS)
+        return f"{name}@{version}" if version else None
+
+    return await _move(service, registry, name, previous, lambda: promotion.roll_back(registry.home, name, by="http"))
 
 
-async def _move(service: Service, registry: Registry, name: str, move: Callable[[], Any]) -> Response:
-    def move_and_read() -> str:
-        move()
-        return registry.aliases(name)["champion"]
-
-    champion = await service.refresher.alone(move_and_read)
+async def _move(
+    service: Service, registry: Registry, name: str, target: Callable[[], str | None], move: Callable[[], object]
+) -> Response:
+    """Load the target, then move the alias, then serve it; without a target `move` says why there is none."""
     slot = service.names.get(name)
+
+    def load_and_move() -> None:
+        ref = target()
+        if slot is None or ref is None:
+            move()
+        else:
+            slot.swap(ref, commit=move)
+
+    try:
+        await service.refresher.alone(load_and_move)
+    except SwapFailed as error:
+        message = f"{error} The champion has not moved, and {_served(slot) or 'nothing'} is still served."
+        raise Refusal(409, message, error.code) from error
     if slot is not None:
-        try:
-            await service.refresher.refresh(slot)
-        except NightschoolError as error:
-            stage = f" at the stage '{error.stage}'" if isinstance(error, SwapFailed) else ""
-            message = (
-                f"{name}@{champion} is the champion now, but could not be served{stage}: {error} "
-                f"{_served(slot) or 'Nothing'} is still served. Promote another version or roll back."
-            )
-            raise Refusal(409, message, error.code) from error
-    return JSONResponse({"name": name, "champion": champion, "served_version": _served(slot)})
+        # Another process may have moved the champion meanwhile.
+        await service.refresher.refresh(slot)
+    champion = await anyio.to_thread.run_sync(registry.aliases, name)
+    return JSONResponse({"name": name, "champion": champion["champion"], "served_version": _served(slot)})
 
 
 def _served(slot: SlotPort | None) -> str | None:
