@@ -80,10 +80,10 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
     from nightschool.data.batches import Batches
     from nightschool.models.dtype import resolve_dtype
     from nightschool.training.loop import Budget, fit
-    from nightschool.training.methods.causal import FinetuneTask
+    from nightschool.training.methods.finetune import FinetuneTask
     from nightschool.training.metrics import MetricsLog
     from nightschool.training.optimizer import Schedule
-    from nightschool.training.planning.precision import choose_by_measuring
+    from nightschool.training.planning.speed import choose_by_measuring
     from nightschool.training.state import TrainState
 
     model = copy.deepcopy(setting.model)

@@ -59,13 +59,13 @@ def recipe(place: str, steps: int, held_out_tokens: int = 60_000) -> dict[str, A
     }
 
 
-def room_of(plain: dict[str, Any], home: Path) -> Any:
+def prepared_run(plain: dict[str, Any], home: Path) -> Any:
     """Model, batches and optimizer settings of the recipe."""
     from nightschool.config.recipe import Recipe
     from nightschool.store.home import Home
-    from nightschool.training.methods.pretrain import prepare_pretraining
+    from nightschool.training.methods.pretrain import Pretrain
 
-    return prepare_pretraining(Recipe.model_validate(plain), Home(home))
+    return Pretrain.prepare(Recipe.model_validate(plain), Home(home), root=Path.cwd())
 
 
 def ours(plain: dict[str, Any], home_path: Path) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def reference(plain: dict[str, Any], home: Path, steps: int) -> list[float]:
     """Plain PyTorch: the model's own loss, torch's AdamW, a rate by formula."""
     from nightschool.models.build import build_model
 
-    room = room_of(plain, home)
-    train = room.recipe.train
-    model = build_model(room.recipe.base, room.loaded.vocab_size, train.seed, shape=SHAPE)
+    prepared = prepared_run(plain, home)
+    train = prepared.recipe.train
+    model = build_model(prepared.recipe.base, prepared.loaded.vocab_size, train.seed, shape=SHAPE)
     model.train()
     embeddings = {id(model.get_input_embeddings().weight)}
     decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
@@ -110,8 +110,8 @@ def reference(plain: dict[str, Any], home: Path, steps: int) -> list[float]:
     )
     losses = []
     for step in range(steps):
-        place = (step * BATCH) % room.task.epoch_length(0)
-        batch = room.task.batch(step * BATCH // room.task.epoch_length(0), place)
+        place = (step * BATCH) % prepared.task.epoch_length(0)
+        batch = prepared.task.batch(step * BATCH // prepared.task.epoch_length(0), place)
         logits = model(input_ids=batch.input_ids.view(-1, SEQ_LEN), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
         loss.backward()
@@ -185,14 +185,14 @@ class KneserNey:
         return self._order(self.triple_keys, self.triple_counts, a * self.v + b, w, lower)
 
 
-def ngram_losses(room: Any) -> dict[str, float]:
+def ngram_losses(prepared: Any) -> dict[str, float]:
     """Nats per held-out token of unigrams, bigrams and trigrams counted on what is trained."""
-    batches = room.task.batches
+    batches = prepared.task.batches
     train = [
         np.append(batches.get(0, place, 1).input_ids[0].numpy(), batches.get(0, place, 1).labels[0, -1:].numpy())
         for place in range(batches.num_sequences)
     ]
-    model = KneserNey(train, room.loaded.vocab_size)
+    model = KneserNey(train, prepared.loaded.vocab_size)
     sums, count = {"unigram": 0.0, "bigram": 0.0, "trigram": 0.0}, 0
     for place in range(batches.num_held_out):
         batch = batches.held_out(place, 1)
@@ -224,9 +224,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = make_shards(Path(scratch))
         held_out_tokens = 8_000 if bench.quick else 60_000
-        room = room_of(recipe(str(place), 1, held_out_tokens), Path(scratch) / "home")
-        bytes_per_token = room._heldout_bytes_per_token()
-        bits = {name: loss / math.log(2) / bytes_per_token for name, loss in ngram_losses(room).items()}
+        prepared = prepared_run(recipe(str(place), 1, held_out_tokens), Path(scratch) / "home")
+        bytes_per_token = prepared._heldout_bytes_per_token()
+        bits = {name: loss / math.log(2) / bytes_per_token for name, loss in ngram_losses(prepared).items()}
         bench.table([(name, f"{value:.4f} bits a byte") for name, value in bits.items()])
         steps = QUICK_STEPS if bench.quick else STEPS
         plain = recipe(str(place), steps, held_out_tokens)

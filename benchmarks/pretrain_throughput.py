@@ -76,13 +76,13 @@ def warm_up(plain: dict[str, Any]) -> int:
     return min(WARM_UP_STEPS, plain["train"]["max_steps"] // 4)
 
 
-def classroom_of(plain: dict[str, Any], home_path: Path) -> Any:
+def prepared_run(plain: dict[str, Any], home_path: Path) -> Any:
     """The model, the batches and the optimizer of the recipe."""
     from nightschool.config.recipe import Recipe
     from nightschool.store.home import Home
-    from nightschool.training.methods.pretrain import prepare_pretraining
+    from nightschool.training.methods.pretrain import Pretrain
 
-    return prepare_pretraining(Recipe.model_validate(plain), Home(home_path))
+    return Pretrain.prepare(Recipe.model_validate(plain), Home(home_path), root=Path.cwd())
 
 
 def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[float]]:
@@ -111,8 +111,8 @@ def child_bare(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[
     """The same kernels and nothing else."""
     import torch
 
-    room = classroom_of(plain, scratch / "home")
-    task, steps = room.task, plain["train"]["max_steps"]
+    prepared = prepared_run(plain, scratch / "home")
+    task, steps = prepared.task, plain["train"]["max_steps"]
     task.model.train()
     losses, moments = [], []
     for step in range(steps):
@@ -137,8 +137,8 @@ def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], li
     from torch.utils.data import Dataset, SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    room = classroom_of(plain, scratch / "home")
-    train, batches = plain["train"], room.task.batches
+    prepared = prepared_run(plain, scratch / "home")
+    train, batches = plain["train"], prepared.task.batches
     count = train["max_steps"] * train["batch_size"]
 
     class Sequences(Dataset):  # type: ignore[type-arg]
@@ -163,9 +163,9 @@ def child_trainer(plain: dict[str, Any], scratch: Path) -> tuple[list[float], li
     # A fresh model from the same seed, with the attention that transformers takes by itself.
     from nightschool.models.build import build_model
 
-    model = build_model(room.recipe.base, room.loaded.vocab_size, room.recipe.train.seed)
-    bf16 = room.task.compute_dtype == torch.bfloat16
-    del room
+    model = build_model(prepared.recipe.base, prepared.loaded.vocab_size, prepared.recipe.train.seed)
+    bf16 = prepared.task.compute_dtype == torch.bfloat16
+    del prepared
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = InOrder(

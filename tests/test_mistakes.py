@@ -30,7 +30,7 @@ from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.selection import Selection, reason_to_skip, select_examples
+from nightschool.feedback.selection import Selection, reason_to_skip
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.schedule import Timetable
 from nightschool.models.export import save_version_folder
@@ -39,11 +39,10 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionMetadata
-from nightschool.training import setup as classroom_module
 from nightschool.training.loop import fit
+from nightschool.training.methods import METHODS, finetune
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.planning.plan import plan_of
-from nightschool.training.setup import prepare_finetune
 from nightschool.training.state import TrainState
 from tests.support.engine_setups import lively_model
 from tests.support.live_server import eventually, live
@@ -190,7 +189,7 @@ def place(tmp_path_factory):
 def a_run(place, recipe, monkeypatch):
     """Everything that can be seen of a whole training, without files."""
     seen = {"evaluated": [], "saved": [], "rows": [], "compiled": 0, "blocks": 0}
-    render = classroom_module.render_examples
+    render = finetune.render_examples
 
     def rendering(*arguments, num_workers=1):
         seen["workers"] = max(seen.get("workers", 0), num_workers)
@@ -199,44 +198,48 @@ def a_run(place, recipe, monkeypatch):
     def compiling(module, **_):
         seen["compiled"] += 1
 
-    monkeypatch.setattr(classroom_module, "render_examples", rendering)
+    monkeypatch.setattr(finetune, "render_examples", rendering)
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
     try:
-        selection = select_examples(recipe, place.home, place.root)
-        room = prepare_finetune(recipe, selection, place.home, root=place.root)
+        prepared = METHODS[recipe.method].prepare(recipe, place.home, root=place.root)
     except NightschoolError as error:
         return f"{type(error).__name__}: {error}"
     finally:
         monkeypatch.undo()
-    for name, module in room.task.model.named_modules():
+    for name, module in prepared.task.model.named_modules():
         if name.endswith("layers.0.mlp"):
             # Before, not after: recomputing stops in the middle, as soon as it has all that it needs.
             module.register_forward_pre_hook(lambda *_: seen.update(blocks=seen["blocks"] + 1))
 
     def evaluate():
         seen["evaluated"].append(len(seen["rows"]))
-        return room.task.heldout_loss(room.held_out)[0]
+        return prepared.task.heldout_loss(prepared.held_out)[0]
 
     metrics = MetricsLog(place.root / "metrics.jsonl", resumed_step=0)
     fit(
-        room.task,
-        TrainState(room.task.fingerprint),
-        room.budget,
-        schedule=room.schedule,
+        prepared.task,
+        TrainState(prepared.task.fingerprint),
+        prepared.budget,
+        schedule=prepared.schedule,
         metrics=metrics,
-        evaluate=evaluate if room.held_out else None,
+        evaluate=evaluate if prepared.held_out else None,
         save=lambda state: seen["saved"].append(state.step),
-        scaler=room.scaler,
+        scaler=prepared.scaler,
         on_row=lambda row: seen["rows"].append((row["step"], row["loss"], row["learning_rate"])),
     )
     metrics.close()
-    weights = {name: float(weight.detach().double().square().sum()) for name, weight in room.task.trainable().items()}
-    examples = [sorted(e.digest for e in part) for part in (selection.new, selection.replayed, selection.held_out)]
+    weights = {
+        name: float(weight.detach().double().square().sum()) for name, weight in prepared.task.trainable().items()
+    }
+    examples = [
+        sorted(e.digest for e in part)
+        for part in (prepared.selection.new, prepared.selection.replayed, prepared.selection.held_out)
+    ]
     return seen | {
         "weights": weights,
         "examples": examples,
-        "dtype": room.dtype.compute,
-        "device": str(next(room.task.model.parameters()).device),
+        "dtype": prepared.dtype.compute,
+        "device": str(next(prepared.task.model.parameters()).device),
         "threads": torch.get_num_threads(),
     }
 
@@ -249,8 +252,8 @@ def studied(place, recipe, monkeypatch):
 
 def disk(place, recipe, monkeypatch):
     """What the plan reserves for checkpoints."""
-    room = prepare_finetune(recipe, select_examples(recipe, place.home, place.root), place.home, root=place.root)
-    return plan_of(room, place.home).disk_needed_bytes
+    prepared = METHODS[recipe.method].prepare(recipe, place.home, root=place.root)
+    return plan_of(prepared, place.home).facts["disk_needed_bytes"]
 
 
 def judged(place, recipe, monkeypatch):

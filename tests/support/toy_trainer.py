@@ -1,6 +1,6 @@
 """A trainer of one weight by momentum, without torch, which goes on from its newest checkpoint as ours does.
 
-As a script it takes the arguments of `nightschool.training.resume_check`. With FORGETS=1 in the environment it forgets its
+As a script it takes the arguments of a run that stops after some steps. With FORGETS=1 in the environment it forgets its
 momentum when it resumes.
 """
 
@@ -52,7 +52,7 @@ def save(run, step, weight, moment):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("--home", "--run", "--steps", "--root"):
+    for name in ("--home", "--run", "--steps", "--root", "--resume"):
         parser.add_argument(name)
     given = parser.parse_args()
     train(RunStore(Home(Path(given.home))).get(given.run), int(given.steps), forgets="FORGETS" in os.environ)

@@ -14,7 +14,7 @@ from nightschool.models.adapters import attach_lora
 from nightschool.models.build import build_model
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.loop import Budget, fit
-from nightschool.training.methods.causal import FinetuneTask
+from nightschool.training.methods.finetune import FinetuneTask
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import TrainState

@@ -1,6 +1,7 @@
 """What a base must be: servable, before it is trained; and below an adapter it keeps the number format of its files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from nightschool.data.tokenizer import train_bpe
 from nightschool.engine.model_runner import ModelRunner
 from nightschool.errors import ModelError
 from nightschool.events import read_events
-from nightschool.feedback.selection import select_examples
 from nightschool.layers.forward import prepare
 from nightschool.models import dtype as dtype_module
 from nightschool.models.build import PRESETS, build_model
@@ -20,9 +20,9 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.training.checkpoint.checkpoint_reader import load_tensors
+from nightschool.training.methods import METHODS
 from nightschool.training.planning.plan import make_plan, plan_of
 from nightschool.training.run import main
-from nightschool.training.setup import prepare_finetune
 from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
 
 ROWS = [{"prompt": f"Where is number {i}?", "completion": f"In room {i + 7}."} for i in range(6)]
@@ -75,8 +75,8 @@ def recipe_of(*, dtype, base="./base", **train):
     )
 
 
-def classroom_of(recipe, home, root):
-    return prepare_finetune(recipe, select_examples(recipe, home, root), home, root=root)
+def prepared_for(recipe, home, root):
+    return METHODS[recipe.method].prepare(recipe, home, root=root)
 
 
 def dtypes_of(model):
@@ -97,7 +97,7 @@ def dtypes_of(model):
 )
 def test_the_base_keeps_its_format_where_products_run_in_16_bits(home, tmp_path, stored, compute, frozen):
     make_base(tmp_path, stored)
-    model = classroom_of(recipe_of(dtype=compute), home, tmp_path).task.model
+    model = prepared_for(recipe_of(dtype=compute), home, tmp_path).task.model
     assert dtypes_of(model) == ({frozen}, {torch.float32})
 
 
@@ -105,7 +105,7 @@ def test_the_base_keeps_its_format_where_products_run_in_16_bits(home, tmp_path,
 def test_on_a_cpu_a_measurement_decides(home, tmp_path, monkeypatch, speedup, frozen):
     make_base(tmp_path, torch.bfloat16)
     monkeypatch.setattr(dtype_module, "bf16_speedup", lambda width: speedup)
-    prepared = classroom_of(recipe_of(dtype="auto"), home, tmp_path)
+    prepared = prepared_for(recipe_of(dtype="auto"), home, tmp_path)
     assert dtypes_of(prepared.task.model) == ({frozen}, {torch.float32})
     assert prepared.task.compute_dtype == prepared.dtype.compute == frozen
     assert ("the frozen base stays in bf16" in prepared.dtype.why) == (frozen == torch.bfloat16)
@@ -113,7 +113,9 @@ def test_on_a_cpu_a_measurement_decides(home, tmp_path, monkeypatch, speedup, fr
 
 def test_the_plan_counts_half_the_bytes(home, tmp_path):
     make_base(tmp_path, torch.bfloat16)
-    narrow, wide = (make_plan(recipe_of(dtype=dtype), home, tmp_path) for dtype in ("bf16", "fp32"))
+    narrow, wide = (
+        SimpleNamespace(**make_plan(recipe_of(dtype=dtype), home, tmp_path).facts) for dtype in ("bf16", "fp32")
+    )
     frozen = narrow.parameters_total - narrow.parameters_trainable
     assert wide.expected_peak_bytes - narrow.expected_peak_bytes >= 2 * frozen
 
@@ -124,11 +126,11 @@ def test_a_base_that_could_not_be_served_is_refused_before_step_1(home, tmp_path
     make_base(tmp_path, torch.float32, config)
     recipe = recipe_of(dtype="fp32", base="./base").model_copy(update={"method": "full"})
     with pytest.raises(ModelError, match="can be trained, but neither examined nor served"):
-        classroom_of(recipe, home, tmp_path)
+        prepared_for(recipe, home, tmp_path)
     elsewhere = recipe.model_copy(update={"serve": Serve(promote="never")})
-    prepared = classroom_of(elsewhere, home, tmp_path)
+    prepared = prepared_for(elsewhere, home, tmp_path)
     assert not prepared.task.path.packed
-    assert any("the exam of its candidate will fail" in note for note in plan_of(prepared, home).notes)
+    assert any("the gate of its candidate will fail" in note for note in plan_of(prepared, home).facts["notes"])
 
 
 @pytest.mark.parametrize("config", [*ARCHITECTURES, *OTHERS], ids=str)
@@ -169,7 +171,7 @@ def test_an_adapter_on_16_bits_learns_resumes_exactly_and_goes_on_the_next_night
     assert not differing(adapter, load_tensors(again.path / "adapter_model.safetensors"))
 
     recipe = recipe_of(dtype="bf16", base=again.ref, epochs=1)
-    assert dtypes_of(classroom_of(recipe, home, tmp_path).task.model) == ({torch.bfloat16}, {torch.float32})
+    assert dtypes_of(prepared_for(recipe, home, tmp_path).task.model) == ({torch.bfloat16}, {torch.float32})
     following = RunStore(home).create(recipe.as_plain(), name="bot")
     assert train(following) == 0, following.status.error
     assert losses_of(following)[0] < losses[0] - 0.3

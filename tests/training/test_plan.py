@@ -1,5 +1,6 @@
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from nightschool.data.chat.render import Rendered
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
-from nightschool.feedback.selection import Selection, sample_of, select_examples
+from nightschool.feedback.selection import Selection, sample_of
 from nightschool.store.home import Home
+from nightschool.training.methods.finetune import Finetune, refuse_nothing_to_train
 from nightschool.training.planning import plan as planning
-from nightschool.training.planning import throughput
+from nightschool.training.planning import speed
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
-from nightschool.training.planning.plan import make_plan, measure, render_plan
-from nightschool.training.setup import prepare_finetune, refuse_nothing_to_train
+from nightschool.training.planning.plan import make_plan, render_plan
+from nightschool.training.planning.speed import measure
 from tests.support.training_setups import deterministic_threads, differing
 
 CHATS = [
@@ -45,13 +47,21 @@ def recipe_of(tmp_path, rows, *, train=None, **more):
 
 
 def plan_for(tmp_path, home, rows, **more):
-    return make_plan(recipe_of(tmp_path, rows, **more), home, tmp_path)
+    """The figures of a plan, by name."""
+    return SimpleNamespace(**make_plan(recipe_of(tmp_path, rows, **more), home, tmp_path).facts)
+
+
+def text_of(tmp_path, home, **settings):
+    """What a plan says to people."""
+    out = io.StringIO()
+    render_plan(make_plan(recipe_of(tmp_path, CHATS), home, tmp_path), Console(file=out, width=120, **settings))
+    return out.getvalue()
 
 
 def test_the_plan_counts_what_is_there(tmp_path, home):
     recipe = recipe_of(tmp_path, CHATS)
-    plan = make_plan(recipe, home, tmp_path)
-    prepared = prepare_finetune(recipe, select_examples(recipe, home, tmp_path), home, root=tmp_path)
+    plan = plan_for(tmp_path, home, CHATS)
+    prepared = Finetune.prepare(recipe, home, root=tmp_path)
     rendered = prepared.rendered_data.all
     assert (
         plan.parameters_total == sum(p.numel() for p in prepared.task.model.parameters()) == plan.parameters_trainable
@@ -72,8 +82,12 @@ def test_the_plan_counts_what_is_there(tmp_path, home):
 
 def test_the_plan_is_json_and_creates_nothing(tmp_path, home):
     before = sorted(home.path.rglob("*"))
-    plan = plan_for(tmp_path, home, CHATS)
-    assert json.loads(json.dumps(plan.to_json()))["tokens"] == plan.tokens
+    plan = make_plan(recipe_of(tmp_path, CHATS), home, tmp_path)
+    plain = json.loads(json.dumps(plan.to_json()))
+    assert plain.keys() == plan.facts.keys()
+    assert plain["tokens"] == plan.facts["tokens"]
+    assert plain["tokens_by_role"]["assistant"]["trained"] == plan.facts["tokens_by_role"]["assistant"].trained
+    assert plain["loss_masks"][0][0].keys() == {"text", "role", "trained", "tokens"}
     ours = ("state.db", "database.lock")
     assert [path for path in sorted(home.path.rglob("*")) if not path.name.startswith(ours)] == before
 
@@ -123,7 +137,7 @@ def test_long_texts_are_split_and_lose_nothing(tmp_path, home):
 
 def test_measuring_leaves_weights_random_state_and_gradients_as_they_were(tmp_path, home):
     recipe = recipe_of(tmp_path, CHATS)
-    task = prepare_finetune(recipe, select_examples(recipe, home, tmp_path), home, root=tmp_path).task
+    task = Finetune.prepare(recipe, home, root=tmp_path).task
     before = {name: p.detach().clone() for name, p in task.trainable().items()}
     state = torch.get_rng_state()
     assert measure(task).tokens_per_second > 0
@@ -135,9 +149,7 @@ def test_measuring_leaves_weights_random_state_and_gradients_as_they_were(tmp_pa
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_plan_without_colour_marks_what_is_trained(tmp_path, home, terminal):
-    out = io.StringIO()
-    render_plan(plan_for(tmp_path, home, CHATS), Console(file=out, width=120, force_terminal=terminal, no_color=True))
-    text = out.getvalue()
+    text = text_of(tmp_path, home, force_terminal=terminal, no_color=True)
     assert "▏Hello.<|im_end|>▕" in text
     assert "2 new, 0 replayed, 0 held out" in text
     assert "\x1b[32m" not in text
@@ -145,13 +157,9 @@ def test_the_plan_without_colour_marks_what_is_trained(tmp_path, home, terminal)
 
 
 def test_the_plan_in_colour(tmp_path, home):
-    out = io.StringIO()
-    render_plan(
-        plan_for(tmp_path, home, CHATS),
-        Console(file=out, width=120, force_terminal=True, color_system="standard", no_color=False),
-    )
-    assert "\x1b[1;32mHello.<|im_end|>" in out.getvalue()
-    assert "▏" not in out.getvalue()
+    text = text_of(tmp_path, home, force_terminal=True, color_system="standard", no_color=False)
+    assert "\x1b[1;32mHello.<|im_end|>" in text
+    assert "▏" not in text
 
 
 def test_a_mask_groups_neighbours():
@@ -163,7 +171,7 @@ def test_a_mask_groups_neighbours():
 
 
 def test_the_probe_stops_in_time(tmp_path, home, monkeypatch):
-    monkeypatch.setattr(throughput, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "PROBE_SECONDS", 0.0)
     assert plan_for(tmp_path, home, CHATS).measured_batches == 1
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from nightschool.store.runs import RunStore
 from nightschool.training import run as run_module
 from nightschool.training.distributed.world import World
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.methods.pretrain import open_source, prepare_pretraining
+from nightschool.training.methods.pretrain import Pretrain, open_source
 from nightschool.training.planning.plan import make_plan
 from nightschool.training.run import execute
 from nightschool.work.stop import Stop
@@ -157,7 +159,7 @@ def test_adding_padding_changes_no_loss(tmp_path, corpus):
     losses = []
     for place, more in ((corpus / "shards", {}), (padded, {"tokenizer": str(tmp_path / "tokenizer")})):
         plain = recipe_of(corpus, data=[{"path": str(place)}], **more)
-        room = prepare_pretraining(Recipe.model_validate(plain), Home(tmp_path / "home"))
+        room = Pretrain.prepare(Recipe.model_validate(plain), Home(tmp_path / "home"), root=Path.cwd())
         batch = room.task.batch(0, 0)
         losses.append((room.task.loss(batch).sum.item(), batch.tokens_trained))
     assert losses[0] == losses[1]
@@ -174,7 +176,7 @@ def test_documents_end_in_shards_that_a_pattern_names(tmp_path, corpus):
 def test_the_plan_counts_what_is_there(tmp_path, corpus):
     home = Home(tmp_path / "home")
     recipe = Recipe.model_validate(recipe_of(corpus))
-    plan, room = make_plan(recipe, home), prepare_pretraining(recipe, home)
+    plan, room = SimpleNamespace(**make_plan(recipe, home).facts), Pretrain.prepare(recipe, home, root=Path.cwd())
     assert plan.parameters_total == sum(p.numel() for p in room.task.model.parameters())
     assert plan.parameters_total == count_parameters(room.task.model).total
     assert plan.sequences + plan.sequences_held_out == (plan.tokens - plan.tokens_left_over) // 32
@@ -184,7 +186,7 @@ def test_the_plan_counts_what_is_there(tmp_path, corpus):
 
 def test_the_plan_of_several_processes_counts_their_steps(tmp_path, corpus):
     plain = recipe_of(corpus, train={"num_processes": 2, "max_steps": None, "epochs": 3})
-    plan = make_plan(Recipe.model_validate(plain), Home(tmp_path / "home"))
+    plan = SimpleNamespace(**make_plan(Recipe.model_validate(plain), Home(tmp_path / "home")).facts)
     assert (plan.processes, plan.tokens_per_step) == (2, 2 * 2 * 2 * 32)
     assert plan.steps_total == 3 * plan.steps_per_epoch == 3 * steps_in_epoch(plan.sequences, 2, 4)
 
@@ -213,7 +215,7 @@ def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
     home = Home(tmp_path / "home")
 
     def prepare(**changes):
-        return prepare_pretraining(Recipe.model_validate(recipe_of(corpus, **changes)), home)
+        return Pretrain.prepare(Recipe.model_validate(recipe_of(corpus, **changes)), home, root=Path.cwd())
 
     with pytest.raises(ModelError, match="max_position_embeddings"):
         prepare(shape={"max_position_embeddings": 16})
@@ -260,13 +262,13 @@ def test_a_process_that_sees_other_shards_than_the_first_is_refused(tmp_path, co
             return f"other than {value}"
 
     with pytest.raises(DataError, match="sees other shards"):
-        prepare_pretraining(Recipe.model_validate(recipe_of(corpus)), Home(tmp_path), world=Elsewhere())
+        Pretrain.prepare(Recipe.model_validate(recipe_of(corpus)), Home(tmp_path), world=Elsewhere(), root=Path.cwd())
 
 
 def test_a_shape_that_cannot_be_built_is_refused_by_name(tmp_path, corpus):
     recipe = Recipe.model_validate(recipe_of(corpus, shape={"hidden_size": 100, "num_attention_heads": 3}))
     with pytest.raises(ModelError, match=r"gpt_neox.*hidden_size.*divisible"):
-        prepare_pretraining(recipe, Home(tmp_path))
+        Pretrain.prepare(recipe, Home(tmp_path), root=Path.cwd())
 
 
 @pytest.mark.trains
@@ -281,8 +283,10 @@ def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
         train={"max_steps": 60, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 2e-2, "max_seq_len": 16},
     )
     assert list(read_events(run.metrics_path))[-1]["loss"] < 0.1
-    room = prepare_pretraining(
-        Recipe.model_validate(recipe_of(tmp_path, train={"max_seq_len": 16}, held_out={"share": 0})), home
+    room = Pretrain.prepare(
+        Recipe.model_validate(recipe_of(tmp_path, train={"max_seq_len": 16}, held_out={"share": 0})),
+        home,
+        root=Path.cwd(),
     )
     from nightschool.models.load import load_version
     from nightschool.training.publish import greedy_continuation
@@ -293,15 +297,15 @@ def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
 
 
 def test_a_plan_of_a_model_that_is_too_slow_to_measure_says_so(tmp_path, corpus, monkeypatch):
-    from nightschool.training.planning import throughput
+    from nightschool.training.planning import speed
 
     recipe = Recipe.model_validate(recipe_of(corpus))
-    assert "3 measured" in throughput.Probe(make_plan(recipe, Home(tmp_path)).measured_batches, 1.0).how
-    monkeypatch.setattr(throughput, "LONGEST_BATCH_SECONDS", 0.0)
-    plan = make_plan(recipe, Home(tmp_path))
+    assert "3 measured" in speed.Probe(make_plan(recipe, Home(tmp_path)).facts["measured_batches"], 1.0).how
+    monkeypatch.setattr(speed, "LONGEST_BATCH_SECONDS", 0.0)
+    plan = SimpleNamespace(**make_plan(recipe, Home(tmp_path)).facts)
     assert plan.measured_batches == 0
     assert plan.model_flops_utilization == pytest.approx(1.0, rel=0.3)
-    assert "nothing was measured" in throughput.Probe(0, 1.0).how
+    assert "nothing was measured" in speed.Probe(0, 1.0).how
 
 
 @pytest.mark.parametrize(
@@ -321,7 +325,7 @@ def test_each_field_of_a_shape_shapes_the_model(tmp_path, corpus, field, value):
     base = "new:tiny-llama"  # it has every one of them
     plain = recipe_of(corpus, base=base, shape={}, train={"max_seq_len": 16})
     models = [
-        prepare_pretraining(Recipe.model_validate(plain | {"shape": shape}), Home(tmp_path)).loaded.model
+        Pretrain.prepare(Recipe.model_validate(plain | {"shape": shape}), Home(tmp_path), root=Path.cwd()).loaded.model
         for shape in ({}, {field: value})
     ]
     configs = [getattr(model.config, field) for model in models]

@@ -26,7 +26,7 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.training import candidate, publish
+from nightschool.training import publish
 from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.checkpoint.saver import Saver
 from nightschool.training.publish import greedy_continuation
@@ -297,7 +297,7 @@ def test_the_best_weights_of_the_run_are_published(home, monkeypatch):
     )
     taken = iter(losses.values())
     monkeypatch.setattr(
-        "nightschool.training.methods.causal.FinetuneTask.heldout_loss", lambda self, batches: (next(taken), 10)
+        "nightschool.training.methods.finetune.FinetuneTask.heldout_loss", lambda self, batches: (next(taken), 10)
     )
     assert train(home, run) == 0
     assert [point.step for point in checkpoints.ls(run)] == [8, 12]
@@ -458,23 +458,23 @@ def test_resume_latest_before_the_first_checkpoint_begins_at_step_0(home):
 
 def test_a_resumed_run_keeps_its_examples_when_the_file_has_changed(home):
     run = new_run(home, train={"epochs": 4}, checkpoints={"every": "2 steps"})
-    publish_candidate = candidate.publish_candidate
+    publish_candidate = publish.publish_candidate
 
     def fail(*_):
         raise OSError(errno.EIO, "the disk went away")
 
-    candidate.publish_candidate = fail
+    publish.publish_candidate = fail
     try:
         assert train(home, run) == 1
     finally:
-        candidate.publish_candidate = publish_candidate
+        publish.publish_candidate = publish_candidate
     write_facts(home.path.parent / "facts.json", FACTS[:1])
     assert train(home, run, "--resume", "latest") == 0
 
 
 def test_a_run_with_checkpoints_does_not_begin_again_beside_them(home, monkeypatch, capsys):
     run = new_run(home, train={"epochs": 2})
-    monkeypatch.setattr(candidate, "publish_candidate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+    monkeypatch.setattr(publish, "publish_candidate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
     assert train(home, run) == 1
     monkeypatch.undo()
     assert train(home, run) == 1

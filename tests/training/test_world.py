@@ -18,7 +18,7 @@ from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group, open_group
 from nightschool.training.distributed import world as world_module
-from nightschool.training.distributed.launcher import _free_port
+from nightschool.training.distributed.world import _free_port
 from tests.support.live_server import eventually
 from tests.support.shard_setups import write_shards
 from tests.training.test_pretrain import recipe_of

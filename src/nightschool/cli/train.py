@@ -96,7 +96,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     """
     from rich.console import Console
 
-    from nightschool.training.allocator import keep_freed_memory
+    from nightschool.training.environment import keep_freed_memory
     from nightschool.training.planning.plan import make_plan, render_plan
 
     home = Home.find()
@@ -111,7 +111,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
             render_plan(made, console)
         return captured.get().rstrip()
 
-    answer(made.to_json(), text, quiet=f"{made.steps_total} steps, {made.expected_peak_bytes} bytes")
+    answer(made.to_json(), text, quiet="{steps_total} steps, {expected_peak_bytes} bytes".format(**made.facts))
     return 0
 
 

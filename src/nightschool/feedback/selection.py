@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -82,10 +82,10 @@ def select(recipe: Recipe, home: Home, root: Path) -> Selection:
         DataError: If a source cannot be read.
         NotFound: If a source is not there.
     """
-    return select_shards(recipe, root) if recipe.method == "pretrain" else select_examples(recipe, home, root)
+    return DATA_PLANS[recipe.method].select(recipe, home, root)
 
 
-def select_shards(recipe: Recipe, root: Path) -> Selection:
+def select_shards(recipe: Recipe, _home: Home, root: Path) -> Selection:
     """The token shards of a recipe, by their state; they are read when they are trained.
 
     Raises:
@@ -128,6 +128,26 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
             num_duplicates=loaded.duplicates,
             formats={report.source: sorted(report.formats) for report in loaded.sources},
         )
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What a method does with data, as far as it needs no tensors. The other half of a method is in `training.methods`.
+
+    `select` finds the data of a run. `continues` says whether the next night starts from the champion, and `adapter`
+    whether what is trained is one.
+    """
+
+    select: Callable[[Recipe, Home, Path], Selection]
+    continues: bool = True
+    adapter: bool = False
+
+
+DATA_PLANS: Mapping[str, DataPlan] = {
+    "full": DataPlan(select_examples),
+    "lora": DataPlan(select_examples, adapter=True),
+    "pretrain": DataPlan(select_shards, continues=False),
+}
 
 
 def _replay(

@@ -261,7 +261,7 @@ class _Starter:
     def __call__(self, copy: Run, steps: int) -> None:
         from_byte = copy.log_path.stat().st_size if copy.log_path.exists() else 0
         where = ("--home", str(copy.home.path), "--run", copy.id, "--root", str(self.root))
-        line = command("check-resume", *where, "--steps", str(steps))
+        line = command("train", *where, "--resume", "latest", "--steps", str(steps))
         process = start_process(line, log=copy.log_path, directory=self.root)
         code = wait_for(process, log=copy.log_path, from_byte=from_byte, stop=self.stop, on_line=self.on_line)
         if self.stop.requested or code == INTERRUPTED_EXIT_CODE:

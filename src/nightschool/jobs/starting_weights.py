@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import NotFound
+from nightschool.feedback.selection import DATA_PLANS
 from nightschool.jobs.launch import OnLine
 from nightschool.jobs.outcome import CycleContext
 from nightschool.store.atomic import read_json
@@ -26,9 +27,8 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     base of the champion's.
     """
     champion = champion_of(Registry(home), recipe.name)
-    if recipe.method == "pretrain":  # from scratch, unless the recipe's base says otherwise
-        return recipe.base
-    if champion is None or recipe.base.startswith(f"{recipe.name}@"):
+    # Some begin from scratch each time, unless the recipe's base says otherwise.
+    if champion is None or not DATA_PLANS[recipe.method].continues or recipe.base.startswith(f"{recipe.name}@"):
         return recipe.base
     began_with = _recipe_base(home, champion)
     if began_with is not None and began_with != recipe.base:
@@ -45,7 +45,7 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
 
 def _other_adapter(home: Home, recipe: Recipe, champion: Version) -> list[str]:
     """What the recipe wants of an adapter that the champion's is not; nothing if the champion is none."""
-    if recipe.method != "lora" or champion.facts.kind != "adapter":
+    if not DATA_PLANS[recipe.method].adapter or champion.facts.kind != "adapter":
         return []
     config = read_json(champion.path / "adapter_config.json")
     pairs: list[tuple[str, object, object]] = [
@@ -54,7 +54,7 @@ def _other_adapter(home: Home, recipe: Recipe, champion: Version) -> list[str]:
     ]
     # The adapter lists the modules that it found; what was asked for stands in the recipe that made it.
     before = _recipe_of(home, champion)
-    if before is not None and before.method == "lora":
+    if before is not None and DATA_PLANS[before.method].adapter:
         pairs.append(("target_modules", _places(recipe), _places(before)))
     return [f"lora.{key} is {wanted} and its adapter has {has}" for key, wanted, has in pairs if wanted != has]
 

@@ -60,6 +60,7 @@ def fit(
     evaluate: Callable[[], float] | None = None,
     save: Callable[[TrainState], None] | None = None,
     stop: Stop | None = None,
+    last_step: int | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     describe: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
@@ -75,7 +76,8 @@ def fit(
         metrics: Where rows go; None in a process that writes nothing.
         evaluate: Returns the held-out loss in nats per token; it must leave the random state as it was.
         save: Writes a checkpoint.
-        stop: Asked once per turn; when it is set, the state is saved and `Interrupted` is raised.
+        stop: Asked once per turn; when it is requested, the state is saved and `Interrupted` is raised.
+        last_step: After this step as well, in whichever process knows of it.
         scaler: The gradient scaler of fp16.
         on_row: Also gets each row of metrics.
         describe: Figures of the method for a row, added to it.
@@ -92,7 +94,7 @@ def fit(
         finished = state.step >= budget.steps_total
         # Clocks and signals differ between processes, so they agree on what is due.
         stopping, evaluation_due, save_due = world.any(
-            stop is not None and stop.requested,
+            (stop is not None and stop.requested) or state.step == last_step,
             evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished),
             save is not None and state.save_due(budget.save_every, finished=finished),
         )
@@ -114,7 +116,10 @@ def fit(
         if finished:
             return state
         if stopping:
-            reason = stop.reason if stop is not None and stop.reason else "A signal to another process"
+            reason = (
+                "The end of the steps that were asked for" if state.step == last_step else "A signal to another process"
+            )
+            reason = stop.reason if stop is not None and stop.reason else reason
             raise Interrupted(
                 f"{reason} stopped the run after step {state.step} of {budget.steps_total}. "
                 "Continue it with --resume latest."

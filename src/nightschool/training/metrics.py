@@ -1,10 +1,11 @@
-"""The figures of a run: one row per logged step, in JSONL for programs and in TensorBoard beside it."""
+"""What a run writes while it trains: its log, its status, and one row of figures per logged step."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nightschool.events import EventLog, now, read_events
 from nightschool.store.atomic import write_bytes
+from nightschool.store.runs import Run
+from nightschool.units import format_seconds, printable
 
 _CHARTS = (
     "loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
     "mfu", "heldout_perplexity", "heldout_bits_per_byte",
 )  # fmt: skip
+STATUS_SECONDS = 2.0
+LINE_SECONDS = 1.0
+
+
+def say(text: str) -> None:
+    """Write one line of the log."""
+    print(printable(text), flush=True)  # noqa: T201 - stdout is the log of the run
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -70,3 +80,37 @@ class MetricsLog:
         self._rows.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class Progress:
+    """Says in the log and in the status of a run how far it is, neither too often."""
+
+    def __init__(self, run: Run, steps_total: int) -> None:
+        self._run, self._steps_total = run, steps_total
+        self._line_at = self._status_at = 0.0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        moment = time.monotonic()
+        last = row["step"] == self._steps_total
+        if last or "heldout_loss" in row or moment - self._line_at >= LINE_SECONDS:
+            self._line_at = moment
+            heldout = f" held-out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
+            say(
+                f"step {row['step']}/{self._steps_total} epoch {row['epoch']} loss {row['loss']:.4f}{heldout} "
+                f"lr {row['learning_rate']:.3g} {row['tokens_per_second']:,.0f} tokens trained/s{_more(row)}"
+            )
+        if last or moment - self._status_at >= STATUS_SECONDS:
+            self._status_at = moment
+            self._run.update_status(step=row["step"], steps_total=self._steps_total)
+
+
+def _more(row: dict[str, Any]) -> str:
+    """What only pretraining measures."""
+    parts = []
+    if "bits_per_byte" in row:
+        parts.append(f"{row.get('heldout_bits_per_byte', row['bits_per_byte']):.3f} bits/byte")
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    if "eta_seconds" in row:
+        parts.append(f"{format_seconds(round(row['eta_seconds']))} left")
+    return "".join(f" {part}" for part in parts)

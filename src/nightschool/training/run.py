@@ -2,7 +2,13 @@
 
 Reads runs/<id>/recipe.yaml, trains, publishes a candidate, and says in status.json how it ended. Log lines go to
 stdout as plain text, errors to stderr. The exit code is 0, 75 after a signal (resumable), 130 after a second one,
-or that of the error.
+or that of the error. With `--steps N` it saves after N steps and ends with 0: what a check of resuming compares.
+
+    run       here: where a run begins, what it writes down, how it ends; `execute` is the same in all its processes
+    method    methods/: what a recipe means, as a `PreparedRun`
+    task      task.py: what learns, with the two verbs of a step
+    loop      loop.py: the one training loop
+    checkpoint    checkpoint/full_state.py: what is saved, and how it comes back
 """
 
 from __future__ import annotations
@@ -11,7 +17,9 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,27 +34,16 @@ from nightschool.store.checkpoints import Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
-from nightschool.training.allocator import keep_freed_memory
-from nightschool.training.candidate import publish
 from nightschool.training.checkpoint import full_state, rng
-from nightschool.training.checkpoint.full_state import CheckpointContext
-from nightschool.training.checkpoint.saver import Saver, open_saver
-from nightschool.training.distributed.launcher import (
-    follow,
-    more_saves_than_one,
-    saving_ranks,
-    started_ranks,
-    wants_shards,
-)
-from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world
-from nightschool.training.environment import checkpoint_context, describe_environment
-from nightschool.training.loop import fit
-from nightschool.training.methods.pretrain import PreparedPretrain
-from nightschool.training.metrics import MetricsLog
+from nightschool.training.checkpoint.saver import Ranks, Saver, open_saver
+from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world, started_ranks
+from nightschool.training.environment import Rerun, describe_environment, keep_freed_memory
+from nightschool.training.loop import Budget, fit
+from nightschool.training.methods import METHODS
+from nightschool.training.methods.prepared import PreparedRun
+from nightschool.training.metrics import MetricsLog, Progress, say
 from nightschool.training.planning.plan import plan_of, render_plan
-from nightschool.training.prepare import prepare
-from nightschool.training.progress import Progress, say
-from nightschool.training.setup import PreparedRun
+from nightschool.training.publish import publish
 from nightschool.training.state import TrainState
 from nightschool.units import printable
 from nightschool.work.stop import Stop
@@ -58,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, required=True, help="the home that holds the run")
     parser.add_argument("--run", help="the id of the run; a process other than the first hears it from that one")
     parser.add_argument("--resume", help="the name of a checkpoint, or `latest`")
+    parser.add_argument("--steps", type=int, help="save after so many steps, and end before the run does")
     parser.add_argument("--root", type=Path, default=Path(), help="where relative paths of the recipe begin")
     given = parser.parse_args(arguments)
     with Stop() as stop:
@@ -71,12 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 joined_world(environment) as world,
             ):
                 world.from_first(run.id)
-                code = _guarded(home, run, given.resume, root, stop, world)
+                code = _guarded(home, run, given.resume, root, stop, world, steps=given.steps)
                 if code in (0, Interrupted.exit_code):
                     world.wait()
-                return code
         except NightschoolError as error:
             return _complain(error, error.exit_code)
+        if given.steps is None or stop.requested:
+            return code
+        if code == 0:
+            return _complain(UsageError("The run came to its end. Give fewer --steps."), 1)
+        return 0 if code == Interrupted.exit_code else code
 
 
 def _follow(home: Home, root: Path, stop: Stop) -> int:
@@ -89,7 +91,7 @@ def _follow(home: Home, root: Path, stop: Stop) -> int:
         try:
             code = 0
             try:
-                follow(home, RunStore(home).get(world.from_first("")), world=world, root=root, stop=stop)
+                execute(home, RunStore(home).get(world.from_first("")), resume=None, root=root, stop=stop, world=world)
             except Interrupted as error:
                 code = _complain(error, error.exit_code)
             # Whoever started us may end the others as soon as one is gone, and process 0 is still at work.
@@ -106,7 +108,9 @@ def _wanted_processes(run: Run) -> int:
     return 1 if "WORLD_SIZE" in os.environ else Recipe.model_validate(run.recipe()).train.num_processes
 
 
-def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: Stop, world: World = ALONE) -> int:
+def _guarded(
+    home: Home, run: Run, resume: str | None, root: Path, stop: Stop, world: World, *, steps: int | None = None
+) -> int:
     """Run it, and write into the status how it ended, whatever happens."""
     try:
         with lock(run.lock_path, f"the run {run.id}"):
@@ -114,7 +118,7 @@ def _guarded(home: Home, run: Run, resume: str | None, root: Path, stop: Stop, w
             if published is not None:
                 raise Conflict(f"The run {run.id} has published {published} already. Start a new run.")
             try:
-                execute(home, run, resume=resume, root=root, stop=stop, world=world)
+                execute(home, run, resume=resume, root=root, stop=stop, world=world, steps=steps)
             except Interrupted as error:
                 run.update_status(state="interrupted", error=str(error), exit_code=error.exit_code)
                 uploads.wait_at_stop(home, run, say=lambda text: print(text, flush=True))  # noqa: T201
@@ -160,53 +164,82 @@ def _explained(error: Exception) -> Exception:
     return error
 
 
-def execute(home: Home, run: Run, *, resume: str | None, root: Path, stop: Stop, world: World = ALONE) -> None:
-    """Train the run and publish its candidate; in process 0 of `world`, while the others `follow`.
+def execute(
+    home: Home,
+    run: Run,
+    *,
+    resume: str | None,
+    root: Path,
+    stop: Stop,
+    world: World = ALONE,
+    steps: int | None = None,
+) -> None:
+    """Train the run and publish its candidate. All processes of `world` call this; the first one decides and writes.
+
+    Args:
+        home: Where runs and versions are.
+        run: The run.
+        resume: The checkpoint to go on from, or `latest`; only the first process needs to know.
+        root: Where relative paths of the recipe begin.
+        stop: Asked once per step.
+        world: The processes that train together.
+        steps: Stop after so many, as a signal would.
 
     Raises:
-        Interrupted: After a signal; the state was saved if a step was done.
+        Interrupted: After a signal, or so many steps; the state was saved if a step was done.
         NightschoolError: For everything that the user can do something about.
+        RuntimeError: If another process is gone.
     """
     recipe = Recipe.model_validate(run.recipe())
-    # The writer is started before a GPU is touched; that of an earlier process of this run is waited for.
-    ranks = saving_ranks(recipe, world)
-    with open_saver(run, recipe.checkpoints, say, ranks=ranks, stop=lambda: stop.reason is not None) as saver:
-        point = _checkpoint_to_resume(run, resume)
-        world.from_first((point.name if point else "", saver.attempt))
-        run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
-        say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
-
-        prepared = prepare(home, run, recipe, root=root, point=point, world=world)
+    with _started(run, recipe, resume, stop, world) as start:
+        if world.is_first:
+            run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
+            say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
+        prepared = prepare(home, run, recipe, root=root, point=start.point, world=world)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
-        write_json(run.path / "environment.json", describe_environment(prepared))
-        plan = plan_of(prepared, home)
-        write_json(run.path / "plan.json", plan.to_json())
-        # stdout is a file. FORCE_COLOR, which rich honours, says that somebody follows it on a terminal.
-        render_plan(plan, Console(file=sys.stdout, width=120, highlight=False))
-        sys.stdout.flush()
-
-        context = checkpoint_context(prepared, run.recipe_path.read_text(encoding="utf-8"))
-        state = _train(run, prepared, context, point, stop, saver, world)
-    if prepared.task.is_sharded:
-        prepared = _whole_again(home, run, recipe, root, state.step)
-    publish(home, run, prepared, state)
+        if world.is_first:
+            _describe(home, run, prepared)
+        state = _train(run, prepared, start, stop, world, steps)
+    if world.is_first:
+        if prepared.task.is_sharded:
+            prepared = _whole_again(home, run, recipe, root, state.step)
+        publish(home, run, prepared, state)
 
 
-def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) -> PreparedRun:
-    """The whole model with the weights of the last checkpoint, in this process alone.
+@dataclass(frozen=True)
+class _Start:
+    """Where this process of the run begins. `saver` is None in a process that saves nothing."""
 
-    Raises:
-        Damaged: If that one was not written.
+    point: Checkpoint | None
+    saver: Saver | None
+
+
+@contextmanager
+def _started(run: Run, recipe: Recipe, resume: str | None, stop: Stop, world: World) -> Iterator[_Start]:
+    """Open the saver, and have the first process choose the checkpoint to go on from; at the end all is written.
+
+    The writer is started before a GPU is touched; that of an earlier process of this run is waited for.
     """
-    last = max(checkpoints.ls(run), key=lambda point: point.step, default=None)
-    if last is None or last.step != step:
-        raise Damaged(
-            f"The checkpoint of step {step} was not written, and a sharded model is published from it. "
-            "Make room on the disk, and go on with --resume latest."
-        )
-    prepared = prepare(home, run, recipe, root=root, point=last)
-    full_state.load_weights(last.path, prepared.task)
-    return prepared
+    sharded = _wants_shards(recipe, world)
+    ranks = Ranks(world.rank, world.size, num_neighbours=world.local_size - 1) if sharded else Ranks()
+    if world.is_first:
+        with open_saver(run, recipe.checkpoints, say, ranks=ranks, stop=lambda: stop.requested) as saver:
+            point = _checkpoint_to_resume(run, resume)
+            world.from_first((point.name if point else "", saver.attempt))
+            yield _Start(point, saver)
+        return
+    name, attempt = world.from_first(("", 0))
+    point = checkpoints.get(run, name) if name else None
+    if not sharded:
+        yield _Start(point, None)
+        return
+    with open_saver(run, recipe.checkpoints, say, ranks=replace(ranks, attempt=attempt)) as saver:
+        yield _Start(point, saver)
+
+
+def _wants_shards(recipe: Recipe, world: World) -> bool:
+    """Whether the processes share the parameters among them, and so save each what it has."""
+    return recipe.train.zero_stage > 0 and world.size > 1
 
 
 def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
@@ -239,66 +272,123 @@ def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
     return newest.checkpoint
 
 
-def _train(
+def prepare(
+    home: Home,
     run: Run,
-    prepared: PreparedRun,
-    context: CheckpointContext,
+    recipe: Recipe,
+    *,
+    root: Path,
     point: Checkpoint | None,
-    stop: Stop,
-    saver: Saver,
-    world: World,
-) -> TrainState:
-    task, budget = prepared.task, prepared.budget
+    world: World = ALONE,
+) -> PreparedRun:
+    """Everything before step 1, as the recipe's method has it. See `PreparedRun.prepare`."""
+    return METHODS[recipe.method].prepare(
+        recipe,
+        home,
+        root=root,
+        folder=run.path,
+        rerun=Rerun.of(point.path) if point else None,
+        world=world,
+    )
+
+
+def _describe(home: Home, run: Run, prepared: PreparedRun) -> None:
+    """Write down the environment and the plan."""
+    task = prepared.task
+    environment = describe_environment(
+        task.device, prepared.dtype, num_threads=prepared.num_threads, num_processes=task.world.size
+    )
+    write_json(run.path / "environment.json", environment)
+    plan = plan_of(prepared, home)
+    write_json(run.path / "plan.json", plan.to_json())
+    # stdout is a file. FORCE_COLOR, which rich honours, says that somebody follows it on a terminal.
+    render_plan(plan, Console(file=sys.stdout, width=120, highlight=False))
+    sys.stdout.flush()
+
+
+def _train(run: Run, prepared: PreparedRun, start: _Start, stop: Stop, world: World, steps: int | None) -> TrainState:
+    task, budget, schedule, scaler = prepared.task, prepared.budget, prepared.schedule, prepared.scaler
+    context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
+    saver, writes, evaluate_heldout = start.saver, world.is_first, prepared.evaluate
     state = TrainState(task.fingerprint)
-    if wants_shards(prepared.recipe, world):
+    if _wants_shards(prepared.recipe, world):
         task.shard(prepared.recipe.train.zero_stage)
-    if point is not None:
-        state = full_state.load(point.path, task, context, prepared.schedule, prepared.scaler, world)
-        say(f"Resumed from {point.name}: step {state.step} of {budget.steps_total}")
-    run.update_status(step=state.step, steps_total=budget.steps_total)
-    run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=point and point.name)
+    if start.point is not None:
+        state = full_state.load(start.point.path, task, context, schedule, scaler, world)
+    if writes:
+        if start.point is not None:
+            say(f"Resumed from {start.point.name}: step {state.step} of {budget.steps_total}")
+        run.update_status(step=state.step, steps_total=budget.steps_total)
+        resumed_from = start.point and start.point.name
+        run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=resumed_from)
 
     def save(now: TrainState) -> None:
-        say(f"Saving checkpoint at step {now.step}")
-        target = checkpoint_path(run, now.epoch, now.step, context.files_processed)
-        run.update_status(step=now.step)
+        if writes:
+            say(f"Saving checkpoint at step {now.step}")
+            run.update_status(step=now.step)
         rngs = world.gathered(rng.capture())
-        whole = full_state.state_to_save(task, now, context, prepared.schedule, prepared.scaler, rngs)
-        saver.save(target, whole, last=now.step >= budget.steps_total)
-
-    if more_saves_than_one(budget):
-        saver.expect(task.expected_bytes())
-    heldout = prepared.evaluate
+        if saver is not None:
+            target = checkpoint_path(run, now.epoch, now.step, context.files_processed)
+            contents = full_state.state_to_save(task, now, context, schedule, scaler, rngs, world.rank)
+            saver.save(target, contents, last=now.step >= budget.steps_total)
 
     def evaluate() -> float:
-        assert heldout is not None
-        loss, tokens = heldout()
-        run.events.write("heldout", step=state.step, heldout_loss=loss, tokens=tokens)
-        if isinstance(prepared, PreparedPretrain) and (sample := prepared.sample()) is not None:
-            run.events.write("sample", step=state.step, prompt=sample[0], continuation=sample[1])
-            say(f"sample: {sample[0]!r} … {sample[1]!r}")
-        if state.step == 0:
-            say(f"held-out loss before training {loss:.4f} over {tokens} tokens")
+        assert evaluate_heldout is not None
+        loss, tokens = evaluate_heldout()
+        if writes:
+            run.events.write("heldout", step=state.step, heldout_loss=loss, tokens=tokens)
+            if (sample := prepared.sample()) is not None:
+                run.events.write("sample", step=state.step, prompt=sample[0], continuation=sample[1])
+                say(f"sample: {sample[0]!r} … {sample[1]!r}")
+            if state.step == 0:
+                say(f"held-out loss before training {loss:.4f} over {tokens} tokens")
         return loss
 
-    metrics = MetricsLog(run.metrics_path, run.path / "tensorboard", resumed_step=state.step)
+    if saver is not None and _saves_more_than_once(budget):
+        saver.expect(task.expected_bytes())
+    metrics = MetricsLog(run.metrics_path, run.path / "tensorboard", resumed_step=state.step) if writes else None
     try:
         return fit(
             task,
             state,
             budget,
-            schedule=prepared.schedule,
+            schedule=schedule,
             metrics=metrics,
-            evaluate=evaluate if heldout is not None else None,
+            evaluate=None if evaluate_heldout is None else evaluate,
             save=save,
             stop=stop,
-            scaler=prepared.scaler,
-            on_row=Progress(run, budget.steps_total),
-            describe=prepared.figures(state) if isinstance(prepared, PreparedPretrain) else None,
+            last_step=None if steps is None else state.step + steps,
+            scaler=scaler,
+            on_row=Progress(run, budget.steps_total) if writes else None,
+            describe=prepared.figures(state) if writes else None,
             world=world,
         )
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
+
+
+def _saves_more_than_once(budget: Budget) -> bool:
+    """Whether a run saves before its end, so that it is worth while to make memory for copies ready."""
+    every = budget.save_every
+    return every is None or every.unit != "steps" or every.amount < budget.steps_total
+
+
+def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) -> PreparedRun:
+    """The whole model with the weights of the last checkpoint, in this process alone.
+
+    Raises:
+        Damaged: If that one was not written.
+    """
+    last = max(checkpoints.ls(run), key=lambda point: point.step, default=None)
+    if last is None or last.step != step:
+        raise Damaged(
+            f"The checkpoint of step {step} was not written, and a sharded model is published from it. "
+            "Make room on the disk, and go on with --resume latest."
+        )
+    prepared = prepare(home, run, recipe, root=root, point=last)
+    full_state.load_weights(last.path, prepared.task)
+    return prepared
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Mapping
 from typing import Literal
 
-ProcessName = Literal["cli", "probe", "train", "compare", "check-resume", "cycle", "upload", "write-checkpoints"]
+ProcessName = Literal["cli", "probe", "train", "compare", "cycle", "upload", "write-checkpoints"]
 
 PROCESSES: Mapping[ProcessName, str] = {
     "cli": "nightschool.cli",
     "probe": "nightschool.cli.doctor.probe",
     "train": "nightschool.training.run",
     "compare": "nightschool.engine.compare",
-    "check-resume": "nightschool.training.resume_check",
     "cycle": "nightschool.jobs.detached",
     "upload": "nightschool.jobs.uploader",
     "write-checkpoints": "nightschool.checkpoint_writer",

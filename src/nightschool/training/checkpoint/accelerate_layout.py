@@ -36,10 +36,9 @@ from nightschool.store.runs import Run
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.checkpoint_reader import check_tensors, load_group
 from nightschool.training.checkpoint.full_state import state_to_save
-from nightschool.training.environment import checkpoint_context
+from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.optimizer import Schedule
-from nightschool.training.prepare import prepare
-from nightschool.training.setup import PreparedRun
+from nightschool.training.run import prepare
 from nightschool.training.state import TrainState
 from nightschool.training.task import CausalTask
 from nightschool.uploads.archive import unpack_archive
@@ -71,7 +70,7 @@ def export_accelerate(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
     recipe = Recipe.model_validate(run.recipe())
     with publish_directory(folder) as partial:
         prepared = prepare(home, run, recipe, root=root, point=point)
-        context = checkpoint_context(prepared, run.recipe_path.read_text(encoding="utf-8"))
+        context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
         task, schedule, scaler = prepared.task, prepared.schedule, prepared.scaler
         state = full_state.load(point.path, task, context, schedule, scaler)
         save_file(_all_weights(task), partial / "model.safetensors", metadata={"format": "pt"})
@@ -145,7 +144,7 @@ def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path
     if prepared.scaler is not None and (scale := _read_plain(folder, "scaler.pt", missing)) is not None:
         prepared.scaler.load_state_dict(scale)
     missing.append(f"the position in the data: they go on at step {step} of this run's own order")
-    context = checkpoint_context(prepared, run.recipe_path.read_text(encoding="utf-8"))
+    context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
     whole = state_to_save(task, state, context, prepared.schedule, prepared.scaler)
     target = checkpoint_path(run, state.epoch, step, context.files_processed)
     origin = {"imported_from": original, "began_anew": missing, ATTEMPT: checkpoints.next_attempt(run)}

@@ -14,7 +14,7 @@ from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint.full_state import load_weights
-from nightschool.training.prepare import prepare
+from nightschool.training.run import prepare
 
 
 def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, root: Path) -> float:

@@ -90,11 +90,15 @@ def state_to_save(
     schedule: Schedule,
     scaler: torch.amp.GradScaler | None = None,
     rngs: Sequence[tuple[dict[str, Any], dict[str, Tensor]]] | None = None,
+    rank: int = 0,
 ) -> CheckpointContents:
     """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step.
 
-    `rngs` are the random states of all processes, in the order of ranks; without them, that of this one.
+    `rngs` are the random states of all processes, in the order of ranks; without them, that of this one. A process of a
+    `rank` above 0 adds its part of the tensors, and nothing else.
     """
+    if rank > 0:
+        return CheckpointContents(tensors=_groups(task, rank), texts={}, facts={"step": state.step})
     rngs = rngs or [rng.capture()]
     recipe = training_config(context.recipe_yaml)
     optimizer = task.optimizer_facts() | {"schedule": asdict(schedule)}
@@ -142,11 +146,6 @@ def state_to_save(
             "data_fingerprint": state.fingerprint,
         },
     )
-
-
-def part_to_save(task: Task, state: TrainState, rank: int) -> CheckpointContents:
-    """What a process other than the first adds to the checkpoint of this moment, where they share the tensors."""
-    return CheckpointContents(tensors=_groups(task, rank), texts={}, facts={"step": state.step})
 
 
 def _groups(task: Task, rank: int = 0) -> dict[str, list[TensorSource]]:

@@ -11,10 +11,13 @@ same variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +27,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from nightschool.data.shards.token_batches import Portion
 from nightschool.errors import NightschoolError, UsageError
+from nightschool.store.home import Home
+from nightschool.store.runs import Run
+from nightschool.work.processes import command
 
 Value = TypeVar("Value")
 
@@ -33,6 +39,7 @@ _BUCKET_BYTES = 64 << 20
 _LONGEST_WAIT = timedelta(hours=2)
 # One that ended before it met the others is not waited for that long.
 _LONGEST_START = timedelta(minutes=5)
+_FAREWELL_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,46 @@ def joined_world(environment: Mapping[str, str] | None = None) -> Iterator[World
         dist.destroy_process_group()
 
 
+def log_of(run: Run, rank: int) -> Path:
+    """Where a process other than the first one writes what it has to say."""
+    return run.path / f"log-rank{rank}.txt"
+
+
+@contextmanager
+def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapping[str, str]]:
+    """Start the processes 1 … `count` - 1 of the run on this machine; yields the variables that make this one process 0.
+
+    They end by themselves when process 0 is done or gone; what is left of them at the end is killed.
+    """
+    if count == 1:
+        yield os.environ
+        return
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    with ExitStack() as stack:
+        for rank in range(1, count):
+            log = stack.enter_context(log_of(run, rank).open("ab"))
+            process = subprocess.Popen(
+                command("train", "--home", str(home.path), "--root", str(root)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            stack.callback(_say_farewell, process)
+        # torch reads them from the environment of the process.
+        os.environ.update(shared | {"RANK": "0", "LOCAL_RANK": "0"})
+        try:
+            yield os.environ
+        finally:
+            for name in (*shared, "RANK", "LOCAL_RANK"):
+                os.environ.pop(name, None)
+
+
 def is_about_others(error: RuntimeError) -> bool:
     """Whether this error of torch says that another process is gone."""
     text = str(error).lower()
@@ -191,3 +238,18 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += bytes_here
     if bucket:
         yield bucket
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _say_farewell(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_FAREWELL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

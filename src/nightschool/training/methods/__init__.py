@@ -1,0 +1,15 @@
+"""The methods: one file each, and this table. A new method is a file here, a section of the recipe, and a page of docs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nightschool.training.methods.finetune import Finetune, LoraFinetune
+from nightschool.training.methods.prepared import PreparedRun
+from nightschool.training.methods.pretrain import Pretrain
+
+METHODS: Mapping[str, type[PreparedRun]] = {
+    "full": Finetune,
+    "lora": LoraFinetune,
+    "pretrain": Pretrain,
+}

@@ -1,13 +1,13 @@
-"""Everything that pretraining needs before step 1, and the figures it writes down beside the loss."""
+"""Method `pretrain`: all weights, from token shards, and the figures that are written down beside the loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nightschool.config.recipe import Recipe
 from nightschool.config.train import Lora
+from nightschool.data.batches import Batch
 from nightschool.data.example import Example
 from nightschool.data.shards.shard_sources import ShardSource, open_shards
 from nightschool.data.shards.shards import check_index
 from nightschool.data.shards.token_batches import TokenBatches
 from nightschool.data.shards.tokenize import end_of_text_id, tokenizer_fingerprint
-from nightschool.errors import DataError, ModelError, UsageError
+from nightschool.errors import Damaged, DataError, ModelError, UsageError
+from nightschool.feedback.selection import Selection, read_selection, select_shards, write_selection
 from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import resolve_dtype
 from nightschool.models.load import LoadedModel, find_tokenizer, load_base, load_tokenizer
@@ -28,25 +30,140 @@ from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.checkpoint import rng
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.loop import Budget, steps_in_epoch
-from nightschool.training.methods.causal import PretrainTask
-from nightschool.training.optimizer import Schedule
-from nightschool.training.planning.precision import choose_by_measuring
-from nightschool.training.setup import PreparedRun, Rerun, refuse_what_cannot_be_served, set_up_machine
+from nightschool.training.environment import Rerun, set_up_machine
+from nightschool.training.loop import steps_in_epoch
+from nightschool.training.methods.prepared import (
+    MethodPlan,
+    PlanRow,
+    PreparedRun,
+    budget_of,
+    hidden_size_of,
+    refuse_what_cannot_be_served,
+    scaler_for,
+    wanted_dtype,
+)
+from nightschool.training.planning.loss_mask_preview import Span, loss_mask
+from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.state import TrainState
+from nightschool.training.task import CausalTask
 
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_TEMPERATURE, SAMPLE_TOP = 0.8, 50
 # Held-out sequences that the exam and the probes of the version see, as text.
 EXAM_SEQUENCES = 64
+PREVIEWED_TOKENS = 160
+
+
+class PretrainTask(CausalTask[TokenBatches]):
+    """Sequences of token shards. The position counts sequences, of all processes together."""
+
+    @property
+    def stride(self) -> int:
+        return self.batch_size * self.world.size
+
+    def epoch_length(self, epoch: int) -> int:  # noqa: ARG002 - all epochs are equally long
+        return self.batches.num_sequences
+
+    def batch(self, epoch: int, place: int) -> Batch:
+        return self.batches.get(epoch, place, self.stride, self.world.portion)
+
+    def where(self, epoch: int, place: int) -> str:
+        return f"epoch {epoch}, sequence {place}: {self.batches.where(epoch, place)}"
+
+    def heldout_loss(self) -> tuple[float, int]:
+        """Loss in nats per token and tokens of the held-out sequences, with dropout off."""
+        starts = range(0, self.batches.num_held_out, self.batch_size)
+        return self._heldout_loss([partial(self.batches.held_out, start, self.batch_size) for start in starts])
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedPretrain(PreparedRun):
+class Pretrain(PreparedRun):
     """A pretraining run that is ready to start."""
 
     task: PretrainTask
     source: ShardSource
+
+    # The position counts sequences, so their number in a step may change; the order that they come in may not.
+    free_to_change = frozenset({"batch_size", "tokens_per_batch", "accumulation_steps"})
+
+    @classmethod
+    def prepare(
+        cls,
+        recipe: Recipe,
+        home: Home,
+        *,
+        root: Path,
+        folder: Path | None = None,
+        rerun: Rerun | None = None,
+        world: World = ALONE,
+        sample: int | None = None,  # noqa: ARG003 - nothing has to be rendered, so that all is looked at
+    ) -> Self:
+        """As `PreparedRun.prepare`.
+
+        Raises:
+            NotFound: If there are no shards.
+            Damaged: If they are not those that were selected for the run.
+            DataError: If they do not belong to the tokenizer, hold ids beyond its vocabulary, or are not those of process 0.
+            ModelError: If the model is too short for the sequences, or cannot be loaded.
+            UsageError: If the recipe has settings that only examples know.
+        """
+        begins = folder is not None and world.is_first and (rerun is None or read_selection(folder) is None)
+        selection = _selected_shards(recipe, home, root, cast(Path, folder)) if begins else None
+        _refuse_settings_of_examples(recipe)
+        train = recipe.train
+        device, num_threads = set_up_machine(recipe, rerun, world)
+
+        with world.first_goes_first():
+            source, tokenizer = open_source(recipe, home, root)
+        loaded = load_base(
+            recipe.base,
+            home,
+            device=device,
+            tokenizer=tokenizer,
+            seed=train.seed,
+            root=root,
+            shape=recipe.shape.given(),
+        )
+        for parameter in loaded.model.parameters():
+            parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
+        check_index(source.shards.index, loaded.vocab_size, recipe.data[0].path or "")
+        _refuse_short_context(loaded, train.max_seq_len)
+        batches = TokenBatches(
+            source.shards,
+            seq_len=train.max_seq_len,
+            seed=train.seed,
+            group_shards=recipe.pretrain.group_shards,
+            held_out_share=recipe.held_out.share,
+            held_out_tokens=recipe.pretrain.held_out_tokens,
+            loss_across_documents=recipe.pretrain.loss_across_documents,
+            vocab_size=loaded.vocab_size,
+        )
+        if world.from_first(batches.fingerprint) != batches.fingerprint:
+            raise DataError(
+                f"Process {world.rank} sees other shards at {recipe.data[0].path} than process 0, so they would learn different "
+                "texts. Give all machines the same folder, and let nobody change it while a run begins."
+            )
+        hidden_size, wanted = hidden_size_of(loaded), wanted_dtype(recipe, rerun)
+        dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
+        task = PretrainTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
+        refuse_what_cannot_be_served(recipe, task.path)
+        if wanted == "auto" and device.type == "cpu":
+            dtype = choose_by_measuring(task, dtype, hidden_size)
+        rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
+        per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
+        prepared = cls(
+            recipe=recipe,
+            loaded=loaded,
+            dtype=dtype,
+            num_threads=num_threads,
+            task=task,
+            source=source,
+            budget=budget_of(recipe, train.max_steps or per_epoch * train.epochs),
+            scaler=scaler_for(dtype, device),
+        )
+        if folder is not None and selection is not None:
+            write_selection(folder, replace(selection, held_out=prepared.held_out_texts()))
+        return prepared
 
     @property
     def num_files(self) -> int:
@@ -118,82 +235,62 @@ class PreparedPretrain(PreparedRun):
         prompt = self.task.batches.held_out(0, 1).input_ids[0, :SAMPLE_PROMPT_TOKENS].tolist()
         return self._text(prompt), self._text(continuation(self.task.model, prompt, count, seed=self.recipe.train.seed))
 
-
-def prepare_pretraining(
-    recipe: Recipe, home: Home, *, root: Path | None = None, rerun: Rerun | None = None, world: World = ALONE
-) -> PreparedPretrain:
-    """Open the shards, build or load the model, and set the task up; seeds all generators on the way.
-
-    Args:
-        recipe: What is wanted.
-        home: Whose registry is asked for bases, and whose cache is used.
-        root: Where relative paths begin.
-        rerun: What a checkpoint says about the machine's choices.
-        world: The processes that train together.
-
-    Raises:
-        NotFound: If there are no shards.
-        DataError: If they do not belong to the tokenizer, hold ids beyond its vocabulary, or are not those of process 0.
-        ModelError: If the model is too short for the sequences, or cannot be loaded.
-        UsageError: If the recipe has settings that only examples know.
-    """
-    _refuse_settings_of_examples(recipe)
-    train, root = recipe.train, root or Path.cwd()
-    device, num_threads = set_up_machine(recipe, rerun, world)
-
-    with world.first_goes_first():
-        source, tokenizer = open_source(recipe, home, root)
-    loaded = load_base(
-        recipe.base, home, device=device, tokenizer=tokenizer, seed=train.seed, root=root, shape=recipe.shape.given()
-    )
-    for parameter in loaded.model.parameters():
-        parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
-    check_index(source.shards.index, loaded.vocab_size, recipe.data[0].path or "")
-    _refuse_short_context(loaded, train.max_seq_len)
-    batches = TokenBatches(
-        source.shards,
-        seq_len=train.max_seq_len,
-        seed=train.seed,
-        group_shards=recipe.pretrain.group_shards,
-        held_out_share=recipe.held_out.share,
-        held_out_tokens=recipe.pretrain.held_out_tokens,
-        loss_across_documents=recipe.pretrain.loss_across_documents,
-        vocab_size=loaded.vocab_size,
-    )
-    if world.from_first(batches.fingerprint) != batches.fingerprint:
-        raise DataError(
-            f"Process {world.rank} sees other shards at {recipe.data[0].path} than process 0, so they would learn different "
-            "texts. Give all machines the same folder, and let nobody change it while a run begins."
+    def plan_rows(self, num_processes: int) -> MethodPlan:
+        train, index, batches = self.recipe.train, self.source.shards.index, self.task.batches
+        stride = train.batch_size * num_processes
+        per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, stride)
+        steps_total = train.max_steps or per_epoch * train.epochs
+        per_step = min(train.accumulation_steps * stride, batches.num_sequences) * train.max_seq_len
+        documents = sum(shard.documents for shard in index.shards)
+        rows = [
+            PlanRow(
+                "shards",
+                f"{len(index.shards)} with {index.tokens:,} tokens of {documents:,} documents",
+                {"shards": len(index.shards), "tokens": index.tokens, "documents": documents},
+            ),
+            PlanRow(
+                "sequences",
+                f"{batches.num_sequences:,} of {train.max_seq_len} tokens an epoch, {batches.num_held_out} held out; "
+                f"{batches.tokens_left_over:,} tokens at the ends of shards fill none",
+                {
+                    "sequences": batches.num_sequences,
+                    "sequences_held_out": batches.num_held_out,
+                    "tokens_left_over": batches.tokens_left_over,
+                    "max_seq_len": train.max_seq_len,
+                },
+            ),
+            PlanRow("vocabulary", f"{self.loaded.vocab_size:,} ids", {"vocab_size": self.loaded.vocab_size}),
+            PlanRow(
+                "steps",
+                f"{steps_total:,} in all, {per_epoch:,} an epoch, {per_step:,} tokens each",
+                {
+                    "tokens_per_step": per_step,
+                    "epochs": train.epochs,
+                    "steps_per_epoch": per_epoch,
+                    "steps_total": steps_total,
+                    "processes": num_processes,
+                },
+            ),
+        ]
+        return MethodPlan(
+            rows=rows,
+            tokens_computed=per_step * steps_total,
+            steps_total=steps_total,
+            largest_batch_tokens=train.batch_size * train.max_seq_len,
+            loss_masks=[self._first_mask()],
+            masked="tokens",
+            findings=[],
+            processes=num_processes,
+            sequence_tokens=train.max_seq_len,
         )
-    hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
-    wanted = cast(Any, rerun.compute_dtype if rerun and train.dtype == "auto" else train.dtype)
-    dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
-    task = PretrainTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
-    if recipe.serve.promote != "never":
-        refuse_what_cannot_be_served(task.path, recipe.base)
-    if wanted == "auto" and device.type == "cpu":
-        dtype = choose_by_measuring(task, dtype, hidden_size)
-    rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
-    per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
-    budget = Budget(
-        steps_total=train.max_steps or per_epoch * train.epochs,
-        accumulation_steps=train.accumulation_steps,
-        max_grad_norm=train.max_grad_norm,
-        log_every=train.log_every,
-        evaluate_every=train.evaluate_every,
-        save_every=recipe.checkpoints.every,
-    )
-    return PreparedPretrain(
-        recipe=recipe,
-        loaded=loaded,
-        dtype=dtype,
-        num_threads=num_threads,
-        task=task,
-        source=source,
-        budget=budget,
-        schedule=Schedule.from_recipe(train, budget.steps_total),
-        scaler=torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None,
-    )
+
+    def _first_mask(self) -> list[Span]:
+        """The beginning of the first sequence that is trained: each token by whether it is predicted."""
+        batch = self.task.batches.get(0, 0, 1)
+        ids = batch.input_ids[0, :PREVIEWED_TOKENS].tolist()
+        # A weight stands at the place that predicts; shown is the token that is predicted.
+        weights = [0.0, *batch.weights[0, : len(ids) - 1].tolist()]
+        return loss_mask(self.loaded.tokenizer, ids, weights, ["text"] * len(ids))
 
 
 # What only examples know, each with what to write instead.
@@ -270,6 +367,21 @@ def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, Pr
                 "Take the tokenizer that lies beside the shards, or tokenize again."
             )
     return source, tokenizer
+
+
+def _selected_shards(recipe: Recipe, home: Home, root: Path, folder: Path) -> Selection:
+    """The shards as they are. Later, each checkpoint knows which ones it was trained on.
+
+    Raises:
+        Damaged: If they are not those that were selected for the run.
+    """
+    selected, now = read_selection(folder), select_shards(recipe, home, root)
+    if selected is not None and selected.shards not in (None, now.shards):
+        raise Damaged(
+            f"The token shards at {recipe.data[0].path} have changed since they were selected for the run {folder.name}. "
+            "Begin a new run."
+        )
+    return now
 
 
 def _refuse_short_context(loaded: LoadedModel, seq_len: int) -> None:

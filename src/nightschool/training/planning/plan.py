@@ -1,8 +1,8 @@
-"""What a run would do, before it does anything: sizes, tokens by role, what is cut, bytes, time, the loss mask."""
+"""What a run would do, before it does anything: sizes, tokens, bytes, time, the loss mask."""
 
 from __future__ import annotations
 
-from collections import Counter
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,89 +12,48 @@ from rich.table import Table
 from rich.text import Text
 
 from nightschool.config.recipe import Recipe
-from nightschool.data.chat.render import Rendered
-from nightschool.feedback.selection import Selection, sample_of, select_examples
-from nightschool.models.cost import count_parameters, expected_peak_bytes
+from nightschool.models.cost import count_parameters, expected_peak_bytes, flops_per_token
+from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
-from nightschool.training.loop import steps_in_epoch
-from nightschool.training.methods.pretrain import PreparedPretrain, prepare_pretraining
-from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
-from nightschool.training.planning.pretrain_plan import PretrainPlan, pretrain_plan_of, render_pretrain_plan
-from nightschool.training.planning.throughput import Probe, disk_free, disk_needed, measure
-from nightschool.training.setup import PreparedFinetune, PreparedRun, prepare_finetune
+from nightschool.training.methods import METHODS
+from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun
+from nightschool.training.planning.loss_mask_preview import Span, render_mask
+from nightschool.training.planning.speed import Probe, measure
 from nightschool.units import format_bytes
 
-PREVIEWED_EXAMPLES = 3
-LISTED_CUTS = 10
 # Rendering takes about a millisecond an example: a plan looks at this many, chosen by the seed. A run counts them all.
 SAMPLED_EXAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class RoleTokens:
-    """Tokens of one role in one epoch, and how many of them carry loss."""
-
-    tokens: int
-    trained: int
-
-
-@dataclass(frozen=True)
-class Cut:
-    """An example that is longer than train.max_seq_len. `where` is `file:line`; `share` is of all its tokens."""
-
-    where: str
-    share: float
-    trained_share: float
+TRAINED_DTYPE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `nightschool plan` says; plain values throughout, so that `asdict` is JSON.
+    """Everything that `nightschool plan` says, row by row: those of every run, and those of its method.
 
-    Token counts are those of one epoch. Where `examples_rendered` is less than all that would be trained, a sample was
-    rendered, and the counts of tokens, cuts and steps are estimates. Times are extrapolated from micro-batches that were really computed.
+    Token counts are those of one epoch. Where a method took a sample (`examples_rendered` is less than all that would be
+    trained), its counts are estimates. Times are extrapolated from micro-batches that were really computed.
     """
 
-    name: str
-    base: str
-    method: str
-    parameters_total: int
-    parameters_trainable: int
-    examples_new: int
-    examples_replayed: int
-    examples_held_out: int
-    examples_known: int
-    examples_without_loss: int
-    examples_rendered: int
-    duplicates: int
-    formats: dict[str, list[str]]
-    tokens: int
-    tokens_trained: int
-    tokens_by_role: dict[str, RoleTokens]
-    cut_share: float
-    cut_trained_share: float
-    cut_examples: int
-    cuts: list[Cut]
-    epochs: int
-    steps_per_epoch: int
-    steps_total: int
-    dtype: str
-    device: str
-    num_threads: int
-    expected_peak_bytes: int
-    expected_seconds: float
-    measured_batches: int
-    measured_tokens_per_second: float
-    disk_needed_bytes: int
-    disk_free_bytes: int
-    notes: list[str]
+    title: str
+    rows: list[PlanRow]
+    findings: list[str]
     loss_masks: list[list[Span]]
+    masked: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All figures by name. Sizes are in bytes, times in seconds."""
+        return {name: value for row in self.rows for name, value in row.facts.items()} | {"loss_masks": self.loss_masks}
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        plain = asdict(self)
+        facts: dict[str, Any] = {}
+        for row in plain["rows"]:
+            facts |= row["facts"]
+        return facts | {"loss_masks": plain["loss_masks"]}
 
 
-def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan | PretrainPlan:
+def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan:
     """Plan a run without creating one. Loads the base and computes a few micro-batches; trains nothing.
 
     Args:
@@ -106,177 +65,106 @@ def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan | Pr
         NothingToTrain: If no token would carry loss, or more than train.max_cut_share of those that would is cut.
         DataError, ModelError, NotFound: If the data or the base cannot be read.
     """
-    root = root or Path.cwd()
-    if recipe.method == "pretrain":
-        return pretrain_plan_of(prepare_pretraining(recipe, home, root=root), home, recipe.train.num_processes)
-    whole = select_examples(recipe, home, root)
-    sample = sample_of(whole, SAMPLED_EXAMPLES, seed=recipe.train.seed)
-    return finetune_plan_of(prepare_finetune(recipe, sample, home, root=root), home, whole=whole)
+    prepared = METHODS[recipe.method].prepare(recipe, home, root=root or Path.cwd(), sample=SAMPLED_EXAMPLES)
+    return plan_of(prepared, home, recipe.train.num_processes)
 
 
-def plan_of(prepared: PreparedRun, home: Home) -> Plan | PretrainPlan:
-    """The plan of a run that is ready to start."""
-    if isinstance(prepared, PreparedPretrain):
-        return pretrain_plan_of(prepared, home)
-    assert isinstance(prepared, PreparedFinetune), "a prepared is one of the two"
-    return finetune_plan_of(prepared, home)
+def plan_of(prepared: PreparedRun, home: Home, num_processes: int | None = None) -> Plan:
+    """The plan of a run that is ready to start. Computes a few micro-batches; trains nothing.
 
-
-def finetune_plan_of(prepared: PreparedFinetune, home: Home, *, whole: Selection | None = None) -> Plan:
-    """The plan of fine-tuning. Where `prepared` holds a sample of the `whole` selection, counts are scaled up."""
-    whole = whole or prepared.selection
-    scale = len(whole.train) / max(1, len(prepared.selection.train))
-    recipe, task, rendered_data = prepared.recipe, prepared.task, prepared.rendered_data
-    batches, count = task.batches, count_parameters(task.model)
-    rendered = rendered_data.all
-    steps_per_epoch = steps_in_epoch(round(batches.num_batches(0) * scale), recipe.train.accumulation_steps)
-    steps_total = prepared.budget.steps_total
-    if whole is not prepared.selection:
-        steps_total = recipe.train.max_steps or steps_per_epoch * recipe.train.epochs
-    probe = measure(task)
+    `num_processes` is how many the run will have, where they were not started for the plan.
+    """
+    recipe, task = prepared.recipe, prepared.task
+    method = prepared.plan_rows(num_processes or task.world.size)
+    count = count_parameters(task.model)
     cost = expected_peak_bytes(
         task.model,
-        max(task.batch(0, index).input_ids.shape[-1] for index in range(min(64, batches.num_batches(0)))),
+        method.largest_batch_tokens,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         compute=task.compute_dtype,
     )
-    cuts = _cuts(prepared)
-    all_tokens = sum(len(r.input_ids) + r.cut_tokens for r in rendered)
-    cut_trained = sum(r.cut_trained for r in rendered)
+    needed, free = _disk_needed(prepared, count.total, count.trainable), _disk_free(home.path)
+    rows = [
+        PlanRow("", "", {"name": recipe.name, "base": recipe.base, "method": recipe.method}),
+        PlanRow(
+            "parameters",
+            f"{count.total:,}, of which {count.trainable:,} learn",
+            {"parameters_total": count.total, "parameters_trainable": count.trainable},
+        ),
+        *method.rows,
+        PlanRow(
+            "computes",
+            f"on {task.device.type} with {prepared.num_threads} threads in {prepared.dtype.why}"
+            + (f"; {method.processes} processes together" if method.processes > 1 else ""),
+            {"dtype": prepared.dtype.why, "device": task.device.type, "num_threads": prepared.num_threads},
+        ),
+        PlanRow("peak", f"about {format_bytes(cost.total)} of tensors", {"expected_peak_bytes": cost.total}),
+        _time(prepared, method, measure(task)),
+        PlanRow(
+            "disk",
+            f"{format_bytes(needed)} needed at most, {format_bytes(free)} free",
+            {"disk_needed_bytes": needed, "disk_free_bytes": free},
+        ),
+    ]
+    if method.notes is not None:
+        rows.append(PlanRow("", "", {"notes": method.notes}))
     return Plan(
-        name=recipe.name,
-        base=recipe.base,
-        method=recipe.method,
-        parameters_total=count.total,
-        parameters_trainable=count.trainable,
-        examples_new=len(whole.new),
-        examples_replayed=len(whole.replayed),
-        examples_held_out=len(whole.held_out),
-        examples_known=whole.num_left_out,
-        examples_without_loss=round(batches.num_left_out * scale),
-        examples_rendered=len(prepared.selection.train),
-        duplicates=whole.num_duplicates,
-        formats=whole.formats,
-        tokens=round(batches.tokens * scale),
-        tokens_trained=round(batches.tokens_trained * scale),
-        tokens_by_role=tokens_by_role(rendered, scale),
-        cut_share=sum(r.cut_tokens for r in rendered) / max(1, all_tokens),
-        cut_trained_share=cut_trained / max(1, cut_trained + batches.tokens_trained),
-        cut_examples=round(len(cuts) * scale),
-        cuts=cuts[:LISTED_CUTS],
-        epochs=recipe.train.epochs,
-        steps_per_epoch=steps_per_epoch,
-        steps_total=steps_total,
-        dtype=prepared.dtype.why,
-        device=task.device.type,
-        num_threads=prepared.num_threads,
-        expected_peak_bytes=cost.total,
-        expected_seconds=batches.tokens * scale / probe.tokens_per_second * steps_total / max(1, steps_per_epoch),
-        measured_batches=probe.batches,
-        measured_tokens_per_second=probe.tokens_per_second,
-        disk_needed_bytes=disk_needed(prepared, count.total, count.trainable),
-        disk_free_bytes=disk_free(home.path),
-        notes=_notes(prepared, whole),
-        loss_masks=[
-            loss_mask(prepared.loaded.tokenizer, r.input_ids, r.weights, r.roles) for r in rendered[:PREVIEWED_EXAMPLES]
-        ],
+        title=f"Plan: {recipe.name} by method {recipe.method} from {recipe.base}",
+        rows=rows,
+        findings=[*method.findings, *(method.notes or [])],
+        loss_masks=method.loss_masks,
+        masked=method.masked,
     )
 
 
-def tokens_by_role(rendered: list[Rendered], scale: float = 1.0) -> dict[str, RoleTokens]:
-    """Count the tokens of each role, and those that carry loss, times `scale`; most frequent role first."""
-    tokens: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    for document in rendered:
-        tokens.update(document.roles)
-        trained.update(role for role, weight in zip(document.roles, document.weights, strict=True) if weight > 0)
-    return {
-        role: RoleTokens(round(count * scale), round(trained[role] * scale)) for role, count in tokens.most_common()
+def _time(prepared: PreparedRun, method: MethodPlan, probe: Probe) -> PlanRow:
+    task = prepared.task
+    # Processes that are not there yet will share the cores that this one has alone; each has a GPU of its own.
+    rate = probe.tokens_per_second * (method.processes if task.device.type == "cuda" else task.world.size)
+    expected_seconds = method.tokens_computed / rate
+    facts: dict[str, Any] = {
+        "expected_seconds": expected_seconds,
+        "measured_batches": probe.batches,
+        "measured_tokens_per_second": rate,
     }
+    of_peak = ""
+    if method.sequence_tokens is not None:
+        peak, _ = peak_flops(task.device, task.compute_dtype)
+        used = probe.tokens_per_second * flops_per_token(task.model, method.sequence_tokens) / peak
+        facts["model_flops_utilization"] = used
+        of_peak = f", {used:.0%} of what products reach" if probe.batches else ""
+    minutes, seconds = divmod(round(expected_seconds), 60)
+    return PlanRow("time", f"about {minutes} min {seconds} s, {probe.how} ({rate:,.0f} tokens/s{of_peak})", facts)
 
 
-def _cuts(prepared: PreparedFinetune) -> list[Cut]:
-    """The examples that lose something, those that lose most of their answer first. Texts are split, never cut."""
-    rendered_data = prepared.rendered_data
-    cuts = [
-        Cut(
-            f"{example.source or 'an example'}:{example.line}",
-            r.cut_tokens / (len(r.input_ids) + r.cut_tokens),
-            r.cut_trained / max(1, r.cut_trained + r.trained_tokens),
-        )
-        for example, r in zip(rendered_data.chat_examples, rendered_data.chats, strict=True)
-        if r.cut_tokens
-    ]
-    return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
+def _disk_needed(prepared: PreparedRun, total: int, trainable: int) -> int:
+    """Checkpoints (weights and two moments, in fp32) at their most, one of them half-written, and the version."""
+    keep = prepared.recipe.checkpoints.keep
+    checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable
+    version = TRAINED_DTYPE_BYTES * (trainable if prepared.loaded.adapter else total)
+    return (keep.last + keep.best + 1) * checkpoint + version
 
 
-def _notes(prepared: PreparedFinetune, whole: Selection) -> list[str]:
-    path = prepared.task.path
-    rendered, there = len(prepared.selection.train), len(whole.train)
-    return [
-        note
-        for note in (
-            ""
-            if rendered == there
-            else f"{rendered:,} of {there:,} examples were rendered: counts of tokens, cuts and steps are estimates.",
-            path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
-            path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
-            path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
-            "" if prepared.held_out else "Nothing is held out, so no held-out loss is taken.",
-        )
-        if note
-    ]
+def _disk_free(path: Path) -> int:
+    """Free bytes where the home is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
-def render_plan(plan: Plan | PretrainPlan, console: Console) -> None:
+def render_plan(plan: Plan, console: Console) -> None:
     """Print the plan for people."""
-    if isinstance(plan, PretrainPlan):
-        render_pretrain_plan(plan, console)
-        return
-    console.print(Text(f"Plan: {plan.name} by method {plan.method} from {plan.base}", style="bold"), highlight=False)
+    console.print(Text(plan.title, style="bold"), highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, value in _facts(plan):
-        table.add_row(label, value)
+    for row in plan.rows:
+        if row.label:
+            table.add_row(row.label, row.text)
     console.print(table)
-    for cut in plan.cuts:
-        console.print(
-            Text(f"  cut: {cut.where} loses {cut.share:.0%} of its tokens, {cut.trained_share:.0%} of its answer")
-        )
-    for note in plan.notes:
-        console.print(Text(f"  {note}"))
+    for finding in plan.findings:
+        console.print(Text(f"  {finding}"))
     colour = console.color_system is not None and not console.no_color
     how = "bold green is trained, dim is context" if colour else "▏between bars▕ is trained, the rest is context"
-    console.print(Text(f"Loss mask of the first examples ({how}):"))
+    console.print(Text(f"Loss mask of the first {plan.masked} ({how}):"))
     for spans in plan.loss_masks:
         console.print(render_mask(spans, colour=colour), soft_wrap=True)
         console.print()
-
-
-def _facts(plan: Plan) -> list[tuple[str, str]]:
-    roles = ", ".join(f"{role} {r.trained:,} of {r.tokens:,}" for role, r in plan.tokens_by_role.items())
-    formats = "; ".join(f"{source}: {', '.join(names)}" for source, names in plan.formats.items())
-    minutes, seconds = divmod(round(plan.expected_seconds), 60)
-    return [
-        ("parameters", f"{plan.parameters_total:,}, of which {plan.parameters_trainable:,} learn"),
-        (
-            "examples",
-            f"{plan.examples_new} new, {plan.examples_replayed} replayed, {plan.examples_held_out} held out; "
-            f"{plan.examples_known} known already, {plan.duplicates} duplicates, {plan.examples_without_loss} without loss",
-        ),
-        *([("formats", formats)] if formats else []),
-        ("tokens", f"{plan.tokens:,} an epoch, of which {plan.tokens_trained:,} carry loss ({roles})"),
-        (
-            "cut",
-            f"{plan.cut_share:.1%} of all tokens, {plan.cut_trained_share:.1%} of those that would carry loss, "
-            f"in {plan.cut_examples} examples",
-        ),
-        ("steps", f"{plan.steps_total} in all, {plan.steps_per_epoch} an epoch"),
-        ("computes", f"on {plan.device} with {plan.num_threads} threads in {plan.dtype}"),
-        ("peak", f"about {format_bytes(plan.expected_peak_bytes)} of tensors"),
-        (
-            "time",
-            f"about {minutes} min {seconds} s, {Probe(plan.measured_batches, plan.measured_tokens_per_second).how} "
-            f"({plan.measured_tokens_per_second:,.0f} tokens/s)",
-        ),
-        ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed at most, {format_bytes(plan.disk_free_bytes)} free"),
-    ]

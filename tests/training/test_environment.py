@@ -13,7 +13,7 @@ COUNT = """
 import resource
 import torch
 from nightschool.config.recipe import Recipe
-from nightschool.training.allocator import keep_freed_memory
+from nightschool.training.environment import keep_freed_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -46,8 +46,8 @@ def test_a_run_on_a_gpu_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     import torch
 
     from nightschool.config.recipe import Recipe
-    from nightschool.training import allocator
+    from nightschool.training import environment
 
-    monkeypatch.setattr(allocator, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(environment, "resolve_device", lambda _: torch.device("cuda"))
     recipe = Recipe.model_validate({"name": "bot", "base": "new:qwen3-tiny", "data": [{"path": "chats.jsonl"}]})
-    assert not allocator.keep_freed_memory(recipe)
+    assert not environment.keep_freed_memory(recipe)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from nightschool.models.dtype import DtypeChoice
-from nightschool.training.planning import precision
-from nightschool.training.planning.precision import choose_by_measuring
+from nightschool.training.planning import speed
+from nightschool.training.planning.speed import choose_by_measuring
 from tests.support.training_setups import deterministic_threads, make_task
 
 pytestmark = pytest.mark.trains
@@ -21,8 +21,8 @@ def choose(monkeypatch, *, product, steps):
     """What is chosen where products in bf16 are `product` times as fast, and whole steps `steps` times."""
     task = make_task()
     times = {torch.float32: 1e-3 * steps, torch.bfloat16: 1e-3}
-    monkeypatch.setattr(precision, "bf16_speedup", lambda width: product)
-    monkeypatch.setattr(precision, "_seconds", lambda work: work() or times[task.compute_dtype])
+    monkeypatch.setattr(speed, "bf16_speedup", lambda width: product)
+    monkeypatch.setattr(speed, "_seconds", lambda work: work() or times[task.compute_dtype])
     return task, choose_by_measuring(task, CHOICE, 64)
 
 
@@ -52,6 +52,6 @@ def test_measuring_changes_nothing(monkeypatch):
 def test_emulated_bf16_is_never_computed_with(monkeypatch):
     """It can take a hundred times as long, so that one micro-batch would already be too many."""
     task = make_task()
-    monkeypatch.setattr(precision, "bf16_speedup", lambda width: 0.01)
-    monkeypatch.setattr(precision, "compute", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(speed, "bf16_speedup", lambda width: 0.01)
+    monkeypatch.setattr(speed, "compute", lambda *_: pytest.fail("computed"))
     assert choose_by_measuring(task, CHOICE, 64).compute == torch.float32

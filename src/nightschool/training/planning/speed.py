@@ -1,11 +1,11 @@
-"""Which compute dtype trains this very task faster, found by training steps and not by a product alone."""
+"""How fast this very task computes, found by computing micro-batches of it: for the plan, and to choose the dtype."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,48 @@ WORTH_IT = 1.15
 PRODUCT_WORTH_IT = 1.3
 ROUNDS = 3
 MAX_SECONDS = 6.0
+PROBE_SECONDS = 3.0
+PROBE_BATCHES = 3
+LONGEST_BATCH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How fast forward and backward passes were; `batches` micro-batches were measured after one to warm up.
+
+    Where that would take too long, none was: then the speed is that of the best product, which no step reaches.
+    """
+
+    batches: int
+    tokens_per_second: float
+
+    @property
+    def how(self) -> str:
+        """Where the figure comes from, for people."""
+        if self.batches:
+            return f"from {self.batches} measured micro-batches"
+        return (
+            "at the least: nothing was measured, because a micro-batch takes long, and no step is as fast as a product"
+        )
+
+
+def measure(task: CausalTask[Any]) -> Probe:
+    """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
+    if reckoned_seconds(task, task.compute_dtype) > LONGEST_BATCH_SECONDS:
+        flops = flops_per_token(task.model)
+        return Probe(0, peak_flops(task.device, task.compute_dtype)[0] / flops)
+    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
+    tokens, seconds, batches = 0, 0.0, 0
+    with measuring(task):
+        compute(task, min(sizes)[1])
+        while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
+            size, index = sizes[batches % len(sizes)]
+            started = time.perf_counter()
+            compute(task, index)
+            seconds += time.perf_counter() - started
+            tokens += size
+            batches += 1
+    return Probe(batches, tokens / max(seconds, 1e-9))
 
 
 def choose_by_measuring(task: CausalTask[Any], choice: DtypeChoice, hidden_size: int) -> DtypeChoice:

@@ -1,0 +1,462 @@
+"""Methods `full` and `lora`: fine-tuning on examples, of all weights or of an adapter on a frozen base."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.batches import Batch, Batches
+from nightschool.data.chat.render import Rendered, ensure_template
+from nightschool.data.chat.render_examples import render_examples
+from nightschool.data.example import Example
+from nightschool.data.tokenizer import train_bpe
+from nightschool.errors import ModelError, NothingToTrain, UsageError
+from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
+from nightschool.models.adapters import attach_lora
+from nightschool.models.dtype import resolve_dtype
+from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.stored import StoredWeights, stored_weights
+from nightschool.store.atomic import publish_directory
+from nightschool.store.home import Home
+from nightschool.training.checkpoint import rng
+from nightschool.training.checkpoint.full_state import frozen_fingerprint
+from nightschool.training.distributed.world import ALONE, World
+from nightschool.training.environment import Rerun, set_up_machine
+from nightschool.training.loop import steps_in_epoch
+from nightschool.training.methods.prepared import (
+    DTYPE_NAMES,
+    MethodPlan,
+    PlanRow,
+    PreparedRun,
+    budget_of,
+    hidden_size_of,
+    refuse_what_cannot_be_served,
+    scaler_for,
+    wanted_dtype,
+)
+from nightschool.training.planning.loss_mask_preview import loss_mask
+from nightschool.training.planning.speed import choose_by_measuring
+from nightschool.training.task import CausalTask
+
+# What a `new:` model's tokenizer holds at most; few texts give fewer entries.
+NEW_VOCAB_SIZE = 2048
+HELD_OUT_TOKENS_PER_BATCH = 2048
+PREVIEWED_EXAMPLES = 3
+LISTED_CUTS = 10
+
+
+class FinetuneTask(CausalTask[Batches]):
+    """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches.
+
+    Several processes take one micro-batch each; one for which none is left at the end of an epoch takes the step without
+    loss.
+    """
+
+    @property
+    def stride(self) -> int:
+        return self.world.size
+
+    def epoch_length(self, epoch: int) -> int:
+        return self.batches.num_batches(epoch)
+
+    def batch(self, epoch: int, place: int) -> Batch:
+        mine = place + self.world.rank
+        if mine < self.batches.num_batches(epoch):
+            return self.batches.get(epoch, mine)
+        return self.batches.get(epoch, place).without_loss()
+
+    def where(self, epoch: int, place: int) -> str:
+        return f"epoch {epoch}, micro-batch {place}"
+
+    def heldout_loss(self, batches: Batches) -> tuple[float, int]:
+        """Loss in nats per token and tokens of the held-out batches, with dropout off."""
+        return self._heldout_loss([partial(batches.get, 0, index) for index in range(batches.num_batches(0))])
+
+
+@dataclass(frozen=True)
+class RenderedData:
+    """The examples as tokens. `chats` are in the order of the chat examples, one document each."""
+
+    chat_examples: list[Example]
+    chats: list[Rendered]
+    texts: list[Rendered]
+
+    @property
+    def all(self) -> list[Rendered]:
+        return [*self.chats, *self.texts]
+
+
+@dataclass(frozen=True)
+class RoleTokens:
+    """Tokens of one role in one epoch, and how many of them carry loss."""
+
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An example that is longer than train.max_seq_len. `where` is `file:line`; `share` is of all its tokens."""
+
+    where: str
+    share: float
+    trained_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(PreparedRun):
+    """Fine-tuning of all weights that is ready to start. `whole` is more than `selection` where a plan took a sample."""
+
+    task: FinetuneTask
+    selection: Selection
+    whole: Selection
+    rendered_data: RenderedData
+    held_out: Batches | None
+
+    @classmethod
+    def prepare(
+        cls,
+        recipe: Recipe,
+        home: Home,
+        *,
+        root: Path,
+        folder: Path | None = None,
+        rerun: Rerun | None = None,
+        world: World = ALONE,
+        sample: int | None = None,
+    ) -> Self:
+        """As `PreparedRun.prepare`.
+
+        Raises:
+            NothingToTrain: If no token would carry loss, or more than `train.max_cut_share` of those that would is cut.
+            ModelError: If the base cannot be loaded, or does not fit the recipe.
+            DataError: If a source cannot be read, or examples cannot be rendered.
+            Damaged: If the examples are no longer those that were selected.
+        """
+        train = recipe.train
+        with world.first_goes_first():
+            whole = _selection(recipe, home, root, folder)
+        selection = whole if sample is None else sample_of(whole, sample, seed=train.seed)
+        device, num_threads = set_up_machine(recipe, rerun, world)
+        with world.first_goes_first():
+            tokenizer = _new_tokenizer(selection, folder) if recipe.base.startswith("new:") else None
+        wanted = wanted_dtype(recipe, rerun)
+        stored = cls._stored_in_16_bits(recipe, home, root)
+        base_dtype = torch.float32
+        # The compute dtype alone decides, without measuring steps, which would need the base in both formats. A checkpoint
+        # keeps that dtype, so a resumed run has the same base bit by bit.
+        if stored and resolve_dtype(wanted, device, hidden_size=stored.hidden_size).compute != torch.float32:
+            base_dtype = stored.dtype
+        load = partial(
+            load_base, recipe.base, home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed, root=root
+        )  # fmt: skip
+        loaded = cls._with_what_learns(recipe, load)
+        ensure_template(loaded.tokenizer)
+        rendered_data = render_data(loaded.tokenizer, selection.train, train.max_seq_len, train.num_workers)
+        refuse_nothing_to_train(rendered_data.all, train.max_seq_len, train.max_cut_share)
+        hidden_size = hidden_size_of(loaded)
+        dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
+
+        size: dict[str, int | None] = {"batch_size": train.batch_size, "tokens_per_batch": None}
+        if train.tokens_per_batch is not None:
+            size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
+        batches = Batches(rendered_data.all, **size, seed=train.seed)
+        task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
+        refuse_what_cannot_be_served(recipe, task.path)
+        if base_dtype != torch.float32:
+            name = DTYPE_NAMES[base_dtype]
+            dtype = replace(dtype, why=f"{dtype.why}; the frozen base stays in {name}, as it is stored")
+        elif wanted == "auto" and device.type == "cpu" and stored is None:
+            dtype = choose_by_measuring(task, dtype, hidden_size)
+        if world.size > 1:
+            rng.seed_everything(
+                train.seed + world.rank
+            )  # dropout of its own for each process, the same weights for all
+        steps_total = train.max_steps or sum(
+            steps_in_epoch(batches.num_batches(epoch), train.accumulation_steps, world.size)
+            for epoch in range(train.epochs)
+        )
+        return cls(
+            recipe=recipe,
+            selection=selection,
+            whole=whole,
+            rendered_data=rendered_data,
+            loaded=loaded,
+            dtype=dtype,
+            num_threads=num_threads,
+            task=task,
+            held_out=_held_out(loaded.tokenizer, selection.held_out, train.max_seq_len),
+            budget=budget_of(recipe, steps_total),
+            scaler=scaler_for(dtype, device),
+        )
+
+    @classmethod
+    def _stored_in_16_bits(cls, recipe: Recipe, home: Home, root: Path) -> StoredWeights | None:  # noqa: ARG003
+        """The base if it may keep the 16-bit numbers of its files. Weights that learn may not."""
+        return None
+
+    @classmethod
+    def _with_what_learns(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
+        """The base, all of whose weights are free."""
+        loaded = load(shape=recipe.shape.given())
+        for parameter in loaded.model.parameters():
+            parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
+        return loaded
+
+    @property
+    def num_files(self) -> int:
+        return self.selection.num_files
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        return self.selection.new
+
+    @property
+    def evaluate(self) -> Callable[[], tuple[float, int]] | None:
+        held_out = self.held_out
+        return None if held_out is None else partial(self.task.heldout_loss, held_out)
+
+    # --- the plan -----------------------------------------------------------------------------------------------------
+
+    def plan_rows(self, num_processes: int) -> MethodPlan:  # noqa: ARG002 - the rows count those that are there
+        train, batches, rendered, whole = self.recipe.train, self.task.batches, self.rendered_data.all, self.whole
+        scale = len(whole.train) / max(1, len(self.selection.train))
+        per_epoch = steps_in_epoch(round(batches.num_batches(0) * scale), train.accumulation_steps)
+        steps_total = self.budget.steps_total
+        if whole is not self.selection:
+            steps_total = train.max_steps or per_epoch * train.epochs
+        examples = {
+            "examples_new": len(whole.new),
+            "examples_replayed": len(whole.replayed),
+            "examples_held_out": len(whole.held_out),
+            "examples_known": whole.num_left_out,
+            "examples_without_loss": round(batches.num_left_out * scale),
+            "examples_rendered": len(self.selection.train),
+            "duplicates": whole.num_duplicates,
+        }
+        formats = "; ".join(f"{source}: {', '.join(names)}" for source, names in whole.formats.items())
+        tokens, trained = round(batches.tokens * scale), round(batches.tokens_trained * scale)
+        by_role = tokens_by_role(rendered, scale)
+        roles = ", ".join(f"{role} {r.trained:,} of {r.tokens:,}" for role, r in by_role.items())
+        cuts = self._cuts()
+        all_tokens = sum(len(r.input_ids) + r.cut_tokens for r in rendered)
+        cut_trained = sum(r.cut_trained for r in rendered)
+        cut: dict[str, Any] = {
+            "cut_share": sum(r.cut_tokens for r in rendered) / max(1, all_tokens),
+            "cut_trained_share": cut_trained / max(1, cut_trained + batches.tokens_trained),
+            "cut_examples": round(len(cuts) * scale),
+            "cuts": cuts[:LISTED_CUTS],
+        }
+        rows = [
+            PlanRow(
+                "examples",
+                "{examples_new} new, {examples_replayed} replayed, {examples_held_out} held out; {examples_known} known "
+                "already, {duplicates} duplicates, {examples_without_loss} without loss".format(**examples),
+                examples,
+            ),
+            PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),
+            PlanRow(
+                "tokens",
+                f"{tokens:,} an epoch, of which {trained:,} carry loss ({roles})",
+                {"tokens": tokens, "tokens_trained": trained, "tokens_by_role": by_role},
+            ),
+            PlanRow(
+                "cut",
+                "{cut_share:.1%} of all tokens, {cut_trained_share:.1%} of those that would carry loss, "
+                "in {cut_examples} examples".format(**cut),
+                cut,
+            ),
+            PlanRow(
+                "steps",
+                f"{steps_total} in all, {per_epoch} an epoch",
+                {"epochs": train.epochs, "steps_per_epoch": per_epoch, "steps_total": steps_total},
+            ),
+        ]
+        return MethodPlan(
+            rows=rows,
+            tokens_computed=batches.tokens * scale * steps_total / max(1, per_epoch),
+            steps_total=steps_total,
+            largest_batch_tokens=max(
+                self.task.batch(0, index).input_ids.shape[-1] for index in range(min(64, batches.num_batches(0)))
+            ),
+            loss_masks=[
+                loss_mask(self.loaded.tokenizer, r.input_ids, r.weights, r.roles) for r in rendered[:PREVIEWED_EXAMPLES]
+            ],
+            masked="examples",
+            findings=[
+                f"cut: {each.where} loses {each.share:.0%} of its tokens, {each.trained_share:.0%} of its answer"
+                for each in cuts[:LISTED_CUTS]
+            ],
+            notes=self._notes(),
+        )
+
+    def _cuts(self) -> list[Cut]:
+        """The examples that lose something, those that lose most of their answer first. Texts are split, never cut."""
+        cuts = [
+            Cut(
+                f"{example.source or 'an example'}:{example.line}",
+                r.cut_tokens / (len(r.input_ids) + r.cut_tokens),
+                r.cut_trained / max(1, r.cut_trained + r.trained_tokens),
+            )
+            for example, r in zip(self.rendered_data.chat_examples, self.rendered_data.chats, strict=True)
+            if r.cut_tokens
+        ]
+        return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
+
+    def _notes(self) -> list[str]:
+        path = self.task.path
+        rendered, there = len(self.selection.train), len(self.whole.train)
+        notes = (
+            ""
+            if rendered == there
+            else f"{rendered:,} of {there:,} examples were rendered: counts of tokens, cuts and steps are estimates.",
+            path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
+            path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
+            path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
+            "" if self.held_out else "Nothing is held out, so no held-out loss is taken.",
+        )
+        return [note for note in notes if note]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFinetune(Finetune):
+    """Fine-tuning of an adapter, a fresh one or the base's own, below which everything is frozen."""
+
+    @classmethod
+    def _stored_in_16_bits(cls, recipe: Recipe, home: Home, root: Path) -> StoredWeights | None:
+        """The base if its files hold 16-bit numbers, which need not be widened: nothing is added to them."""
+        if recipe.base.startswith("new:"):
+            return None
+        stored = stored_weights(recipe.base, home, root)
+        return None if stored.dtype == torch.float32 else stored
+
+    @classmethod
+    def _with_what_learns(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
+        if recipe.base.startswith("new:"):
+            raise UsageError(
+                f"method: lora needs a base that knows something, and base: {recipe.base} is made of random weights. "
+                "Write method: full, or another base."
+            )
+        loaded = load(merge=False, shape=recipe.shape.given())
+        if loaded.adapter:
+            _refuse_other_lora(cast(PeftModel, loaded.model), recipe, loaded.ref)
+            return loaded
+        frozen = cast(PreTrainedModel, loaded.model)
+        wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
+        return LoadedModel(**(vars(loaded) | {"model": wrapped, "adapter": True}))
+
+    def numerics(self) -> dict[str, Any]:
+        lora = self.recipe.lora.model_dump(mode="json").items()
+        return super().numerics() | {f"lora.{key}": value for key, value in lora}
+
+    def base_fingerprint(self) -> str | None:
+        return frozen_fingerprint(self.task.model)
+
+
+def _selection(recipe: Recipe, home: Home, root: Path, folder: Path | None) -> Selection:
+    """The examples that were selected for the run, by whoever began it; for a plan, or where nobody did, select them now."""
+    selected = None if folder is None else read_selection(folder)
+    if selected is None:
+        selected = select_examples(recipe, home, root)
+        if folder is not None:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # made from an earlier selection that was lost
+            write_selection(folder, selected)
+    return selected
+
+
+def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a `new:` model, learned from its examples, or the one that lies in the run's folder."""
+    place = None if folder is None else folder / "tokenizer"
+    if place is not None and place.is_dir():
+        kept: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+        return kept
+    texts = [
+        text
+        for example in [*selection.train, *selection.held_out]
+        for text in ([message.content for message in example.messages] or [example.text or ""])
+    ]
+    tokenizer = train_bpe(texts, NEW_VOCAB_SIZE)
+    if place is not None:
+        with publish_directory(place) as partial_folder:
+            tokenizer.save_pretrained(str(partial_folder))
+    return tokenizer
+
+
+def _refuse_other_lora(model: PeftModel, recipe: Recipe, ref: str) -> None:
+    """An adapter goes on with the rank and the places that it has; dropout may change from run to run."""
+    config: Any = model.peft_config["default"]
+    lora = recipe.lora
+    wanted = lora.target_modules
+    has = config.target_modules or ()
+    if not isinstance(wanted, str) and not isinstance(has, str) and set(wanted) != set(has):
+        raise ModelError(
+            f"The recipe has lora.target_modules={', '.join(wanted)}, but the adapter {ref} has "
+            f"{', '.join(sorted(has))}. Write the adapter's, or start again from its base."
+        )
+    if (config.r, float(config.lora_alpha)) != (lora.r, float(lora.alpha)):
+        raise ModelError(
+            f"The recipe has lora.r={lora.r} and lora.alpha={lora.alpha:g}, but the adapter {ref} has r={config.r} and "
+            f"alpha={config.lora_alpha:g}. Write the adapter's, or start again from its base."
+        )
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, torch.nn.ModuleDict):
+            for name in dropouts:
+                dropouts[name] = torch.nn.Dropout(lora.dropout) if lora.dropout > 0 else torch.nn.Identity()
+
+
+def render_data(tokenizer: Any, examples: Sequence[Example], max_seq_len: int, num_workers: int) -> RenderedData:
+    """Render chats, one document each, and texts, as many documents as they need."""
+    chats = [example for example in examples if example.messages]
+    texts = [example for example in examples if not example.messages]
+    return RenderedData(
+        chats,
+        render_examples(tokenizer, chats, max_seq_len, num_workers=num_workers),
+        render_examples(tokenizer, texts, max_seq_len, num_workers=num_workers),
+    )
+
+
+def refuse_nothing_to_train(rendered: Sequence[Rendered], max_seq_len: int, max_cut_share: float) -> None:
+    """Raise NothingToTrain if nothing, or too little, of what should be trained would be."""
+    trained = sum(document.trained_tokens for document in rendered)
+    cut = sum(document.cut_trained for document in rendered)
+    if trained == 0:
+        why = f"all {cut} of them are cut off by train.max_seq_len={max_seq_len}" if cut else "the data has none"
+        raise NothingToTrain(
+            f"No token of the {len(rendered)} examples would carry loss: {why}. "
+            + ("Raise train.max_seq_len." if cut else "Examples need an answer, with a weight above 0.")
+        )
+    share = cut / (cut + trained)
+    if share > max_cut_share:
+        raise NothingToTrain(
+            f"train.max_seq_len={max_seq_len} cuts off {share:.0%} of the {cut + trained} tokens that would carry loss, "
+            f"and train.max_cut_share allows {max_cut_share:.0%}. Raise one of the two, or shorten the examples."
+        )
+
+
+def tokens_by_role(rendered: list[Rendered], scale: float = 1.0) -> dict[str, RoleTokens]:
+    """Count the tokens of each role, and those that carry loss, times `scale`; most frequent role first."""
+    tokens: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for document in rendered:
+        tokens.update(document.roles)
+        trained.update(role for role, weight in zip(document.roles, document.weights, strict=True) if weight > 0)
+    return {
+        role: RoleTokens(round(count * scale), round(trained[role] * scale)) for role, count in tokens.most_common()
+    }
+
+
+def _held_out(tokenizer: Any, examples: Sequence[Example], max_seq_len: int) -> Batches | None:
+    """The held-out examples in batches, or None if there is none with an answer that fits."""
+    rendered = [r for r in render_data(tokenizer, examples, max_seq_len, 1).all if r.trained_tokens]
+    return Batches(rendered, tokens_per_batch=HELD_OUT_TOKENS_PER_BATCH, seed=0) if rendered else None
