@@ -236,6 +236,13 @@ class Serve(Section):
     )
 
 
+# Settings that only one method has a use for, each with what the others have instead.
+_OF_ONE_METHOD: dict[str, tuple[Method, str]] = {
+    "pretrain": ("pretrain", ""),
+    "tokenizer": ("pretrain", ", whose base brings its own"),
+}
+
+
 class Recipe(Section):
     """What is wanted of a run. See `nightschool config schema`."""
 
@@ -297,19 +304,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pretrain_of_its_method(self) -> Recipe:
-        if self.method != "pretrain" and self.pretrain != Pretrain():
-            raise ValueError(
-                f"`pretrain` describes `method: pretrain`, and this is `method: {self.method}`; take it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _tokenizer_of_shards(self) -> Recipe:
-        if self.tokenizer is not None and self.method != "pretrain":
-            raise ValueError(
-                f"`tokenizer` belongs to `method: pretrain`; with `method: {self.method}` the base brings its own, so take it out"
-            )
+    def _settings_of_their_method(self) -> Recipe:
+        for name, (method, remedy) in _OF_ONE_METHOD.items():
+            if self.method != method and getattr(self, name) != type(self).model_fields[name].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(
+                    f"`{name}` belongs to `method: {method}`, and this is `method: {self.method}`{remedy}; take it out"
+                )
         return self
 
     def as_plain(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nightschool.errors import Damaged, MadeByNewer, NotFound
+from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
 from nightschool.store.atomic import remove_folder, sweep_partials
 from nightschool.store.manifest import Manifest, read_manifest, verify
 from nightschool.store.runs import Run
@@ -145,6 +145,36 @@ def newest_whole(run: Run, *, digests: bool = True) -> Newest:
         else:
             return Newest(point, tuple(skipped))
     return Newest(None, tuple(skipped))
+
+
+def to_resume(run: Run, resume: str | None, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `--resume` means, by name or as `latest`; None to begin at step 0. `say` hears what is skipped.
+
+    Raises:
+        NotFound: If there is no checkpoint of that name.
+        Conflict: If the run would begin at step 0 beside checkpoints of an earlier attempt.
+        Damaged: If none is whole.
+    """
+    if resume is None:
+        there = ls(run)
+        if there:
+            raise Conflict(
+                f"The run {run.id} has {len(there)} checkpoints, the newest of step {there[-1].step}. "
+                "Go on from it with --resume latest, or start a new run."
+            )
+        return None
+    if resume != "latest":
+        return get(run, resume)
+    newest = newest_whole(run)
+    for skipped in newest.skipped:
+        say(f"Skipping {skipped.checkpoint.name}: {skipped.why}")
+    if newest.checkpoint is None and newest.skipped:
+        raise Damaged(
+            f"None of the {len(newest.skipped)} checkpoints of {run.id} is whole. Start a new run, or restore one."
+        )
+    if newest.checkpoint is None:
+        say("There is no checkpoint yet: beginning at step 0")
+    return newest.checkpoint
 
 
 @dataclass(frozen=True)

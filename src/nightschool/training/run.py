@@ -224,7 +224,7 @@ def _started(run: Run, recipe: Recipe, resume: str | None, stop: Stop, world: Wo
     ranks = Ranks(world.rank, world.size, num_neighbours=world.local_size - 1) if sharded else Ranks()
     if world.is_first:
         with open_saver(run, recipe.checkpoints, say, ranks=ranks, stop=lambda: stop.requested) as saver:
-            point = _checkpoint_to_resume(run, resume)
+            point = checkpoints.to_resume(run, resume, say)
             world.from_first((point.name if point else "", saver.attempt))
             yield _Start(point, saver)
         return
@@ -240,36 +240,6 @@ def _started(run: Run, recipe: Recipe, resume: str | None, stop: Stop, world: Wo
 def _wants_shards(recipe: Recipe, world: World) -> bool:
     """Whether the processes share the parameters among them, and so save each what it has."""
     return recipe.train.zero_stage > 0 and world.size > 1
-
-
-def _checkpoint_to_resume(run: Run, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that `--resume` means; None to begin at step 0.
-
-    Raises:
-        NotFound: If there is no checkpoint of that name.
-        Conflict: If the run would begin at step 0 beside checkpoints of an earlier attempt.
-        Damaged: If none is whole.
-    """
-    if resume is None:
-        there = checkpoints.ls(run)
-        if there:
-            raise Conflict(
-                f"The run {run.id} has {len(there)} checkpoints, the newest of step {there[-1].step}. "
-                "Go on from it with --resume latest, or start a new run."
-            )
-        return None
-    if resume != "latest":
-        return checkpoints.get(run, resume)
-    newest = checkpoints.newest_whole(run)
-    for skipped in newest.skipped:
-        say(f"Skipping {skipped.checkpoint.name}: {skipped.why}")
-    if newest.checkpoint is None and newest.skipped:
-        raise Damaged(
-            f"None of the {len(newest.skipped)} checkpoints of {run.id} is whole. Start a new run, or restore one."
-        )
-    if newest.checkpoint is None:
-        say("There is no checkpoint yet: beginning at step 0")
-    return newest.checkpoint
 
 
 def prepare(
@@ -315,22 +285,17 @@ def _train(run: Run, prepared: PreparedRun, start: _Start, stop: Stop, world: Wo
         task.shard(prepared.recipe.train.zero_stage)
     if start.point is not None:
         state = full_state.load(start.point.path, task, context, schedule, scaler, world)
-    if writes:
-        if start.point is not None:
-            say(f"Resumed from {start.point.name}: step {state.step} of {budget.steps_total}")
-        run.update_status(step=state.step, steps_total=budget.steps_total)
-        resumed_from = start.point and start.point.name
-        run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=resumed_from)
 
     def save(now: TrainState) -> None:
+        rngs = world.gathered(rng.capture())
+        if saver is None:
+            return
+        contents = full_state.state_to_save(task, now, context, schedule, scaler, rngs, world.rank)
+        target = checkpoint_path(run, now.epoch, now.step, context.files_processed)
         if writes:
             say(f"Saving checkpoint at step {now.step}")
             run.update_status(step=now.step)
-        rngs = world.gathered(rng.capture())
-        if saver is not None:
-            target = checkpoint_path(run, now.epoch, now.step, context.files_processed)
-            contents = full_state.state_to_save(task, now, context, schedule, scaler, rngs, world.rank)
-            saver.save(target, contents, last=now.step >= budget.steps_total)
+        saver.save(target, contents, last=now.step >= budget.steps_total)
 
     def evaluate() -> float:
         assert evaluate_heldout is not None
@@ -344,6 +309,12 @@ def _train(run: Run, prepared: PreparedRun, start: _Start, stop: Stop, world: Wo
                 say(f"held-out loss before training {loss:.4f} over {tokens} tokens")
         return loss
 
+    if writes:
+        if start.point is not None:
+            say(f"Resumed from {start.point.name}: step {state.step} of {budget.steps_total}")
+        run.update_status(step=state.step, steps_total=budget.steps_total)
+        resumed_from = start.point and start.point.name
+        run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=resumed_from)
     if saver is not None and _saves_more_than_once(budget):
         saver.expect(task.expected_bytes())
     metrics = MetricsLog(run.metrics_path, run.path / "tensorboard", resumed_step=state.step) if writes else None

@@ -72,8 +72,6 @@ def open_saver(
         DiskFull: At the end, if the last checkpoint found no room and the recipe says `stop`.
     """
     with writing_lock(run, say, rank=ranks.rank) as lock_file:
-        if ranks.rank == 0 and ranks.num_ranks > 1:
-            release_stale_parts(run.checkpoints_path)
         saver = Saver(run, settings, lock_file, say, ranks, stop)
         try:
             yield saver
@@ -100,6 +98,8 @@ class Saver:
         self._ranks, self._stop = ranks, stop
         self._home = run.home
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
+        if ranks.rank == 0 and ranks.num_ranks > 1:
+            release_stale_parts(run.checkpoints_path)
         self.attempt = ranks.attempt or checkpoints.next_attempt(run)
         self._pending: tuple[Order, list[tuple[str, int, int]]] | None = None
         self._failed: Outcome | None = None
