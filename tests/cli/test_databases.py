@@ -34,8 +34,8 @@ def test_a_verb_closes_what_it_opens(verb, tmp_path, monkeypatch):
     opened, closed = [], []
 
     class Counted(module.Database):
-        def __init__(self, engine):
-            super().__init__(engine)
+        def __init__(self, engine, **settings):
+            super().__init__(engine, **settings)
             opened.append(self)
 
         def close(self):

@@ -98,6 +98,7 @@ def test_c_decides_on_the_home_unless_the_environment_does(here, capsys, monkeyp
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(here / "other"))
     assert main(["-C", "sub", "pins", "ls", "-q"]) == 0
     assert "Nothing is pinned" not in capsys.readouterr().out
+    assert main(["pins", "add", "Q?", "B.", "-q"]) == 0
     assert (here / "other" / "state.db").exists()
 
 
@@ -160,7 +161,17 @@ def test_a_recipe_with_problems_exits_2_and_lists_all_of_them(here, capsys):
         (Interrupted("stopped."), 75, "error: stopped."),
         (DiskFull("full."), 1, "error: full."),
         (FileNotFoundError(2, "No such file", "a.txt"), 4, "error: a.txt: No such file."),
-        (OSError(28, "No space left on device", "b.txt"), 1, "The disk is full: b.txt"),
+        (OSError(28, "No space left on device", "b.txt"), 1, "There is no room on the disk for b.txt"),
+        (
+            OSError(30, "Read-only file system", "c.txt"),
+            1,
+            "c.txt cannot be written: its file system is read-only. Make",
+        ),
+        (
+            PermissionError(13, "Permission denied", "d.txt"),
+            1,
+            "d.txt is closed to this user (Permission denied). Change",
+        ),
         (KeyError("k"), 1, "This is a mistake of nightschool; NIGHTSCHOOL_DEBUG=1 shows where."),
         (KeyboardInterrupt(), 130, ""),
     ],

@@ -1,5 +1,6 @@
 """Published versions over HTTP, with a real registry and a slot without tensors."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -142,3 +143,15 @@ def test_a_rollback_without_a_champion_before_is_a_conflict(registry, versions):
 def test_without_a_registry_it_says_so():
     with client_of(FakeSlot()) as client:
         assert client.get("/api/models").status_code == 409
+
+
+def test_a_rollback_on_a_read_only_home_is_a_named_conflict(registry, versions, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(registry.home.path / "aliases.json"))
+
+    promote(registry.home, "bot", versions[1].id, by="test")
+    monkeypatch.setattr(Registry, "rollback", refuse)
+    with client_of(RegistrySlot(registry), registry=registry) as client:
+        answer = client.post("/api/models/bot/rollback")
+    assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
+    assert "aliases.json cannot be written: its file system is read-only. Make it writable" in answer.json()["detail"]

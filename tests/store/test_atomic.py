@@ -96,9 +96,23 @@ def test_full_disks_are_recognised_whoever_reports_them(tmp_path):
             room_needed(tmp_path / "file"),
         ):
             raise error
-    for error in (OSError(errno.EACCES, "x"), RuntimeError("no space"), KeyError("a")):
+    for error in (OSError(errno.EIO, "x"), RuntimeError("no space"), KeyError("a")):
         with pytest.raises(type(error)), room_needed(tmp_path):
             raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "x"), "file cannot be written: its file system is read-only. Make it writable"),
+        (RuntimeError("I/O error: Read-only file system (os error 30)"), "its file system is read-only"),
+        (PermissionError(errno.EACCES, "x", "/other"), r"/other is closed to this user \(Permission denied\). Change"),
+        (PermissionError(errno.EPERM, "x"), "file is closed to this user"),
+    ],
+)
+def test_what_may_not_be_written_is_named_with_its_remedy(tmp_path, error, said):
+    with pytest.raises(Conflict, match=said), room_needed(tmp_path / "file"):
+        raise error
 
 
 def test_a_folder_appears_whole(tmp_path):

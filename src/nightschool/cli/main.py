@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import os
 import sys
 import traceback
@@ -19,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
 from nightschool import __version__
 from nightschool.cli.output import CURRENT, Session, print_json, session
 from nightschool.errors import NightschoolError, RecipeError, UsageError
+from nightschool.store.atomic import refusal_of
 from nightschool.units import printable
 
 EVERYWHERE = """\
@@ -269,8 +269,9 @@ def describe(error: Exception) -> tuple[int, str, str]:
     if isinstance(error, CycloptsError):
         return 2, "usage", f"{error}".strip() + " See nightschool --help."
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
-            return 1, "disk_full", f"The disk is full: {error.filename or 'no space left'}. Free some and try again."
+        named = refusal_of(error, error.filename or "the home")
+        if named is not None:
+            return describe(named)
         where = f"{error.filename}: " if error.filename else ""
         return (4 if isinstance(error, FileNotFoundError) else 1), "os_error", f"{where}{error.strerror or error}."
     return (

@@ -33,7 +33,7 @@ def ls(*, name: str = "default") -> None:
     Args:
         name: The name.
     """
-    with open_database(Home.find()) as db:
+    with open_database(Home.find(), writes=False) as db:
         pins = Pins(db).ls(name)
     answer(
         [{**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()} for pin in pins],

@@ -13,14 +13,13 @@ from nightschool.cli.formatting import moment
 from nightschool.cli.output import answer, let_children_colour, session, table
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Recipe
-from nightschool.errors import Locked
 from nightschool.events import now
 from nightschool.jobs.schedule import Timetable
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
-from nightschool.store.locks import lock
+from nightschool.store.locks import is_held
 from nightschool.store.names import check_full_name
 from nightschool.work.stop import Stop
 
@@ -62,11 +61,13 @@ def ls(name: str | None = None, /, *, limit: int = 20) -> None:
         limit: At most this many of a name.
     """
     home = Home.find()
-    with open_database(home) as db:
+    with open_database(home, writes=False) as db:
         ledger = Ledger(db)
         names = [check_full_name(name)] if name is not None else ledger.names()
         cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
-        states = {one: {"running": _is_running(home, one), "paused": ledger.paused(one)} for one in names}
+        states = {
+            one: {"running": is_held(schedule_lock_path(home, one)), "paused": ledger.paused(one)} for one in names
+        }
     rows = [_cycle(cycle) for cycle in cycles]
 
     def text() -> str:
@@ -100,9 +101,9 @@ def next_due(recipe: Path, /, *overrides: str, count: int = 3) -> None:
     home = Home.find()
     settings = read_recipe(recipe, overrides)
     timetable = Timetable.of(settings.schedule)
-    with open_database(home) as db:
+    with open_database(home, writes=False) as db:
         last, paused = Ledger(db).last(settings.name), Ledger(db).paused(settings.name)
-    running = _is_running(home, settings.name)
+    running = is_held(schedule_lock_path(home, settings.name))
     moments = list(_due(timetable, last.due_at if last else now(), max(1, count)))
     data = {
         "name": settings.name,
@@ -155,17 +156,6 @@ def _due(timetable: Timetable, anchor: datetime, count: int) -> Iterator[datetim
     for _ in range(count):
         due = timetable.next_due(anchor, due)
         yield due
-
-
-def _is_running(home: Home, name: str) -> bool:
-    path = schedule_lock_path(home, name)
-    if not path.exists():
-        return False
-    try:
-        with lock(path, f"the schedule of {name}"):
-            return False
-    except Locked:
-        return True
 
 
 def _cycle(cycle: Cycle) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def eval_set_of_run(
         [] if run is None else _examples(run.path / file)
         for file in ("new_examples.jsonl", "replayed.jsonl", "heldout.jsonl")
     )
-    database = open_database(home)
+    database = open_database(home, writes=False)
     try:
         accepted = AcceptedExamples(database)
         if recipe is not None:

@@ -113,7 +113,7 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
 
 def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Selection:
     """As `select_examples`, from sources that were read already."""
-    with open_database(home) as db:
+    with open_database(home, writes=False) as db:
         accepted = AcceptedExamples(db)
         split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
         novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)

@@ -79,7 +79,7 @@ def _read_conversations(
     if source.since == "last_promoted":
         assert name is not None, "only a name has a champion"
         since = _base_began(home, name, base)
-    database = open_database(home)
+    database = open_database(home, writes=False)
     try:
         recorded = ConversationStore(database).select(
             source.where.rating,

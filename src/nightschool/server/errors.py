@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from nightschool.errors import Interrupted, NightschoolError, NotLoaded, QueueFull
+from nightschool.store.atomic import refusal_of as disk_refusal_of
 
 log = logging.getLogger("nightschool.server")
 
@@ -109,6 +110,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(NightschoolError, _on_our_error)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(OSError, _on_os_error)
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
@@ -122,6 +124,13 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
     if refusal.status >= 500:
         log.error("request failed", extra={"facts": {"path": request.url.path, "error": str(error)}})
     return error_response(request.url.path, refusal)
+
+
+async def _on_os_error(request: Request, error: Exception) -> Response:
+    named = disk_refusal_of(error, "the home")
+    if named is None:
+        raise error
+    return await _on_our_error(request, named)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

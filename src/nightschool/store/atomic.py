@@ -19,29 +19,61 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nightschool.errors import Conflict, Damaged, DiskFull, Locked, NotFound
+from nightschool.errors import Conflict, Damaged, DiskFull, Locked, NightschoolError, NotFound
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# Libraries that write without Python (safetensors, Arrow) wrap the same fact in exceptions of their own.
-_FULL_TEXTS = tuple(os.strerror(number) for number in FULL)
+_CLOSED = (errno.EACCES, errno.EPERM)
 # A sweeper holds a lock for the time of one removal; a writer that meets it tries again this long.
 _CLAIM_SECONDS = 5.0
 
 
 @contextmanager
 def room_needed(path: Path) -> Iterator[None]:
-    """Turn "no space left" inside the block into DiskFull; `path` is what was being written."""
+    """Turn "no space left" inside the block into DiskFull, and "read-only" into Conflict.
+
+    `path` is what was being written.
+    """
     try:
         yield
     except Exception as error:
-        full = error.errno in FULL if isinstance(error, OSError) else any(text in str(error) for text in _FULL_TEXTS)
-        if not full or isinstance(error, DiskFull):
+        named = refusal_of(error, path)
+        if named is None:
             raise
-        raise DiskFull(
+        raise named from error
+
+
+def refusal_of(error: Exception, path: object) -> NightschoolError | None:
+    """What a file system refused, with what to do about it; None if the error is something else.
+
+    `path` is what was to be read or written, where the error does not say it.
+    """
+    if isinstance(error, NightschoolError):
+        return None
+
+    def said(numbers: tuple[int, ...]) -> bool:
+        # Libraries that write without Python (safetensors, Arrow) wrap the same fact in exceptions of their own.
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno in numbers
+        return any(os.strerror(number) in str(error) for number in numbers)
+
+    if said(FULL):
+        return DiskFull(
             f"There is no room on the disk for {path}; what was stored before is still whole. "
             f"Free some space, or move the home with NIGHTSCHOOL_HOME, and try again."
-        ) from error
+        )
+    path = getattr(error, "filename", None) or path
+    if said((errno.EROFS,)):
+        return Conflict(
+            f"{path} cannot be written: its file system is read-only. Make it writable, or copy the home and name the "
+            f"copy in NIGHTSCHOOL_HOME."
+        )
+    if said(_CLOSED):
+        return Conflict(
+            f"{path} is closed to this user ({os.strerror(errno.EACCES)}). Change its owner or its mode, or name "
+            f"another home in NIGHTSCHOOL_HOME."
+        )
+    return None
 
 
 def make_folder(path: Path) -> None:

@@ -8,13 +8,17 @@ a database that is up to date costs one query.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.pool import StaticPool
 
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
 from nightschool.store.atomic import make_folder
@@ -36,8 +40,9 @@ _POSTGRES_MIGRATION_LOCK = 6_178_236_450
 class Database:
     """An open state database. One object serves all threads of a process; `close` it at the end."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, writes: bool = True) -> None:
         self.engine = engine
+        self.writes = writes
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -56,6 +61,8 @@ class Database:
             DiskFull: If there is no room.
             Damaged: If the file is no database, or was altered.
         """
+        if not self.writes:
+            raise RuntimeError("this database was opened to look at")
         with (
             self._translated(),
             self.engine.connect().execution_options(writes=True) as connection,
@@ -118,21 +125,66 @@ class Database:
             raise
 
 
-def open_database(home: Home, *, env: Mapping[str, str] | None = None) -> Database:
+def open_database(home: Home, *, writes: bool = True, env: Mapping[str, str] | None = None) -> Database:
     """Open the state database, create it if it is missing, and bring its layout up to date.
+
+    Without `writes` nothing is created: a home that has no database yet reads as one in which nothing is kept, and
+    one that cannot be written, as on a read-only mount, is read as it is.
 
     Raises:
         UsageError: If DATABASE_URL is no SQLite or PostgreSQL address, or its driver is not installed.
-        Conflict: If a newer nightschool wrote the database, or other homes share its tables.
+        Conflict: If a newer nightschool wrote the database, other homes share its tables, or it cannot be written.
         MadeByNewer: If a newer nightschool has given the home another form.
         Damaged, DiskFull, Locked: As `Database.write` does.
     """
     url = _database_url(home, os.environ if env is None else env)
-    check_format(home)
+    is_new = check_format(home) is None and not _is_used(home)
+    file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+    if not writes and (is_new if file is None else not (file.is_file() and file.stat().st_size)):
+        return Database(_empty_engine(), writes=False)
+    if file is not None and not writes and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+        return _as_it_is(file, url)
+    if file == home.state_db:
+        make_folder(home.path)
     database = Database(_create_engine(url, home))
     try:
         if _revision(database) != HEAD:
             _migrate(home, database)
+    except BaseException:
+        database.close()
+        raise
+    database.writes = writes
+    return database
+
+
+def _empty_engine() -> Engine:
+    engine = sa.create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    metadata.create_all(engine)
+    return engine
+
+
+def _as_it_is(file: Path, url: URL) -> Database:
+    """A SQLite file that cannot be written.
+
+    Beside a write-ahead log SQLite reads both, and whoever writes them elsewhere is seen. Without one nobody writes:
+    only `immutable` then keeps SQLite from making a log.
+    """
+    mode = "mode=ro" if Path(f"{file}-wal").exists() else "mode=ro&immutable=1"
+
+    def connect() -> sqlite3.Connection:
+        where = f"file:{quote(str(file.absolute()))}?{mode}"
+        return sqlite3.connect(where, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+
+    engine = sa.create_engine(url, creator=connect)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    database = Database(engine, writes=False)
+    try:
+        revision = _revision(database)
+        if revision != HEAD:
+            raise Conflict(
+                f"{file} has the layout {revision}, this nightschool reads {HEAD}, and the file cannot be written to "
+                f"bring it up to date. Make it writable, or copy the home and name the copy in NIGHTSCHOOL_HOME."
+            )
     except BaseException:
         database.close()
         raise
@@ -142,7 +194,6 @@ def open_database(home: Home, *, env: Mapping[str, str] | None = None) -> Databa
 def _database_url(home: Home, env: Mapping[str, str]) -> URL:
     value = env.get(URL_VARIABLE, "")
     if not value:
-        make_folder(home.path)
         return URL.create("sqlite", database=str(home.state_db))
     try:
         # `postgres://` is what many platforms set; SQLAlchemy knows only the full word.
@@ -238,6 +289,11 @@ def _migrate(home: Home, database: Database) -> None:
         )
 
 
+def _is_used(home: Home) -> bool:
+    """Whether anything was trained or published in a home."""
+    return any(folder.is_dir() and any(folder.iterdir()) for folder in (home.runs, home.models))
+
+
 def _make_schema(connection: Connection, home: Home) -> None:
     """Make the schema of a home, unless it is there; what older versions kept for it outside of one moves in.
 
@@ -258,8 +314,7 @@ def _make_schema(connection: Connection, home: Home) -> None:
         others = set(found) - {str(home.path)}
     connection.execute(sa.text(f'SET LOCAL search_path TO "{schema}"'))
     # Whoever has neither trained nor published anything yet did not write these tables.
-    is_used = any(folder.is_dir() and any(folder.iterdir()) for folder in (home.runs, home.models))
-    if "alembic_version" not in old_tables or not is_used:
+    if "alembic_version" not in old_tables or not _is_used(home):
         return
     if others:
         raise Conflict(

@@ -9,7 +9,6 @@ The uploader (`python -m nightschool.jobs.uploader`) outlives the trainer. A fai
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
@@ -20,13 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from nightschool.errors import Damaged, Locked, NightschoolError, NotFound
+from nightschool.errors import Damaged, NightschoolError, NotFound
 from nightschool.remotes.address import parse_url
 from nightschool.store import checkpoints
 from nightschool.store.atomic import make_folder
-from nightschool.store.database import URL_VARIABLE, open_database
+from nightschool.store.database import open_database
 from nightschool.store.home import Home
-from nightschool.store.locks import lock
+from nightschool.store.locks import is_held
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes
 from nightschool.uploads.journal import UNFINISHED, Journal, Upload, UploadState, digest_of
@@ -158,9 +157,7 @@ def is_pending(home: Home, path: Path) -> bool:
     """
     try:
         present = digest_of(path)
-        # Runs that upload nothing need no database only to hear that.
-        exists = home.state_db.exists() or bool(os.environ.get(URL_VARIABLE))
-        rows = ls(home, path=path) if exists else []
+        rows = ls(home, path=path)
     except FileNotFoundError:
         return False
     except NightschoolError:
@@ -178,7 +175,7 @@ def is_pending(home: Home, path: Path) -> bool:
 
 def ls(home: Home, *, path: Path | None = None) -> list[Upload]:
     """The uploads of a home, newest first."""
-    with open_database(home) as db:
+    with open_database(home, writes=False) as db:
         return Journal(home, db).ls(path=path)
 
 
@@ -188,7 +185,7 @@ def pending_bytes(home: Home) -> int:
 
 
 def _bytes_left(home: Home, states: tuple[UploadState, ...]) -> int:
-    with open_database(home) as db:
+    with open_database(home, writes=False) as db:
         rows = Journal(home, db).ls(states=states)
     return sum(max(0, row.size_bytes - row.sent_bytes) for row in rows)
 
@@ -328,11 +325,7 @@ def uploader_log_path(home: Home) -> Path:
 
 def uploader_runs(home: Home) -> bool:
     """Whether a home has a living uploader."""
-    try:
-        with lock(uploader_lock_path(home), "the uploads"):
-            return False
-    except Locked:
-        return True
+    return is_held(uploader_lock_path(home))
 
 
 def ensure_uploader(home: Home) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from nightschool import uploads
@@ -98,8 +97,6 @@ def list_bucket(url: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _rows(home: Home) -> list[uploads.Upload]:
-    if not home.state_db.exists() and not os.environ.get("DATABASE_URL"):
-        return []
     try:
         return uploads.ls(home)
     except NightschoolError:
