@@ -14,7 +14,7 @@
     ├── Damaged                          exit 1    HTTP 500   a stored artifact is incomplete or altered
     │   ├── StateMismatch                exit 1    HTTP 409   a checkpoint does not fit the run that resumes from it
     │   └── MadeByNewer                  exit 1    HTTP 409   written by a newer version, in a form that this one cannot read
-    ├── ModelError                       exit 1    HTTP 422   a base that is no causal LM, or does not fit its tokenizer
+    ├── ModelError                       exit 1    HTTP 422   a base that is not a causal LM, or does not fit its tokenizer
     ├── NonFiniteLoss                    exit 1    HTTP 500   the loss became NaN or infinite
     ├── DiskFull                         exit 1    HTTP 507   no room; what was committed is still whole
     ├── NotLoaded                        exit 1    HTTP 503   no model is being served

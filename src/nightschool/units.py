@@ -20,7 +20,7 @@ def parse_seconds(value: str | float) -> float:
     """Seconds from `90`, `90s`, `10m`, `24h`, `7d`; a bare number is seconds.
 
     Raises:
-        ValueError: If the text is no duration, or is negative.
+        ValueError: If the text is not a duration, or is negative.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         if value < 0:
@@ -28,7 +28,7 @@ def parse_seconds(value: str | float) -> float:
         return float(value)
     match = re.fullmatch(rf"{_NUMBER}\s*(?P<unit>[a-z]*)", str(value).strip().lower())
     if match is None or (match["unit"] or "s") not in _SECONDS:
-        raise ValueError(f"{value!r} is no duration; write for example 90s, 10m, 24h or 7d")
+        raise ValueError(f"{value!r} is not a duration; write for example 90s, 10m, 24h or 7d")
     return float(match["number"]) * _SECONDS[match["unit"] or "s"]
 
 
@@ -36,7 +36,7 @@ def parse_tokens(value: str | int) -> int:
     """Tokens from `2048`, `16k`, `16k tokens`, `1.5M tokens`.
 
     Raises:
-        ValueError: If the text is no count of tokens, or is not a whole number.
+        ValueError: If the text is not a count of tokens, or is not a whole number.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
@@ -44,10 +44,10 @@ def parse_tokens(value: str | int) -> int:
         return value
     match = re.fullmatch(rf"{_NUMBER}\s*(?P<mult>[kmb]?)\s*(?:tokens?)?", str(value).strip().lower())
     if match is None:
-        raise ValueError(f"{value!r} is no count of tokens; write for example 2048 or 16k tokens")
+        raise ValueError(f"{value!r} is not a count of tokens; write for example 2048 or 16k tokens")
     tokens = float(match["number"]) * _MULTIPLIERS[match["mult"]]
     if tokens != int(tokens):
-        raise ValueError(f"{value!r} is no whole number of tokens")
+        raise ValueError(f"{value!r} is not a whole number of tokens")
     return int(tokens)
 
 
@@ -55,11 +55,11 @@ def parse_bytes(value: str | int) -> int:
     """Bytes from `20000000`, `20 MB`, `1.5 GB`, `512 kB`; decimal units, as disks and networks count.
 
     Raises:
-        ValueError: If the text is no count of bytes, or it is less than 1.
+        ValueError: If the text is not a count of bytes, or it is less than 1.
     """
     match = re.fullmatch(rf"{_NUMBER}\s*(?P<unit>[kmgt]?)(?:b(?:/s)?)?", str(value).strip().lower())
     if isinstance(value, bool) or match is None:
-        raise ValueError(f"{value!r} is no count of bytes; write for example 20 MB or 1.5 GB")
+        raise ValueError(f"{value!r} is not a count of bytes; write for example 20 MB or 1.5 GB")
     count = int(Decimal(match["number"]) * _BYTES[match["unit"]])
     if count < 1:
         raise ValueError(f"{value!r} is less than one byte; write for example 20 MB or 1.5 GB")
@@ -70,13 +70,13 @@ def parse_share(value: str | float) -> float:
     """A share between 0 and 1 from `0.05` or `5%`.
 
     Raises:
-        ValueError: If the text is no share, or lies outside 0…1.
+        ValueError: If the text is not a share, or lies outside 0…1.
     """
     text = str(value).strip()
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise ValueError(f"{value!r} is no share; write for example 5% or 0.05") from None
+        raise ValueError(f"{value!r} is not a share; write for example 5% or 0.05") from None
     if not 0 <= share <= 1:
         raise ValueError(f"{value!r} lies outside 0…100 %; write for example 5% or 0.05")
     return share
@@ -110,7 +110,7 @@ class Every:
                     raise ValueError
                 every = cls(parse_seconds(text), "seconds")
             except ValueError:
-                raise ValueError(f"{value!r} is no rhythm; write for example 500 steps, 2 epochs or 10m") from None
+                raise ValueError(f"{value!r} is not a rhythm; write for example 500 steps, 2 epochs or 10m") from None
         if every.amount <= 0:
             raise ValueError(f"{value!r} would never end; the amount is above 0")
         return every

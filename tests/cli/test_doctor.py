@@ -228,8 +228,8 @@ def test_devices_without_tools_hint_at_the_container(driver, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "word"),
     [
-        ("OMP_NUM_THREADS", "many", "is no number of threads"),
-        ("OMP_NUM_THREADS", "0", "is no number of threads"),
+        ("OMP_NUM_THREADS", "many", "is not a number of threads"),
+        ("OMP_NUM_THREADS", "0", "is not a number of threads"),
         ("OMP_NUM_THREADS", "100000", "more than"),
         ("CUDA_VISIBLE_DEVICES", "", "hides every GPU"),
         ("CUDA_VISIBLE_DEVICES", "-1", "hides every GPU"),

@@ -20,7 +20,7 @@ from nightschool.config.load import load_recipe
 from nightschool.errors import Interrupted, Locked
 from nightschool.jobs import detached
 from nightschool.jobs.cycle import cycle_lock_path
-from nightschool.jobs.outcome import CycleContext, CycleResult
+from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.models.export import save_version_folder
 from nightschool.server.settings import ServerSettings
 from nightschool.store.home import Home
@@ -69,7 +69,7 @@ def cycles(monkeypatch):
 def _begun(home):
     """A run that a cycle of r.yaml began."""
     run = RunStore(home).create(load_recipe(Path("r.yaml"), env={}).recipe.as_plain(), name="bot")
-    CycleContext("manual", str(Path.cwd()), "new:tiny", None, "data", 1).write(run)
+    CycleRecord("manual", str(Path.cwd()), "new:tiny", None, "data", 1).write(run)
     return run
 
 
@@ -229,7 +229,7 @@ def test_serve_hands_its_options_to_the_server(home, monkeypatch, capsys):
     assert main([*words, "--num-rows", "4"]) == 0
     name, settings, engine = served[0]
     assert (name, settings.port, settings.model_check_interval, settings.record_conversations) == (
-        "bot",
+        ["bot"],
         0,
         600.0,
         True,
@@ -244,7 +244,7 @@ def test_serve_adds_a_model_from_elsewhere_first_and_says_so(home, monkeypatch, 
     save_version_folder(lively_model(), byte_tokenizer(), tmp_path / "My Model")
     for words in (["serve", "./My Model"], ["serve", str(tmp_path / "My Model"), "--name", "mine"]):
         assert main(words) == 0
-    assert served == ["my-model", "mine"]
+    assert served == [["my-model"], ["mine"]]
     assert "Added my-model@" in capsys.readouterr().err
     (champion,) = Registry(home).versions("my-model")
     assert Registry(home).resolve("my-model") == champion
@@ -256,11 +256,13 @@ def test_serve_has_an_option_for_each_bound_of_the_server(home, monkeypatch):
     served = []
     monkeypatch.setattr("nightschool.server.run.serve", lambda home, name, settings, *, engine: served.append(settings))
     words = "--allowed-hosts Proxy.example --allowed-hosts b.example --max-body-bytes 5000 --max-new-tokens-limit 64"
+    words += " --max-connections 50 --idle-timeout-seconds 5"
     assert main(["serve", "bot", *words.split(), "--request-burst", "3", "--drain-seconds", "2.5"]) == 0
     (settings,) = served
     assert settings.allowed_hosts == ("proxy.example", "b.example")
     assert (settings.max_body_bytes, settings.max_new_tokens_limit) == (5000, 64)
     assert (settings.request_burst, settings.drain_seconds) == (3, 2.5)
+    assert (settings.max_connections, settings.idle_timeout_seconds) == (50, 5.0)
     parameters = set(inspect.signature(serve_module.serve).parameters) - {"name", "overrides"}
     # The time for a body is no matter of taste, and keys come from a file, never from a command line.
     missing = set(ServerSettings.model_fields) - parameters - {"api_keys", "body_timeout_seconds"}
@@ -280,8 +282,8 @@ def test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise(home, 
     assert main(["serve", "wishes.yaml", "--port", "0"]) == 0
     assert main(["serve", "wishes.yaml", "serve.record_conversations=false", "--model-check-interval", "7"]) == 0
     assert [(name, one.record_conversations, one.model_check_interval) for name, one in served] == [
-        ("wisher", True, 300.0),
-        ("wisher", False, 7.0),
+        (["wisher"], True, 300.0),
+        (["wisher"], False, 7.0),
     ]
     assert main(["serve", "wisher", "serve.record_conversations=true"]) == 2
     assert "is a setting of a recipe" in capsys.readouterr().err
@@ -297,7 +299,7 @@ def test_names_that_were_translated_are_said(home, capsys):
     ("words", "message"),
     [
         (["--port", "99999"], "--port 99999"),
-        (["--model-check-interval", "soon"], "--model-check-interval: 'soon' is no duration"),
+        (["--model-check-interval", "soon"], "--model-check-interval: 'soon' is not a duration"),
         (["--model-check-interval", "0"], "--model-check-interval 0"),
         (["--log-level", "loud"], "--log-level loud"),
         (["--max-body-bytes", "1"], "--max-body-bytes 1"),

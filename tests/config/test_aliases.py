@@ -65,7 +65,7 @@ def test_all_flags_together_as_one_would_type_them():
 
 def test_out_dir_says_what_to_do():
     assert refused(MINIMAL, "out_dir=ckpt") == (
-        "out_dir=ckpt: out_dir: is no setting: runs, checkpoints and versions all lie in the home; choose it with "
+        "out_dir=ckpt: out_dir: is not a setting: runs, checkpoints and versions all lie in the home; choose it with "
         "-C DIR or with the environment variable NIGHTSCHOOL_HOME=DIR"
     )
 
@@ -79,7 +79,7 @@ def test_a_note_says_where_in_a_file_the_name_stands():
 def test_an_alias_works_in_the_section_of_its_setting_and_in_no_other():
     assert parse_recipe(MINIMAL, ["train.lr=1", "lora.lora_r=2"], env={}).recipe.lora.r == 2
     assert refused(MINIMAL, "lora.lr=1") == (
-        "lora.lr=1: lora.lr: is no setting here: it is read as train.learning_rate, which is in another section; "
+        "lora.lr=1: lora.lr: is not a setting here: it is read as train.learning_rate, which is in another section; "
         "write it there"
     )
 

@@ -67,7 +67,7 @@ def test_variables_that_are_no_settings_are_left_alone():
 def test_a_variable_with_a_typing_error_is_refused():
     with pytest.raises(RecipeError) as caught:
         load(env={"NIGHTSCHOOL_TRAIN__EPOCH": "3"})
-    assert str(caught.value) == "NIGHTSCHOOL_TRAIN__EPOCH: train.epoch: is no setting; did you mean train.epochs?"
+    assert str(caught.value) == "NIGHTSCHOOL_TRAIN__EPOCH: train.epoch: is not a setting; did you mean train.epochs?"
 
 
 def test_overrides_alone_make_a_recipe():

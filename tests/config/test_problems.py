@@ -32,15 +32,15 @@ serve: {promote: if_gate_pass}
 """
     found = problems(text, "train.dropout=1", "nonsense", env={"NIGHTSCHOOL_GATE__PINS": "some"})
     assert found == [
-        "r.yaml:1: name: 'Bot' is no name; write up to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
-        "r.yaml:6: train.epochs: 'many' is no whole number",
-        "r.yaml:7: train.batchsize: is no setting; did you mean train.batch_size?",
+        "r.yaml:1: name: 'Bot' is not a name; write up to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
+        "r.yaml:6: train.epochs: 'many' is not a whole number",
+        "r.yaml:7: train.batchsize: is not a setting; did you mean train.batch_size?",
         "r.yaml:9: train.seed: is written twice, first on line 8; remove one",
-        "r.yaml:10: lora.learning_rate: is no setting here: this key belongs at train.learning_rate",
+        "r.yaml:10: lora.learning_rate: is not a setting here: this key belongs at train.learning_rate",
         "r.yaml:10: lora.r: 0 is too small; it is at least 1",
         "r.yaml:11: serve.promote: 'if_gate_pass' is none of if_gate_passes, never, always; did you mean if_gate_passes?",
-        "nonsense: is no override; write key=value, such as train.learning_rate=1e-5",
-        "train.dropout=1: train.dropout: is no setting here: this key belongs at lora.dropout",
+        "nonsense: is not an override; write key=value, such as train.learning_rate=1e-5",
+        "train.dropout=1: train.dropout: is not a setting here: this key belongs at lora.dropout",
         "NIGHTSCHOOL_GATE__PINS: gate.pins: 'some' is none of all, off; write one of them",
     ]
 
@@ -49,27 +49,27 @@ serve: {promote: if_gate_pass}
     ("line", "message"),
     [
         ("train: {epochs: true}", "r.yaml:3: train.epochs: true is neither a number nor a text"),
-        ("train: {epochs: 2.5}", "r.yaml:3: train.epochs: 2.5 is no whole number"),
-        ("train: {learning_rate: fast}", "r.yaml:3: train.learning_rate: 'fast' is no number; write for example 0.5 or 1e-5"),
+        ("train: {epochs: 2.5}", "r.yaml:3: train.epochs: 2.5 is not a whole number"),
+        ("train: {learning_rate: fast}", "r.yaml:3: train.learning_rate: 'fast' is not a number; write for example 0.5 or 1e-5"),
         ("train: {learning_rate: .inf}", "r.yaml:3: train.learning_rate: inf is not finite; write an ordinary number"),
         ("train: {learning_rate: .nan}", "r.yaml:3: train.learning_rate: nan is not finite; write an ordinary number"),
         ("train: {learning_rate: -1}", "r.yaml:3: train.learning_rate: -1 is too small; it must be above 0"),
         ("train: {beta1: 1}", "r.yaml:3: train.beta1: 1 is too large; it must be below 1"),
         ("train: {compile: maybe}", "r.yaml:3: train.compile: 'maybe' is neither true nor false"),
-        ("train: {max_seq_len: 16q}", "r.yaml:3: train.max_seq_len: '16q' is no count of tokens; write for example 2048 or 16k tokens"),
-        ("train: {evaluate_every: 0.5}", "r.yaml:3: train.evaluate_every: 0.5 is no rhythm; write for example 500 steps, 2 epochs or 10m"),
-        ("train: 3", "r.yaml:3: train: 3 is no section; write its settings below it, each as `key: value`"),
-        ("train: [1]", "r.yaml:3: train: a list is no section; write its settings below it, each as `key: value`"),
-        ("train: {epochs: {a: 1}}", "r.yaml:3: train.epochs.a: is no setting: train.epochs takes a value and has no keys below it"),
-        ("train.epochs: 3", "r.yaml:3: train.epochs: is no setting: in a file, sections are nested; write train: {epochs: …}"),
+        ("train: {max_seq_len: 16q}", "r.yaml:3: train.max_seq_len: '16q' is not a count of tokens; write for example 2048 or 16k tokens"),
+        ("train: {evaluate_every: 0.5}", "r.yaml:3: train.evaluate_every: 0.5 is not a rhythm; write for example 500 steps, 2 epochs or 10m"),
+        ("train: 3", "r.yaml:3: train: 3 is not a section; write its settings below it, each as `key: value`"),
+        ("train: [1]", "r.yaml:3: train: a list is not a section; write its settings below it, each as `key: value`"),
+        ("train: {epochs: {a: 1}}", "r.yaml:3: train.epochs.a: is not a setting: train.epochs takes a value and has no keys below it"),
+        ("train.epochs: 3", "r.yaml:3: train.epochs: is not a setting: in a file, sections are nested; write train: {epochs: …}"),
         ("held_out: {share: 120%}", "r.yaml:3: held_out.share: '120%' lies outside 0…100 %; write for example 5% or 0.05"),
-        ("schedule: {every: soon}", "r.yaml:3: schedule.every: 'soon' is no duration; write for example 90s, 10m, 24h or 7d"),
-        ("schedule: {cron: 0 3 *}", "r.yaml:3: schedule.cron: '0 3 *' is no cron expression (Wrong number of fields); write five fields, such as '0 3 * * *'"),
-        ("schedule: {timezone: Mars/North}", "r.yaml:3: schedule.timezone: 'Mars/North' is no time zone; write a name such as UTC or Europe/Paris"),
-        ("schedule: {timezone: ../../etc/passwd}", "r.yaml:3: schedule.timezone: '../../etc/passwd' is no time zone; write a name such as UTC or Europe/Paris"),
-        ("gate: {forgetting: 2%}", "r.yaml:3: gate.forgetting: '2%' is no rule; write for example '<= 2%'"),
+        ("schedule: {every: soon}", "r.yaml:3: schedule.every: 'soon' is not a duration; write for example 90s, 10m, 24h or 7d"),
+        ("schedule: {cron: 0 3 *}", "r.yaml:3: schedule.cron: '0 3 *' is not a cron expression (Wrong number of fields); write five fields, such as '0 3 * * *'"),
+        ("schedule: {timezone: Mars/North}", "r.yaml:3: schedule.timezone: 'Mars/North' is not a time zone; write a name such as UTC or Europe/Paris"),
+        ("schedule: {timezone: ../../etc/passwd}", "r.yaml:3: schedule.timezone: '../../etc/passwd' is not a time zone; write a name such as UTC or Europe/Paris"),
+        ("gate: {forgetting: 2%}", "r.yaml:3: gate.forgetting: '2%' is not a rule; write for example '<= 2%'"),
         ("every: 3h", "r.yaml:3: every: could mean checkpoints.every (how often) or checkpoints.keep.every (milestones that stay for ever) or schedule.every (seconds between the starts of two cycles); write the one that is meant"),
-        ("tain: {epochs: 3}", "r.yaml:3: tain: is no setting; did you mean train?"),
+        ("tain: {epochs: 3}", "r.yaml:3: tain: is not a setting; did you mean train?"),
         ("name: a..b", "r.yaml:3: name: 'a..b' holds '..'; a name is a folder on disk: write single dots"),
         ("held_out: {path: ' '}", "r.yaml:3: held_out.path: ' ' is blank; write a text, or leave the key out"),
         ("? [a]\n: 1", "r.yaml:3: is a list or a mapping in the place of a key; write `key: value`"),
@@ -87,10 +87,10 @@ def test_a_recipe_without_base_or_data_says_what_they_are():
     ]
     assert problems("base: x\ndata: []\n") == ["r.yaml:2: data: there is no data; write `data: [{path: train.json}]`"]
     assert problems("base: x\ndata: a.json\n") == [
-        "r.yaml:2: data: 'a.json' is no list; write data: [{path: train.json}]"
+        "r.yaml:2: data: 'a.json' is not a list; write data: [{path: train.json}]"
     ]
     assert problems("base: x\ndata: {path: a.json}\n") == [
-        "r.yaml:2: data.path: is no setting: data is a list; write data.0.path, or a list with dashes"
+        "r.yaml:2: data.path: is not a setting: data is a list; write data.0.path, or a list with dashes"
     ]
     assert problems("base: x\ndata:\n  - format: text\n") == [
         "r.yaml:3: data.0: a data source has either `path` or `from: conversations`; write exactly one"
@@ -119,7 +119,7 @@ def test_a_control_character_is_named_with_its_line():
 
 def test_a_list_or_a_word_is_no_recipe():
     for text in ("- a\n- b\n", "hello\n"):
-        assert problems(text)[0] == "r.yaml:1: is no recipe; a recipe is made of `key: value`"
+        assert problems(text)[0] == "r.yaml:1: is not a recipe; a recipe is made of `key: value`"
 
 
 def test_anchors_that_multiply_or_bite_their_own_tail_end_in_a_problem():
@@ -144,7 +144,7 @@ def test_what_nests_too_deep_ends_in_a_problem_and_soon(text):
 
 def test_a_key_below_an_unknown_section_is_reported_once():
     assert problems(MINIMAL + "optimizer:\n  name: adam\n  betas: [0.9, 0.95]\n") == [
-        "r.yaml:3: optimizer: is no setting; a recipe knows name, base, method, shape, tokenizer, data, held_out, "
+        "r.yaml:3: optimizer: is not a setting; a recipe knows name, base, method, shape, tokenizer, data, held_out, "
         "replay, train, lora, pretrain, checkpoints, gate, schedule, serve"
     ]
 

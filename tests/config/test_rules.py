@@ -42,16 +42,16 @@ def test_the_last_bit_of_a_sum_decides_nothing():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("forgetting", "2%", "'2%' is no rule; write for example '<= 2%'"),
-        ("forgetting", "<= two", "'<= two' is no rule; write for example '<= 2%'"),
-        ("forgetting", "= 2%", "'= 2%' is no rule; write for example '<= 2%'"),
-        ("forgetting", "", "'' is no rule; write for example '<= 2%'"),
+        ("forgetting", "2%", "'2%' is not a rule; write for example '<= 2%'"),
+        ("forgetting", "<= two", "'<= two' is not a rule; write for example '<= 2%'"),
+        ("forgetting", "= 2%", "'= 2%' is not a rule; write for example '<= 2%'"),
+        ("forgetting", "", "'' is not a rule; write for example '<= 2%'"),
         ("forgetting", ">= 2%", "'>= 2%' asks for a worse model, as lower is better here; write '<= 2%' in its place"),
         ("new_facts", "< 5%", "'< 5%' asks for a worse model, as higher is better here; write '> 5%' in its place"),
         ("forgetting", "<= 2", "'<= 2' is a share above 100 %; write for example '<= 2%'"),
         ("forgetting", "<= champion", "'<= champion' compares with the champion, which loses nothing and does not drift; write for example '<= 2%'"),
         ("holdout_loss", "<= 2%", "'<= 2%' gives nats in percent of nothing; write for example '<= champion + 0.02'"),
-        ("holdout_loss", "<= champion * 2", "'<= champion * 2' is no rule; write for example '<= champion + 0.02'"),
+        ("holdout_loss", "<= champion * 2", "'<= champion * 2' is not a rule; write for example '<= champion + 0.02'"),
     ],
 )  # fmt: skip
 def test_what_is_no_rule_is_refused_with_an_example(name, text, message):

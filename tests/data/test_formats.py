@@ -114,7 +114,7 @@ def test_roles_systems_and_weights() -> None:
         ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "'messages[1].tool_calls': calls of tools are not read"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "'messages[1].content' is blank"),
         ({"messages": [USER, "Here."]}, "'messages[1]' is a text, but an object"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "'messages[0].content[0]' is no part with a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "'messages[0].content[0]' is not a part with a text"),
         ({"messages": [USER, ASSISTANT | {"weight": -1}]}, "'messages[1].weight' is -1"),
         ({"messages": [USER, ASSISTANT | {"weight": True}]}, "'messages[1].weight' is True"),
         ({"messages": [USER | {"weight": 2}, ASSISTANT]}, "'messages[0].weight' is 2 on a turn of the user"),

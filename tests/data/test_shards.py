@@ -1,4 +1,4 @@
-"""Shards of all kinds are read as one stream, and what is no shard is refused by name."""
+"""Shards of all kinds are read as one stream, and what is not a shard is refused by name."""
 
 import io
 import zipfile

@@ -16,8 +16,8 @@ from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import PreviousCycle
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs import cycle as cycles
-from nightschool.jobs.cycle import CheckpointContext, continue_cycle, cycle_lock_path, run_cycle
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.cycle import CycleContext, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -80,7 +80,7 @@ class School:
         return self.registry.aliases("bot").get("champion")
 
     def cycle(self, trigger="manual", previous=None, **values):
-        around = CheckpointContext(on_news=self.news.append)
+        around = CycleContext(on_news=self.news.append)
         return run_cycle(
             self.home, self.recipe(**values), trigger=trigger, root=self.root, previous=previous, around=around
         )
@@ -109,7 +109,7 @@ def test_the_next_cycle_starts_from_the_champion_and_is_compared_with_it(school)
     assert RunStore(school.home).get(second.run_id).recipe()["base"] == first.candidate
     assert school.examined[1] == (second.candidate, first.candidate)
     assert school.pool.count("bot") == 5
-    assert CycleContext.read(RunStore(school.home).get(second.run_id)).num_new_examples == 2
+    assert CycleRecord.read(RunStore(school.home).get(second.run_id)).num_new_examples == 2
 
 
 def test_a_refused_candidate_stays_published_and_moves_nothing(school):
@@ -198,7 +198,7 @@ def test_serving_and_timing_do_not_count_as_a_change(school):
 def test_held_out_examples_are_not_new(school):
     school.teach(200)
     school.cycle(held_out={"share": 0.5, "min_examples": 10})
-    facts = CycleContext.read(RunStore(school.home).ls()[0])
+    facts = CycleRecord.read(RunStore(school.home).ls()[0])
     assert 60 < facts.num_new_examples < 140
 
 
@@ -208,7 +208,7 @@ def test_another_base_in_the_recipe_starts_anew_and_says_so(school):
     result = school.cycle("due", base="new:llama")
     run = RunStore(school.home).get(result.run_id)
     assert run.recipe()["base"] == "new:llama"
-    assert CycleContext.read(run).num_new_examples == 3  # all of them: this base has learned none
+    assert CycleRecord.read(run).num_new_examples == 3  # all of them: this base has learned none
     assert any("grew from new:tiny: starting anew" in line for line in school.news)
 
 
@@ -307,9 +307,7 @@ def test_a_cycle_that_was_interrupted_before_the_exam_does_not_train_again(schoo
         return code
 
     cycles.run_training = trains_and_gets_a_signal
-    result = run_cycle(
-        school.home, school.recipe(), trigger="due", root=school.root, around=CheckpointContext(stop=stop)
-    )
+    result = run_cycle(school.home, school.recipe(), trigger="due", root=school.root, around=CycleContext(stop=stop))
     assert result.outcome == "interrupted"
     assert school.examined == []
     assert continue_cycle(school.home, result.run_id).outcome == "promoted"

@@ -8,7 +8,7 @@ import pytest
 from nightschool.config.recipe import Recipe
 from nightschool.feedback.selection import fingerprint_of, read_selection
 from nightschool.jobs.cycle import begin_cycle
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.training.run import main
@@ -56,7 +56,7 @@ def test_a_run_trains_what_was_selected_though_the_file_changed_meanwhile(tmp_pa
         trained[night] = Registry(night.home).resolve(run.status.candidate).facts.data_fingerprint
         selection = read_selection(run.path)
         assert {(example.question, example.answer) for example in selection.new} == set(FACTS)
-        ledger = CycleContext.read(run)
+        ledger = CycleRecord.read(run)
         assert fingerprint_of(Recipe.model_validate(run.recipe()), selection) == ledger.data_fingerprint
         assert json.loads((run.path / "plan.json").read_text())["examples_new"] == ledger.num_new_examples == 3
     assert trained[undisturbed] == trained[disturbed]

@@ -76,10 +76,10 @@ def test_a_cron_that_runs_every_half_hour_also_runs_in_both_hours_of_autumn():
 @pytest.mark.parametrize(
     ("cron", "timezone", "message"),
     [
-        ("every night", "UTC", "schedule.cron 'every night' is no cron expression"),
-        ("0 0 30 2 *", "UTC", "is no cron expression"),
-        ("0 3 * * *", "Mars/Olympus", "schedule.timezone 'Mars/Olympus' is no time zone"),
-        ("0 3 * * *", "../../etc/passwd", "is no time zone"),
+        ("every night", "UTC", "schedule.cron 'every night' is not a cron expression"),
+        ("0 0 30 2 *", "UTC", "is not a cron expression"),
+        ("0 3 * * *", "Mars/Olympus", "schedule.timezone 'Mars/Olympus' is not a time zone"),
+        ("0 3 * * *", "../../etc/passwd", "is not a time zone"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_key(cron, timezone, message):

@@ -9,7 +9,7 @@ import pytest
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import DataError, DiskFull, Locked
-from nightschool.jobs.outcome import CycleContext, CycleResult
+from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
@@ -262,7 +262,7 @@ def test_a_recipe_that_breaks_while_it_waits_keeps_the_timetable_and_fails_the_n
 
 def _run_of_a_cycle(night):
     run = RunStore(night.home).create(night.recipe.as_plain(), name="bot")
-    CycleContext("due", str(Path.cwd()), "new:tiny", None, "data", 3).write(run)
+    CycleRecord("due", str(Path.cwd()), "new:tiny", None, "data", 3).write(run)
     return run
 
 

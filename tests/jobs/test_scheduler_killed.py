@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from nightschool.jobs import cycle as cycles
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.scheduler import Scheduler
 from nightschool.store.database import open_database
 from nightschool.store.ledger import Ledger
@@ -165,7 +165,7 @@ def test_what_was_begun_by_hand_is_examined_if_it_is_trained_and_else_left_to_wh
 ):
     school = nights.school
     run: Run = RunStore(school.home).create(school.recipe().as_plain(), name="bot")
-    CycleContext("manual", str(school.root), "new:tiny", None, "data", 3).write(run)
+    CycleRecord("manual", str(school.root), "new:tiny", None, "data", 3).write(run)
     if published:
         school.train(school.home, run, stop=None, on_line=None)
     nights.start()

@@ -24,7 +24,7 @@ def _one_thread():
 
 
 class Wrapped(nn.Module):
-    """A head that is no plain linear layer, as a LoRA-wrapped or quantised one is."""
+    """A head that is not a plain linear layer, as a LoRA-wrapped or quantised one is."""
 
     def __init__(self, linear):
         super().__init__()

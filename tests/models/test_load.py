@@ -126,10 +126,10 @@ def test_a_hub_id_that_is_not_here_says_what_to_do(monkeypatch, home):
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
     with pytest.raises(
         NotFound,
-        match=r"'nobody/nothing' is no name of the registry and not on this machine, and HF_HUB_OFFLINE is set.*new:tiny",
+        match=r"'nobody/nothing' is not a name of the registry and not on this machine, and HF_HUB_OFFLINE is set.*new:tiny",
     ):
         load_base("nobody/nothing", home)
-    with pytest.raises(NotFound, match="no possible hub id"):
+    with pytest.raises(NotFound, match="a possible hub id"):
         load_base("a b/c?", home)
 
 
@@ -148,7 +148,7 @@ def test_a_hub_model_is_taken_from_the_cache(tmp_path, monkeypatch, home):
 
 
 def test_a_folder_that_is_not_there(tmp_path, home):
-    with pytest.raises(NotFound, match="is no folder"):
+    with pytest.raises(NotFound, match="is not a folder"):
         load_base(str(tmp_path / "nowhere"), home)
 
 
@@ -189,7 +189,7 @@ def test_a_configuration_that_is_no_json_object(text, tmp_path, home):
 def test_what_is_no_causal_language_model_is_refused(model, named, tmp_path, home):
     model.save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match=f"is a {named}, which is no causal language model"):
+    with pytest.raises(ModelError, match=f"is a {named}, which is not a causal language model"):
         load_base(str(tmp_path / "m"), home)
 
 

@@ -111,7 +111,7 @@ def test_a_database_of_a_newer_nightschool_is_refused(home, environment):  # noq
         open_database(home, env=environment)
 
 
-@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + b"\xff" * 4096])
+@pytest.mark.parametrize("content", [b"this is not a database" * 100, b"SQLite format 3\0" + b"\xff" * 4096])
 def test_a_damaged_database_is_named(home, content):
     home.ensure()
     home.state_db.write_bytes(content)

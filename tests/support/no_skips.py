@@ -13,7 +13,7 @@ ALLOWED = {
     "the peak is read from /proc": "only Linux has it",
     "this kernel counts no page faults": "sandboxes with a kernel of their own do not count them",
     "the file system of the tests takes nothing past its cache": "a file system in memory has no direct writes",
-    "the real data is not here": "these files are laid beside the checkout and are no part of it",
+    "the real data is not here": "these files are laid beside the checkout and are not part of it",
 }
 
 

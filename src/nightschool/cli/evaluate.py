@@ -14,7 +14,7 @@ from nightschool.cli.output import answer, bold, note
 from nightschool.data.example import Example
 from nightschool.data.sources.load import read_file
 from nightschool.errors import NameRefused, NotFound, NothingToTrain, UsageError
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.atomic import write_text
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
@@ -137,11 +137,11 @@ def _examples_of(model: str, version: Version | None, suite: str | None) -> list
     """What the file that --suite names holds; None where a version's own questions are meant."""
     if suite is not None and suite not in SUITES:
         if not Path(suite).exists():
-            raise NotFound(f"--suite {suite!r} is no file, and none of {', '.join(SUITES)}.")
+            raise NotFound(f"--suite {suite!r} is neither a file nor one of {', '.join(SUITES)}.")
         return read_file(Path(suite), root=Path.cwd()).examples
     if version is None and suite != "general":
         raise UsageError(
-            f"{model!r} is no version of ours, so nothing is known of it. Name a file: --suite FILE, or --suite general."
+            f"{model!r} is not a version of ours, so nothing is known of it. Name a file: --suite FILE, or --suite general."
         )
     return None
 
@@ -164,7 +164,7 @@ def _eval_set(
         return eval_set_of_general(general_prompts(GENERAL_OF_NIGHTSCHOOL, Path.cwd()), Limits(**given))
     run = _run_of(home, version)
     recipe = None if run is None else Recipe.model_validate(run.recipe())
-    began_in = Path.cwd() if run is None or not CycleContext.path(run).exists() else Path(CycleContext.read(run).root)
+    began_in = Path.cwd() if run is None or not CycleRecord.path(run).exists() else Path(CycleRecord.read(run).root)
     general = general_prompts(GENERAL_OF_NIGHTSCHOOL if recipe is None else recipe.gate.general, began_in)
     limits: Limits = replace(Limits() if recipe is None else Limits.of(recipe), **given)
     eval_set = eval_set_of_run(

@@ -37,6 +37,8 @@ def serve(
     requests_per_minute: float | None = None,
     request_burst: int = 10,
     allowed_hosts: list[str] | None = None,
+    max_connections: int = 1024,
+    idle_timeout_seconds: float = 30.0,
     max_body_bytes: int = 2_000_000,
     max_new_tokens_limit: int = 8192,
     drain_seconds: float = 30.0,
@@ -68,6 +70,8 @@ def serve(
         request_burst: Requests that may come at once before that bound applies.
         allowed_hosts: A further name that may stand in the Host header, such as that of a reverse proxy; with keys,
             '*' takes any. May be given several times.
+        max_connections: Connections at once; over it, the one that waits longest for a request is closed.
+        idle_timeout_seconds: Longest time a connection may stay without a whole head of a request.
         max_body_bytes: Largest request body; a larger one is refused with 413.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
         drain_seconds: How long running answers may take to finish after SIGTERM.
@@ -96,6 +100,8 @@ def serve(
             requests_per_minute=requests_per_minute,
             request_burst=request_burst,
             allowed_hosts=tuple(one.lower() for one in allowed_hosts or ()),
+            max_connections=max_connections,
+            idle_timeout_seconds=idle_timeout_seconds,
             max_body_bytes=max_body_bytes,
             max_new_tokens_limit=max_new_tokens_limit,
             drain_seconds=drain_seconds,

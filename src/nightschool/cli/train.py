@@ -17,9 +17,9 @@ from nightschool.cli.recipes import read_recipe
 from nightschool.cli.runs import flatten
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
-from nightschool.jobs.cycle import CheckpointContext, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.cycle import CycleContext, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import child_environment, start_process
-from nightschool.jobs.outcome import CycleContext, CycleResult
+from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.remotes.address import is_url
 from nightschool.store.home import Home
@@ -115,7 +115,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     return 0
 
 
-def _around() -> CheckpointContext:
+def _around() -> CycleContext:
     """Live output on the terminal; with --json beside the answer, with -q none."""
     let_children_colour()
     stream = sys.stderr if session().json else sys.stdout
@@ -125,7 +125,7 @@ def _around() -> CheckpointContext:
         def on_line(line: str) -> None:
             print(line, file=stream, flush=True)
 
-    return CheckpointContext(on_line=on_line, on_news=on_line)
+    return CycleContext(on_line=on_line, on_news=on_line)
 
 
 def _show(result: CycleResult) -> int:
@@ -173,8 +173,8 @@ def _to_resume(home: Home, wanted: str, recipe: Path | None, overrides: tuple[st
 def _from_bucket(home: Home, url: str, name: str) -> tuple[Run, str]:
     """Fetch a checkpoint into its run. One that began on another machine goes on as if it had begun here."""
     run, checkpoint = fetch_checkpoint(home, url, name, say=note)
-    if not CycleContext.path(run).exists():
-        CycleContext(
+    if not CycleRecord.path(run).exists():
+        CycleRecord(
             trigger="resume",
             root=str(Path.cwd().resolve()),
             recipe_base=run.recipe()["base"],
@@ -194,7 +194,7 @@ def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ..
     if recipe is None:
         return
     given = flatten(read_recipe(recipe, overrides).as_plain())
-    kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleContext.read(run).recipe_base}
+    kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleRecord.read(run).recipe_base}
     differing = [key for key in given | kept if given.get(key) != kept.get(key)]
     if differing:
         values = "; ".join(f"{key} is {kept.get(key)} there and {given.get(key)} here" for key in differing[:5])
@@ -208,7 +208,7 @@ def _detach(home: Home, run: Run, checkpoint: str | None, held_lock: int) -> int
     """Leave the rest of the cycle, and its lock, to a process of its own."""
     resuming = () if checkpoint is None else ("--resume", checkpoint)
     where = ("--home", str(home.path), "--run", run.id, "--lock", str(held_lock))
-    directory = Path(CycleContext.read(run).root)
+    directory = Path(CycleRecord.read(run).root)
     try:
         process = start_process(
             command("cycle", *where, *resuming), log=run.log_path, directory=directory, keep_open=[held_lock]

@@ -1,7 +1,7 @@
 """Names that other programs use for our settings, and names that cannot be translated.
 
 An alias is accepted at the top level and in the section of the setting that it stands for. What was translated is
-shown. A name that could mean two settings is refused with both; a name of something that is no setting of a recipe
+shown. A name that could mean two settings is refused with both; a name of something that is not a setting of a recipe
 is refused with what to use in its place.
 """
 
@@ -32,13 +32,13 @@ class Alias:
 
 def _hours(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{value!r} is no number of hours above 0; write for example 12 or 0.25")
+        raise ValueError(f"{value!r} is not a number of hours above 0; write for example 12 or 0.25")
     return value * 3600
 
 
 def _steps(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is no number of steps; write for example 500")
+        raise ValueError(f"{value!r} is not a number of steps; write for example 500")
     return f"{value} steps"
 
 
@@ -46,7 +46,7 @@ def _files(value: Any) -> Any:
     if value == -1:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is no number of files; write for example 5, or -1 for all")
+        raise ValueError(f"{value!r} is not a number of files; write for example 5, or -1 for all")
     return value
 
 
@@ -134,11 +134,11 @@ ALIASES: Mapping[str, Alias] = {
 }
 
 _HOME = (
-    "is no setting: runs, checkpoints and versions all lie in the home; choose it with -C DIR or with the environment "
+    "is not a setting: runs, checkpoints and versions all lie in the home; choose it with -C DIR or with the environment "
     "variable NIGHTSCHOOL_HOME=DIR"
 )
-_RESUME = "is no setting of a recipe; write nightschool train RECIPE --resume RUN"
-_SERVE_OPTION = "is no setting of a recipe; write nightschool serve --port 8001 --host 127.0.0.1"
+_RESUME = "is not a setting of a recipe; write nightschool train RECIPE --resume RUN"
+_SERVE_OPTION = "is not a setting of a recipe; write nightschool serve --port 8001 --host 127.0.0.1"
 
 REFUSED: Mapping[str, str] = {
     "out_dir": _HOME,
@@ -151,8 +151,8 @@ REFUSED: Mapping[str, str] = {
     "resume_from_checkpoint": _RESUME,
     "port": _SERVE_OPTION,
     "host": _SERVE_OPTION,
-    "trust_remote_code": "is no setting: code that comes with a model is never run; remove the line",
-    "warmup_ratio": "is no setting; write train.warmup_steps, a count of steps",
+    "trust_remote_code": "is not a setting: code that comes with a model is never run; remove the line",
+    "warmup_ratio": "is not a setting; write train.warmup_steps, a count of steps",
 }
 
 # Names that could mean several settings, beside those that the schema itself has in several sections.

@@ -27,7 +27,7 @@ MAX_NODES = 20_000
 MAX_DEPTH = 32
 
 _ENVIRONMENT_PREFIX = "NIGHTSCHOOL_"
-# Variables that are no settings of a recipe.
+# Variables that are not settings of a recipe.
 RESERVED_VARIABLES = frozenset(
     {
         "NIGHTSCHOOL_HOME",
@@ -48,7 +48,7 @@ class EmptyList:
 class Assignment:
     """One value for one place.
 
-    `raw` is the scalar as it was typed, without the type that YAML gives it; None if it was quoted or is no scalar.
+    `raw` is the scalar as it was typed, without the type that YAML gives it; None if it was quoted or is not a scalar.
     `spelling` is the key as the user typed it, for messages.
     """
 
@@ -81,7 +81,9 @@ def read_yaml(text: str, file: str) -> Source:
     if root is None or (isinstance(root, ScalarNode) and str(root.tag).endswith(":null")):
         return source
     if not isinstance(root, MappingNode):
-        source.problems.append(Problem(f"{file}:{_line(root)}", "", "is no recipe; a recipe is made of `key: value`"))
+        source.problems.append(
+            Problem(f"{file}:{_line(root)}", "", "is not a recipe; a recipe is made of `key: value`")
+        )
         return source
     walk = _Walk(file, source)
     walk.node(root, ())
@@ -96,7 +98,7 @@ def read_overrides(overrides: Sequence[str]) -> Source:
         key = key.strip()
         if not equals or not key:
             source.problems.append(
-                Problem(text, "", "is no override; write key=value, such as train.learning_rate=1e-5")
+                Problem(text, "", "is not an override; write key=value, such as train.learning_rate=1e-5")
             )
             continue
         parts = key.lstrip("-").split(".")
@@ -232,7 +234,7 @@ class _Walk:
         for source in merged:
             self.num_nodes += 1
             if not isinstance(source, MappingNode):
-                self._problem(source, (*path, "<<"), "merges what is no mapping; write <<: *anchor_of_a_mapping")
+                self._problem(source, (*path, "<<"), "merges what is not a mapping; write <<: *anchor_of_a_mapping")
             elif depth >= MAX_DEPTH:
                 self._problem(source, (*path, "<<"), "merges itself; merge another mapping")
             elif self.num_nodes <= MAX_NODES:
@@ -270,4 +272,4 @@ def _construct(node: Node) -> Any:
     try:
         return YAML(typ="safe", pure=True).constructor.construct_object(node)
     except ValueError:
-        raise ValueError(f"{node.value!r} is no number") from None
+        raise ValueError(f"{node.value!r} is not a number") from None

@@ -126,7 +126,7 @@ def _read(path: FilePath) -> str:
             [Problem(str(path), "", f"cannot be read: {error.strerror}; check its permissions")]
         ) from None
     if len(content) > MAX_RECIPE_BYTES:
-        message = f"is larger than {MAX_RECIPE_BYTES} bytes, so it is no recipe; name data with data.0.path={path}"
+        message = f"is larger than {MAX_RECIPE_BYTES} bytes, so it is not a recipe; name data with data.0.path={path}"
         raise RecipeError([Problem(str(path), "", message)])
     try:
         return content.decode("utf-8-sig")

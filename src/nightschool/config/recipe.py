@@ -192,7 +192,7 @@ class Schedule(Section):
             CronSim(cron, datetime(2000, 1, 1, tzinfo=UTC))
         except CronSimError as error:
             raise ValueError(
-                f"{cron!r} is no cron expression ({error}); write five fields, such as '0 3 * * *'"
+                f"{cron!r} is not a cron expression ({error}); write five fields, such as '0 3 * * *'"
             ) from None
         return cron
 
@@ -202,7 +202,7 @@ class Schedule(Section):
         try:
             ZoneInfo(timezone)
         except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"{timezone!r} is no time zone; write a name such as UTC or Europe/Paris") from None
+            raise ValueError(f"{timezone!r} is not a time zone; write a name such as UTC or Europe/Paris") from None
         return timezone
 
     @model_validator(mode="after")

@@ -123,7 +123,7 @@ def _other_names() -> Iterator[str]:
     yield "\nThese could mean more than one setting, so that they are refused with their meanings:\n\n"
     for name, keys in AMBIGUOUS.items():
         yield f"- `{name}`: {' or '.join(f'`{key}`' for key in keys)}\n"
-    yield "\nAnd these are no settings of a recipe:\n\n"
+    yield "\nAnd these are not settings of a recipe:\n\n"
     for message in dict.fromkeys(REFUSED.values()):
         names = [f"`{name}`" for name, said in REFUSED.items() if said == message]
         yield f"- {', '.join(names)}: {message}.\n"

@@ -128,11 +128,13 @@ def _what_was_meant(prefix: Path, part: str | int) -> str:
     name = str(part)
     parent = find(prefix) if prefix else None
     if parent is not None and parent.is_list and parent.section is not None:
-        return f"is no setting: {parent.key} is a list; write {dotted(prefix)}.0.{name}, or a list with dashes"
+        return f"is not a setting: {parent.key} is a list; write {dotted(prefix)}.0.{name}, or a list with dashes"
     if parent is not None and parent.section is None:
-        return f"is no setting: {parent.key} takes a value and has no keys below it"
+        return f"is not a setting: {parent.key} takes a value and has no keys below it"
     if isinstance(part, int):
-        return f"is no setting: {dotted(prefix) or 'a recipe'} is no list; write its keys: {_some(children(prefix))}"
+        return (
+            f"is not a setting: {dotted(prefix) or 'a recipe'} is not a list; write its keys: {_some(children(prefix))}"
+        )
     if name in REFUSED:
         return REFUSED[name]
     elsewhere = [s for s in settings().values() if s.name == name]
@@ -142,22 +144,22 @@ def _what_was_meant(prefix: Path, part: str | int) -> str:
         meanings = " or ".join(f"{s.key} ({_first_clause(s.description)})" for s in elsewhere)
         return f"could mean {meanings}; write the one that is meant"
     if elsewhere:
-        return f"is no setting here: this key belongs at {elsewhere[0].key}"
+        return f"is not a setting here: this key belongs at {elsewhere[0].key}"
     if name in ALIASES:
-        return f"is no setting here: it is read as {ALIASES[name].key}, which is in another section; write it there"
+        return f"is not a setting here: it is read as {ALIASES[name].key}, which is in another section; write it there"
     if "." in name and find(tuple(name.split("."))) is not None:
         *sections, leaf = name.split(".")
         nested = "".join(f"{section}: {{" for section in sections) + f"{leaf}: …" + "}" * len(sections)
-        return f"is no setting: in a file, sections are nested; write {nested}"
+        return f"is not a setting: in a file, sections are nested; write {nested}"
     siblings = children(prefix)
     near = _nearest(name, [*siblings, *(() if prefix else ALIASES)])
     if near is not None:
-        return f"is no setting; did you mean {dotted((*prefix, near))}?"
+        return f"is not a setting; did you mean {dotted((*prefix, near))}?"
     near = _nearest(name, [s.name for s in settings().values()])
     if near is not None:
         meant = next(s.key for s in settings().values() if s.name == near)
-        return f"is no setting; did you mean {meant}?"
-    return f"is no setting; {dotted(prefix) if prefix else 'a recipe'} knows {_some(siblings)}"
+        return f"is not a setting; did you mean {meant}?"
+    return f"is not a setting; {dotted(prefix) if prefix else 'a recipe'} knows {_some(siblings)}"
 
 
 def _first_clause(description: str) -> str:

@@ -89,12 +89,12 @@ def parse_rule(name: RuleName, text: str) -> Rule:
     """Read one rule.
 
     Raises:
-        ValueError: If the text is no rule, or one that would ask for a worse model.
+        ValueError: If the text is not a rule, or one that would ask for a worse model.
     """
     kind = RULES[name]
     match = _RULE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no rule; write for example {kind.example!r}")
+        raise ValueError(f"{text!r} is not a rule; write for example {kind.example!r}")
     better = match["operator"][0] == "<"
     if better != (kind.better == "lower"):
         fix = text.strip().translate(str.maketrans("<>", "><"))

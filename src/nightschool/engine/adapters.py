@@ -79,7 +79,7 @@ class AdapterTable:
         """Take an adapter in; returns its number.
 
         Raises:
-            NeedsMerging: If one of its layers is no linear layer of this model or has another shape. Nothing was changed.
+            NeedsMerging: If one of its layers is not a linear layer of this model or has another shape. Nothing was changed.
         """
         for path, (down, up) in weights.factors.items():
             layer = self._layer(path)

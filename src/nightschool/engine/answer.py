@@ -14,7 +14,7 @@ class Answer:
     Args:
         request: What is answered.
         vocabulary: Of the model.
-        stop_ids: Tokens that end an answer and are no part of it.
+        stop_ids: Tokens that end an answer and are not part of it.
     """
 
     def __init__(self, request: GenerationRequest, vocabulary: Vocabulary, stop_ids: Collection[int]) -> None:

@@ -82,7 +82,7 @@ def choose(logits_sv: Tensor, rows: Sequence[RowSampling]) -> list[Choice]:
         return [Choice(token_id, math.isfinite(value)) for token_id, value in _likeliest(logits_sv)]
     logits_sv = logits_sv.float()
     finite_s = logits_sv.amax(dim=-1).isfinite()
-    # Rows that are no numbers fail anyway; zeros keep them from failing the others with them.
+    # Rows that are not numbers fail anyway; zeros keep them from failing the others with them.
     logits_sv = torch.where(finite_s[:, None], logits_sv, 0.0)
     adjusted_sv = logits_sv
     if any(row.params.has_penalties for row in rows):
@@ -104,7 +104,7 @@ def choose(logits_sv: Tensor, rows: Sequence[RowSampling]) -> list[Choice]:
             params = [rows[place].params for place in members]
             temperatures = [max(p.temperature, _LOWEST_TEMPERATURE) for p in params]
             scaled_sv = adjusted_sv.index_select(0, index)
-            # Divided after the likeliest became 0, no temperature makes two infinities, whose difference is no number.
+            # Divided after the likeliest became 0, no temperature makes two infinities, whose difference is not a number.
             scaled_sv = (scaled_sv - scaled_sv.amax(dim=-1, keepdim=True)) / _column(temperatures, logits_sv.device)
             pick = _sample_restricted if restricted else _sample_all
             token_ids_s[index] = pick(scaled_sv, params, draws)

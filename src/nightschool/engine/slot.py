@@ -215,7 +215,7 @@ class _Swap:
             version = Registry(self._home).resolve(ref)
             if version.name != self._name:
                 raise Conflict(
-                    f"{version.ref} is no version of {self._name!r}, which this slot serves. Name one that is."
+                    f"{version.ref} is not a version of {self._name!r}, which this slot serves. Name one that is."
                 )
             return version
 

@@ -78,7 +78,7 @@ def is_correct(answer: str, expected: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The normalised words of a text. In `The answer is A.` the last word is no article."""
+    """The normalised words of a text. In `The answer is A.` the last word is not an article."""
     tokens = _tokens(text)
     following = [*tokens[1:], ""][: len(tokens)]
     found = [_word(token) for token, after in zip(tokens, following, strict=True) if not _is_article(token, after)]

@@ -19,7 +19,7 @@ from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
 from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_gate, run_training
-from nightschool.jobs.outcome import CycleContext, CycleResult, Outcome, Trigger
+from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, wait_for_stranger
 from nightschool.jobs.starting_weights import champion_of, starting_weights
 from nightschool.store.home import Home
@@ -31,7 +31,7 @@ from nightschool.work.stop import Stop
 
 
 @dataclass(frozen=True)
-class CheckpointContext:
+class CycleContext:
     """Where a cycle runs and who watches it.
 
     `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
@@ -68,7 +68,7 @@ def run_cycle(
     trigger: Trigger,
     root: Path,
     previous: PreviousCycle | None = None,
-    around: CheckpointContext | None = None,
+    around: CycleContext | None = None,
 ) -> CycleResult:
     """Do one whole cycle and return how it ended.
 
@@ -84,7 +84,7 @@ def run_cycle(
         Locked: If another process is at a cycle of this name.
         NightschoolError: If the data or the starting weights cannot be read; no run was created.
     """
-    around = around or CheckpointContext()
+    around = around or CycleContext()
     with around.stop, lock(cycle_lock_path(home, recipe.name), f"a cycle of {recipe.name}"):
         begun = begin_cycle(home, recipe, trigger=trigger, root=root, previous=previous, around=around)
         return begun if isinstance(begun, CycleResult) else _finish(home, begun, None, around)
@@ -95,7 +95,7 @@ def continue_cycle(
     run_id: str,
     *,
     resume: str | None = "latest",
-    around: CheckpointContext | None = None,
+    around: CycleContext | None = None,
     held_lock: int | None = None,
 ) -> CycleResult:
     """Go on with a cycle that was interrupted, from where it stopped: training, gate or promotion.
@@ -107,7 +107,7 @@ def continue_cycle(
         NotFound: If there is no such run, or no cycle began it.
         Locked: If another process is at a cycle of this name.
     """
-    around = around or CheckpointContext()
+    around = around or CycleContext()
     run = RunStore(home).get(run_id)
     path, what = cycle_lock_path(home, run.name), f"a cycle of {run.name}"
     with around.stop, lock(path, what) if held_lock is None else taken_over(held_lock):
@@ -121,10 +121,10 @@ def begin_cycle(
     trigger: Trigger,
     root: Path,
     previous: PreviousCycle | None = None,
-    around: CheckpointContext | None = None,
+    around: CycleContext | None = None,
 ) -> Run | CycleResult:
     """Decide whether there is something to study and create the run; trains nothing. The caller holds the lock."""
-    around = around or CheckpointContext()
+    around = around or CycleContext()
     name = recipe.name
     _refuse_beside_another(home, name)
     champion = champion_of(Registry(home), name)
@@ -145,7 +145,7 @@ def begin_cycle(
             )
     run = RunStore(home).create(wanted.as_plain(), name=name)
     write_selection(run.path, selection)
-    CycleContext(
+    CycleRecord(
         trigger=trigger,
         root=str(root.resolve()),
         recipe_base=recipe.base,
@@ -168,8 +168,8 @@ def _refuse_beside_another(home: Home, name: str) -> None:
             )
 
 
-def _finish(home: Home, run: Run, resume: str | None, around: CheckpointContext) -> CycleResult:
-    facts = CycleContext.read(run)
+def _finish(home: Home, run: Run, resume: str | None, around: CycleContext) -> CycleResult:
+    facts = CycleRecord.read(run)
     wanted = Recipe.model_validate(run.recipe()).serve.promote
     stage, candidate = "training", None
     try:
@@ -197,7 +197,7 @@ def _finish(home: Home, run: Run, resume: str | None, around: CheckpointContext)
         return _result(run, home, facts, "failed", f"{stage} failed: {error}", **more)
 
 
-def _result(run: Run, home: Home, facts: CycleContext, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
+def _result(run: Run, home: Home, facts: CycleRecord, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
     """End a cycle: its outcome is kept with the run, too."""
     champion = champion_of(Registry(home), run.name)
     if outcome in ("interrupted", "failed") and run.status.state == "queued":  # no process was there to say so
@@ -224,9 +224,7 @@ def _candidate(home: Home, run: Run) -> Version | None:
         return None
 
 
-def _train(
-    home: Home, run: Run, facts: CycleContext, resume: str | None, around: CheckpointContext
-) -> CycleResult | None:
+def _train(home: Home, run: Run, facts: CycleRecord, resume: str | None, around: CycleContext) -> CycleResult | None:
     """Train; None when all went well."""
     if run.status.find_process() is not None:
         around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
@@ -251,7 +249,7 @@ def _train(
     return _result(run, home, facts, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
 
 
-def _compare(home: Home, run: Run, facts: CycleContext, candidate: Version, around: CheckpointContext) -> Comparison:
+def _compare(home: Home, run: Run, facts: CycleRecord, candidate: Version, around: CycleContext) -> Comparison:
     """Compare the candidate with today's champion and return the gate's report."""
     registry = Registry(home)
     champion = champion_of(registry, run.name)
@@ -284,7 +282,7 @@ def _compare(home: Home, run: Run, facts: CycleContext, candidate: Version, arou
 
 
 def _decide(
-    home: Home, run: Run, facts: CycleContext, wanted: str, compared: Comparison, around: CheckpointContext
+    home: Home, run: Run, facts: CycleRecord, wanted: str, compared: Comparison, around: CycleContext
 ) -> CycleResult:
     """Move the champion if `serve.promote` and the report let it."""
     registry, ref = Registry(home), compared.candidate.ref
@@ -327,7 +325,7 @@ def _is_half_promoted(home: Home, run: Run, candidate: Version) -> bool:
 
 
 def _complete_promotion(
-    home: Home, run: Run, facts: CycleContext, candidate: Version, around: CheckpointContext
+    home: Home, run: Run, facts: CycleRecord, candidate: Version, around: CycleContext
 ) -> CycleResult:
     """Do what was left to do after the champion had moved."""
     settle(home, run.name)

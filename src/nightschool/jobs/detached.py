@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from nightschool.errors import Interrupted, NightschoolError
-from nightschool.jobs.cycle import CheckpointContext, continue_cycle
+from nightschool.jobs.cycle import CycleContext, continue_cycle
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.units import printable
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     home = Home(given.home)
     try:
         result = continue_cycle(
-            home, given.run, resume=given.resume, around=CheckpointContext(on_news=print), held_lock=given.lock
+            home, given.run, resume=given.resume, around=CycleContext(on_news=print), held_lock=given.lock
         )
     except NightschoolError as error:
         _never_began(home, given.run, error)

@@ -63,7 +63,7 @@ class CycleResult:
 
 
 @dataclass(frozen=True)
-class CycleContext:
+class CycleRecord:
     """What one stage of a cycle leaves for the next, in `cycle.json`."""
 
     trigger: str
@@ -78,7 +78,7 @@ class CycleContext:
         return run.path / "cycle.json"
 
     @classmethod
-    def read(cls, run: Run) -> CycleContext:
+    def read(cls, run: Run) -> CycleRecord:
         """The facts of a run that a cycle created.
 
         Raises:
@@ -105,5 +105,5 @@ def verdict_of(run: Run) -> CycleResult | None:
         ends[-1]["detail"],
         run_id=run.id,
         candidate=run.status.candidate,
-        data_fingerprint=CycleContext.read(run).data_fingerprint,
+        data_fingerprint=CycleRecord.read(run).data_fingerprint,
     )

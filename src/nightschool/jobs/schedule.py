@@ -38,13 +38,13 @@ class Timetable:
             CronSim(self.cron, datetime(2000, 1, 1, tzinfo=UTC))
         except CronSimError as error:
             raise UsageError(
-                f"schedule.cron {self.cron!r} is no cron expression ({error}). Write five fields, such as '0 3 * * *'."
+                f"schedule.cron {self.cron!r} is not a cron expression ({error}). Write five fields, such as '0 3 * * *'."
             ) from None
         try:
             ZoneInfo(self.timezone)
         except (ZoneInfoNotFoundError, ValueError):
             raise UsageError(
-                f"schedule.timezone {self.timezone!r} is no time zone. Write a name such as UTC or Europe/Paris."
+                f"schedule.timezone {self.timezone!r} is not a time zone. Write a name such as UTC or Europe/Paris."
             ) from None
 
     @classmethod

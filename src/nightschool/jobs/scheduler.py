@@ -17,8 +17,8 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.feedback.selection import PreviousCycle
-from nightschool.jobs.cycle import CheckpointContext, continue_cycle, run_cycle
-from nightschool.jobs.outcome import CycleContext, CycleResult, Trigger, verdict_of
+from nightschool.jobs.cycle import CycleContext, continue_cycle, run_cycle
+from nightschool.jobs.outcome import CycleRecord, CycleResult, Trigger, verdict_of
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.store.atomic import FULL
 from nightschool.store.home import Home
@@ -70,14 +70,14 @@ class RunCycle(Protocol):
         trigger: Trigger,
         root: Path,
         previous: PreviousCycle | None = None,
-        around: CheckpointContext | None = None,
+        around: CycleContext | None = None,
     ) -> CycleResult: ...
 
 
 class ContinueCycle(Protocol):
     """`nightschool.jobs.cycle.continue_cycle`."""
 
-    def __call__(self, home: Home, run_id: str, *, around: CheckpointContext | None = None) -> CycleResult: ...
+    def __call__(self, home: Home, run_id: str, *, around: CycleContext | None = None) -> CycleResult: ...
 
 
 @dataclass(frozen=True)
@@ -321,8 +321,8 @@ class Scheduler:
         self._say(line)
         return result
 
-    def _around(self) -> CheckpointContext:
-        return CheckpointContext(on_line=self._say, on_news=self._say, stop=self._stop, machine="shared")
+    def _around(self) -> CycleContext:
+        return CycleContext(on_line=self._say, on_news=self._say, stop=self._stop, machine="shared")
 
     def _skip(self, night: DueCycle, detail: str) -> None:
         cycle = self._begin(night)
@@ -350,7 +350,7 @@ class Scheduler:
         if newest is None or verdict is not None or newest.status.state == "cancelled":
             return None
         try:
-            trigger = CycleContext.read(newest).trigger
+            trigger = CycleRecord.read(newest).trigger
         except NotFound:
             return None
         # Training that somebody began by hand and stopped is theirs to resume; a finished candidate is examined.

@@ -6,7 +6,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import NotFound
 from nightschool.feedback.selection import DATA_PLANS
 from nightschool.jobs.launch import OnLine
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.atomic import read_json
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
@@ -79,6 +79,6 @@ def _recipe_base(home: Home, version: Version) -> str | None:
     if version.facts.run_id is None:
         return None
     try:
-        return CycleContext.read(RunStore(home).get(version.facts.run_id)).recipe_base
+        return CycleRecord.read(RunStore(home).get(version.facts.run_id)).recipe_base
     except NotFound:
         return None

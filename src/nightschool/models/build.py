@@ -103,7 +103,7 @@ def build_config(
     unknown = [name for name in shape or {} if name not in type(config)().to_dict()]
     if unknown:
         raise ModelError(
-            f"shape: {', '.join(unknown)} is no field of a {config.model_type} model. "
+            f"shape: {', '.join(unknown)} is not a field of a {config.model_type} model. "
             "Write one of its configuration, such as num_hidden_layers."
         )
     return config

@@ -58,7 +58,7 @@ def inspect_folder(folder: Path, ref: str) -> FolderInfo:
         Damaged: If a file is truncated or missing.
     """
     if not folder.is_dir():
-        raise NotFound(f"The base {ref!r} is not there: {folder} is no folder. Name a folder with a config.json.")
+        raise NotFound(f"The base {ref!r} is not there: {folder} is not a folder. Name a folder with a config.json.")
     config = read_json(folder / "config.json", ref)
     model_type, architecture = _causal_architecture(config, ref)
     tensors = tuple(_tensors(folder, ref))
@@ -103,7 +103,7 @@ def _causal_architecture(config: dict[str, Any], ref: str) -> tuple[str, str | N
         what = named or model_type
         wanted = f" ({', '.join(sorted(known))} would be one)" if known else ""
         raise ModelError(
-            f"The base {ref!r} is a {what}, which is no causal language model{wanted}. Take a base that generates text."
+            f"The base {ref!r} is a {what}, which is not a causal language model{wanted}. Take a base that generates text."
         )
     return model_type, named
 

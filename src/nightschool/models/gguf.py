@@ -47,7 +47,7 @@ def unpacked(path: Path, home: Home) -> Path:
 
     Raises:
         NotFound: If there is no such file.
-        ModelError: If it is no causal language model that transformers reads back, or the package gguf is missing.
+        ModelError: If it is not a causal language model that transformers reads back, or the package gguf is missing.
         Damaged: If it is cut, or holds other tensors than its configuration takes.
         DiskFull: If there is no room. Nothing half-made is ever left under the name.
     """
@@ -115,7 +115,7 @@ def _config_of(header: GgufHeader) -> PretrainedConfig:
         ) from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
-            f"{path} holds a {config.model_type}, which is no causal language model. Take a base that generates text."
+            f"{path} holds a {config.model_type}, which is not a causal language model. Take a base that generates text."
         )
     fields = config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):

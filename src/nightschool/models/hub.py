@@ -26,7 +26,7 @@ def fetch_from_hub(ref: str) -> Path:
             folder = snapshot_download(ref, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=offline)
         except HFValidationError:
             raise NotFound(
-                f"The base {ref!r} is no name of the registry, no folder and no possible hub id. "
+                f"The base {ref!r} is not a name of the registry, a folder or a possible hub id. "
                 "Write owner/model, ./folder, name@version or new:<preset>."
             ) from None
         except HfHubHTTPError as error:
@@ -37,7 +37,7 @@ def fetch_from_hub(ref: str) -> Path:
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             why = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({type(error).__name__})"
             raise NotFound(
-                f"The base {ref!r} is no name of the registry and not on this machine, and {why}. Go online once, copy the model's folder here and "
+                f"The base {ref!r} is not a name of the registry and not on this machine, and {why}. Go online once, copy the model's folder here and "
                 "write its path, or start with new:tiny."
             ) from None
     if not (Path(folder) / "config.json").is_file():

@@ -106,7 +106,7 @@ def load_base(
 
     Raises:
         NotFound: If nothing of that name is here; the message says what to do.
-        ModelError: If it is no causal language model, or its vocabulary is smaller than its tokenizer.
+        ModelError: If it is not a causal language model, or its vocabulary is smaller than its tokenizer.
         Damaged: If a file is broken, or a tensor is missing, unexpected or of the wrong shape.
     """
     if ref.startswith("new:"):

@@ -34,7 +34,7 @@ def stored_weights(ref: str, home: Home, root: Path | None = None) -> StoredWeig
 
     Raises:
         NotFound: If nothing of that name is here.
-        ModelError, Damaged: If it is no causal language model, or a file is broken.
+        ModelError, Damaged: If it is not a causal language model, or a file is broken.
     """
     return _inspect(locate(ref, home, root), home)
 

@@ -53,7 +53,7 @@ def parse_url(url: str) -> Address:
     scheme = _SPELLINGS.get(parts.scheme, parts.scheme)
     if scheme not in SCHEMES:
         raise UsageError(
-            f"{url!r} is no address of an object store. Write gs://bucket/folder, s3://bucket/folder, "
+            f"{url!r} is not an address of an object store. Write gs://bucket/folder, s3://bucket/folder, "
             f"az://container/folder, hf://owner/repository or file:///folder."
         )
     if parts.query or parts.fragment or parts.username or parts.password:

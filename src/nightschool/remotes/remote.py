@@ -99,7 +99,7 @@ class Remote:
             return self.store.put_file(self._whole(key), source, transfer)
 
     def put_if_absent(self, key: str, content: bytes) -> str:
-        """Store a small object that nobody has stored before; the same content again is no mistake.
+        """Store a small object that nobody has stored before; the same content again is not a mistake.
 
         Raises:
             Conflict: If the key holds something else.

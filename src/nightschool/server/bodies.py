@@ -26,7 +26,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# JSON's own types and nothing that could be turned into them: true is no number, and "5" is none either.
+# JSON's own types and nothing that could be turned into them: true is not a number, and "5" is none either.
 Integer = Annotated[int, BeforeValidator(_whole), Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]

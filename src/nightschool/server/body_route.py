@@ -69,7 +69,7 @@ def parse_body(model: type[BaseModel], body: bytes) -> BaseModel:
         value = pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise RequestValidationError(
-            [{"type": "json_invalid", "loc": ("body",), "msg": f"The body is no valid JSON: {error}."}]
+            [{"type": "json_invalid", "loc": ("body",), "msg": f"The body is not valid JSON: {error}."}]
         ) from None
     try:
         return model.model_validate(value)

@@ -140,7 +140,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     messages = {
         404: f"There is no {request.url.path} here. See /openapi.json for what there is.",
         405: f"{request.method} is not allowed on {request.url.path}. See /openapi.json for what is.",
-        400: "The body is no valid JSON in UTF-8. Send a JSON object.",
+        400: "The body is not valid JSON in UTF-8. Send a JSON object.",
     }
     message = messages.get(error.status_code, str(error.detail) or phrase)
     code = codes.get(error.status_code, phrase.lower().replace(" ", "_"))

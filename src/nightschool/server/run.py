@@ -105,7 +105,9 @@ def listening(settings: ServerSettings) -> Iterator[socket.socket]:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise UsageError(f"The host {host!r} is no address ({error.strerror}). Choose another with --host.") from None
+        raise UsageError(
+            f"The host {host!r} is not an address ({error.strerror}). Choose another with --host."
+        ) from None
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -123,7 +123,7 @@ def write_book(path: Path, book: AliasState) -> None:
 
 def _checked(version: str) -> str:
     if not is_stamp(version):
-        raise ValueError(f"{version!r} is no version id")
+        raise ValueError(f"{version!r} is not a version id")
     return version
 
 

@@ -87,7 +87,7 @@ def checkpoint_path(run: Run, epoch: int, step: int, num_files: int) -> Path:
 
 
 def parse_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path` going by its name, or None if this is no name of one."""
+    """The checkpoint at `path` going by its name, or None if this is not a name of one."""
     match = _NAME.fullmatch(path.name)
     return Checkpoint(path, *(int(part) for part in match.groups())) if match else None
 

@@ -59,7 +59,7 @@ class Database:
         Raises:
             Locked: If another writer keeps the database for more than 30 s.
             DiskFull: If there is no room.
-            Damaged: If the file is no database, or was altered.
+            Damaged: If the file is not a database, or was altered.
         """
         if not self.writes:
             raise RuntimeError("this database was opened to look at")
@@ -200,7 +200,7 @@ def _database_url(home: Home, env: Mapping[str, str]) -> URL:
         url = make_url("postgresql" + value.removeprefix("postgres") if value.startswith("postgres:") else value)
     except ArgumentError:
         raise UsageError(
-            f"{URL_VARIABLE} is no database address. Write postgresql://user:password@host/database."
+            f"{URL_VARIABLE} is not a database address. Write postgresql://user:password@host/database."
         ) from None
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise UsageError(

@@ -183,7 +183,7 @@ def parse_ref(text: str) -> Ref:
     """`name` (its champion), `name@alias` or `name@version`, of the default tenant, or with `tenant/` before it.
 
     Raises:
-        NameRefused: If a part of it is no name, alias or version id.
+        NameRefused: If a part of it is not a name, alias or version id.
     """
     name, at, pointer = text.partition("@")
     name = check_full_name(name)

@@ -260,7 +260,7 @@ class Registry:
             self._refuse_gone(found)
             self._refuse_used(found, edit.book)
             edit.book = dataclasses.replace(edit.book, removed=(*edit.book.removed, found.id))
-            # The tombstone first: after a crash in between, the folder is no version any more, and is swept. On a
+            # The tombstone first: after a crash in between, the folder is not a version any more, and is swept. On a
             # full disk it is written afterwards, because removing is how room is made.
             with suppress(DiskFull):
                 edit.save()

@@ -191,13 +191,13 @@ def key_of(name: str) -> dict[str, str]:
     """The values of the columns `tenant` and `name` for `tenant/name` or `name`.
 
     Raises:
-        NameRefused: If it is no name.
+        NameRefused: If it is not a name.
     """
     tenant, bare = split_name(name)
     return {"tenant": tenant, "name": bare}
 
 
 def is_name_in(table: sa.Table, name: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
-    """The conditions under which a row is of `tenant/name` or `name`. Raises NameRefused if it is no name."""
+    """The conditions under which a row is of `tenant/name` or `name`. Raises NameRefused if it is not a name."""
     tenant, bare = split_name(name)
     return table.c.tenant == tenant, table.c.name == bare

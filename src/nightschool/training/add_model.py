@@ -63,7 +63,7 @@ def add_model(home: Home, name: str, source: str, *, by: str, root: Path | None 
     name = check_full_name(name)
     if source.startswith("new:") or "@" in source:
         raise UsageError(
-            f"{source!r} is no model to add: a folder, a GGUF file or a hub id is. nightschool train makes models from "
+            f"{source!r} is not a model to add: a folder, a GGUF file or a hub id is. nightschool train makes models from "
             "new:<preset>, and a version is in the registry already."
         )
     registry = Registry(home)

@@ -58,7 +58,7 @@ def unpack_archive(archive: Path, folder: Path) -> str:
                 for member in packed:
                     num_files += 1
                     if num_files > _MOST_FILES:
-                        raise Damaged(f"{archive.name} holds more than {_MOST_FILES} files. It is no checkpoint.")
+                        raise Damaged(f"{archive.name} holds more than {_MOST_FILES} files. It is not a checkpoint.")
                     parts = _checked(archive, member)
                     names.add(parts[0])
                     if len(names) > 1:
@@ -69,7 +69,7 @@ def unpack_archive(archive: Path, folder: Path) -> str:
                     if not member.isfile():
                         continue
                     if len(parts) == 1:
-                        raise Damaged(f"{archive.name} holds {member.name!r} outside a folder. It is no checkpoint.")
+                        raise Damaged(f"{archive.name} holds {member.name!r} outside a folder. It is not a checkpoint.")
                     target = path_below(folder, "/".join(parts[1:]))
                     make_folder(target.parent)
                     source = packed.extractfile(member)

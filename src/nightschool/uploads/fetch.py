@@ -70,7 +70,7 @@ def locate(url: str, name: str = "latest") -> Located:
     bare = name.removesuffix(ARCHIVE).rpartition("/")[2]
     if parse_checkpoint(Path(bare)) is None:
         raise NotFound(
-            f"{name!r} is no name of a checkpoint, which reads checkpoint-epoch…-step…-files…. "
+            f"{name!r} is not a name of a checkpoint, which reads checkpoint-epoch…-step…-files…. "
             f"List what is in {url}: nightschool uploads ls --at {url}."
         )
     found = [one for one in ls_remote(remote) if name in (one.name, one.key, one.key.removesuffix(ARCHIVE))]

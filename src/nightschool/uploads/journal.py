@@ -110,7 +110,9 @@ class Journal:
         check_key(run_id)
         point = parse_checkpoint(checkpoint)
         if point is None:
-            raise NotFound(f"{checkpoint} is no checkpoint: its name is not checkpoint-epoch…-step…-files…. Name one.")
+            raise NotFound(
+                f"{checkpoint} is not a checkpoint: checkpoints are called checkpoint-epoch…-step…-files…. Name one."
+            )
         manifest = read_manifest(checkpoint)
         digest = digest_of(checkpoint)
         names = sorted(manifest.files, key=_urgency)

@@ -83,7 +83,7 @@ def _parse(where: str, content: bytes) -> Pointer:
         return pointer
     except (ValueError, TypeError, KeyError, AttributeError, NameRefused) as error:
         raise Damaged(
-            f"{where} is no pointer to a checkpoint ({error}). Remove it, or name the checkpoint that you want."
+            f"{where} is not a pointer to a checkpoint ({error}). Remove it, or name the checkpoint that you want."
         ) from error
 
 

@@ -94,7 +94,7 @@ class ServerBackend:
     def __init__(self, url: str, model: str | None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         if urllib.parse.urlsplit(self._url).scheme not in ("http", "https"):
-            raise UsageError(f"--url {url!r} is no address of a server. Write http://127.0.0.1:8001.")
+            raise UsageError(f"--url {url!r} is not an address of a server. Write http://127.0.0.1:8001.")
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:

@@ -209,7 +209,7 @@ def _milestones(run: Run, wanted: str | None) -> Every | None:
     """Which checkpoints stay for ever.
 
     Raises:
-        UsageError: If `wanted` is no rhythm of steps or epochs.
+        UsageError: If `wanted` is not a rhythm of steps or epochs.
     """
     if wanted is None:
         kept = ((run.recipe().get("checkpoints") or {}).get("keep") or {}).get("every")

@@ -11,7 +11,7 @@ from nightschool.cli.output import answer
 from nightschool.cli.recipes import read_recipe
 from nightschool.errors import NightschoolError, NotFound
 from nightschool.jobs.cycle import begin_cycle, cycle_lock_path
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
@@ -34,7 +34,7 @@ def export(checkpoint: str, folder: Path, /, *, layout: Literal["huggingface", "
     run, point = find_checkpoint(home, checkpoint)
     target = folder.absolute()
     try:
-        root = Path(CycleContext.read(run).root)
+        root = Path(CycleRecord.read(run).root)
     except NotFound:  # begun without a cycle: its paths begin here
         root = Path.cwd()
     data: dict[str, Any] = {"run_id": run.id, "name": point.name, "path": str(target), "layout": layout}

@@ -7,7 +7,7 @@ from pathlib import Path
 from nightschool.cli.lookup import find_checkpoint, find_run
 from nightschool.cli.output import answer, note
 from nightschool.errors import NotFound, UsageError
-from nightschool.jobs.outcome import CycleContext
+from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.resume_check import FEWEST_STEPS, Verdict, check_resume
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
@@ -67,6 +67,6 @@ def _steps(after: int, last: int) -> str:
 def _root_of(run: Run) -> Path:
     """Where relative paths of its recipe begin."""
     try:
-        return Path(CycleContext.read(run).root)
+        return Path(CycleRecord.read(run).root)
     except NotFound:  # begun without a cycle
         return Path.cwd()

@@ -50,7 +50,7 @@ def _threads(variables: dict[str, str]) -> list[str]:
     # A list gives the threads of each level of nesting.
     first = value.partition(",")[0].strip()
     if not first.isdecimal() or int(first) < 1:
-        return [f"OMP_NUM_THREADS={value} is no number of threads: unset it, or write 1 to {cores}."]
+        return [f"OMP_NUM_THREADS={value} is not a number of threads: unset it, or write 1 to {cores}."]
     if int(first) > cores:
         return [f"OMP_NUM_THREADS={value} is more than the {cores} cores here: lower it, or unset it."]
     return []

@@ -108,7 +108,9 @@ def _opened(path: Path) -> zipfile.ZipFile:
     except FileNotFoundError:
         raise NotFound(f"There is no shard {path}. Restore it from a copy, or tokenize again.") from None
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} is no whole NPZ file ({error}). Restore it from a copy, or tokenize again.") from None
+        raise DataError(
+            f"{path} is not a whole NPZ file ({error}). Restore it from a copy, or tokenize again."
+        ) from None
 
 
 def _header(file: IO[bytes], path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -120,7 +122,7 @@ def _header(file: IO[bytes], path: Path, name: str) -> tuple[tuple[int, ...], np
     except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
         raise DataError(f"The array {name} of {path} cannot be read ({error}). Tokenize again.") from None
     if dtype.hasobject or fortran_order:
-        raise DataError(f"The array {name} of {path} is no plain array in C order. Tokenize again.")
+        raise DataError(f"The array {name} of {path} is not a plain array in C order. Tokenize again.")
     if name in ID_FIELDS and (dtype.kind not in "iu" or not 1 <= len(shape) <= 3):
         raise DataError(
             f"The array {name} of {path} has the type {dtype} and {len(shape)} dimensions; token ids are whole numbers "

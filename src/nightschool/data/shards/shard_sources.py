@@ -61,7 +61,7 @@ def open_shards(
 
     Raises:
         NotFound: If nothing is there.
-        DataError: If a file is no shard.
+        DataError: If a file is not a shard.
         Damaged: If a file is not the one that the index describes.
     """
     if is_url(place):
@@ -123,7 +123,7 @@ def _files(path: Path, place: str, root: Path) -> list[Path]:
     strange = [one.name for one in found if one.suffix != SHARD_ENDING]
     if strange:
         raise DataError(
-            f"data.0.path: {strange[0]} is no token shard ({SHARD_ENDING}), and method: pretrain learns from shards. "
+            f"data.0.path: {strange[0]} is not a token shard ({SHARD_ENDING}), and method: pretrain learns from shards. "
             "Make some with `nightschool data tokenize FILES --out shards/`, or write method: full."
         )
     return found

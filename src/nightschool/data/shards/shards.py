@@ -111,7 +111,7 @@ def read_index(path: Path) -> ShardIndex:
 
     Raises:
         NotFound: If there is none.
-        Damaged: If it is no shard index.
+        Damaged: If it is not a shard index.
     """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
@@ -276,7 +276,7 @@ def index_folder(
     `keep` writes the conversions of those that cannot be mapped into `cache`.
 
     Raises:
-        DataError: If a file is no shard, or they were written by different tokenizers.
+        DataError: If a file is not a shard, or they were written by different tokenizers.
     """
     shards, fingerprints = [], {}
     for path in files:

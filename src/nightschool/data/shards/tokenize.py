@@ -104,12 +104,12 @@ def tokenize(
     Raises:
         Conflict: If `out` holds shards of other files, of another tokenizer, or of other sizes.
         DataError: If a file cannot be read, or holds what is no text.
-        UsageError: If the tokenizer is no fast one, or has no token that ends a text.
+        UsageError: If the tokenizer is not a fast one, or has no token that ends a text.
         DiskFull: If there is no room; the shards that were written stay, and the same call goes on with them.
         Locked: If another process writes to `out`.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer. Take one that has a tokenizer.json.")
+        raise UsageError(f"{type(tokenizer).__name__} is not a fast tokenizer. Take one that has a tokenizer.json.")
     eos = end_of_text_id(tokenizer)
     with lock(out / LOCK, f"the shards in {out}"):
         return _tokenize(files, out, tokenizer, eos, row_tokens, shard_tokens, on_shard)
@@ -171,7 +171,7 @@ def train_tokenizer(files: Sequence[Path], spec: str) -> PreTrainedTokenizerFast
     """The tokenizer that `train:bpe-SIZE` means, trained on the files.
 
     Raises:
-        UsageError: If the size is no number, or too small.
+        UsageError: If the size is not a number, or too small.
     """
     size = spec.removeprefix(TRAIN_PREFIX)
     if not (size.isascii() and size.isdigit()):

@@ -208,7 +208,7 @@ def _turn(turn: Any, at: str) -> Message:
 def _part(part: Any, at: str) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
     if not isinstance(text, str):
-        raise _Wrong(f'\'{at}\' is no part with a text. Only parts {{"type": "text", "text": …}} can be learned.')
+        raise _Wrong(f'\'{at}\' is not a part with a text. Only parts {{"type": "text", "text": …}} can be learned.')
     return text
 
 

@@ -104,4 +104,4 @@ def _not_utf8(source: str, line: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _binary(source: str, line: int) -> DataError:
-    return DataError(f"{source}:{line}: a zero byte, so this is no text but binary data. Give a text file.")
+    return DataError(f"{source}:{line}: a zero byte, so this is not text but binary data. Give a text file.")

@@ -172,7 +172,7 @@ def _no_entry(what: str) -> Refusal:
 
 
 def _host_of(origin: str) -> str | None:
-    """Host and port of an Origin header; None if it has none, or is no address at all."""
+    """Host and port of an Origin header; None if it has none, or is not an address at all."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:

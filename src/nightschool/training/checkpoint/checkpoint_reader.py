@@ -34,7 +34,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """`files` are in the order of ranks.
 
         Raises:
-            Damaged: If one of them is no whole safetensors file.
+            Damaged: If one of them is not a whole safetensors file.
         """
         self._folder = folder
         self._parts: dict[str, list[tuple[str, Any]]] = {}
@@ -43,7 +43,7 @@ class StoredTensors(Mapping[str, Tensor]):
                 opened: Any = safe_open(folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise _unreadable(folder / file, error) from error
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                 self._parts.setdefault(name, []).append((file, opened))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -96,7 +96,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        Damaged: If it is no whole safetensors file.
+        Damaged: If it is not a whole safetensors file.
     """
     try:
         return load_file(path)

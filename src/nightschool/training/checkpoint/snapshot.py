@@ -134,7 +134,7 @@ class Snapshot:
 
     @torch.no_grad()
     def _copy_file(self, file: TensorFile, sources: dict[str, TensorSource], offset: int, moves: _Moves) -> None:
-        """Copy the header, and what is no plain run of bytes on the host; leave the rest to `moves`."""
+        """Copy the header, and what is not a plain run of bytes on the host; leave the rest to `moves`."""
         assert self._flat is not None
         with memoryview(self._memory.view) as view:
             view[offset : offset + len(file.header)] = file.header

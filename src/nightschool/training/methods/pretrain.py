@@ -393,7 +393,7 @@ def _refuse_short_context(loaded: LoadedModel, seq_len: int) -> None:
 
 
 def _perplexity(loss: float) -> float | None:
-    """E to the loss; None where that is no number any more."""
+    """E to the loss; None where that is not a number any more."""
     return math.exp(loss) if loss < 500 else None
 
 
