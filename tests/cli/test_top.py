@@ -185,6 +185,36 @@ def test_the_application_shows_the_runs_and_follows_the_cursor(home, running):
     asyncio.run(use())
 
 
+OSC_52 = "\x1b]52;c;ZXZpbA==\x07"
+
+
+def test_no_escape_of_a_run_reaches_the_terminal(home, capsys, monkeypatch):
+    """Errors of templates and uploads, and what a model says, end in the log and the status of a run."""
+    run = make_run(home, state="failed", error=f"template{OSC_52}")
+    run.log_path.write_text(f"upload refused{OSC_52}\n")
+    monkeypatch.setattr(top_module, "time", SimpleNamespace(sleep=_interrupt))
+    for words in (["top", "--logs"], ["top", "--once", "--logs"], ["runs", "logs"]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert "\x1b]" not in out
+        assert "upload refused\\x1b]52;c;ZXZpbA==\\x07" in out
+        assert words[0] == "runs" or "template\\x1b]52" in out
+    app = TopApp(Monitor(home), None, refresh_seconds=0.05, logs=True)
+
+    async def use():
+        async with app.run_test(size=(110, 40)) as pilot:
+            await _until(pilot, lambda: "template\\x1b]52" in _texts(app)["run"])
+            assert "upload refused\\x1b]52" in _texts(app)["log"]
+            assert "\x1b" not in "".join(_texts(app).values())
+            await pilot.press("q")
+
+    asyncio.run(use())
+
+
+def _interrupt(_seconds):
+    raise KeyboardInterrupt
+
+
 def test_the_application_waits_for_the_first_run(home):
     app = TopApp(Monitor(home), None, refresh_seconds=0.05, logs=True)
 

@@ -173,6 +173,9 @@ def test_a_folder_a_data_file_and_a_secret_file_are_no_recipes(tmp_path):
     large.write_bytes(b"[" + b'"x",' * 300_000)
     with pytest.raises(RecipeError, match=r"larger than 1000000 bytes.*data\.0\.path="):
         load_recipe(large, env={})
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RecipeError, match=r"pipe\.yaml: is no regular file, but a pipe"):
+        load_recipe(tmp_path / "pipe.yaml", env={})
     if os.geteuid() != 0:  # root reads everything
         secret = tmp_path / "secret.yaml"
         secret.write_text(MINIMAL)

@@ -1,6 +1,7 @@
 """Shards of all kinds are read as one stream, and what is not a shard is refused by name."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -96,6 +97,12 @@ def test_what_is_no_shard_is_refused(tmp_path):
         open_tokens(save(tmp_path / "e.npz", input_ids=IDS, sequence_lengths=np.array([7, 1, 1, 1])), cache, "e")
     with pytest.raises(NotFound):
         open_tokens(tmp_path / "f.npz", cache, "f")
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(DataError, match="no regular file, so it is no shard"):
+        open_tokens(tmp_path / "a.npz", tmp_path / "cache", "a")
 
 
 def test_a_pickle_is_never_loaded(tmp_path):

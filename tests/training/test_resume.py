@@ -300,8 +300,9 @@ def test_random_state_comes_back_exactly():
 
 def resealed(folder, **changes):
     """Change state.json, and let the manifest agree."""
-    plain = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(plain | changes))
+    if changes:
+        plain = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(plain | changes))
     (folder / "manifest.json").unlink()
     write_manifest(folder)
     return folder
@@ -327,6 +328,23 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(saved, tmp_path):
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(Damaged, match="lies elsewhere"):
+        resume(saved, resealed(folder))
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.json"])
+def test_json_that_is_nested_too_deeply_is_damage(saved, tmp_path, name):
+    folder = copied(saved, tmp_path)
+    (folder / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(Damaged, match=rf"{name} is not JSON \(it is nested too deeply\)"):
+        resume(saved, resealed(folder))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_damage(saved, tmp_path, content):
+    folder = copied(saved, tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(Damaged, match=r"model\.safetensors\.index\.json"):
         resume(saved, resealed(folder))
 
 

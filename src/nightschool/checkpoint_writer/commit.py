@@ -25,7 +25,7 @@ from nightschool.store.atomic import publish_directory, write_text
 from nightschool.store.checkpoints import LATEST, Keep
 from nightschool.store.manifest import read_manifest, seal
 from nightschool.store.runs import Run
-from nightschool.units import Every, format_bytes
+from nightschool.units import Every, format_bytes, printable
 
 Contents = Callable[[], Iterator[tuple[str, Pieces]]]
 
@@ -180,7 +180,7 @@ def _tidy_up(run: Run, order: Order) -> tuple[list[str], str | None]:
 def say(text: str) -> None:
     """One line in the log of the run."""
     with suppress(OSError):  # the terminal may be gone
-        print(text, flush=True)  # noqa: T201
+        print(printable(text), flush=True)  # noqa: T201
 
 
 def _retain(run: Run, order: Order) -> list[str]:

@@ -21,6 +21,7 @@ from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import is_held
 from nightschool.store.names import check_full_name
+from nightschool.units import printable
 from nightschool.work.stop import Stop
 
 
@@ -44,7 +45,7 @@ def run(recipe: Path, /, *overrides: str) -> int:
 
     def say(line: str) -> None:
         if not session().quiet or line.startswith(("[Scheduler]", "[Error]")):
-            print(line, file=stream, flush=True)
+            print(printable(line, colours=True), file=stream, flush=True)
 
     let_children_colour()
     stop = Stop()

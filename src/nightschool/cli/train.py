@@ -26,6 +26,7 @@ from nightschool.store.home import Home
 from nightschool.store.locks import lock_to_hand_over
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
+from nightschool.units import printable
 from nightschool.uploads import settings_of
 from nightschool.uploads.fetch import fetch_checkpoint, refuse_another_in_bucket
 from nightschool.work.processes import command
@@ -123,7 +124,7 @@ def _around() -> CycleContext:
     if not session().quiet:
 
         def on_line(line: str) -> None:
-            print(line, file=stream, flush=True)
+            print(printable(line, colours=True), file=stream, flush=True)
 
     return CycleContext(on_line=on_line, on_news=on_line)
 

@@ -115,6 +115,9 @@ def parse_recipe(
 
 def _read(path: FilePath) -> str:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            message = "is no regular file, but a pipe, a socket or a device; copy what it gives into a file"
+            raise RecipeError([Problem(str(path), "", message)])
         with path.open("rb") as stream:
             content = stream.read(MAX_RECIPE_BYTES + 1)
     except FileNotFoundError:

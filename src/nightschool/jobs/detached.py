@@ -45,7 +45,7 @@ def _never_began(home: Home, run_id: str, error: NightschoolError) -> None:
             state = "interrupted" if isinstance(error, Interrupted) else "cancelled"
             run.update_status(state=state, error=str(error), exit_code=error.exit_code)
     except NightschoolError as second:
-        print(f"error: {second}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(str(second))}", file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

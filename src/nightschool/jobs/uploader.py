@@ -24,7 +24,7 @@ from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
-from nightschool.units import format_bytes
+from nightschool.units import format_bytes, printable
 from nightschool.uploads.journal import Journal, Upload
 from nightschool.uploads.push import attempt
 from nightschool.work.stop import Stop
@@ -149,7 +149,7 @@ def _tell(home: Home, timed: tuple[Upload, float], say: Say) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"{now():%Y-%m-%d %H:%M:%S} {text}", flush=True)  # noqa: T201 - stdout is the log
+    print(f"{now():%Y-%m-%d %H:%M:%S} {printable(text)}", flush=True)  # noqa: T201 - stdout is the log
 
 
 if __name__ == "__main__":

@@ -40,7 +40,10 @@ def room_needed(path: Path) -> Iterator[None]:
         named = refusal_of(error, path)
         if named is None:
             raise
-        raise named from error
+        try:
+            raise named from error
+        finally:
+            del named  # in a cycle with its traceback it would keep alive what the frames hold, mapped memory too
 
 
 def refusal_of(error: Exception, path: object) -> NightschoolError | None:

@@ -121,7 +121,7 @@ def _backend(home: Home, model: str | None, url: str | None, *, record: bool) ->
 
 def _say(text: str) -> None:
     """What a command has to say: on stdout where a person talks, beside the answers with --json."""
-    print(text, file=sys.stderr if session().json else sys.stdout, flush=True)
+    print(printable(text), file=sys.stderr if session().json else sys.stdout, flush=True)
 
 
 def _converse(chat: Chat) -> int:

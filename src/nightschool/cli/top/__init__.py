@@ -11,6 +11,7 @@ from nightschool.cli.output import answer, session
 from nightschool.cli.top.text import describe
 from nightschool.errors import NotFound, UsageError
 from nightschool.store.home import Home
+from nightschool.units import printable
 from nightschool.views.monitor import Monitor
 
 
@@ -51,5 +52,5 @@ def _print_frames(monitor: Monitor, run_id: str | None, refresh: float, *, logs:
                 text = describe(monitor.frame(run_id), logs=logs)
             except NotFound as error:
                 text = str(error)
-            print(text, end="\n\n", flush=True)
+            print(printable(text), end="\n\n", flush=True)
             time.sleep(refresh)

@@ -14,6 +14,7 @@ from textual.widgets import DataTable, Footer, Static
 
 from nightschool.cli.chart import chart
 from nightschool.cli.top.text import COLUMNS, cells, details, machine_line, uploads_line
+from nightschool.units import printable
 from nightschool.views.monitor import Monitor
 from nightschool.views.runs import UNREADABLE
 
@@ -95,7 +96,7 @@ class TopApp(App[None]):
 
     def _show_trouble(self, text: str) -> None:
         if self.is_running:
-            self.query_one("#run", Static).update(Text(text))
+            self.query_one("#run", Static).update(Text(printable(text)))
 
     def _show(self, frame: dict[str, Any]) -> None:
         if not self.is_running:
@@ -108,14 +109,17 @@ class TopApp(App[None]):
         lines = [machine_line(frame["machine"])]
         if frame.get("uploads"):
             lines.append(uploads_line(frame["uploads"]))
-        self.query_one("#machine", Static).update(Text("\n".join(lines)))
+        self.query_one("#machine", Static).update(Text(printable("\n".join(lines))))
         self._fill_table(frame, move_cursor=is_another)
-        self.query_one("#run", Static).update(Text("\n\n".join([details(frame), *self._curve(frame)])))
-        self.query_one("#log", Static).update(Text("\n".join(frame["log"][-11:])))
+        self.query_one("#run", Static).update(Text(printable("\n\n".join([details(frame), *self._curve(frame)]))))
+        self.query_one("#log", Static).update(Text(printable("\n".join(frame["log"][-11:]))))
 
     def _fill_table(self, frame: dict[str, Any], *, move_cursor: bool) -> None:
         """Rows are made anew only where there are other runs than before."""
-        rows = {run["run_id"]: [Text("-" if cell is None else cell) for cell in cells(run)] for run in frame["runs"]}
+        rows = {
+            run["run_id"]: [Text(printable("-" if cell is None else cell)) for cell in cells(run)]
+            for run in frame["runs"]
+        }
         for run in frame["runs"]:
             rows[run["run_id"]][1].stylize(_STATE_COLOURS.get(run["state"], ""))
         if list(rows) != [key.value for key in self._table.rows]:

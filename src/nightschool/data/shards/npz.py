@@ -104,6 +104,8 @@ def id_field(archive: zipfile.ZipFile, path: Path) -> str:
 
 def _opened(path: Path) -> zipfile.ZipFile:
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file, so it is no shard. Copy what it gives into a file.")
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise NotFound(f"There is no shard {path}. Restore it from a copy, or tokenize again.") from None

@@ -29,7 +29,7 @@ from nightschool.checkpoint_writer.commit import write_folder
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, NotFound, StateMismatch
 from nightschool.store import checkpoints
-from nightschool.store.atomic import publish_directory
+from nightschool.store.atomic import publish_directory, read_json
 from nightschool.store.checkpoints import ATTEMPT, Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
@@ -82,7 +82,7 @@ def export_accelerate(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
             torch.save(scaler.state_dict(), partial / "scaler.pt")
         rank = 0
         while (point.path / f"{rng.group_of(rank)}.json").is_file():
-            plain = json.loads((point.path / f"{rng.group_of(rank)}.json").read_text())
+            plain = read_json(point.path / f"{rng.group_of(rank)}.json")
             tensors = load_group(point.path, rng.group_of(rank))
             torch.save(_random_states(state.step, plain, tensors), partial / f"random_states_{rank}.pkl")
             rank += 1

@@ -7,7 +7,6 @@ concatenation of its parts along dimension 0 in the order of ranks. So it loads 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from nightschool.checkpoint_writer.tensorfile import index_name
 from nightschool.errors import Damaged, StateMismatch
+from nightschool.store.atomic import read_json
 from nightschool.training.checkpoint.contents import DTYPE_CODES
 
 # The weights were called otherwise in format 1; everything else is the same.
@@ -117,13 +117,20 @@ def group_files(folder: Path, stem: str) -> list[str]:
     return [name for files in takewhile(bool, of_ranks) for name in files]
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
+        raise Damaged(f"{index} names no file for each tensor under weight_map. Resume from another checkpoint.")
+    return content
+
+
 def _whole_files(folder: Path, stem: str) -> list[str]:
     if (folder / f"{stem}.safetensors").is_file():
         return [f"{stem}.safetensors"]
     index = folder / index_name(stem)
     if not index.is_file():
         return []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(_weight_map(index).values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise Damaged(

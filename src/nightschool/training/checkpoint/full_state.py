@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from nightschool.checkpoint_writer.commit import write_folder
 from nightschool.errors import MadeByNewer, StateMismatch
+from nightschool.store.atomic import read_json
 from nightschool.store.manifest import verify
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group, open_group, rank_group
@@ -194,7 +195,7 @@ def load(
         StateMismatch: If anything in it does not fit this run; the message names it.
     """
     verify(folder, digests=True)
-    plain = _load_json(folder / "state.json") if (folder / "state.json").is_file() else {}
+    plain = read_json(folder / "state.json") if (folder / "state.json").is_file() else {}
     _refuse_newer(folder, plain.get("format", FORMAT))
     absent = [name for name in REQUIRED if not _is_there(folder, name)]
     if absent:
@@ -202,7 +203,7 @@ def load(
             f"The checkpoint {folder.name} has no {', '.join(absent)}, and without it the run would go on differently. "
             "Resume from another checkpoint."
         )
-    optimizer = _load_json(folder / "optimizer.json")
+    optimizer = read_json(folder / "optimizer.json")
     _check_plain(folder, plain, optimizer, task, context, schedule, scaler)
     state = TrainState.from_json(plain["train"])
     task.load_state(open_group(folder, "model"), open_group(folder, "optimizer"), optimizer, folder.name)
@@ -210,7 +211,7 @@ def load(
         scaler.load_state_dict(plain["scaler"])
     group = rng.group_of(world.rank)
     if (folder / f"{group}.json").is_file():
-        rng.restore(_load_json(folder / f"{group}.json"), load_group(folder, group))
+        rng.restore(read_json(folder / f"{group}.json"), load_group(folder, group))
     else:
         rng.seed_everything(torch.initial_seed() + 1_000_003 * state.step)
     return state
@@ -287,8 +288,3 @@ def _short(value: object) -> str:
 
 def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
