@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -220,9 +221,12 @@ def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapp
 
 
 def is_about_others(error: RuntimeError) -> bool:
-    """Whether this error of torch says that another process is gone."""
-    text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "socket"))
+    """Whether another process is gone: then what torch raises comes out of the operation that all of them share."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo raises plain RuntimeErrors; where they were raised tells them apart, their words differ from release to release.
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith("torch.distributed")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
