@@ -7,6 +7,7 @@ import pytest
 from nightschool.cli.main import main
 from nightschool.data.chat.render import render_example
 from nightschool.data.example import Example, Message
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.events import read_events
 from nightschool.models.load import load_base
@@ -65,7 +66,7 @@ def test_it_is_served_taught_overnight_swapped_and_rolled_back(home, tmp_path, m
     (tmp_path / "night.yaml").write_text(NIGHT)
     (tmp_path / "lesson.json").write_text(json.dumps(LESSON))
 
-    slot = Slot("smollm2", home, num_rows=2, context_tokens=512)
+    slot = Slot("smollm2", EnginePool(home, num_rows=2, context_tokens=512))
     try:
         slot.refresh()
         with client_of(slot) as client:

@@ -89,7 +89,7 @@ def test_a_manifest_with_a_bit_of_any_byte_flipped_is_damaged_or_means_the_same(
 def test_a_cut_manifest_is_damaged(folder, share):
     path = folder / "manifest.json"
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(Damaged, match=r"manifest\.json is no JSON"):
+    with pytest.raises(Damaged, match=r"manifest\.json is not JSON"):
         read_manifest(folder)
 
 
