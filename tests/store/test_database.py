@@ -123,7 +123,7 @@ def test_a_damaged_database_is_named(home, content):
     ("url", "match"),
     [
         ("mysql://u:secret@host/db", "kind 'mysql', but nightschool keeps its state in sqlite or postgresql"),
-        ("secret-nonsense", "no database address"),
+        ("secret-nonsense", "is not a database address"),
     ],
 )
 def test_other_addresses_are_refused_without_their_password(home, url, match):

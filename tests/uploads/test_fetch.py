@@ -154,7 +154,7 @@ def test_a_name_that_several_runs_have_needs_the_run(home, url, elsewhere):
     with pytest.raises(UsageError, match="2 checkpoints"):
         locate(url, paths[0].name)
     assert locate(url, f"{runs[0].id}/{paths[0].name}").run_id == runs[0].id
-    with pytest.raises(NotFound, match="no name of a checkpoint"):
+    with pytest.raises(NotFound, match="not a name of a checkpoint"):
         locate(url, "best")
     with pytest.raises(NotFound):
         locate(url, "checkpoint-epoch9-step9-files9")
