@@ -231,7 +231,7 @@ def test_general_answers_may_be_lost_up_to_the_tolerance(lost, decision):
     assert report.decision == decision
     found = rule(report, "general_lost")
     assert (found.candidate, found.threshold, len(found.examples)) == (lost / 10, 0.2, lost)
-    assert found.why == f"{lost} of 10 general questions that the champion answers lost; needed: <= 20%."
+    assert found.why == f"{lost} of 10 general answers that the champion gives lost; needed: <= 20%."
     assert len(report.lost) == lost
     assert decide(candidate, champion, Gate(general="off")).decision == "promote"
     assert decide(candidate, champion, Gate(general_lost="<= 5%")).decision == "refuse"

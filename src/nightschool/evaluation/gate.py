@@ -40,8 +40,15 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, note
         for result in (
             _holdout_loss(candidate, champion, rules.holdout_loss),
             _new_facts(pairs, champion, rules.new_facts),
-            _forgetting(pairs, champion, rules.forgetting),
-            _general_lost(pairs, champion, rules),
+            _lost("forgetting", "old", pairs, champion, rules.forgetting),
+            _lost(
+                "general_lost",
+                "general",
+                pairs,
+                champion,
+                None if rules.general is None else rules.general_lost,
+                fewest=FEWEST_GENERAL,
+            ),
             _drift(candidate, champion, rules.drift),
             _pins(pairs, champion, rules.pins),
         )
@@ -149,45 +156,35 @@ def _new_facts(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, text: s
     return _judged(rule, share, theirs, said, unanswered)
 
 
-def _forgetting(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, text: str | None) -> RuleResult | None:
+def _lost(
+    name: RuleName,
+    kind: str,
+    pairs: Sequence[AnswerPair],
+    champion: ScoreSheet | None,
+    text: str | None,
+    *,
+    fewest: int = 1,
+) -> RuleResult | None:
+    """The share of what the champion answers of one kind that the candidate does not; judged from `fewest` answers on."""
     if text is None:
         return None
-    rule = parse_rule("forgetting", text)
-    old = [pair for pair in pairs if pair.kind == "old" and pair.champion_correct is not None]
-    known = [pair for pair in old if pair.champion_correct]
+    rule = parse_rule(name, text)
+    asked = [pair for pair in pairs if pair.kind == kind and pair.champion_correct is not None]
+    known = [pair for pair in asked if pair.champion_correct]
     lost = tuple(pair for pair in known if pair.lost)
     share = _share(len(lost), len(known))
     not_judged = partial(_not_judged, rule, share, None)
     if champion is None:
         return not_judged("There is no champion that could know more.")
-    if not old:
-        return not_judged("There was no old question to ask.")
-    if share is None:
-        return not_judged(f"The champion answers none of the {len(old)} old questions, so none could be lost.")
-    said = f"{len(lost)} of {_count(len(known), 'old answer')} that the champion gives lost"
-    return _judged(rule, share, None, said, lost)
-
-
-def _general_lost(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, rules: Gate) -> RuleResult | None:
-    if rules.general_lost is None or rules.general is None:
-        return None
-    rule = parse_rule("general_lost", rules.general_lost)
-    asked = [pair for pair in pairs if pair.kind == "general" and pair.champion_correct is not None]
-    answered = [pair for pair in asked if pair.champion_correct]
-    lost = tuple(pair for pair in answered if pair.lost)
-    share = _share(len(lost), len(answered))
-    not_judged = partial(_not_judged, rule, share, None)
-    if champion is None:
-        return not_judged("There is no champion that could know more.")
     if not asked:
-        return not_judged("There was no general question to ask.")
-    said = f"{len(lost)} of {_count(len(answered), 'general question')} that the champion answers lost"
+        return not_judged(f"There was no {kind} question to ask.")
     if share is None:
-        return not_judged(f"The champion answers none of the {len(asked)} general questions, so none could be lost.")
-    if len(answered) < FEWEST_GENERAL:
+        return not_judged(f"The champion answers none of the {len(asked)} {kind} questions, so none could be lost.")
+    if len(known) < fewest:
         return not_judged(
-            f"The champion answers {len(answered)} of {_count(len(asked), 'general question')}: too few to judge by."
+            f"The champion answers {len(known)} of {_count(len(asked), f'{kind} question')}: too few to judge by."
         )
+    said = f"{len(lost)} of {_count(len(known), f'{kind} answer')} that the champion gives lost"
     return _judged(rule, share, None, said, lost)
 
 
