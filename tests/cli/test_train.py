@@ -257,12 +257,14 @@ def test_serve_has_an_option_for_each_bound_of_the_server(home, monkeypatch):
     monkeypatch.setattr("nightschool.server.run.serve", lambda home, name, settings, *, engine: served.append(settings))
     words = "--allowed-hosts Proxy.example --allowed-hosts b.example --max-body-bytes 5000 --max-new-tokens-limit 64"
     words += " --max-connections 50 --idle-timeout-seconds 5"
+    words += " --max-connections-per-address 20 --write-timeout-seconds 4"
     assert main(["serve", "bot", *words.split(), "--request-burst", "3", "--drain-seconds", "2.5"]) == 0
     (settings,) = served
     assert settings.allowed_hosts == ("proxy.example", "b.example")
     assert (settings.max_body_bytes, settings.max_new_tokens_limit) == (5000, 64)
     assert (settings.request_burst, settings.drain_seconds) == (3, 2.5)
     assert (settings.max_connections, settings.idle_timeout_seconds) == (50, 5.0)
+    assert (settings.max_connections_per_address, settings.write_timeout_seconds) == (20, 4.0)
     parameters = set(inspect.signature(serve_module.serve).parameters) - {"name", "overrides"}
     # The time for a body is no matter of taste, and keys come from a file, never from a command line.
     missing = set(ServerSettings.model_fields) - parameters - {"api_keys", "body_timeout_seconds"}

@@ -38,7 +38,9 @@ def serve(
     request_burst: int = 10,
     allowed_hosts: list[str] | None = None,
     max_connections: int = 1024,
+    max_connections_per_address: int = 512,
     idle_timeout_seconds: float = 30.0,
+    write_timeout_seconds: float = 30.0,
     max_body_bytes: int = 2_000_000,
     max_new_tokens_limit: int = 8192,
     drain_seconds: float = 30.0,
@@ -71,7 +73,9 @@ def serve(
         allowed_hosts: A further name that may stand in the Host header, such as that of a reverse proxy; with keys,
             '*' takes any. May be given several times.
         max_connections: Connections at once; over it, the one that waits longest for a request is closed.
+        max_connections_per_address: Of them, those of one address; raise it behind a proxy, where all have one.
         idle_timeout_seconds: Longest time a connection may stay without a whole head of a request.
+        write_timeout_seconds: Longest time a client may take to read 16 kB of its answer; then it is cut off.
         max_body_bytes: Largest request body; a larger one is refused with 413.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
         drain_seconds: How long running answers may take to finish after SIGTERM.
@@ -101,7 +105,9 @@ def serve(
             request_burst=request_burst,
             allowed_hosts=tuple(one.lower() for one in allowed_hosts or ()),
             max_connections=max_connections,
+            max_connections_per_address=max_connections_per_address,
             idle_timeout_seconds=idle_timeout_seconds,
+            write_timeout_seconds=write_timeout_seconds,
             max_body_bytes=max_body_bytes,
             max_new_tokens_limit=max_new_tokens_limit,
             drain_seconds=drain_seconds,

@@ -79,7 +79,12 @@ def run_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> 
 
 def server_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn serves an app of ours."""
-    connections = Connections(settings.max_connections, settings.idle_timeout_seconds)
+    connections = Connections(
+        settings.max_connections,
+        settings.max_connections_per_address,
+        settings.idle_timeout_seconds,
+        settings.write_timeout_seconds,
+    )
     return uvicorn.Config(
         app,
         http=connections.protocol(),

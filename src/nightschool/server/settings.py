@@ -57,8 +57,14 @@ class ServerSettings(BaseModel):
     max_connections: int = Field(
         1024, ge=1, description="Connections at once; over it, the one that waits longest for a request is closed."
     )
+    max_connections_per_address: int = Field(
+        512, ge=1, description="Of them, those of one address; behind a proxy all have one. Over it, likewise, or 429."
+    )
     idle_timeout_seconds: float = Field(
         30.0, gt=0, description="Longest time a connection may stay without a whole head of a request."
+    )
+    write_timeout_seconds: float = Field(
+        30.0, gt=0, description="Longest time a client may take to read 16 kB of its answer; then it is cut off."
     )
     max_new_tokens_limit: int = Field(8192, ge=1, le=65536, description="Most tokens one answer may be asked to have.")
     requests_per_minute: float | None = Field(
