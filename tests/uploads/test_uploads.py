@@ -130,7 +130,7 @@ def test_the_manifest_comes_after_its_data_and_weights_before_the_optimizer(home
     from nightschool.remotes.local import LocalStore
 
     order = []
-    for name in ("put_file", "put_if_absent", "swap"):
+    for name in ("put_file", "swap"):
         original = getattr(LocalStore, name)
 
         def told(self, key, *rest, original=original):

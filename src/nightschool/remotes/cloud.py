@@ -128,17 +128,15 @@ class CloudStore:
             self._settle(key, source, etag, sent=parts.etag())
         return etag
 
-    def put_if_absent(self, key: str, content: bytes) -> str:
+    def swap(self, key: str, content: bytes, etag: str | None) -> str:
         with self._translated(key):
-            return _etag(obstore.put(self._store, key, content, mode="create")["e_tag"])
-
-    def swap(self, key: str, content: bytes, etag: str) -> str:
-        with self._translated(key):
-            # Azure and memory compare the very text, quotation marks and all.
-            present = obstore.head(self._store, key)
-            if _etag(present["e_tag"]) != etag:
-                raise Conflict(f"{self._url}/{key} was changed by somebody else meanwhile. Read it, and try again.")
-            mode: Any = {name: present[name] for name in ("e_tag", "version") if present[name] is not None}
+            mode: Any = "create"
+            if etag is not None:
+                # Azure and memory compare the very text, quotation marks and all.
+                present = obstore.head(self._store, key)
+                if _etag(present["e_tag"]) != etag:
+                    raise Conflict(f"{self._url}/{key} was changed by somebody else meanwhile. Read it, and try again.")
+                mode = {name: present[name] for name in ("e_tag", "version") if present[name] is not None}
             return _etag(obstore.put(self._store, key, content, mode=mode)["e_tag"])
 
     def head(self, key: str) -> ObjectInfo | None:

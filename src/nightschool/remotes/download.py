@@ -7,41 +7,28 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from nightschool.errors import Conflict, Damaged, Locked, Unreachable
-from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder
+from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder, write_all
+
+if TYPE_CHECKING:
+    from nightschool.remotes.remote import ObjectInfo, Remote
 
 _TRIES = 6
 _TRIES_WHEN_WRONG = 3
 _WAIT_SECONDS = 600.0
 
 
-class _Facts(Protocol):
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def etag(self) -> str: ...
-
-
-def download(
-    url: str,
-    path: Path,
-    *,
-    facts: Callable[[], _Facts],
-    stream: Callable[[int, str], Iterator[bytes]],
-    sha256: str | None,
-    size_bytes: int | None,
-    on_bytes: Callable[[int], None] | None,
-) -> Path:
-    """See `Remote.get_to_file`. `facts` asks the store what is there now; `stream` reads it from a byte on."""
+def download(remote: Remote, key: str, path: Path, *, sha256: str | None, size_bytes: int | None) -> Path:
+    """See `Remote.get_to_file`."""
+    url = remote.url_of(key)
     make_folder(path.parent)
     with room_needed(path):
         tries = 0
         while True:
-            present = facts()
+            present = remote.facts(key)
             if size_bytes is not None and present.size_bytes != size_bytes:
                 raise Damaged(
                     f"{url} has {present.size_bytes} bytes, but {size_bytes} belong there. "
@@ -52,7 +39,7 @@ def download(
             rest = path.with_name(f".{path.name[:100]}-{mark}{PARTIAL}")
             before = _size_of(rest)
             try:
-                _fetch(rest, path, present, stream, sha256=sha256, on_bytes=on_bytes, url=url)
+                _fetch(remote, present, rest, path, sha256)
             except (Unreachable, Conflict, Damaged) as error:
                 # What gets on is tried for as long as it does.
                 tries = 1 if _size_of(rest) > before else tries + 1
@@ -72,16 +59,8 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def _fetch(
-    rest: Path,
-    path: Path,
-    present: _Facts,
-    stream: Callable[[int, str], Iterator[bytes]],
-    *,
-    sha256: str | None,
-    on_bytes: Callable[[int], None] | None,
-    url: str,
-) -> None:
+def _fetch(remote: Remote, present: ObjectInfo, rest: Path, path: Path, sha256: str | None) -> None:
+    url = remote.url_of(present.key)
     handle = _claim(rest)
     try:
         digest = hashlib.sha256()
@@ -89,14 +68,10 @@ def _fetch(
         if position > present.size_bytes:
             _start_over(handle)
             digest, position = hashlib.sha256(), 0
-        for chunk in stream(position, present.etag) if position < present.size_bytes else ():
-            view = memoryview(chunk)
-            digest.update(view)
-            position += len(view)
-            if on_bytes is not None:
-                on_bytes(len(view))
-            while view:
-                view = view[os.write(handle, view) :]
+        for chunk in remote.stream(present.key, position, present.etag) if position < present.size_bytes else ():
+            digest.update(chunk)
+            position += len(chunk)
+            write_all(handle, chunk)
         if position != present.size_bytes:
             raise Unreachable(
                 f"The transfer of {url} ended after {position} of {present.size_bytes} bytes. Try again later."

@@ -33,6 +33,8 @@ from nightschool.remotes.transfer import SourceFile, Transfer
 _PART_BYTES = 8 << 20
 _ATTEMPTS = 5
 _RETRY_SECONDS = 60.0
+# What the store may take later: a timeout, too many requests.
+_PASSING = (408, 429)
 _FAULTS = (
     api.GoogleAPIError,
     auth.GoogleAuthError,
@@ -78,25 +80,25 @@ class GoogleStore:
 
     def put_file(self, key: str, source: SourceFile, transfer: Transfer) -> str:
         with self._translated(key):
-            session, start, stored = self._session(key, source, transfer)
+            session, arrived = self._session(key, source, transfer)
             crc: Any = google_crc32c.Checksum()  # type: ignore[no-untyped-call]
-            end = start
+            end = start = arrived if isinstance(arrived, int) else source.size_bytes
             for part in source.pieces(_PART_BYTES, crc, start=start):
-                stored = self._send(key, session, part, end, source.size_bytes, transfer)
+                arrived = self._send(key, session, part, end, source.size_bytes, transfer)
                 end += len(part)
             if source.size_bytes == 0:
-                stored = self._send(key, session, b"", 0, 0, transfer)
-            if stored is None:
-                transfer.on_session(None)
-                raise Unreachable(f"{self._url}/{key} did not arrive as a whole. It is sent again.")
+                arrived = self._send(key, session, b"", 0, 0, transfer)
             transfer.on_session(None)
-            return self._compared(key, stored, base64.b64encode(crc.digest()).decode())
+            if isinstance(arrived, int):
+                raise Unreachable(f"{self._url}/{key} did not arrive as a whole. It is sent again.")
+            return self._compared(key, arrived, base64.b64encode(crc.digest()).decode())
 
-    def put_if_absent(self, key: str, content: bytes) -> str:
-        return self._put(key, content, generation=0)
-
-    def swap(self, key: str, content: bytes, etag: str) -> str:
-        return self._put(key, content, generation=int(etag))
+    def swap(self, key: str, content: bytes, etag: str | None) -> str:
+        with self._translated(key):
+            blob = self._bucket.blob(key)
+            # The generation 0 is that of an object which does not exist.
+            blob.upload_from_string(content, if_generation_match=int(etag or 0), checksum="crc32c", **self._how)
+            return str(blob.generation)
 
     def head(self, key: str) -> ObjectInfo | None:
         with self._translated(key):
@@ -134,90 +136,67 @@ class GoogleStore:
             except api.NotFound:
                 return
 
-    def _put(self, key: str, content: bytes, *, generation: int) -> str:
-        with self._translated(key):
-            blob = self._bucket.blob(key)
-            blob.upload_from_string(content, if_generation_match=generation, checksum="crc32c", **self._how)
-            return str(blob.generation)
-
-    def _session(self, key: str, source: SourceFile, transfer: Transfer) -> tuple[str, int, dict[str, Any] | None]:
-        """Where to send to, from which byte on, and the object itself if all of it has arrived already."""
+    def _session(self, key: str, source: SourceFile, transfer: Transfer) -> tuple[str, dict[str, Any] | int]:
+        """Where to send to, and what `_exchange` says of it."""
         if transfer.session is not None:
-            answer = self._http.put(
-                transfer.session,
-                headers={"Content-Range": f"bytes */{source.size_bytes}", "Content-Length": "0"},
-                timeout=self._how["timeout"],
-                allow_redirects=False,
-            )
-            if answer.status_code in (200, 201):
-                return transfer.session, source.size_bytes, answer.json()
-            if answer.status_code == 308:
-                return transfer.session, _arrived_bytes(answer), None
-            if answer.status_code >= 500 or answer.status_code in (408, 429):
-                raise Unreachable(f"{self._url}/{key} could not be resumed: HTTP {answer.status_code}. Try later.")
+            try:
+                return transfer.session, self._exchange(transfer.session, f"bytes */{source.size_bytes}")
+            except api.ClientError as error:
+                if error.code in _PASSING:
+                    raise
             transfer.on_session(None)  # sessions end after a week, or with their bucket
         blob = self._bucket.blob(key)
         session = blob.create_resumable_upload_session(size=source.size_bytes, checksum=None, **self._how)
         transfer.on_session(session)
-        return session, 0, None
+        return session, 0
 
     def _send(
         self, key: str, session: str, part: bytes, start: int, total: int, transfer: Transfer
-    ) -> dict[str, Any] | None:
-        """Send what lies at `start`; returns the object once all of it is there."""
-        end, position, fault = start + len(part), start, ""
+    ) -> dict[str, Any] | int:
+        """Send what lies at `start`, all of it. Returns what `_exchange` says afterwards."""
+        end, fault = start + len(part), ""
+        arrived: dict[str, Any] | int = start
         for attempt in range(_ATTEMPTS):
             try:
-                answer = self._http.put(
-                    session,
-                    data=part[position - start :],
-                    headers={"Content-Range": f"bytes {position}-{end - 1}/{total}" if total else "bytes */0"},
-                    timeout=self._how["timeout"],
-                    allow_redirects=False,
-                )
-                if answer.status_code in (200, 201):
-                    return dict(answer.json())
-                if answer.status_code == 308:
-                    position = _arrived_bytes(answer)
-                    if position >= end:
-                        return None
-                elif answer.status_code in (404, 410):
+                if attempt or not part:  # after a fault, only the store knows what it has
+                    arrived = self._exchange(session, f"bytes */{total}")
+                if isinstance(arrived, int) and start <= arrived < end:
+                    content_range = f"bytes {arrived}-{end - 1}/{total}"
+                    arrived = self._exchange(session, content_range, part[arrived - start :])
+                if isinstance(arrived, dict) or arrived == end < total:
+                    return arrived
+                if not start <= arrived <= end:
+                    raise api.NotFound("what had arrived is gone")  # type: ignore[no-untyped-call]
+                fault = f"{arrived} of {total} bytes have arrived"
+            except api.ClientError as error:
+                if error.code in (404, 410):
                     transfer.on_session(None)
                     raise Unreachable(
                         f"The upload session of {self._url}/{key} is over. It is sent from the beginning."
-                    )
-                elif answer.status_code < 500 and answer.status_code not in (408, 429):
-                    raise self._meaning(api.from_http_response(answer), key)  # type: ignore[no-untyped-call]
-                fault = f"HTTP {answer.status_code}"
-            except (requests.RequestException, ValueError) as error:
-                fault = str(error)
+                    ) from error
+                if error.code not in _PASSING:
+                    raise
+                fault = _first_line(error)
+            except (requests.RequestException, api.GoogleAPIError, ValueError) as error:
+                fault = _first_line(error)
             time.sleep(random.uniform(0.5, 1.0) * 0.2 * 2**attempt)
-            asked = self._asked(session, total)
-            if isinstance(asked, dict):
-                return asked
-            if asked is not None:
-                if not start <= asked <= end:
-                    transfer.on_session(None)
-                    raise Unreachable(f"{self._url}/{key} lost what had arrived. It is sent from the beginning.")
-                position = asked
-                if position == end and end < total:
-                    return None
         raise Unreachable(f"{self._url}/{key} could not be sent: {fault}. Check the network; it goes on from there.")
 
-    def _asked(self, session: str, total: int) -> dict[str, Any] | int | None:
-        """The object if it is whole, else how many bytes have arrived; None if nobody says."""
-        try:
-            answer = self._http.put(
-                session,
-                headers={"Content-Range": f"bytes */{total}", "Content-Length": "0"},
-                timeout=self._how["timeout"],
-                allow_redirects=False,
-            )
-            if answer.status_code in (200, 201):
-                return dict(answer.json())
-            return _arrived_bytes(answer) if answer.status_code == 308 else None
-        except (requests.RequestException, ValueError):
-            return None
+    def _exchange(self, session: str, content_range: str, data: bytes = b"") -> dict[str, Any] | int:
+        """Send some bytes or none. Returns the object if all of it is there, else how many bytes have arrived."""
+        answer = self._http.put(
+            session,
+            data=data,
+            headers={"Content-Range": content_range, "Content-Length": str(len(data))},
+            timeout=self._how["timeout"],
+            allow_redirects=False,
+        )
+        if answer.status_code in (200, 201):
+            return dict(answer.json())
+        if answer.status_code == 308:
+            match = re.fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
+            return int(match[1]) + 1 if match else 0
+        raise api.from_http_response(answer)  # type: ignore[no-untyped-call]
 
     def _compared(self, key: str, stored: dict[str, Any], crc: str) -> str:
         """The generation of an object that has the checksum of what was sent.
@@ -252,18 +231,13 @@ class GoogleStore:
         if isinstance(error, api.Unauthorized | api.Forbidden | auth.RefreshError | auth.DefaultCredentialsError):
             what = said if self._credentials_known else "none were found"
             return CredentialsRefused(f"The credentials for {url} are not accepted: {what}. {_CREDENTIALS}")
-        if isinstance(error, api.ClientError) and not isinstance(error, api.TooManyRequests):
+        if isinstance(error, api.ClientError) and error.code not in _PASSING:
             return RemoteError(f"The store refused {url}: {said}. Check the address and its settings.")
         return Unreachable(f"{url} could not be reached: {said}. Check the network; what was begun is tried again.")
 
 
 def _first_line(error: Exception) -> str:
     return re.sub(r"upload_id=[^&\s]+", "upload_id=…", str(error).split("\n")[0])[:300]
-
-
-def _arrived_bytes(answer: requests.Response) -> int:
-    match = re.fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
-    return int(match[1]) + 1 if match else 0
 
 
 def _facts(found: Any) -> ObjectInfo:

@@ -73,11 +73,17 @@ class HubStore:
         transfer.on_session(None)
         return str(present.blob_id)
 
-    def put_if_absent(self, key: str, content: bytes) -> str:
-        return self._put(key, content, etag=None)
-
-    def swap(self, key: str, content: bytes, etag: str) -> str:
-        return self._put(key, content, etag=etag)
+    def swap(self, key: str, content: bytes, etag: str | None) -> str:
+        with self._translated(key):
+            head = self._api.repo_info(**self._where).sha
+            present = self._info(key, revision=head)
+            if (None if present is None else present.blob_id) != etag:
+                raise Conflict(f"{self._url}/{key} exists already, or was changed meanwhile. Read it, and compare.")
+            self._commit(key, CommitOperationAdd(key, content), parent_commit=head)
+            present = self._info(key)
+            if present is None:
+                raise Unreachable(f"{self._url}/{key} did not arrive. It is sent again.")
+            return str(present.blob_id)
 
     def head(self, key: str) -> ObjectInfo | None:
         found = self._info(key)
@@ -115,18 +121,6 @@ class HubStore:
         with self._translated(key):
             if self._info(key) is not None:
                 self._commit(key, CommitOperationDelete(key))
-
-    def _put(self, key: str, content: bytes, *, etag: str | None) -> str:
-        with self._translated(key):
-            head = self._api.repo_info(**self._where).sha
-            present = self._info(key, revision=head)
-            if (None if present is None else present.blob_id) != etag:
-                raise Conflict(f"{self._url}/{key} exists already, or was changed meanwhile. Read it, and compare.")
-            self._commit(key, CommitOperationAdd(key, content), parent_commit=head)
-            present = self._info(key)
-            if present is None:
-                raise Unreachable(f"{self._url}/{key} did not arrive. It is sent again.")
-            return str(present.blob_id)
 
     def _commit(self, key: str, operation: Any, **more: Any) -> None:
         self._api.create_commit(operations=[operation], commit_message=f"nightschool: {key}", **self._where, **more)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,7 +12,7 @@ from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NotF
 from nightschool.remotes.address import Address, path_below
 from nightschool.remotes.remote import ObjectInfo
 from nightschool.remotes.transfer import SourceFile, Transfer
-from nightschool.store.atomic import PARTIAL, make_folder, room_needed, sync_folder
+from nightschool.store.atomic import PARTIAL, replacing, write_all, write_bytes
 from nightschool.store.locks import lock
 
 _CHUNK_BYTES = 1 << 20
@@ -31,39 +29,19 @@ class LocalStore:
     def put_file(self, key: str, source: SourceFile, transfer: Transfer) -> str:  # noqa: ARG002
         """Copy a file; there is no server that could disagree."""
         target = path_below(self._root, key)
-        with self._translated(), self._written(target) as (handle, rest):
+        with self._translated(), replacing(target) as handle:
             for chunk in source.pieces(_CHUNK_BYTES):
-                _write(handle, chunk)
-            os.fsync(handle)
-            rest.replace(target)
-            sync_folder(target.parent)
+                write_all(handle, chunk)
         return _etag(target.stat())
 
-    def put_if_absent(self, key: str, content: bytes) -> str:
-        """A hard link is the one way to give a name only if nobody has it."""
-        target = path_below(self._root, key)
-        with self._translated(), self._written(target) as (handle, rest):
-            _write(handle, content)
-            os.fsync(handle)
-            try:
-                os.link(rest, target)
-            except FileExistsError:
-                raise Conflict(f"{target} exists already. Compare the two, and choose another place.") from None
-            sync_folder(target.parent)
-        return _etag(target.stat())
-
-    def swap(self, key: str, content: bytes, etag: str) -> str:
+    def swap(self, key: str, content: bytes, etag: str | None) -> str:
         """Under a lock, because a file system cannot compare and rename at once."""
         target = path_below(self._root, key)
         with self._translated(), lock(self._root / _LOCK, f"the pointers in {self._root}", wait_seconds=_WAIT_SECONDS):
             present = self.head(key)
-            if present is None or present.etag != etag:
-                raise Conflict(f"{target} was changed by somebody else meanwhile. Read it, and try again.")
-            with self._written(target) as (handle, rest):
-                _write(handle, content)
-                os.fsync(handle)
-                rest.replace(target)
-                sync_folder(target.parent)
+            if (present.etag if present else None) != etag:
+                raise Conflict(f"{target} exists already, or was changed meanwhile. Read it, and compare.")
+            write_bytes(target, content)
             return _etag(target.stat())
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -110,20 +88,6 @@ class LocalStore:
             path_below(self._root, key).unlink(missing_ok=True)
 
     @contextmanager
-    def _written(self, target: Path) -> Iterator[tuple[int, Path]]:
-        """A temporary file beside the target; what is left of it at the end is removed."""
-        make_folder(target.parent)
-        rest = target.with_name(f".{target.name[:100]}-{secrets.token_hex(6)}{PARTIAL}")
-        with room_needed(target):
-            handle = os.open(rest, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                yield handle, rest
-            finally:
-                os.close(handle)
-                rest.unlink(missing_ok=True)
-
-    @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
@@ -135,12 +99,6 @@ class LocalStore:
 
 def _etag(found: os.stat_result) -> str:
     return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
-
-
-def _write(handle: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(handle, view) :]
 
 
 def open_folder(address: Address, *, timeout_seconds: float) -> LocalStore:  # noqa: ARG001

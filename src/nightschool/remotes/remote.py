@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,12 +34,11 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def put_if_absent(self, key: str, content: bytes) -> str:
-        """Store a small object that must not exist. Returns its etag. Raises Conflict if it does."""
-        ...
+    def swap(self, key: str, content: bytes, etag: str | None) -> str:
+        """Store a small object in place of one that still has that etag, or (None) of none. Returns the new etag.
 
-    def swap(self, key: str, content: bytes, etag: str) -> str:
-        """Replace a small object that must still have that etag. Returns the new one. Raises Conflict otherwise."""
+        Raises Conflict if there is another one.
+        """
         ...
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -106,7 +105,7 @@ class Remote:
             Unreachable: If it arrived altered; then it is not there.
         """
         try:
-            etag = self.store.put_if_absent(self._whole(key), content)
+            etag = self.store.swap(self._whole(key), content, None)
         except Conflict:
             # An answer that was lost on the way looks like this too.
             present = self.read(key)
@@ -126,11 +125,7 @@ class Remote:
             Conflict: If somebody else was quicker.
             Unreachable: If it arrived altered, or nobody knows whether it arrived.
         """
-        if etag is None:
-            new = self.store.put_if_absent(self._whole(key), content)
-        else:
-            new = self.store.swap(self._whole(key), content, etag)
-        return self._compared(key, content, new)
+        return self._compared(key, content, self.store.swap(self._whole(key), content, etag))
 
     def _compared(self, key: str, content: bytes, etag: str) -> str:
         """Read a small object back: not every store can say of what it made its etag."""
@@ -146,23 +141,19 @@ class Remote:
             NotFound: If there is none.
             Conflict: If it is larger than `most_bytes`.
         """
-        facts = self._facts(key)
+        facts = self.facts(key)
         if facts.size_bytes > most_bytes:
             raise Conflict(
                 f"{self.url_of(key)} has {facts.size_bytes} bytes, but at most {most_bytes} are read at once. "
                 f"It is not what it should be; look at it."
             )
-        return Content(b"".join(self.store.stream(self._whole(key), 0, facts.etag)), facts.etag)
+        return Content(b"".join(self.stream(key, 0, facts.etag)), facts.etag)
 
-    def get_to_file(
-        self,
-        key: str,
-        path: Path,
-        *,
-        sha256: str | None = None,
-        size_bytes: int | None = None,
-        on_bytes: Callable[[int], None] | None = None,
-    ) -> Path:
+    def stream(self, key: str, start: int, etag: str) -> Iterator[bytes]:
+        """The bytes of an object from `start`. Raises NotFound, or Conflict if its etag is another by now."""
+        return self.store.stream(self._whole(key), start, etag)
+
+    def get_to_file(self, key: str, path: Path, *, sha256: str | None = None, size_bytes: int | None = None) -> Path:
         """Download an object; `path` appears only when it is whole, and is what `sha256` and `size_bytes` say.
 
         A transfer that breaks off goes on where it was, also in a later process.
@@ -172,24 +163,19 @@ class Remote:
             Damaged: If what the store holds is something else.
             DiskFull: If there is no room; `path` is then untouched.
         """
-
-        def stream(start: int, etag: str) -> Iterator[bytes]:
-            return self.store.stream(self._whole(key), start, etag)
-
-        return download(
-            self.url_of(key),
-            path,
-            facts=lambda: self._facts(key),
-            stream=stream,
-            sha256=sha256,
-            size_bytes=size_bytes,
-            on_bytes=on_bytes,
-        )
+        return download(self, key, path, sha256=sha256, size_bytes=size_bytes)
 
     def head(self, key: str) -> ObjectInfo | None:
         """The facts of an object, or None if there is none. Its key is relative."""
         found = self.store.head(self._whole(key))
         return None if found is None else ObjectInfo(key, found.size_bytes, found.etag, found.modified_at)
+
+    def facts(self, key: str) -> ObjectInfo:
+        """The facts of an object. Raises NotFound if there is none."""
+        found = self.head(key)
+        if found is None:
+            raise NotFound(f"There is no {self.url_of(key)}. Check the address, or list what is there.")
+        return found
 
     def exists(self, key: str) -> bool:
         return self.head(key) is not None
@@ -218,12 +204,6 @@ class Remote:
     def _whole(self, key: str) -> str:
         check_key(key)
         return f"{self._base}/{key}" if self._base else key
-
-    def _facts(self, key: str) -> ObjectInfo:
-        found = self.head(key)
-        if found is None:
-            raise NotFound(f"There is no {self.url_of(key)}. Check the address, or list what is there.")
-        return found
 
 
 def _is_key(key: str) -> bool:

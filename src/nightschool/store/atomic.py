@@ -113,8 +113,11 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(path))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the content of `path` as a whole, durably; readers see the old content or the new.
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """The descriptor of a new file that takes the place of `path` at the end of the block, as a whole and durably.
+
+    Readers see the old content or the new. If the block fails, the new file is removed.
 
     Raises:
         DiskFull: If there is no room; `path` is then untouched.
@@ -124,9 +127,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary, handle = _open_temporary(path)
         try:
             try:
-                view = memoryview(content)
-                while view:
-                    view = view[os.write(handle, view) :]
+                yield handle
                 os.fsync(handle)
                 # Renamed while the lock is held, so that no sweeper takes it in between.
                 temporary.replace(path)
@@ -136,6 +137,19 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_all(handle: int, content: bytes | memoryview) -> None:
+    """Write all of `content` to a descriptor: one call of the system may write less."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path`, as `replacing` does."""
+    with replacing(path) as handle:
+        write_all(handle, content)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -198,7 +212,8 @@ def own_partial(target: Path) -> Iterator[Path]:
         try:
             yield partial
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if _is_open_as(handle, partial):
+                shutil.rmtree(partial, ignore_errors=True)
             os.close(handle)
 
 
@@ -217,28 +232,20 @@ def publish_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         DiskFull: If there is no room.
     """
     make_folder(target.parent)
-    partial = partial_of(target)
     if not replace:
         _refuse_existing(target)
-    with room_needed(target):
-        handle = _claim_folder(partial)
+    with own_partial(target) as partial:
+        yield partial
+        sync_tree(partial)
+        if replace and target.is_dir():
+            remove_folder(target)
+        _refuse_existing(target)
+        partial.rename(target)
         try:
-            yield partial
-            sync_tree(partial)
-            if replace and target.is_dir():
-                remove_folder(target)
-            _refuse_existing(target)
-            partial.rename(target)
-            try:
-                sync_folder(target.parent)
-            except BaseException:
-                target.rename(partial)
-                raise
+            sync_folder(target.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            target.rename(partial)
             raise
-        finally:
-            os.close(handle)
 
 
 def remove_folder(folder: Path) -> None:

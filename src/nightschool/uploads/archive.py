@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import os
 import tarfile
 from pathlib import Path
 
 from nightschool.errors import Damaged
 from nightschool.remotes.address import check_key, path_below
-from nightschool.store.atomic import make_folder, room_needed
+from nightschool.store.atomic import make_folder, replacing, room_needed
 
 # Weights hardly shrink at any level; the quickest one is enough.
 _LEVEL = 1
@@ -22,25 +21,18 @@ def make_archive(folder: Path, target: Path) -> None:
     Raises:
         DiskFull: If there is no room; nothing of the target remains.
     """
-    make_folder(target.parent)
-    rest = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with room_needed(target), rest.open("wb") as raw:
-            with (
-                gzip.GzipFile(filename="", mode="wb", compresslevel=_LEVEL, fileobj=raw, mtime=0) as packed,
-                tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
-            ):
-                for path in sorted(folder.rglob("*")):
-                    if path.is_file():
-                        facts = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
-                        facts.size = path.stat().st_size
-                        with path.open("rb") as file:
-                            archive.addfile(facts, file)
-            raw.flush()
-            os.fsync(raw.fileno())
-        rest.replace(target)
-    finally:
-        rest.unlink(missing_ok=True)
+    with (
+        replacing(target) as handle,
+        open(handle, "wb", closefd=False) as raw,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=_LEVEL, fileobj=raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                facts = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
+                facts.size = path.stat().st_size
+                with path.open("rb") as file:
+                    archive.addfile(facts, file)
 
 
 def unpack_archive(archive: Path, folder: Path) -> str:
