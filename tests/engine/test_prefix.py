@@ -46,7 +46,9 @@ def test_the_last_token_of_a_prompt_is_always_left_to_be_computed():
     assert held(cache, BOUND, list(range(65))) == 64
 
 
-@pytest.mark.parametrize("difference", [{"base": "x"}, {"adapter": "x"}, {"memory_revision": "x"}, {"tenant": "x"}])
+@pytest.mark.parametrize(
+    "difference", [{"base": "x"}, {"adapter": "x"}, {"memory_revision": "x"}, {"tenant": "x"}, {"key": "x"}]
+)
 def test_bindings_that_differ_in_anything_share_nothing(difference):
     cache, other = PrefixCache(1 << 20), dataclasses.replace(BOUND, **difference)
     keep(cache, BOUND, list(range(64)))

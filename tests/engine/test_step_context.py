@@ -1,11 +1,14 @@
 """Whoever looks at a layer sees every token of every step with the binding that it belongs to, and may say what was read."""
 
 import random
+import threading
 from collections import defaultdict
 
 import pytest
 import torch
 
+from nightschool.engine.admission import FairByTenant, FirstCome
+from nightschool.engine.compute import COMPUTE
 from nightschool.engine.request import Attribution
 from nightschool.errors import ModelError
 from tests.support.engine_setups import BOUND, greedy, lively_model, loaded_model, random_prompt, request, running
@@ -58,6 +61,32 @@ def test_a_hook_sees_the_hidden_states_of_every_token_and_whose_they_are(model):
         seen = torch.stack([recorder.seen[name][place] for place in range(len(text) - 1)])
         # The last token of an answer never goes through the model; layer 0 of 2 is no final norm yet.
         torch.testing.assert_close(seen, hidden_states(model, text, 0)[:-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("admission", "is_fair"), [(FairByTenant, True), (FirstCome, False)])
+def test_a_tenant_gets_no_more_turns_for_having_many_keys(model, admission, is_fair):
+    order = []
+
+    def note(context, hidden):
+        for span, binding, _ in context.tokens():
+            if span.start == 0:
+                order.append(binding.tenant)
+
+    hold = threading.Event()
+    with running(loaded_model(model=model), num_rows=1, prefix_cache=False, admission=admission) as engine:
+        engine.capture("model.layers.0", note)
+        thread = threading.Thread(target=COMPUTE.call, args=(hold.wait,))
+        thread.start()  # nothing is computed until all wait, so that both tenants are busy to the end
+        many = [BOUND.of("many", f"key {number}") for number in range(8)]
+        asked = [binding for number in range(8) for binding in (*many, BOUND.of("one"))]
+        handles = [engine.submit(request([5, 6], 3, binding=binding)) for binding in asked]
+        hold.set()
+        thread.join()
+        for handle in handles:
+            handle.result(60)
+    # The tenant with one key asks 8 times; until it has been answered, each has had as many turns.
+    last = [place for place, tenant in enumerate(order) if tenant == "one"][-1]
+    assert (last + 1 <= 17) == is_fair
 
 
 def test_what_a_hook_says_of_a_token_goes_out_with_it_and_with_nobody_elses(model):

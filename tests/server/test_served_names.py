@@ -137,7 +137,8 @@ def test_what_answers_is_bound_to_the_tenant_that_asks(slots):
         generation, binding = names.resolve("cat", principal)
         assert (generation.version.id, binding.tenant) == (version, principal.tenant)
     _, binding = names.resolve("acme/cat", replace(acme, key="digest"))
-    assert (binding.label, binding.tenant) == (f"acme/cat@{BOT}", "digest"), "two keys share no cached prefix"
+    assert (binding.label, binding.tenant) == (f"acme/cat@{BOT}", "acme"), "all keys of a tenant have one turn"
+    assert binding.key == "digest", "two keys share no cached prefix"
 
 
 def test_names_of_other_tenants_are_404(slots, tmp_path):

@@ -1,7 +1,7 @@
 """Keys and values of prompts that were read before, so that a shared beginning is computed once.
 
 A tree of blocks: each holds the keys and values of `BLOCK` tokens, whose values depend on all tokens before them, so a
-block belongs under exactly one parent. Every binding has a root of its own; requests of different tenants share nothing.
+block belongs under exactly one parent. Every binding has a root of its own; requests of different tenants, or keys, share nothing.
 The least recently used leaf goes first when bytes run out.
 """
 

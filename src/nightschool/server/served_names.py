@@ -67,7 +67,7 @@ class ServedNames:
         return slot
 
     def resolve(self, model: str | None, principal: Principal) -> tuple[GenerationPort, Binding]:
-        """What answers a request for `model`, bound to who asks: two keys share no cached prefix either.
+        """What answers a request for `model`, bound to who asks.
 
         Raises:
             Refusal: 404, as `slot_of`.
@@ -77,4 +77,4 @@ class ServedNames:
         generation = slot.current
         if generation is None:
             raise NotLoaded(f"No version of {slot.name!r} is served. Promote one, or wait until it is loaded.")
-        return generation, generation.binding.of(principal.key or principal.tenant)
+        return generation, generation.binding.of(principal.tenant, principal.key)
