@@ -11,26 +11,26 @@ from nightschool.cli.output import answer, colour_wanted, note
 
 __all__ = ["LOOKS", "doctor"]
 
-# In the order in which they are printed. Those of `devices` share one child process, which loads torch.
-LOOKS: tuple[Callable[[], Finding], ...] = (
-    software.system,
-    software.versions,
-    software.optional,
-    software.tensorboard,
-    machine.processor,
-    machine.main_memory,
-    machine.container,
-    environment.variables,
-    devices.driver,
-    devices.torch_wheel,
-    devices.gpus,
-    devices.products,
-    devices.number_formats,
-    machine.home_folder,
-    machine.disk,
-    machine.ports,
-    machine.network,
-)
+# In the order in which they are printed.
+LOOKS: dict[str, Callable[[], Finding]] = {
+    "system": software.system,
+    "versions": software.versions,
+    "optional": software.optional,
+    "TensorBoard": software.tensorboard,
+    "CPU": machine.processor,
+    "RAM": machine.main_memory,
+    "container": machine.container,
+    "environment": environment.variables,
+    "driver": devices.driver,
+    "torch": devices.torch_wheel,
+    "GPU": devices.gpus,
+    "products": devices.products,
+    "dtype": devices.number_formats,
+    "home": machine.home_folder,
+    "disk": machine.disk,
+    "ports": machine.ports,
+    "network": machine.network,
+}
 _COLOURS: dict[Verdict, int] = {"PASS": 32, "WARN": 33, "FAIL": 31}
 _WIDTH = 12
 
@@ -41,51 +41,54 @@ def doctor() -> int:
     Every line says PASS, WARN or FAIL, and what to do next. Exits 1 if something fails that nightschool cannot do
     without.
     """
-    note("Looking; products of matrices are timed, which takes some seconds.")
+    note("Looking. This takes some seconds, because matrix products are timed.")
     devices.forget()
-    findings = [_carefully(look) for look in LOOKS]
-    failed = [one for one in findings if one.verdict == "FAIL"]
-    warned = [one for one in findings if one.verdict == "WARN"]
+    findings = {subject: _carefully(look) for subject, look in LOOKS.items()}
+    by_verdict = {
+        verdict: [subject for subject, one in findings.items() if one.verdict == verdict] for verdict in _COLOURS
+    }
+    passed, warned, failed = (len(subjects) for subjects in by_verdict.values())
 
     def text() -> str:
         lines = []
-        for one in findings:
-            lines.append(f"{_coloured(one.verdict)}  {one.subject:<{_WIDTH}} {one.found}")
+        for subject, one in findings.items():
+            lines.append(f"{_coloured(one.verdict)}  {subject:<{_WIDTH}} {one.found}")
             if one.todo:
                 lines.append(f"{'':{_WIDTH + 7}}→ {one.todo}")
-        counts = f"{len(findings) - len(failed) - len(warned)} passed, {len(warned)} warned, {len(failed)} failed"
-        return "\n".join([*lines, "", counts, _summary(failed, warned)])
+        return "\n".join([*lines, "", f"{passed} passed, {warned} warned, {failed} failed", _summary(by_verdict)])
 
     answer(
         {
             "ok": not failed,
-            "passed": len(findings) - len(failed) - len(warned),
-            "warned": len(warned),
-            "failed": len(failed),
-            "findings": [asdict(one) for one in findings],
+            "passed": passed,
+            "warned": warned,
+            "failed": failed,
+            "findings": [{"subject": subject, **asdict(one)} for subject, one in findings.items()],
         },
         text,
-        quiet=lambda: "\n".join(f"{one.verdict} {one.subject}" for one in findings if one.verdict != "PASS"),
+        quiet=lambda: "\n".join(
+            f"{one.verdict} {subject}" for subject, one in findings.items() if one.verdict != "PASS"
+        ),
     )
     return 1 if failed else 0
 
 
-def _summary(failed: list[Finding], warned: list[Finding]) -> str:
-    if failed:
-        return f"Do first what is said below {', '.join(one.subject for one in failed)}."
-    if warned:
-        return f"Everything that is needed works; look at {', '.join(one.subject for one in warned)}."
-    return "Everything that is needed works. Next: nightschool demo"
+def _summary(by_verdict: dict[Verdict, list[str]]) -> str:
+    if by_verdict["FAIL"]:
+        return f"Begin with what it says below {', '.join(by_verdict['FAIL'])}."
+    if by_verdict["WARN"]:
+        return f"Everything you need works; look at {', '.join(by_verdict['WARN'])}."
+    return "Everything you need works. Next: nightschool demo"
 
 
 def _carefully(look: Callable[[], Finding]) -> Finding:
     """A look that breaks is a finding too: the doctor must always come to its end."""
     try:
         return look()
+    except devices.ProbeFailed:
+        return Finding("WARN", "unknown, because torch cannot be asked", "See torch.")
     except Exception as error:
-        return Finding(
-            look.__name__.replace("_", " "), "FAIL", f"{type(error).__name__}: {error}", "Reinstall, and try again."
-        )
+        return Finding("FAIL", f"{type(error).__name__}: {error}", "Reinstall nightschool, then try again.")
 
 
 def _coloured(verdict: Verdict) -> str:

@@ -40,7 +40,7 @@ def variables() -> Finding:
     shown += [f"{name} is set" for name in SECRET if os.environ.get(name)]
     problems = [*_threads(set_here), *_devices(set_here)]
     found = ", ".join(shown) or "nothing that matters is set"
-    return Finding("environment", "WARN" if problems else "PASS", found, " ".join(problems))
+    return Finding("WARN" if problems else "PASS", found, " ".join(problems))
 
 
 def _threads(variables: dict[str, str]) -> list[str]:

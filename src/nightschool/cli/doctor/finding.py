@@ -10,9 +10,8 @@ Verdict = Literal["PASS", "WARN", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `todo` says what to do next; it is empty where there is nothing to do."""
+    """What was found, and what to do next; `todo` is empty where there is nothing to do."""
 
-    subject: str
     verdict: Verdict
     found: str
     todo: str = ""

@@ -9,11 +9,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+from nightschool.cli.doctor.devices import gpu_files, system_facts
 from nightschool.cli.doctor.finding import Finding
 from nightschool.store.home import Home
 from nightschool.units import format_bytes
@@ -32,15 +32,17 @@ _ROOT = Path("/")
 
 def processor() -> Finding:
     """Cores, and instructions that decide which number format is fast."""
-    flags = _cpu_flags()
+    facts = _processor_facts()
+    flags = facts.get("Flags", "").split()
     known = [name for name in INSTRUCTIONS if name in flags]
     physical, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
-    found = f"{_cpu_name()}, {physical or logical} cores, {logical} threads, {allowed} for this process"
+    name = facts.get("Model name") or platform.processor() or platform.machine()
+    found = f"{name}, {physical or logical} cores, {logical} threads, {allowed} for this process"
     quota = _quota()
     if quota is not None:
         found += f", {quota:.3g} by the container's quota"
-    return Finding("CPU", "PASS", found + (f", {' '.join(known)}" if known else ""))
+    return Finding("PASS", found + (f", {' '.join(known)}" if known else ""))
 
 
 def main_memory() -> Finding:
@@ -55,23 +57,25 @@ def main_memory() -> Finding:
     swap = psutil.swap_memory()
     found += f"; swap {format_bytes(swap.total)}" if swap.total else "; no swap"
     if free < LITTLE_MEMORY_BYTES:
-        return Finding("RAM", "WARN", found, "Close programs, or train smaller models: nightschool plan says how much.")
-    return Finding("RAM", "PASS", found)
+        return Finding("WARN", found, "Close programs or train a smaller model; nightschool plan says how much a run needs.")
+    return Finding("PASS", found)
 
 
 def container() -> Finding:
     """Whether this is a container or a virtual machine, and what that limits."""
-    kinds = [*_containers(), *_virtual_machines()]
+    kinds = [*_containers()]
+    if vendor := _processor_facts().get("Hypervisor vendor"):
+        kinds.append(f"virtual machine ({vendor})")
     found = ", ".join(kinds) if kinds else "neither a container nor a virtual machine"
     shared = Path("/dev/shm")  # noqa: S108  looked at, not written to
     if not shared.is_dir():
-        return Finding("container", "PASS", found)
+        return Finding("PASS", found)
     size = shutil.disk_usage(shared).total
     found += f"; /dev/shm {format_bytes(size)}"
-    if size < LITTLE_SHARED_BYTES and _gpu_files() > 1:
+    if size < LITTLE_SHARED_BYTES and len(gpu_files()) > 1:
         todo = "Several GPUs exchange gradients through /dev/shm: start the container with --shm-size 8g."
-        return Finding("container", "WARN", found, todo)
-    return Finding("container", "PASS", found)
+        return Finding("WARN", found, todo)
+    return Finding("PASS", found)
 
 
 def home_folder() -> Finding:
@@ -85,12 +89,11 @@ def home_folder() -> Finding:
             os.replace(file, Path(folder) / "b")  # noqa: PTH105  the very call that publishing relies on
     except OSError as error:
         return Finding(
-            "home",
             "FAIL",
             f"{home.path} cannot be written to: {error.strerror}",
             "Set NIGHTSCHOOL_HOME to a folder of yours, or use -C DIR.",
         )
-    return Finding("home", "PASS", f"{home.path}" + ("" if home.path.exists() else " (will be made)"))
+    return Finding("PASS", f"{home.path}" + ("" if home.path.exists() else " (not made yet)"))
 
 
 def disk() -> Finding:
@@ -100,45 +103,41 @@ def disk() -> Finding:
     found = f"{format_bytes(usage.free)} free of {format_bytes(usage.total)}" + (f", {kind}" if kind else "")
     if usage.free < LITTLE_DISK_BYTES:
         todo = "Free some: nightschool runs rm, nightschool models rm, nightschool checkpoints prune."
-        return Finding("disk", "WARN", found, todo)
+        return Finding("WARN", found, todo)
     if kind in _SHARED_FILE_SYSTEMS:
-        return Finding(
-            "disk", "WARN", found, "Put the home on a disk of this machine: NIGHTSCHOOL_HOME=/a/local/folder."
-        )
+        return Finding("WARN", found, "Put the home on a disk of this machine: NIGHTSCHOOL_HOME=/a/local/folder.")
     if kind == "tmpfs":
-        return Finding("disk", "WARN", found, "This is memory: what lies here is gone after a restart.")
-    return Finding("disk", "PASS", found)
+        return Finding("WARN", found, "This disk is memory: a restart empties it.")
+    return Finding("PASS", found)
 
 
 def ports() -> Finding:
     """Whether the ports of the server and of TensorBoard are free."""
     taken = [port for port in (SERVER_PORT, TENSORBOARD_PORT) if not _is_free(port)]
     if not taken:
-        return Finding("ports", "PASS", f"{SERVER_PORT} (server) and {TENSORBOARD_PORT} (TensorBoard) are free")
+        return Finding("PASS", f"{SERVER_PORT} (server) and {TENSORBOARD_PORT} (TensorBoard) are free")
     verb = "are" if len(taken) > 1 else "is"
     return Finding(
-        "ports",
         "WARN",
         f"{' and '.join(map(str, taken))} {verb} taken",
-        "One may be running already; else choose another: nightschool serve --port N, tensorboard --port N.",
+        "One may be running already. Otherwise choose another: nightschool serve --port N, tensorboard --port N.",
     )
 
 
 def network() -> Finding:
     """Whether the model hub can be reached. Working offline is fine."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return Finding("network", "PASS", "HF_HUB_OFFLINE is set: models that are here, or in the cache, are used")
+        return Finding("PASS", "HF_HUB_OFFLINE is set: only models on this machine are used")
     started = time.perf_counter()
     try:
         socket.create_connection(HUB, timeout=HUB_TIMEOUT_SECONDS).close()
     except OSError as error:
         return Finding(
-            "network",
             "PASS",
-            f"{HUB[0]} cannot be reached ({error}); everything works offline but fetching models",
-            "Name a base that is here: ./folder, name@version, or new:tiny.",
+            f"{HUB[0]} cannot be reached ({error}); everything but downloading models works offline",
+            "Use a base that you have: ./folder, name@version, or new:tiny.",
         )
-    return Finding("network", "PASS", f"{HUB[0]} answers in {(time.perf_counter() - started) * 1000:.0f} ms")
+    return Finding("PASS", f"{HUB[0]} answers in {(time.perf_counter() - started) * 1000:.0f} ms")
 
 
 def _containers() -> Iterator[str]:
@@ -150,16 +149,8 @@ def _containers() -> Iterator[str]:
         yield f"container ({os.environ['container']})"  # noqa: SIM112
     if os.environ.get("KUBERNETES_SERVICE_HOST"):
         yield "Kubernetes"
-    if "microsoft" in _text(_ROOT / "proc" / "version").lower():
+    if "microsoft" in platform.release().lower():
         yield "WSL"
-
-
-def _virtual_machines() -> Iterator[str]:
-    product = [_text(_ROOT / "sys" / "class" / "dmi" / "id" / name) for name in ("sys_vendor", "product_name")]
-    named = " ".join(dict.fromkeys(part for part in product if part))
-    # Many containers see the name of a bare machine; the flag is there in every guest of a hypervisor.
-    if "hypervisor" in _cpu_flags():
-        yield f"virtual machine ({named})" if named else "virtual machine"
 
 
 def _memory_limit() -> tuple[int, int] | None:
@@ -180,30 +171,20 @@ def _quota() -> float | None:
     return int(parts[0]) / int(parts[1]) if len(parts) == 2 and parts[0].isdecimal() else None
 
 
-def _gpu_files() -> int:
-    return len(list((_ROOT / "dev").glob("nvidia[0-9]*")))
-
-
 def _file_system(path: Path) -> str | None:
     """The kind of file system that `path` lies on."""
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else None
 
 
-@contextmanager
-def _listening(port: int) -> Iterator[None]:
+def _is_free(port: int) -> bool:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        yield
-
-
-def _is_free(port: int) -> bool:
-    try:
-        with _listening(port):
-            return True
-    except OSError:
-        return False
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _existing(path: Path) -> Path:
@@ -219,14 +200,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _cpu_lines(*keys: str) -> str:
-    lines = _text(_ROOT / "proc" / "cpuinfo").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
-
-
-def _cpu_name() -> str:
-    return _cpu_lines("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    return set(_cpu_lines("flags", "Features").split())
+def _processor_facts() -> dict[str, str]:
+    """What lscpu says, by its own names; nothing where torch cannot be asked, or there is no lscpu."""
+    lines = str(system_facts().get("cpu_info", "")).splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import time
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.collect_env import get_env_info, run
 
+from nightschool.jobs.processes import how_it_ended
 from nightschool.models.dtype import bf16_speedup, num_threads_here, resolve_device, resolve_dtype
 
 # The width of the products whose results are compared, and of those that are timed on a GPU.
@@ -29,13 +34,12 @@ GPU_FP32_TOLERANCE = 5e-3
 
 def main() -> None:
     """Print what was found."""
+    complaints = start_cuda()
     facts: dict[str, Any] = {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
+        "system": get_env_info()._asdict(),
+        **ask_driver(),
+        "cuda_complaints": complaints,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
-        "available": torch.cuda.is_available(),
-        "architectures": torch.cuda.get_arch_list() if torch.cuda.is_available() else [],
         "threads": num_threads_here(),
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
     }
@@ -48,6 +52,27 @@ def main() -> None:
     else:
         facts["dtype"] = {"device": "cpu", "speedup": bf16_speedup(LAYER_WIDTH)}
     print(json.dumps(facts))
+
+
+def start_cuda() -> list[str]:
+    """What torch says when it begins to use the GPUs: that the driver is too old, or that it has no code for them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.init()
+        except Exception as error:  # whatever it is, it is why no GPU can be used
+            return [" ".join(str(error).split())]
+    return [" ".join(str(one.message).split()) for one in caught]
+
+
+def ask_driver() -> dict[str, Any]:
+    """What collect_env does not say: the newest CUDA that the driver knows, and why nvidia-smi fails where it does."""
+    if shutil.which("nvidia-smi") is None:
+        return {"driver_cuda": None, "driver_failure": ""}
+    code, said, complaint = run("nvidia-smi")
+    found = re.search(r"CUDA(?: UMD)? Version: *([\d.]+)", said)
+    failure = "" if code == 0 else (f"{said}\n{complaint}".strip().splitlines() or [how_it_ended(code)])[0]
+    return {"driver_cuda": found[1] if found else None, "driver_failure": failure}
 
 
 def _device(index: int) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 import resource
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
 from nightschool import __version__
+from nightschool.cli.doctor.devices import system_facts
 from nightschool.cli.doctor.finding import Finding
 from nightschool.store.home import Home
 
@@ -26,36 +27,42 @@ def system() -> Finding:
     """Operating system, Python, and how many files a process may open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = "any number of" if soft == resource.RLIM_INFINITY else f"{soft}"
-    found = f"{platform.platform()}, Python {platform.python_version()}, {files} open files"
+    name = ", ".join(filter(None, [system_facts().get("os"), platform.platform()]))
+    found = f"{name}, Python {platform.python_version()}, {files} open files"
     if soft != resource.RLIM_INFINITY and soft < FEW_OPEN_FILES:
-        return Finding("system", "WARN", found, f"Allow more open files: ulimit -n {4 * FEW_OPEN_FILES}")
-    return Finding("system", "PASS", found)
+        return Finding("WARN", found, f"Allow more open files: ulimit -n {4 * FEW_OPEN_FILES}")
+    return Finding("PASS", found)
 
 
 def versions() -> Finding:
     """The libraries that nightschool cannot do without, in versions that it was tested with."""
-    wrong = list(_wrong(""))
+    wrong = [
+        (requirement, present)
+        for requirement in _requirements().get("", [])
+        if (present := _version(requirement.name)) is None
+        or not requirement.specifier.contains(present, prereleases=True)
+    ]
     shown = [f"nightschool {__version__}", *(f"{name} {_version(name)}" for name in SHOWN if _version(name))]
     if wrong:
         wanted = " ".join(f"'{requirement.name}{requirement.specifier}'" for requirement, _ in wrong)
         found = ", ".join(f"{requirement.name}: {present or 'missing'}" for requirement, present in wrong)
-        return Finding("versions", "FAIL", found, f"pip install {wanted}")
-    return Finding("versions", "PASS", ", ".join(shown))
+        return Finding("FAIL", found, f"pip install {wanted}")
+    return Finding("PASS", ", ".join(shown))
 
 
 def optional() -> Finding:
     """What the extras of the package would add."""
     missing: dict[str, list[str]] = {}
     present = []
-    for extra in sorted(_extras() - _DEVELOPMENT):
-        for requirement in _requirements(extra):
+    for extra, requirements in sorted(_requirements().items()):
+        for requirement in requirements if extra and extra not in _DEVELOPMENT else ():
             if (found := _version(requirement.name)) is None:
                 missing.setdefault(extra, []).append(requirement.name)
             else:
                 present.append(f"{requirement.name} {found}")
     parts = [*present, *(f"no {', '.join(names)} (extra {extra})" for extra, names in missing.items())]
     todo = f"Only where you want them: pip install 'nightschool[{','.join(missing)}]'" if missing else ""
-    return Finding("optional", "PASS", ", ".join(parts) or "none", todo)
+    return Finding("PASS", ", ".join(parts) or "none", todo)
 
 
 def tensorboard() -> Finding:
@@ -64,34 +71,20 @@ def tensorboard() -> Finding:
     try:
         module = importlib.import_module("tensorboard.version")
     except Exception as error:  # a half-installed package raises whatever it likes
-        return Finding(
-            "TensorBoard", "FAIL", f"cannot be imported: {error}", "pip install --force-reinstall tensorboard"
-        )
-    return Finding("TensorBoard", "PASS", f"{module.VERSION}; see curves with tensorboard --logdir {runs}")
+        return Finding("FAIL", f"cannot be imported: {error}", "pip install --force-reinstall tensorboard")
+    return Finding("PASS", f"{module.VERSION}; see curves with tensorboard --logdir {runs}")
 
 
-def _wrong(extra: str) -> Iterator[tuple[Requirement, str | None]]:
-    """Requirements that are not met, with the version that is there instead."""
-    for requirement in _requirements(extra):
-        present = _version(requirement.name)
-        if present is None or not requirement.specifier.contains(present, prereleases=True):
-            yield requirement, present
-
-
-def _requirements(extra: str) -> Iterator[Requirement]:
-    """What the package itself says that it needs, always (`""`) or for an extra."""
+def _requirements() -> dict[str, list[Requirement]]:
+    """What the package itself says that it needs here, by the extra that asks for it; `""` is always."""
+    found: dict[str, list[Requirement]] = {}
     for text in _declared():
         requirement = Requirement(text)
-        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if always == (extra == "") and (
-            always or (requirement.marker and requirement.marker.evaluate({"extra": extra}))
-        ):
-            yield requirement
-
-
-def _extras() -> set[str]:
-    texts = [str(marker) for text in _declared() if (marker := Requirement(text).marker) is not None]
-    return {text.partition('extra == "')[2].partition('"')[0] for text in texts if 'extra == "' in text}
+        named = re.search(r'extra == "([^"]+)"', str(requirement.marker))
+        extra = named[1] if named else ""
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            found.setdefault(extra, []).append(requirement)
+    return found
 
 
 def _declared() -> list[str]:
