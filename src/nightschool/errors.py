@@ -1,50 +1,61 @@
 """The error tree: what can go wrong, with the exit code and the HTTP status of each.
 
     NightschoolError                     exit 1    HTTP 500
-    ├── UsageError                       exit 2    HTTP 400   the request or command makes no sense
-    │   ├── RecipeError                  exit 2    HTTP 422   problems in a recipe, all reported together
-    │   ├── NameRefused                  exit 2    HTTP 400   a name that may not become a path
-    │   └── PromptTooLong                exit 2    HTTP 400   prompt + answer do not fit the context
-    ├── DataError                        exit 1    HTTP 422   a data file or row is wrong
-    │   └── NothingToTrain               exit 1    HTTP 422   no token would carry loss, or too much is cut
-    ├── NotFound                         exit 4    HTTP 404   a model, version, run, checkpoint or file is not there
-    ├── Conflict                         exit 1    HTTP 409   the state forbids it (exists, is served, is pinned)
-    │   ├── Locked                       exit 1    HTTP 409   another process holds the lock
-    │   └── SwapFailed                   exit 1    HTTP 409   a swap changed nothing; `stage` says where it failed
-    ├── Damaged                          exit 1    HTTP 500   a stored artifact is incomplete or altered
-    │   ├── StateMismatch                exit 1    HTTP 409   a checkpoint does not fit the run that resumes from it
-    │   └── MadeByNewer                  exit 1    HTTP 409   written by a newer version, in a form that this one cannot read
-    ├── ModelError                       exit 1    HTTP 422   a base that is not a causal LM, or does not fit its tokenizer
-    ├── NonFiniteLoss                    exit 1    HTTP 500   the loss became NaN or infinite
-    ├── DiskFull                         exit 1    HTTP 507   no room; what was committed is still whole
-    ├── NotLoaded                        exit 1    HTTP 503   no model is being served
-    ├── QueueFull                        exit 1    HTTP 429   too many requests wait; retry later
-    ├── RemoteError                      exit 1    HTTP 502   an object store refused, or answered with nonsense
-    │   ├── CredentialsRefused           exit 1    HTTP 502   credentials are missing, wrong, expired or too weak
-    │   ├── BucketMissing                exit 4    HTTP 404   the bucket, container or repository does not exist
-    │   └── Unreachable                  exit 1    HTTP 503   the network or the store failed; later it may work
-    └── Interrupted                      exit 75   HTTP 503   stopped by a signal; resumable
+    ├── UsageError                       exit 2    HTTP 400
+    │   ├── RecipeError                  exit 2    HTTP 422
+    │   ├── NameRefused                  exit 2    HTTP 400
+    │   └── PromptTooLong                exit 2    HTTP 400
+    ├── DataError                        exit 1    HTTP 422
+    │   └── NothingToTrain               exit 1    HTTP 422
+    ├── NotFound                         exit 4    HTTP 404
+    ├── Conflict                         exit 1    HTTP 409
+    │   ├── Locked                       exit 1    HTTP 409
+    │   └── SwapFailed                   exit 1    HTTP 409
+    ├── Damaged                          exit 1    HTTP 500
+    │   ├── StateMismatch                exit 1    HTTP 409
+    │   └── MadeByNewer                  exit 1    HTTP 409
+    ├── ModelError                       exit 1    HTTP 422
+    ├── NonFiniteLoss                    exit 1    HTTP 500
+    ├── DiskFull                         exit 1    HTTP 507
+    ├── NotLoaded                        exit 1    HTTP 503
+    ├── QueueFull                        exit 1    HTTP 429
+    ├── RemoteError                      exit 1    HTTP 502
+    │   ├── CredentialsRefused           exit 1    HTTP 502
+    │   ├── BucketMissing                exit 4    HTTP 404
+    │   └── Unreachable                  exit 1    HTTP 503
+    └── Interrupted                      exit 75   HTTP 503
 
 Every message has one sentence of fact and one of remedy, in the names that the user typed.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
 class NightschoolError(Exception):
-    """The root. `str(error)` is the whole message that a user sees."""
+    """The root. `str(error)` is the whole message that a user sees.
+
+    A subclass names its exit code and HTTP status where they differ from its parent's. `code`, which programs read, is
+    its name in snake case unless it says otherwise.
+    """
 
     exit_code: int = 1
     http_status: int = 500
     code: str = "internal_error"
 
+    def __init_subclass__(
+        cls, *, exit_code: int | None = None, http_status: int | None = None, code: str | None = None
+    ) -> None:
+        super().__init_subclass__()
+        cls.exit_code = exit_code or cls.exit_code
+        cls.http_status = http_status or cls.http_status
+        cls.code = code or re.sub(r"\B(?=[A-Z])", "_", cls.__name__.removesuffix("Error")).lower()
 
-class UsageError(NightschoolError):
-    exit_code = 2
-    http_status = 400
-    code = "usage"
+
+class UsageError(NightschoolError, exit_code=2, http_status=400):
+    """The request or the command makes no sense."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,8 @@ class Problem:
         return f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"
 
 
-class RecipeError(UsageError):
+class RecipeError(UsageError, http_status=422):
     """All problems of one recipe, reported together."""
-
-    http_status = 422
-    code = "recipe"
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -74,13 +82,11 @@ class RecipeError(UsageError):
 
 
 class NameRefused(UsageError):
-    code = "name_refused"
+    """A name that may not become a path."""
 
 
-class PromptTooLong(UsageError):
+class PromptTooLong(UsageError, code="context_length_exceeded"):
     """`prompt_tokens` and `max_new_tokens` do not fit `context_tokens`."""
-
-    code = "context_length_exceeded"
 
     def __init__(self, prompt_tokens: int, max_new_tokens: int, context_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
@@ -92,34 +98,28 @@ class PromptTooLong(UsageError):
         )
 
 
-class DataError(NightschoolError):
-    http_status = 422
-    code = "data"
+class DataError(NightschoolError, http_status=422):
+    """A data file or row is wrong."""
 
 
 class NothingToTrain(DataError):
-    code = "nothing_to_train"
+    """No token would carry loss, or too much is cut."""
 
 
-class NotFound(NightschoolError):
-    exit_code = 4
-    http_status = 404
-    code = "not_found"
+class NotFound(NightschoolError, exit_code=4, http_status=404):
+    """A model, version, run, checkpoint or file is not there."""
 
 
-class Conflict(NightschoolError):
-    http_status = 409
-    code = "conflict"
+class Conflict(NightschoolError, http_status=409):
+    """The state forbids it (exists, is served, is pinned)."""
 
 
 class Locked(Conflict):
-    code = "locked"
+    """Another process holds the lock."""
 
 
 class SwapFailed(Conflict):
     """A swap that changed nothing. `stage`: resolve, verify, load, warm_up, probe or switch."""
-
-    code = "swap_failed"
 
     def __init__(self, stage: str, message: str) -> None:
         self.stage = stage
@@ -127,70 +127,56 @@ class SwapFailed(Conflict):
 
 
 class Damaged(NightschoolError):
-    code = "damaged"
+    """A stored artifact is incomplete or altered."""
 
 
-class StateMismatch(Damaged):
-    http_status = 409
-    code = "state_mismatch"
+class StateMismatch(Damaged, http_status=409):
+    """A checkpoint does not fit the run that resumes from it."""
 
 
-class MadeByNewer(Damaged):
-    http_status = 409
-    code = "made_by_newer"
+class MadeByNewer(Damaged, http_status=409):
+    """Written by a newer version, in a form that this one cannot read."""
 
 
-class ModelError(NightschoolError):
-    http_status = 422
-    code = "model"
+class ModelError(NightschoolError, http_status=422):
+    """A base that is not a causal LM, or does not fit its tokenizer."""
 
 
 class NonFiniteLoss(NightschoolError):
-    code = "non_finite_loss"
+    """The loss became NaN or infinite."""
 
 
-class DiskFull(NightschoolError):
-    http_status = 507
-    code = "disk_full"
+class DiskFull(NightschoolError, http_status=507):
+    """No room; what was committed is still whole."""
 
 
-class NotLoaded(NightschoolError):
-    http_status = 503
-    code = "not_loaded"
+class NotLoaded(NightschoolError, http_status=503):
+    """No model is being served."""
 
 
-class QueueFull(NightschoolError):
+class QueueFull(NightschoolError, http_status=429):
     """The queue is at its bound. `retry_after_seconds` goes into the `Retry-After` header."""
-
-    http_status = 429
-    code = "queue_full"
 
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         self.retry_after_seconds = retry_after_seconds
         super().__init__(message)
 
 
-class RemoteError(NightschoolError):
-    http_status = 502
-    code = "remote"
+class RemoteError(NightschoolError, http_status=502):
+    """An object store refused, or answered with nonsense."""
 
 
 class CredentialsRefused(RemoteError):
-    code = "credentials_refused"
+    """Credentials are missing, wrong, expired or too weak."""
 
 
-class BucketMissing(RemoteError):
-    exit_code = 4
-    http_status = 404
-    code = "bucket_missing"
+class BucketMissing(RemoteError, exit_code=4, http_status=404):
+    """The bucket, container or repository does not exist."""
 
 
-class Unreachable(RemoteError):
-    http_status = 503
-    code = "unreachable"
+class Unreachable(RemoteError, http_status=503):
+    """The network or the store failed; later it may work."""
 
 
-class Interrupted(NightschoolError):
-    exit_code = 75
-    http_status = 503
-    code = "interrupted"
+class Interrupted(NightschoolError, exit_code=75, http_status=503):
+    """Stopped by a signal; resumable."""

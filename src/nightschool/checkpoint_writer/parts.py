@@ -39,7 +39,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EM
 Found = TypeVar("Found")
 
 
-class PartRefused(Conflict):
+class PartRefused(Conflict, code="conflict"):
     """One of the ranks could not write, so that there is no checkpoint; `disk_full` tells the reason apart."""
 
     def __init__(self, message: str, *, disk_full: bool) -> None:

@@ -37,7 +37,7 @@ _UNDERSTOOD = frozenset(
 _PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal")
 
 
-class NeedsMerging(ModelError):
+class NeedsMerging(ModelError, code="model"):
     """An adapter that cannot be served apart from its base, and why; merged it can."""
 
 

@@ -24,10 +24,8 @@ from nightschool.work.processes import command
 COMMAND = tuple(command("cli"))
 
 
-class DemoFailed(NightschoolError):
+class DemoFailed(NightschoolError, code="demo"):
     """A step of the demonstration did not do what it should; the message says which, and where its log is."""
-
-    code = "demo"
 
 
 def run_command(folder: Path, *words: str, expect: int = 0) -> str:

@@ -57,7 +57,9 @@ def main_memory() -> Finding:
     swap = psutil.swap_memory()
     found += f"; swap {format_bytes(swap.total)}" if swap.total else "; no swap"
     if free < LITTLE_MEMORY_BYTES:
-        return Finding("WARN", found, "Close programs or train a smaller model; nightschool plan says how much a run needs.")
+        return Finding(
+            "WARN", found, "Close programs or train a smaller model; nightschool plan says how much a run needs."
+        )
     return Finding("PASS", found)
 
 

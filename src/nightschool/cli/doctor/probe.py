@@ -36,7 +36,7 @@ def main() -> None:
     """Print what was found."""
     complaints = start_cuda()
     facts: dict[str, Any] = {
-        "system": get_env_info()._asdict(),
+        "system": get_env_info()._asdict(),  # type: ignore[no-untyped-call]
         **ask_driver(),
         "cuda_complaints": complaints,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ def start_cuda() -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever it is, it is why no GPU can be used
             return [" ".join(str(error).split())]
     return [" ".join(str(one.message).split()) for one in caught]
@@ -69,7 +69,7 @@ def ask_driver() -> dict[str, Any]:
     """What collect_env does not say: the newest CUDA that the driver knows, and why nvidia-smi fails where it does."""
     if shutil.which("nvidia-smi") is None:
         return {"driver_cuda": None, "driver_failure": ""}
-    code, said, complaint = run("nvidia-smi")
+    code, said, complaint = run("nvidia-smi")  # type: ignore[no-untyped-call]
     found = re.search(r"CUDA(?: UMD)? Version: *([\d.]+)", said)
     failure = "" if code == 0 else (f"{said}\n{complaint}".strip().splitlines() or [how_it_ended(code)])[0]
     return {"driver_cuda": found[1] if found else None, "driver_failure": failure}
