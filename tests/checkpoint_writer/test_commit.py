@@ -142,7 +142,7 @@ def test_digests_are_those_of_the_bytes_that_were_written(run):
 
 def test_a_save_is_announced_and_old_ones_go(run):
     for step in (1, 2, 3):
-        outcome = save(run, step, keep_last=2, keep_best=0)
+        outcome = save(run, step, keep={"last": 2, "best": 0})
     assert steps(run) == [2, 3]
     assert outcome.removed == [checkpoints.checkpoint_name(0, 1, 1)]
     assert (run.checkpoints_path / "latest").read_text().strip() == outcome.name
@@ -155,7 +155,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_or_the_one_before(run):
     """Rename, pointer and retention included."""
     save(run, 1)
     kills = 0
-    for _ in kill_everywhere(lambda: save(run, 2, keep_last=1, keep_best=0)):
+    for _ in kill_everywhere(lambda: save(run, 2, keep={"last": 1, "best": 0})):
         kills += 1
         newest = checkpoints.newest_whole(run)
         assert newest.skipped == ()
@@ -182,7 +182,7 @@ def test_a_full_disk_at_any_moment_keeps_what_was_there(run, stays_full):
     save(run, 1)
 
     def work():
-        outcome = save(run, 2, keep_last=1, keep_best=0)
+        outcome = save(run, 2, keep={"last": 1, "best": 0})
         if outcome.disk_full:
             raise DiskFull(outcome.error)
 
@@ -202,7 +202,7 @@ def test_a_full_disk_at_any_moment_keeps_what_was_there(run, stays_full):
 
 def test_a_full_disk_makes_room_by_retention_and_tries_once_more(run, monkeypatch):
     for step in (1, 2, 3):
-        save(run, step, keep_last=9)
+        save(run, step, keep={"last": 9})
     write = commit.write_file
 
     def full(path, pieces):
@@ -211,11 +211,11 @@ def test_a_full_disk_makes_room_by_retention_and_tries_once_more(run, monkeypatc
         return write(path, pieces)
 
     monkeypatch.setattr(commit, "write_file", full)
-    assert save(run, 4, keep_last=1, keep_best=0).error is None
+    assert save(run, 4, keep={"last": 1, "best": 0}).error is None
     assert steps(run) == [4]
     assert [row["event"] for row in read_events(run.events_path)][-2:] == ["disk_full", "checkpoint"]
     monkeypatch.setattr(commit, "write_file", lambda *_: (_ for _ in ()).throw(DiskFull("There is no room.")))
-    outcome = save(run, 5, keep_last=1, keep_best=0)
+    outcome = save(run, 5, keep={"last": 1, "best": 0})
     assert outcome.disk_full
     assert str(outcome) == f"Not saved {outcome.name}: There is no room."
     assert steps(run) == [4]

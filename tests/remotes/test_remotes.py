@@ -18,7 +18,8 @@ from nightschool.errors import (
     Unreachable,
     UsageError,
 )
-from nightschool.remotes import Throttle, Transfer, check_key, open_remote, parse_url, path_below
+from nightschool.remotes import Throttle, Transfer, open_remote, parse_url
+from nightschool.store.names import check_key, path_below
 from tests.support.object_stores import az, azurite, fake_gcs, free_port, gcp_emulator, gs, moto, resumable_gs, s3  # noqa: F401
 
 LARGE = os.urandom(9 << 20)  # more than one part

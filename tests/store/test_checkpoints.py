@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightschool.config.checkpoints import Keep
 from nightschool.errors import MadeByNewer, NotFound
 from nightschool.store import checkpoints
 from nightschool.store.atomic import publish_directory
-from nightschool.store.checkpoints import Keep
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
 from nightschool.store.runs import RunStore
-from nightschool.units import Every
 
 
 @pytest.fixture
@@ -69,13 +68,13 @@ def test_the_newest_whole_one_says_what_it_skipped(run):
 
 def test_without_any_there_is_none(run):
     assert checkpoints.newest_whole(run) == checkpoints.Newest(None, ())
-    assert checkpoints.apply_retention(run, Keep(1, 1)) == []
+    assert checkpoints.apply_retention(run, Keep(last=1, best=1)) == []
 
 
 def test_retention_keeps_the_newest_and_the_best(run):
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 1.0), (5, 2.0), (6, 2.5), (7, 9.0)):
         save(run, step, loss=loss)
-    removed = checkpoints.apply_retention(run, Keep(2, 1))
+    removed = checkpoints.apply_retention(run, Keep(last=2, best=1))
     assert steps(removed) == [1, 2, 3, 5]
     assert steps(checkpoints.ls(run)) == [4, 6, 7]  # of the two best, the one that learned longer
 
@@ -84,10 +83,10 @@ def test_a_damaged_one_does_not_push_out_the_only_whole_one(run):
     save(run, 1)
     for step in (2, 3):
         os.truncate(save(run, step) / "weights", 10)
-    checkpoints.apply_retention(run, Keep(1, 0))
+    checkpoints.apply_retention(run, Keep(last=1, best=0))
     assert checkpoints.newest_whole(run).checkpoint.step == 1
     save(run, 4)
-    checkpoints.apply_retention(run, Keep(1, 0))
+    checkpoints.apply_retention(run, Keep(last=1, best=0))
     assert steps(checkpoints.ls(run)) == [2, 3, 4]  # what is damaged is left for its owner to look at
     assert checkpoints.newest_whole(run).checkpoint.step == 4
 
@@ -105,7 +104,7 @@ def test_retention_never_takes_the_newest_whole_one(tmp_path_factory, points, ke
         if not whole:
             (path / "weights").unlink()
     before = checkpoints.newest_whole(run).checkpoint
-    checkpoints.apply_retention(run, Keep(keep_last, keep_best))
+    checkpoints.apply_retention(run, Keep(last=keep_last, best=keep_best))
     assert checkpoints.newest_whole(run).checkpoint == before
     num_whole = sum(whole for whole, _ in points)
     kept = [point for point in checkpoints.ls(run) if points[point.step][0]]
@@ -117,7 +116,7 @@ def test_retention_sweeps_what_dead_writers_left(run):
     dead = run.checkpoints_path / "checkpoint-epoch0-step2-files1.partial"
     dead.mkdir()
     with publish_directory(checkpoints.checkpoint_path(run, 0, 3, 1)) as folder:
-        checkpoints.apply_retention(run, Keep(1, 0))
+        checkpoints.apply_retention(run, Keep(last=1, best=0))
         assert folder.exists()
         assert not dead.exists()
 
@@ -125,11 +124,11 @@ def test_retention_sweeps_what_dead_writers_left(run):
 def test_milestones_stay_for_ever(run):
     for step in range(300, 3000, 300):
         save(run, step)
-        checkpoints.apply_retention(run, Keep(1, 0, Every.parse("1000 steps")))
+        checkpoints.apply_retention(run, Keep(last=1, best=0, every="1000 steps"))
     assert steps(checkpoints.ls(run)) == [1200, 2100, 2700]
     for epoch in range(5):
         save(run, 3000 + epoch, epoch=epoch)
-        checkpoints.apply_retention(run, Keep(1, 0, Every.parse("2 epochs")))
+        checkpoints.apply_retention(run, Keep(last=1, best=0, every="2 epochs"))
     assert [point.epoch for point in checkpoints.ls(run)] == [2, 4]
 
 
@@ -137,8 +136,8 @@ def test_what_must_be_uploaded_stays_until_it_is(run):
     for step in (1, 2, 3):
         save(run, step)
     waiting = checkpoints.checkpoint_path(run, 0, 1, 1)
-    assert steps(checkpoints.apply_retention(run, Keep(1, 0), is_pending=lambda path: path == waiting)) == [2]
-    assert steps(checkpoints.apply_retention(run, Keep(1, 0))) == [1]
+    assert steps(checkpoints.apply_retention(run, Keep(last=1, best=0), is_pending=lambda path: path == waiting)) == [2]
+    assert steps(checkpoints.apply_retention(run, Keep(last=1, best=0))) == [1]
 
 
 def test_what_a_run_left_behind_when_it_went_back_is_not_its_newest(run):
@@ -148,7 +147,7 @@ def test_what_a_run_left_behind_when_it_went_back_is_not_its_newest(run):
     assert checkpoints.next_attempt(run) == 2
     save(run, 3, attempt=2)
     assert checkpoints.newest_whole(run).checkpoint.step == 3
-    assert steps(checkpoints.apply_retention(run, Keep(2, 0))) == [1, 2, 4]
+    assert steps(checkpoints.apply_retention(run, Keep(last=2, best=0))) == [1, 2, 4]
     assert steps(checkpoints.ls(run)) == [3, 5]
     assert steps(checkpoints.by_age(checkpoints.ls(run))) == [5, 3]
 

@@ -95,7 +95,7 @@ def test_a_cut_manifest_is_damaged(folder, share):
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "./a"])
 def test_a_manifest_never_reaches_out_of_its_folder(folder, name, monkeypatch):
-    monkeypatch.setattr("nightschool.store.manifest._digest", lambda content: "same")
+    monkeypatch.setattr("nightschool.store.manifest.json_digest", lambda content: "same")
     path = folder / "manifest.json"
     content = json.loads(path.read_text()) | {"digest": "same"}
     content["files"] = {name: {"sha256": "0", "size_bytes": 0}}
@@ -105,7 +105,7 @@ def test_a_manifest_never_reaches_out_of_its_folder(folder, name, monkeypatch):
 
 
 def test_a_manifest_of_another_format_or_form_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("nightschool.store.manifest._digest", lambda content: "same")
+    monkeypatch.setattr("nightschool.store.manifest.json_digest", lambda content: "same")
     path = folder / "manifest.json"
     content = json.loads(path.read_text()) | {"digest": "same"}
     for change, match in (

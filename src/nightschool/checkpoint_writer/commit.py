@@ -18,14 +18,15 @@ from typing import Any
 from nightschool import uploads
 from nightschool.checkpoint_writer.disk import Pieces, write_file
 from nightschool.checkpoint_writer.parts import PartRefused, SharedSave
+from nightschool.config.checkpoints import Keep
 from nightschool.errors import DiskFull, NightschoolError
 from nightschool.events import EventLog
 from nightschool.store import checkpoints
 from nightschool.store.atomic import publish_directory, write_text
-from nightschool.store.checkpoints import LATEST, Keep
+from nightschool.store.checkpoints import LATEST
 from nightschool.store.manifest import read_manifest, seal
 from nightschool.store.runs import Run
-from nightschool.units import Every, format_bytes, printable
+from nightschool.units import format_bytes, printable
 
 Contents = Callable[[], Iterator[tuple[str, Pieces]]]
 
@@ -34,7 +35,7 @@ Contents = Callable[[], Iterator[tuple[str, Pieces]]]
 class Order:
     """What is to be committed, besides the bytes. Plain values, so that it can go to another process.
 
-    `target` lies in the checkpoints of the run at `run`; `facts` go into the manifest; what is kept is the recipe's.
+    `target` lies in the checkpoints of the run at `run`; `facts` go into the manifest; `keep` is the recipe's.
     `rank` says which of the `num_ranks` processes that train together gave it: see `parts`.
     """
 
@@ -42,15 +43,9 @@ class Order:
     run: str
     target: str
     facts: dict[str, Any]
-    keep_last: int = 3
-    keep_best: int = 1
-    keep_every: str | None = None
+    keep: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
     num_ranks: int = 1
-
-    @property
-    def keep(self) -> Keep:
-        return Keep(self.keep_last, self.keep_best, Every.parse(self.keep_every) if self.keep_every else None)
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,9 @@ def say(text: str) -> None:
 
 
 def _retain(run: Run, order: Order) -> list[str]:
-    removed = checkpoints.apply_retention(run, order.keep, is_pending=partial(uploads.is_pending, run.home))
+    removed = checkpoints.apply_retention(
+        run, Keep.model_validate(order.keep), is_pending=partial(uploads.is_pending, run.home)
+    )
     return [point.name for point in removed]
 
 

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from nightschool.errors import Conflict, DiskFull, Interrupted, NightschoolError
 from nightschool.events import read_events
 from nightschool.jobs.bitwise import Comparison, compare_checkpoints
@@ -31,7 +29,7 @@ from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.names import home_of, tenants_of
-from nightschool.store.runs import Run, RunStatus, RunStore
+from nightschool.store.runs import Run, RunStatus, RunStore, recipe_yaml
 from nightschool.units import Every
 from nightschool.work.processes import command
 from nightschool.work.stop import Stop
@@ -229,10 +227,7 @@ def _write_recipe(copy: Run, recipe: dict[str, Any]) -> None:
     if train.get("evaluate_every") is not None and Every.parse(train["evaluate_every"]).unit == "seconds":
         # By the clock the two copies would evaluate at different steps.
         train["evaluate_every"] = None
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    with copy.recipe_path.open("w", encoding="utf-8") as file:
-        yaml.dump(recipe, file)
+    copy.recipe_path.write_text(recipe_yaml(recipe), encoding="utf-8")
 
 
 def _link_tree(source: Path, target: Path, *, linked_bytes: int) -> None:

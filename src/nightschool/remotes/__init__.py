@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nightschool.errors import UsageError
-from nightschool.remotes.address import Address, check_key, is_url, parse_url, path_below
+from nightschool.remotes.address import Address, is_url, parse_url
 from nightschool.remotes.remote import Content, ObjectInfo, ObjectStore, Remote
 from nightschool.remotes.transfer import Throttle, Transfer
 
@@ -19,11 +19,9 @@ __all__ = [
     "Remote",
     "Throttle",
     "Transfer",
-    "check_key",
     "is_url",
     "open_remote",
     "parse_url",
-    "path_below",
 ]
 
 TIMEOUT_SECONDS = 120.0

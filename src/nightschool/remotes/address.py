@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from nightschool.errors import NameRefused, UsageError
+from nightschool.errors import UsageError
+from nightschool.store.names import check_key
 
 SCHEMES = ("file", "s3", "gs", "az", "hf", "memory")
 # Other spellings of the same stores.
 _SPELLINGS = {"gcs": "gs", "s3a": "s3", "azure": "az", "abfs": "az"}
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_MOST_BYTES = 900
 
 
 @dataclass(frozen=True)
@@ -69,36 +68,6 @@ def parse_url(url: str) -> Address:
         raise UsageError(f"{url!r} names no bucket. Write {scheme}://bucket/folder.")
     prefix = path.strip("/")
     return Address(scheme, bucket, check_key(prefix) if prefix else "")
-
-
-def check_key(key: str) -> str:
-    """Return `key` if it is a relative path with `/` that stays where it is put.
-
-    Raises:
-        NameRefused: If it is empty, absolute, too long, has `..`, an empty part, a backslash or a control character.
-    """
-    parts = key.split("/")
-    wrong = (
-        not key
-        or any(part in ("", ".", "..") for part in parts)
-        or any(ord(letter) < 32 or letter in "\\\x7f" for letter in key)
-        or len(key.encode(errors="replace")) > _MOST_BYTES
-    )
-    if wrong:
-        raise NameRefused(
-            f"The object name {key[:200]!r} is refused, because as a path it could lead elsewhere. "
-            f"Write parts of a path between single slashes, without '..'."
-        )
-    return key
-
-
-def path_below(folder: Path, key: str) -> Path:
-    """Where the object of that name is kept below `folder`: the one function that makes local paths of keys.
-
-    Raises:
-        NameRefused: As `check_key` does.
-    """
-    return folder.joinpath(*check_key(key).split("/"))
 
 
 def _file_path(url: str, host: str, path: str) -> str:

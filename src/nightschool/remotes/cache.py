@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nightschool.errors import Conflict, Damaged, NightschoolError, NotFound, Unreachable
-from nightschool.remotes.address import path_below
 from nightschool.remotes.remote import Remote
 from nightschool.store.atomic import PARTIAL, make_folder, read_json, write_bytes, write_json
 from nightschool.store.locks import lock
+from nightschool.store.names import path_below
 from nightschool.units import format_bytes
 
 _WAIT_SECONDS = 3600.0

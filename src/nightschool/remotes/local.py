@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NotFound
-from nightschool.remotes.address import Address, path_below
+from nightschool.remotes.address import Address
 from nightschool.remotes.remote import ObjectInfo
 from nightschool.remotes.transfer import SourceFile, Transfer
 from nightschool.store.atomic import PARTIAL, replacing, write_all, write_bytes
 from nightschool.store.locks import lock
+from nightschool.store.names import path_below
 
 _CHUNK_BYTES = 1 << 20
 _LOCK = ".nightschool.lock"

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from nightschool.errors import Conflict, NameRefused, NotFound, Unreachable
-from nightschool.remotes.address import Address, check_key
+from nightschool.remotes.address import Address
 from nightschool.remotes.download import download
 from nightschool.remotes.transfer import SourceFile, Transfer, source_of
+from nightschool.store.names import check_key
 
 
 @dataclass(frozen=True)

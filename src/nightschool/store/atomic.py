@@ -170,9 +170,15 @@ def read_json(path: Path) -> dict[str, Any]:
         Damaged: If it holds anything but one JSON object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist. Check the name, or where the home is (NIGHTSCHOOL_HOME).") from None
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that lies at `path`. Raises Damaged if it is anything else."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(
             f"{path} is not JSON ({json_fault(error)}). Restore it from a backup, or remove what it belongs to."

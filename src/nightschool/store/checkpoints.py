@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nightschool.config.checkpoints import Keep
 from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
 from nightschool.store.atomic import remove_folder, sweep_partials
 from nightschool.store.manifest import Manifest, read_manifest, verify
@@ -177,18 +178,6 @@ def to_resume(run: Run, resume: str | None, say: Callable[[str], None]) -> Check
     return newest.checkpoint
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay: this many newest, this many with the lowest held-out loss, and milestones for ever.
-
-    A milestone is the first checkpoint at or after each multiple of `every` (steps or epochs).
-    """
-
-    last: int = 3
-    best: int = 1
-    every: Every | None = None
-
-
 def nothing_is_pending(_: Path) -> bool:
     """For runs that upload nothing."""
     return False
@@ -198,6 +187,8 @@ def apply_retention(
     run: Run, keep: Keep, *, is_pending: Callable[[Path], bool] = nothing_is_pending
 ) -> list[Checkpoint]:
     """Remove whole checkpoints that `keep` does not name, but none that must still be uploaded.
+
+    A milestone is the first checkpoint at or after each multiple of `keep.every`.
 
     Only whole checkpoints (by names and sizes) count, so that a damaged one never pushes out the only one that can be
     resumed from. Damaged ones are left for their owner to look at. What dead writers left is swept.
@@ -210,7 +201,6 @@ def apply_retention(
     Returns:
         The removed checkpoints, oldest first.
     """
-    assert keep.last >= 1, "the newest checkpoint always stays"
     sweep_partials(run.checkpoints_path)
     whole = by_age(point for point in ls(run) if _is_whole(point))
     losses = {point: loss for point in whole if (loss := point.heldout_loss()) is not None}

@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from nightschool.errors import Damaged, MadeByNewer, NotFound
+from nightschool.errors import Damaged, MadeByNewer, NameRefused, NotFound
 from nightschool.events import now
-from nightschool.store.atomic import read_json, write_json
+from nightschool.store.atomic import parse_json, write_json
+from nightschool.store.names import check_key
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -61,8 +62,8 @@ def seal(folder: Path, files: dict[str, FileInfo], facts: dict[str, Any]) -> Man
         DiskFull: If there is no room.
     """
     manifest = Manifest(now(), facts, dict(sorted(files.items())))
-    content = _plain(manifest)
-    write_json(folder / MANIFEST, content | {"digest": _digest(content)})
+    content = {"format": _FORMAT} | asdict(manifest) | {"created_at": manifest.created_at.isoformat()}
+    write_json(folder / MANIFEST, content | {"digest": json_digest(content)})
     return manifest
 
 
@@ -76,12 +77,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content = read_json(path)
-    except NotFound:
+        content = path.read_bytes()
+    except FileNotFoundError:
         raise NotFound(
             f"{folder} does not exist, or was never finished: it has no {MANIFEST}. List what exists, and choose of it."
         ) from None
-    stated, actual = content.pop("digest", None), _digest(content)
+    return parse_manifest(content, path)
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """The manifest that lies at `path`. Raises MadeByNewer and Damaged as `read_manifest` does."""
+    content = parse_json(text, path)
+    stated, actual = content.pop("digest", None), json_digest(content)
     if stated != actual:
         raise Damaged(f"{path} has the digest {actual}, but states {stated}. {_REMEDY}")
     if content.get("format") != _FORMAT:
@@ -94,10 +101,12 @@ def read_manifest(folder: Path) -> Manifest:
             created_at=datetime.fromisoformat(content["created_at"]),
             facts=dict(content["facts"]),
             files={
-                _checked_path(name, path): FileInfo(str(file["sha256"]), int(file["size_bytes"]))
+                check_key(name): FileInfo(str(file["sha256"]), int(file["size_bytes"]))
                 for name, file in content["files"].items()
             },
         )
+    except NameRefused as error:
+        raise Damaged(f"{path} lists a file that lies outside its folder: {error} {_REMEDY}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"{path} does not have the form of a manifest ({error!r}). {_REMEDY}") from error
 
@@ -138,18 +147,8 @@ def verify(folder: Path, *, digests: bool) -> Manifest:
 _REMEDY = "It was altered after it was published; restore it from a copy, or remove it."
 
 
-def _plain(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "format": _FORMAT,
-        "created_at": manifest.created_at.isoformat(),
-        "facts": manifest.facts,
-        "files": {
-            name: {"sha256": file.sha256, "size_bytes": file.size_bytes} for name, file in manifest.files.items()
-        },
-    }
-
-
-def _digest(content: dict[str, Any]) -> str:
+def json_digest(content: dict[str, Any]) -> str:
+    """The SHA-256 of plain values, however they are laid out as JSON."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -167,13 +166,6 @@ def _files_in(folder: Path) -> list[str]:
                 )
         names += [(Path(parent) / name).relative_to(folder).as_posix() for name in files]
     return sorted(name for name in names if name != MANIFEST)
-
-
-def _checked_path(name: str, manifest: Path) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or path.as_posix() != name:
-        raise Damaged(f"{manifest} lists {name!r}, which lies outside its folder. {_REMEDY}")
-    return name
 
 
 def file_sha256(path: Path) -> str:

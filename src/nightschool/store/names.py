@@ -23,6 +23,7 @@ RESERVED_ALIASES = (CHAMPION, LATEST, PREVIOUS)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
 _STAMP_FORMAT = "%Y%m%d_%H%M%S"
+_MOST_KEY_BYTES = 900
 # Suffixes of our own files: such a name would be swept away or taken for a lock.
 _OUR_SUFFIXES = (".partial", ".lock")
 
@@ -52,6 +53,36 @@ def is_name(text: str) -> bool:
         return check_name(text) == text
     except NameRefused:
         return False
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is a relative path with `/` that stays where it is put.
+
+    Raises:
+        NameRefused: If it is empty, absolute, too long, has `..`, an empty part, a backslash or a control character.
+    """
+    parts = key.split("/")
+    wrong = (
+        not key
+        or any(part in ("", ".", "..") for part in parts)
+        or any(ord(letter) < 32 or letter in "\\\x7f" for letter in key)
+        or len(key.encode(errors="replace")) > _MOST_KEY_BYTES
+    )
+    if wrong:
+        raise NameRefused(
+            f"The object name {key[:200]!r} is refused, because as a path it could lead elsewhere. "
+            f"Write parts of a path between single slashes, without '..'."
+        )
+    return key
+
+
+def path_below(folder: Path, key: str) -> Path:
+    """Where the object of that name is kept below `folder`: the one function that makes local paths of keys.
+
+    Raises:
+        NameRefused: As `check_key` does.
+    """
+    return folder.joinpath(*check_key(key).split("/"))
 
 
 def is_stamp(text: str) -> bool:

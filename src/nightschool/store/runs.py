@@ -234,7 +234,7 @@ class RunStore:
             )
             run = Run(f"{name}-{stamp}", runs / f"{bare}-{stamp}")
             with publish_directory(run.path) as folder:
-                write_text(folder / run.recipe_path.name, _to_yaml(recipe_plain))
+                write_text(folder / run.recipe_path.name, recipe_yaml(recipe_plain))
                 (folder / run.checkpoints_path.name).mkdir()
                 write_json(
                     folder / run.status_path.name,
@@ -319,7 +319,8 @@ class RunStore:
         return lock(self.home.locks / "runs.lock", "the list of runs", wait_seconds=_WAIT_SECONDS)
 
 
-def _to_yaml(plain: dict[str, Any]) -> str:
+def recipe_yaml(plain: dict[str, Any]) -> str:
+    """A resolved recipe as the text of recipe.yaml."""
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

@@ -6,9 +6,9 @@ import gzip
 import tarfile
 from pathlib import Path
 
-from nightschool.errors import Damaged
-from nightschool.remotes.address import check_key, path_below
+from nightschool.errors import Damaged, NameRefused
 from nightschool.store.atomic import make_folder, replacing, room_needed
+from nightschool.store.names import check_key, path_below
 
 # Weights hardly shrink at any level; the quickest one is enough.
 _LEVEL = 1
@@ -90,7 +90,7 @@ def _checked(archive: Path, member: tarfile.TarInfo) -> list[str]:
     name = member.name.removeprefix("./").rstrip("/")
     try:
         return check_key(name).split("/")
-    except Exception as error:
+    except NameRefused as error:
         raise Damaged(
             f"{archive.name} holds {member.name!r}, which would lie outside its folder. "
             f"Nothing of it was unpacked where it could be used."

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from nightschool.errors import Conflict, Damaged, NameRefused, NightschoolError, NotFound, Unreachable, UsageError
 from nightschool.events import now
-from nightschool.remotes import open_remote, path_below
+from nightschool.remotes import open_remote
 from nightschool.remotes.remote import Remote
 from nightschool.store.atomic import make_folder, publish_directory, write_bytes, write_json
 from nightschool.store.checkpoints import Checkpoint, parse_checkpoint
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.manifest import MANIFEST, read_manifest, verify
-from nightschool.store.names import check_full_name, full_name, is_stamp, split_name, stamp_of
+from nightschool.store.names import check_full_name, full_name, is_stamp, path_below, split_name, stamp_of
 from nightschool.store.runs import Run, RunStatus, RunStore
 from nightschool.units import format_bytes
 from nightschool.uploads.archive import unpack_archive

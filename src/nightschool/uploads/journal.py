@@ -17,11 +17,12 @@ import sqlalchemy as sa
 
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NightschoolError, NotFound
 from nightschool.events import now
-from nightschool.remotes.address import check_key, parse_url
+from nightschool.remotes.address import parse_url
 from nightschool.store.checkpoints import parse_checkpoint
 from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.manifest import MANIFEST, read_manifest
+from nightschool.store.names import check_key
 from nightschool.store.tables import upload_files, uploads
 from nightschool.work.backoff import BackOff
 from nightschool.work.identity import ProcessIdentity

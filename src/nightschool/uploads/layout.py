@@ -8,18 +8,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
-from typing import Any
 
 from nightschool.errors import Conflict, Damaged, MadeByNewer, NameRefused, NotFound
-from nightschool.events import now
-from nightschool.remotes.address import check_key
 from nightschool.remotes.remote import Remote
+from nightschool.store.manifest import json_digest
+from nightschool.store.names import check_key
 
 LATEST = "LATEST.json"
 ARCHIVE = ".tar.gz"
@@ -46,16 +42,6 @@ class Pointer:
         return stamp, name, self.attempt, self.step
 
 
-def checkpoint_key(run_id: str, name: str) -> str:
-    """Where the files of a checkpoint lie."""
-    return check_key(f"{run_id}/{name}")
-
-
-def archive_key(name: str) -> str:
-    """Where the archive of a checkpoint lies."""
-    return check_key(f"{name}{ARCHIVE}")
-
-
 def read_pointer(remote: Remote, key: str = LATEST) -> Pointer | None:
     """A pointer, or None if there is none.
 
@@ -75,7 +61,7 @@ def _parse(where: str, content: bytes) -> Pointer:
         if plain.pop("format") != _FORMAT:
             raise MadeByNewer(f"{where} was written by a newer nightschool. Use that version.")
         # Without its own digest, one that was altered on its way could point ahead of all that follow.
-        stated, actual = plain.pop("sha256"), _digest(plain)
+        stated, actual = plain.pop("sha256"), json_digest(plain)
         if stated != actual:
             raise ValueError(f"it has the SHA-256 {actual}, but states {stated}")
         pointer = Pointer(**plain)
@@ -94,7 +80,7 @@ def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
         Conflict: If others keep moving it, which is no reason to doubt the checkpoint itself.
     """
     plain = asdict(pointer)
-    content = (json.dumps({"format": _FORMAT, **plain, "sha256": _digest(plain)}, indent=2) + "\n").encode()
+    content = (json.dumps({"format": _FORMAT, **plain, "sha256": json_digest(plain)}, indent=2) + "\n").encode()
     for attempt in range(_ATTEMPTS):
         try:
             found = remote.read(key, most_bytes=1 << 16)
@@ -114,18 +100,6 @@ def move_pointer(remote: Remote, key: str, pointer: Pointer) -> bool:
         else:
             return True
     return False
-
-
-def _digest(plain: dict[str, Any]) -> str:
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def pointer_to(
-    run_id: str, name: str, key: str, step: int, attempt: int, digest: str, clock: Callable[[], datetime] = now
-) -> Pointer:
-    """The pointer of a checkpoint that has just arrived."""
-    return Pointer(run_id, name, key, step, attempt, digest, clock().isoformat())
 
 
 def made_when(manifest: bytes) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -27,14 +26,15 @@ from nightschool.errors import (
     RemoteError,
     Unreachable,
 )
+from nightschool.events import now
 from nightschool.remotes import TIMEOUT_SECONDS, open_remote
 from nightschool.remotes.remote import Remote
 from nightschool.remotes.transfer import Throttle, Transfer
 from nightschool.store.home import Home
-from nightschool.store.manifest import MANIFEST, read_manifest, verify
+from nightschool.store.manifest import MANIFEST, parse_manifest, verify
 from nightschool.uploads.archive import make_archive
 from nightschool.uploads.journal import Journal, Upload, UploadFile, digest_of, stamp_of
-from nightschool.uploads.layout import LATEST, archive_key, checkpoint_key, made_when, move_pointer, pointer_to
+from nightschool.uploads.layout import ARCHIVE, LATEST, Pointer, made_when, move_pointer
 from nightschool.work.backoff import BackOff
 
 Say = Callable[[str], None]
@@ -123,19 +123,22 @@ def _for_good(error: NightschoolError, upload: Upload) -> bool:
 
 def _push(home: Home, journal: Journal, upload: Upload, remote: Remote, say: Say, stop: Stop) -> None:
     plain = json.loads((upload.folder / MANIFEST).read_bytes())
-    attempt_number = plain["facts"].get("attempt", 0)
-    number = attempt_number if isinstance(attempt_number, int) else 0
+    number = plain["facts"].get("attempt", 0)
+    number = number if isinstance(number, int) else 0
     if upload.archive:
-        key = archive_key(upload.name)
+        key = upload.name + ARCHIVE
         _push_archive(home, journal, upload, remote, key, say, stop)
         pointers = {LATEST: key}
     else:
-        key = checkpoint_key(upload.run_id, upload.name)
+        key = f"{upload.run_id}/{upload.name}"
         _push_folder(journal, upload, remote, key, plain, say, stop)
         # Each names the checkpoint from where it lies itself.
         pointers = {f"{upload.run_id}/{LATEST}": upload.name, LATEST: key}
     for where, what in pointers.items():
-        move_pointer(remote, where, pointer_to(upload.run_id, upload.name, what, upload.step, number, upload.digest))
+        pointer = Pointer(
+            upload.run_id, upload.name, what, upload.step, number, upload.digest, updated_at=now().isoformat()
+        )
+        move_pointer(remote, where, pointer)
 
 
 def _push_folder(
@@ -189,14 +192,12 @@ def _is_there(remote: Remote, key: str, manifest: bytes, plain: dict[str, Any], 
 
 
 def _is_manifest(content: bytes) -> bool:
-    with tempfile.TemporaryDirectory(prefix="manifest-") as name:
-        (Path(name) / MANIFEST).write_bytes(content)
-        try:
-            read_manifest(Path(name))
-        except MadeByNewer:
-            return True
-        except Damaged:
-            return False
+    try:
+        parse_manifest(content, Path(MANIFEST))
+    except MadeByNewer:
+        return True
+    except Damaged:
+        return False
     return True
 
 

@@ -11,6 +11,7 @@ from nightschool.cli.formatting import figure, learning_rate, loss, moment, tren
 from nightschool.cli.lookup import find_checkpoint, find_run
 from nightschool.cli.output import answer, confirm, table
 from nightschool.cli.runs import flatten
+from nightschool.config.checkpoints import Keep
 from nightschool.errors import Damaged, NotFound, UsageError
 from nightschool.store import checkpoints
 from nightschool.store.checkpoints import Checkpoint
@@ -190,7 +191,7 @@ def prune(
     """
     home = Home.find()
     run = find_run(home, run_id)
-    keep = checkpoints.Keep(max(1, keep_last), max(0, keep_best), _milestones(run, keep_every))
+    keep = Keep(last=max(1, keep_last), best=max(0, keep_best), every=_milestones(run, keep_every))
     milestones = f", the first of each {keep.every}" if keep.every else ""
     confirm(
         f"Keep the newest {keep.last} and the best {keep.best}{milestones} of {len(checkpoints.ls(run))} checkpoints of "

@@ -19,6 +19,7 @@ import numpy as np
 from nightschool.data.shards.npz import TokenIds, fingerprint_in, open_tokens
 from nightschool.errors import Damaged, DataError, NotFound
 from nightschool.store.atomic import json_fault, write_bytes, write_json
+from nightschool.store.manifest import file_sha256
 
 INDEX = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -252,14 +253,9 @@ def check_size(path: Path, facts: ShardInfo) -> None:
 def verify_shard(path: Path, facts: ShardInfo) -> None:
     """Compare every byte with the index. Raises Damaged at a difference."""
     check_size(path, facts)
-    actual = sha256_of(path)
+    actual = file_sha256(path)
     if actual != facts.sha256:
         raise Damaged(f"{path} has the SHA-256 {actual}, but its index says {facts.sha256}. {_AGAIN}")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_folder(
@@ -280,7 +276,7 @@ def index_folder(
     """
     shards, fingerprints = [], {}
     for path in files:
-        digest = sha256_of(path)
+        digest = file_sha256(path)
         tokens = open_tokens(path, cache, digest, eos_token_id, keep=keep)
         largest, documents = -1, 0
         for start in range(0, len(tokens), _CHUNK_TOKENS):

@@ -33,7 +33,6 @@ from nightschool.data.shards.shards import (
     ShardInfo,
     keep_index,
     read_index,
-    sha256_of,
 )
 from nightschool.data.sources.formats import FORMATS
 from nightschool.data.sources.rows import kind_of, read_rows
@@ -42,6 +41,7 @@ from nightschool.data.tokenizer import END_OF_TEXT, train_bpe
 from nightschool.errors import Conflict, DataError, UsageError
 from nightschool.store.atomic import publish_directory, read_json, room_needed, write_bytes, write_json
 from nightschool.store.locks import lock
+from nightschool.store.manifest import file_sha256
 
 PROGRESS = "progress.json"
 LOCK = ".lock"
@@ -242,7 +242,7 @@ def write_shard(path: Path, tokens: NDArray[Any], row_tokens: int, eos: int, fin
         documents=int(np.count_nonzero(tokens == eos)),
         max_id=int(tokens.max()),
         size_bytes=path.stat().st_size,
-        sha256=sha256_of(path),
+        sha256=file_sha256(path),
     )
 
 
@@ -323,7 +323,7 @@ def _settings_digest(files: Sequence[Path], fingerprint: str, row_tokens: int, p
     facts = []
     for path in files:
         open_data(path).close()  # says what is wrong where it cannot be read
-        facts.append([path.name, sha256_of(path)])
+        facts.append([path.name, file_sha256(path)])
     return hashlib.sha256(json.dumps([facts, fingerprint, row_tokens, per_shard]).encode()).hexdigest()
 
 

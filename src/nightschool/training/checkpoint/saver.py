@@ -134,15 +134,12 @@ class Saver:
         if self._ranks.rank == 0 and upload is not None and upload.max_pending is not None:
             uploads.wait_for_room(self._home, upload.max_pending, say=self._say, stop=self._stop)
         facts = contents.facts | {checkpoints.ATTEMPT: self.attempt}
-        keep = self._settings.keep
         order = Order(
             run_id=self._run.id,
             run=str(self._run.path),
             target=str(target),
             facts=facts,
-            keep_last=keep.last,
-            keep_best=keep.best,
-            keep_every=None if keep.every is None else str(keep.every),
+            keep=self._settings.keep.model_dump(mode="json"),
             rank=self._ranks.rank,
             num_ranks=self._ranks.num_ranks,
         )
