@@ -16,7 +16,8 @@ from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import PreviousCycle
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs import cycle as cycles
-from nightschool.jobs.cycle import CycleContext, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.cycle import continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.database import open_database
@@ -46,7 +47,7 @@ class School:
     def recipe(self, **values):
         return Recipe(**{"name": "bot", "base": "new:tiny", "data": [{"path": "train.json"}]} | values)
 
-    def train(self, home, run, *, resume=None, stop, on_line, **_):
+    def train(self, run, around, *, resume=None):
         self.resumed.append(resume)
         if self.training_exit_code:
             state = "interrupted" if self.training_exit_code == 75 else "failed"
@@ -54,7 +55,7 @@ class School:
             return self.training_exit_code
         recipe = Recipe.model_validate(run.recipe())
         known = self.pool.digests("bot")
-        loaded = load_sources(recipe.data, root=self.root, home=home, name="bot")
+        loaded = load_sources(recipe.data, root=self.root, home=self.home, name="bot")
         new = [one.to_json() for one in loaded.examples if one.digest not in known]
         (run.path / "new_examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
         facts = VersionMetadata(run_id=run.id, base=recipe.base, parent=recipe.base if "@" in recipe.base else None)
@@ -62,7 +63,7 @@ class School:
         run.update_status(state="completed", candidate=version.ref, exit_code=0)
         return 0
 
-    def examine(self, home, run, *, candidate, champion, **_):
+    def examine(self, run, around, *, candidate, champion):
         self.examined.append((candidate, champion))
         self.before_gate()
         if self.exam_exit_code == 0:
@@ -271,8 +272,8 @@ def test_an_exam_that_fails_leaves_the_champion_and_keeps_the_candidate(school):
 
 
 def test_an_exam_that_fails_says_why_in_its_own_words(school, monkeypatch):
-    def broken(home, run, *, on_line, **_):
-        on_line("the weights of bot@x were altered.")
+    def broken(run, around, **_):
+        around.on_line("the weights of bot@x were altered.")
         return 1
 
     monkeypatch.setattr(cycles, "run_gate", broken)
@@ -301,8 +302,8 @@ def test_interrupted_training_goes_on_where_it_was(school):
 def test_a_cycle_that_was_interrupted_before_the_exam_does_not_train_again(school):
     stop = Stop()
 
-    def trains_and_gets_a_signal(home, run, **more):
-        code = School.train(school, home, run, **more)
+    def trains_and_gets_a_signal(run, around, **more):
+        code = School.train(school, run, around, **more)
         stop.reason = "SIGTERM"
         return code
 

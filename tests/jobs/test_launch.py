@@ -10,7 +10,7 @@ import pytest
 
 from nightschool.errors import Conflict
 from nightschool.jobs import launch
-from nightschool.jobs.launch import child_environment, settle_status, start_process, wait_for
+from nightschool.jobs.launch import CycleContext, child_environment, settle_status, start_process, wait_for
 from nightschool.jobs.processes import ask_to_stop, how_it_ended, wait_for_stranger
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
@@ -130,15 +130,16 @@ def test_what_a_process_said_of_its_end_itself_stays(run):
     assert run.status.error == "the loss became NaN"
 
 
-def test_run_training_starts_the_run_module_with_home_and_run(run, tmp_path, monkeypatch):
+def test_training_and_the_gate_are_processes_that_are_told_home_and_run(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(launch, "_run", lambda arguments, **_: asked.append(arguments) or 0)
-    home = Home(tmp_path / "home")
-    launch.run_training(home, run, resume="latest")
-    launch.run_gate(home, run, candidate="bot@b", champion="bot@a")
+    monkeypatch.setattr(launch, "start_process", lambda line, **_: asked.append(line))
+    monkeypatch.setattr(launch, "wait_for", lambda *_, **__: 0)
+    launch.run_training(run, CycleContext(), resume="latest")
+    launch.run_gate(run, CycleContext(), candidate="bot@b", champion="bot@a")
+    where = ("--home", str(run.home.path), "--run", run.id)
     assert asked == [
-        command("train", "--home", str(home.path), "--run", run.id, "--resume", "latest"),
-        command("compare", "--home", str(home.path), "--candidate", "bot@b", "--run", run.id, "--champion", "bot@a"),
+        command("train", *where, "--resume", "latest"),
+        command("compare", *where, "--candidate", "bot@b", "--champion", "bot@a"),
     ]
 
 

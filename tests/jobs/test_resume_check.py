@@ -17,6 +17,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Damaged, DiskFull, Interrupted, NightschoolError
 from nightschool.jobs import launch, resume_check
 from nightschool.jobs.bitwise import compare_checkpoints
+from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.resume_check import check_resume
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
@@ -39,7 +40,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Rehearse with a toy in place of ours."""
+    """Train a toy in place of ours."""
     real = launch.subprocess.Popen
 
     def popen(words, **options):
@@ -110,7 +111,7 @@ def test_what_the_copy_reads_is_its_own(home, quick, monkeypatch):
     (run.path / "new_examples.jsonl").write_text("{}\n")
     seen = []
 
-    def look(self, copy, steps):
+    def look(copy, steps, around):
         recipe = copy.recipe()
         seen.append((copy.path, recipe["checkpoints"]["every"], recipe["train"]["evaluate_every"]))
         assert (copy.path / "new_examples.jsonl").exists()
@@ -120,8 +121,8 @@ def test_what_the_copy_reads_is_its_own(home, quick, monkeypatch):
         assert next(point.step for point in checkpoints.ls(copy)) == 4
         train(copy, steps)
 
-    monkeypatch.setattr(resume_check._Starter, "__call__", look)
-    assert check_resume(home, run, steps=4, root=home.path).exact
+    monkeypatch.setattr(resume_check, "_train", look)
+    assert check_resume(run, steps=4).exact
     assert len(seen) == 3
     assert {(every, evaluate) for _, every, evaluate in seen} == {("1000000000 steps", None)}
     assert run.path not in {path for path, _, _ in seen}
@@ -134,19 +135,19 @@ def test_without_an_early_checkpoint_it_begins_at_step_0(home, quick, capsys):
     assert (verdict["checkpoint"], verdict["first_step"], verdict["last_step"]) == (None, 0, 4)
 
 
-def test_what_cannot_be_rehearsed_says_why(home, quick, capsys, monkeypatch):
+def test_what_cannot_be_checked_says_why(home, quick, capsys, monkeypatch):
     run = make_run(home)
     last = f"{run.id}/checkpoint-epoch0-step12-files1"
     assert main(["checkpoints", "verify", last, "--resume"]) == 1
-    assert "has 12 steps, so 0 can be rehearsed from step 12" in capsys.readouterr().err
+    assert "has 12 steps, so 0 can be repeated from step 12" in capsys.readouterr().err
     assert main(["checkpoints", "verify", "--resume", "--steps", "1"]) == 2
     run.update_status(steps_total=None)
     with pytest.raises(Conflict, match="has not begun to train"):
-        check_resume(home, run, steps=4, root=home.path)
+        check_resume(run, steps=4)
     run.update_status(steps_total=STEPS)
     monkeypatch.setattr(resume_check.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(DiskFull, match="10 are free"):
-        check_resume(home, run, steps=4, root=home.path)
+        check_resume(run, steps=4)
     damaged = checkpoints.ls(run)[1].path / "model.safetensors"
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     assert main(["checkpoints", "verify", f"{run.id}/checkpoint-epoch0-step8-files1", "--resume"]) == 1
@@ -161,11 +162,11 @@ def test_a_process_that_fails_is_quoted_and_nothing_is_left(home, tmp_path, monk
         launch.subprocess, "Popen", lambda words, **options: real([sys.executable, "-c", code], **options)
     )
     with pytest.raises(NightschoolError, match="The base has vanished"):
-        check_resume(home, run, steps=4, root=home.path)
-    assert not list(home.path.glob(".rehearsal-*"))
+        check_resume(run, steps=4)
+    assert not list(home.path.glob(".resume-check-*"))
 
 
-def test_a_signal_ends_the_rehearsal_and_leaves_nothing(home, monkeypatch):
+def test_a_signal_ends_the_check_and_leaves_nothing(home, monkeypatch):
     run = make_run(home)
     real = launch.subprocess.Popen
     code = "import time; time.sleep(30)"
@@ -175,23 +176,23 @@ def test_a_signal_ends_the_rehearsal_and_leaves_nothing(home, monkeypatch):
     stop = Stop()
     threading.Timer(0.5, lambda: stop.request("SIGINT")).start()
     with pytest.raises(Interrupted):
-        check_resume(home, run, steps=4, root=home.path, stop=stop)
-    assert not list(home.path.glob(".rehearsal-*"))
+        check_resume(run, steps=4, around=CycleContext(stop=stop))
+    assert not list(home.path.glob(".resume-check-*"))
 
 
-def test_what_a_killed_rehearsal_left_is_swept_and_a_living_one_is_left(home, quick):
+def test_what_a_killed_check_left_is_swept_and_a_living_one_is_left(home, quick):
     run = make_run(home)
-    left = home.path / ".rehearsal-dead.partial"
+    left = home.path / ".resume-check-dead.partial"
     (left / "runs").mkdir(parents=True)
     with resume_check._scratch(home, 0) as living:
-        assert check_resume(home, run, steps=4, root=home.path).exact
+        assert check_resume(run, steps=4).exact
         assert living.is_dir()
     assert not left.exists()
     assert not living.exists()
 
 
 def test_our_own_trainer_is_exact(home, capsys):
-    """The real thing: a tiny GPT-NeoX, trained here, rehearsed by three processes."""
+    """The real thing: a tiny GPT-NeoX, trained here, checked by three processes."""
     rows = [{"query": f"Where does {i} live?", "retrieved": f"{i} lives in {i % 5}."} for i in range(12)]
     (home.path.parent / "facts.json").write_text(json.dumps(rows))
     settings = {"epochs": 4, "batch_size": 2, "accumulation_steps": 2, "num_threads": NUM_THREADS, "dtype": "fp32"}

@@ -4,11 +4,13 @@ import errno
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import DataError, DiskFull, Locked
+from nightschool.jobs import scheduler
 from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
 from nightschool.store.database import open_database
@@ -22,11 +24,12 @@ START = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
-class FakeClock:
-    """Time that passes only when somebody waits, or when a cycle takes long."""
+class FakeClock(Stop):
+    """Time that passes only when somebody waits, or when a cycle takes long; a signal comes when it is `until`."""
 
-    def __init__(self, stop, until):
-        self.moment, self._stop, self._until = START, stop, until
+    def __init__(self, until):
+        super().__init__()
+        self.moment, self._until = START, until
         self.sleeps_through = {}
 
     def now(self):
@@ -37,8 +40,8 @@ class FakeClock:
         for asleep_at in [at for at in self.sleeps_through if at <= self.moment]:
             self.moment += self.sleeps_through.pop(asleep_at)
         if self.moment >= self._until:
-            self._stop.reason = "SIGTERM"
-        return self._stop.requested
+            self.reason = "SIGTERM"
+        return self.requested
 
 
 class DueCycle:
@@ -46,8 +49,7 @@ class DueCycle:
 
     def __init__(self, tmp_path, *, until=START + 10 * DAY, takes=HOUR, outcome="promoted", **schedule):
         self.home = Home(tmp_path / "home").ensure()
-        self.stop = Stop()
-        self.clock = FakeClock(self.stop, until)
+        self.stop = self.clock = FakeClock(until)
         self.takes, self.outcome = takes, outcome
         self.ran, self.resumed, self.lines, self.previous = [], [], [], []
         self.recipe = Recipe(name="bot", base="new:tiny", data=[{"path": "a.json"}], schedule=schedule)
@@ -66,21 +68,23 @@ class DueCycle:
         self.resumed.append(run_id)
         return CycleResult(self.outcome if isinstance(self.outcome, str) else "promoted", "done", run_id=run_id)
 
+    def load(self):
+        return self.recipe
+
     def scheduler(self):
         return Scheduler(
             self.home,
-            lambda: self.recipe,
+            self.load,
             ledger=self.ledger,
             root=Path.cwd(),
             stop=self.stop,
-            clock=self.clock,
+            clock=self.clock.now,
             say=self.lines.append,
-            run=self.cycle,
-            go_on=self.go_on,
         )
 
     def serve(self):
-        return self.scheduler().serve()
+        with mock.patch.multiple(scheduler, run_cycle=self.cycle, continue_cycle=self.go_on):
+            return self.scheduler().serve()
 
     @property
     def entries(self):
@@ -253,10 +257,9 @@ def test_a_restart_with_missed_skip_waits_for_the_next_due_time_of_the_old_rhyth
 
 def test_a_recipe_that_breaks_while_it_waits_keeps_the_timetable_and_fails_the_night(tmp_path):
     night = DueCycle(tmp_path, until=START + DAY + HOUR)
-    scheduler = night.scheduler()
-    texts = iter([night.recipe])
-    scheduler._load = lambda: next(texts, None) or (_ for _ in ()).throw(DataError("recipe.yaml:3: broken"))
-    assert scheduler.serve() == 0
+    texts = iter([night.recipe, night.recipe])
+    night.load = lambda: next(texts, None) or (_ for _ in ()).throw(DataError("recipe.yaml:3: broken"))
+    assert night.serve() == 0
     assert [outcome for _, outcome in night.entries] == ["promoted", "failed"]
 
 

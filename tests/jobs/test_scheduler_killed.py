@@ -15,7 +15,6 @@ from nightschool.store.database import open_database
 from nightschool.store.ledger import Ledger
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
-from nightschool.work.stop import Stop
 from tests.jobs.test_cycle import School
 from tests.jobs.test_scheduler import START, FakeClock
 
@@ -68,8 +67,7 @@ class Nights:
         if kill_at is not None:
             owner, name, when = STAGES[kill_at]
             setattr(owner, name, _killing(getattr(owner, name), when))
-        stop = Stop()
-        clock = FakeClock(stop, START + timedelta(hours=self.starts + 1))
+        clock = FakeClock(START + timedelta(hours=self.starts + 1))
         clock.moment = START + timedelta(hours=self.starts)
         recipe = self.school.recipe()
         with open_database(self.school.home) as db:
@@ -78,14 +76,14 @@ class Nights:
                 lambda: recipe,
                 ledger=Ledger(db),
                 root=self.school.root,
-                stop=stop,
-                clock=clock,
+                stop=clock,
+                clock=clock.now,
                 say=lambda _: None,
             ).serve()
 
     def _noted(self, what, work):
-        def noted(home, run, **more):
-            code = work(home, run, **more)
+        def noted(run, around, **more):
+            code = work(run, around, **more)
             with (self.school.root / f"{what}.txt").open("a") as file:
                 file.write(f"{run.id}\n")
             return code
@@ -167,7 +165,7 @@ def test_what_was_begun_by_hand_is_examined_if_it_is_trained_and_else_left_to_wh
     run: Run = RunStore(school.home).create(school.recipe().as_plain(), name="bot")
     CycleRecord("manual", str(school.root), "new:tiny", None, "data", 3).write(run)
     if published:
-        school.train(school.home, run, stop=None, on_line=None)
+        school.train(run, None)
     nights.start()
     assert len(nights.done("trained")) == trained
     assert school.champion is not None

@@ -17,8 +17,8 @@ from nightschool.cli.recipes import read_recipe
 from nightschool.cli.runs import flatten
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
-from nightschool.jobs.cycle import CycleContext, begin_cycle, continue_cycle, cycle_lock_path, run_cycle
-from nightschool.jobs.launch import child_environment, start_process
+from nightschool.jobs.cycle import begin_cycle, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.launch import CycleContext, child_environment, start_process
 from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.remotes.address import is_url

@@ -8,7 +8,7 @@ between its stages lies in `cycle.json` in the run's folder, so that another pro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nightschool.evaluation.general import general_prompts
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
 from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
-from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, Machine, OnLine, run_gate, run_training
+from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_gate, run_training
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, wait_for_stranger
 from nightschool.jobs.starting_weights import champion_of, starting_weights
@@ -27,34 +27,6 @@ from nightschool.store.locks import lock, taken_over
 from nightschool.store.names import CHAMPION, lock_path
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
-from nightschool.work.stop import Stop
-
-
-@dataclass(frozen=True)
-class CycleContext:
-    """Where a cycle runs and who watches it.
-
-    `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
-    `shared` where a server may run beside it.
-    """
-
-    on_line: OnLine | None = None
-    on_news: OnLine | None = None
-    stop: Stop = field(default_factory=Stop)
-    machine: Machine = "alone"
-
-    def say(self, text: str) -> None:
-        if self.on_news is not None:
-            self.on_news(f"[Cycle] {text}")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A candidate, the champion that it was compared with, and the gate's report as JSON."""
-
-    candidate: Version
-    champion: Version | None
-    report: dict[str, Any]
 
 
 def cycle_lock_path(home: Home, name: str) -> Path:
@@ -87,7 +59,7 @@ def run_cycle(
     around = around or CycleContext()
     with around.stop, lock(cycle_lock_path(home, recipe.name), f"a cycle of {recipe.name}"):
         begun = begin_cycle(home, recipe, trigger=trigger, root=root, previous=previous, around=around)
-        return begun if isinstance(begun, CycleResult) else _finish(home, begun, None, around)
+        return begun if isinstance(begun, CycleResult) else _finish(begun, None, around)
 
 
 def continue_cycle(
@@ -109,9 +81,10 @@ def continue_cycle(
     """
     around = around or CycleContext()
     run = RunStore(home).get(run_id)
+    CycleRecord.read(run)  # raises where no cycle began it
     path, what = cycle_lock_path(home, run.name), f"a cycle of {run.name}"
     with around.stop, lock(path, what) if held_lock is None else taken_over(held_lock):
-        return _finish(home, run, resume, around)
+        return _finish(run, resume, around)
 
 
 def begin_cycle(
@@ -168,38 +141,37 @@ def _refuse_beside_another(home: Home, name: str) -> None:
             )
 
 
-def _finish(home: Home, run: Run, resume: str | None, around: CycleContext) -> CycleResult:
-    facts = CycleRecord.read(run)
-    wanted = Recipe.model_validate(run.recipe()).serve.promote
+def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
+    """Train, examine and decide, as far as that was not done yet."""
     stage, candidate = "training", None
     try:
         around.stop.check("training began")
-        candidate = _candidate(home, run)
+        candidate = _candidate(run)
         if candidate is None:
-            failure = _train(home, run, facts, resume, around)
+            failure = _train(run, resume, around)
             if failure is not None:
                 return failure
-            candidate = _candidate(home, run)
+            candidate = _candidate(run)
         if candidate is None:
-            raise Damaged(f"The run {run.id} ended well, but published no version. See nightschool runs logs {run.id}.")
+            raise Damaged(f"The run {run.id} ended well but published no version. See nightschool runs logs {run.id}.")
         stage = "promotion"
-        if _is_half_promoted(home, run, candidate):
-            return _complete_promotion(home, run, facts, candidate, around)
+        if _is_half_promoted(run, candidate):
+            return _complete_promotion(run, candidate, around)
         stage = "the gate"
         around.stop.check("the gate began")
-        compared = _compare(home, run, facts, candidate, around)
+        champion = champion_of(Registry(run.home), run.name)
+        report = _examine(run, candidate, champion, around)
         stage = "promotion"
-        return _decide(home, run, facts, wanted, compared, around)
+        return _decide(run, candidate, champion, report, around)
     except Interrupted as error:
-        return _result(run, home, facts, "interrupted", str(error))
+        return _result(run, "interrupted", str(error))
     except (NightschoolError, OSError) as error:
-        more = {} if candidate is None else {"candidate": candidate.ref}
-        return _result(run, home, facts, "failed", f"{stage} failed: {error}", **more)
+        return _result(run, "failed", f"{stage} failed: {error}", candidate=candidate.ref if candidate else None)
 
 
-def _result(run: Run, home: Home, facts: CycleRecord, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
+def _result(run: Run, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
     """End a cycle: its outcome is kept with the run, too."""
-    champion = champion_of(Registry(home), run.name)
+    champion = champion_of(Registry(run.home), run.name)
     if outcome in ("interrupted", "failed") and run.status.state == "queued":  # no process was there to say so
         run.update_status(state=outcome, error=detail)
     run.events.write("cycle", outcome=outcome, detail=detail)
@@ -208,51 +180,41 @@ def _result(run: Run, home: Home, facts: CycleRecord, outcome: Outcome, detail: 
         detail,
         run_id=run.id,
         champion=champion.ref if champion else None,
-        data_fingerprint=facts.data_fingerprint,
+        data_fingerprint=CycleRecord.read(run).data_fingerprint,
         **more,
     )
 
 
-def _candidate(home: Home, run: Run) -> Version | None:
+def _candidate(run: Run) -> Version | None:
     """The version that the run has published, if it still exists."""
     published = run.status.candidate
     if published is None:
         return None
     try:
-        return Registry(home).resolve(published if "@" in published else f"{run.name}@{published}")
+        return Registry(run.home).resolve(published if "@" in published else f"{run.name}@{published}")
     except NotFound:
         return None
 
 
-def _train(home: Home, run: Run, facts: CycleRecord, resume: str | None, around: CycleContext) -> CycleResult | None:
+def _train(run: Run, resume: str | None, around: CycleContext) -> CycleResult | None:
     """Train; None when all went well."""
     if run.status.find_process() is not None:
         around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
         exit_code = wait_for_stranger(run, around.stop)
     else:
-        exit_code = run_training(
-            home,
-            run,
-            resume=resume,
-            on_line=around.on_line,
-            stop=around.stop,
-            machine=around.machine,
-            directory=Path(facts.root),
-        )
+        exit_code = run_training(run, around, resume=resume)
     if exit_code == 0:
         return None
     status = run.status
     if exit_code == INTERRUPTED_EXIT_CODE or around.stop.requested:
         detail = f"training was interrupted at step {status.step}; the run {run.id} can be resumed"
-        return _result(run, home, facts, "interrupted", detail)
+        return _result(run, "interrupted", detail)
     detail = f"training failed: {status.error or how_it_ended(exit_code)}"
-    return _result(run, home, facts, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
+    return _result(run, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
 
 
-def _compare(home: Home, run: Run, facts: CycleRecord, candidate: Version, around: CycleContext) -> Comparison:
-    """Compare the candidate with today's champion and return the gate's report."""
-    registry = Registry(home)
-    champion = champion_of(registry, run.name)
+def _examine(run: Run, candidate: Version, champion: Version | None, around: CycleContext) -> dict[str, Any]:
+    """Compare the candidate with today's champion and return the gate's report as JSON."""
     if champion is not None and champion.id == candidate.id:
         raise Conflict(f"{candidate.ref} is the champion already. Begin a new cycle to go on from it.")
     lines: list[str] = []
@@ -264,51 +226,46 @@ def _compare(home: Home, run: Run, facts: CycleRecord, candidate: Version, aroun
             around.on_line(line)
 
     exit_code = run_gate(
-        home,
         run,
+        replace(around, on_line=on_line),
         candidate=candidate.ref,
         champion=champion.ref if champion else None,
-        on_line=on_line,
-        stop=around.stop,
-        machine=around.machine,
-        directory=Path(facts.root),
     )
     if around.stop.requested:
         raise Interrupted(f"The comparison of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
     if exit_code != 0:
         said = lines[-1] if exit_code > 0 and lines else how_it_ended(exit_code)
         raise Damaged(f"{said} ({candidate.ref} stays published; go on with nightschool train --resume {run.id})")
-    return Comparison(candidate, champion, registry.load_report(run.name, candidate.id))
+    return Registry(run.home).load_report(run.name, candidate.id)
 
 
 def _decide(
-    home: Home, run: Run, facts: CycleRecord, wanted: str, compared: Comparison, around: CycleContext
+    run: Run, candidate: Version, compared: Version | None, report: dict[str, Any], around: CycleContext
 ) -> CycleResult:
-    """Move the champion if `serve.promote` and the report let it."""
-    registry, ref = Registry(home), compared.candidate.ref
-    passed = compared.report["decision"] == "promote"
-    verdict = f"{ref} passed the gate" if passed else f"{ref} failed {', '.join(failed_rules(compared.report))}"
+    """Move the champion if `serve.promote` and the report let it. The gate `compared` the candidate with that champion."""
+    registry, wanted = Registry(run.home), Recipe.model_validate(run.recipe()).serve.promote
+    passed = report["decision"] == "promote"
+    verdict = f"{candidate.ref} " + ("passed the gate" if passed else f"failed {', '.join(failed_rules(report))}")
 
     def ended(outcome: Outcome, detail: str) -> CycleResult:
         around.say(f"{outcome.capitalize()}: {detail}")
-        return _result(run, home, facts, outcome, detail, candidate=ref, report=compared.report)
+        return _result(run, outcome, detail, candidate=candidate.ref, report=report)
 
     if wanted == "if_gate_passes" and not passed:
         return ended("refused", verdict)
-    if wanted == "never":
-        return ended("published", f"{verdict}; it is not promoted, because serve.promote is never")
     champion, pinned = champion_of(registry, run.name), registry.pinned(run.name)
-    if pinned is not None:
-        return ended("published", f"{verdict}; it is not promoted, because the champion is pinned to {pinned.ref}")
-    if champion != compared.champion:
-        before = compared.champion.ref if compared.champion else "none"
-        now_champion = champion.ref if champion else "none"
-        return ended(
-            "published",
-            f"{verdict}; it is not promoted, because the champion moved from {before} to {now_champion} meanwhile",
-        )
-    promote(home, run.name, compared.candidate.id, by=_mover(run))
-    return ended("promoted", verdict if passed else f"{verdict}; promoted all the same: serve.promote is always")
+    obstacle = None
+    if wanted == "never":
+        obstacle = "serve.promote is never"
+    elif pinned is not None:
+        obstacle = f"the champion is pinned to {pinned.ref}"
+    elif champion != compared:
+        before, after = (one.ref if one else "none" for one in (compared, champion))
+        obstacle = f"the champion moved from {before} to {after} meanwhile"
+    if obstacle is not None:
+        return ended("published", f"{verdict}; it is not promoted, because {obstacle}")
+    promote(run.home, run.name, candidate.id, by=_mover(run))
+    return ended("promoted", verdict if passed else f"{verdict}; promoted anyway, because serve.promote is always")
 
 
 def _mover(run: Run) -> str:
@@ -316,23 +273,21 @@ def _mover(run: Run) -> str:
     return f"cycle {run.id}"
 
 
-def _is_half_promoted(home: Home, run: Run, candidate: Version) -> bool:
+def _is_half_promoted(run: Run, candidate: Version) -> bool:
     """Whether this cycle made its candidate the champion and was then stopped before it had said so."""
-    moves = [move for move in Registry(home).history(run.name) if move.alias == CHAMPION]
+    moves = [move for move in Registry(run.home).history(run.name) if move.alias == CHAMPION]
     if not moves or (moves[-1].after, moves[-1].by) != (candidate.id, _mover(run)):
         return False
     return all(row.get("outcome") != "promoted" for row in read_events(run.events_path) if row["event"] == "cycle")
 
 
-def _complete_promotion(
-    home: Home, run: Run, facts: CycleRecord, candidate: Version, around: CycleContext
-) -> CycleResult:
+def _complete_promotion(run: Run, candidate: Version, around: CycleContext) -> CycleResult:
     """Do what was left to do after the champion had moved."""
-    settle(home, run.name)
-    report = Registry(home).load_report(run.name, candidate.id)
+    settle(run.home, run.name)
+    report = Registry(run.home).load_report(run.name, candidate.id)
     detail = f"{candidate.ref} was made the champion before the cycle was stopped; the accepted examples follow it now"
     around.say(f"Promoted: {detail}")
-    return _result(run, home, facts, "promoted", detail, candidate=candidate.ref, report=report)
+    return _result(run, "promoted", detail, candidate=candidate.ref, report=report)
 
 
 def failed_rules(report: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from nightschool.errors import Interrupted, NightschoolError
-from nightschool.jobs.cycle import CycleContext, continue_cycle
+from nightschool.jobs.cycle import continue_cycle
+from nightschool.jobs.launch import CycleContext
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.units import printable

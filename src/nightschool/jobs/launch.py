@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nightschool.errors import Interrupted
+from nightschool.jobs.outcome import root_of
 from nightschool.jobs.processes import how_it_ended
-from nightschool.store.home import Home
 from nightschool.store.runs import Run
-from nightschool.work.processes import command
+from nightschool.work.processes import ProcessName, command
 from nightschool.work.stop import Stop
 
 OnLine = Callable[[str], None]
@@ -32,6 +33,24 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": s
 POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 Machine = Literal["alone", "shared"]
+
+
+@dataclass(frozen=True)
+class CycleContext:
+    """Where the processes of a cycle run, and who watches them.
+
+    `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
+    `shared` where a server may run beside it. `stop` notes signals and hands them to the processes.
+    """
+
+    on_line: OnLine | None = None
+    on_news: OnLine | None = None
+    stop: Stop = field(default_factory=Stop)
+    machine: Machine = "alone"
+
+    def say(self, text: str) -> None:
+        if self.on_news is not None:
+            self.on_news(f"[Cycle] {text}")
 
 
 def child_environment(machine: Machine) -> dict[str, str]:
@@ -121,55 +140,28 @@ class _Follower:
             self._on_line(line)
 
 
-def _run(
-    command_line: Sequence[str],
-    *,
-    log: Path,
-    stop: Stop,
-    on_line: OnLine | None,
-    machine: Machine,
-    directory: Path | None,
-) -> int:
+def run_child(run: Run, process: ProcessName, *arguments: str, around: CycleContext) -> int:
+    """Do a part of the work of `run` in a process of its own, and wait for it; its log is the run's.
+
+    Returns:
+        The exit code; minus the number of the signal that killed it.
+    """
+    command_line = command(process, "--home", str(run.home.path), "--run", run.id, *arguments)
+    log = run.log_path
     from_byte = log.stat().st_size if log.exists() else 0
-    process = start_process(command_line, log=log, machine=machine, directory=directory)
-    return wait_for(process, log=log, from_byte=from_byte, stop=stop, on_line=on_line)
+    child = start_process(command_line, log=log, machine=around.machine, directory=root_of(run))
+    return wait_for(child, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line)
 
 
-def run_training(
-    home: Home,
-    run: Run,
-    *,
-    resume: str | None = None,
-    on_line: OnLine | None = None,
-    stop: Stop | None = None,
-    machine: Machine = "alone",
-    directory: Path | None = None,
-) -> int:
-    """Train one run in a process of its own and wait for it.
-
-    Args:
-        home: Where the run lives.
-        run: The run; its `recipe.yaml` says what is trained.
-        resume: A checkpoint's name or `latest`; None begins at step 0.
-        on_line: Called with every line of the log.
-        stop: Notes signals and hands them to the process.
-        machine: `shared` where a server may run beside it.
-        directory: Where relative paths of the recipe begin.
+def run_training(run: Run, around: CycleContext, *, resume: str | None = None) -> int:
+    """Train one run in a process of its own and wait for it; `resume` is a checkpoint's name or `latest`.
 
     Returns:
         The exit code: 0 done, 75 interrupted and resumable, other: failed. A signal is minus its number.
     """
     resuming = () if resume is None else ("--resume", resume)
-    stop = stop or Stop()
-    exit_code = _run(
-        command("train", "--home", str(home.path), "--run", run.id, *resuming),
-        log=run.log_path,
-        stop=stop,
-        on_line=on_line,
-        machine=machine,
-        directory=directory,
-    )
-    settle_status(run, exit_code, stopped=stop.requested)
+    exit_code = run_child(run, "train", *resuming, around=around)
+    settle_status(run, exit_code, stopped=around.stop.requested)
     return exit_code
 
 
@@ -183,27 +175,10 @@ def settle_status(run: Run, exit_code: int, *, stopped: bool) -> None:
         run.update_status(state="failed", exit_code=exit_code, error=how_it_ended(exit_code))
 
 
-def run_gate(
-    home: Home,
-    run: Run,
-    *,
-    candidate: str,
-    champion: str | None,
-    on_line: OnLine | None = None,
-    stop: Stop | None = None,
-    machine: Machine = "alone",
-    directory: Path | None = None,
-) -> int:
+def run_gate(run: Run, around: CycleContext, *, candidate: str, champion: str | None) -> int:
     """Compare a candidate with the champion in a process of its own; the report lands in the registry.
 
     `candidate` and `champion` are `name@version`. Returns the exit code, 0 when the gate could decide.
     """
     compared = () if champion is None else ("--champion", champion)
-    return _run(
-        command("compare", "--home", str(home.path), "--candidate", candidate, "--run", run.id, *compared),
-        log=run.log_path,
-        stop=stop or Stop(),
-        on_line=on_line,
-        machine=machine,
-        directory=directory,
-    )
+    return run_child(run, "compare", "--candidate", candidate, *compared, around=around)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nightschool.errors import NotFound
+from nightschool.errors import Interrupted, NotFound
 from nightschool.events import read_events
-from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE
 from nightschool.store.atomic import write_json
 from nightschool.store.runs import Run
 
@@ -23,7 +22,7 @@ EXIT_CODES: Mapping[Outcome, int] = {
     "skipped": 0,
     "refused": 3,
     "failed": 1,
-    "interrupted": INTERRUPTED_EXIT_CODE,
+    "interrupted": Interrupted.exit_code,
 }
 
 
@@ -93,6 +92,11 @@ class CycleRecord:
 
     def write(self, run: Run) -> None:
         write_json(self.path(run), vars(self))
+
+
+def root_of(run: Run) -> Path:
+    """Where relative paths of its recipe begin: where its cycle was begun; here, if no cycle began it."""
+    return Path(CycleRecord.read(run).root) if CycleRecord.path(run).exists() else Path.cwd()
 
 
 def verdict_of(run: Run) -> CycleResult | None:

@@ -14,25 +14,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nightschool.errors import Conflict, DiskFull, Interrupted, NightschoolError
 from nightschool.events import read_events
 from nightschool.jobs.bitwise import Comparison, compare_checkpoints
-from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, OnLine, start_process, wait_for
+from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_child
 from nightschool.jobs.processes import how_it_ended
 from nightschool.store import checkpoints
-from nightschool.store.atomic import PARTIAL, sweep_partials, write_json
+from nightschool.store.atomic import PARTIAL, sweep_partials, write_json, write_text
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.names import home_of, tenants_of
 from nightschool.store.runs import Run, RunStatus, RunStore, recipe_yaml
 from nightschool.units import Every
-from nightschool.work.processes import command
-from nightschool.work.stop import Stop
 
 FEWEST_STEPS = 2
 # What a run writes while it trains; the copy writes its own.
@@ -56,7 +54,7 @@ _EXACT_FIGURES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rehearsal found.
+    """What the check found.
 
     `checkpoint` is where it began, None for step 0. `losses` are those of the uninterrupted copy, by step. `recorded`
     says in how many of these steps the run itself had written down the very same loss, and in how many another one.
@@ -81,25 +79,19 @@ class Verdict:
 
 
 def check_resume(
-    home: Home,
     run: Run,
     *,
     steps: int,
-    root: Path,
     point: Checkpoint | None = None,
-    on_line: OnLine | None = None,
-    stop: Stop | None = None,
+    around: CycleContext | None = None,
 ) -> Verdict:
     """Train `steps` steps twice from a checkpoint and compare.
 
     Args:
-        home: Where the run lives.
         run: The run.
         steps: How many steps; fewer where the run ends before. At least 2.
-        root: Where relative paths of its recipe begin.
         point: Where to begin; without it, the newest whole checkpoint that lies early enough, else step 0.
-        on_line: Called with every line that the processes print.
-        stop: Notes signals and hands them to the processes.
+        around: Who watches the processes and may stop them.
 
     Raises:
         Conflict: If the run is too short, or the checkpoint lies at its end.
@@ -114,20 +106,19 @@ def check_resume(
     steps = min(steps, total - 1 - first)
     if steps < FEWEST_STEPS:
         raise Conflict(
-            f"The run {run.id} has {total} steps, so {max(0, steps)} can be rehearsed from step {first}, and "
-            f"{FEWEST_STEPS} are needed. Name an earlier checkpoint, or a longer run."
+            f"The run {run.id} has {total} steps, so {max(0, steps)} can be repeated from step {first}, but "
+            f"{FEWEST_STEPS} are needed. Choose an earlier checkpoint or a longer run."
         )
     size_bytes = _bytes_needed(run, point)
     half = steps // 2
-    stop = stop or Stop()
-    with stop, _scratch(home, size_bytes) as folder:
-        straight = _copy(home, run, point, folder / "uninterrupted")
-        broken = _copy(home, run, point, folder / "resumed")
-        start = _Starter(root, on_line, stop)
-        start(straight, steps)
-        start(broken, half)
+    around = around or CycleContext()
+    with around.stop, _scratch(run.home, size_bytes) as folder:
+        straight = _copy(run, point, folder / "uninterrupted")
+        broken = _copy(run, point, folder / "resumed")
+        _train(straight, steps, around)
+        _train(broken, half, around)
         _wait_for_checkpoint(broken, first + half)
-        start(broken, steps - half)
+        _train(broken, steps - half, around)
         ends = [_wait_for_checkpoint(copy, first + steps) for copy in (straight, broken)]
         comparison = compare_checkpoints(ends[0].path, ends[1].path)
         rows = [_rows(copy, first, first + steps) for copy in (straight, broken)]
@@ -152,7 +143,9 @@ def check_resume(
 def _steps_total(run: Run) -> int:
     total = run.status.steps_total
     if total is None:
-        raise Conflict(f"The run {run.id} has not begun to train, so nothing can be resumed. Wait for its first step.")
+        raise Conflict(
+            f"The run {run.id} has not begun to train, so there is nothing to resume. Wait for its first step."
+        )
     return total
 
 
@@ -178,16 +171,16 @@ def _bytes_needed(run: Run, point: Checkpoint | None) -> int:
 def _scratch(home: Home, size_bytes: int) -> Iterator[Path]:
     """A folder on the disk of the home, so that checkpoints can be linked; it is gone afterwards.
 
-    What a rehearsal that was killed left behind is swept by the next one.
+    What a check that was killed left behind is swept by the next one.
     """
     sweep_partials(home.path)
     free_bytes = shutil.disk_usage(home.path).free
     if free_bytes < size_bytes:
         raise DiskFull(
-            f"The rehearsal needs {size_bytes} bytes for three checkpoints, and {free_bytes} are free in {home.path}. "
-            "Free some, or name a smaller run."
+            f"The check needs {size_bytes} bytes for three checkpoints, but {free_bytes} are free in {home.path}. "
+            "Free some space, or choose a smaller run."
         )
-    folder = Path(tempfile.mkdtemp(prefix=".rehearsal-", suffix=PARTIAL, dir=home.path))
+    folder = Path(tempfile.mkdtemp(prefix=".resume-check-", suffix=PARTIAL, dir=home.path))
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # says to sweepers that somebody is at it
@@ -197,7 +190,7 @@ def _scratch(home: Home, size_bytes: int) -> Iterator[Path]:
         os.close(handle)
 
 
-def _copy(home: Home, run: Run, point: Checkpoint | None, folder: Path) -> Run:
+def _copy(run: Run, point: Checkpoint | None, folder: Path) -> Run:
     """A home of its own with a copy of the run, up to the checkpoint."""
     scratch = Home(folder).ensure()
     copy = RunStore(scratch).at(run.id)
@@ -205,6 +198,7 @@ def _copy(home: Home, run: Run, point: Checkpoint | None, folder: Path) -> Run:
     copy.checkpoints_path.mkdir()
     if point is not None:
         _link_tree(point.path, copy.checkpoints_path / point.name, linked_bytes=0)
+    home = run.home
     for tenant in tenants_of(home):
         models, copies = home_of(home, tenant).models, home_of(scratch, tenant).models
         if models.is_dir():
@@ -227,7 +221,7 @@ def _write_recipe(copy: Run, recipe: dict[str, Any]) -> None:
     if train.get("evaluate_every") is not None and Every.parse(train["evaluate_every"]).unit == "seconds":
         # By the clock the two copies would evaluate at different steps.
         train["evaluate_every"] = None
-    copy.recipe_path.write_text(recipe_yaml(recipe), encoding="utf-8")
+    write_text(copy.recipe_path, recipe_yaml(recipe))
 
 
 def _link_tree(source: Path, target: Path, *, linked_bytes: int) -> None:
@@ -245,24 +239,13 @@ def _link_tree(source: Path, target: Path, *, linked_bytes: int) -> None:
     shutil.copytree(source, target, copy_function=link)
 
 
-@dataclass(frozen=True)
-class _Starter:
-    """Starts the processes of a rehearsal, one after the other, and waits for each."""
-
-    root: Path
-    on_line: OnLine | None
-    stop: Stop
-
-    def __call__(self, copy: Run, steps: int) -> None:
-        from_byte = copy.log_path.stat().st_size if copy.log_path.exists() else 0
-        where = ("--home", str(copy.home.path), "--run", copy.id, "--root", str(self.root))
-        line = command("train", *where, "--resume", "latest", "--steps", str(steps))
-        process = start_process(line, log=copy.log_path, directory=self.root)
-        code = wait_for(process, log=copy.log_path, from_byte=from_byte, stop=self.stop, on_line=self.on_line)
-        if self.stop.requested or code == INTERRUPTED_EXIT_CODE:
-            raise Interrupted("A signal ended the rehearsal; the run itself is as it was. Begin the rehearsal again.")
-        if code != 0:
-            raise NightschoolError(f"A process of the rehearsal failed: {_last_error(copy, code)}")
+def _train(copy: Run, steps: int, around: CycleContext) -> None:
+    """Train a copy so many steps further, in a process of its own."""
+    code = run_child(copy, "train", "--resume", "latest", "--steps", str(steps), around=around)
+    if around.stop.requested or code == INTERRUPTED_EXIT_CODE:
+        raise Interrupted("A signal ended the check; the run is unchanged. Start the check again.")
+    if code != 0:
+        raise NightschoolError(f"A process of the check failed: {_last_error(copy, code)}")
 
 
 def _last_error(copy: Run, code: int) -> str:
@@ -285,10 +268,7 @@ def _wait_for_checkpoint(copy: Run, step: int) -> Checkpoint:
                 return point
         if time.monotonic() > deadline:
             there = ", ".join(str(point.step) for point in checkpoints.ls(copy)) or "none"
-            raise NightschoolError(
-                f"The rehearsal saved no checkpoint of step {step}; there are checkpoints of the steps {there}. "
-                "Look at the log of the run."
-            )
+            raise NightschoolError(f"The check saved no checkpoint of step {step}, only of the steps {there}.")
         time.sleep(0.1)
 
 
@@ -310,9 +290,8 @@ def _with_rows(
         for step in sorted(first.keys() | second.keys())
         if first.get(step) != second.get(step)
     )
-    return Comparison(
-        comparison.num_tensors,
-        comparison.tensor_bytes,
-        comparison.num_values + sum(len(row) for row in first.values()),
-        comparison.differences + differing,
+    return replace(
+        comparison,
+        num_values=comparison.num_values + sum(len(row) for row in first.values()),
+        differences=comparison.differences + differing,
     )

@@ -1,8 +1,8 @@
 """The scheduler: a cycle at once, then one whenever the recipe's timetable says, until a signal comes.
 
 The ledger in the database is the truth: every cycle is entered before it begins and again when it ends, so that the
-next start knows what was left undone. Time and the cycles themselves are handed in, so that a test lives through a
-year in a second.
+next start knows what was left undone. The clock is handed in, and `stop` does the waiting, so that a test lives
+through a year in a second.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.feedback.selection import PreviousCycle
-from nightschool.jobs.cycle import CycleContext, continue_cycle, run_cycle
+from nightschool.jobs.cycle import continue_cycle, run_cycle
+from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Trigger, verdict_of
 from nightschool.jobs.schedule import Timetable, roughly
 from nightschool.store.atomic import FULL
@@ -34,50 +34,6 @@ LATE = timedelta(minutes=2)
 LONGEST_NAP_SECONDS = 60.0
 
 FINISHED = ("promoted", "published", "refused")
-
-
-class Clock(Protocol):
-    """Time as the scheduler sees it; these two methods are all of it."""
-
-    def now(self) -> datetime:
-        """The present moment, with its time zone."""
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep up to `seconds`; True as soon as a stop was requested."""
-
-
-class MachineClock:
-    """The clock of this machine; a signal that `stop` notes ends a nap."""
-
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-
-    def now(self) -> datetime:
-        return now()
-
-    def wait(self, seconds: float) -> bool:
-        return self._stop.wait(seconds)
-
-
-class RunCycle(Protocol):
-    """`nightschool.jobs.cycle.run_cycle`."""
-
-    def __call__(
-        self,
-        home: Home,
-        recipe: Recipe,
-        *,
-        trigger: Trigger,
-        root: Path,
-        previous: PreviousCycle | None = None,
-        around: CycleContext | None = None,
-    ) -> CycleResult: ...
-
-
-class ContinueCycle(Protocol):
-    """`nightschool.jobs.cycle.continue_cycle`."""
-
-    def __call__(self, home: Home, run_id: str, *, around: CycleContext | None = None) -> CycleResult: ...
 
 
 @dataclass(frozen=True)
@@ -103,19 +59,15 @@ class Scheduler:
         ledger: Ledger,
         root: Path,
         stop: Stop,
-        clock: Clock | None = None,
         say: Callable[[str], None] = print,
-        run: RunCycle = run_cycle,
-        go_on: ContinueCycle = continue_cycle,
+        clock: Callable[[], datetime] = now,
     ) -> None:
         self._home = home
         self._load = load
         self._root = root
         self._stop = stop
-        self._clock = clock or MachineClock(stop)
+        self._now = clock
         self._write_line = say
-        self._run = run
-        self._go_on = go_on
         self._recipe = load()
         self._timetable = Timetable.of(self._recipe.schedule)
         self._ledger = ledger
@@ -140,7 +92,7 @@ class Scheduler:
                 if self._wait_until(night.due_at):
                     break
                 night = self._settle_lateness(night, anchor)
-                if night.due_at > self._clock.now():
+                if night.due_at > self._now():
                     continue
                 self._cycle(night)
                 if self._stop.requested:
@@ -151,12 +103,12 @@ class Scheduler:
 
     def _first_night(self) -> tuple[DueCycle, datetime]:
         """What comes first, and the anchor from which intervals count."""
-        moment = self._clock.now()
+        moment = self._now()
         undone = self._undone()
         if undone is not None:
             if self._resume(undone, moment):
-                return DueCycle(self._timetable.next_due(moment, self._clock.now()), "due"), moment
-            return DueCycle(self._clock.now(), "start"), moment
+                return DueCycle(self._timetable.next_due(moment, self._now()), "due"), moment
+            return DueCycle(self._now(), "start"), moment
         before = self._ledger.last(self.name)
         if before is None:
             return DueCycle(moment, "start"), moment
@@ -167,33 +119,32 @@ class Scheduler:
 
     def _wait_until(self, due_at: datetime) -> bool:
         """Sleep until `due_at`; True if a stop was requested."""
-        left = (due_at - self._clock.now()).total_seconds()
+        left = (due_at - self._now()).total_seconds()
         if left > 0:
             self._say(f"[Scheduler] Waiting {roughly(left)} for next training (at {due_at:%Y-%m-%d %H:%M:%S} UTC)")
         while left > 0:
-            if self._clock.wait(min(left, LONGEST_NAP_SECONDS)):
+            if self._stop.wait(min(left, LONGEST_NAP_SECONDS)):
                 return True
-            left = (due_at - self._clock.now()).total_seconds()
+            left = (due_at - self._now()).total_seconds()
         return self._stop.requested
 
     def _settle_lateness(self, night: DueCycle, anchor: datetime) -> DueCycle:
         """A night that comes far too late was missed: it is caught up once, or skipped, as the recipe says."""
-        moment = self._clock.now()
+        moment = self._now()
         if night.trigger != "due" or moment - night.due_at <= LATE:
             return night
         missed = 1 + sum(1 for _ in self._timetable.due_times(anchor, night.due_at, moment))
+        since = f"[Scheduler] Missed {missed} trainings since {night.due_at:%Y-%m-%d %H:%M:%S} UTC"
         if self._recipe.schedule.missed == "run_once":
-            self._say(
-                f"[Scheduler] Missed {missed} trainings since {night.due_at:%Y-%m-%d %H:%M:%S} UTC: catching up once"
-            )
+            self._say(f"{since}: catching up once")
             return DueCycle(night.due_at, "catch_up")
-        self._say(f"[Scheduler] Missed {missed} trainings since {night.due_at:%Y-%m-%d %H:%M:%S} UTC: skipped")
+        self._say(f"{since}: skipped")
         self._skip(night, f"missed {missed} times while nobody was there; schedule.missed is skip")
         return DueCycle(self._timetable.next_due(anchor, moment), "due")
 
     def _next_night(self, night: DueCycle, anchor: datetime) -> DueCycle:
         """The first due moment that is still to come; those that passed while a cycle ran are skipped."""
-        moment = self._clock.now()
+        moment = self._now()
         self._reload_timetable()
         if night.trigger == "due":
             passed = list(self._timetable.due_times(anchor, night.due_at, moment))
@@ -282,10 +233,9 @@ class Scheduler:
                 raise
 
     def _begin_new(self, night: DueCycle) -> CycleResult:
-        recipe = self._same_name(self._load())
-        return self._run(
+        return run_cycle(
             self._home,
-            recipe,
+            self._same_name(self._load()),
             trigger=night.trigger,
             root=self._root,
             previous=self._previous(),
@@ -298,7 +248,7 @@ class Scheduler:
         cycle = self._begin(DueCycle(moment, "resume"))
         if cycle is None:
             return False
-        result = self._entered(cycle, lambda: self._go_on(self._home, run_id, around=self._around()))
+        result = self._entered(cycle, lambda: continue_cycle(self._home, run_id, around=self._around()))
         return result.outcome != "failed"
 
     def _entered(self, cycle_id: int, work: Callable[[], CycleResult]) -> CycleResult:
@@ -313,12 +263,8 @@ class Scheduler:
             result = CycleResult("failed", str(error) or type(error).__name__)
         self._last_outcome = result.outcome
         self._end(cycle_id, result)
-        line = (
-            f"[Error] Training failed: {result.detail}"
-            if result.outcome == "failed"
-            else (f"[Scheduler] {result.outcome.capitalize()}: {result.detail}")
-        )
-        self._say(line)
+        head = "[Error] Training failed" if result.outcome == "failed" else f"[Scheduler] {result.outcome.capitalize()}"
+        self._say(f"{head}: {result.detail}")
         return result
 
     def _around(self) -> CycleContext:
@@ -346,7 +292,10 @@ class Scheduler:
         for cycle in self._ledger.ls(self.name):
             if cycle.outcome is None:
                 run = newest if newest is not None and _belongs(newest, cycle) else None
-                self._end(cycle.id, verdict if run and verdict else _cut_short(run))
+                cut_short = CycleResult(
+                    "interrupted", "the scheduler ended in the middle of it", run_id=run.id if run else None
+                )
+                self._end(cycle.id, verdict if run and verdict else cut_short)
         if newest is None or verdict is not None or newest.status.state == "cancelled":
             return None
         try:
@@ -360,11 +309,6 @@ class Scheduler:
 def _belongs(run: Run, cycle: Cycle) -> bool:
     """Whether a cycle without an end was at this run, the newest of its name."""
     return cycle.trigger == "resume" or run.id.rpartition("-")[2] >= stamp_of(cycle.started_at)
-
-
-def _cut_short(run: Run | None) -> CycleResult:
-    detail = "the scheduler ended in the middle of it"
-    return CycleResult("interrupted", detail, run_id=run.id if run is not None else None)
 
 
 def schedule_lock_path(home: Home, name: str) -> Path:

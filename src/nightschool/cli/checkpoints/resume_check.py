@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from nightschool.cli.lookup import find_checkpoint, find_run
 from nightschool.cli.output import answer, note
-from nightschool.errors import NotFound, UsageError
-from nightschool.jobs.outcome import CycleRecord
+from nightschool.errors import UsageError
 from nightschool.jobs.resume_check import FEWEST_STEPS, Verdict, check_resume
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
-from nightschool.store.runs import Run, RunStore
+from nightschool.store.runs import RunStore
 from nightschool.units import format_bytes
 
 SHOWN_DIFFERENCES = 10
 
 
 def verify_resume(home: Home, target: str | None, steps: int) -> int:
-    """Rehearse, and print the verdict; return 0 if it is exact, else 1.
+    """Train, and print the verdict; return 0 if it is exact, else 1.
 
     Raises:
         UsageError: If there are too few steps to be interrupted.
@@ -32,7 +29,7 @@ def verify_resume(home: Home, target: str | None, steps: int) -> int:
         run, point = find_checkpoint(home, target)
         point.verify(digests=True)
     note(f"Training up to {steps} steps of {run.id} twice, in copies. The run itself stays as it is.")
-    verdict = check_resume(home, run, steps=steps, root=_root_of(run), point=point)
+    verdict = check_resume(run, steps=steps, point=point)
     answer(verdict.to_json(), lambda: "\n".join(_lines(verdict)), quiet="exact" if verdict.exact else "different")
     return 0 if verdict.exact else 1
 
@@ -62,11 +59,3 @@ def _lines(verdict: Verdict) -> list[str]:
 
 def _steps(after: int, last: int) -> str:
     return f"step {last}" if last == after + 1 else f"steps {after + 1} to {last}"
-
-
-def _root_of(run: Run) -> Path:
-    """Where relative paths of its recipe begin."""
-    try:
-        return Path(CycleRecord.read(run).root)
-    except NotFound:  # begun without a cycle
-        return Path.cwd()
