@@ -64,7 +64,7 @@ def test_a_swap_between_adapters_loads_no_second_base_and_disturbs_no_answer(hou
     slot = slots["bot"]
     slot.swap(house.one.ref)
     monkeypatch.setattr(pool_module, "load_base", lambda *_, **__: pytest.fail("the base is here"))
-    monkeypatch.setattr(pool_module, "load_version", lambda *_, **__: pytest.fail("the base is here"))
+    monkeypatch.setattr(pool_module, "load_located", lambda *_, **__: pytest.fail("the base is here"))
     handle = ask(slot, PROMPT, 200)
     eventually(lambda: handle._chunks)
     report = slot.swap(house.two.ref)

@@ -17,7 +17,7 @@ from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, ModelError, NotFound, PromptTooLong, SwapFailed
 from nightschool.models.adapters import attach_lora
 from nightschool.models.export import save_version_folder
-from nightschool.models.load import load_version
+from nightschool.models.load import load_base
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Probe, VersionMetadata
@@ -123,7 +123,7 @@ def test_a_rollback_serves_what_was_before_without_loading_it_again(school, slot
     slot.swap(school.old)
     before = slot.current
     slot.swap(school.new)
-    monkeypatch.setattr(pool_module, "load_version", lambda *_, **__: pytest.fail("it is still warm"))
+    monkeypatch.setattr(pool_module, "load_located", lambda *_, **__: pytest.fail("it is still warm"))
     report = slot.rollback()
     assert (report.before, report.after) == (school.new, school.old)
     assert slot.current is before
@@ -199,7 +199,7 @@ def test_a_swap_that_fails_changes_nothing(school, slot, stage):
 
 
 @pytest.mark.parametrize("kind", [ModelError, OSError, MemoryError, KeyError])
-@pytest.mark.parametrize(("stage", "place"), [("load", "load_version"), ("warm_up", "Engine"), ("probe", "Probe")])
+@pytest.mark.parametrize(("stage", "place"), [("load", "load_located"), ("warm_up", "Engine"), ("probe", "Probe")])
 def test_whatever_goes_wrong_is_a_failed_swap(school, slot, monkeypatch, kind, stage, place):
     error = kind("x")
 
@@ -280,7 +280,7 @@ def test_without_room_for_a_third_version_the_one_before_makes_room(school, slot
 def test_without_room_for_a_second_version_nothing_is_loaded_and_both_numbers_are_said(school, slot, monkeypatch):
     slot.swap(school.old)
     monkeypatch.setattr(slot_module, "free_bytes", lambda _: 1000)
-    monkeypatch.setattr(pool_module, "load_version", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pool_module, "load_located", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(SwapFailed, match=r"takes about .* and 1 kB of this machine are free") as failed:
         slot.swap(school.new)
     assert failed.value.stage == "load"
@@ -289,7 +289,7 @@ def test_without_room_for_a_second_version_nothing_is_loaded_and_both_numbers_ar
 
 def test_an_adapter_takes_the_room_of_its_whole_base(school):
     base = school.registry.resolve(school.old)
-    under = load_version(base, school.home)
+    under = load_base(base.ref, school.home)
     elements = sum(p.numel() for p in under.model.parameters())
     wrapped = attach_lora(under.model, Lora(r=2), seed=0, base_path=str(base.path))
     facts = VersionMetadata(kind="adapter", base=base.ref, method="lora")

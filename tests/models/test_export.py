@@ -15,7 +15,7 @@ from nightschool.layers.forward import document_loss, prepare
 from nightschool.models.adapters import attach_lora, describe_adapter, load_adapter, merge_adapter
 from nightschool.models.build import build_model
 from nightschool.models.export import place_for_copy, prove_export, save_version_folder
-from nightschool.models.load import load_base, load_version
+from nightschool.models.load import load_base
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionMetadata
 from tests.support.documents import ARCHITECTURES, documents_of
@@ -186,7 +186,7 @@ def test_adapter_versions_are_served_merged_and_trained_apart(base, tmp_path):
     home = Home(tmp_path / "home")
     registry = Registry(home)
     whole = registry.publish("bot", lambda f: save_version_folder(base.model, TOKENIZER, f), VersionMetadata())
-    under = load_version(whole)
+    under = load_base(whole.ref, home)
     wrapped = train_a_little(attach_lora(under.model, Lora(r=4), seed=3, base_path=str(under.path)))
 
     def fill(folder):
@@ -196,9 +196,9 @@ def test_adapter_versions_are_served_merged_and_trained_apart(base, tmp_path):
     version = registry.publish("bot", fill, VersionMetadata(kind="adapter", base=under.ref, method="lora"))
     with torch.no_grad():
         expected = wrapped.eval()(input_ids=IDS).logits
-        served = load_version(version)
+        served = load_base(version.ref, home)
         torch.testing.assert_close(served.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
-        apart = load_version(version, merge=False)
+        apart = load_base(version.ref, home, merge=False)
         assert torch.equal(apart.model(input_ids=IDS).logits, expected)
     assert (served.adapter, served.adapter_base, served.path, served.ref) == (False, None, None, version.ref)
     assert (apart.adapter, apart.adapter_base, apart.path, apart.ref) == (True, whole.ref, whole.path, version.ref)

@@ -19,7 +19,7 @@ from nightschool.errors import Damaged, ModelError, NotFound
 from nightschool.models.build import PRESETS, build_model
 from nightschool.models.cost import count_parameters
 from nightschool.models.export import save_version_folder
-from nightschool.models.load import load_base, load_version
+from nightschool.models.load import load_base
 from nightschool.models.stored import stored_weights
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionMetadata
@@ -117,7 +117,6 @@ def test_versions_are_loaded_by_name_alias_and_id(tmp_path, home):
         loaded = load_base(ref, home)
         assert loaded.ref == loaded.base_ref == version.ref
         assert torch.equal(loaded.model.model.norm.weight, model.model.norm.weight)
-    assert load_version(version).ref == version.ref
     with pytest.raises(NotFound, match=r"There is no 'bot@nobody'"):
         load_base("bot@nobody", home)
 

@@ -9,7 +9,7 @@ from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, Damaged, NameRefused, NotFound, UsageError
 from nightschool.models.adapters import attach_lora
 from nightschool.models.export import save_version_folder
-from nightschool.models.load import load_base, load_version
+from nightschool.models.load import load_base
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.training.add_model import add_model, name_for
@@ -45,7 +45,7 @@ def test_a_folder_becomes_the_champion_and_is_served(tmp_path, home):
     assert (facts.method, facts.kind, facts.base) == ("import", "model", str(tmp_path / "there"))
     assert facts.num_parameters == sum(p.numel() for p in model.parameters())
     assert facts.probes
-    loaded = load_version(version)
+    loaded = load_base(version.ref, home)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
     slot = Slot("bot", EnginePool(home))
     try:
@@ -58,7 +58,7 @@ def test_a_file_of_16_bits_becomes_a_version_of_16_bits(tmp_path, home):
     make_gguf(tmp_path / "m.gguf", "qwen2", quantisation="BF16")
     version = add_model(home, "bot", "m.gguf", by="me", root=tmp_path).version
     assert version.facts.dtype == "bfloat16"
-    assert load_version(version).model.config.model_type == "qwen2"
+    assert load_base(version.ref, home).model.config.model_type == "qwen2"
 
 
 def test_the_same_files_again_change_nothing_and_others_are_refused(tmp_path, home):
@@ -95,7 +95,7 @@ def test_an_adapter_is_added_on_its_base(tmp_path, home):
     save_version_folder(wrapped, byte_tokenizer(), tmp_path / "adapter", base_path=base.base_location)
     version = add_model(home, "bot", str(tmp_path / "adapter"), by="me").version
     assert (version.facts.kind, version.facts.base) == ("adapter", str(tmp_path / "base"))
-    assert load_version(version, home).adapter is False  # merged, as it is served
+    assert load_base(version.ref, home).adapter is False  # merged, as it is served
 
 
 @pytest.mark.parametrize(

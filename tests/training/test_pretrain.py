@@ -288,10 +288,10 @@ def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
         home,
         root=Path.cwd(),
     )
-    from nightschool.models.load import load_version
+    from nightschool.models.load import load_base
     from nightschool.training.publish import greedy_continuation
 
-    model = load_version(Registry(home).resolve(run.status.candidate), home).model
+    model = load_base(Registry(home).resolve(run.status.candidate).ref, home).model
     ids = room.task.batches.get(0, 0, 1).input_ids[0].tolist()
     assert greedy_continuation(model, ids[:4], 8) == ids[4:12]
 

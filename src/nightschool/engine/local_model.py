@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
+from transformers import PreTrainedModel
 
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
-from nightschool.engine.engine import Engine
 from nightschool.engine.handle import Handle
+from nightschool.engine.pool import EnginePool
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import PromptTooLong
+from nightschool.models.adapters import load_adapter
 from nightschool.models.dtype import probe_dtype, resolve_device
-from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.load import LoadedModel, locate
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
 
@@ -26,17 +31,29 @@ def serving_dtype(device: torch.device) -> torch.dtype:
 
 
 class LocalModel:
-    """A loaded model and the engine that answers with it.
+    """A model, and the engine that answers with it as it would be served: an adapter stays apart from its base if it can.
 
     `ref` is `name@version` for a version of the registry, else what was asked for.
     """
 
     def __init__(self, home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None) -> None:
+        device = resolve_device()
+        self._pool = EnginePool(home, device=device, dtype=serving_dtype(device), num_rows=num_rows)
         with quiet_libraries():
-            device = resolve_device()
-            self.loaded: LoadedModel = load_base(ref, home, device=device, dtype=serving_dtype(device), root=root)
-        self.ref = self.loaded.ref
-        self.engine = Engine(self.loaded, self.ref, num_rows=num_rows)
+            self._found = locate(ref, home, root)
+            self._bound = self._pool.bind(self._found, lambda _: nullcontext())
+        self.ref = self._found.ref
+        self.engine = self._bound.engine
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model with its tokenizer, on the very weights that the engine reads."""
+        loaded = self.engine.loaded
+        if self._bound.binding.adapter is None:
+            return loaded
+        # The engine runs modules of its own, so that an adapter here is none there.
+        model = load_adapter(cast(PreTrainedModel, loaded.model), self._found.folder, trainable=False).eval()
+        return replace(loaded, model=model, tokenizer=self._bound.tokenizer, ref=self.ref, adapter=True)
 
     @property
     def context_tokens(self) -> int:
@@ -49,8 +66,7 @@ class LocalModel:
         Raises:
             PromptTooLong: If it does not fit the context.
         """
-        prompt_ids = render_prompt(self.loaded.tokenizer, messages)
-        return self.engine.submit(GenerationRequest(request_id, self.engine.binding, prompt_ids, params))
+        return self._submit(request_id, render_prompt(self._bound.tokenizer, messages), params)
 
     def ask_greedily(self, request_id: str, messages: Sequence[Message], max_new_tokens: int) -> Handle:
         """Queue a conversation, answered by the likeliest tokens, fewer where the context is nearly full.
@@ -58,19 +74,22 @@ class LocalModel:
         Raises:
             PromptTooLong: If the context has no room for one token of an answer.
         """
-        prompt_ids = render_prompt(self.loaded.tokenizer, messages)
+        prompt_ids = render_prompt(self._bound.tokenizer, messages)
         free_tokens = self.context_tokens - len(prompt_ids)
         if free_tokens < 1:
             raise PromptTooLong(len(prompt_ids), 1, self.context_tokens)
         params = SamplingParams(max_new_tokens=min(max_new_tokens, free_tokens), temperature=0)
-        return self.engine.submit(GenerationRequest(request_id, self.engine.binding, prompt_ids, params))
+        return self._submit(request_id, prompt_ids, params)
+
+    def _submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Handle:
+        return self.engine.submit(GenerationRequest(request_id, self._bound.binding, prompt_ids, params))
 
     def count_tokens(self, text: str) -> int:
         """The length of a text in the model's tokens, without special ones."""
-        return len(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self._bound.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def close(self) -> None:
-        self.engine.close()
+        self._pool.close(self._bound)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from nightschool.engine.engine import Engine
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import Conflict
 from nightschool.events import now
-from nightschool.models.load import LoadedModel, load_base, load_version
-from nightschool.models.unmerged import NeedsMerging, UnmergedAdapter, base_under, load_unmerged, why_merged
+from nightschool.models.load import LoadedModel, Located, load_base, load_located, located_version
+from nightschool.models.unmerged import NeedsMerging, base_under, load_unmerged, why_merged
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
 
@@ -41,13 +41,19 @@ Stage = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, eq=False)
-class Generation:
-    """One version while it is served: `binding` on `engine`, until every request that it took is answered."""
+class BoundEngine:
+    """An engine, and how it is asked for one model."""
 
-    version: Version
     binding: Binding
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Generation(BoundEngine):
+    """One version while it is served, until every request that it took is answered."""
+
+    version: Version
     loaded_at: datetime
 
     def answer(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> tuple[int, ...]:
@@ -99,8 +105,9 @@ class EnginePool:
         Raises:
             NotFound, ModelError, Damaged: If its base is not there, or cannot be read.
         """
-        base = self._base_apart(version)
-        if base is not None and why_merged(version.path) is not None:
+        found = located_version(version)
+        base = self._base_apart(found)
+        if base is not None and why_merged(found.folder) is not None:
             base = None
         with self._lock:
             if (base or version.ref) in self._engines:
@@ -109,38 +116,51 @@ class EnginePool:
 
     def open(self, version: Version, stage: Stage) -> Generation:
         """Load what is missing of a version, and let it answer once, so that the first client pays for no first time."""
+        generation = Generation(**vars(self.bind(located_version(version), stage)), version=version, loaded_at=now())
+        try:
+            with stage("warm_up"):
+                length = min(8, generation.engine.context_tokens - 1)
+                generation.answer("warm-up", [0] * length, SamplingParams(max_new_tokens=1, temperature=0))
+        except BaseException:
+            self.close(generation)
+            raise
+        return generation
+
+    def bind(self, found: Located, stage: Stage) -> BoundEngine:
+        """Load what is missing of a model. An adapter is kept apart from its base if it can be."""
         with self._opening:
             try:
                 with stage("load"):
-                    base = self._base_apart(version)
+                    base = self._base_apart(found)
                 if base is not None:
-                    return self._open_unmerged(version, base, stage)
+                    return self._bind_unmerged(found, base, stage)
             except NeedsMerging as reason:
-                facts = {"version": version.ref, "reason": str(reason)}
+                facts = {"version": found.ref, "reason": str(reason)}
                 log.warning("an adapter is merged into a copy of its base", extra={"facts": facts})
-            load = partial(load_version, version, self.home, dtype=self._dtype, device=self.device, merge=True)
-            with self._held(version.ref, load, stage) as engine:
-                return self._start(version, engine, None, stage)
+            load = partial(load_located, found, self.home, dtype=self._dtype, device=self.device)
+            with self._held(found.ref, load, stage) as engine:
+                return BoundEngine(engine.open(), engine, engine.loaded.tokenizer)
 
-    def close(self, generation: Generation, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
-        """End a generation, and its engine if nothing else stands on it; `drain` answers first what was taken."""
-        generation.engine.retire(generation.binding, drain=drain, timeout_seconds=timeout_seconds)
-        self._let_go(generation.engine)
+    def close(self, bound: BoundEngine, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
+        """Let go of an engine, which ends if nothing else stands on it; `drain` answers first what was taken."""
+        bound.engine.retire(bound.binding, drain=drain, timeout_seconds=timeout_seconds)
+        self._let_go(bound.engine)
 
-    def _base_apart(self, version: Version) -> str | None:
+    def _base_apart(self, found: Located) -> str | None:
         """The base of an adapter, unless it is to be merged."""
-        return None if self._merge_adapters else base_under(version, self.home)
+        return None if self._merge_adapters else base_under(found, self.home)
 
-    def _open_unmerged(self, version: Version, base: str, stage: Stage) -> Generation:
+    def _bind_unmerged(self, found: Located, base: str, stage: Stage) -> BoundEngine:
         with stage("load"):
-            reason = why_merged(version.path)
+            reason = why_merged(found.folder)
             if reason is not None:
                 raise NeedsMerging(reason)
-        load = partial(load_base, base, self.home, dtype=self._dtype, device=self.device, merge=True)
+        load = partial(load_base, base, self.home, dtype=self._dtype, device=self.device)
         with self._held(base, load, stage) as engine:
             with stage("load"):
-                adapter = load_unmerged(version, engine.loaded)
-            return self._start(version, engine, adapter, stage)
+                adapter = load_unmerged(found, engine.loaded)
+            with stage("warm_up"):
+                return BoundEngine(engine.open(adapter), engine, adapter.tokenizer)
 
     @contextmanager
     def _held(self, base: str, load: Callable[[], LoadedModel], stage: Stage) -> Iterator[Engine]:
@@ -170,16 +190,3 @@ class EnginePool:
                 del self._holders[engine.base], self._engines[engine.base]
         if is_last:
             engine.close()
-
-    def _start(self, version: Version, engine: Engine, adapter: UnmergedAdapter | None, stage: Stage) -> Generation:
-        with stage("warm_up"):
-            binding = engine.open(adapter)
-            tokenizer = adapter.tokenizer if adapter is not None else engine.loaded.tokenizer
-            generation = Generation(version, binding, engine, tokenizer, now())
-            try:
-                length = min(8, engine.context_tokens - 1)
-                generation.answer("warm-up", [0] * length, SamplingParams(max_new_tokens=1, temperature=0))
-            except BaseException:
-                engine.retire(binding, drain=False)
-                raise
-            return generation

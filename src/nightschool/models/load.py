@@ -111,23 +111,7 @@ def load_base(
     """
     if ref.startswith("new:"):
         return _build_new(ref, tokenizer, seed, dtype, device, shape)
-    return _load_folder(locate(ref, home, root), home, dtype=dtype, device=device, merge=merge)
-
-
-def load_version(
-    version: Version,
-    home: Home | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    merge: bool = True,
-) -> LoadedModel:
-    """Load a published version; an adapter version brings its base with it. See `load_base`.
-
-    Without `home` the version's own is taken: its folder is `<home>/models/<name>/<version>`.
-    """
-    home = home or Home(version.path.parents[2])
-    return _load_folder(located_version(version), home, dtype=dtype, device=device, merge=merge)
+    return load_located(locate(ref, home, root), home, dtype=dtype, device=device, merge=merge)
 
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
@@ -227,16 +211,22 @@ def _build_new(
     return _finish(model, tokenizer, ref, None)
 
 
-def _load_folder(
-    found: Located, home: Home, *, dtype: torch.dtype, device: torch.device | str, merge: bool
+def load_located(
+    found: Located,
+    home: Home,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    merge: bool = True,
 ) -> LoadedModel:
+    """Load what was found; an adapter brings its base with it. See `load_base`."""
     folder, ref = found.folder, found.ref
     chain = down_to_weights(found, home)
     if len(chain) == 1:
         facts = inspect_folder(folder, ref)
         return _finish(_moved(_load_weights(facts, ref, dtype), device), load_tokenizer(folder, ref), ref, folder)
     # A base that is an adapter itself has to become one set of weights before another adapter stands on it.
-    under = _load_folder(chain[1], home, dtype=dtype, device=device, merge=True)
+    under = load_located(chain[1], home, dtype=dtype, device=device, merge=True)
     wrapped = load_adapter(cast(PreTrainedModel, under.model), folder, trainable=not merge)
     wrapped.eval()
     has_tokenizer = (folder / "tokenizer_config.json").is_file()

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base
 from nightschool.models.folder import is_adapter_folder
-from nightschool.models.load import LoadedModel, as_path, load_tokenizer
+from nightschool.models.load import LoadedModel, Located, as_path, load_tokenizer
 from nightschool.store.home import Home
-from nightschool.store.registry import Registry, Version
+from nightschool.store.registry import Registry
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 # Fields of adapter_config.json that may have any value: read here, plain from the tensors, or of no effect on answers.
@@ -50,18 +50,18 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class UnmergedAdapter:
-    """An adapter version as an engine of its base takes it."""
+    """An adapter as an engine of its base takes it."""
 
     ref: str
     tokenizer: PreTrainedTokenizerBase
     weights: LoraWeights
 
 
-def base_under(version: Version, home: Home) -> str | None:
-    """The reference, resolved, of the base that an adapter version stands on; None if it has all its weights itself."""
-    if not is_adapter_folder(version.path):
+def base_under(found: Located, home: Home) -> str | None:
+    """The reference, resolved, of the base that an adapter stands on; None if it has all its weights itself."""
+    if not is_adapter_folder(found.folder):
         return None
-    base = version.facts.base or adapter_base(version.path)
+    base = found.base or adapter_base(found.folder)
     if not base:
         return None
     path = as_path(base, None)
@@ -71,19 +71,19 @@ def base_under(version: Version, home: Home) -> str | None:
     return registry.resolve(base).ref if "@" in base or base in registry.names() else base
 
 
-def load_unmerged(version: Version, under: LoadedModel) -> UnmergedAdapter:
-    """Read the adapter of a version for the base `under`.
+def load_unmerged(found: Located, under: LoadedModel) -> UnmergedAdapter:
+    """Read an adapter for the base `under`.
 
     Raises:
         NeedsMerging: If it cannot stay apart, or its tokenizer does not fit the base; the message says why.
         Damaged: If its file cannot be read.
     """
-    weights = read_lora(version.path)
-    has_tokenizer = (version.path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(version.path, version.ref) if has_tokenizer else under.tokenizer
+    weights = read_lora(found.folder)
+    has_tokenizer = (found.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(found.folder, found.ref) if has_tokenizer else under.tokenizer
     if len(tokenizer) > under.vocab_size:
         raise NeedsMerging(f"its tokenizer has {len(tokenizer)} ids and the vocabulary of its base {under.vocab_size}")
-    return UnmergedAdapter(version.ref, tokenizer, weights)
+    return UnmergedAdapter(found.ref, tokenizer, weights)
 
 
 def why_merged(folder: Path) -> str | None:
