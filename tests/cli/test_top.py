@@ -29,7 +29,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(monitor_module, "_FIRST_SECONDS", None)
-    monkeypatch.setattr(machine, "_FIRST_LOOK_SECONDS", None)
     return Home(tmp_path / "home").ensure()
 
 

@@ -14,7 +14,7 @@ from nightschool.cli.output import answer, bold, note
 from nightschool.data.example import Example
 from nightschool.data.sources.load import read_file
 from nightschool.errors import NameRefused, NotFound, NothingToTrain, UsageError
-from nightschool.jobs.outcome import CycleRecord
+from nightschool.jobs.outcome import root_of
 from nightschool.store.atomic import write_text
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
@@ -164,7 +164,7 @@ def _eval_set(
         return eval_set_of_general(general_prompts(GENERAL_OF_NIGHTSCHOOL, Path.cwd()), Limits(**given))
     run = _run_of(home, version)
     recipe = None if run is None else Recipe.model_validate(run.recipe())
-    began_in = Path.cwd() if run is None or not CycleRecord.path(run).exists() else Path(CycleRecord.read(run).root)
+    began_in = Path.cwd() if run is None else root_of(run)
     general = general_prompts(GENERAL_OF_NIGHTSCHOOL if recipe is None else recipe.gate.general, began_in)
     limits: Limits = replace(Limits() if recipe is None else Limits.of(recipe), **given)
     eval_set = eval_set_of_run(

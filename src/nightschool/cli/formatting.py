@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -62,7 +61,3 @@ def loss(value: float | None) -> str | None:
 def trend_arrow(value: str | None) -> str | None:
     """`↓ falling`."""
     return None if value is None else f"{_ARROWS[value]} {value}"
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -12,19 +12,17 @@ from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
 
 
-def find_run(home: Home, wanted: str | None) -> Run:
-    """The run of this id, `latest`, or with None the newest.
+def find_run_or_checkpoint(home: Home, wanted: str | None) -> tuple[Run, Checkpoint | None]:
+    """The run of this id, or the newest with None or `latest`; else a checkpoint with its run.
 
     Raises:
-        NotFound: If there is no such run.
+        NotFound: If there is none.
+        UsageError: If several runs have a checkpoint of this name.
     """
     store = RunStore(home)
-    if wanted is not None and wanted != "latest":
-        return store.get(wanted)
-    runs = store.ls()
-    if not runs:
-        raise NotFound(f"There are no runs in {home.runs} yet. Begin one with nightschool train RECIPE.")
-    return runs[0]
+    if wanted is None or wanted == "latest" or wanted in [run.id for run in store.ls()]:
+        return store.find(wanted), None
+    return find_checkpoint(home, wanted)
 
 
 def find_checkpoint(home: Home, wanted: str) -> tuple[Run, Checkpoint]:

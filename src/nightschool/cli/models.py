@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nightschool.cli.formatting import figure, folder_bytes, moment
-from nightschool.cli.output import answer, bold, colour_wanted, confirm, note, table
+from nightschool.cli.formatting import figure, moment
+from nightschool.cli.output import Columns, answer, answer_rows, bold, colour_wanted, confirm, note
 from nightschool.errors import Damaged, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import figure_to_json
@@ -16,7 +16,7 @@ from nightschool.evaluation.verdict import GateReport
 from nightschool.feedback.promotion import pin as pin_champion
 from nightschool.feedback.promotion import promote as promote_version
 from nightschool.feedback.promotion import roll_back
-from nightschool.store.atomic import publish_directory
+from nightschool.store.atomic import folder_bytes, publish_directory
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
@@ -48,30 +48,17 @@ def ls(name: str | None = None, /) -> None:
     for row in rows:
         if row["damaged"]:
             note(f"{row['ref']}: {row['damaged']}")
-    answer(
-        rows,
-        lambda: (
-            table(
-                ("VERSION", "ALIASES", "GATE", "HELD-OUT", "PARAMETERS", "KIND", "METHOD", "CREATED"),
-                [
-                    (
-                        row["ref"],
-                        ", ".join(row["aliases"]) or None,
-                        row["gate"],
-                        figure(row["heldout_loss"]),
-                        _count(row["num_parameters"]),
-                        row["kind"],
-                        row["method"],
-                        moment(row["created_at"]),
-                    )
-                    for row in rows
-                ],
-            )
-            if rows
-            else "No versions yet. Make one with nightschool train RECIPE."
-        ),
-        quiet=lambda: "\n".join(row["ref"] for row in rows),
-    )
+    columns: Columns = {
+        "VERSION": "ref",
+        "ALIASES": lambda row: ", ".join(row["aliases"]) or None,
+        "GATE": "gate",
+        "HELD-OUT": lambda row: figure(row["heldout_loss"]),
+        "PARAMETERS": lambda row: _count(row["num_parameters"]),
+        "KIND": "kind",
+        "METHOD": "method",
+        "CREATED": lambda row: moment(row["created_at"]),
+    }
+    answer_rows(rows, columns, none="No versions yet. Make one with nightschool train RECIPE.", quiet="ref")
 
 
 def show(model: str, /) -> None:

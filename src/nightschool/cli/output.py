@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from nightschool.errors import UsageError
 from nightschool.units import printable
+
+Row = dict[str, Any]
+# A column is a key of the rows, or is made from a row.
+Column = str | Callable[[Row], object]
+Columns = Mapping[str, Column]
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     ]
     head = "  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)).rstrip()
     return "\n".join([bold(head), *lines])
+
+
+def answer_rows(rows: Sequence[Row], columns: Columns, *, none: str, quiet: Column) -> None:
+    """Print rows as a table; `none` says that there are none, and how to get some. -q prints `quiet`, a line a row."""
+
+    def cell(row: Row, column: Column) -> object:
+        return row[column] if isinstance(column, str) else column(row)
+
+    answer(
+        rows,
+        lambda: table(list(columns), [[cell(row, one) for one in columns.values()] for row in rows]) if rows else none,
+        quiet=lambda: "\n".join(str(cell(row, quiet)) for row in rows),
+    )
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from nightschool.cli.output import answer, confirm, table
-from nightschool.feedback.pins import Pins
+from nightschool.cli.output import answer, answer_rows, confirm
+from nightschool.feedback.pins import Pin, Pins
 from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
@@ -20,11 +21,11 @@ def add(question: str, expected: str, /, *, name: str = "default") -> None:
     """
     with open_database(Home.find()) as db:
         pin = Pins(db).add(name, question, expected)
-    answer(
-        {**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()},
-        f"Pinned for {name} as {pin.id}: {question} → {expected}",
-        quiet=str(pin.id),
-    )
+    answer(_plain(pin), f"Pinned for {name} as {pin.id}: {question} → {expected}", quiet=str(pin.id))
+
+
+def _plain(pin: Pin) -> dict[str, Any]:
+    return {**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()}
 
 
 def ls(*, name: str = "default") -> None:
@@ -35,14 +36,11 @@ def ls(*, name: str = "default") -> None:
     """
     with open_database(Home.find(), writes=False) as db:
         pins = Pins(db).ls(name)
-    answer(
-        [{**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()} for pin in pins],
-        lambda: (
-            table(("PIN", "QUESTION", "ANSWER"), [(pin.id, pin.question, pin.answer) for pin in pins])
-            if pins
-            else f"Nothing is pinned for {name}. Pin with nightschool pins add QUESTION ANSWER."
-        ),
-        quiet=lambda: "\n".join(str(pin.id) for pin in pins),
+    answer_rows(
+        [_plain(pin) for pin in pins],
+        {"PIN": "id", "QUESTION": "question", "ANSWER": "answer"},
+        none=f"Nothing is pinned for {name}. Pin an answer with nightschool pins add QUESTION ANSWER.",
+        quiet="id",
     )
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from nightschool.cli.formatting import duration, figure, folder_bytes, moment, sparkline
-from nightschool.cli.lookup import find_run
-from nightschool.cli.output import answer, confirm, session, table
+from nightschool.cli.formatting import duration, figure, moment, sparkline
+from nightschool.cli.output import Columns, Row, answer, answer_rows, confirm, session, table
 from nightschool.errors import NotFound
 from nightschool.jobs.processes import ask_to_stop
 from nightschool.store import checkpoints
+from nightschool.store.atomic import folder_bytes
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes, printable
-from nightschool.views.metrics_rows import Row, is_number, read_rows
-from nightschool.views.runs import POLL_SECONDS, follow_metrics, run_summary, without_colours
+from nightschool.views.metrics_rows import is_number, read_rows
+from nightschool.views.runs import (
+    POLL_SECONDS,
+    figures_by_step,
+    follow_metrics,
+    run_summary,
+    seconds_left,
+    settings_that_differ,
+    without_colours,
+)
 
 
 def ls(*, name: str | None = None) -> None:
@@ -27,31 +36,17 @@ def ls(*, name: str | None = None) -> None:
     Args:
         name: Only runs of this name.
     """
-    runs = [run for run in RunStore(Home.find()).ls() if name is None or run.name == name]
-    rows = [run_summary(run) for run in runs]
-    answer(
-        rows,
-        lambda: (
-            table(
-                ("RUN", "STATE", "STEP", "LOSS", "HELD-OUT", "STARTED", "CANDIDATE"),
-                [
-                    (
-                        row["run_id"],
-                        row["state"],
-                        f"{row['step']}/{row['steps_total']}" if row["steps_total"] else row["step"],
-                        figure(row["loss"]),
-                        figure(row["heldout_loss"]),
-                        moment(row["started_at"]),
-                        row["candidate"],
-                    )
-                    for row in rows
-                ],
-            )
-            if rows
-            else "No runs yet. Begin one with nightschool train RECIPE."
-        ),
-        quiet=lambda: "\n".join(run.id for run in runs),
-    )
+    rows = [run_summary(run) for run in RunStore(Home.find()).ls() if name is None or run.name == name]
+    columns: Columns = {
+        "RUN": "run_id",
+        "STATE": "state",
+        "STEP": lambda row: f"{row['step']}/{row['steps_total']}" if row["steps_total"] else row["step"],
+        "LOSS": lambda row: figure(row["loss"]),
+        "HELD-OUT": lambda row: figure(row["heldout_loss"]),
+        "STARTED": lambda row: moment(row["started_at"]),
+        "CANDIDATE": "candidate",
+    }
+    answer_rows(rows, columns, none="No runs yet. Start one with nightschool train RECIPE.", quiet="run_id")
 
 
 def show(run_id: str | None = None, /) -> None:
@@ -60,7 +55,7 @@ def show(run_id: str | None = None, /) -> None:
     Args:
         run_id: The run; the newest without it.
     """
-    run = find_run(Home.find(), run_id)
+    run = RunStore(Home.find()).find(run_id)
     rows = read_rows(run.metrics_path)
     points = [point.name for point in checkpoints.ls(run)]
     data = {**run_summary(run, rows), "checkpoints": points, "path": str(run.path), "recipe": run.recipe()}
@@ -68,7 +63,7 @@ def show(run_id: str | None = None, /) -> None:
     def text() -> str:
         facts = [(key, value) for key, value in data.items() if key not in ("recipe", "checkpoints", "error")]
         lines = [f"{key:<16} {figure(value, 6)}" for key, value in facts if value is not None]
-        losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
+        losses = [loss for _, loss in figures_by_step(rows, "loss")]
         if len(losses) > 1:
             lines.append(f"{'loss curve':<16} {sparkline(losses)}")
         lines += [f"{'checkpoint':<16} {name}" for name in points]
@@ -86,12 +81,9 @@ def watch(run_id: str | None = None, /) -> int:
     Args:
         run_id: The run; the newest without it.
     """
-    run = find_run(Home.find(), run_id)
+    run = RunStore(Home.find()).find(run_id)
     for row in follow_metrics(run):
-        if session().json:
-            print(_json_line(row), flush=True)
-        else:
-            print(_metrics_line(run, row), flush=True)
+        print(json.dumps(row, ensure_ascii=False) if session().json else _metrics_line(run, row), flush=True)
     status = run.status
     if not session().json:
         print(f"{run.id}: {run.status.effective_state}" + (f": {status.error}" if status.error else ""))
@@ -112,7 +104,7 @@ def logs(
         follow: Go on until the run ends.
         rank: Which of its processes, where several train together; 0 tells what the run does.
     """
-    run = find_run(Home.find(), run_id)
+    run = RunStore(Home.find()).find(run_id)
     path = run.log_path if rank == 0 else run.path / f"log-rank{rank}.txt"
     if not path.exists():
         raise NotFound(f"The run {run.id} has no log yet: {path} is missing. Its state is {run.status.state}.")
@@ -137,7 +129,7 @@ def stop(run_id: str | None = None, /) -> None:
     Args:
         run_id: The run; the newest without it.
     """
-    run = find_run(Home.find(), run_id)
+    run = RunStore(Home.find()).find(run_id)
     pid = ask_to_stop(run)
     answer(
         {"run_id": run.id, "pid": pid, "signal": "SIGTERM"},
@@ -174,12 +166,9 @@ def compare(first: str, second: str, /, *more: str) -> None:
         second: Another run.
         more: More runs.
     """
-    home = Home.find()
-    runs = [find_run(home, one) for one in (first, second, *more)]
-    settings = [flatten(run.recipe()) for run in runs]
-    keys = {key: None for one in settings for key in one}
-    differing = {key: [one.get(key) for one in settings] for key in keys}
-    differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
+    store = RunStore(Home.find())
+    runs = [store.find(one) for one in (first, second, *more)]
+    differing = settings_that_differ([run.recipe() for run in runs])
     summaries = [run_summary(run) for run in runs]
     figures = {key: [summary[key] for summary in summaries] for key in _COMPARED}
     answer(
@@ -214,20 +203,6 @@ def rm(run_id: str, /, *more: str, yes: bool = False) -> None:
     )
 
 
-def flatten(plain_values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as dotted keys."""
-    if isinstance(plain_values, dict):
-        pairs = [(str(key), value) for key, value in plain_values.items()]
-    elif isinstance(plain_values, list) and any(isinstance(value, dict) for value in plain_values):
-        pairs = [(str(index), value) for index, value in enumerate(plain_values)]
-    else:
-        return {prefix: plain_values}
-    flat: dict[str, Any] = {}
-    for key, value in pairs:
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
 # What a line of `watch` says after the step, where a row has it.
 _WATCHED = {
     "loss": "loss {:.4f}",
@@ -245,13 +220,5 @@ def _metrics_line(run: Run, row: Row) -> str:
     total = run.status.steps_total
     parts = [f"step {row['step']}" + (f"/{total}" if total else "")]
     parts += [text.format(row[key]) for key, text in _WATCHED.items() if is_number(row.get(key))]
-    left: Any = row.get("eta_seconds")
-    if left is None and total and row["step"] and is_number(row.get("seconds")):
-        left = (total - row["step"]) * row["seconds"] / row["step"]
-    return "  ".join([*parts, f"eta {duration(left)}"] if is_number(left) else parts)
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(row, ensure_ascii=False)
+    left = seconds_left([row], total)
+    return "  ".join(parts if left is None else [*parts, f"eta {duration(left)}"])

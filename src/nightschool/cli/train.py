@@ -14,7 +14,6 @@ from cyclopts import Parameter
 from nightschool.cli.lookup import find_checkpoint
 from nightschool.cli.output import answer, colour_wanted, let_children_colour, note, session
 from nightschool.cli.recipes import read_recipe
-from nightschool.cli.runs import flatten
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.jobs.cycle import begin_cycle, continue_cycle, cycle_lock_path, run_cycle
@@ -29,6 +28,7 @@ from nightschool.store.runs import Run, RunStore
 from nightschool.units import printable
 from nightschool.uploads import settings_of
 from nightschool.uploads.fetch import fetch_checkpoint, refuse_another_in_bucket
+from nightschool.views.runs import flatten
 from nightschool.work.processes import command
 
 

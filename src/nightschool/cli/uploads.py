@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from nightschool import uploads
-from nightschool.cli.formatting import folder_bytes
-from nightschool.cli.lookup import find_checkpoint, find_run
-from nightschool.cli.output import answer, note, table
+from nightschool.cli.lookup import find_checkpoint
+from nightschool.cli.output import Columns, Row, answer, answer_rows, note, table
 from nightschool.cli.recipes import read_recipe
 from nightschool.errors import NotFound, UsageError
 from nightschool.remotes import parse_url
 from nightschool.store import checkpoints
+from nightschool.store.atomic import folder_bytes
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes, parse_bytes
 from nightschool.uploads.fetch import fetch_checkpoint
-from nightschool.views.uploads import UPLOAD_STATES, bucket_contents, list_bucket, upload_overview, upload_row
+from nightschool.views.uploads import (
+    UPLOAD_STATES,
+    bucket_contents,
+    list_bucket,
+    local_checkpoints,
+    upload_overview,
+    upload_row,
+)
 
 
 def status(*, at: str | None = None, config: Path | None = None, local: bool = False) -> None:
@@ -84,44 +91,21 @@ def ls(run_id: str | None = None, /, *, at: str | None = None) -> None:
     """
     if at is not None:
         archives, folders = list_bucket(str(parse_url(at)))
-        rows = archives + folders
-        answer(
-            rows,
-            lambda: (
-                table(("CHECKPOINT", "MB"), [(one["key"], _mb(one["size_bytes"])) for one in rows])
-                if rows
-                else f"{at} holds no checkpoints."
-            ),
-            quiet=lambda: "\n".join(one["key"] for one in rows),
-        )
+        columns: Columns = {"CHECKPOINT": "key", "MB": _megabytes}
+        answer_rows(archives + folders, columns, none=f"{at} holds no checkpoints.", quiet="key")
         return
     home = Home.find()
-    runs = [find_run(home, run_id)] if run_id is not None else list(reversed(RunStore(home).ls()))
-    entered = {(row.path, row.url): row for row in uploads.ls(home)}
-    rows = [_local(run, point, entered) for run in runs for point in checkpoints.ls(run)]
-    answer(
-        rows,
-        lambda: (
-            table(
-                ("CHECKPOINT", "RUN", "MB", "UPLOAD", "TO"),
-                [(row["name"], row["run_id"], _mb(row["size_bytes"]), row["upload"], row["url"]) for row in rows],
-            )
-            if rows
-            else "There are no checkpoints."
-        ),
-        quiet=lambda: "\n".join(f"{row['run_id']}/{row['name']}" for row in rows),
+    runs = list(reversed(RunStore(home).ls())) if run_id is None else [RunStore(home).find(run_id)]
+    answer_rows(
+        local_checkpoints(home, runs),
+        {"CHECKPOINT": "name", "RUN": "run_id", "MB": _megabytes, "UPLOAD": "upload", "TO": "url"},
+        none="There are no checkpoints.",
+        quiet=lambda row: f"{row['run_id']}/{row['name']}",
     )
 
 
-def _local(run: Run, point: Checkpoint, entered: dict[tuple[str, str], uploads.Upload]) -> dict[str, Any]:
-    mine = [row for (path, _), row in entered.items() if path == str(point.path)]
-    return {
-        "name": point.name,
-        "run_id": run.id,
-        "size_bytes": folder_bytes(point.path),
-        "upload": ", ".join(UPLOAD_STATES[row.state] for row in mine) or None,
-        "url": ", ".join(row.url for row in mine) or None,
-    }
+def _megabytes(row: Row) -> str:
+    return _mb(row["size_bytes"])
 
 
 def push(

@@ -272,6 +272,19 @@ class RunStore:
                 return Run(full_name(tenant, folder), runs / folder)
         return None
 
+    def find(self, wanted: str | None) -> Run:
+        """The run of this id; the newest with None or `latest`.
+
+        Raises:
+            NotFound: If there is no such run.
+        """
+        if wanted is not None and wanted != "latest":
+            return self.get(wanted)
+        runs = self.ls()
+        if not runs:
+            raise NotFound(f"There are no runs in {self.home.runs} yet. Start one with nightschool train RECIPE.")
+        return runs[0]
+
     def ls(self, tenant: str | None = None) -> list[Run]:
         """The runs of one tenant, or of all, newest first."""
         runs = []

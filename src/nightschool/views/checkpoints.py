@@ -17,13 +17,13 @@ from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run
+from nightschool.views.metrics_rows import is_number
+from nightschool.views.runs import Points
 
 Trend = Literal["falling", "rising", "level"]
 # The trend compares the two halves of so many last values.
 _TREND_VALUES = 20
 _FEWEST_VALUES = 4
-
-Points = list[tuple[float, float]]
 
 
 def list_checkpoints(run: Run, uploads: dict[str, str]) -> list[dict[str, Any]]:
@@ -73,23 +73,24 @@ def checkpoint_summary(run: Run, point: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def checkpoint_figures(point: Checkpoint) -> dict[str, Any]:
+def checkpoint_figures(run: Run, point: Checkpoint) -> dict[str, Any]:
     """All figures of one checkpoint; None where it does not say."""
-    metrics, metadata = _read(point, "training_metrics.json"), _read(point, "metadata.json")
-    kept = {**metadata, **metrics}
+    summary = checkpoint_summary(run, point)
+    kept = {**_read(point, "metadata.json"), **_read(point, "training_metrics.json")}
     losses, rates = _numbers(kept.get("loss_history")), _numbers(kept.get("learning_rates"))
     heldout = heldout_curve(point)
     best = min(((loss, step) for step, loss in heldout if step > 0), default=None)
     system = _mapping(kept.get("system_info"))
     return {
-        "timestamp": kept.get("timestamp"),
+        "timestamp": kept.get("timestamp") or summary["created_at"],
+        "size_bytes": summary["size_bytes"],
         "step": kept.get("step", point.step),
         "epoch": kept.get("epoch", point.epoch),
         "files_processed": kept.get("files_processed", point.num_files),
         "cuda_available": system.get("cuda_available"),
         "device_count": system.get("device_count"),
         "mixed_precision": system.get("mixed_precision"),
-        "current_loss": _number(kept.get("current_loss", losses[-1] if losses else None)),
+        "current_loss": _number(kept.get("current_loss", losses[-1] if losses else summary["loss"])),
         "best_loss": _number(kept.get("best_loss", min(losses, default=None))),
         "num_losses": len(losses),
         "mean_loss": statistics.fmean(losses) if losses else None,
@@ -97,7 +98,7 @@ def checkpoint_figures(point: Checkpoint) -> dict[str, Any]:
         "loss_trend": trend(losses),
         "learning_rate": rates[-1] if rates else None,
         "num_learning_rates": len(rates),
-        "heldout_loss": heldout[-1][1] if heldout else None,
+        "heldout_loss": heldout[-1][1] if heldout else summary["heldout_loss"],
         "best_heldout_loss": best[0] if best else None,
         "best_heldout_step": best[1] if best else None,
         "validation_metrics": _mapping(kept.get("validation_metrics")),
@@ -160,7 +161,7 @@ def _number(value: Any) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -10,30 +10,25 @@ from typing import Any
 
 import psutil
 
-_FIRST_LOOK_SECONDS = 0.1
-"""How busy a processor is can only be told over a span of time: the first look waits for one of this length."""
 _NVIDIA_SMI_SECONDS = 5.0
 _GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu", "power.draw")
 
 
-class MachineView:
-    """Looks at the machine again and again; shares of processor time are those since the last look."""
+def machine_figures(folder: Path, *, cpu_seconds: float | None) -> dict[str, Any]:
+    """All figures now. `disk_free_bytes` is that of the disk on which `folder` lies, None if it cannot be asked.
 
-    def __init__(self) -> None:
-        self._has_looked = False
-
-    def look(self, folder: Path) -> dict[str, Any]:
-        """All figures now. `disk_free_bytes` is that of the disk on which `folder` lies, None if it cannot be asked."""
-        memory, first, self._has_looked = psutil.virtual_memory(), not self._has_looked, True
-        return {
-            "cpu_percent": psutil.cpu_percent(_FIRST_LOOK_SECONDS if first else None),
-            "num_cores": psutil.cpu_count(),
-            "load": os.getloadavg()[0],
-            "memory_used_bytes": memory.total - memory.available,
-            "memory_total_bytes": memory.total,
-            "disk_free_bytes": _disk_free(folder),
-            "gpus": list_gpus(),
-        }
+    How busy a processor is can only be told over a span of time: of so many seconds, or with None since the last look.
+    """
+    memory = psutil.virtual_memory()
+    return {
+        "cpu_percent": psutil.cpu_percent(cpu_seconds),
+        "num_cores": psutil.cpu_count(),
+        "load": os.getloadavg()[0],
+        "memory_used_bytes": memory.total - memory.available,
+        "memory_total_bytes": memory.total,
+        "disk_free_bytes": _disk_free(folder),
+        "gpus": list_gpus(),
+    }
 
 
 def _disk_free(folder: Path) -> int | None:
@@ -58,9 +53,7 @@ def list_gpus() -> list[dict[str, Any]]:
 
 def _gpu(line: str) -> dict[str, Any] | None:
     parts = [part.strip() for part in line.split(",")]
-    if len(parts) != len(_GPU_FIELDS):
-        return None
-    if not parts[0].isdigit():
+    if len(parts) != len(_GPU_FIELDS) or not parts[0].isdigit():
         return None
     index, name, busy, used, total, warmth, power = parts
     return {

@@ -11,20 +11,17 @@ from typing import Any
 
 import psutil
 
-from nightschool.errors import NotFound
 from nightschool.events import now
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
-from nightschool.store.runs import Run, RunStatus, RunStore
-from nightschool.views.machine import MachineView
-from nightschool.views.metrics_rows import Row, RowsFollower, is_number
-from nightschool.views.runs import last_sample, log_tail, tried
+from nightschool.store.runs import Run, RunStore
+from nightschool.views.machine import machine_figures
+from nightschool.views.metrics_rows import Row, RowsFollower
+from nightschool.views.runs import figures_by_step, figures_of, last_sample, log_tail, run_summary, seconds_left, tried
 from nightschool.views.uploads import upload_summary
 
 NEWEST_RUNS = 12
-# The time left follows from this many last rows, so that a slow start does not count for ever.
-SPEED_ROWS = 50
 # How busy a processor is can only be said of a span of time: at the first look of this one, later since the last look.
 _FIRST_SECONDS = 0.1
 
@@ -36,7 +33,7 @@ class Monitor:
         self.home = home
         self._followers: dict[str, RowsFollower] = {}
         self._processes: dict[int, psutil.Process] = {}
-        self._machine = MachineView()
+        self._has_looked = False
 
     def frame(self, wanted: str | None = None) -> dict[str, Any]:
         """All figures of one look.
@@ -47,6 +44,7 @@ class Monitor:
         Raises:
             NotFound: If there is no run, or not this one.
         """
+        first, self._has_looked = not self._has_looked, True
         runs = RunStore(self.home).ls()
         rows = {run.id: self._summary(run) for run in runs[:NEWEST_RUNS]}
         chosen = self._choose(runs, rows, wanted)
@@ -56,16 +54,14 @@ class Monitor:
             "time": now().isoformat(),
             **self._details(chosen, rows[chosen.id]),
             "runs": list(rows.values()),
-            "machine": self._machine.look(self.home.path),
+            "machine": machine_figures(self.home.path, cpu_seconds=_FIRST_SECONDS if first else None),
             "uploads": tried(lambda: upload_summary(self.home), None),
         }
 
     def _choose(self, runs: list[Run], rows: dict[str, dict[str, Any]], wanted: str | None) -> Run:
-        if wanted is not None and wanted != "latest":
-            return RunStore(self.home).get(wanted)
-        if not runs:
-            raise NotFound(f"There are no runs in {self.home.runs} yet. Begin one with nightschool train RECIPE.")
-        return next((run for run in runs if run.id in rows and rows[run.id]["state"] == "running"), runs[0])
+        if runs and wanted in (None, "latest"):
+            return next((run for run in runs if run.id in rows and rows[run.id]["state"] == "running"), runs[0])
+        return RunStore(self.home).find(wanted)
 
     def _rows(self, run: Run) -> list[Row]:
         return self._followers.setdefault(run.id, RowsFollower(run.metrics_path)).update()
@@ -73,45 +69,28 @@ class Monitor:
     def _summary(self, run: Run) -> dict[str, Any]:
         """One line of the table."""
         rows = self._rows(run)
-        last = _numbers(rows[-1]) if rows else {}
-        status = tried(lambda: run.status, RunStatus(run_id=run.id, name=run.name, state="queued"))
-        state = tried(lambda: run.status.effective_state, "unreadable")
-        step = last.get("step", status.step)
+        last = figures_of(rows[-1]) if rows else {}
+        summary = run_summary(run, rows)
         return {
-            "run_id": run.id,
-            "state": state,
-            "pid": status.pid,
-            "step": step,
-            "steps_total": status.steps_total,
+            **summary,
+            "step": last.get("step", summary["step"]),
             "epoch": last.get("epoch"),
-            "loss": last.get("loss"),
-            "heldout_loss": _last(rows, "heldout_loss"),
-            "tokens_per_second": last.get("tokens_per_second"),
-            "seconds": last.get("seconds"),
-            "seconds_left": _seconds_left(rows, status.steps_total) if state == "running" else None,
-            "peak_bytes": last.get("peak_bytes"),
+            "seconds_left": seconds_left(rows, summary["steps_total"]) if summary["state"] == "running" else None,
             "num_checkpoints": tried(lambda: len(checkpoints.ls(run)), None),
-            "candidate": status.candidate,
-            "error": status.error,
         }
 
     def _details(self, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         rows = self._rows(run)
-        last = _numbers(rows[-1]) if rows else {}
+        last, losses = figures_of(rows[-1]) if rows else {}, figures_by_step(rows, "loss")
         champion = tried(lambda: Registry(self.home).aliases(run.name).get("champion"), None)
         newest = tried(lambda: checkpoints.ls(run)[-1].name if summary["num_checkpoints"] else None, None)
         return {
             **summary,
-            "losses": [row["loss"] for row in rows if is_number(row.get("loss"))],
-            "loss_steps": [row["step"] for row in rows if is_number(row.get("loss"))],
-            "heldout_losses": [row["heldout_loss"] for row in rows if is_number(row.get("heldout_loss"))],
+            "losses": [loss for _, loss in losses],
+            "loss_steps": [step for step, _ in losses],
+            "heldout_losses": [loss for _, loss in figures_by_step(rows, "heldout_loss")],
             "learning_rate": last.get("learning_rate"),
             "grad_norm": last.get("grad_norm"),
-            "tokens_trained": last.get("tokens_trained_total"),
-            "perplexity": last.get("perplexity"),
-            "bits_per_byte": last.get("bits_per_byte"),
-            "heldout_bits_per_byte": _last(rows, "heldout_bits_per_byte"),
-            "mfu": last.get("mfu"),
             "seconds_since_row": tried(lambda: _seconds_since(rows[-1]["time"]), None),
             "newest_checkpoint": newest,
             "champion": f"{run.name}@{champion}" if champion else None,
@@ -139,28 +118,5 @@ class Monitor:
         return tried(look, None)
 
 
-def _seconds_left(rows: list[Row], total: int | None) -> float | None:
-    """What the run says itself, else what its last rows say."""
-    if not rows:
-        return None
-    last = _numbers(rows[-1])
-    if "eta_seconds" in last:
-        return last["eta_seconds"]
-    first: dict[str, float] = _numbers(rows[-SPEED_ROWS]) if len(rows) > SPEED_ROWS else {"step": 0, "seconds": 0.0}
-    if total is None or "seconds" not in last or "seconds" not in first or last["step"] <= first["step"]:
-        return None
-    seconds_per_step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    return max(0.0, (total - last["step"]) * seconds_per_step)
-
-
-def _last(rows: list[Row], key: str) -> float | None:
-    return next((float(row[key]) for row in reversed(rows) if is_number(row.get(key))), None)
-
-
 def _seconds_since(moment: str) -> float:
     return (now() - datetime.fromisoformat(moment)).total_seconds()
-
-
-def _numbers(row: Row) -> dict[str, float]:
-    """The figures of a row that are numbers."""
-    return {key: value for key, value in row.items() if is_number(value)}

@@ -9,25 +9,30 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
 from nightschool.errors import NightschoolError
-from nightschool.store.runs import Run
+from nightschool.store.runs import Run, RunStatus
 from nightschool.views.metrics_rows import Row, RowsFollower, is_number, parse_row, read_rows
 
 POLL_SECONDS = 0.5
 LOG_LINES = 200
+# The time left follows from this many last rows, so that a slow start does not count for ever.
+SPEED_ROWS = 50
 TAIL_BYTES = 65_536
 
 # What reading files that others write may raise: they vanish, are half there, or hold something else.
 UNREADABLE = (NightschoolError, OSError, LookupError, ValueError, TypeError, AttributeError, psutil.Error)
+# Figures of which a line shows what the last row says.
+_NEWEST_FIGURES = ("tokens_per_second", "peak_bytes", "seconds", "perplexity", "bits_per_byte", "mfu")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 T = TypeVar("T")
+Points = list[tuple[float, float]]
 
 
 def tried(look: Callable[[], T], otherwise: T) -> T:
@@ -41,31 +46,79 @@ def tried(look: Callable[[], T], otherwise: T) -> T:
 def run_summary(run: Run, rows: list[Row] | None = None) -> dict[str, Any]:
     """One line of a list of runs: its status, and the figures of its rows (read here if they are not given)."""
     rows = read_rows(run.metrics_path) if rows is None else rows
-    heldout, losses = ([row[key] for row in rows if is_number(row.get(key))] for key in ("heldout_loss", "loss"))
-    last: Row = rows[-1] if rows else {}
-    state = run.status.effective_state
+    status = tried(lambda: run.status, RunStatus(run_id=run.id, name=run.name, state="queued"))
+    state = tried(lambda: run.status.effective_state, "unreadable")
+    last = figures_of(rows[-1]) if rows else {}
+    heldout = figures_by_step(rows, "heldout_loss")
     return {
-        **dataclasses.asdict(run.status),
+        **dataclasses.asdict(status),
         "state": state,
         "loss": last.get("loss"),
-        "best_loss": min(losses, default=None),
-        "heldout_loss": heldout[-1] if heldout else None,
-        "best_heldout_loss": min(heldout, default=None),
-        "tokens_per_second": last.get("tokens_per_second"),
+        "best_loss": min((loss for _, loss in figures_by_step(rows, "loss")), default=None),
+        "heldout_loss": heldout[-1][1] if heldout else None,
+        "best_heldout_loss": min((loss for _, loss in heldout), default=None),
         "tokens_trained": last.get("tokens_trained_total"),
-        "peak_bytes": last.get("peak_bytes"),
-        "seconds": last.get("seconds"),
-        "perplexity": last.get("perplexity"),
-        "bits_per_byte": last.get("bits_per_byte"),
-        "heldout_perplexity": _newest(rows, "heldout_perplexity"),
-        "heldout_bits_per_byte": _newest(rows, "heldout_bits_per_byte"),
-        "mfu": last.get("mfu"),
+        **{key: last.get(key) for key in _NEWEST_FIGURES},
+        **{key: _newest(rows, key) for key in ("heldout_perplexity", "heldout_bits_per_byte")},
         "eta_seconds": last.get("eta_seconds") if state == "running" else None,
     }
 
 
-def _newest(rows: list[Row], key: str) -> Any:
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+def figures_of(row: Row) -> dict[str, float]:
+    """Those figures of a row that are numbers."""
+    return {key: value for key, value in row.items() if is_number(value)}
+
+
+def figures_by_step(rows: list[Row], key: str) -> Points:
+    """Every number of this name, with its step."""
+    return [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
+
+
+def _newest(rows: list[Row], key: str) -> float | None:
+    return next((row[key] for row in reversed(rows) if is_number(row.get(key))), None)
+
+
+def seconds_left(rows: list[Row], total: int | None) -> float | None:
+    """Until the run ends: what it says itself, else what its last rows say; None where neither does."""
+    if not rows:
+        return None
+    last = figures_of(rows[-1])
+    if "eta_seconds" in last:
+        return last["eta_seconds"]
+    first: dict[str, float] = figures_of(rows[-SPEED_ROWS]) if len(rows) > SPEED_ROWS else {"step": 0, "seconds": 0.0}
+    if total is None or "seconds" not in last or "seconds" not in first or last["step"] <= first["step"]:
+        return None
+    seconds_per_step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    return max(0.0, (total - last["step"]) * seconds_per_step)
+
+
+def run_curves(run: Run) -> dict[str, Points]:
+    """Loss, held-out loss and learning rate over the steps."""
+    rows = read_rows(run.metrics_path)
+    keys = {"loss": "loss", "held-out loss": "heldout_loss", "learning rate": "learning_rate"}
+    return {name: figures_by_step(rows, key) for name, key in keys.items()}
+
+
+def settings_that_differ(recipes: Sequence[Any]) -> dict[str, list[Any]]:
+    """The settings in which recipes differ, by dotted key: the value of each, None where it has none."""
+    settings = [flatten(recipe) for recipe in recipes]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    values = {key: [one.get(key) for one in settings] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def flatten(plain_values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as dotted keys."""
+    if isinstance(plain_values, dict):
+        pairs = [(str(key), value) for key, value in plain_values.items()]
+    elif isinstance(plain_values, list) and any(isinstance(value, dict) for value in plain_values):
+        pairs = [(str(index), value) for index, value in enumerate(plain_values)]
+    else:
+        return {prefix: plain_values}
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def follow_metrics(run: Run) -> Iterator[Row]:

@@ -8,6 +8,8 @@ from nightschool import uploads
 from nightschool.errors import NightschoolError
 from nightschool.events import now
 from nightschool.remotes import open_remote
+from nightschool.store import checkpoints
+from nightschool.store.atomic import folder_bytes
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.uploads.fetch import ls_remote
@@ -25,6 +27,25 @@ def upload_states(home: Home, run: Run) -> dict[str, str]:
         if row.run_id == run.id:
             states.setdefault(row.name, set()).add(_WORDS[row.state])
     return {name: next(word for word in _WORST if word in words) for name, words in states.items()}
+
+
+def local_checkpoints(home: Home, runs: list[Run]) -> list[dict[str, Any]]:
+    """The checkpoints of runs with their sizes, and how far they are on their way to which places."""
+    entered = uploads.ls(home)
+    rows = []
+    for run in runs:
+        for point in checkpoints.ls(run):
+            mine = [row for row in entered if row.path == str(point.path)]
+            rows.append(
+                {
+                    "name": point.name,
+                    "run_id": run.id,
+                    "size_bytes": folder_bytes(point.path),
+                    "upload": ", ".join(UPLOAD_STATES[row.state] for row in mine) or None,
+                    "url": ", ".join(row.url for row in mine) or None,
+                }
+            )
+    return rows
 
 
 def upload_summary(home: Home) -> dict[str, Any] | None:

@@ -8,18 +8,17 @@ from typing import Any
 
 from nightschool import uploads
 from nightschool.cli.formatting import figure, learning_rate, loss, moment, trend_arrow
-from nightschool.cli.lookup import find_checkpoint, find_run
+from nightschool.cli.lookup import find_checkpoint, find_run_or_checkpoint
 from nightschool.cli.output import answer, confirm, table
-from nightschool.cli.runs import flatten
 from nightschool.config.checkpoints import Keep
 from nightschool.errors import Damaged, NotFound, UsageError
 from nightschool.store import checkpoints
-from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.manifest import read_manifest
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import Every, format_bytes
 from nightschool.views.checkpoints import checkpoint_figures, checkpoint_summary, list_checkpoints
+from nightschool.views.runs import settings_that_differ
 from nightschool.views.uploads import upload_states
 
 
@@ -30,7 +29,7 @@ def ls(run_id: str | None = None, /) -> None:
         run_id: The run; the newest without it.
     """
     home = Home.find()
-    run = find_run(home, run_id)
+    run = RunStore(home).find(run_id)
     rows = list_checkpoints(run, upload_states(home, run))
     answer(
         rows,
@@ -73,7 +72,7 @@ def show(checkpoint: str, /) -> None:
     run, point = find_checkpoint(Home.find(), checkpoint)
     manifest = read_manifest(point.path)
     files = {name: file.size_bytes for name, file in manifest.files.items()}
-    kept = checkpoint_figures(point)
+    kept = checkpoint_figures(run, point)
     data = {
         **checkpoint_summary(run, point),
         "path": str(point.path),
@@ -93,7 +92,7 @@ def show(checkpoint: str, /) -> None:
 def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | None]]:
     """The lines of `show`: name and value; None is left out."""
     shown: list[tuple[str, str | None]] = [
-        ("timestamp", moment(kept["timestamp"] or data["created_at"])),
+        ("timestamp", moment(kept["timestamp"])),
         ("step", str(data["step"])),
         ("epoch", str(data["epoch"])),
         ("files processed", str(data["num_files"])),
@@ -101,9 +100,9 @@ def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | 
         ("CUDA", {True: "yes", False: "no"}.get(kept["cuda_available"])),
         ("GPUs", _text(kept["device_count"])),
         ("precision", _text(kept["mixed_precision"])),
-        ("current loss", loss(kept["current_loss"] if kept["current_loss"] is not None else data["loss"])),
+        ("current loss", loss(kept["current_loss"])),
         ("best loss", loss(kept["best_loss"])),
-        ("held-out loss", loss(kept["heldout_loss"] or data["heldout_loss"])),
+        ("held-out loss", loss(kept["heldout_loss"])),
         ("best held-out", _best_heldout(kept)),
         ("loss history", f"{kept['num_losses']} values" if kept["num_losses"] else None),
         ("mean loss", loss(kept["mean_loss"])),
@@ -146,14 +145,9 @@ def verify(target: str | None = None, /, *, resume: bool = False, steps: int = 4
         from nightschool.cli.checkpoints.resume_check import verify_resume
 
         return verify_resume(home, target, steps)
-    if target is None or target in [run.id for run in RunStore(home).ls()]:
-        run = find_run(home, target)
-        points = checkpoints.ls(run)
-    else:
-        run, point = find_checkpoint(home, target)
-        points = [point]
+    run, only = find_run_or_checkpoint(home, target)
     rows = []
-    for point in points:
+    for point in checkpoints.ls(run) if only is None else [only]:
         try:
             manifest = point.verify(digests=True)
             rows.append({"name": point.name, "whole": True, "detail": f"{len(manifest.files)} files match"})
@@ -190,7 +184,7 @@ def prune(
         yes: Do not ask.
     """
     home = Home.find()
-    run = find_run(home, run_id)
+    run = RunStore(home).find(run_id)
     keep = Keep(last=max(1, keep_last), best=max(0, keep_best), every=_milestones(run, keep_every))
     milestones = f", the first of each {keep.every}" if keep.every else ""
     confirm(
@@ -254,27 +248,17 @@ def compare(first: str, second: str, /, *more: str) -> None:
     """
     home = Home.find()
     pairs = sorted((find_checkpoint(home, one) for one in (first, second, *more)), key=lambda pair: pair[1].step)
-    columns = [_compared(*pair) for pair in pairs]
+    columns = [checkpoint_figures(*pair) for pair in pairs]
     several_runs = len({run.id for run, _ in pairs}) > 1
     names = [f"{run.id}/{point.name}" if several_runs else point.name for run, point in pairs]
     kept = {key: [column[key] for column in columns] for key in _COMPARED}
-    settings = _settings_that_differ([flatten(run.recipe()) for run, _ in pairs]) if several_runs else {}
+    settings = settings_that_differ([run.recipe() for run, _ in pairs]) if several_runs else {}
 
     def text() -> str:
         rows = [(key, *_with_differences(key, values)) for key, values in kept.items() if set(values) != {None}]
         return table(("", *names), [*rows, *((key, *values) for key, values in settings.items())])
 
     answer({"checkpoints": names, "figures": kept, "settings": settings}, text)
-
-
-def _compared(run: Run, point: Checkpoint) -> dict[str, Any]:
-    facts, kept = checkpoint_summary(run, point), checkpoint_figures(point)
-    return kept | {
-        "size_bytes": facts["size_bytes"],
-        "current_loss": kept["current_loss"] if kept["current_loss"] is not None else facts["loss"],
-        "heldout_loss": kept["heldout_loss"] if kept["heldout_loss"] is not None else facts["heldout_loss"],
-        "timestamp": kept["timestamp"] or facts["created_at"],
-    }
 
 
 def _with_differences(key: str, values: list[Any]) -> list[str | None]:
@@ -284,9 +268,3 @@ def _with_differences(key: str, values: list[Any]) -> list[str | None]:
             if value is not None:
                 shown[index] = f"{shown[index]} ({value - values[0]:+.6f})"
     return shown
-
-
-def _settings_that_differ(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    keys = {key: None for one in settings for key in one}
-    columns = {key: [one.get(key) for one in settings] for key in keys}
-    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}

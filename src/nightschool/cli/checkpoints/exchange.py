@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from nightschool.cli.formatting import folder_bytes
 from nightschool.cli.lookup import find_checkpoint
 from nightschool.cli.output import answer
 from nightschool.cli.recipes import read_recipe
-from nightschool.errors import NightschoolError, NotFound
+from nightschool.errors import NightschoolError
 from nightschool.jobs.cycle import begin_cycle, cycle_lock_path
-from nightschool.jobs.outcome import CycleRecord
+from nightschool.jobs.outcome import root_of
+from nightschool.store.atomic import folder_bytes
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
@@ -33,10 +33,7 @@ def export(checkpoint: str, folder: Path, /, *, layout: Literal["huggingface", "
     home = Home.find()
     run, point = find_checkpoint(home, checkpoint)
     target = folder.absolute()
-    try:
-        root = Path(CycleRecord.read(run).root)
-    except NotFound:  # begun without a cycle: its paths begin here
-        root = Path.cwd()
+    root = root_of(run)
     data: dict[str, Any] = {"run_id": run.id, "name": point.name, "path": str(target), "layout": layout}
     proof = ""
     if layout == "accelerate":

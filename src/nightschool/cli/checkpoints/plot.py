@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nightschool.cli.chart import chart
-from nightschool.cli.lookup import find_checkpoint, find_run
+from nightschool.cli.lookup import find_run_or_checkpoint
 from nightschool.cli.output import answer, bold, note
 from nightschool.errors import NotFound, UsageError
 from nightschool.evaluation.scores import figure_to_json
 from nightschool.store.home import Home
-from nightschool.store.runs import Run, RunStore
-from nightschool.views.checkpoints import Points, checkpoint_curves
-from nightschool.views.metrics_rows import is_number, read_rows
+from nightschool.views.checkpoints import checkpoint_curves
+from nightschool.views.runs import Points, run_curves
 
 Curves = dict[str, Points]
 # In a picture, the losses of noisy steps are smoothed over this share of them.
@@ -31,12 +30,9 @@ def plot(target: str | None = None, /, *, save: Path | None = None) -> None:
         save: Also write them as a picture, such as curves.png. Needs the extra `plot`.
     """
     home = Home.find()
-    if target is None or target in [run.id for run in RunStore(home).ls()]:
-        run = find_run(home, target)
-        title, curves = run.id, _checkpoint_curves_run(run)
-    else:
-        run, point = find_checkpoint(home, target)
-        title, curves = f"{run.id} {point.name}", checkpoint_curves(point)
+    run, point = find_run_or_checkpoint(home, target)
+    title = run.id if point is None else f"{run.id} {point.name}"
+    curves = run_curves(run) if point is None else checkpoint_curves(point)
     if not any(curves.values()):
         raise NotFound(f"{title} has no figures yet. See nightschool runs watch {run.id}.")
     if save is not None:
@@ -55,12 +51,6 @@ def plot(target: str | None = None, /, *, save: Path | None = None) -> None:
         for name, points in curves.items()
     }
     answer({"title": title, "curves": data}, text)
-
-
-def _checkpoint_curves_run(run: Run) -> Curves:
-    rows = read_rows(run.metrics_path)
-    keys = {"loss": "loss", "held-out loss": "heldout_loss", "learning rate": "learning_rate"}
-    return {name: [(row["step"], row[key]) for row in rows if is_number(row.get(key))] for name, key in keys.items()}
 
 
 def save_picture(title: str, curves: Curves, path: Path) -> None:

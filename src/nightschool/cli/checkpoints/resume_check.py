@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from nightschool.cli.lookup import find_checkpoint, find_run
+from nightschool.cli.lookup import find_run_or_checkpoint
 from nightschool.cli.output import answer, note
 from nightschool.errors import UsageError
 from nightschool.jobs.resume_check import FEWEST_STEPS, Verdict, check_resume
-from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
-from nightschool.store.runs import RunStore
 from nightschool.units import format_bytes
 
 SHOWN_DIFFERENCES = 10
@@ -22,11 +20,8 @@ def verify_resume(home: Home, target: str | None, steps: int) -> int:
     """
     if steps < FEWEST_STEPS:
         raise UsageError(f"--steps {steps} cannot be interrupted half-way. Write at least --steps {FEWEST_STEPS}.")
-    point: Checkpoint | None = None
-    if target is None or target in [run.id for run in RunStore(home).ls()]:
-        run = find_run(home, target)
-    else:
-        run, point = find_checkpoint(home, target)
+    run, point = find_run_or_checkpoint(home, target)
+    if point is not None:
         point.verify(digests=True)
     note(f"Training up to {steps} steps of {run.id} twice, in copies. The run itself stays as it is.")
     verdict = check_resume(run, steps=steps, point=point)

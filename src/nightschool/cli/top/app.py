@@ -95,12 +95,12 @@ class TopApp(App[None]):
             self.call_from_thread(self._show, frame)
 
     def _show_trouble(self, text: str) -> None:
-        if self.is_running:
+        if self._is_shown:
             self.query_one("#run", Static).update(Text(printable(text)))
 
     def _show(self, frame: dict[str, Any]) -> None:
-        if not self.is_running:
-            return  # somebody left while the thread was looking, and the widgets are gone
+        if not self._is_shown:
+            return
         if self._chosen is not None and frame["run_id"] != self._chosen:
             return  # looked for before another run was chosen
         # The cursor stays where a key may just have moved it, unless another run is shown that nobody chose.
@@ -138,6 +138,11 @@ class TopApp(App[None]):
         points = list(zip(frame["loss_steps"], frame["losses"], strict=True))
         width = max(40, self.size.width - 4)
         return [chart("loss", points, width=min(width, 120), height=CHART_HEIGHT)] if len(points) > 1 else []
+
+    @property
+    def _is_shown(self) -> bool:
+        """False when somebody left while the thread was looking: the widgets go before the application does."""
+        return self.is_running and bool(self.query(DataTable))
 
     @property
     def _table(self) -> DataTable[Text]:
