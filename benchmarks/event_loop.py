@@ -9,38 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
-import torch
 from harness import Benchmark
-from hot_swap import NAME, PROMPTS, address, ask, publish, random_pair, refresh
+from served import PROMPTS, ask, health_seconds, percentile_95, random_pair, served
 
 ROWS = [{"query": f"Where is number {index}?", "retrieved": f"In room {index + 7}."} for index in range(16)]
-
-
-def health_seconds(base: str, duration: float) -> list[float]:
-    """What each of many questions took."""
-    seconds, until = [], time.monotonic() + duration
-    while time.monotonic() < until:
-        started = time.perf_counter()
-        with urllib.request.urlopen(base + "/healthz", timeout=60) as reply:
-            assert reply.status == 200
-        seconds.append(time.perf_counter() - started)
-        time.sleep(0.005)
-    return seconds
-
-
-def percentile_95(seconds: list[float]) -> float:
-    """What one question in twenty exceeds."""
-    return statistics.quantiles(seconds, n=20)[18]
 
 
 @contextlib.contextmanager
@@ -106,40 +84,17 @@ def main() -> None:
         "How long does /healthz take while the machine trains and the server loads and answers?",
         {"busy_p95_seconds": {"max": 0.1}},
     )
-    from nightschool.store.home import Home
-    from nightschool.store.registry import Registry
-
-    torch.set_num_threads(1)
     duration = 6.0 if bench.quick else 30.0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        home = Home(folder / ".nightschool").ensure()
-        versions = [publish(home, *pair) for pair in random_pair()]
-        registry = Registry(home)
-        registry.promote(NAME, versions[0].id, by="benchmark")
-        server = subprocess.Popen(
-            [sys.executable, "-m", "nightschool.cli", "serve", NAME, "--port", "0", "--log-level", "info"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={key: value for key, value in os.environ.items() if key != "NIGHTSCHOOL_HOME"},
-        )
-        swaps = []
+    swaps = []
+    with served(random_pair()) as server:
 
         def swap(number: int) -> None:
-            registry.promote(NAME, versions[number % 2].id, by="benchmark")
-            refresh(base)
+            server.swap(server.versions[number % 2])
             swaps.append(number)
 
-        try:
-            base = address(server)
-            alone = health_seconds(base, duration / 2)
-            with training(folder, versions[0].ref), busy(base, swap):
-                beside = health_seconds(base, duration)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+        alone = health_seconds(server.base, duration / 2)
+        with training(server.folder, server.versions[0].ref), busy(server.base, swap):
+            beside = health_seconds(server.base, duration)
     bench.table(
         [
             ("alone", f"{len(alone)} answers, p95 {1000 * percentile_95(alone):.1f} ms"),

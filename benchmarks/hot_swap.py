@@ -6,56 +6,17 @@ answer must be exactly that of the version that it names.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import real_model
 import torch
 from harness import Benchmark
-from real_chats import qwen3
-
-NAME = "swapped"
-PROMPTS = [f"Question number {number}: what is it?" for number in range(12)]
-MAX_TOKENS = 24
-
-
-def publish(home: Any, model: Any, tokenizer: Any) -> Any:
-    """A version of these weights."""
-    from nightschool.models.export import save_version_folder
-    from nightschool.store.registry import Registry
-    from nightschool.store.versions import VersionMetadata
-
-    facts = VersionMetadata(
-        kind="model",
-        method="full",
-        base="bench",
-        num_parameters=model.num_parameters(),
-        dtype="float32",
-        context_tokens=512,
-    )
-    return Registry(home).publish(NAME, lambda folder: save_version_folder(model, tokenizer, folder), facts)
-
-
-def random_pair() -> Iterator[tuple[Any, Any]]:
-    """Two models with random weights, and their tokenizer."""
-    from nightschool.data.tokenizer import train_bpe
-
-    tokenizer = train_bpe([*PROMPTS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"] * 4, vocab_size=400)
-    for seed in (1, 2):
-        yield qwen3(len(tokenizer), seed=seed, max_position_embeddings=512), tokenizer
+from served import PROMPTS, ask, random_pair, served
 
 
 def real_pair() -> Iterator[tuple[Any, Any]]:
@@ -66,19 +27,6 @@ def real_pair() -> Iterator[tuple[Any, Any]]:
         for layer in loaded.model.model.layers[::4]:
             layer.mlp.down_proj.weight *= 0.5
     yield loaded.model, loaded.tokenizer
-
-
-def ask(base: str, prompt: str) -> tuple[str, str]:
-    """The version that an answer names, and the answer."""
-    body = {"model": NAME, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
-    request = urllib.request.Request(
-        base + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        version = reply.headers["x-model-version"]
-        plain = json.load(reply)
-    assert plain["system_fingerprint"] == version, "header and body name different versions"
-    return version, plain["choices"][0]["text"]
 
 
 @dataclass
@@ -132,55 +80,31 @@ def main() -> None:
         {"failed": {"max": 0}, "mislabelled": {"max": 0}, "mixed": {"max": 0}, "p99_ratio": {"max": 1.5}},
         has_real=True,
     )
-    from nightschool.store.home import Home
-    from nightschool.store.registry import Registry
-
-    torch.set_num_threads(1)
     if bench.is_real:
         duration, swaps = (40.0, 2) if bench.quick else (300.0, 20)
     else:
         duration, swaps = (12.0, 4) if bench.quick else (60.0, 20)
-    with tempfile.TemporaryDirectory() as folder:
-        home = Home(Path(folder) / ".nightschool")
-        home.ensure()
-        versions = [publish(home, *pair) for pair in (real_pair() if bench.is_real else random_pair())]
-        registry = Registry(home)
-        registry.promote(NAME, versions[0].id, by="benchmark")
-        server = subprocess.Popen(
-            [sys.executable, "-m", "nightschool.cli", "serve", NAME, "--port", "0", "--log-level", "info"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={key: value for key, value in os.environ.items() if key != "NIGHTSCHOOL_HOME"},
-        )
-        try:
-            base = address(server)
-            known = {}
-            for version in reversed(versions):
-                registry.promote(NAME, version.id, by="benchmark")
-                refresh(base)
-                for prompt in PROMPTS:
-                    named, text = ask(base, prompt)
-                    assert named == version.ref
-                    known[named, prompt] = text
-            Clients(base, known).run(2)
-            steady = Clients(base, known)
-            steady.run(duration / 2)
-            swapping = Clients(base, known)
-            load = threading.Thread(target=swapping.run, args=(duration,))
-            load.start()
-            swap_seconds = []
-            for number in range(swaps):
-                time.sleep(max(0.0, duration / swaps - (swap_seconds[-1] if swap_seconds else 0)) * 0.95)
-                registry.promote(NAME, versions[(number + 1) % 2].id, by="benchmark")
-                started = time.perf_counter()
-                refresh(base)
-                swap_seconds.append(time.perf_counter() - started)
-            load.join()
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+    with served(real_pair() if bench.is_real else random_pair()) as server:
+        known = {}
+        for version in reversed(server.versions):
+            server.swap(version)
+            for prompt in PROMPTS:
+                named, text = ask(server.base, prompt)
+                assert named == version.ref
+                known[named, prompt] = text
+        Clients(server.base, known).run(2)
+        steady = Clients(server.base, known)
+        steady.run(duration / 2)
+        swapping = Clients(server.base, known)
+        load = threading.Thread(target=swapping.run, args=(duration,))
+        load.start()
+        swap_seconds = []
+        for number in range(swaps):
+            time.sleep(max(0.0, duration / swaps - (swap_seconds[-1] if swap_seconds else 0)) * 0.95)
+            started = time.perf_counter()
+            server.swap(server.versions[(number + 1) % 2])
+            swap_seconds.append(time.perf_counter() - started)
+        load.join()
     bench.table(
         [
             ("steady", f"{len(steady.seconds)} answers, p99 {1000 * steady.p99:.0f} ms"),
@@ -198,22 +122,6 @@ def main() -> None:
             "swaps": swaps,
         }
     )
-
-
-def address(server: subprocess.Popen[str]) -> str:
-    """Where the server says that it listens."""
-    assert server.stdout is not None
-    for line in server.stdout:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            threading.Thread(target=lambda: [None for _ in server.stdout or ()], daemon=True).start()
-            return found[0]
-    sys.exit("The server ended before it listened.")
-
-
-def refresh(base: str) -> None:
-    """Make the server look for the champion now."""
-    with urllib.request.urlopen(base + "/refresh_model", timeout=120) as reply:
-        assert json.load(reply)["status"] == "success"
 
 
 if __name__ == "__main__":
