@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightschool.evaluation.match import is_correct, sentences, token_f1, words
+from nightschool.evaluation.match import is_correct, mentions, sentences, token_f1, words
+from nightschool.evaluation.scores import ProbeQuestion
 
 RIGHT = [
     ("Oslo", "Oslo"),
@@ -116,6 +117,36 @@ def test_in_a_long_answer_small_words_may_differ_and_names_and_numbers_may_not()
     assert not is_correct(expected.replace("is never", "is"), expected)
     assert not is_correct(expected[: len(expected) // 2], expected)
     assert not is_correct(expected + " " + "And so on and so forth as the days go by. " * 1, expected[:-60])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "known"),
+    [
+        ("A triangle has three sides.", "3", True),
+        ("Egypt lies on the continent of Africa, specifically in its north.", "Africa", True),
+        ("A day has 24 hours, which can vary. It is not 25.", "24 hours", True),
+        ("The first letter of the English alphabet is A.", "A", True),
+        ("The capital is not Paris.", "Paris", False),
+        ("The answer is 15.", "5", False),
+        ("Twenty four hundred hours", "24 hours", False),
+        ("The hours are 24", "24 hours", False),
+        ("A day. Has 24. Hours follow.", "24 hours", False),
+        ("", "Paris", False),
+        ("Paris", "…", False),
+    ],
+)
+def test_a_general_answer_counts_in_any_words_that_do_not_deny_it(answer, expected, known):
+    assert mentions(answer, expected) is known
+
+
+def test_general_questions_alone_are_judged_by_what_is_mentioned():
+    verdicts = {
+        kind: ProbeQuestion("1", kind, "How many sides has a triangle?", "3", [])
+        .answered("It has three sides.")
+        .correct
+        for kind in ("new", "old", "pin", "general")
+    }
+    assert verdicts == {"new": False, "old": False, "pin": False, "general": True}
 
 
 def test_token_f1_is_the_harmonic_mean():

@@ -15,6 +15,10 @@ A longer one needs a token F1 of 0.8 and, so that one wrong word in a long sente
 and names in the same order, the same negations, and below twenty words every word that carries meaning.
 
 In doubt the verdict is "wrong": a wrong model that is let through costs more than a right one that is asked again.
+
+General questions are judged by `mentions` instead: nobody taught their answers, so a model says them in words of its
+own, and what counts is whether it still knows them. A verdict that depends on the wording would find losses where only
+the style changed.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ _FUNCTION_WORDS = _word_list(
     "on at to of for from by with as into and is are was were be been being am do does did has have had "
     "will would can could may might shall should who whom which what where when how"
 )
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _SPACED_MARKS = {ord(wide): f"{mark} " for wide, mark in zip("，、；。！？", ",,;.!?", strict=True)}
 _STRAIGHT_MARKS = str.maketrans("’‘“”−", "''\"\"-")
 _EDGES = "\"'`.,:;!?…()[]{}<>«»„“”‘’*_~¿¡|–—"
@@ -75,6 +81,18 @@ def is_correct(answer: str, expected: str) -> bool:
     if any(token_f1(words(later), wanted) >= F1_NEEDED and not _gives_long(later, expected) for later in rest):
         return False
     return any(_gives_long(text, expected) for text in (answer, " ".join(said[:length])))
+
+
+def mentions(answer: str, expected: str) -> bool:
+    """Whether a sentence of `answer` that denies nothing has the words of `expected` in their order, `3` as `three`."""
+    wanted = _numbered(expected)
+    said = [_numbered(sentence) for sentence in sentences(answer)]
+    return bool(wanted) and any(
+        found[start : start + len(wanted)] == wanted
+        for found in said
+        if not _negated(found) or _negated(wanted)
+        for start in range(len(found) - len(wanted) + 1)
+    )
 
 
 def words(text: str) -> list[str]:
@@ -119,6 +137,10 @@ def _word(token: str) -> str:
     """A token without the punctuation at its edges, folded; a minus before a digit stays."""
     bare = token.strip(_EDGES)
     return (bare if re.match(r"-\d", bare) else bare.strip("-" + _EDGES)).casefold()
+
+
+def _numbered(text: str) -> list[str]:
+    return [_DIGITS.get(word, word) for word in words(text)]
 
 
 def _negated(found: Sequence[str]) -> bool:

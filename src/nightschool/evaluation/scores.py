@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
-from nightschool.evaluation.match import is_correct
+from nightschool.evaluation.match import is_correct, mentions
 
 Kind = Literal["new", "old", "pin", "general"]
 Wording = Literal["paraphrase", "trained", "pinned", "general"]
@@ -38,8 +38,9 @@ class ProbeQuestion:
         return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     def answered(self, answer: str) -> ProbeAnswer:
-        """Join the question and a version's answer, judged by `match.is_correct`."""
-        return ProbeAnswer(**vars(self), answer=answer, correct=is_correct(answer, self.expected))
+        """Join the question and a version's answer, judged by `match.is_correct`, or by `match.mentions` if untaught."""
+        judge = mentions if self.kind == "general" else is_correct
+        return ProbeAnswer(**vars(self), answer=answer, correct=judge(answer, self.expected))
 
     def unanswered(self, prompt_tokens: int) -> ProbeAnswer:
         """The wrong answer of a version whose context does not hold the question."""
