@@ -19,7 +19,7 @@ from nightschool.store.atomic import write_text
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
-from nightschool.store.runs import Run, RunStore
+from nightschool.store.runs import RunStore
 
 if TYPE_CHECKING:
     from nightschool.engine.local_model import LocalModel
@@ -162,7 +162,7 @@ def _eval_set(
         return eval_set_of_file(examples, Limits(**given), local.count_tokens)
     if version is None:
         return eval_set_of_general(general_prompts(GENERAL_OF_NIGHTSCHOOL, Path.cwd()), Limits(**given))
-    run = _run_of(home, version)
+    run = RunStore(home).which_made(version)
     recipe = None if run is None else Recipe.model_validate(run.recipe())
     began_in = Path.cwd() if run is None else root_of(run)
     general = general_prompts(GENERAL_OF_NIGHTSCHOOL if recipe is None else recipe.gate.general, began_in)
@@ -181,12 +181,3 @@ def _version(home: Home, model: str) -> Version | None:
         return None
     registry = Registry(home)
     return registry.resolve(model) if "@" in model or name in registry.names() else None
-
-
-def _run_of(home: Home, version: Version) -> Run | None:
-    if version.facts.run_id is None:
-        return None
-    try:
-        return RunStore(home).get(version.facts.run_id)
-    except NotFound:
-        return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nightschool.cli.formatting import figure, moment
-from nightschool.cli.output import Columns, answer, answer_rows, bold, colour_wanted, confirm, note
+from nightschool.cli.output import Columns, answer, answer_rows, bold, colour_wanted, confirm, note, rendered
 from nightschool.errors import Damaged, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import figure_to_json
@@ -21,7 +22,7 @@ from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
 from nightschool.units import format_bytes
-from nightschool.views.versions import champion_ref, score_sheets, version_story, version_summary
+from nightschool.views.versions import score_sheets, version_story, version_summary
 
 if TYPE_CHECKING:
     from nightschool.training.add_model import Added
@@ -92,10 +93,14 @@ def report(model: str, /) -> None:
     Args:
         model: NAME@VERSION or NAME@ALIAS; NAME is its newest version.
     """
+    from nightschool.evaluation.report import render
+
     registry = Registry(Home.find())
     version = registry.resolve(model if "@" in model else f"{model}@latest")
     stored = registry.load_report(version.name, version.id)
-    answer(stored, lambda: _render(GateReport.from_json(stored)), quiet=lambda: str(stored["decision"]))
+    answer(
+        stored, lambda: rendered(partial(render, GateReport.from_json(stored))), quiet=lambda: str(stored["decision"])
+    )
 
 
 def diff(first: str, second: str, /) -> None:
@@ -181,9 +186,8 @@ def promote(model: str, /) -> None:
         raise UsageError(
             f"{model!r} names no version. Write {model}@VERSION; nightschool models ls {model} lists them."
         )
-    before = champion_ref(registry, wanted.name)
-    version = promote_version(home, wanted.name, registry.resolve(model).id, by=who())
-    _moved(before, version)
+    before = registry.champion(wanted.name)
+    _moved(before, promote_version(home, wanted.name, registry.resolve(model).id, by=who()))
 
 
 def rollback(name: str = "default", /) -> None:
@@ -193,7 +197,7 @@ def rollback(name: str = "default", /) -> None:
         name: The name whose champion goes back.
     """
     home = Home.find()
-    before = champion_ref(Registry(home), name)
+    before = Registry(home).champion(name)
     _moved(before, roll_back(home, parse_ref(name).name, by=who()))
 
 
@@ -283,17 +287,6 @@ def rm(model: str, /, *more: str, yes: bool = False) -> None:
     )
 
 
-def _render(report: GateReport) -> str:
-    from rich.console import Console
-
-    from nightschool.evaluation.report import render
-
-    console = Console(no_color=not colour_wanted(), highlight=False)
-    with console.capture() as captured:
-        render(report, console)
-    return captured.get().rstrip()
-
-
 def _coloured(one: AnswerDiff) -> str:
     if not colour_wanted():
         return shortened(one.as_text())
@@ -301,10 +294,10 @@ def _coloured(one: AnswerDiff) -> str:
     return "".join(f"{codes[change]}{shortened(part) or ' '}\x1b[0m" for change, part in one.words)
 
 
-def _moved(before: str | None, version: Version) -> None:
-    was = f" (was {before})" if before and before != version.ref else ""
+def _moved(before: Version | None, version: Version) -> None:
+    was = f" (was {before.ref})" if before and before != version else ""
     answer(
-        {"champion": version.ref, "before": before},
+        {"champion": version.ref, "before": before.ref if before else None},
         f"The champion of {version.name} is {version.ref}{was}.",
         quiet=version.ref,
     )

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nightschool.errors import UsageError
 from nightschool.units import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Row = dict[str, Any]
 # A column is a key of the rows, or is made from a row.
@@ -68,6 +71,16 @@ def let_children_colour() -> None:
     """Tell the processes that we start, whose output goes through a file, that a person looks at it here."""
     if colour_wanted():
         os.environ.setdefault("FORCE_COLOR", "1")
+
+
+def rendered(draw: Callable[[Console], None]) -> str:
+    """What `draw` prints on a console of rich, in colour where it is wanted."""
+    from rich.console import Console
+
+    console = Console(no_color=not colour_wanted(), highlight=False)
+    with console.capture() as captured:
+        draw(console)
+    return captured.get().rstrip()
 
 
 def bold(text: str) -> str:

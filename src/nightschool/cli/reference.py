@@ -1,13 +1,10 @@
-"""`python -m nightschool.cli.reference` writes docs/cli.md: every help page, as the command prints it.
-
-With `--check` it writes nothing and exits 1 if the file is not what it would write.
-"""
+"""`python -m nightschool.cli.reference docs/cli.md` writes that file: every help page, as the command prints it."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cyclopts import App
@@ -43,29 +40,8 @@ def help_page(app: App, words: Sequence[str]) -> str:
     out = io.StringIO()
     console = Console(file=out, width=COLUMNS, color_system=None, force_terminal=False, legacy_windows=False)
     app.help_print(list(words), console=console)
-    return "\n".join(_stripped(out.getvalue()))
-
-
-def _stripped(text: str) -> Iterator[str]:
-    return (line.rstrip() for line in text.strip().splitlines())
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Write the page, or with `--check` compare it."""
-    options = [word for word in arguments if word.startswith("-")]
-    target = Path(next((word for word in arguments if not word.startswith("-")), "docs/cli.md"))
-    wanted = reference()
-    if options == ["--check"]:
-        if target.exists() and target.read_text("utf-8") == wanted:
-            return 0
-        print(f"{target} is out of date. Write it with python -m nightschool.cli.reference.", file=sys.stderr)
-        return 1
-    if options:
-        print("usage: python -m nightschool.cli.reference [--check] [docs/cli.md]", file=sys.stderr)
-        return 2
-    target.write_text(wanted, "utf-8")
-    return 0
+    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    Path(sys.argv[1]).write_text(reference(), "utf-8")

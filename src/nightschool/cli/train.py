@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nightschool.cli.lookup import find_checkpoint
-from nightschool.cli.output import answer, colour_wanted, let_children_colour, note, session
+from nightschool.cli.lookup import find_run_or_checkpoint
+from nightschool.cli.output import answer, let_children_colour, note, rendered, session
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
@@ -95,8 +96,6 @@ def plan(recipe: Path, /, *overrides: str) -> int:
         recipe: A recipe file.
         overrides: Settings, as train.epochs=3.
     """
-    from rich.console import Console
-
     from nightschool.training.environment import keep_freed_memory
     from nightschool.training.planning.plan import make_plan, render_plan
 
@@ -105,14 +104,11 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     keep_freed_memory(settings)  # what is measured here shall be what the run will do
     settings = settings.model_copy(update={"base": starting_weights(home, settings, say=note)})
     made = make_plan(settings, home, Path.cwd())
-
-    def text() -> str:
-        console = Console(no_color=not colour_wanted(), highlight=False)
-        with console.capture() as captured:
-            render_plan(made, console)
-        return captured.get().rstrip()
-
-    answer(made.to_json(), text, quiet="{steps_total} steps, {expected_peak_bytes} bytes".format(**made.facts))
+    answer(
+        made.to_json(),
+        lambda: rendered(partial(render_plan, made)),
+        quiet="{steps_total} steps, {expected_peak_bytes} bytes".format(**made.facts),
+    )
     return 0
 
 
@@ -151,20 +147,19 @@ def _to_resume(home: Home, wanted: str, recipe: Path | None, overrides: tuple[st
     """
     if is_url(wanted):
         return _from_bucket(home, wanted, "latest")
-    store = RunStore(home)
-    if wanted in [run.id for run in store.ls()]:
-        return store.get(wanted), "latest"
     try:
-        run, checkpoint = find_checkpoint(home, wanted)
+        run, checkpoint = find_run_or_checkpoint(home, wanted)
     except NotFound:
         url = None if recipe is None else read_recipe(recipe, overrides).checkpoints.upload.url
         if url is not None:
             return _from_bucket(home, url, wanted)
-        known = ", ".join(run.id for run in store.ls()[:5]) or "none yet"
+        known = ", ".join(run.id for run in RunStore(home).ls()[:5]) or "none yet"
         raise NotFound(
             f"--resume {wanted!r} is neither a run nor a checkpoint in {home.runs}. Runs: {known}. "
             f"What is in a bucket is named by its address, as gs://bucket/folder."
         ) from None
+    if checkpoint is None:
+        return run, "latest"
     settings = settings_of(run)
     if settings is not None:
         refuse_another_in_bucket(run, checkpoint, settings.url, say=note)

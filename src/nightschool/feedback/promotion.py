@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nightschool.errors import Damaged, NotFound
+from nightschool.errors import Damaged
 from nightschool.events import read_events
 from nightschool.feedback.lineage import line_of
 from nightschool.feedback.replay_pool import AcceptedExamples
@@ -95,9 +95,7 @@ def _follow(home: Home, registry: Registry, champion: Version) -> None:
 def _studied(home: Home, version: Version, file: str) -> list[dict[str, Any]]:
     """Examples of the run which made this version; none if that run was deleted, or nobody knows which it was."""
     try:
-        if version.facts.run_id is None:
-            return []
-        run = RunStore(home).get(version.facts.run_id)
-    except (NotFound, Damaged):
+        run = RunStore(home).which_made(version)
+    except Damaged:
         return []
-    return list(read_events(run.path / file))
+    return [] if run is None else list(read_events(run.path / file))

@@ -21,7 +21,7 @@ from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_gate, run_training
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import how_it_ended, wait_for_stranger
-from nightschool.jobs.starting_weights import champion_of, starting_weights
+from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
 from nightschool.store.names import CHAMPION, lock_path
@@ -100,7 +100,7 @@ def begin_cycle(
     around = around or CycleContext()
     name = recipe.name
     _refuse_beside_another(home, name)
-    champion = champion_of(Registry(home), name)
+    champion = Registry(home).champion(name)
     if champion is not None:
         settle(home, name)  # what an earlier cycle may have been killed before
     general_prompts(recipe.gate.general, root)  # what the gate could not read is said before a night is spent
@@ -159,7 +159,7 @@ def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
             return _complete_promotion(run, candidate, around)
         stage = "the gate"
         around.stop.check("the gate began")
-        champion = champion_of(Registry(run.home), run.name)
+        champion = Registry(run.home).champion(run.name)
         report = _examine(run, candidate, champion, around)
         stage = "promotion"
         return _decide(run, candidate, champion, report, around)
@@ -171,7 +171,7 @@ def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
 
 def _result(run: Run, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
     """End a cycle: its outcome is kept with the run, too."""
-    champion = champion_of(Registry(run.home), run.name)
+    champion = Registry(run.home).champion(run.name)
     if outcome in ("interrupted", "failed") and run.status.state == "queued":  # no process was there to say so
         run.update_status(state=outcome, error=detail)
     run.events.write("cycle", outcome=outcome, detail=detail)
@@ -253,7 +253,7 @@ def _decide(
 
     if wanted == "if_gate_passes" and not passed:
         return ended("refused", verdict)
-    champion, pinned = champion_of(registry, run.name), registry.pinned(run.name)
+    champion, pinned = registry.champion(run.name), registry.pinned(run.name)
     obstacle = None
     if wanted == "never":
         obstacle = "serve.promote is never"

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from nightschool.config.recipe import Recipe
-from nightschool.errors import NotFound
 from nightschool.feedback.selection import DATA_PLANS
 from nightschool.jobs.launch import OnLine
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.atomic import read_json
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
-from nightschool.store.runs import RunStore
-
-
-def champion_of(registry: Registry, name: str) -> Version | None:
-    try:
-        return registry.resolve(f"{name}@champion")
-    except NotFound:
-        return None
+from nightschool.store.runs import Run, RunStore
 
 
 def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -> str:
@@ -26,16 +18,19 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     An adapter has its rank, scale and places for good. Where the recipe asks for others, a new adapter begins on the
     base of the champion's.
     """
-    champion = champion_of(Registry(home), recipe.name)
+    champion = Registry(home).champion(recipe.name)
     # Some begin from scratch each time, unless the recipe's base says otherwise.
     if champion is None or not DATA_PLANS[recipe.method].continues or recipe.base.startswith(f"{recipe.name}@"):
         return recipe.base
-    began_with = _recipe_base(home, champion)
-    if began_with is not None and began_with != recipe.base:
+    run = RunStore(home).which_made(champion)
+    began_with = recipe.base
+    if run is not None and CycleRecord.path(run).exists():
+        began_with = CycleRecord.read(run).recipe_base
+    if began_with != recipe.base:
         if say is not None:
             say(f"The recipe's base is {recipe.base}, and {champion.ref} grew from {began_with}: starting anew")
         return recipe.base
-    differing = _other_adapter(home, recipe, champion)
+    differing = _other_adapter(run, recipe, champion)
     if differing:
         if say is not None:
             say(f"A new adapter begins on {champion.facts.base}, the base of {champion.ref}: {'; '.join(differing)}")
@@ -43,8 +38,8 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     return champion.ref
 
 
-def _other_adapter(home: Home, recipe: Recipe, champion: Version) -> list[str]:
-    """What the recipe wants of an adapter that the champion's is not; nothing if the champion is none."""
+def _other_adapter(run: Run | None, recipe: Recipe, champion: Version) -> list[str]:
+    """What the recipe wants of an adapter that the champion, which `run` made, is not; nothing if it is no adapter."""
     if not DATA_PLANS[recipe.method].adapter or champion.facts.kind != "adapter":
         return []
     config = read_json(champion.path / "adapter_config.json")
@@ -53,7 +48,7 @@ def _other_adapter(home: Home, recipe: Recipe, champion: Version) -> list[str]:
         ("alpha", recipe.lora.alpha, config.get("lora_alpha")),
     ]
     # The adapter lists the modules that it found; what was asked for stands in the recipe that made it.
-    before = _recipe_of(home, champion)
+    before = None if run is None else Recipe.model_validate(run.recipe())
     if before is not None and DATA_PLANS[before.method].adapter:
         pairs.append(("target_modules", _places(recipe), _places(before)))
     return [f"lora.{key} is {wanted} and its adapter has {has}" for key, wanted, has in pairs if wanted != has]
@@ -62,23 +57,3 @@ def _other_adapter(home: Home, recipe: Recipe, champion: Version) -> list[str]:
 def _places(recipe: Recipe) -> str:
     targets = recipe.lora.target_modules
     return targets if isinstance(targets, str) else ", ".join(sorted(set(targets)))
-
-
-def _recipe_of(home: Home, version: Version) -> Recipe | None:
-    """The recipe that made this version; None if its run is gone."""
-    if version.facts.run_id is None:
-        return None
-    try:
-        return Recipe.model_validate(RunStore(home).get(version.facts.run_id).recipe())
-    except NotFound:
-        return None
-
-
-def _recipe_base(home: Home, version: Version) -> str | None:
-    """The base that the recipe named when this version was made; None if its run is gone."""
-    if version.facts.run_id is None:
-        return None
-    try:
-        return CycleRecord.read(RunStore(home).get(version.facts.run_id)).recipe_base
-    except NotFound:
-        return None

@@ -67,6 +67,13 @@ class Registry:
         name = check_full_name(name)
         return [Version(name, id_, version_path(self.home, name, id_)) for id_ in self._shelf(name).ids()]
 
+    def champion(self, name: str) -> Version | None:
+        """The version that is served under a name; None if none was promoted yet."""
+        try:
+            return self.resolve(f"{name}@{CHAMPION}")
+        except NotFound:
+            return None
+
     def resolve(self, ref: str) -> Version:
         """The version that `name` (its champion), `name@alias` or `name@version` points to.
 

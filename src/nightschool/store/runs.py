@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import psutil
 from ruamel.yaml import YAML
@@ -31,6 +31,9 @@ from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.names import full_name, home_of, is_stamp, next_free_stamp, split_name, tenants_of
 from nightschool.work.identity import ProcessIdentity
+
+if TYPE_CHECKING:
+    from nightschool.store.registry import Version
 
 RunState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
 STATES: tuple[RunState, ...] = get_args(RunState)
@@ -255,6 +258,17 @@ class RunStore:
             exists = f"The newest are {', '.join(newest)}." if newest else "There are no runs yet."
             raise NotFound(f"There is no run {run_id!r} in {self.home.runs}. {exists}")
         return run
+
+    def which_made(self, version: Version) -> Run | None:
+        """The run that made a version; None if it was deleted, or nobody knows which it was.
+
+        Raises:
+            Damaged: If the version does not say it legibly.
+        """
+        try:
+            return self.get(version.facts.run_id) if version.facts.run_id is not None else None
+        except NotFound:
+            return None
 
     def at(self, run_id: str) -> Run:
         """Where the run of this id lies, or would lie. Raises NameRefused if it could not be a path."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from nightschool.errors import Damaged, NotFound
 from nightschool.evaluation.scores import ScoreSheet
-from nightschool.store.names import CHAMPION, parse_ref
 from nightschool.store.registry import Registry, Version, VersionMetadata
 
 
@@ -60,12 +59,6 @@ def version_story(registry: Registry, version: Version) -> dict[str, Any]:
         "files": {file: facts.size_bytes for file, facts in manifest.files.items()},
         "history": [{**dataclasses.asdict(move), "at": move.at.isoformat()} for move in registry.history(version.name)],
     }
-
-
-def champion_ref(registry: Registry, name: str) -> str | None:
-    """`name@version` of the champion; None if there is none."""
-    version = registry.aliases(parse_ref(name).name).get(CHAMPION)
-    return f"{name}@{version}" if version else None
 
 
 def score_sheets(registry: Registry, before: Version, after: Version) -> tuple[ScoreSheet, ScoreSheet]:

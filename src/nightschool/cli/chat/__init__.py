@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -174,34 +175,20 @@ def _answer(chat: Chat) -> bool:
     if live:
         print("" if whole else " [stopped]", flush=True)
     else:
-        print_json_line(reply, whole=whole)
+        row = {
+            "request_id": reply.request_id,
+            "version": reply.version,
+            "answer": reply.text,
+            "finish_reason": reply.finish_reason if whole else "cancelled",
+        }
+        print(json.dumps(row, ensure_ascii=False), flush=True)
     return whole
-
-
-def print_json_line(reply: Reply, *, whole: bool) -> None:
-    """One answer as one line of JSON."""
-    import json
-
-    row = {
-        "request_id": reply.request_id,
-        "version": reply.version,
-        "answer": reply.text,
-        "finish_reason": reply.finish_reason if whole else "cancelled",
-    }
-    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def _reader(chat: Chat) -> Callable[[], str]:
     """How the next line comes: edited, with history and completion, or plainly from a pipe."""
     if not sys.stdin.isatty():
-
-        def read_plainly() -> str:
-            line = sys.stdin.readline()
-            if not line:
-                raise EOFError
-            return line.rstrip("\n")
-
-        return read_plainly
+        return input
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory

@@ -97,9 +97,13 @@ class ServerBackend:
             raise UsageError(f"--url {url!r} is not an address of a server. Write http://127.0.0.1:8001.")
         self.model = model or self._first_model()
 
+    def get(self, path: str) -> Any:
+        """What the server answers to a GET, from JSON."""
+        with self._open(path) as response:
+            return json.load(response)
+
     def _first_model(self) -> str:
-        with self._open("/v1/models") as response:
-            models = json.load(response)["data"]
+        models = self.get("/v1/models")["data"]
         if not models:
             raise NotLoaded(f"The server at {self._url} serves no model yet. Promote one, or name one.")
         return str(models[0]["id"])
@@ -159,6 +163,16 @@ class ServerBackend:
             ) from None
 
 
+_REFUSALS: dict[int, type[NightschoolError]] = {
+    400: UsageError,
+    404: NotFound,
+    409: Conflict,
+    422: UsageError,
+    429: QueueFull,
+    503: NotLoaded,
+}
+
+
 def _refusal(status: int, body: bytes) -> NightschoolError:
     """What a server answered in place of an answer, as an error of ours."""
     try:
@@ -168,12 +182,7 @@ def _refusal(status: int, body: bytes) -> NightschoolError:
     except (ValueError, AttributeError, RecursionError):
         message = body.decode(errors="replace")[:200]
     text = f"The server answered {status}: {message}"
-    kinds: dict[int, type[NightschoolError]] = {400: UsageError, 422: UsageError, 404: NotFound, 409: Conflict}
-    if status == 429:
-        return QueueFull(text)
-    if status == 503:
-        return NotLoaded(text)
-    return kinds.get(status, NightschoolError)(text)
+    return _REFUSALS.get(status, NightschoolError)(text)
 
 
 class LocalBackend:
@@ -214,7 +223,7 @@ class LocalBackend:
 
     def feedback(self, request_id: str, rating: Literal["good", "bad"], correction: str | None) -> None:
         if self._conversations is None:
-            raise UsageError("Answers are not kept here, so none can be marked. Start with nightschool chat --record.")
+            raise UsageError("Answers are not kept here, so you cannot mark one. Start with nightschool chat --record.")
         self._conversations.feedback(request_id, rating, correction)
 
     def switch(self, model: str) -> None:

@@ -64,7 +64,8 @@ class Chat:
         return self.turns[-2], self.turns[-1], self.last
 
 
-Command = Callable[[Chat, str], bool]
+# True if an answer should follow.
+Command = Callable[[Chat, str], bool | None]
 
 
 def run_command(chat: Chat, line: str) -> bool:
@@ -78,51 +79,45 @@ def run_command(chat: Chat, line: str) -> bool:
     command = COMMANDS.get(ALIASES.get(word, word))
     if command is None:
         raise UsageError(f"There is no command /{word}. /help lists them.")
-    return command[0](chat, rest.strip())
+    return bool(command[0](chat, rest.strip()))
 
 
-def _help(chat: Chat, _rest: str) -> bool:
-    chat.say("\n".join(f"/{name:<16} {text}" for name, (_, usage, text) in COMMANDS.items() for name in [usage]))
-    return False
+def _help(chat: Chat, _rest: str) -> None:
+    chat.say("\n".join(f"/{usage:<16} {text}" for _, usage, text in COMMANDS.values()))
 
 
-def _clear(chat: Chat, _rest: str) -> bool:
+def _clear(chat: Chat, _rest: str) -> None:
     chat.turns.clear()
     chat.last = None
-    chat.say("The conversation begins anew.")
-    return False
+    chat.say("Starting a new conversation.")
 
 
-def _exit(_chat: Chat, _rest: str) -> bool:
+def _exit(_chat: Chat, _rest: str) -> None:
     raise Leave
 
 
-def _params(chat: Chat, rest: str) -> bool:
+def _params(chat: Chat, rest: str) -> None:
     for pair in rest.split():
         name, _, value = pair.partition("=")
         chat.params = chat.params.with_value(name, value)
     chat.say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(chat.params).items()))
-    return False
 
 
-def _temperature(chat: Chat, rest: str) -> bool:
+def _temperature(chat: Chat, rest: str) -> None:
     if rest:
         chat.params = chat.params.with_value("temperature", rest)
     chat.say(f"temperature={chat.params.temperature:g}")
-    return False
 
 
-def _model(chat: Chat, rest: str) -> bool:
+def _model(chat: Chat, rest: str) -> None:
     if rest:
         chat.backend.switch(rest)
     chat.say(chat.backend.model)
-    return False
 
 
-def _system(chat: Chat, rest: str) -> bool:
+def _system(chat: Chat, rest: str) -> None:
     chat.system = rest or None
     chat.say(f"system: {rest}" if rest else "No system message.")
-    return False
 
 
 def _retry(chat: Chat, _rest: str) -> bool:
@@ -131,15 +126,14 @@ def _retry(chat: Chat, _rest: str) -> bool:
     return True
 
 
-def _undo(chat: Chat, _rest: str) -> bool:
+def _undo(chat: Chat, _rest: str) -> None:
     question, _, _ = chat.answered()
     del chat.turns[-2:]
     chat.last = None
     chat.say(f"Took back: {question.content}")
-    return False
 
 
-def _save(chat: Chat, rest: str) -> bool:
+def _save(chat: Chat, rest: str) -> None:
     if not rest:
         raise UsageError("/save needs a file. Write /save chats.jsonl.")
     chat.answered()
@@ -147,44 +141,40 @@ def _save(chat: Chat, rest: str) -> bool:
     with Path(rest).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     chat.say(f"Appended {len(chat.messages)} turns to {rest}: data that nightschool train reads.")
-    return False
 
 
-def _mark(chat: Chat, rating: Literal["good", "bad"]) -> bool:
+def _mark(chat: Chat, rating: Literal["good", "bad"]) -> None:
     _, _, reply = chat.answered()
     chat.backend.feedback(reply.request_id, rating, None)
     chat.say(f"Marked as {rating}.")
-    return False
 
 
-def _fix(chat: Chat, rest: str) -> bool:
+def _fix(chat: Chat, rest: str) -> None:
     if not rest:
         raise UsageError("/fix needs the right answer. Write /fix The right answer.")
     _, _, reply = chat.answered()
     chat.backend.feedback(reply.request_id, "bad", rest)
     chat.turns[-1] = Message("assistant", rest)
     chat.say("Kept as the right answer: a night that studies conversations learns it.")
-    return False
 
 
-def _pin(chat: Chat, _rest: str) -> bool:
+def _pin(chat: Chat, _rest: str) -> None:
     question, given, _ = chat.answered()
     name = parse_ref(chat.backend.model).name
     with open_database(chat.home) as db:
         pin = Pins(db).add(name, question.content, given.content)
     chat.say(f"Pinned for {name} as {pin.id}: every candidate must keep this answer.")
-    return False
 
 
 # word: (what it does, how it is written, one line of help)
 COMMANDS: dict[str, tuple[Command, str, str]] = {
     "help": (_help, "help", "List the commands."),
-    "clear": (_clear, "clear", "Begin the conversation anew."),
-    "exit": (_exit, "exit", "Leave; /bye and /quit do, too."),
+    "clear": (_clear, "clear", "Start a new conversation."),
+    "exit": (_exit, "exit", "Leave, as /bye and /quit do."),
     "params": (_params, "params [k=v …]", "Show or set max_new_tokens, temperature, top_p, seed."),
     "temp": (_temperature, "temp X", "Set the temperature; 0 is greedy."),
-    "model": (_model, "model [MODEL]", "Show who answers, or let another one answer."),
-    "system": (_system, "system [TEXT]", "Set the system message, or take it away."),
+    "model": (_model, "model [MODEL]", "Show who answers, or switch to another model."),
+    "system": (_system, "system [TEXT]", "Set the system message, or remove it."),
     "retry": (_retry, "retry", "Answer the last question again."),
     "undo": (_undo, "undo", "Take the last question and its answer back."),
     "save": (_save, "save FILE", "Append the conversation to a JSONL file that can be trained."),
