@@ -63,9 +63,10 @@ def prepared_run(plain: dict[str, Any], home: Path) -> Any:
     """Model, batches and optimizer settings of the recipe."""
     from nightschool.config.recipe import Recipe
     from nightschool.store.home import Home
+    from nightschool.training.methods.prepared import Setup
     from nightschool.training.methods.pretrain import Pretrain
 
-    return Pretrain.prepare(Recipe.model_validate(plain), Home(home), root=Path.cwd())
+    return Pretrain.prepare(Setup(Recipe.model_validate(plain), Home(home), Path.cwd()))
 
 
 def ours(plain: dict[str, Any], home_path: Path) -> dict[str, Any]:

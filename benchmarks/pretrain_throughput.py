@@ -80,9 +80,10 @@ def prepared_run(plain: dict[str, Any], home_path: Path) -> Any:
     """The model, the batches and the optimizer of the recipe."""
     from nightschool.config.recipe import Recipe
     from nightschool.store.home import Home
+    from nightschool.training.methods.prepared import Setup
     from nightschool.training.methods.pretrain import Pretrain
 
-    return Pretrain.prepare(Recipe.model_validate(plain), Home(home_path), root=Path.cwd())
+    return Pretrain.prepare(Setup(Recipe.model_validate(plain), Home(home_path), Path.cwd()))
 
 
 def child_ours(plain: dict[str, Any], scratch: Path) -> tuple[list[float], list[float]]:

@@ -41,6 +41,7 @@ from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionMetadata
 from nightschool.training.loop import fit
 from nightschool.training.methods import METHODS, finetune
+from nightschool.training.methods.prepared import Setup
 from nightschool.training.metrics import MetricsLog
 from nightschool.training.planning.plan import plan_of
 from nightschool.training.state import TrainState
@@ -201,7 +202,7 @@ def a_run(place, recipe, monkeypatch):
     monkeypatch.setattr(finetune, "render_examples", rendering)
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
     try:
-        prepared = METHODS[recipe.method].prepare(recipe, place.home, root=place.root)
+        prepared = METHODS[recipe.method].prepare(Setup(recipe, place.home, place.root))
     except NightschoolError as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -213,7 +214,7 @@ def a_run(place, recipe, monkeypatch):
 
     def evaluate():
         seen["evaluated"].append(len(seen["rows"]))
-        return prepared.task.heldout_loss(prepared.held_out)[0]
+        return prepared.task.heldout_loss(prepared.data.held_out)[0]
 
     metrics = MetricsLog(place.root / "metrics.jsonl", resumed_step=0)
     fit(
@@ -222,7 +223,7 @@ def a_run(place, recipe, monkeypatch):
         prepared.budget,
         schedule=prepared.schedule,
         metrics=metrics,
-        evaluate=evaluate if prepared.held_out else None,
+        evaluate=evaluate if prepared.data.held_out else None,
         save=lambda state: seen["saved"].append(state.step),
         scaler=prepared.scaler,
         on_row=lambda row: seen["rows"].append((row["step"], row["loss"], row["learning_rate"])),
@@ -233,7 +234,7 @@ def a_run(place, recipe, monkeypatch):
     }
     examples = [
         sorted(e.digest for e in part)
-        for part in (prepared.selection.new, prepared.selection.replayed, prepared.selection.held_out)
+        for part in (prepared.data.selection.new, prepared.data.selection.replayed, prepared.data.selection.held_out)
     ]
     return seen | {
         "weights": weights,
@@ -252,7 +253,7 @@ def studied(place, recipe, monkeypatch):
 
 def disk(place, recipe, monkeypatch):
     """What the plan reserves for checkpoints."""
-    prepared = METHODS[recipe.method].prepare(recipe, place.home, root=place.root)
+    prepared = METHODS[recipe.method].prepare(Setup(recipe, place.home, place.root))
     return plan_of(prepared, place.home).facts["disk_needed_bytes"]
 
 

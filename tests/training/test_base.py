@@ -21,6 +21,7 @@ from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.methods import METHODS
+from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import make_plan, plan_of
 from nightschool.training.run import main
 from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
@@ -76,7 +77,7 @@ def recipe_of(*, dtype, base="./base", **train):
 
 
 def prepared_for(recipe, home, root):
-    return METHODS[recipe.method].prepare(recipe, home, root=root)
+    return METHODS[recipe.method].prepare(Setup(recipe, home, root))
 
 
 def dtypes_of(model):

@@ -15,6 +15,7 @@ from nightschool.errors import NothingToTrain
 from nightschool.feedback.selection import Selection, sample_of
 from nightschool.store.home import Home
 from nightschool.training.methods.finetune import Finetune, refuse_nothing_to_train
+from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning import plan as planning
 from nightschool.training.planning import speed
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
@@ -61,8 +62,8 @@ def text_of(tmp_path, home, **settings):
 def test_the_plan_counts_what_is_there(tmp_path, home):
     recipe = recipe_of(tmp_path, CHATS)
     plan = plan_for(tmp_path, home, CHATS)
-    prepared = Finetune.prepare(recipe, home, root=tmp_path)
-    rendered = prepared.rendered_data.all
+    prepared = Finetune.prepare(Setup(recipe, home, tmp_path))
+    rendered = prepared.data.rendered.all
     assert (
         plan.parameters_total == sum(p.numel() for p in prepared.task.model.parameters()) == plan.parameters_trainable
     )
@@ -136,7 +137,7 @@ def test_long_texts_are_split_and_lose_nothing(tmp_path, home):
 
 def test_measuring_leaves_weights_random_state_and_gradients_as_they_were(tmp_path, home):
     recipe = recipe_of(tmp_path, CHATS)
-    task = Finetune.prepare(recipe, home, root=tmp_path).task
+    task = Finetune.prepare(Setup(recipe, home, tmp_path)).task
     before = {name: p.detach().clone() for name, p in task.trainable().items()}
     state = torch.get_rng_state()
     assert measure(task).tokens_per_second > 0

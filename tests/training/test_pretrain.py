@@ -22,6 +22,7 @@ from nightschool.store.runs import RunStore
 from nightschool.training import run as run_module
 from nightschool.training.distributed.world import World
 from nightschool.training.loop import steps_in_epoch
+from nightschool.training.methods.prepared import Setup
 from nightschool.training.methods.pretrain import Pretrain, open_source
 from nightschool.training.planning.plan import make_plan
 from nightschool.training.run import execute
@@ -159,7 +160,7 @@ def test_adding_padding_changes_no_loss(tmp_path, corpus):
     losses = []
     for place, more in ((corpus / "shards", {}), (padded, {"tokenizer": str(tmp_path / "tokenizer")})):
         plain = recipe_of(corpus, data=[{"path": str(place)}], **more)
-        room = Pretrain.prepare(Recipe.model_validate(plain), Home(tmp_path / "home"), root=Path.cwd())
+        room = Pretrain.prepare(Setup(Recipe.model_validate(plain), Home(tmp_path / "home"), Path.cwd()))
         batch = room.task.batch(0, 0)
         losses.append((room.task.loss(batch).sum.item(), batch.tokens_trained))
     assert losses[0] == losses[1]
@@ -176,7 +177,7 @@ def test_documents_end_in_shards_that_a_pattern_names(tmp_path, corpus):
 def test_the_plan_counts_what_is_there(tmp_path, corpus):
     home = Home(tmp_path / "home")
     recipe = Recipe.model_validate(recipe_of(corpus))
-    plan, room = SimpleNamespace(**make_plan(recipe, home).facts), Pretrain.prepare(recipe, home, root=Path.cwd())
+    plan, room = SimpleNamespace(**make_plan(recipe, home).facts), Pretrain.prepare(Setup(recipe, home, Path.cwd()))
     assert plan.parameters_total == sum(p.numel() for p in room.task.model.parameters())
     assert plan.parameters_total == count_parameters(room.task.model).total
     assert plan.sequences + plan.sequences_held_out == (plan.tokens - plan.tokens_left_over) // 32
@@ -215,7 +216,7 @@ def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
     home = Home(tmp_path / "home")
 
     def prepare(**changes):
-        return Pretrain.prepare(Recipe.model_validate(recipe_of(corpus, **changes)), home, root=Path.cwd())
+        return Pretrain.prepare(Setup(Recipe.model_validate(recipe_of(corpus, **changes)), home, Path.cwd()))
 
     with pytest.raises(ModelError, match="max_position_embeddings"):
         prepare(shape={"max_position_embeddings": 16})
@@ -262,13 +263,13 @@ def test_a_process_that_sees_other_shards_than_the_first_is_refused(tmp_path, co
             return f"other than {value}"
 
     with pytest.raises(DataError, match="sees other shards"):
-        Pretrain.prepare(Recipe.model_validate(recipe_of(corpus)), Home(tmp_path), world=Elsewhere(), root=Path.cwd())
+        Pretrain.prepare(Setup(Recipe.model_validate(recipe_of(corpus)), Home(tmp_path), Path.cwd(), world=Elsewhere()))
 
 
 def test_a_shape_that_cannot_be_built_is_refused_by_name(tmp_path, corpus):
     recipe = Recipe.model_validate(recipe_of(corpus, shape={"hidden_size": 100, "num_attention_heads": 3}))
     with pytest.raises(ModelError, match=r"gpt_neox.*hidden_size.*divisible"):
-        Pretrain.prepare(recipe, Home(tmp_path), root=Path.cwd())
+        Pretrain.prepare(Setup(recipe, Home(tmp_path), Path.cwd()))
 
 
 @pytest.mark.trains
@@ -283,11 +284,8 @@ def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
         train={"max_steps": 60, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 2e-2, "max_seq_len": 16},
     )
     assert list(read_events(run.metrics_path))[-1]["loss"] < 0.1
-    room = Pretrain.prepare(
-        Recipe.model_validate(recipe_of(tmp_path, train={"max_seq_len": 16}, held_out={"share": 0})),
-        home,
-        root=Path.cwd(),
-    )
+    recipe = Recipe.model_validate(recipe_of(tmp_path, train={"max_seq_len": 16}, held_out={"share": 0}))
+    room = Pretrain.prepare(Setup(recipe, home, Path.cwd()))
     from nightschool.models.load import load_base
     from nightschool.training.publish import greedy_continuation
 
@@ -325,7 +323,9 @@ def test_each_field_of_a_shape_shapes_the_model(tmp_path, corpus, field, value):
     base = "new:tiny-llama"  # it has every one of them
     plain = recipe_of(corpus, base=base, shape={}, train={"max_seq_len": 16})
     models = [
-        Pretrain.prepare(Recipe.model_validate(plain | {"shape": shape}), Home(tmp_path), root=Path.cwd()).loaded.model
+        Pretrain.prepare(
+            Setup(Recipe.model_validate(plain | {"shape": shape}), Home(tmp_path), Path.cwd())
+        ).loaded.model
         for shape in ({}, {field: value})
     ]
     configs = [getattr(model.config, field) for model in models]

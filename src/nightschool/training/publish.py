@@ -34,11 +34,11 @@ MIN_MARGIN = 0.1
 MIN_MARGIN_16_BIT = 0.5
 
 
-def publish(home: Home, run: Run, prepared: PreparedRun, state: TrainState) -> None:
+def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState) -> None:
     """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint."""
     recipe, loaded, task = prepared.recipe, prepared.loaded, prepared.task
     step, heldout = _take_best(run, prepared, state)
-    task.optimizer.release()
+    task.release()
     task.model.eval()
     count = count_parameters(task.model)
     facts = VersionMetadata(
@@ -50,7 +50,7 @@ def publish(home: Home, run: Run, prepared: PreparedRun, state: TrainState) -> N
         recipe_digest=hashlib.sha256(json.dumps(recipe.as_plain(), sort_keys=True).encode()).hexdigest(),
         data_fingerprint=task.fingerprint,
         num_parameters=count.total,
-        dtype=str(next(iter(task.trainable().values())).dtype).removeprefix("torch."),
+        dtype=str(task.weights()[0].dtype).removeprefix("torch."),
         context_tokens=loaded.context_tokens,
         heldout_loss=heldout,
     )
@@ -61,7 +61,7 @@ def publish(home: Home, run: Run, prepared: PreparedRun, state: TrainState) -> N
     say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")
 
 
-def _take_best(run: Run, prepared: PreparedRun, state: TrainState) -> tuple[int, float | None]:
+def _take_best(run: Run, prepared: PreparedRun[Any], state: TrainState) -> tuple[int, float | None]:
     """Leave the best weights of the run in the model; return their step and held-out loss."""
     last = state.heldout_loss
     if last is None:
@@ -98,17 +98,26 @@ def publish_candidate(
         DiskFull: If there is no room. In both cases nothing is published.
     """
     probes = list(make_probes(loaded.model, loaded.tokenizer, examples, loaded.context_tokens))
-    base_path = loaded.base_location if loaded.adapter else None
-    stop_ids = sorted(stop_token_ids(loaded.tokenizer))
     difference = 0.0
 
     def fill(folder: Path) -> None:
         nonlocal difference
-        save_version_folder(loaded.model, loaded.tokenizer, folder, stop_ids=stop_ids, base_path=base_path)
-        difference = prove_export(loaded.model, folder, loaded.tokenizer)
+        difference = write_version(loaded, folder)
 
     version = registry.publish(name, fill, facts.model_copy(update={"probes": probes}))
     return version, difference
+
+
+def write_version(loaded: LoadedModel, folder: Path) -> float:
+    """Write the model as a plain folder; return how far the folder's logits lie from its own, relative to the largest.
+
+    Raises:
+        ModelError: If the folder, loaded again, is not the model.
+    """
+    base_path = loaded.base_location if loaded.adapter else None
+    stop_ids = sorted(stop_token_ids(loaded.tokenizer))
+    save_version_folder(loaded.model, loaded.tokenizer, folder, stop_ids=stop_ids, base_path=base_path)
+    return prove_export(loaded.model, folder, loaded.tokenizer)
 
 
 def make_probes(model: nn.Module, tokenizer: Any, examples: Sequence[Example], context_tokens: int) -> Iterator[Probe]:

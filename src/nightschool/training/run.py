@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,7 +41,7 @@ from nightschool.training.distributed.world import ALONE, World, is_about_others
 from nightschool.training.environment import Rerun, describe_environment, keep_freed_memory
 from nightschool.training.loop import Budget, fit
 from nightschool.training.methods import METHODS
-from nightschool.training.methods.prepared import PreparedRun
+from nightschool.training.methods.prepared import PreparedRun, Setup
 from nightschool.training.metrics import MetricsLog, Progress, say
 from nightschool.training.planning.plan import plan_of, render_plan
 from nightschool.training.publish import publish
@@ -195,14 +196,14 @@ def execute(
         if world.is_first:
             run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
             say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
-        prepared = prepare(home, run, recipe, root=root, point=start.point, world=world)
+        prepared = prepare(home, run, root=root, point=start.point, world=world)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         if world.is_first:
             _describe(home, run, prepared)
         state = _train(run, prepared, start, stop, world, steps)
     if world.is_first:
         if prepared.task.is_sharded:
-            prepared = _whole_again(home, run, recipe, root, state.step)
+            prepared = _whole_again(home, run, root, state.step)
         publish(home, run, prepared, state)
 
 
@@ -242,27 +243,14 @@ def _wants_shards(recipe: Recipe, world: World) -> bool:
     return recipe.train.zero_stage > 0 and world.size > 1
 
 
-def prepare(
-    home: Home,
-    run: Run,
-    recipe: Recipe,
-    *,
-    root: Path,
-    point: Checkpoint | None,
-    world: World = ALONE,
-) -> PreparedRun:
-    """Everything before step 1, as the recipe's method has it. See `PreparedRun.prepare`."""
-    return METHODS[recipe.method].prepare(
-        recipe,
-        home,
-        root=root,
-        folder=run.path,
-        rerun=Rerun.of(point.path) if point else None,
-        world=world,
-    )
+def prepare(home: Home, run: Run, *, root: Path, point: Checkpoint | None, world: World = ALONE) -> PreparedRun[Any]:
+    """Everything before step 1, as the recipe's method has it; to go on from `point`, if that is given."""
+    recipe = Recipe.model_validate(run.recipe())
+    rerun = Rerun.of(point.path) if point else None
+    return METHODS[recipe.method].prepare(Setup(recipe, home, root, run.path, rerun, world))
 
 
-def _describe(home: Home, run: Run, prepared: PreparedRun) -> None:
+def _describe(home: Home, run: Run, prepared: PreparedRun[Any]) -> None:
     """Write down the environment and the plan."""
     task = prepared.task
     environment = describe_environment(
@@ -276,7 +264,9 @@ def _describe(home: Home, run: Run, prepared: PreparedRun) -> None:
     sys.stdout.flush()
 
 
-def _train(run: Run, prepared: PreparedRun, start: _Start, stop: Stop, world: World, steps: int | None) -> TrainState:
+def _train(
+    run: Run, prepared: PreparedRun[Any], start: _Start, stop: Stop, world: World, steps: int | None
+) -> TrainState:
     task, budget, schedule, scaler = prepared.task, prepared.budget, prepared.schedule, prepared.scaler
     context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
     saver, writes, evaluate_heldout = start.saver, world.is_first, prepared.evaluate
@@ -345,7 +335,7 @@ def _saves_more_than_once(budget: Budget) -> bool:
     return every is None or every.unit != "steps" or every.amount < budget.steps_total
 
 
-def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) -> PreparedRun:
+def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any]:
     """The whole model with the weights of the last checkpoint, in this process alone.
 
     Raises:
@@ -357,7 +347,7 @@ def _whole_again(home: Home, run: Run, recipe: Recipe, root: Path, step: int) ->
             f"The checkpoint of step {step} was not written, and a sharded model is published from it. "
             "Make room on the disk, and go on with --resume latest."
         )
-    prepared = prepare(home, run, recipe, root=root, point=last)
+    prepared = prepare(home, run, root=root, point=last)
     full_state.load_weights(last.path, prepared.task)
     return prepared
 

@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nightschool.checkpoint_writer.commit import write_folder
-from nightschool.config.recipe import Recipe
-from nightschool.errors import Conflict, Damaged, NotFound, StateMismatch
+from nightschool.errors import Conflict, Damaged, NotFound, StateMismatch, UsageError
 from nightschool.store import checkpoints
 from nightschool.store.atomic import publish_directory, read_json
 from nightschool.store.checkpoints import ATTEMPT, Checkpoint, checkpoint_path
@@ -67,11 +66,10 @@ def export_accelerate(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
         Conflict: If the folder exists.
         Damaged: If a file of the checkpoint was altered.
     """
-    recipe = Recipe.model_validate(run.recipe())
     with publish_directory(folder) as partial:
-        prepared = prepare(home, run, recipe, root=root, point=point)
+        prepared = prepare(home, run, root=root, point=point)
         context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
-        task, schedule, scaler = prepared.task, prepared.schedule, prepared.scaler
+        task, schedule, scaler = _task_of(prepared), prepared.schedule, prepared.scaler
         state = full_state.load(point.path, task, context, schedule, scaler)
         save_file(_all_weights(task), partial / "model.safetensors", metadata={"format": "pt"})
         torch.save(task.optimizer.inner.state_dict(), partial / "optimizer.bin")
@@ -130,10 +128,9 @@ def import_accelerate(home: Home, run: Run, source: Path, *, root: Path) -> Impo
 
 
 def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path) -> Imported:
-    recipe = Recipe.model_validate(run.recipe())
     weights = _read_weights(folder)
-    prepared = prepare(home, run, recipe, root=root, point=None)
-    task = prepared.task
+    prepared = prepare(home, run, root=root, point=None)
+    task = _task_of(prepared)
     _take_weights(task, weights, original)
     missing: list[str] = []
     facts = _read_json(folder / "metadata.json", missing) or _read_json(folder / "training_metrics.json", [])
@@ -152,6 +149,15 @@ def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path
     run.update_status(step=step, steps_total=prepared.budget.steps_total)
     run.events.write("imported", step=step, name=target.name, source=original, began_anew=missing)
     return Imported(target, step, missing)
+
+
+def _task_of(prepared: PreparedRun[Any]) -> CausalTask[Any]:
+    if not isinstance(prepared.task, CausalTask):
+        raise UsageError(
+            f"method: {prepared.recipe.method} has an optimizer of its own, which accelerate's layout has no place for. "
+            "Export the weights instead: nightschool checkpoints export."
+        )
+    return prepared.task
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def _step_of(folder: Path, facts: dict[str, Any], original: str, missing: list[s
     )
 
 
-def _state_at(prepared: PreparedRun, step: int, facts: dict[str, Any]) -> TrainState:
+def _state_at(prepared: PreparedRun[Any], step: int, facts: dict[str, Any]) -> TrainState:
     """Where this run's own order is after so many steps, with the history of the one that is imported."""
     task, budget = prepared.task, prepared.budget
     if step >= budget.steps_total:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nightschool.config.recipe import Recipe
-from nightschool.data.chat.render import stop_token_ids
 from nightschool.errors import NotFound
 from nightschool.feedback.selection import read_selection
-from nightschool.models.export import prove_export, save_version_folder
 from nightschool.store.atomic import publish_directory
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint.full_state import load_weights
+from nightschool.training.publish import write_version
 from nightschool.training.run import prepare
 
 
@@ -40,14 +38,9 @@ def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
             f"The run {run.id} has lost the list of its examples, without which its model cannot be put together. "
             "Export a version that it published: nightschool models export."
         )
-    recipe = Recipe.model_validate(run.recipe())
     with publish_directory(folder) as partial:
-        prepared = prepare(home, run, recipe, root=root, point=point)
+        prepared = prepare(home, run, root=root, point=point)
         load_weights(point.path, prepared.task)
-        loaded = prepared.loaded
-        prepared.task.optimizer.release()
+        prepared.task.release()
         prepared.task.model.eval()
-        base_path = loaded.base_location if loaded.adapter else None
-        stop_ids = sorted(stop_token_ids(loaded.tokenizer))
-        save_version_folder(loaded.model, loaded.tokenizer, partial, stop_ids=stop_ids, base_path=base_path)
-        return prove_export(loaded.model, partial, loaded.tokenizer)
+        return write_version(prepared.loaded, partial)

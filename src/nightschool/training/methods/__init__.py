@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from nightschool.training.methods.finetune import Finetune, LoraFinetune
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.methods.pretrain import Pretrain
 
-METHODS: Mapping[str, type[PreparedRun]] = {
+METHODS: Mapping[str, type[PreparedRun[Any]]] = {
     "full": Finetune,
     "lora": LoraFinetune,
     "pretrain": Pretrain,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -23,29 +23,13 @@ from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import ModelError, NothingToTrain, UsageError
 from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
 from nightschool.models.adapters import attach_lora
-from nightschool.models.dtype import resolve_dtype
-from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.load import LoadedModel
 from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.store.atomic import publish_directory
-from nightschool.store.home import Home
-from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
-from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.environment import Rerun, set_up_machine
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.methods.prepared import (
-    DTYPE_NAMES,
-    MethodPlan,
-    PlanRow,
-    PreparedRun,
-    budget_of,
-    hidden_size_of,
-    refuse_what_cannot_be_served,
-    scaler_for,
-    wanted_dtype,
-)
+from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import loss_mask
-from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.task import CausalTask
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
@@ -113,127 +97,79 @@ class Cut:
     trained_share: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finetune(PreparedRun):
-    """Fine-tuning of all weights that is ready to start. `whole` is more than `selection` where a plan took a sample."""
+@dataclass(frozen=True)
+class FinetuneData:
+    """What was selected, and what became of it. `whole` is more than `selection` where a plan took a sample."""
 
-    task: FinetuneTask
     selection: Selection
     whole: Selection
-    rendered_data: RenderedData
-    held_out: Batches | None
+    rendered: RenderedData = RenderedData([], [], [])
+    held_out: Batches | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(PreparedRun[FinetuneData]):
+    """Fine-tuning of all weights that is ready to start."""
+
+    task: FinetuneTask
 
     @classmethod
-    def prepare(
-        cls,
-        recipe: Recipe,
-        home: Home,
-        *,
-        root: Path,
-        folder: Path | None = None,
-        rerun: Rerun | None = None,
-        world: World = ALONE,
-        sample: int | None = None,
-    ) -> Self:
-        """As `PreparedRun.prepare`.
+    def read(cls, setup: Setup) -> tuple[FinetuneData, PreTrainedTokenizerBase | None]:
+        """The examples, and the tokenizer of a new model.
+
+        Raises:
+            DataError: If a source cannot be read.
+            Damaged: If the examples are no longer those that were selected.
+        """
+        whole = _selection(setup)
+        selection = whole if setup.sample is None else sample_of(whole, setup.sample, seed=setup.recipe.train.seed)
+        is_new = setup.recipe.base.startswith("new:")
+        return FinetuneData(selection, whole), _new_tokenizer(selection, setup.folder) if is_new else None
+
+    @classmethod
+    def make_task(
+        cls, setup: Setup, data: FinetuneData, loaded: LoadedModel, compute_dtype: torch.dtype
+    ) -> tuple[FinetuneData, FinetuneTask]:
+        """Render the examples and pack them.
 
         Raises:
             NothingToTrain: If no token would carry loss, or more than `train.max_cut_share` of those that would is cut.
-            ModelError: If the base cannot be loaded, or does not fit the recipe.
-            DataError: If a source cannot be read, or examples cannot be rendered.
-            Damaged: If the examples are no longer those that were selected.
+            DataError: If examples cannot be rendered.
         """
-        train = recipe.train
-        with world.first_goes_first():
-            whole = _selection(recipe, home, root, folder)
-        selection = whole if sample is None else sample_of(whole, sample, seed=train.seed)
-        device, num_threads = set_up_machine(recipe, rerun, world)
-        with world.first_goes_first():
-            tokenizer = _new_tokenizer(selection, folder) if recipe.base.startswith("new:") else None
-        wanted = wanted_dtype(recipe, rerun)
-        stored = cls._stored_in_16_bits(recipe, home, root)
-        base_dtype = torch.float32
-        # The compute dtype alone decides, without measuring steps, which would need the base in both formats. A checkpoint
-        # keeps that dtype, so a resumed run has the same base bit by bit.
-        if stored and resolve_dtype(wanted, device, hidden_size=stored.hidden_size).compute != torch.float32:
-            base_dtype = stored.dtype
-        load = partial(
-            load_base, recipe.base, home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed, root=root
-        )  # fmt: skip
-        loaded = cls._with_what_learns(recipe, load)
-        ensure_template(loaded.tokenizer)
-        rendered_data = render_data(loaded.tokenizer, selection.train, train.max_seq_len, train.num_workers)
-        refuse_nothing_to_train(rendered_data.all, train.max_seq_len, train.max_cut_share)
-        hidden_size = hidden_size_of(loaded)
-        dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
-
+        train, tokenizer = setup.recipe.train, loaded.tokenizer
+        ensure_template(tokenizer)
+        rendered = render_data(tokenizer, data.selection.train, train.max_seq_len, train.num_workers)
+        refuse_nothing_to_train(rendered.all, train.max_seq_len, train.max_cut_share)
         size: dict[str, int | None] = {"batch_size": train.batch_size, "tokens_per_batch": None}
         if train.tokens_per_batch is not None:
             size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
-        batches = Batches(rendered_data.all, **size, seed=train.seed)
-        task = FinetuneTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
-        refuse_what_cannot_be_served(recipe, task.path)
-        if base_dtype != torch.float32:
-            name = DTYPE_NAMES[base_dtype]
-            dtype = replace(dtype, why=f"{dtype.why}; the frozen base stays in {name}, as it is stored")
-        elif wanted == "auto" and device.type == "cpu" and stored is None:
-            dtype = choose_by_measuring(task, dtype, hidden_size)
-        if world.size > 1:
-            rng.seed_everything(
-                train.seed + world.rank
-            )  # dropout of its own for each process, the same weights for all
-        steps_total = train.max_steps or sum(
-            steps_in_epoch(batches.num_batches(epoch), train.accumulation_steps, world.size)
-            for epoch in range(train.epochs)
-        )
-        return cls(
-            recipe=recipe,
-            selection=selection,
-            whole=whole,
-            rendered_data=rendered_data,
-            loaded=loaded,
-            dtype=dtype,
-            num_threads=num_threads,
-            task=task,
-            held_out=_held_out(loaded.tokenizer, selection.held_out, train.max_seq_len),
-            budget=budget_of(recipe, steps_total),
-            scaler=scaler_for(dtype, device),
-        )
-
-    @classmethod
-    def _stored_in_16_bits(cls, recipe: Recipe, home: Home, root: Path) -> StoredWeights | None:  # noqa: ARG003
-        """The base if it may keep the 16-bit numbers of its files. Weights that learn may not."""
-        return None
-
-    @classmethod
-    def _with_what_learns(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
-        """The base, all of whose weights are free."""
-        loaded = load(shape=recipe.shape.given())
-        for parameter in loaded.model.parameters():
-            parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
-        return loaded
+        batches = Batches(rendered.all, **size, seed=train.seed)
+        task = FinetuneTask(loaded.model, batches, train, compute_dtype=compute_dtype, world=setup.world)
+        held_out = _held_out(tokenizer, data.selection.held_out, train.max_seq_len)
+        return replace(data, rendered=rendered, held_out=held_out), task
 
     @property
     def num_files(self) -> int:
-        return self.selection.num_files
+        return self.data.selection.num_files
 
     @property
     def examples(self) -> Sequence[Example]:
-        return self.selection.new
+        return self.data.selection.new
 
     @property
     def evaluate(self) -> Callable[[], tuple[float, int]] | None:
-        held_out = self.held_out
+        held_out = self.data.held_out
         return None if held_out is None else partial(self.task.heldout_loss, held_out)
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
     def plan_rows(self, num_processes: int) -> MethodPlan:  # noqa: ARG002 - the rows count those that are there
-        train, batches, rendered, whole = self.recipe.train, self.task.batches, self.rendered_data.all, self.whole
-        scale = len(whole.train) / max(1, len(self.selection.train))
+        train, batches = self.recipe.train, self.task.batches
+        rendered, selection, whole = self.data.rendered.all, self.data.selection, self.data.whole
+        scale = len(whole.train) / max(1, len(selection.train))
         per_epoch = steps_in_epoch(round(batches.num_batches(0) * scale), train.accumulation_steps)
         steps_total = self.budget.steps_total
-        if whole is not self.selection:
+        if whole is not selection:
             steps_total = train.max_steps or per_epoch * train.epochs
         examples = {
             "examples_new": len(whole.new),
@@ -241,7 +177,7 @@ class Finetune(PreparedRun):
             "examples_held_out": len(whole.held_out),
             "examples_known": whole.num_left_out,
             "examples_without_loss": round(batches.num_left_out * scale),
-            "examples_rendered": len(self.selection.train),
+            "examples_rendered": len(selection.train),
             "duplicates": whole.num_duplicates,
         }
         formats = "; ".join(f"{source}: {', '.join(names)}" for source, names in whole.formats.items())
@@ -308,14 +244,14 @@ class Finetune(PreparedRun):
                 r.cut_tokens / (len(r.input_ids) + r.cut_tokens),
                 r.cut_trained / max(1, r.cut_trained + r.trained_tokens),
             )
-            for example, r in zip(self.rendered_data.chat_examples, self.rendered_data.chats, strict=True)
+            for example, r in zip(self.data.rendered.chat_examples, self.data.rendered.chats, strict=True)
             if r.cut_tokens
         ]
         return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
 
     def _notes(self) -> list[str]:
         path = self.task.path
-        rendered, there = len(self.selection.train), len(self.whole.train)
+        rendered, there = len(self.data.selection.train), len(self.data.whole.train)
         notes = (
             ""
             if rendered == there
@@ -323,7 +259,7 @@ class Finetune(PreparedRun):
             path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
             path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
             path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
-            "" if self.held_out else "Nothing is held out, so no held-out loss is taken.",
+            "" if self.data.held_out else "Nothing is held out, so no held-out loss is taken.",
         )
         return [note for note in notes if note]
 
@@ -333,27 +269,27 @@ class LoraFinetune(Finetune):
     """Fine-tuning of an adapter, a fresh one or the base's own, below which everything is frozen."""
 
     @classmethod
-    def _stored_in_16_bits(cls, recipe: Recipe, home: Home, root: Path) -> StoredWeights | None:
+    def stored_in_16_bits(cls, setup: Setup) -> StoredWeights | None:
         """The base if its files hold 16-bit numbers, which need not be widened: nothing is added to them."""
-        if recipe.base.startswith("new:"):
+        if setup.recipe.base.startswith("new:"):
             return None
-        stored = stored_weights(recipe.base, home, root)
+        stored = stored_weights(setup.recipe.base, setup.home, setup.root)
         return None if stored.dtype == torch.float32 else stored
 
     @classmethod
-    def _with_what_learns(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
+    def load(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
         if recipe.base.startswith("new:"):
             raise UsageError(
                 f"method: lora needs a base that knows something, and base: {recipe.base} is made of random weights. "
                 "Write method: full, or another base."
             )
-        loaded = load(merge=False, shape=recipe.shape.given())
+        loaded = load(merge=False)
         if loaded.adapter:
             _refuse_other_lora(cast(PeftModel, loaded.model), recipe, loaded.ref)
             return loaded
         frozen = cast(PreTrainedModel, loaded.model)
         wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
-        return LoadedModel(**(vars(loaded) | {"model": wrapped, "adapter": True}))
+        return replace(loaded, model=wrapped, adapter=True)
 
     def numerics(self) -> dict[str, Any]:
         lora = self.recipe.lora.model_dump(mode="json").items()
@@ -363,14 +299,16 @@ class LoraFinetune(Finetune):
         return frozen_fingerprint(self.task.model)
 
 
-def _selection(recipe: Recipe, home: Home, root: Path, folder: Path | None) -> Selection:
+def _selection(setup: Setup) -> Selection:
     """The examples that were selected for the run, by whoever began it; for a plan, or where nobody did, select them now."""
-    selected = None if folder is None else read_selection(folder)
+    selected = None if setup.folder is None else read_selection(setup.folder)
     if selected is None:
-        selected = select_examples(recipe, home, root)
-        if folder is not None:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # made from an earlier selection that was lost
-            write_selection(folder, selected)
+        selected = select_examples(setup.recipe, setup.home, setup.root)
+        if setup.folder is not None:
+            shutil.rmtree(
+                setup.folder / "tokenizer", ignore_errors=True
+            )  # made from an earlier selection that was lost
+            write_selection(setup.folder, selected)
     return selected
 
 

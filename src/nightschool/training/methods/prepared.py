@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
 from nightschool.errors import ModelError
-from nightschool.layers.forward import ForwardPath
-from nightschool.models.dtype import DtypeChoice
-from nightschool.models.load import LoadedModel
+from nightschool.models.dtype import DtypeChoice, resolve_dtype
+from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.stored import StoredWeights
 from nightschool.store.home import Home
+from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.full_state import CheckpointContext
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.environment import Rerun
-from nightschool.training.loop import Budget
+from nightschool.training.environment import Rerun, set_up_machine
+from nightschool.training.loop import Budget, steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.loss_mask_preview import Span
+from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.state import TrainState
-from nightschool.training.task import CausalTask
+from nightschool.training.task import Task
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -59,15 +63,40 @@ class MethodPlan:
     sequence_tokens: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedRun(ABC):
-    """A run that is ready to start; nothing in it has been trained. A method is a subclass, and an entry of `METHODS`."""
+@dataclass(frozen=True)
+class Setup:
+    """What a method is asked to prepare a run from.
+
+    `root` is where relative paths begin. In `folder`, that of the run, lies what was selected for it; where nothing does,
+    process 0 selects, once. `rerun` is what the checkpoint to go on from says about the machine's choices. With `sample`, a
+    plan looks at about so many examples where there are more.
+    """
 
     recipe: Recipe
+    home: Home
+    root: Path
+    folder: Path | None = None
+    rerun: Rerun | None = None
+    world: World = ALONE
+    sample: int | None = None
+
+
+Data = TypeVar("Data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun(ABC, Generic[Data]):
+    """A run that is ready to start; nothing in it has been trained. A method is a subclass, and an entry of `METHODS`.
+
+    `data` is what the method read for it.
+    """
+
+    recipe: Recipe
+    data: Data
     loaded: LoadedModel
     dtype: DtypeChoice
     num_threads: int
-    task: CausalTask[Any]
+    task: Task
     budget: Budget
     scaler: torch.amp.GradScaler | None
 
@@ -75,29 +104,86 @@ class PreparedRun(ABC):
     free_to_change: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    @abstractmethod
-    def prepare(
-        cls,
-        recipe: Recipe,
-        home: Home,
-        *,
-        root: Path,
-        folder: Path | None = None,
-        rerun: Rerun | None = None,
-        world: World = ALONE,
-        sample: int | None = None,
-    ) -> Self:
-        """Read the data, load the base and set the task up; seeds all generators on the way.
+    def prepare(cls, setup: Setup) -> Self:
+        """Read the data, load the base and set the task up; seeds all generators on the way. All processes call this.
 
-        Args:
-            recipe: What is wanted.
-            home: Whose registry is asked for bases, and whose cache is used.
-            root: Where relative paths begin.
-            folder: That of the run. What was selected for it lies there; where nothing does, process 0 selects, once.
-            rerun: What the checkpoint to go on from says about the machine's choices.
-            world: The processes that train together; all of them call this.
-            sample: For a plan: look at about so many examples where there are more.
+        Raises:
+            NightschoolError: As the method's `read`, `load` and `make_task` say.
         """
+        recipe, world, train = setup.recipe, setup.world, setup.recipe.train
+        device, num_threads = set_up_machine(recipe, setup.rerun, world)
+        with world.first_goes_first():
+            data, tokenizer = cls.read(setup)
+        # A resumed run computes in what its checkpoint was computed in, where the recipe leaves it open.
+        wanted: Any = setup.rerun.compute_dtype if setup.rerun and train.dtype == "auto" else train.dtype
+        stored, base_dtype = cls.stored_in_16_bits(setup), torch.float32
+        # The compute dtype alone decides, without measuring steps, which would need the base in both formats. A checkpoint
+        # keeps that dtype, so a resumed run has the same base bit by bit.
+        if stored and resolve_dtype(wanted, device, hidden_size=stored.hidden_size).compute != torch.float32:
+            base_dtype = stored.dtype
+        load = partial(
+            load_base, recipe.base, setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
+            root=setup.root, shape=recipe.shape.given(),
+        )  # fmt: skip
+        loaded = cls.load(recipe, load)
+        hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
+        dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
+        data, task = cls.make_task(setup, data, loaded, dtype.compute)
+        if recipe.serve.promote != "never" and task.why_not_served:
+            raise ModelError(
+                f"The base {recipe.base} can be trained, but neither examined nor served: {task.why_not_served}. Take a base "
+                "whose layers are all ordinary attention, or write serve.promote: never to train candidates for use elsewhere."
+            )
+        if base_dtype != torch.float32:
+            name = DTYPE_NAMES[base_dtype]
+            dtype = replace(dtype, why=f"{dtype.why}; the frozen base stays in {name}, as it is stored")
+        elif wanted == "auto" and device.type == "cpu" and stored is None:
+            dtype = choose_by_measuring(task, dtype, hidden_size)
+        rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
+        steps_total = train.max_steps or sum(
+            steps_in_epoch(task.epoch_length(epoch), train.accumulation_steps, task.stride)
+            for epoch in range(train.epochs)
+        )
+        return cls(
+            recipe=recipe,
+            data=data,
+            loaded=loaded,
+            dtype=dtype,
+            num_threads=num_threads,
+            task=task,
+            budget=Budget(
+                steps_total=steps_total,
+                accumulation_steps=train.accumulation_steps,
+                max_grad_norm=train.max_grad_norm,
+                log_every=train.log_every,
+                evaluate_every=train.evaluate_every,
+                save_every=recipe.checkpoints.every,
+            ),
+            scaler=torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None,
+        )
+
+    @classmethod
+    @abstractmethod
+    def read(cls, setup: Setup) -> tuple[Data, PreTrainedTokenizerBase | None]:
+        """Read the data, process 0 first; and the tokenizer, where the base's own is not meant."""
+
+    @classmethod
+    def stored_in_16_bits(cls, setup: Setup) -> StoredWeights | None:  # noqa: ARG003
+        """The base if it may keep the 16-bit numbers of its files. Weights that learn may not."""
+        return None
+
+    @classmethod
+    def load(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:  # noqa: ARG003
+        """What learns: the base, all of whose weights are free."""
+        loaded = load()
+        for parameter in loaded.model.parameters():
+            parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
+        return loaded
+
+    @classmethod
+    @abstractmethod
+    def make_task(cls, setup: Setup, data: Data, loaded: LoadedModel, compute_dtype: torch.dtype) -> tuple[Data, Task]:
+        """The task, with an optimizer of its own, and the data with what was made of them by the model's tokenizer."""
 
     @property
     def schedule(self) -> Schedule:
@@ -163,43 +249,3 @@ _FREE = frozenset(
         "evaluate_every", "gradient_checkpointing", "compile",
     }
 )  # fmt: skip
-
-
-def budget_of(recipe: Recipe, steps_total: int) -> Budget:
-    """How long the run is, and how often it looks up."""
-    train = recipe.train
-    return Budget(
-        steps_total=steps_total,
-        accumulation_steps=train.accumulation_steps,
-        max_grad_norm=train.max_grad_norm,
-        log_every=train.log_every,
-        evaluate_every=train.evaluate_every,
-        save_every=recipe.checkpoints.every,
-    )
-
-
-def scaler_for(dtype: DtypeChoice, device: torch.device) -> torch.amp.GradScaler | None:
-    """The gradient scaler, where the compute dtype needs one."""
-    return torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None
-
-
-def wanted_dtype(recipe: Recipe, rerun: Rerun | None) -> Any:
-    """What the recipe asks for; for a resumed run what its checkpoint was computed in, where the recipe leaves it open."""
-    return rerun.compute_dtype if rerun and recipe.train.dtype == "auto" else recipe.train.dtype
-
-
-def hidden_size_of(loaded: LoadedModel) -> int:
-    return int(cast(Any, loaded.model).config.get_text_config().hidden_size)
-
-
-def refuse_what_cannot_be_served(recipe: Recipe, path: ForwardPath) -> None:
-    """Raise ModelError, before a night is spent, if the server would refuse what this base becomes.
-
-    Serving sends each token to its own row of a cache by replacing attention, just as packing keeps documents apart, and
-    both are found out by numbers. They go together: 25 architectures were put to both questions, and none got two answers.
-    """
-    if recipe.serve.promote != "never" and not path.packed:
-        raise ModelError(
-            f"The base {recipe.base} can be trained, but neither examined nor served: {path.why_padded}. Take a base whose "
-            "layers are all ordinary attention, or write serve.promote: never to train candidates for use elsewhere."
-        )

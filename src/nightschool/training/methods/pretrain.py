@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,26 +24,12 @@ from nightschool.data.shards.tokenize import end_of_text_id, tokenizer_fingerpri
 from nightschool.errors import Damaged, DataError, ModelError, UsageError
 from nightschool.feedback.selection import Selection, read_selection, select_shards, write_selection
 from nightschool.models.cost import flops_per_token
-from nightschool.models.dtype import resolve_dtype
-from nightschool.models.load import LoadedModel, find_tokenizer, load_base, load_tokenizer
+from nightschool.models.load import LoadedModel, find_tokenizer, load_tokenizer
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
-from nightschool.training.checkpoint import rng
-from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.environment import Rerun, set_up_machine
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.methods.prepared import (
-    MethodPlan,
-    PlanRow,
-    PreparedRun,
-    budget_of,
-    hidden_size_of,
-    refuse_what_cannot_be_served,
-    scaler_for,
-    wanted_dtype,
-)
+from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask
-from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.state import TrainState
 from nightschool.training.task import CausalTask
 
@@ -76,62 +62,57 @@ class PretrainTask(CausalTask[TokenBatches]):
         return self._heldout_loss([partial(self.batches.held_out, start, self.batch_size) for start in starts])
 
 
+@dataclass(frozen=True)
+class PretrainData:
+    """The shards; `selection`, in the process that began the run, says which they were then."""
+
+    source: ShardSource
+    selection: Selection | None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(PreparedRun):
-    """A pretraining run that is ready to start."""
+class Pretrain(PreparedRun[PretrainData]):
+    """A pretraining run that is ready to start. A plan looks at all of the data: nothing has to be rendered."""
 
     task: PretrainTask
-    source: ShardSource
 
     # The position counts sequences, so their number in a step may change; the order that they come in may not.
     free_to_change = frozenset({"batch_size", "tokens_per_batch", "accumulation_steps"})
 
     @classmethod
-    def prepare(
-        cls,
-        recipe: Recipe,
-        home: Home,
-        *,
-        root: Path,
-        folder: Path | None = None,
-        rerun: Rerun | None = None,
-        world: World = ALONE,
-        sample: int | None = None,  # noqa: ARG003 - nothing has to be rendered, so that all is looked at
-    ) -> Self:
-        """As `PreparedRun.prepare`.
+    def read(cls, setup: Setup) -> tuple[PretrainData, PreTrainedTokenizerBase]:
+        """The shards and their tokenizer.
 
         Raises:
             NotFound: If there are no shards.
             Damaged: If they are not those that were selected for the run.
-            DataError: If they do not belong to the tokenizer, hold ids beyond its vocabulary, or are not those of process 0.
-            ModelError: If the model is too short for the sequences, or cannot be loaded.
+            DataError: If they do not belong to the tokenizer.
             UsageError: If the recipe has settings that only examples know.
         """
-        begins = folder is not None and world.is_first and (rerun is None or read_selection(folder) is None)
-        selection = _selected_shards(recipe, home, root, cast(Path, folder)) if begins else None
+        recipe, folder, selection = setup.recipe, setup.folder, None
+        if folder is not None and setup.world.is_first and (setup.rerun is None or read_selection(folder) is None):
+            selection = _selected_shards(recipe, setup.home, setup.root, folder)
         _refuse_settings_of_examples(recipe)
-        train = recipe.train
-        device, num_threads = set_up_machine(recipe, rerun, world)
+        source, tokenizer = open_source(recipe, setup.home, setup.root)
+        return PretrainData(source, selection), tokenizer
 
-        with world.first_goes_first():
-            source, tokenizer = open_source(recipe, home, root)
-        loaded = load_base(
-            recipe.base,
-            home,
-            device=device,
-            tokenizer=tokenizer,
-            seed=train.seed,
-            root=root,
-            shape=recipe.shape.given(),
-        )
-        for parameter in loaded.model.parameters():
-            parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
-        check_index(source.shards.index, loaded.vocab_size, recipe.data[0].path or "")
-        _refuse_short_context(loaded, train.max_seq_len)
+    @classmethod
+    def make_task(
+        cls, setup: Setup, data: PretrainData, loaded: LoadedModel, compute_dtype: torch.dtype
+    ) -> tuple[PretrainData, PretrainTask]:
+        """Cut the shards into sequences.
+
+        Raises:
+            DataError: If the shards hold ids beyond the vocabulary, or are not those of process 0.
+            ModelError: If the model is too short for the sequences.
+        """
+        recipe, world, shards = setup.recipe, setup.world, data.source.shards
+        check_index(shards.index, loaded.vocab_size, recipe.data[0].path or "")
+        _refuse_short_context(loaded, recipe.train.max_seq_len)
         batches = TokenBatches(
-            source.shards,
-            seq_len=train.max_seq_len,
-            seed=train.seed,
+            shards,
+            seq_len=recipe.train.max_seq_len,
+            seed=recipe.train.seed,
             group_shards=recipe.pretrain.group_shards,
             held_out_share=recipe.held_out.share,
             held_out_tokens=recipe.pretrain.held_out_tokens,
@@ -143,55 +124,29 @@ class Pretrain(PreparedRun):
                 f"Process {world.rank} sees other shards at {recipe.data[0].path} than process 0, so they would learn different "
                 "texts. Give all machines the same folder, and let nobody change it while a run begins."
             )
-        hidden_size, wanted = hidden_size_of(loaded), wanted_dtype(recipe, rerun)
-        dtype = resolve_dtype(wanted, device, hidden_size=hidden_size)
-        task = PretrainTask(loaded.model, batches, train, compute_dtype=dtype.compute, world=world)
-        refuse_what_cannot_be_served(recipe, task.path)
-        if wanted == "auto" and device.type == "cpu":
-            dtype = choose_by_measuring(task, dtype, hidden_size)
-        rng.seed_everything(train.seed + world.rank)  # dropout of its own for each process, the same weights for all
-        per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, task.stride)
-        prepared = cls(
-            recipe=recipe,
-            loaded=loaded,
-            dtype=dtype,
-            num_threads=num_threads,
-            task=task,
-            source=source,
-            budget=budget_of(recipe, train.max_steps or per_epoch * train.epochs),
-            scaler=scaler_for(dtype, device),
-        )
-        if folder is not None and selection is not None:
-            write_selection(folder, replace(selection, held_out=prepared.held_out_texts()))
-        return prepared
+        if setup.folder is not None and data.selection is not None:
+            held_out = held_out_texts(batches, loaded.tokenizer)
+            write_selection(setup.folder, replace(data.selection, held_out=held_out))
+        return data, PretrainTask(loaded.model, batches, recipe.train, compute_dtype=compute_dtype, world=world)
 
     @property
     def num_files(self) -> int:
-        return len(self.source.shards.index.shards)
+        return len(self.data.source.shards.index.shards)
 
     @property
     def examples(self) -> list[Example]:
-        return self.held_out_texts()
+        return held_out_texts(self.task.batches, self.loaded.tokenizer)
 
     @property
     def evaluate(self) -> Callable[[], tuple[float, int]] | None:
         return self.task.heldout_loss if self.task.batches.num_held_out else None
-
-    def held_out_texts(self) -> list[Example]:
-        """The held-out sequences as texts, for whoever asks the finished version."""
-        count = min(EXAM_SEQUENCES, self.task.batches.num_held_out)
-        texts = (self._text(self.task.batches.held_out(place, 1).input_ids[0].tolist()) for place in range(count))
-        return [Example(text=text, source="held out", line=place) for place, text in enumerate(texts) if text.strip()]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(cast(Any, self.loaded.tokenizer).decode(ids, skip_special_tokens=True))
 
     def figures(self, state: TrainState) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """What a row of metrics says beside loss and speed."""
         flops = flops_per_token(self.task.model, self.recipe.train.max_seq_len)
         peak, _ = peak_flops(self.task.device, self.task.compute_dtype)
         peak *= self.task.world.size
-        bytes_per_token = self.source.shards.index.bytes_per_token
+        bytes_per_token = self.data.source.shards.index.bytes_per_token
         heldout_bytes_per_token = self._heldout_bytes_per_token()
         begun_at = (state.step, state.seconds)
 
@@ -220,7 +175,7 @@ class Pretrain(PreparedRun):
         for place in range(batches.num_held_out):
             batch = batches.held_out(place, 1)
             labels = [label for label in batch.labels[0].tolist() if label >= 0]
-            num_bytes += len(self._text(labels).encode())
+            num_bytes += len(_text(self.loaded.tokenizer, labels).encode())
             tokens += batch.tokens_trained
         return num_bytes / tokens if tokens else None
 
@@ -233,10 +188,11 @@ class Pretrain(PreparedRun):
         if count == 0 or self.task.batches.num_held_out == 0 or self.task.is_sharded:
             return None
         prompt = self.task.batches.held_out(0, 1).input_ids[0, :SAMPLE_PROMPT_TOKENS].tolist()
-        return self._text(prompt), self._text(continuation(self.task.model, prompt, count, seed=self.recipe.train.seed))
+        ids = continuation(self.task.model, prompt, count, seed=self.recipe.train.seed)
+        return _text(self.loaded.tokenizer, prompt), _text(self.loaded.tokenizer, ids)
 
     def plan_rows(self, num_processes: int) -> MethodPlan:
-        train, index, batches = self.recipe.train, self.source.shards.index, self.task.batches
+        train, index, batches = self.recipe.train, self.data.source.shards.index, self.task.batches
         stride = train.batch_size * num_processes
         per_epoch = steps_in_epoch(batches.num_sequences, train.accumulation_steps, stride)
         steps_total = train.max_steps or per_epoch * train.epochs
@@ -291,6 +247,17 @@ class Pretrain(PreparedRun):
         # A weight stands at the place that predicts; shown is the token that is predicted.
         weights = [0.0, *batch.weights[0, : len(ids) - 1].tolist()]
         return loss_mask(self.loaded.tokenizer, ids, weights, ["text"] * len(ids))
+
+
+def held_out_texts(batches: TokenBatches, tokenizer: Any) -> list[Example]:
+    """The held-out sequences as texts, for whoever asks the finished version."""
+    count = min(EXAM_SEQUENCES, batches.num_held_out)
+    texts = (_text(tokenizer, batches.held_out(place, 1).input_ids[0].tolist()) for place in range(count))
+    return [Example(text=text, source="held out", line=place) for place, text in enumerate(texts) if text.strip()]
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 # What only examples know, each with what to write instead.

@@ -16,7 +16,7 @@ from nightschool.models.cost import count_parameters, expected_peak_bytes, flops
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun
+from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, render_mask
 from nightschool.training.planning.speed import Probe, measure
 from nightschool.units import format_bytes
@@ -65,11 +65,11 @@ def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan:
         NothingToTrain: If no token would carry loss, or more than train.max_cut_share of those that would is cut.
         DataError, ModelError, NotFound: If the data or the base cannot be read.
     """
-    prepared = METHODS[recipe.method].prepare(recipe, home, root=root or Path.cwd(), sample=SAMPLED_EXAMPLES)
+    prepared = METHODS[recipe.method].prepare(Setup(recipe, home, root or Path.cwd(), sample=SAMPLED_EXAMPLES))
     return plan_of(prepared, home, recipe.train.num_processes)
 
 
-def plan_of(prepared: PreparedRun, home: Home, num_processes: int | None = None) -> Plan:
+def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = None) -> Plan:
     """The plan of a run that is ready to start. Computes a few micro-batches; trains nothing.
 
     `num_processes` is how many the run will have, where they were not started for the plan.
@@ -117,7 +117,7 @@ def plan_of(prepared: PreparedRun, home: Home, num_processes: int | None = None)
     )
 
 
-def _time(prepared: PreparedRun, method: MethodPlan, probe: Probe) -> PlanRow:
+def _time(prepared: PreparedRun[Any], method: MethodPlan, probe: Probe) -> PlanRow:
     task = prepared.task
     # Processes that are not there yet will share the cores that this one has alone; each has a GPU of its own.
     rate = probe.tokens_per_second * (method.processes if task.device.type == "cuda" else task.world.size)
@@ -137,7 +137,7 @@ def _time(prepared: PreparedRun, method: MethodPlan, probe: Probe) -> PlanRow:
     return PlanRow("time", f"about {minutes} min {seconds} s, {probe.how} ({rate:,.0f} tokens/s{of_peak})", facts)
 
 
-def _disk_needed(prepared: PreparedRun, total: int, trainable: int) -> int:
+def _disk_needed(prepared: PreparedRun[Any], total: int, trainable: int) -> int:
     """Checkpoints (weights and two moments, in fp32) at their most, one of them half-written, and the version."""
     keep = prepared.recipe.checkpoints.keep
     checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import DtypeChoice, bf16_speedup
 from nightschool.models.peak import peak_flops
 from nightschool.training.checkpoint import rng
-from nightschool.training.task import CausalTask
+from nightschool.training.task import Task
 
 # bf16 rounds to 8 bits, so it has to be worth it; and a product alone says at least that it is not emulated.
 WORTH_IT = 1.15
@@ -46,7 +45,7 @@ class Probe:
         )
 
 
-def measure(task: CausalTask[Any]) -> Probe:
+def measure(task: Task) -> Probe:
     """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
     if reckoned_seconds(task, task.compute_dtype) > LONGEST_BATCH_SECONDS:
         flops = flops_per_token(task.model)
@@ -65,7 +64,7 @@ def measure(task: CausalTask[Any]) -> Probe:
     return Probe(batches, tokens / max(seconds, 1e-9))
 
 
-def choose_by_measuring(task: CausalTask[Any], choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
+def choose_by_measuring(task: Task, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
     """Replace what `auto` chose on a CPU by what the task itself shows; the task then computes in it.
 
     A product alone misleads: on small models casts and norms take more time than products (measured: on a model of a
@@ -77,7 +76,7 @@ def choose_by_measuring(task: CausalTask[Any], choice: DtypeChoice, hidden_size:
     return chosen
 
 
-def _measured(task: CausalTask[Any], choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
+def _measured(task: Task, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
     if reckoned_seconds(task, torch.float32) > MAX_SECONDS:
         return choice  # a step takes longer than the measurement may, and what dominates it then is products
     product = bf16_speedup(min(hidden_size, 1024))
@@ -103,13 +102,13 @@ def _measured(task: CausalTask[Any], choice: DtypeChoice, hidden_size: int) -> D
     return replace(choice, compute=faster, why=why)
 
 
-def reckoned_seconds(task: CausalTask[Any], dtype: torch.dtype) -> float:
+def reckoned_seconds(task: Task, dtype: torch.dtype) -> float:
     """Seconds that the largest micro-batch takes at the least: if all of it ran as fast as the best product."""
     tokens = task.batch(0, _largest(task)).input_ids.shape[-1]
     return tokens * flops_per_token(task.model) / peak_flops(task.device, dtype)[0]
 
 
-def compute(task: CausalTask[Any], batch_index: int) -> None:
+def compute(task: Task, batch_index: int) -> None:
     """One micro-batch of epoch 0, forward and backward, waiting for the end; leaves no gradients."""
     batch = task.batch(0, batch_index)
     task.accumulate([batch], max(1, batch.tokens_trained)).item()
@@ -117,7 +116,7 @@ def compute(task: CausalTask[Any], batch_index: int) -> None:
 
 
 @contextmanager
-def measuring(task: CausalTask[Any]) -> Iterator[None]:
+def measuring(task: Task) -> Iterator[None]:
     """A block in which the task may be computed with; random state and training mode are put back after it."""
     training, random_state = task.model.training, rng.capture()
     task.model.train()
@@ -128,7 +127,7 @@ def measuring(task: CausalTask[Any]) -> Iterator[None]:
         rng.restore(*random_state)
 
 
-def _largest(task: CausalTask[Any]) -> int:
+def _largest(task: Task) -> int:
     sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
     return max(sizes)[1]
 
