@@ -125,9 +125,9 @@ def test_after_two_dashes_options_are_text():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["rns"], 'Unknown command "rns". Did you mean "runs"?'),
-        (["runs", "lst"], 'Unknown command "lst". Did you mean "ls"?'),
-        (["runs", "xyzzy"], 'Unknown command "xyzzy". Available commands: ls, show, watch'),
+        (["rns"], "nightschool has no verb 'rns'. Did you mean nightschool runs?"),
+        (["runs", "lst"], "nightschool runs has no verb 'lst'. Did you mean nightschool runs ls?"),
+        (["runs", "xyzzy"], "nightschool runs has no verb 'xyzzy'. There are ls, show, watch"),
         (["runs", "ls", "--bogus"], "Unknown option: --bogus"),
         (["pins", "add", "only a question"], "requires an argument"),
     ],

@@ -6,13 +6,14 @@ A verb's module is imported when the verb is called, so that `--help` needs neit
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
 
 from nightschool import __version__
 from nightschool.cli.output import CURRENT, Session, print_json, session
@@ -263,6 +264,8 @@ def describe(error: Exception) -> tuple[int, str, str]:
     """An error as exit code, short code, and what to say about it."""
     if isinstance(error, NightschoolError):
         return error.exit_code, error.code, str(error)
+    if isinstance(error, UnknownCommandError):
+        return 2, "usage", _unknown_command([*(error.command_chain or ()), *(error.unused_tokens or ())])
     if isinstance(error, CycloptsError):
         return 2, "usage", f"{error}".strip() + " See nightschool --help."
     if isinstance(error, OSError):
@@ -276,6 +279,17 @@ def describe(error: Exception) -> tuple[int, str, str]:
         "internal_error",
         f"{type(error).__name__}: {error}. This is a mistake of nightschool; NIGHTSCHOOL_DEBUG=1 shows where.",
     )
+
+
+def _unknown_command(words: Sequence[str]) -> str:
+    """What to say of a verb that does not exist: the nearest one that does. Cyclopts would import every verb to say it."""
+    noun = words[0] if words[0] in NOUNS else None
+    known = list(NOUNS[noun][1]) if noun else [*VERBS, *NOUNS]
+    word = words[1] if noun and len(words) > 1 else words[0]
+    where = f"nightschool {noun}" if noun else "nightschool"
+    nearest = difflib.get_close_matches(word, known, n=1)
+    remedy = f"Did you mean {where} {nearest[0]}?" if nearest else f"There are {', '.join(known)}."
+    return f"{where} has no verb {word!r}. {remedy}"
 
 
 if __name__ == "__main__":
