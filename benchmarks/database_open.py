@@ -16,10 +16,10 @@ from harness import Benchmark, interleave
 OURS = """
 import sys, time
 from pathlib import Path
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 began = time.process_time()
-open_database(Home(Path(sys.argv[1])), env={})
+Database(Home(Path(sys.argv[1])), env={}).connect()
 print(time.process_time() - began)
 """
 BARE = """
@@ -40,16 +40,16 @@ def main() -> None:
     bench = Benchmark(
         "database_open", "What does opening the state database of a home cost?", {"open_seconds": {"max": 0.05}}
     )
-    from nightschool.store.database import open_database
+    from nightschool.store.database import Database
     from nightschool.store.home import Home
 
     with tempfile.TemporaryDirectory() as folder:
         home = Home(Path(folder) / ".nightschool")
-        open_database(home, env={}).close()
+        Database(home, env={}).connect().close()
         contestants = {"ours": lambda: cpu_seconds(OURS, home.path), "bare": lambda: cpu_seconds(BARE, home.path)}
         results = interleave(contestants, 5 if bench.quick else 20)
     ours, bare = statistics.median(results["ours"]), statistics.median(results["bare"])
-    bench.table([("open_database", f"{1000 * ours:.1f} ms"), ("sqlite3.connect", f"{1000 * bare:.2f} ms")])
+    bench.table([("Database.connect", f"{1000 * ours:.1f} ms"), ("sqlite3.connect", f"{1000 * bare:.2f} ms")])
     bench.finish({"open_seconds": round(ours, 4), "bare_seconds": round(bare, 5)})
 
 

@@ -34,12 +34,13 @@ PACE_SECONDS = 0.9
 COMMITTER = """
 import random, sys, time
 from pathlib import Path
+from nightschool.config.checkpoints import Upload
 from nightschool.store import checkpoints
-from nightschool import uploads
 from nightschool.store.atomic import publish_directory, sweep_partials
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
 from nightschool.store.runs import RunStore
+from nightschool.uploads.journal import Journal
 
 home = Home(Path(sys.argv[1]))
 run = RunStore(home).ls()[0]
@@ -56,7 +57,7 @@ for step in range(1, int(sys.argv[2]) + 1):
         (folder / "state.json").write_text("{}")
         write_manifest(folder, step=step, attempt=1)
     # The uploader is kept alive by the benchmark, which counts it.
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=sys.argv[3])
+    Journal(home).enqueue(path, Upload(url=sys.argv[3]))
     time.sleep(rng.uniform(0, 2 * float(sys.argv[4])))
 """
 
@@ -169,10 +170,10 @@ class Processes:
 
 
 def run(folder: Path, num_checkpoints: int, num_kills: int, server: str, proxy: FaultProxy) -> dict[str, Any]:
-    from nightschool import uploads
     from nightschool.store import checkpoints
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
+    from nightschool.uploads.journal import Journal
 
     home = Home(folder / "home").ensure()
     url = f"s3://{BUCKET}/run"
@@ -188,18 +189,18 @@ def run(folder: Path, num_checkpoints: int, num_kills: int, server: str, proxy: 
         deadline = time.monotonic() + 1800
         while time.monotonic() < deadline:
             processes.keep_alive()
-            if kills < num_kills and time.monotonic() > next_kill and uploads.pending_bytes(home):
+            if kills < num_kills and time.monotonic() > next_kill and Journal(home).bytes_left():
                 victim = "committer" if rng.random() < 0.3 and not processes.committed else "uploader"
                 kills += processes.kill(victim)
                 next_kill = time.monotonic() + rng.uniform(0.5, 1.5)
-            if processes.committed and uploads.pending_bytes(home) == 0:
-                rows = uploads.ls(home)
+            if processes.committed and Journal(home).bytes_left() == 0:
+                rows = Journal(home).ls()
                 if all(row.state in ("done", "failed") for row in rows) and len(rows) == num_checkpoints:
                     break
             time.sleep(0.05)
     finally:
         processes.end()
-    rows = uploads.ls(home)
+    rows = Journal(home).ls()
     wrong = []
     for point in checkpoints.ls(made):
         folder = f"/{BUCKET}/run/{made.id}/{point.name}"

@@ -48,25 +48,23 @@ def bare_put(path: str, port: int) -> tuple[float, float]:
     return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
-def our_put(home_path: str, checkpoint: str, run_id: str, url: str) -> tuple[float, float]:
+def our_put(home_path: str, checkpoint: str, url: str) -> tuple[float, float]:
     """What the uploader does with one checkpoint: journal, data, comparison, manifest, pointers."""
+    from nightschool.config.checkpoints import Upload
     from nightschool.remotes import open_remote
-    from nightschool.store.database import open_database
     from nightschool.store.home import Home
     from nightschool.uploads.journal import Journal
     from nightschool.uploads.push import attempt
 
-    home = Home(Path(home_path))
-    with open_database(home) as db:
-        journal = Journal(home, db)
-        upload = journal.enqueue(run_id=run_id, checkpoint=Path(checkpoint), url=url)
-        # The library is loaded before, as it is in a process that stays.
-        open_remote(url)
-        claimed = journal.claim(upload.id)
-        assert claimed is not None
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        done = attempt(home, journal, claimed, say=lambda _: None)
-        wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    journal = Journal(Home(Path(home_path)))
+    upload = journal.enqueue(Path(checkpoint), Upload(url=url))
+    # The library is loaded before, as it is in a process that stays.
+    open_remote(url)
+    claimed = journal.claim(upload.id)
+    assert claimed is not None
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    done = attempt(journal, claimed, say=lambda _: None)
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     assert done.state == "done", done.error
     return wall, cpu
 
@@ -86,8 +84,10 @@ def make_checkpoint(run: Any, step: int, num_bytes: int) -> Path:
 def write_and_enqueue(orders: Any, home_path: str, run_id: str, num_bytes: int) -> None:
     """What the writer of a trainer does: it persists a checkpoint and enters it; the uploader does the rest."""
     from nightschool import uploads
+    from nightschool.config.checkpoints import Upload
     from nightschool.store.home import Home
     from nightschool.store.runs import RunStore
+    from nightschool.uploads.journal import Journal
 
     home = Home(Path(home_path))
     run = RunStore(home).get(run_id)
@@ -99,7 +99,7 @@ def write_and_enqueue(orders: Any, home_path: str, run_id: str, num_bytes: int) 
         except EOFError:
             return
         path = make_checkpoint(run, step, num_bytes)
-        uploads.enqueue(home, run_id=run_id, checkpoint=path, url=f"s3://{BUCKET}/beside")
+        Journal(home).enqueue(path, Upload(url=f"s3://{BUCKET}/beside"))
         uploads.ensure_uploader(home)
         orders.send(str(path))
 
@@ -141,7 +141,7 @@ def main() -> None:
             path = make_checkpoint(run, index + 1, num_bytes)
             url = f"s3://{BUCKET}/{index}"
             bare.append(in_process(bare_put, str(path / "model.safetensors"), port))
-            ours.append(in_process(our_put, str(home.path), str(path), run.id, url))
+            ours.append(in_process(our_put, str(home.path), str(path), url))
         alone, beside, handed_over = [], [], []
         mine, its = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")

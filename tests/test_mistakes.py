@@ -34,7 +34,7 @@ from nightschool.feedback.selection import Selection, reason_to_skip
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.schedule import Timetable
 from nightschool.models.export import save_version_folder
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
@@ -140,7 +140,7 @@ class Place:
         self.write("train", [(f"{name}?", f"{name} lives in {'Rome' * (n % 3 + 1)}.") for n, name in enumerate(NAMES)])
         self.write("fewer", [("Bela?", "Rome"), ("Mista?", "Oslo")])
         self.write("held", [("Ilka lives?", "Graz")])
-        database = open_database(self.home)
+        database = Database(self.home).connect()
         accepted = [
             Example((Message("user", f"Who is {n}?"), Message("assistant", f"Number {n}"))).to_json() for n in range(12)
         ]

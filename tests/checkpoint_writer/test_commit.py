@@ -63,13 +63,11 @@ def contents_of(**texts):
 
 def order(run, step, **more):
     target = checkpoints.checkpoint_path(run, 0, step, 1)
-    return Order(
-        run.id, str(run.path), str(target), {"step": step, "heldout_loss": None} | more.pop("facts", {}), **more
-    )
+    return Order(str(target), {"step": step, "heldout_loss": None} | more.pop("facts", {}), **more)
 
 
 def save(run, step, **more):
-    return carry_out(order(run, step, **more), contents_of(a_txt=f"state {step}", b_txt="x" * 1000))
+    return carry_out(run, order(run, step, **more), contents_of(a_txt=f"state {step}", b_txt="x" * 1000))
 
 
 def steps(run):
@@ -242,7 +240,7 @@ def test_the_files_of_all_ranks_are_one_checkpoint(run):
 
     def save_rank(rank):
         contents = contents_of(**{f"state{rank}_txt": f"of rank {rank}"})
-        outcomes[rank] = carry_out(rank_order(run, rank), contents)
+        outcomes[rank] = carry_out(run, rank_order(run, rank), contents)
 
     in_threads([lambda rank=rank: save_rank(rank) for rank in range(3)])
     assert [outcomes[rank].error for rank in range(3)] == [None] * 3
@@ -261,7 +259,7 @@ def test_a_rank_that_does_not_deliver_is_named_and_the_others_hear_of_it(run, mo
     (stale / "part.json").write_text(json.dumps({"files": {}, "step": 1, "attempt": 0}))  # of a process that died
 
     def save_rank(rank):
-        outcomes[rank] = carry_out(rank_order(run, rank), contents_of(**{f"s{rank}_txt": "x"}))
+        outcomes[rank] = carry_out(run, rank_order(run, rank), contents_of(**{f"s{rank}_txt": "x"}))
 
     in_threads([lambda rank=rank: save_rank(rank) for rank in range(2)])
     assert "Rank 2 did not deliver" in outcomes[0].error
@@ -282,7 +280,7 @@ def test_a_rank_that_cannot_write_says_so_at_once(run, monkeypatch, error, disk_
     monkeypatch.setattr(commit, "write_file", failing)
 
     def save_rank(rank):
-        outcomes[rank] = carry_out(rank_order(run, rank, step=5), contents_of(**{f"s{rank}_txt": "x"}))
+        outcomes[rank] = carry_out(run, rank_order(run, rank, step=5), contents_of(**{f"s{rank}_txt": "x"}))
 
     save(run, 1)
     save(run, 2)
@@ -304,13 +302,13 @@ def test_rank_0_that_cannot_write_is_heard_by_a_rank_that_begins_later(run, monk
         return write(path, pieces)
 
     monkeypatch.setattr(commit, "write_file", failing)
-    first = carry_out(rank_order(run, 0), contents_of(a_txt="x"))
-    other = carry_out(rank_order(run, 1), contents_of(b_txt="x"))
+    first = carry_out(run, rank_order(run, 0), contents_of(a_txt="x"))
+    other = carry_out(run, rank_order(run, 1), contents_of(b_txt="x"))
     assert (first.disk_full, other.disk_full) == (True, True)
     assert other.error == "Rank 0 could not commit the checkpoint: There is no room."
     # A writer in place of one that was killed right afterwards does not wait for ranks that were sent away.
     monkeypatch.setattr(commit, "write_file", write)
-    again = carry_out(rank_order(run, 0), contents_of(a_txt="x"))
+    again = carry_out(run, rank_order(run, 0), contents_of(a_txt="x"))
     assert (again.error, again.disk_full) == (other.error, True)
     # The next save of all has nothing to do with it.
     outcomes = save_ranks(run, step=2)
@@ -322,7 +320,7 @@ def save_ranks(run, step):
     outcomes = [None] * 3
 
     def save_rank(rank):
-        outcomes[rank] = carry_out(rank_order(run, rank, step=step), contents_of(**{f"s{rank}_txt": "x" * 9}))
+        outcomes[rank] = carry_out(run, rank_order(run, rank, step=step), contents_of(**{f"s{rank}_txt": "x" * 9}))
 
     in_threads([lambda rank=rank: save_rank(rank) for rank in range(3)])
     return outcomes
@@ -332,7 +330,7 @@ def save_ranks(run, step):
 def test_a_writer_that_was_killed_after_the_commit_is_done_again_without_harm(run, rank):
     assert [outcome.error for outcome in save_ranks(run, step=1)] == [None] * 3
     before = verify(checkpoints.ls(run)[0].path, digests=True)
-    again = carry_out(rank_order(run, rank), contents_of(**{f"s{rank}_txt": "x" * 9}))
+    again = carry_out(run, rank_order(run, rank), contents_of(**{f"s{rank}_txt": "x" * 9}))
     assert again.error is None
     assert verify(checkpoints.ls(run)[0].path, digests=True) == before
 
@@ -365,7 +363,9 @@ def test_a_rank_0_that_is_gone_is_not_waited_for(run, monkeypatch):
 
 def begin_rank_1(run):
     outcomes = []
-    thread = threading.Thread(target=lambda: outcomes.append(carry_out(rank_order(run, 1), contents_of(a_txt="x"))))
+    thread = threading.Thread(
+        target=lambda: outcomes.append(carry_out(run, rank_order(run, 1), contents_of(a_txt="x")))
+    )
     thread.start()
     target = checkpoints.checkpoint_path(run, 0, 1, 1)
     eventually((target.with_name(target.name + ".rank1.partial") / parts.RECEIPT).is_file)

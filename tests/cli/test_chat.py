@@ -14,7 +14,7 @@ from nightschool.data.example import Message
 from nightschool.errors import NotFound, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.pins import Pins
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import live
@@ -150,7 +150,7 @@ def test_save_appends_data_that_can_be_trained(talk, tmp_path):
 
 def test_pin_keeps_question_and_answer(talk, tmp_path):
     talk("Where?", "/pin")
-    assert [(pin.question, pin.answer) for pin in Pins(open_database(Home(tmp_path / "home"))).ls("bot")] == [
+    assert [(pin.question, pin.answer) for pin in Pins(Database(Home(tmp_path / "home")).connect()).ls("bot")] == [
         ("Where?", "Where?!")
     ]
 
@@ -193,7 +193,7 @@ def test_ask_prints_one_answer_or_several_side_by_side(talk, capsys, monkeypatch
 
 def test_a_server_is_asked_streaming_and_marks_go_to_it(tmp_path):
     home = Home(tmp_path).ensure()
-    conversations = ConversationStore(open_database(home))
+    conversations = ConversationStore(Database(home).connect())
     with live(FakeSlot(), record_conversations=True, conversations=conversations) as server:
         backend = ServerBackend(server.url + "/v1/", None)
         reply = Reply()
@@ -260,5 +260,5 @@ def test_a_local_answer_is_kept_with_the_version_as_a_server_keeps_it(model, ref
     home = Home(tmp_path).ensure()
     backend, reply = LocalBackend(home, model, record=True), Reply()
     assert list(backend.stream([Message("user", "hi")], Params(), reply)) == ["Hello."]
-    one = ConversationStore(open_database(home)).get(reply.request_id)
+    one = ConversationStore(Database(home).connect()).get(reply.request_id)
     assert (one.model, one.version) == kept

@@ -12,13 +12,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from sqlalchemy import update
 
-from nightschool import uploads
 from nightschool.cli.chart import chart
 from nightschool.cli.checkpoints.plot import smoothed
 from nightschool.cli.main import main
+from nightschool.config.checkpoints import Upload
 from nightschool.store import tables
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
+from nightschool.uploads.journal import Journal
 from nightschool.views.checkpoints import trend
 from tests.support.cli_home import add_checkpoint, make_run, training_metrics
 
@@ -274,8 +275,8 @@ def test_the_list_says_what_was_uploaded_and_prune_leaves_what_was_not(home, cap
     run = make_run(home)
     paths = [add_checkpoint(run, step) for step in (4, 8, 12, 16)]
     for path in paths[:3]:
-        uploads.enqueue(home, run_id=run.id, checkpoint=path, url=f"memory://bucket/{path.name}")
-    with open_database(home) as db, db.write() as connection:
+        Journal(home).enqueue(path, Upload(url=f"memory://bucket/{path.name}"))
+    with Database(home).connect() as db, db.write() as connection:
         for path, state in ((paths[0], "done"), (paths[2], "failed")):
             connection.execute(update(tables.uploads).where(tables.uploads.c.path == str(path)).values(state=state))
     assert [row["upload"] for row in _json(capsys, "checkpoints", "ls")] == ["uploaded", "waiting", "failed", None]

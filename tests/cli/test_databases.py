@@ -1,11 +1,12 @@
-"""Whoever opens a database closes it: nothing that a verb opened is left behind."""
+"""A verb connects to one database once, and leaves no connection behind."""
+
+import gc
 
 import pytest
+import sqlalchemy as sa
 
 from nightschool.cli.main import main
 from nightschool.feedback.conversations import ConversationStore
-from nightschool.store import database as module
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
 VERBS = [
@@ -23,26 +24,30 @@ VERBS = [
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_verb_closes_what_it_opens(verb, tmp_path, monkeypatch):
+def test_a_verb_connects_once_and_closes_what_it_opened(verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NIGHTSCHOOL_HOME", raising=False)
     (tmp_path / "bot.yaml").write_text("name: bot\nbase: new:tiny\ndata: [{path: a.json}]\n")
-    with open_database(Home.find()) as db:
-        ConversationStore(db).record("r1", "bot", "20261126_120000", [{"role": "user", "content": "?"}], "!")
+    home = Home.find()
+    ConversationStore(home.database).record("r1", "bot", "20261126_120000", [{"role": "user", "content": "?"}], "!")
+    home.database.close()
     if verb[:2] == ["pins", "rm"]:
         assert main(["pins", "add", "Who?", "Zoe."]) == 0
-    opened, closed = [], []
-
-    class Counted(module.Database):
-        def __init__(self, engine, **settings):
-            super().__init__(engine, **settings)
-            opened.append(self)
-
-        def close(self):
-            closed.append(self)
-            super().close()
-
-    monkeypatch.setattr(module, "Database", Counted)
-    assert main(verb) == 0
+        gc.collect()
+    engines, opened, closed = set(), [], []
+    hooks = [
+        (sa.Engine, "engine_connect", lambda connection: engines.add(id(connection.engine))),
+        (sa.Pool, "connect", lambda connection, _: opened.append(connection)),
+        (sa.Pool, "close", lambda connection, _: closed.append(connection)),
+    ]
+    for hook in hooks:
+        sa.event.listen(*hook)
+    try:
+        assert main(verb) == 0
+        gc.collect()
+    finally:
+        for hook in hooks:
+            sa.event.remove(*hook)
+    assert len(engines) == 1
     assert opened
-    assert {id(one) for one in opened} == {id(one) for one in closed}
+    assert {id(one) for one in opened} <= {id(one) for one in closed}

@@ -13,7 +13,7 @@ from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.jobs.scheduler import schedule_lock_path
 from nightschool.models.export import save_version_folder
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.locks import lock
@@ -207,7 +207,7 @@ def test_data_that_is_wrong_is_named_with_its_line(home, capsys, tmp_path):
 
 
 def test_forget_deletes_the_conversation_and_what_would_be_replayed(home, capsys):
-    database = open_database(home)
+    database = Database(home).connect()
     ConversationStore(database).record("req-1", "bot", "bot@x", [{"role": "user", "content": "q"}], "a")
     example = {"id": "req-1", "source": "conversations", "messages": [{"role": "user", "content": "q"}]}
     AcceptedExamples(database).add("bot", "20261121_000000", [example])
@@ -240,7 +240,7 @@ def test_the_schema_is_json_without_asking(home, capsys):
 
 
 def test_the_schedule_lists_cycles_and_whether_somebody_keeps_it(home, capsys):
-    ledger = Ledger(open_database(home))
+    ledger = Ledger(Database(home).connect())
     due = datetime.now(UTC) - timedelta(hours=2)
     ledger.finish(ledger.begin("bot", due, "start"), "refused", "forgetting", run_id="bot-20261121_000000")
     data = _json(capsys, "schedule", "ls")
@@ -253,7 +253,7 @@ def test_the_schedule_lists_cycles_and_whether_somebody_keeps_it(home, capsys):
 
 
 def test_next_keeps_the_rhythm_of_the_last_cycle(home, capsys):
-    ledger = Ledger(open_database(home))
+    ledger = Ledger(Database(home).connect())
     due = datetime.now(UTC) - timedelta(hours=2)
     ledger.finish(ledger.begin("bot", due, "start"), "promoted")
     data = _json(capsys, "schedule", "next", "r.yaml", "--count", "2")
@@ -263,7 +263,7 @@ def test_next_keeps_the_rhythm_of_the_last_cycle(home, capsys):
 
 
 def test_pause_and_resume_are_seen_by_ls(home, capsys):
-    Ledger(open_database(home)).begin("bot", datetime.now(UTC), "start")
+    Ledger(Database(home).connect()).begin("bot", datetime.now(UTC), "start")
     assert main(["schedule", "pause", "bot"]) == 0
     assert _json(capsys, "schedule", "ls")["schedules"]["bot"]["paused"]
     assert main(["schedule", "resume", "bot"]) == 0

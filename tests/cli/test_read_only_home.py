@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nightschool.feedback.pins import Pins
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.registry import Registry
@@ -57,7 +57,7 @@ def kept(home, db):
 
 
 def test_what_only_looks_works_and_what_writes_says_why_not(home):
-    with open_database(home) as db:
+    with Database(home).connect() as db:
         kept(home, db)
     before = sorted(home.path.rglob("*"))
     writes = (["pins", "add", "Q?", "A."], ["models", "rollback", "bot"], ["schedule", "pause", "bot"])
@@ -75,7 +75,7 @@ def test_what_only_looks_works_and_what_writes_says_why_not(home):
 
 
 def test_what_a_writer_elsewhere_has_just_stored_is_seen(home):
-    with open_database(home) as db:
+    with Database(home).connect() as db:
         kept(home, db)
         assert (home.path / "state.db-wal").stat().st_size > 0
         [[code, out, err]] = in_read_only(home, [["pins", "ls", "--name", "bot"]])
@@ -91,7 +91,7 @@ def test_without_a_database_nothing_is_kept_and_nothing_is_made(home):
 
 
 def test_another_layout_that_cannot_be_brought_up_to_date_is_named(home):
-    with open_database(home) as db, db.write() as connection:
+    with Database(home).connect() as db, db.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0004'")
     [[code, _, err]] = in_read_only(home, [["pins", "ls"]])
     assert code == 1
@@ -99,9 +99,9 @@ def test_another_layout_that_cannot_be_brought_up_to_date_is_named(home):
     assert "Make it writable, or copy the home" in err
 
 
-def test_a_database_that_was_opened_to_look_at_is_never_written(home):
-    for _ in range(2):  # without one, and with one
-        with open_database(home, writes=False) as db, pytest.raises(RuntimeError, match="opened to look at"):
-            kept(home, db)
-        assert not (home.path / "home.json").exists() or home.state_db.exists()
-        open_database(home).close()
+def test_looking_makes_no_database_and_sees_the_one_that_is_made_later(home):
+    assert Pins(home.database).ls("bot") == []
+    assert not home.state_db.exists()
+    assert not (home.path / "home.json").exists()
+    kept(home, Database(home))
+    assert len(Pins(home.database).ls("bot")) == 1

@@ -13,7 +13,7 @@ from nightschool.cli.main import main
 from nightschool.events import read_events
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.store import checkpoints
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.registry import Registry
@@ -67,7 +67,7 @@ def test_a_night_that_is_interrupted_goes_on_at_the_next_start(tmp_path, monkeyp
     finally:
         first.kill()
         first.wait()
-    status, ledger = run.status, Ledger(open_database(home))
+    status, ledger = run.status, Ledger(Database(home).connect())
     assert (status.state, status.exit_code, status.process_lives) == ("interrupted", 75, False)
     assert [(cycle.trigger, cycle.outcome, cycle.run_id) for cycle in ledger.ls("tiny")] == [
         ("start", "interrupted", run.id)
@@ -93,7 +93,7 @@ def test_a_night_that_is_interrupted_goes_on_at_the_next_start(tmp_path, monkeyp
     assert [run.id for run in RunStore(home).ls()] == [run.id]
     steps = [row["step"] for row in read_events(run.metrics_path)]
     assert steps == list(range(1, 61))
-    assert AcceptedExamples(open_database(home)).count("tiny") == 4
+    assert AcceptedExamples(Database(home).connect()).count("tiny") == 4
 
     capsys.readouterr()
     assert main(["eval", "tiny", "--json", "--show-examples", "1"]) == 0

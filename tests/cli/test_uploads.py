@@ -6,6 +6,7 @@ import pytest
 
 from nightschool import uploads
 from nightschool.cli.main import main
+from nightschool.config.checkpoints import Upload
 from nightschool.remotes import open_remote
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
@@ -148,7 +149,7 @@ def in_bucket(home, url, monkeypatch, tmp_path):
     path = add_checkpoint(run, 10)
     (path / "recipe.yaml").write_bytes(run.recipe_path.read_bytes())
     write_manifest(path, step=10, attempt=1, data_fingerprint="data")
-    uploads.push_now(home, run_id=run.id, checkpoint=path, url=url, say=print)
+    uploads.push_now(home, path, Upload(url=url), say=print)
     monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "elsewhere"))
     return run, path.name
 

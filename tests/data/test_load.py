@@ -17,7 +17,7 @@ from nightschool.data.sources.load import is_held_out, read_file, split_held_out
 from nightschool.errors import DataError, NotFound
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.training_data import load_sources
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.versions import VersionMetadata
@@ -172,7 +172,7 @@ def keep(
     minutes: int = 0,
     before: list[dict] | None = None,
 ) -> None:
-    with open_database(home) as database:
+    with Database(home).connect() as database:
         store = ConversationStore(database)
         time = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
         store.record(
@@ -210,7 +210,7 @@ def test_a_correction_becomes_the_answer_and_earlier_answers_are_context(home: H
 
 def test_a_recipe_studies_the_conversations_of_its_own_name_unless_it_names_others(home: Home, tmp_path: Path) -> None:
     for request_id, name in (("r1", "bot"), ("r2", "other")):
-        with open_database(home) as database:
+        with Database(home).connect() as database:
             store = ConversationStore(database)
             turns = [{"role": "user", "content": f"Who are you, {name}?"}]
             store.record(request_id, name, "20260101_000000", turns, "?")
@@ -257,7 +257,7 @@ def test_since_the_last_promotion_means_since_its_run_began(home: Home, tmp_path
     """What was said while the champion was being trained, before it was promoted, is still new."""
     for minutes in (0, 30, 90):
         keep(home, f"r{minutes}", f"q{minutes}", "x", correction="y", minutes=minutes)
-    with open_database(home) as database:  # the corrections came with the conversations
+    with Database(home).connect() as database:  # the corrections came with the conversations
         import sqlalchemy as sa
 
         with database.write() as connection:

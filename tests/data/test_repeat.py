@@ -12,7 +12,7 @@ from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import read_selection, select_examples, write_selection
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 
 
@@ -23,7 +23,7 @@ def pair(question: str, answer: str, **more: object) -> Example:
 def home_with_a_correction(tmp_path) -> Home:
     """The model learned one fact in three wordings and another one; a person corrected the first in one wording."""
     home = Home(tmp_path / ".nightschool").ensure()
-    db = open_database(home)
+    db = Database(home).connect()
     learned = [pair(q, "Bo lives in Rome.") for q in ("Where is Bo?", "Bo lives where?", "Which city has Bo?")]
     learned.append(pair("Where is Al?", "Al lives in Oslo."))
     AcceptedExamples(db).add("bot", "20260101_000000", [one.to_json() for one in learned])
@@ -79,6 +79,6 @@ def test_a_short_answer_that_was_corrected_once_may_be_right_elsewhere():
 
 def test_a_correction_remembers_what_it_corrects(tmp_path):
     home = home_with_a_correction(tmp_path)
-    [example] = examples_of(ConversationStore(open_database(home)).select(corrected=True), Problems()).examples
+    [example] = examples_of(ConversationStore(Database(home).connect()).select(corrected=True), Problems()).examples
     assert example.corrects == "Bo lives in Rome."
     assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example

@@ -26,7 +26,7 @@ from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.models.build import build_model
 from nightschool.models.export import save_version_folder
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
@@ -104,7 +104,7 @@ class Room:
             ).ref
             for name, model in models.items()
         }
-        self.database = open_database(self.home)
+        self.database = Database(self.home).connect()
         self.accepted = AcceptedExamples(self.database)
         self.accepted.add("bot", self.refs["old"].split("@")[1], [example.to_json() for example in OLD])
 

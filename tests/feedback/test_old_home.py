@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from nightschool import uploads
 from nightschool.config.recipe import DataSource
 from nightschool.errors import NotFound
 from nightschool.feedback.conversations import ConversationStore
@@ -12,12 +11,13 @@ from nightschool.feedback.pins import Pins
 from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples, example_digest
 from nightschool.feedback.training_data import load_sources
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.manifest import write_manifest
 from nightschool.store.registry import Registry, VersionMetadata
 from nightschool.store.runs import RunStore
+from nightschool.uploads.journal import Journal
 from tests.support.store_databases import environment, old_database, postgres, postgres_url  # noqa: F401
 
 FIRST, SECOND = "20261126_161655", "20261126_161756"
@@ -96,7 +96,7 @@ def home(tmp_path, environment, monkeypatch):  # noqa: F811
 
 def test_everything_is_there_and_is_the_default_tenants(home):
     files = {path for path in home.path.rglob("*") if path.parent != home.path}
-    with open_database(home) as database:
+    with Database(home).connect() as database:
         registry, store = Registry(home), RunStore(home)
         assert registry.names() == registry.names("default") == ["bot"]
         assert registry.resolve("default/bot").ref == registry.resolve("bot").ref == f"bot@{SECOND}"
@@ -107,14 +107,14 @@ def test_everything_is_there_and_is_the_default_tenants(home):
         assert [pin.answer for pin in Pins(database).ls("bot")] == ["a0"]
         assert [cycle.candidate for cycle in Ledger(database).ls("bot")] == [f"bot@{SECOND}"]
         assert Ledger(database).paused("bot")
-    assert [(row.run_id, row.state) for row in uploads.ls(home)] == [(RUNS[SECOND], "done")]
+    assert [(row.run_id, row.state) for row in Journal(home).ls()] == [(RUNS[SECOND], "done")]
     (home.path / "locks").mkdir(exist_ok=True)
     moved = {path for path in files if not path.exists() and path.suffix != ".lock"}
     assert not moved
 
 
 def test_only_the_key_that_asked_before_may_rate_the_answer_now(home):
-    with open_database(home) as database:
+    with Database(home).connect() as database:
         conversations = ConversationStore(database)
         with pytest.raises(NotFound):
             conversations.feedback("r1", "good", owner="another digest")
@@ -142,7 +142,7 @@ def test_it_goes_on_and_rolls_back(home):
     promote(home, "bot", third.id, by="test")
     for champion, count in ((third.id, 3), (SECOND, 2), (FIRST, 1)):
         assert registry.resolve("bot").id == champion
-        with open_database(home) as database:
+        with Database(home).connect() as database:
             assert AcceptedExamples(database).count("bot") == count
         if champion != FIRST:
             roll_back(home, "bot", by="test")

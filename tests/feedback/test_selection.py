@@ -12,7 +12,7 @@ from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import select_examples, write_selection
 from nightschool.feedback.training_data import load_sources
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, VersionMetadata
 from nightschool.store.runs import RunStore
@@ -33,8 +33,8 @@ class Nights:
         self.root = root
         self.home = Home(root / "home").ensure()
         self.registry = Registry(self.home)
-        self.conversations = ConversationStore(open_database(self.home))
-        self.pool = AcceptedExamples(open_database(self.home))
+        self.conversations = ConversationStore(Database(self.home).connect())
+        self.pool = AcceptedExamples(Database(self.home).connect())
         self.sources = [{"path": "train.json"}, {"from": "conversations"}]
         self.base = "new:tiny"
 

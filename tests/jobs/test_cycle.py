@@ -20,7 +20,7 @@ from nightschool.jobs.cycle import continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.starting_weights import starting_weights
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry, VersionMetadata
@@ -74,7 +74,7 @@ class School:
 
     @property
     def pool(self):
-        return AcceptedExamples(open_database(self.home))
+        return AcceptedExamples(Database(self.home).connect())
 
     @property
     def champion(self):

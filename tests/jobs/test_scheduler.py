@@ -13,7 +13,7 @@ from nightschool.errors import DataError, DiskFull, Locked
 from nightschool.jobs import scheduler
 from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Ledger
 from nightschool.store.locks import lock
@@ -53,7 +53,7 @@ class DueCycle:
         self.takes, self.outcome = takes, outcome
         self.ran, self.resumed, self.lines, self.previous = [], [], [], []
         self.recipe = Recipe(name="bot", base="new:tiny", data=[{"path": "a.json"}], schedule=schedule)
-        self.ledger = Ledger(open_database(self.home))
+        self.ledger = Ledger(Database(self.home).connect())
 
     def cycle(self, home, recipe, *, trigger, root, previous=None, around=None):
         self.ran.append((self.clock.moment, trigger))

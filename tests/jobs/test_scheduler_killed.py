@@ -11,7 +11,7 @@ import pytest
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.scheduler import Scheduler
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.ledger import Ledger
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
@@ -70,7 +70,7 @@ class Nights:
         clock = FakeClock(START + timedelta(hours=self.starts + 1))
         clock.moment = START + timedelta(hours=self.starts)
         recipe = self.school.recipe()
-        with open_database(self.school.home) as db:
+        with Database(self.school.home).connect() as db:
             return Scheduler(
                 self.school.home,
                 lambda: recipe,
@@ -96,7 +96,7 @@ class Nights:
 
     @property
     def entries(self):
-        with open_database(self.school.home) as database:
+        with Database(self.school.home).connect() as database:
             return [(cycle.trigger, cycle.outcome) for cycle in reversed(Ledger(database).ls("bot"))]
 
 
@@ -148,7 +148,7 @@ def test_a_candidate_that_was_refused_is_not_trained_again_because_the_ledger_la
 
 def test_cycles_that_were_skipped_since_do_not_hide_the_one_that_is_undone(nights):
     assert nights.start("after training")
-    with open_database(nights.school.home) as database:
+    with Database(nights.school.home).connect() as database:
         ledger = Ledger(database)
         ledger.finish(ledger.ls("bot")[0].id, "interrupted")
         ledger.finish(ledger.begin("bot", START + timedelta(hours=1, minutes=1), "due"), "skipped", "paused")

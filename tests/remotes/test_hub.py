@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from nightschool import uploads
+from nightschool.config.checkpoints import Upload
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, Damaged, NotFound, Unreachable
 from nightschool.remotes import Transfer, parse_url
 from nightschool.remotes import hub as module
@@ -104,7 +105,7 @@ def test_a_checkpoint_goes_to_a_repository(hub, tmp_path):
     home = Home(tmp_path / "home").ensure()
     run = make_run(home)
     path = add_checkpoint(run, 10)
-    done = uploads.push_now(home, run_id=run.id, checkpoint=path, url="hf://owner/repo", say=print, give_up_seconds=0)
+    done = uploads.push_now(home, path, Upload(url="hf://owner/repo"), say=print, give_up_seconds=0)
     assert done.state == "done", done.error
     assert {f"{run.id}/{path.name}/{one.name}" for one in path.iterdir()} < set(hub.files)
     assert {"LATEST.json", f"{run.id}/LATEST.json"} < set(hub.files)

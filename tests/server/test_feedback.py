@@ -9,7 +9,7 @@ from nightschool.errors import DiskFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
 from nightschool.server.settings import ServerSettings
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of, server_log
@@ -21,7 +21,7 @@ CHAT = {"model": "bot", "messages": [{"role": "system", "content": "Be kind."}, 
 def store(tmp_path):
     home = Home(tmp_path)
     home.ensure()
-    database = open_database(home)
+    database = Database(home).connect()
     yield ConversationStore(database)
     database.close()
 

@@ -15,7 +15,7 @@ from nightschool.engine.slot import Slot
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.models.build import build_model
 from nightschool.models.export import save_version_folder
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.versions import VersionMetadata
@@ -62,7 +62,7 @@ def bot(tmp_path):
 
 @pytest.fixture
 def server(bot):
-    database = open_database(bot.home)
+    database = Database(bot.home).connect()
     bot.store = ConversationStore(database)
     slot = Slot("bot", EnginePool(bot.home, num_rows=4, queue_limit=8))
     with live(slot, registry=bot.registry, record_conversations=True, conversations=bot.store) as server:

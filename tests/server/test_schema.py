@@ -10,7 +10,7 @@ from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
 from nightschool.server.reference import NoSlot
 from nightschool.server.settings import ServerSettings
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from tests.support.fake_slot import FakeSlot
@@ -29,7 +29,7 @@ CONFIG = {
 def document(tmp_path_factory):
     home = Home(tmp_path_factory.mktemp("home"))
     home.ensure()
-    database = open_database(home)
+    database = Database(home).connect()
     slot = FakeSlot(answer=lambda prompt: "Grüße")
     with live(
         slot, record_conversations=True, registry=Registry(home), conversations=ConversationStore(database)

@@ -9,7 +9,7 @@ import pytest
 from nightschool.errors import SwapFailed
 from nightschool.feedback.promotion import promote
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
@@ -89,7 +89,7 @@ def test_what_a_version_learned_leaves_the_pool_with_its_rollback_and_returns_wi
         (run.path / "new_examples.jsonl").write_text(json.dumps({"text": f"fact {number}"}) + "\n")
         facts = VersionMetadata(run_id=run.id, parent=learned[0].ref if learned else None)
         learned.append(registry.publish("bot", lambda folder: (folder / "w").write_text("w") and None, facts))
-    pool = AcceptedExamples(open_database(registry.home))
+    pool = AcceptedExamples(Database(registry.home).connect())
     promote(registry.home, "bot", learned[0].id, by="test")
     with client_of(RegistrySlot(registry), registry=registry) as client:
         client.post("/api/models/bot/promote", json={"version": learned[1].id})

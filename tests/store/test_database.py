@@ -19,7 +19,7 @@ from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.store import database as module
-from nightschool.store.database import HEAD, open_database
+from nightschool.store.database import HEAD, Database
 from nightschool.store.home import Home
 from nightschool.store.home_file import id_of
 from nightschool.store.ledger import Ledger
@@ -49,10 +49,10 @@ def test_migrations_make_exactly_the_tables(db):  # noqa: F811
 
 
 def test_opening_again_imports_neither_alembic_nor_torch(home):
-    open_database(home, env={}).close()
+    Database(home, env={}).connect().close()
     code = (
         "import sys; from pathlib import Path; from nightschool.store.home import Home;"
-        "from nightschool.store.database import open_database; open_database(Home(Path(sys.argv[1])), env={});"
+        "from nightschool.store.database import Database; Database(Home(Path(sys.argv[1])), env={}).connect();"
         "assert 'alembic' not in sys.modules; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, home.path], check=True)
@@ -66,8 +66,8 @@ def test_what_is_named_without_need_imports_no_sqlalchemy():
 def test_many_open_a_new_database_at_once(home, environment):  # noqa: F811
     code = (
         "import sys; from pathlib import Path; from nightschool.store.home import Home;"
-        "from nightschool.store.database import open_database; from nightschool.feedback.pins import Pins;"
-        "print('ready', flush=True); sys.stdin.readline(); Pins(open_database(Home(Path(sys.argv[1])))).add('bot', sys.argv[2], 'a')"
+        "from nightschool.store.database import Database; from nightschool.feedback.pins import Pins;"
+        "print('ready', flush=True); sys.stdin.readline(); Pins(Database(Home(Path(sys.argv[1]))).connect()).add('bot', sys.argv[2], 'a')"
     )
     processes = [
         subprocess.Popen(
@@ -86,7 +86,7 @@ def test_many_open_a_new_database_at_once(home, environment):  # noqa: F811
     for process in processes:
         process.communicate()
     assert [process.returncode for process in processes] == [0] * 4
-    with open_database(home, env=environment) as database, database.read() as connection:
+    with Database(home, env=environment).connect() as database, database.read() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(pins)).scalar() == 4
 
 
@@ -94,7 +94,7 @@ def test_a_migration_that_is_killed_anywhere_is_done_by_the_next(home):
     home.ensure()
 
     def work():
-        open_database(home, env={}).close()
+        Database(home, env={}).connect().close()
 
     for _ in kill_everywhere(work):
         if home.state_db.exists():
@@ -105,10 +105,10 @@ def test_a_migration_that_is_killed_anywhere_is_done_by_the_next(home):
 
 
 def test_a_database_of_a_newer_nightschool_is_refused(home, environment):  # noqa: F811
-    with open_database(home, env=environment) as database, database.write() as connection:
+    with Database(home, env=environment).connect() as database, database.write() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(Conflict, match=rf"newer nightschool \(layout 9999\); this one knows {HEAD}"):
-        open_database(home, env=environment)
+        Database(home, env=environment).connect()
 
 
 @pytest.mark.parametrize("content", [b"this is not a database" * 100, b"SQLite format 3\0" + b"\xff" * 4096])
@@ -116,7 +116,7 @@ def test_a_damaged_database_is_named(home, content):
     home.ensure()
     home.state_db.write_bytes(content)
     with pytest.raises(Damaged, match=r"state\.db is damaged"):
-        open_database(home, env={})
+        Database(home, env={}).connect()
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_a_damaged_database_is_named(home, content):
 )
 def test_other_addresses_are_refused_without_their_password(home, url, match):
     with pytest.raises(UsageError, match=match) as raised:
-        open_database(home, env={"DATABASE_URL": url})
+        Database(home, env={"DATABASE_URL": url}).connect()
     assert "secret" not in str(raised.value)
 
 
 def test_a_missing_driver_says_how_to_install_it(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(UsageError, match=r"pip install 'nightschool\[postgres\]'"):
-        open_database(home, env={"DATABASE_URL": "postgres://u@h/d"})
+        Database(home, env={"DATABASE_URL": "postgres://u@h/d"}).connect()
 
 
 def test_a_block_is_stored_whole_or_not_at_all(db):  # noqa: F811
@@ -161,7 +161,7 @@ def test_readers_do_not_wait_for_a_writer(db):  # noqa: F811
 
 
 def test_a_full_disk(home):
-    with open_database(home, env={}) as database:
+    with Database(home, env={}).connect() as database:
         with database.write() as connection:
             connection.execute(schedules.insert().values(name="kept"))
         with database.read() as connection:
@@ -176,7 +176,7 @@ def test_a_full_disk(home):
 
 def test_a_writer_that_does_not_end(home, monkeypatch):
     monkeypatch.setattr(module, "_BUSY_SECONDS", 0.1)
-    with open_database(home, env={}) as one, open_database(home, env={}) as two:
+    with Database(home, env={}).connect() as one, Database(home, env={}).connect() as two:
         with one.write(), pytest.raises(Locked, match="Another process has been writing"), two.write():
             raise AssertionError("not reached")
         with two.write():
@@ -202,7 +202,7 @@ def test_what_is_forgotten_is_overwritten_while_the_database_is_open(home):
     def on_disk():
         return b"".join(path.read_bytes() for path in home.path.glob("state.db*"))
 
-    with open_database(home, env={}) as database, open_database(home, env={}):
+    with Database(home, env={}).connect() as database, Database(home, env={}).connect():
         store = ConversationStore(database)
         store.record("r0", "bot", "v", [{"role": "user", "content": "my secret"}], "answer")
         assert b"my secret" in on_disk()
@@ -217,7 +217,7 @@ def test_what_is_forgotten_is_overwritten_while_the_database_is_open(home):
 
 def test_an_old_database_is_brought_up_to_date_with_what_it_holds(home, environment):  # noqa: F811
     old_database(home, environment, "0001", "INSERT INTO schedules (name) VALUES ('kept')")
-    with open_database(home, env=environment) as database, database.read() as connection:
+    with Database(home, env=environment).connect() as database, database.read() as connection:
         assert connection.execute(sa.select(schedules.c.name)).scalars().all() == ["kept"]
         assert connection.execute(sa.select(forgotten)).all() == []
         context = MigrationContext.configure(connection, opts={"compare_type": types_differ})
@@ -254,7 +254,7 @@ def test_versions_that_were_kept_with_their_name_are_kept_without_it(home, envir
             )
         ),
     )
-    with open_database(home, env=environment) as database:
+    with Database(home, env=environment).connect() as database:
         versions = [one.version for one in ConversationStore(database).select()]
     assert versions == ["20261121_060000", "20261121_060000", "./some@folder"]
 
@@ -276,7 +276,7 @@ ROWS_OF_0004 = (
 
 def test_what_exists_becomes_the_default_tenants(home, environment):  # noqa: F811
     old_database(home, environment, "0004", *ROWS_OF_0004)
-    with open_database(home, env=environment) as database:
+    with Database(home, env=environment).connect() as database:
         (conversation,) = ConversationStore(database).select(model="bot")
         assert (conversation.owner, conversation.rating) == ("digest of a key", "good")
         assert AcceptedExamples(database).digests("bot") == {"d"}
@@ -301,19 +301,19 @@ def test_two_homes_on_one_postgresql_do_not_meet(tmp_path, postgres_url):  # noq
     on_postgresql = {"DATABASE_URL": postgres_url}
     homes = [Home(tmp_path / name) for name in ("one", "two")]
     for home in homes:
-        with open_database(home, env=on_postgresql) as database:
+        with Database(home, env=on_postgresql).connect() as database:
             Pins(database).add("bot", "q", f"of {home.path.name}")
     for home in homes:
-        with open_database(home, env=on_postgresql) as database:
+        with Database(home, env=on_postgresql).connect() as database:
             assert [pin.answer for pin in Pins(database).ls("bot")] == [f"of {home.path.name}"]
 
 
 def test_a_lone_home_takes_its_tables_with_it_on_postgresql(tmp_path, home, postgres_url):  # noqa: F811
     on_postgresql = {"DATABASE_URL": postgres_url}
     old_database(home, on_postgresql, "0004", *ROWS_OF_0004)
-    with open_database(Home(tmp_path / "unused"), env=on_postgresql) as database:
+    with Database(Home(tmp_path / "unused"), env=on_postgresql).connect() as database:
         assert Pins(database).ls("bot") == []
-    with open_database(home, env=on_postgresql) as database:
+    with Database(home, env=on_postgresql).connect() as database:
         assert [pin.id for pin in Pins(database).ls("bot")] == [2]
         assert Pins(database).add("bot", "another", "a").id == 1  # the sequence moved along, too
 
@@ -328,18 +328,18 @@ def test_tables_that_several_homes_share_are_given_to_none(home, postgres_url): 
     old_database(home, on_postgresql, "0004", upload)
     for _ in range(2):
         with pytest.raises(Conflict, match="rows of this home and of /other/home"):
-            open_database(home, env=on_postgresql)
+            Database(home, env=on_postgresql).connect()
 
 
 def test_a_home_of_a_newer_form_is_refused(home):
-    open_database(home, env={}).close()
+    Database(home, env={}).connect().close()
     file = home.path / "home.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(MadeByNewer, match="has the form 2 of a newer nightschool; this one knows 1"):
-        open_database(home, env={})
+        Database(home, env={}).connect()
     file.write_text('{"format": 1, "id": "../x"}')
     with pytest.raises(Damaged, match=r"home\.json is damaged"):
-        open_database(home, env={})
+        Database(home, env={}).connect()
 
 
 def test_the_id_of_a_home_is_given_out_once(home):
@@ -350,5 +350,5 @@ def test_the_id_of_a_home_is_given_out_once(home):
 @pytest.mark.parametrize("said", ["attempt to write a readonly database", "unable to open database file"])
 def test_a_home_that_cannot_be_written_is_no_mistake_of_ours(tmp_path, said):
     refused = pytest.raises(Conflict, match="the home is read-only, or belongs to another user")
-    with open_database(Home(tmp_path)) as database, refused, database.write():
+    with Database(Home(tmp_path)).connect() as database, refused, database.write():
         raise OperationalError("INSERT", {}, sqlite3.OperationalError(said))

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.migrations.upgrade import alembic_config
 
@@ -54,13 +54,13 @@ def postgres_url(postgres, request):
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def environment(request):
-    """The environment under which `open_database` opens that kind."""
+    """The environment under which `Database` connects to that kind."""
     return {} if request.param == "sqlite" else {"DATABASE_URL": request.getfixturevalue("postgres_url")}
 
 
 @pytest.fixture
 def db(environment, tmp_path):
-    with open_database(Home(tmp_path / "home"), env=environment) as database:
+    with Database(Home(tmp_path / "home"), env=environment).connect() as database:
         yield database
 
 

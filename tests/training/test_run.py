@@ -22,7 +22,7 @@ from nightschool.events import read_events
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.models.load import load_base
 from nightschool.store import checkpoints
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
@@ -212,7 +212,9 @@ def test_the_next_night_starts_from_the_version_and_replays(taught, tmp_path):
     taught_home, taught_run = taught
     home = taught_home
     version = version_of(home, taught_run)
-    AcceptedExamples(open_database(home)).add("bot", version.id, read_events(taught_run.path / "new_examples.jsonl"))
+    AcceptedExamples(Database(home).connect()).add(
+        "bot", version.id, read_events(taught_run.path / "new_examples.jsonl")
+    )
     more = [*FACTS[:2], ("Who is new?", "Zuvo is new."), ("Where is Zuvo?", "Zuvo is in Lima.")]
     run = new_run(home, facts=more, base=version.ref, replay={"ratio": 1.5}, train={"epochs": EPOCHS_TO_LEARN})
     assert train(home, run) == 0
@@ -229,7 +231,7 @@ def test_the_next_night_starts_from_the_version_and_replays(taught, tmp_path):
 
 def test_nothing_new_but_started_all_the_same_studies_everything(taught):
     home, taught_run = taught
-    AcceptedExamples(open_database(home)).add(
+    AcceptedExamples(Database(home).connect()).add(
         "other", "20260101_000000", read_events(taught_run.path / "new_examples.jsonl")
     )
     run = new_run(home, name="other", train={"epochs": 1})

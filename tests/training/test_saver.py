@@ -26,6 +26,7 @@ from nightschool.training.checkpoint import saver as saver_module
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group
 from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 from nightschool.training.checkpoint.saver import Ranks, open_saver
+from nightschool.uploads.journal import Journal
 
 
 @pytest.fixture
@@ -295,7 +296,7 @@ def test_what_waits_to_be_uploaded_is_not_removed(tmp_path, lines):
             for step in (1, 2, 3):
                 saver.save(path_of(run, step), state_of(step))
         assert [point.step for point in checkpoints.ls(run)] == [1, 2, 3]
-        assert len(uploads.ls(home)) == 3
+        assert len(Journal(home).ls()) == 3
 
 
 def test_who_was_asked_to_stop_does_not_wait_for_uploads(tmp_path, lines):

@@ -15,10 +15,11 @@ import pytest
 from benchmarks.fault_proxy import fault_proxy
 
 from nightschool import uploads
+from nightschool.config.checkpoints import Upload
 from nightschool.errors import CredentialsRefused, RemoteError, Unreachable
 from nightschool.jobs.uploader import main as uploader
 from nightschool.remotes import open_remote
-from nightschool.store.database import open_database
+from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.uploads.journal import Journal
 from tests.support.object_stores import add_checkpoint, gcp_emulator, make_run, moto, request, resumable_gs, s3  # noqa: F401
@@ -71,18 +72,15 @@ def test_a_dead_network_is_tried_again_with_pauses_that_grow(home, s3, monkeypat
     uploads.reconcile(home)
     with fault_proxy(port_of(s3), share=1.0, stall_seconds=0.1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        (row,) = uploads.ls(home)
-        failed = uploads.push_now(
-            home, run_id=run.id, checkpoint=row.folder, url=row.url, say=print, give_up_seconds=0.0
-        )
+        (row,) = Journal(home).ls()
+        failed = uploads.push_now(home, row.folder, Upload(url=row.url), say=print, give_up_seconds=0.0)
     assert (failed.state, failed.error_code, failed.attempts) == ("queued", "unreachable", 1)
-    with open_database(home) as db:
-        journal = Journal(home, db)
-        pauses = []
-        for attempts in (1, 4, 60):
-            claimed = journal.claim(row.id)
-            journal.fail(vars_with(claimed, attempts=attempts), Unreachable("no"), for_good=False)
-            pauses.append(journal.seconds_to_next())
+    journal = Journal(home)
+    pauses = []
+    for attempts in (1, 4, 60):
+        claimed = journal.claim(row.id)
+        journal.fail(vars_with(claimed, attempts=attempts), Unreachable("no"), for_good=False)
+        pauses.append(journal.seconds_to_next())
     assert pauses[0] <= 1 < pauses[1] <= 8 < 100 < pauses[2] <= 300
 
 
@@ -99,14 +97,14 @@ def test_an_uploader_that_is_killed_again_and_again_loses_nothing(home, s3):  # 
     for step in range(1, 7):
         add_checkpoint(run, step, num_bytes=2_000_000)
     uploads.reconcile(home)
-    with open_database(home) as db:  # slow enough to be hit in the middle
+    with Database(home).connect() as db:  # slow enough to be hit in the middle
         from nightschool.store.tables import uploads as table
 
         with db.write() as connection:
             connection.execute(table.update().values(bandwidth=20_000_000))
     for _ in range(5):
         process = start_uploader(home)
-        wait_until(lambda: any(row.state == "running" for row in uploads.ls(home)) or not uploads.pending_bytes(home))
+        wait_until(lambda: any(row.state == "running" for row in Journal(home).ls()) or not Journal(home).bytes_left())
         time.sleep(rng.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -118,12 +116,12 @@ def test_an_uploader_that_is_killed_again_and_again_loses_nothing(home, s3):  # 
 def test_an_uploader_that_is_asked_to_stop_gives_back_what_it_has(home, tmp_path):
     run = make_run(home)
     path = add_checkpoint(run, 1, num_bytes=3_000_000)
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=f"file://{tmp_path}/bucket", bandwidth=500_000)
+    Journal(home).enqueue(path, Upload(url=f"file://{tmp_path}/bucket", bandwidth=500_000))
     process = start_uploader(home)
-    wait_until(lambda: uploads.ls(home)[0].state == "running")
+    wait_until(lambda: Journal(home).ls()[0].state == "running")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    (row,) = uploads.ls(home)
+    (row,) = Journal(home).ls()
     assert (row.state, row.attempts, row.owner) == ("queued", 0, None)
     assert not list((tmp_path / "bucket").rglob("*.safetensors"))
 
@@ -137,7 +135,7 @@ def test_an_upload_to_google_goes_on_after_a_kill_where_it_was(home, resumable_g
     from nightschool.store.manifest import write_manifest
 
     write_manifest(path, step=1, attempt=1)
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url, bandwidth=30_000_000)
+    Journal(home).enqueue(path, Upload(url=url, bandwidth=30_000_000))
     with fault_proxy(port_of(resumable_gs), share=0.0) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         process = start_uploader(home)
@@ -210,14 +208,13 @@ def test_wrong_keys_are_told_apart_from_a_missing_bucket_and_heal(home, s3, monk
         with pytest.raises(CredentialsRefused, match=r"InvalidAccessKeyId.*AWS_ACCESS_KEY_ID"):
             list(open_remote("s3://bucket").list())
         uploads.reconcile(home)
-        (row,) = uploads.ls(home)
-        with open_database(home) as db:
-            from nightschool.uploads.push import attempt
+        (row,) = Journal(home).ls()
+        from nightschool.uploads.push import attempt
 
-            journal = Journal(home, db)
-            for tried in range(1, 6):
-                failed = attempt(home, journal, journal.claim(row.id), say=print)
-                assert (failed.attempts, failed.error_code) == (tried, "credentials_refused")
+        journal = Journal(home)
+        for tried in range(1, 6):
+            failed = attempt(journal, journal.claim(row.id), say=print)
+            assert (failed.attempts, failed.error_code) == (tried, "credentials_refused")
         assert failed.state == "failed"
         assert uploads.is_pending(home, path)
     finally:
@@ -233,8 +230,8 @@ def test_a_run_waits_until_enough_is_uploaded(home, tmp_path, monkeypatch):
     run = make_run(home)
     for step in (1, 2):
         path = add_checkpoint(run, step)
-        uploads.enqueue(home, run_id=run.id, checkpoint=path, url=f"file://{tmp_path}/bucket")
-    pending = uploads.pending_bytes(home)
+        Journal(home).enqueue(path, Upload(url=f"file://{tmp_path}/bucket"))
+    pending = Journal(home).bytes_left()
     drained = threading.Thread(target=lambda: uploader_in_thread(home))
     monkeypatch.setattr(uploads, "ensure_uploader", lambda _: drained.start() if not drained.ident else None)
     said = []
@@ -258,26 +255,25 @@ def test_a_run_does_not_wait_for_what_has_failed_or_for_ever(home, monkeypatch):
     monkeypatch.setattr(uploads, "ensure_uploader", lambda _: None)
     run = make_run(home)
     path = add_checkpoint(run, 1)
-    upload = uploads.enqueue(home, run_id=run.id, checkpoint=path, url="s3://bucket/x")
+    upload = Journal(home).enqueue(path, Upload(url="s3://bucket/x"))
     assert not uploads.wait_for_room(home, 1, say=print, give_up_seconds=0.05)
     assert not uploads.wait_for_room(home, 1, say=print, stop=lambda: True)
-    with open_database(home) as db:
-        journal = Journal(home, db)
-        journal.fail(journal.claim(upload.id), Unreachable("no"), for_good=True)
+    journal = Journal(home)
+    journal.fail(journal.claim(upload.id), Unreachable("no"), for_good=True)
     assert uploads.wait_for_room(home, 1, say=print)
-    assert uploads.pending_bytes(home) > 1
+    assert Journal(home).bytes_left() > 1
 
 
 def test_a_clock_that_was_put_back_makes_nobody_wait(home):
     run = make_run(home)
-    upload = uploads.enqueue(home, run_id=run.id, checkpoint=add_checkpoint(run, 1), url="s3://bucket/x")
-    with open_database(home) as db:
+    upload = Journal(home).enqueue(add_checkpoint(run, 1), Upload(url="s3://bucket/x"))
+    with Database(home).connect() as db:
         from nightschool.store.tables import uploads as table
 
         with db.write() as connection:
             connection.execute(table.update().values(next_try_at=upload.next_try_at + timedelta(days=1)))
-        assert Journal(home, db).seconds_to_next() == 0
-        assert Journal(home, db).claim() is not None
+        assert Journal(home).seconds_to_next() == 0
+        assert Journal(home).claim() is not None
 
 
 def test_a_download_goes_on_as_long_as_it_gets_on(s3, tmp_path, monkeypatch):  # noqa: F811
@@ -317,17 +313,18 @@ def test_a_run_that_stops_waits_for_its_uploads_but_not_for_ever(home, tmp_path,
     url = f"file://{tmp_path}/bucket"
     run = make_run(home, upload={"url": url, "wait_at_stop": "300ms"})
     said = []
-    assert uploads.wait_at_stop(home, run, say=said.append)  # nothing is under way
-    upload = uploads.enqueue(home, run_id=run.id, checkpoint=add_checkpoint(run, 1), url=url)
+    assert uploads.wait_at_stop(run, say=said.append)  # nothing is under way
+    upload = Journal(home).enqueue(add_checkpoint(run, 1), Upload(url=url))
     monkeypatch.setattr(uploads, "ensure_uploader", lambda _: None)
-    assert not uploads.wait_at_stop(home, run, say=said.append)
+    assert not uploads.wait_at_stop(run, say=said.append)
     assert said == [
         "Waiting up to 0.3 s for 1 uploads",
         "1 uploads are left; they go on in the background, or with nightschool uploads retry",
     ]
     monkeypatch.setattr(uploads, "ensure_uploader", lambda _: uploader_in_thread(home))
-    assert uploads.wait_at_stop(home, run, say=said.append)
-    assert uploads.ls(home, path=upload.folder)[0].state == "done"
+    assert uploads.wait_at_stop(run, say=said.append)
+    assert Journal(home).ls(path=upload.folder)[0].state == "done"
+    home.database.close()
     home.state_db.write_bytes(b"no database")
-    assert not uploads.wait_at_stop(home, run, say=said.append)
+    assert not uploads.wait_at_stop(run, say=said.append)
     assert uploads.is_pending(home, upload.folder)  # a doubt keeps it

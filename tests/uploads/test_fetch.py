@@ -7,6 +7,7 @@ import tarfile
 import pytest
 
 from nightschool import uploads
+from nightschool.config.checkpoints import Upload
 from nightschool.errors import Conflict, Damaged, NotFound, Unreachable, UsageError
 from nightschool.jobs.uploader import main as uploader
 from nightschool.remotes import open_remote
@@ -16,6 +17,7 @@ from nightschool.store.manifest import write_manifest
 from nightschool.store.runs import RunStore
 from nightschool.uploads.archive import make_archive, unpack_archive
 from nightschool.uploads.fetch import fetch_checkpoint, locate, ls_remote, refuse_another_in_bucket
+from nightschool.uploads.journal import Journal
 from tests.support.object_stores import add_checkpoint, make_run, moto, s3  # noqa: F401
 
 
@@ -197,7 +199,7 @@ def test_an_archive_is_made_once_however_often_it_is_sent(home, url, monkeypatch
 
     send = push._send
     monkeypatch.setattr(push, "_send", broken)
-    assert uploads.push_now(home, run_id=run.id, checkpoint=path, url=url, archive=True, say=print, give_up_seconds=0)
+    assert uploads.push_now(home, path, Upload(url=url, archive="tar.gz"), say=print, give_up_seconds=0)
     assert [one.name for one in (home.cache / "uploads").rglob("*.gz")] == [f"{path.name}.tar.gz"]
     monkeypatch.setattr(push, "_send", send)
     drain(home)
@@ -209,8 +211,8 @@ def test_the_archive_of_another_run_is_not_overwritten(home, url):
     for minutes in (0, 1):
         with_recipe(make_run(home, minutes=minutes, upload={"url": url, "archive": "tar.gz"}), 10)
     drain(home, code=1)
-    assert sorted(row.state for row in uploads.ls(home)) == ["done", "failed"]
-    uploads.retry(home)
+    assert sorted(row.state for row in Journal(home).ls()) == ["done", "failed"]
+    Journal(home).retry()
     drain(home, code=1)
 
 

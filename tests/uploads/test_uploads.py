@@ -10,12 +10,12 @@ import time
 import pytest
 
 from nightschool import uploads
+from nightschool.config.checkpoints import Upload
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import read_events
 from nightschool.jobs.uploader import main as uploader
 from nightschool.remotes import open_remote
 from nightschool.store import tables
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.manifest import write_manifest
 from nightschool.store.runs import RunStore
@@ -58,23 +58,23 @@ def assert_equal(run, path, url):
 def test_what_is_committed_is_pending_until_it_is_uploaded(home, run, url):
     path = add_checkpoint(run, 10)
     assert uploads.is_pending(home, path)  # no row yet, but the recipe wants one
-    upload = uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    upload = Journal(home).enqueue(path, Upload(url=url))
     assert (upload.state, upload.step, upload.name) == ("queued", 10, path.name)
     assert uploads.is_pending(home, path)
-    assert uploads.pending_bytes(home) == upload.size_bytes > 40_000
+    assert Journal(home).bytes_left() == upload.size_bytes > 40_000
     drain(home)
     assert not uploads.is_pending(home, path)
-    assert uploads.pending_bytes(home) == 0
+    assert Journal(home).bytes_left() == 0
     assert_equal(run, path, url)
     assert [event["name"] for event in read_events(run.events_path) if event["event"] == "uploaded"] == [path.name]
 
 
 def test_entering_twice_is_the_same_as_once(home, run, url):
     path = add_checkpoint(run, 10)
-    first = uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
-    assert uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url + "/") == first
+    first = Journal(home).enqueue(path, Upload(url=url))
+    assert Journal(home).enqueue(path, Upload(url=url + "/")) == first
     drain(home)
-    assert uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url).state == "done"
+    assert Journal(home).enqueue(path, Upload(url=url)).state == "done"
 
 
 def test_a_run_that_uploads_nothing_has_nothing_pending(home):
@@ -83,8 +83,8 @@ def test_a_run_that_uploads_nothing_has_nothing_pending(home):
     assert uploads.settings_of(run) is None
     assert not uploads.is_pending(home, path)
     assert uploads.reconcile(home) == []
-    uploads.after_commit(home, run, path, say=print)
-    assert uploads.ls(home) == []
+    uploads.after_commit(run, path, say=print)
+    assert Journal(home).ls() == []
 
 
 def test_whoever_uploads_nothing_needs_no_database(home):
@@ -95,10 +95,10 @@ def test_whoever_uploads_nothing_needs_no_database(home):
 def test_what_has_no_manifest_or_address_is_refused(home, run, url):
     path = add_checkpoint(run, 10)
     with pytest.raises(UsageError):
-        uploads.enqueue(home, run_id=run.id, checkpoint=path, url="somewhere")
+        Journal(home).enqueue(path, Upload(url="somewhere"))
     (path / "manifest.json").unlink()
     with pytest.raises(NotFound):
-        uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+        Journal(home).enqueue(path, Upload(url=url))
     assert not uploads.is_pending(home, path)
 
 
@@ -145,11 +145,11 @@ def test_the_manifest_comes_after_its_data_and_weights_before_the_optimizer(home
 
 def test_a_checkpoint_that_was_altered_on_the_disk_is_not_uploaded(home, run, url):
     path = add_checkpoint(run, 10)
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    Journal(home).enqueue(path, Upload(url=url))
     weights = path / "model.safetensors"
     weights.write_bytes(b"X" + weights.read_bytes()[1:])
     drain(home, code=1)
-    (upload,) = uploads.ls(home)
+    (upload,) = Journal(home).ls()
     assert (upload.state, upload.error_code) == ("failed", "damaged")
     assert not open_remote(url).exists(f"{run.id}/{path.name}/manifest.json")
     assert uploads.is_pending(home, path)
@@ -157,10 +157,10 @@ def test_a_checkpoint_that_was_altered_on_the_disk_is_not_uploaded(home, run, ur
 
 def test_a_checkpoint_that_vanished_fails_and_says_so(home, run, url):
     path = add_checkpoint(run, 10)
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    Journal(home).enqueue(path, Upload(url=url))
     shutil.rmtree(path)
     drain(home, code=1)
-    assert uploads.ls(home)[0].error_code == "not_found"
+    assert Journal(home).ls()[0].error_code == "not_found"
 
 
 def test_another_checkpoint_of_the_name_in_the_bucket_is_refused_with_both_shown(home, run, url):
@@ -170,7 +170,7 @@ def test_another_checkpoint_of_the_name_in_the_bucket_is_refused_with_both_shown
     remote = open_remote(url)
     remote.put_if_absent(f"{run.id}/{path.name}/manifest.json", theirs)
     drain(home, code=1)
-    (upload,) = uploads.ls(home)
+    (upload,) = Journal(home).ls()
     assert upload.error_code == "conflict"
     assert other.created_at.isoformat() in upload.error
     assert str(path) in upload.error
@@ -212,32 +212,32 @@ def test_one_checkpoint_may_go_to_two_places(home, run, url, tmp_path):
     path = add_checkpoint(run, 10)
     drain(home)
     other = f"file://{tmp_path}/other"
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=other)
+    Journal(home).enqueue(path, Upload(url=other))
     assert uploads.is_pending(home, path)
     drain(home)
     assert_equal(run, path, other)
 
 
-def test_of_two_processes_one_gets_an_upload_and_a_dead_one_loses_it(home, run, url, db):  # noqa: F811
-    journal = Journal(home, db)
-    journal.enqueue(run_id=run.id, checkpoint=add_checkpoint(run, 10), url=url)
+def test_of_two_processes_one_gets_an_upload_and_a_dead_one_loses_it(home, run, url, environment, monkeypatch):  # noqa: F811
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    journal = Journal(home)
+    journal.enqueue(add_checkpoint(run, 10), Upload(url=url))
     mine = journal.claim()
     assert mine.lease.owner == ProcessIdentity.mine()
-    with db.write() as connection:
+    with home.database.write() as connection:
         elsewhere = str(ProcessIdentity.of(os.getppid()))
         connection.execute(tables.uploads.update().values(owner=elsewhere))
     assert journal.claim() is None  # held, by a process that lives
-    with db.write() as connection:
+    with home.database.write() as connection:
         connection.execute(tables.uploads.update().values(owner=mine.owner))
     journal.give_back(mine)
     code = (
-        "import sys; from pathlib import Path; from nightschool.store.database import open_database;"
+        "import sys; from pathlib import Path;"
         "from nightschool.store.home import Home; from nightschool.uploads.journal import Journal;"
-        "home = Home(Path(sys.argv[1])); Journal(home, open_database(home)).claim() or sys.exit(3)"
+        "home = Home(Path(sys.argv[1])); Journal(home).claim() or sys.exit(3)"
     )
-    url_of_db = db.engine.url.render_as_string(hide_password=False)
-    env = os.environ | ({"DATABASE_URL": url_of_db} if db.engine.dialect.name != "sqlite" else {})
-    subprocess.run([sys.executable, "-c", code, home.path], check=True, env=env)
+    subprocess.run([sys.executable, "-c", code, home.path], check=True)
     (row,) = journal.ls()
     assert (row.state, row.attempts) == ("running", 1)
     taken = journal.claim()  # its process is dead
@@ -252,7 +252,7 @@ def test_an_uploader_that_is_started_outlives_its_parent_and_ends(home, run, url
     code = (
         "import sys; from pathlib import Path; from nightschool import uploads;"
         "from nightschool.store.home import Home; from nightschool.store.runs import RunStore;"
-        "home = Home(Path(sys.argv[1])); uploads.after_commit(home, RunStore(home).ls()[0], Path(sys.argv[2]), say=print);"
+        "home = Home(Path(sys.argv[1])); uploads.after_commit(RunStore(home).ls()[0], Path(sys.argv[2]), say=print);"
         "assert 'torch' not in sys.modules; assert 'obstore' not in sys.modules; print(uploads._started[0].pid)"
     )
     out = subprocess.run([sys.executable, "-c", code, home.path, path], check=True, capture_output=True, text=True)
@@ -273,7 +273,7 @@ def test_a_trainer_can_wait_for_its_upload(home, url):
     run = make_run(home, upload={"url": url, "background": False})
     path = add_checkpoint(run, 10)
     said = []
-    uploads.after_commit(home, run, path, say=said.append)
+    uploads.after_commit(run, path, say=said.append)
     assert not uploads.is_pending(home, path)
     assert_equal(run, path, url)
     assert any("Successfully uploaded" in line for line in said)
@@ -284,7 +284,7 @@ def test_a_failed_upload_never_stops_who_commits(home):
     said = []
     path = add_checkpoint(run, 10)
     (path / "manifest.json").write_text("{}")
-    uploads.after_commit(home, run, path, say=said.append)
+    uploads.after_commit(run, path, say=said.append)
     assert said
     assert said[0].startswith("Not uploaded")
 
@@ -301,17 +301,17 @@ def test_s3_end_to_end(home, s3):  # noqa: F811
 def test_an_open_database_is_no_need_for_torch_or_clients(home, run, url):
     code = "import sys, nightschool.uploads; assert not {'torch', 'obstore', 'google', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    with open_database(home) as db:  # noqa: F811
-        assert Journal(home, db).ls() == []
+    home.database.connect()
+    assert Journal(home).ls() == []
 
 
 def test_what_belonged_to_a_removed_run_leaves_the_journal(home, run, url):
-    uploads.enqueue(home, run_id=run.id, checkpoint=add_checkpoint(run, 1), url=url)
+    Journal(home).enqueue(add_checkpoint(run, 1), Upload(url=url))
     other = make_run(home, minutes=1)
-    uploads.enqueue(home, run_id=other.id, checkpoint=add_checkpoint(other, 1), url=url)
+    Journal(home).enqueue(add_checkpoint(other, 1), Upload(url=url))
     RunStore(home).remove(other.id)
     drain(home)
-    assert [row.run_id for row in uploads.ls(home)] == [run.id]
+    assert [row.run_id for row in Journal(home).ls()] == [run.id]
 
 
 def test_a_mistake_in_one_upload_does_not_keep_others_from_going(home, run, url, monkeypatch):
@@ -328,7 +328,7 @@ def test_a_mistake_in_one_upload_does_not_keep_others_from_going(home, run, url,
     monkeypatch.setattr(push, "_send", failing)
     monkeypatch.setattr(push, "_TRIES_UNTIL_MENDED", 2)
     drain(home, code=1)
-    states = {row.path: row for row in uploads.ls(home)}
+    states = {row.path: row for row in Journal(home).ls()}
     assert states[str(good)].state == "done"
     assert states[str(broken)].state == "failed"
     assert "ZeroDivisionError: oops" in states[str(broken)].error
@@ -336,7 +336,7 @@ def test_a_mistake_in_one_upload_does_not_keep_others_from_going(home, run, url,
 
 def test_an_uploader_ends_with_its_home(home, run, url):
     path = add_checkpoint(run, 1)
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    Journal(home).enqueue(path, Upload(url=url))
     pid = uploads.ensure_uploader(home)
     eventually(lambda: not uploads.is_pending(home, path))
     time.sleep(0.2)
@@ -348,7 +348,7 @@ def test_an_uploader_ends_with_its_home(home, run, url):
 
 def test_an_uploader_is_started_anew_with_the_environment_of_who_asks(home, run, url):
     path = add_checkpoint(run, 1)
-    uploads.enqueue(home, run_id=run.id, checkpoint=path, url=url)
+    Journal(home).enqueue(path, Upload(url=url))
     old = uploads.ensure_uploader(home)
     eventually(lambda: not uploads.is_pending(home, path))
     new = uploads.restart_uploader(home)

@@ -49,7 +49,7 @@ def writing_lock(
 class WriterProcess:
     """A running writer. Not for several threads at once."""
 
-    def __init__(self, lock_file: int, memory: SharedMemory) -> None:
+    def __init__(self, run: Run, lock_file: int, memory: SharedMemory) -> None:
         """Start it; it takes over the lock `lock_file` from its first moment."""
         self._memory = memory
         self._channel, its = socket.socketpair()
@@ -57,7 +57,7 @@ class WriterProcess:
             with its:
                 self._process = subprocess.Popen(
                     command(
-                        "write-checkpoints",
+                        "write-checkpoints", "--home", str(run.home.path), "--run", run.id,
                         "--channel", str(its.fileno()), "--memory", str(memory.handle), "--lock", str(lock_file),
                     ),
                     stdin=subprocess.DEVNULL,

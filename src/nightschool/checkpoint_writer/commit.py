@@ -35,12 +35,10 @@ Contents = Callable[[], Iterator[tuple[str, Pieces]]]
 class Order:
     """What is to be committed, besides the bytes. Plain values, so that it can go to another process.
 
-    `target` lies in the checkpoints of the run at `run`; `facts` go into the manifest; `keep` is the recipe's.
+    `target` lies in the checkpoints of the run; `facts` go into the manifest; `keep` is the recipe's.
     `rank` says which of the `num_ranks` processes that train together gave it: see `parts`.
     """
 
-    run_id: str
-    run: str
     target: str
     facts: dict[str, Any]
     keep: dict[str, Any] = field(default_factory=dict)
@@ -85,13 +83,13 @@ def write_folder(target: Path, facts: dict[str, Any], contents: Contents, *, sha
         return seal(folder, files, facts).size_bytes
 
 
-def carry_out(order: Order, contents: Contents) -> Outcome:
+def carry_out(run: Run, order: Order, contents: Contents) -> Outcome:
     """Commit a checkpoint of a run, and what follows from it. Never raises for what the outcome can say.
 
     On a full disk retention makes room first, if it can, and the write is tried once more.
     """
     started = time.monotonic()
-    target, run, shared = Path(order.target), _run_of(order), _shared(order)
+    target, shared = Path(order.target), _shared(run, order)
     step = int(order.facts["step"])
     try:
         if shared is not None and order.rank > 0:
@@ -142,11 +140,7 @@ def _write_with_room(run: Run, order: Order, contents: Contents, shared: SharedS
     return write_folder(target, order.facts, contents, shared=shared)
 
 
-def _run_of(order: Order) -> Run:
-    return Run(order.run_id, Path(order.run))
-
-
-def _shared(order: Order) -> SharedSave | None:
+def _shared(run: Run, order: Order) -> SharedSave | None:
     """What the ranks need to find each other; None where one process saves alone."""
     if order.num_ranks == 1:
         return None
@@ -156,7 +150,7 @@ def _shared(order: Order) -> SharedSave | None:
         num_ranks=order.num_ranks,
         step=facts["step"],
         attempt=facts[checkpoints.ATTEMPT],
-        lock_path=_run_of(order).writing_lock_path,
+        lock_path=run.writing_lock_path,
     )
 
 
@@ -164,7 +158,7 @@ def _tidy_up(run: Run, order: Order) -> tuple[list[str], str | None]:
     """Upload, remove old ones, point at the new one. What goes wrong here makes it no less of a checkpoint."""
     removed: list[str] = []
     try:
-        uploads.after_commit(run.home, run, Path(order.target), say=say)
+        uploads.after_commit(run, Path(order.target), say=say)
         removed = _retain(run, order)
         write_text(run.checkpoints_path / LATEST, Path(order.target).name + "\n")
     except (NightschoolError, OSError) as error:

@@ -1,6 +1,6 @@
-"""The writer: `python -m nightschool.checkpoint_writer --channel FD --memory FD --lock FD`, started by the trainer.
+"""The writer: `python -m nightschool.checkpoint_writer --home H --run RUN_ID --channel FD --memory FD --lock FD`.
 
-It takes orders, one line of JSON each, whose bytes lie in shared memory, and answers each with how it ended. When the
+The trainer starts it. It takes orders, one line of JSON each, whose bytes lie in shared memory, and answers each with how it ended. When the
 trainer is gone it finishes the orders that have come, and ends. It holds the run's writing lock for as long as it lives.
 """
 
@@ -14,12 +14,15 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from nightschool.checkpoint_writer.commit import Contents, Order, Outcome, carry_out, say
 from nightschool.checkpoint_writer.disk import Pieces
 from nightschool.checkpoint_writer.shared_buffer import SharedMemory
+from nightschool.store.home import Home
 from nightschool.store.locks import taken_over
+from nightschool.store.runs import Run, RunStore
 
 # Training comes first; the disk is slower than a niced process anyway.
 _NICENESS = 10
@@ -29,6 +32,8 @@ _LOOK_SECONDS = 1.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write what the trainer orders, until it is gone."""
     parser = argparse.ArgumentParser(prog="python -m nightschool.checkpoint_writer", description="Write checkpoints.")
+    parser.add_argument("--home", type=Path, required=True, help="the home that holds the run")
+    parser.add_argument("--run", required=True, help="the run whose checkpoints it writes")
     parser.add_argument("--channel", type=int, required=True, help="the socket on which orders come")
     parser.add_argument("--memory", type=int, required=True, help="the memory in which their bytes lie")
     parser.add_argument("--lock", type=int, required=True, help="the lock that says that somebody writes")
@@ -39,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.nice(_NICENESS)
     trainer = os.getppid()
     memory = SharedMemory(given.memory)
+    run = RunStore(Home(given.home)).at(given.run)
     with taken_over(given.lock), socket.socket(fileno=given.channel) as channel:
         for line in _lines(channel, trainer):
             message = json.loads(line)
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with suppress(OSError):  # the trainer finds out when it maps them
                     memory.reserve(int(message["reserve_bytes"]))
                 continue
-            outcome = _obey(message, memory)
+            outcome = _obey(run, message, memory)
             say(str(outcome))
             with suppress(OSError):  # the trainer may be gone; the checkpoint is there
                 channel.sendall(json.dumps(outcome.to_json()).encode() + b"\n")
@@ -66,12 +72,12 @@ def slices_of(memory: SharedMemory, files: list[list[Any]]) -> Contents:
     return contents
 
 
-def _obey(message: dict[str, Any], memory: SharedMemory) -> Outcome:
+def _obey(run: Run, message: dict[str, Any], memory: SharedMemory) -> Outcome:
     memory.attach(int(message["memory_bytes"]))
     offset, size = message["order"]
     with memoryview(memory.view) as view:
         content = json.loads(bytes(view[offset : offset + size]))
-    return carry_out(Order(**content["order"]), slices_of(memory, content["files"]))
+    return carry_out(run, Order(**content["order"]), slices_of(memory, content["files"]))
 
 
 def _lines(channel: socket.socket, trainer: int) -> Iterator[bytes]:

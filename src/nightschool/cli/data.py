@@ -18,7 +18,6 @@ from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.selection import select_loaded
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.starting_weights import starting_weights
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
 RECIPE_ENDINGS = (".yaml", ".yml")
@@ -119,11 +118,10 @@ def forget(request_id: str, /, *, yes: bool = False) -> None:
         request_id: The id that the answer came with.
         yes: Do not ask.
     """
-    with open_database(Home.find()) as db:
-        conversations = ConversationStore(db)
-        found = conversations.get(request_id)
-        confirm(f"Delete the conversation {request_id} of {found.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
-        replayed = conversations.forget(request_id)
+    conversations = ConversationStore(Home.find().database)
+    found = conversations.get(request_id)
+    confirm(f"Delete the conversation {request_id} of {found.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
+    replayed = conversations.forget(request_id)
     answer(
         {"forgotten": request_id, "accepted_examples_deleted": replayed},
         f"Deleted {request_id}, and {replayed} examples that would have been replayed.",

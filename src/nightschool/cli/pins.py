@@ -7,7 +7,6 @@ from typing import Any
 
 from nightschool.cli.output import answer, answer_rows, confirm
 from nightschool.feedback.pins import Pin, Pins
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
 
@@ -19,8 +18,7 @@ def add(question: str, expected: str, /, *, name: str = "default") -> None:
         expected: The answer that must stay.
         name: The name whose versions must keep it.
     """
-    with open_database(Home.find()) as db:
-        pin = Pins(db).add(name, question, expected)
+    pin = Pins(Home.find().database).add(name, question, expected)
     answer(_plain(pin), f"Pinned for {name} as {pin.id}: {question} → {expected}", quiet=str(pin.id))
 
 
@@ -34,8 +32,7 @@ def ls(*, name: str = "default") -> None:
     Args:
         name: The name.
     """
-    with open_database(Home.find(), writes=False) as db:
-        pins = Pins(db).ls(name)
+    pins = Pins(Home.find().database).ls(name)
     answer_rows(
         [_plain(pin) for pin in pins],
         {"PIN": "id", "QUESTION": "question", "ANSWER": "answer"},
@@ -52,9 +49,9 @@ def rm(pin: int, /, *, name: str = "default", yes: bool = False) -> None:
         name: The name.
         yes: Do not ask.
     """
-    with open_database(Home.find()) as db:
-        found = next((one for one in Pins(db).ls(name) if one.id == pin), None)
-        if found is not None:
-            confirm(f"Unpin {found.question!r} → {found.answer!r}?", yes=yes)
-        Pins(db).remove(name, pin)
+    pins = Pins(Home.find().database)
+    found = next((one for one in pins.ls(name) if one.id == pin), None)
+    if found is not None:
+        confirm(f"Unpin {found.question!r} → {found.answer!r}?", yes=yes)
+    pins.remove(name, pin)
     answer({"removed": pin}, f"Unpinned {pin}.", quiet=str(pin))

@@ -16,7 +16,6 @@ from nightschool.config.recipe import Recipe
 from nightschool.events import now
 from nightschool.jobs.schedule import Timetable
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.ledger import Cycle, Ledger
 from nightschool.store.locks import is_held
@@ -50,8 +49,7 @@ def run(recipe: Path, /, *overrides: str) -> int:
     let_children_colour()
     stop = Stop()
     home = Home.find()
-    with open_database(home) as db:
-        return Scheduler(home, load, ledger=Ledger(db), root=root, stop=stop, say=say).serve()
+    return Scheduler(home, load, ledger=Ledger(home.database), root=root, stop=stop, say=say).serve()
 
 
 def ls(name: str | None = None, /, *, limit: int = 20) -> None:
@@ -62,13 +60,10 @@ def ls(name: str | None = None, /, *, limit: int = 20) -> None:
         limit: At most this many of a name.
     """
     home = Home.find()
-    with open_database(home, writes=False) as db:
-        ledger = Ledger(db)
-        names = [check_full_name(name)] if name is not None else ledger.names()
-        cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
-        states = {
-            one: {"running": is_held(schedule_lock_path(home, one)), "paused": ledger.paused(one)} for one in names
-        }
+    ledger = Ledger(home.database)
+    names = [check_full_name(name)] if name is not None else ledger.names()
+    cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
+    states = {one: {"running": is_held(schedule_lock_path(home, one)), "paused": ledger.paused(one)} for one in names}
     rows = [_cycle(cycle) for cycle in cycles]
 
     def text() -> str:
@@ -102,8 +97,8 @@ def next_due(recipe: Path, /, *overrides: str, count: int = 3) -> None:
     home = Home.find()
     settings = read_recipe(recipe, overrides)
     timetable = Timetable.of(settings.schedule)
-    with open_database(home, writes=False) as db:
-        last, paused = Ledger(db).last(settings.name), Ledger(db).paused(settings.name)
+    ledger = Ledger(home.database)
+    last, paused = ledger.last(settings.name), ledger.paused(settings.name)
     running = is_held(schedule_lock_path(home, settings.name))
     moments = list(_due(timetable, last.due_at if last else now(), max(1, count)))
     data = {
@@ -136,8 +131,7 @@ def pause(name: str = "default", /) -> None:
     Args:
         name: The name.
     """
-    with open_database(Home.find()) as db:
-        Ledger(db).pause(name)
+    Ledger(Home.find().database).pause(name)
     answer({"name": name, "paused": True}, f"Paused {name}: cycles that fall due are skipped.", quiet=name)
 
 
@@ -147,8 +141,7 @@ def resume(name: str = "default", /) -> None:
     Args:
         name: The name.
     """
-    with open_database(Home.find()) as db:
-        Ledger(db).resume(name)
+    Ledger(Home.find().database).resume(name)
     answer({"name": name, "paused": False}, f"Resumed {name}.", quiet=name)
 
 

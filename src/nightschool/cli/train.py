@@ -161,7 +161,7 @@ def _to_resume(home: Home, wanted: str, recipe: Path | None, overrides: tuple[st
     if checkpoint is None:
         return run, "latest"
     settings = settings_of(run)
-    if settings is not None:
+    if settings is not None and settings.url is not None:
         refuse_another_in_bucket(run, checkpoint, settings.url, say=note)
     return run, checkpoint.name
 

@@ -9,6 +9,7 @@ from nightschool import uploads
 from nightschool.cli.lookup import find_checkpoint
 from nightschool.cli.output import Columns, Row, answer, answer_rows, note, table
 from nightschool.cli.recipes import read_recipe
+from nightschool.config.checkpoints import Upload
 from nightschool.errors import NotFound, UsageError
 from nightschool.remotes import parse_url
 from nightschool.store import checkpoints
@@ -37,7 +38,7 @@ def status(*, at: str | None = None, config: Path | None = None, local: bool = F
         local: Ask no bucket, only the journal.
     """
     home = Home.find()
-    rows = uploads.ls(home)
+    rows = uploads.Journal(home).ls()
     places = _places(at, config) or sorted({row.url for row in rows})
     buckets = [] if local else [bucket_contents(url) for url in places]
     data = upload_overview(home, rows, buckets)
@@ -138,28 +139,25 @@ def push(
     url = next(iter(_places(to, config)), None)
     limit = None if bandwidth is None else _bytes(bandwidth)
     pairs = _every(home, url) if checkpoint is None else [find_checkpoint(home, checkpoint)]
-    results = []
+    journal, results = uploads.Journal(home), []
     for run, point in pairs:
-        settings = uploads.settings_of(run)
-        place = url or (settings.url if settings else None)
+        settings = uploads.settings_of(run) or Upload()
+        place = url or settings.url
         if place is None:
             raise UsageError(
                 f"The recipe of {run.id} has no checkpoints.upload, so nothing says where {point.name} should go. "
                 f"Add --to gs://bucket/folder."
             )
-        asked: dict[str, Any] = {
-            "run_id": run.id,
-            "checkpoint": point.path,
-            "url": place,
-            "archive": archive or bool(settings and settings.archive and url is None),
-            "bandwidth": limit or (settings.bandwidth if settings else None),
-        }
-        if detach:
-            results.append(uploads.enqueue(home, **asked))
-        else:
-            entered = uploads.enqueue(home, **asked)
-            uploads.retry(home, [entered.id])
-            results.append(uploads.push_now(home, **asked, say=note))
+        asked = Upload(
+            url=place,
+            archive="tar.gz" if archive else settings.archive if url is None else "none",
+            bandwidth=limit or settings.bandwidth,
+        )
+        entered = journal.enqueue(point.path, asked)
+        if not detach:
+            journal.retry([entered.id])
+            entered = uploads.push_now(home, point.path, asked, say=note)
+        results.append(entered)
     if detach and results:
         uploads.ensure_uploader(home)
     missed = [row for row in results if row.state != "done"] if not detach else []
@@ -193,7 +191,7 @@ def push_all(
 
 def _every(home: Home, url: str | None) -> list[tuple[Run, Checkpoint]]:
     """What should be somewhere and is not there yet, oldest first."""
-    done = {(row.path, row.url) for row in uploads.ls(home) if row.state == "done"}
+    done = {(row.path, row.url) for row in uploads.Journal(home).ls() if row.state == "done"}
     pairs = []
     for run in reversed(RunStore(home).ls()):
         settings = uploads.settings_of(run)
@@ -212,24 +210,14 @@ def retry(*names: str, wait: bool = False) -> int:
         wait: Do it here, and return when they have arrived.
     """
     home = Home.find()
-    rows = [row for row in uploads.ls(home) if row.state in ("failed", "queued")]
+    journal = uploads.Journal(home)
+    rows = [row for row in journal.ls() if row.state in ("failed", "queued")]
     missing = set(names) - {row.name for row in rows}
     if missing:
         raise NotFound(f"No upload of {', '.join(sorted(missing))} waits. See nightschool uploads status.")
-    due = uploads.retry(home, [row.id for row in rows if not names or row.name in names])
+    due = journal.retry([row.id for row in rows if not names or row.name in names])
     if wait:
-        due = [
-            uploads.push_now(
-                home,
-                run_id=row.run_id,
-                checkpoint=row.folder,
-                url=row.url,
-                archive=row.archive,
-                bandwidth=row.bandwidth,
-                say=note,
-            )
-            for row in due
-        ]
+        due = [uploads.push_now(home, row.folder, row.settings, say=note) for row in due]
     elif due:
         # The one that runs may have been started with credentials that are refused.
         uploads.restart_uploader(home)

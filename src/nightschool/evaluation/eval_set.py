@@ -15,7 +15,6 @@ from nightschool.events import read_events
 from nightschool.feedback.novelty import learned_by
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 
@@ -109,25 +108,21 @@ def eval_set_of_run(
         [] if run is None else _examples(run.path / file)
         for file in ("new_examples.jsonl", "replayed.jsonl", "heldout.jsonl")
     )
-    database = open_database(home, writes=False)
-    try:
-        accepted = AcceptedExamples(database)
-        if recipe is not None:
-            taught = _without_old(home, recipe, accepted, taught, candidate)
-        old = accepted.shuffled(name, seed + _SEED_APART, without=candidate)
-        questions = make_questions(
-            taught,
-            [Example.from_json(row) for row in old[: _OLD_PER_QUESTION * limits.sample + len(replayed)]],
-            Pins(database).ls(name),
-            limits.sample,
-            seed,
-            max_answer_tokens=limits.max_new_tokens,
-            count_tokens=count_tokens,
-            replayed={example.digest for example in replayed},
-            general=_answered(general),
-        )
-    finally:
-        database.close()
+    accepted = AcceptedExamples(home.database)
+    if recipe is not None:
+        taught = _without_old(home, recipe, accepted, taught, candidate)
+    old = accepted.shuffled(name, seed + _SEED_APART, without=candidate)
+    questions = make_questions(
+        taught,
+        [Example.from_json(row) for row in old[: _OLD_PER_QUESTION * limits.sample + len(replayed)]],
+        Pins(home.database).ls(name),
+        limits.sample,
+        seed,
+        max_answer_tokens=limits.max_new_tokens,
+        count_tokens=count_tokens,
+        replayed={example.digest for example in replayed},
+        general=_answered(general),
+    )
     return EvalSet(questions, held_out, limits, [one.question for one in general if one.answer is None])
 
 

@@ -12,7 +12,6 @@ from nightschool.errors import Damaged
 from nightschool.events import read_events
 from nightschool.feedback.lineage import line_of
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.names import CHAMPION
 from nightschool.store.registry import Registry, Version
@@ -74,22 +73,21 @@ def settle(home: Home, name: str) -> None:
 
 def _follow(home: Home, registry: Registry, champion: Version) -> None:
     """Switch on what the champion's line learned, and off what only others learned."""
-    with open_database(home) as db:
-        accepted = AcceptedExamples(db)
-        name = champion.name
-        line = line_of(registry, champion)
-        # What a version learned stays in the pool's table; asking the disk again for each of the line would take long.
-        added = accepted.versions(name)
-        for version in line.versions:
-            if version.id in added:
-                accepted.restore_version(name, version.id)
-            else:
-                began_anew = version is line.versions[-1] and not line.broken
-                files = (REPLAYED, NEW_EXAMPLES) if began_anew else (NEW_EXAMPLES,)
-                accepted.add(name, version.id, [row for file in files for row in _studied(home, version, file)])
-        for version in registry.versions(name):
-            if not line.may_hold(version.id):
-                accepted.drop_version(name, version.id)
+    accepted = AcceptedExamples(home.database)
+    name = champion.name
+    line = line_of(registry, champion)
+    # What a version learned stays in the pool's table; asking the disk again for each of the line would take long.
+    added = accepted.versions(name)
+    for version in line.versions:
+        if version.id in added:
+            accepted.restore_version(name, version.id)
+        else:
+            began_anew = version is line.versions[-1] and not line.broken
+            files = (REPLAYED, NEW_EXAMPLES) if began_anew else (NEW_EXAMPLES,)
+            accepted.add(name, version.id, [row for file in files for row in _studied(home, version, file)])
+    for version in registry.versions(name):
+        if not line.may_hold(version.id):
+            accepted.drop_version(name, version.id)
 
 
 def _studied(home: Home, version: Version, file: str) -> list[dict[str, Any]]:

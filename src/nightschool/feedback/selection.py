@@ -24,7 +24,6 @@ from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.atomic import read_json, write_bytes, write_json
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 
 SHOWN_FIRST = 3
@@ -113,21 +112,20 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
 
 def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Selection:
     """As `select_examples`, from sources that were read already."""
-    with open_database(home, writes=False) as db:
-        accepted = AcceptedExamples(db)
-        split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
-        novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
-        new = novelty.new or novelty.all
-        return Selection(
-            new=new,
-            replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
-            held_out=split.held_out,
-            num_all=len(loaded.examples),
-            num_new=len(novelty.new),
-            num_left_out=len(split.train) - len(new),
-            num_duplicates=loaded.duplicates,
-            formats={report.source: sorted(report.formats) for report in loaded.sources},
-        )
+    accepted = AcceptedExamples(home.database)
+    split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
+    novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
+    new = novelty.new or novelty.all
+    return Selection(
+        new=new,
+        replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
+        held_out=split.held_out,
+        num_all=len(loaded.examples),
+        num_new=len(novelty.new),
+        num_left_out=len(split.train) - len(new),
+        num_duplicates=loaded.duplicates,
+        formats={report.source: sorted(report.formats) for report in loaded.sources},
+    )
 
 
 @dataclass(frozen=True)

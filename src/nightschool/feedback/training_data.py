@@ -15,7 +15,6 @@ from nightschool.errors import NotFound
 from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.lineage import start_of
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.names import CHAMPION, full_name, is_stamp, moment_of, split_name
 from nightschool.store.principal import DEFAULT_TENANT
@@ -79,17 +78,13 @@ def _read_conversations(
     if source.since == "last_promoted":
         assert name is not None, "only a name has a champion"
         since = _base_began(home, name, base)
-    database = open_database(home, writes=False)
-    try:
-        recorded = ConversationStore(database).select(
-            source.where.rating,
-            source.where.corrected,
-            _studied_name(source, name),
-            since,
-            tenant=split_name(name)[0] if name is not None else DEFAULT_TENANT,
-        )
-    finally:
-        database.close()
+    recorded = ConversationStore(home.database).select(
+        source.where.rating,
+        source.where.corrected,
+        _studied_name(source, name),
+        since,
+        tenant=split_name(name)[0] if name is not None else DEFAULT_TENANT,
+    )
     found = examples_of(recorded, problems)
     report = SourceReport("conversations", {"conversations": len(recorded)}, len(found.examples))
     return Loaded(found.examples, [report], bad=found.bad, superseded=found.superseded)

@@ -20,7 +20,6 @@ from nightschool import uploads
 from nightschool.errors import Interrupted, Locked, NightschoolError
 from nightschool.events import EventLog, now
 from nightschool.remotes import TIMEOUT_SECONDS
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
@@ -83,47 +82,44 @@ def serve(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Stop
         if not home.path.is_dir():
             return 0
         # Something may have been entered while we still held the lock, by somebody who took us for alive.
-        with open_database(home) as db:
-            if Journal(home, db).seconds_to_next() is None:
-                return 1 if Journal(home, db).ls(states=("failed",)) else 0
+        journal = Journal(home)
+        if journal.seconds_to_next() is None:
+            return 1 if journal.ls(states=("failed",)) else 0
 
 
 def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Stop, say: Say) -> None:
     for found in uploads.reconcile(home):
         say(f"Found {found.name} of {found.run_id}, which was not in the journal")
     idle_since = time.monotonic()
-    with open_database(home) as db:
-        journal = Journal(home, db)
-        while True:
-            if stop.requested:
-                raise Interrupted("The uploader was stopped; it goes on where it was when it is started again.")
-            try:
-                upload = journal.claim()
-                if upload is not None:
-                    _tell(home, _timed(home, journal, upload, timeout_seconds, stop, say), say)
-                    idle_since = time.monotonic()
-                    continue
-                due = journal.seconds_to_next()
-            except Interrupted:
-                raise
-            except NightschoolError as error:  # of the database: full, or locked by somebody for too long
-                say(f"error: {error}")
-                stop.wait(_PAUSE_AFTER_FAULT_SECONDS)
+    journal = Journal(home)
+    while True:
+        if stop.requested:
+            raise Interrupted("The uploader was stopped; it goes on where it was when it is started again.")
+        try:
+            upload = journal.claim()
+            if upload is not None:
+                _tell(home, _timed(journal, upload, timeout_seconds, stop, say), say)
+                idle_since = time.monotonic()
                 continue
-            if due is None and time.monotonic() - idle_since >= idle_seconds:
-                return
-            if not home.path.is_dir():
-                say(f"{home.path} was removed; there is nothing left to upload")
-                return
-            # What is due and could not be taken is at work elsewhere.
-            stop.wait(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
+            due = journal.seconds_to_next()
+        except Interrupted:
+            raise
+        except NightschoolError as error:  # of the database: full, or locked by somebody for too long
+            say(f"error: {error}")
+            stop.wait(_PAUSE_AFTER_FAULT_SECONDS)
+            continue
+        if due is None and time.monotonic() - idle_since >= idle_seconds:
+            return
+        if not home.path.is_dir():
+            say(f"{home.path} was removed; there is nothing left to upload")
+            return
+        # What is due and could not be taken is at work elsewhere.
+        stop.wait(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
 
 
-def _timed(
-    home: Home, journal: Journal, upload: Upload, timeout_seconds: float, stop: Stop, say: Say
-) -> tuple[Upload, float]:
+def _timed(journal: Journal, upload: Upload, timeout_seconds: float, stop: Stop, say: Say) -> tuple[Upload, float]:
     started = time.monotonic()
-    result = attempt(home, journal, upload, say=say, stop=lambda: stop.requested, timeout_seconds=timeout_seconds)
+    result = attempt(journal, upload, say=say, stop=lambda: stop.requested, timeout_seconds=timeout_seconds)
     return result, time.monotonic() - started
 
 

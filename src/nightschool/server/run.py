@@ -9,7 +9,7 @@ import math
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from nightschool.server.app import create_app
 from nightschool.server.connections import Connections
 from nightschool.server.logs import configure_logs
 from nightschool.server.settings import ServerSettings
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 
@@ -49,8 +48,8 @@ def serve(
     """
     settings.check()
     configure_logs(settings.log_level)
-    with listening(settings) as listener, open_database(home) if settings.record_conversations else nullcontext() as db:
-        conversations = None if db is None else ConversationStore(db)
+    with listening(settings) as listener:
+        conversations = ConversationStore(home.database.connect()) if settings.record_conversations else None
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
         pool = EnginePool(home, **chosen)

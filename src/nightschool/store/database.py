@@ -1,16 +1,19 @@
-"""The state database: tables, and opening it at the newest layout.
+"""The state database of a home, at the newest layout.
 
 SQLite in the home (write-ahead log, so that readers never wait for a writer), or PostgreSQL when DATABASE_URL names
-one; there every home has a schema of its own, so that two homes on one database do not meet. The layout is brought up to date by the migrations in this package when the database is opened, under a lock;
-a database that is up to date costs one query.
+one; there every home has a schema of its own, so that two homes on one database do not meet. The layout is brought up
+to date by the migrations in this package at the first connection, under a lock; one that is up to date costs one query.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +21,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, UsageError
 from nightschool.store.atomic import make_folder
@@ -38,37 +41,63 @@ _POSTGRES_MIGRATION_LOCK = 6_178_236_450
 
 
 class Database:
-    """An open state database. One object serves all threads of a process; `close` it at the end."""
+    """The state database of a home: connected at first need, kept for all threads of a process, closed with it.
 
-    def __init__(self, engine: Engine, *, writes: bool = True) -> None:
-        self.engine = engine
-        self.writes = writes
+    A home hands out its own: `home.database`. Reading creates nothing: a home without a database reads as one in which
+    nothing is kept, and one that cannot be written, as on a read-only mount, is read as it is. Writing creates the
+    database, and both bring its layout up to date.
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    Every use raises:
+        UsageError: If DATABASE_URL is no SQLite or PostgreSQL address, or its driver is not installed.
+        Conflict: If a newer nightschool wrote the database, other homes share its tables, or it cannot be written.
+        MadeByNewer: If a newer nightschool has given the home another form.
+        Locked: If another writer keeps the database for more than 30 s.
+        DiskFull: If there is no room.
+        Damaged: If the file is not a database, or was altered.
+    """
+
+    def __init__(self, home: Home, *, env: Mapping[str, str] | None = None) -> None:
+        self._home = home
+        self._env = os.environ if env is None else env
+        self._guard = threading.Lock()
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The connections for writing."""
+        with self._guard:
+            if self._engine is None:
+                self._engine = _connected(self._home, _database_url(self._home, self._env))
+                weakref.finalize(self, self._engine.dispose)
+            return self._engine
+
+    def connect(self) -> Database:
+        """Connect to write now, for whoever wants to fail before the work begins. Returns itself."""
+        self.engine.connect().close()
+        return self
+
+    def read(self) -> AbstractContextManager[Connection]:
         """A connection whose queries all see one moment."""
-        with self._translated(), self.engine.connect() as connection:
-            yield connection
+        return _reading(self._engine_to_read())
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self) -> AbstractContextManager[Connection]:
         """A transaction: all of the block is stored, or nothing.
 
         On SQLite it takes the write lock at once, so that what is read in the block is still true when it writes.
-
-        Raises:
-            Locked: If another writer keeps the database for more than 30 s.
-            DiskFull: If there is no room.
-            Damaged: If the file is not a database, or was altered.
         """
-        if not self.writes:
-            raise RuntimeError("this database was opened to look at")
-        with (
-            self._translated(),
-            self.engine.connect().execution_options(writes=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
+        return _writing(self.engine)
+
+    def _engine_to_read(self) -> Engine:
+        if self._engine is not None:
+            return self._engine
+        url = _database_url(self._home, self._env)
+        is_new = check_format(self._home) is None and not _is_used(self._home)
+        file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+        if is_new if file is None else not (file.is_file() and file.stat().st_size):
+            return _empty_engine()
+        if file is not None and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+            return _as_it_is(file, url)
+        return self.engine
 
     def clear_log(self) -> None:
         """Fold SQLite's write-ahead log into the database file, so that what was deleted is not read from the log.
@@ -87,8 +116,10 @@ class Database:
                 connection.close()
 
     def close(self) -> None:
-        """Give back all connections."""
-        self.engine.dispose()
+        """Give back all connections; the next use makes new ones."""
+        with self._guard:
+            if self._engine is not None:
+                self._engine.dispose()
 
     def __enter__(self) -> Database:
         return self
@@ -96,74 +127,71 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except DBAPIError as error:
-            where = self.engine.url.render_as_string(hide_password=True)
-            said = str(error.orig)
-            if "is full" in said or "No space left" in said:
-                raise DiskFull(
-                    f"There is no room for the database {where} ({said}); what was stored before is still whole. "
-                    f"Free some space and try again."
-                ) from error
-            if "is locked" in said:
-                raise Locked(
-                    f"Another process has been writing the database {where} for more than {_BUSY_SECONDS:.0f} s. "
-                    f"Wait until it is done, or stop that process."
-                ) from error
-            if "readonly" in said or "unable to open" in said:
-                raise Conflict(
-                    f"The database {where} cannot be written ({said}): the home is read-only, or belongs to another user. "
-                    f"Make it writable, or copy it and name the copy in NIGHTSCHOOL_HOME."
-                ) from error
-            if "malformed" in said or "not a database" in said:
-                raise Damaged(
-                    f"The database {where} is damaged ({said}). Restore it from a copy, or move it away."
-                ) from error
-            raise
+
+@contextmanager
+def _reading(engine: Engine) -> Iterator[Connection]:
+    with _translated(engine), engine.connect() as connection:
+        yield connection
 
 
-def open_database(home: Home, *, writes: bool = True, env: Mapping[str, str] | None = None) -> Database:
-    """Open the state database, create it if it is missing, and bring its layout up to date.
+@contextmanager
+def _writing(engine: Engine) -> Iterator[Connection]:
+    with _translated(engine), engine.connect().execution_options(writes=True) as connection, connection.begin():
+        yield connection
 
-    Without `writes` nothing is created: a home that has no database yet reads as one in which nothing is kept, and
-    one that cannot be written, as on a read-only mount, is read as it is.
 
-    Raises:
-        UsageError: If DATABASE_URL is no SQLite or PostgreSQL address, or its driver is not installed.
-        Conflict: If a newer nightschool wrote the database, other homes share its tables, or it cannot be written.
-        MadeByNewer: If a newer nightschool has given the home another form.
-        Damaged, DiskFull, Locked: As `Database.write` does.
-    """
-    url = _database_url(home, os.environ if env is None else env)
-    is_new = check_format(home) is None and not _is_used(home)
-    file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
-    if not writes and (is_new if file is None else not (file.is_file() and file.stat().st_size)):
-        return Database(_empty_engine(), writes=False)
-    if file is not None and not writes and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
-        return _as_it_is(file, url)
-    if file == home.state_db:
-        make_folder(home.path)
-    database = Database(_create_engine(url, home))
+@contextmanager
+def _translated(engine: Engine) -> Iterator[None]:
     try:
-        if _revision(database) != HEAD:
-            _migrate(home, database)
-    except BaseException:
-        database.close()
+        yield
+    except DBAPIError as error:
+        where = engine.url.render_as_string(hide_password=True)
+        said = str(error.orig)
+        if "is full" in said or "No space left" in said:
+            raise DiskFull(
+                f"There is no room for the database {where} ({said}); what was stored before is still whole. "
+                f"Free some space and try again."
+            ) from error
+        if "is locked" in said:
+            raise Locked(
+                f"Another process has been writing the database {where} for more than {_BUSY_SECONDS:.0f} s. "
+                f"Wait until it is done, or stop that process."
+            ) from error
+        if "readonly" in said or "unable to open" in said:
+            raise Conflict(
+                f"The database {where} cannot be written ({said}): the home is read-only, or belongs to another user. "
+                f"Make it writable, or copy it and name the copy in NIGHTSCHOOL_HOME."
+            ) from error
+        if "malformed" in said or "not a database" in said:
+            raise Damaged(
+                f"The database {where} is damaged ({said}). Restore it from a copy, or move it away."
+            ) from error
         raise
-    database.writes = writes
-    return database
 
 
+def _connected(home: Home, url: URL) -> Engine:
+    """The engine of a database that exists, at the newest layout."""
+    check_format(home)
+    if url.get_backend_name() == "sqlite" and Path(url.database or "") == home.state_db:
+        make_folder(home.path)
+    engine = _create_engine(url, home)
+    try:
+        if _revision(engine) != HEAD:
+            _migrate(home, engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+@cache
 def _empty_engine() -> Engine:
     engine = sa.create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
     metadata.create_all(engine)
     return engine
 
 
-def _as_it_is(file: Path, url: URL) -> Database:
+def _as_it_is(file: Path, url: URL) -> Engine:
     """A SQLite file that cannot be written.
 
     Beside a write-ahead log SQLite reads both, and whoever writes them elsewhere is seen. Without one nobody writes:
@@ -175,20 +203,16 @@ def _as_it_is(file: Path, url: URL) -> Database:
         where = f"file:{quote(str(file.absolute()))}?{mode}"
         return sqlite3.connect(where, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
-    engine = sa.create_engine(url, creator=connect)
+    # Not kept: whether there is a log is asked each time.
+    engine = sa.create_engine(url, creator=connect, poolclass=NullPool)
     sa.event.listen(engine, "begin", _begin_sqlite)
-    database = Database(engine, writes=False)
-    try:
-        revision = _revision(database)
-        if revision != HEAD:
-            raise Conflict(
-                f"{file} has the layout {revision}, this nightschool reads {HEAD}, and the file cannot be written to "
-                f"bring it up to date. Make it writable, or copy the home and name the copy in NIGHTSCHOOL_HOME."
-            )
-    except BaseException:
-        database.close()
-        raise
-    return database
+    revision = _revision(engine)
+    if revision != HEAD:
+        raise Conflict(
+            f"{file} has the layout {revision}, this nightschool reads {HEAD}, and the file cannot be written to "
+            f"bring it up to date. Make it writable, or copy the home and name the copy in NIGHTSCHOOL_HOME."
+        )
+    return engine
 
 
 def _database_url(home: Home, env: Mapping[str, str]) -> URL:
@@ -259,32 +283,32 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _revision(database: Database) -> str | None:
-    with database.read() as connection:
+def _revision(engine: Engine) -> str | None:
+    with _reading(engine) as connection:
         if not sa.inspect(connection).has_table("alembic_version"):
             return None
         return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def _migrate(home: Home, database: Database) -> None:
+def _migrate(home: Home, engine: Engine) -> None:
     """Apply what is missing, once, however many processes open the database at the same time."""
     from nightschool.store.migrations.upgrade import upgrade  # Alembic takes 0.2 s to import; mostly it is not needed.
 
-    is_sqlite = database.engine.dialect.name == "sqlite"
+    is_sqlite = engine.dialect.name == "sqlite"
     held = (
         lock(home.locks / "database.lock", "the layout of the database", wait_seconds=_MIGRATION_WAIT_SECONDS)
         if is_sqlite
         else nullcontext()
     )
     id_of(home)
-    with held, database.write() as connection:
+    with held, _writing(engine) as connection:
         if not is_sqlite:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_POSTGRES_MIGRATION_LOCK)))
             _make_schema(connection, home)
         known = upgrade(connection)
     if not known:
         raise Conflict(
-            f"The database was written by a newer nightschool (layout {_revision(database)}); this one knows {HEAD}. "
+            f"The database was written by a newer nightschool (layout {_revision(engine)}); this one knows {HEAD}. "
             f"Install the newer nightschool again."
         )
 

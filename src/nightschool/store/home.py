@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nightschool.store.atomic import make_folder
+
+if TYPE_CHECKING:
+    from nightschool.store.database import Database
 
 HOME_VARIABLE = "NIGHTSCHOOL_HOME"
 FOLDER_NAME = ".nightschool"
@@ -53,6 +58,13 @@ class Home:
     @property
     def state_db(self) -> Path:
         return self.path / "state.db"
+
+    @cached_property
+    def database(self) -> Database:
+        """The state database, the same for everybody to whom this object was handed down. Nothing is opened yet."""
+        from nightschool.store.database import Database  # SQLAlchemy takes 0.2 s to import; not every command needs it.
+
+        return Database(self)
 
     def ensure(self) -> Home:
         """Create the folders that are missing, durably. Returns itself."""

@@ -95,17 +95,12 @@ class Run:
 
     id: str
     path: Path
+    home: Home
 
     @property
     def name(self) -> str:
         """The name under which its versions are published; with its tenant, unless that is the default one."""
         return self.id.rpartition("-")[0]
-
-    @property
-    def home(self) -> Home:
-        """The home that it lies in."""
-        # runs/<run> or tenants/<tenant>/runs/<run>
-        return Home(self.path.parents[3 if "/" in self.id else 1])
 
     @property
     def recipe_path(self) -> Path:
@@ -235,7 +230,7 @@ class RunStore:
                 moment or now(),
                 lambda stamp: f"{name}-{stamp}" in removed or (runs / f"{bare}-{stamp}").exists(),
             )
-            run = Run(f"{name}-{stamp}", runs / f"{bare}-{stamp}")
+            run = Run(f"{name}-{stamp}", runs / f"{bare}-{stamp}", self.home)
             with publish_directory(run.path) as folder:
                 write_text(folder / run.recipe_path.name, recipe_yaml(recipe_plain))
                 (folder / run.checkpoints_path.name).mkdir()
@@ -275,7 +270,7 @@ class RunStore:
         name, _, stamp = run_id.rpartition("-")
         tenant, bare = split_name(name if is_stamp(stamp) else run_id)
         folder = f"{bare}-{stamp}" if is_stamp(stamp) else bare
-        return Run(full_name(tenant, folder), home_of(self.home, tenant).runs / folder)
+        return Run(full_name(tenant, folder), home_of(self.home, tenant).runs / folder, self.home)
 
     def containing(self, path: Path) -> Run | None:
         """The run in whose folder a path lies, in the home's own spelling; None if it lies in none."""
@@ -283,7 +278,7 @@ class RunStore:
             runs = home_of(self.home, tenant).runs
             if path.is_relative_to(runs) and path != runs:
                 folder = path.relative_to(runs).parts[0]
-                return Run(full_name(tenant, folder), runs / folder)
+                return Run(full_name(tenant, folder), runs / folder, self.home)
         return None
 
     def find(self, wanted: str | None) -> Run:
@@ -306,7 +301,7 @@ class RunStore:
             for path in home_of(self.home, one).runs.glob("*-*"):
                 _, _, stamp = path.name.rpartition("-")
                 if not path.name.endswith(PARTIAL) and is_stamp(stamp) and (path / "status.json").is_file():
-                    runs.append(Run(full_name(one, path.name), path))
+                    runs.append(Run(full_name(one, path.name), path, self.home))
         return sorted(runs, key=lambda run: (run.id.rpartition("-")[2], run.id), reverse=True)
 
     def remove(self, run_id: str) -> None:

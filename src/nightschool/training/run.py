@@ -122,7 +122,7 @@ def _guarded(
                 execute(home, run, resume=resume, root=root, stop=stop, world=world, steps=steps)
             except Interrupted as error:
                 run.update_status(state="interrupted", error=str(error), exit_code=error.exit_code)
-                uploads.wait_at_stop(home, run, say=lambda text: print(printable(text), flush=True))  # noqa: T201
+                uploads.wait_at_stop(run, say=lambda text: print(printable(text), flush=True))  # noqa: T201
                 return _complain(error, error.exit_code)
             except Exception as error:
                 error = _explained(error)

@@ -1,8 +1,8 @@
 """Uploads: a checkpoint that was committed is entered in a journal, and a process of its own brings it to its place.
 
-    uploads.after_commit(home, run, path)      what a writer calls; does what the run's recipe says
-    uploads.is_pending(home, path)             what retention asks before it removes anything
-    uploads.pending_bytes(home)                what is not uploaded yet
+    uploads.after_commit(run, path)      what a writer calls; does what the run's recipe says
+    uploads.is_pending(home, path)       what retention asks before it removes anything
+    Journal(home)                        what is not uploaded yet, and what was
 
 The uploader (`python -m nightschool.jobs.uploader`) outlives the trainer. A failed upload never stops training.
 """
@@ -14,37 +14,33 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from pydantic import ValidationError
 
+from nightschool.config import checkpoints as config
 from nightschool.errors import Damaged, NightschoolError, NotFound
 from nightschool.remotes.address import parse_url
 from nightschool.store import checkpoints
 from nightschool.store.atomic import make_folder
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.locks import is_held
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import format_bytes
-from nightschool.uploads.journal import UNFINISHED, Journal, Upload, UploadState, digest_of
+from nightschool.uploads.journal import Journal, Upload, digest_of
 from nightschool.uploads.push import push_until_done
 from nightschool.work.processes import PROCESSES, command
 
 __all__ = [
-    "Settings",
+    "Journal",
     "Upload",
     "after_commit",
-    "enqueue",
     "ensure_uploader",
     "is_pending",
-    "ls",
-    "pending_bytes",
     "push_now",
     "reconcile",
     "restart_uploader",
-    "retry",
     "settings_of",
     "uploader_lock_path",
     "uploader_log_path",
@@ -63,39 +59,21 @@ _NAMED = re.compile(rb"\bupload:(?!\s*(null\b|url:\s*null\b))")
 _started: list[subprocess.Popen[bytes]] = []
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a recipe says of uploads (`checkpoints.upload`). `bandwidth` is in bytes per second."""
-
-    url: str
-    background: bool = True
-    archive: bool = False
-    bandwidth: int | None = None
-    max_pending_bytes: int | None = None
-    wait_at_stop_seconds: float = 20.0
-
-
-def settings_of(run: Run) -> Settings | None:
-    """What the run's recipe says of uploads; None if nothing is uploaded."""
+def settings_of(run: Run) -> config.Upload | None:
+    """What the run's recipe says of uploads; None if nothing is uploaded. Raises Damaged if it says nothing of sense."""
     # Reading YAML takes milliseconds a run, and most runs upload nothing.
     if _NAMED.search(run.recipe_path.read_bytes()) is None:
         return None
-    upload = (run.recipe().get("checkpoints") or {}).get("upload")
-    if isinstance(upload, str):
-        return Settings(upload)
-    if not upload or not upload.get("url"):
-        return None
-    return Settings(
-        url=upload["url"],
-        background=upload.get("background", True),
-        archive=upload.get("archive", "none") != "none",
-        bandwidth=upload.get("bandwidth"),
-        max_pending_bytes=upload.get("max_pending"),
-        wait_at_stop_seconds=float(upload.get("wait_at_stop", 20.0)),
-    )
+    try:
+        settings = config.Checkpoints.model_validate(run.recipe().get("checkpoints") or {}).upload
+    except ValidationError as error:
+        raise Damaged(
+            f"{run.recipe_path} has wrong checkpoints: {error.errors()[0]['msg']}. Restore the file, or remove the run."
+        ) from error
+    return settings if settings.url else None
 
 
-def after_commit(home: Home, run: Run, checkpoint: Path, *, say: Callable[[str], None]) -> None:
+def after_commit(run: Run, checkpoint: Path, *, say: Callable[[str], None]) -> None:
     """Do what the recipe says of uploads with a checkpoint that was just committed. Call it before retention.
 
     With `background`, that is one row in the journal, and a process that is started if none runs. Otherwise the
@@ -107,46 +85,15 @@ def after_commit(home: Home, run: Run, checkpoint: Path, *, say: Callable[[str],
         if settings is None:
             return
         if settings.background:
-            enqueue(
-                home,
-                run_id=run.id,
-                checkpoint=checkpoint,
-                url=settings.url,
-                archive=settings.archive,
-                bandwidth=settings.bandwidth,
-            )
-            ensure_uploader(home)
+            Journal(run.home).enqueue(checkpoint, settings)
+            ensure_uploader(run.home)
             say(f"Queued {checkpoint.name} for background upload")
             return
-        result = push_now(
-            home,
-            run_id=run.id,
-            checkpoint=checkpoint,
-            url=settings.url,
-            archive=settings.archive,
-            bandwidth=settings.bandwidth,
-            say=say,
-        )
+        result = push_now(run.home, checkpoint, settings, say=say)
         if result.state != "done":
             say(f"Not uploaded {checkpoint.name}: {result.error}")
     except (NightschoolError, OSError) as error:
         say(f"Not uploaded {checkpoint.name}: {error}")
-
-
-def enqueue(
-    home: Home, *, run_id: str, checkpoint: Path, url: str, archive: bool = False, bandwidth: int | None = None
-) -> Upload:
-    """Enter a committed checkpoint in the journal; entering it twice is the same as once.
-
-    Raises:
-        NotFound, Damaged: If there is no such finished checkpoint.
-        UsageError: If the URL is none.
-        Locked, DiskFull: As `Database.write` does.
-    """
-    with open_database(home) as db:
-        return Journal(home, db).enqueue(
-            run_id=run_id, checkpoint=checkpoint, url=url, archive=archive, bandwidth=bandwidth
-        )
 
 
 def is_pending(home: Home, path: Path) -> bool:
@@ -157,7 +104,7 @@ def is_pending(home: Home, path: Path) -> bool:
     """
     try:
         present = digest_of(path)
-        rows = ls(home, path=path)
+        rows = Journal(home).ls(path=path)
     except FileNotFoundError:
         return False
     except NightschoolError:
@@ -165,29 +112,13 @@ def is_pending(home: Home, path: Path) -> bool:
     if any(row.state != "done" or row.digest != present for row in rows):
         return True
     try:
-        settings = settings_of(_run_of(home, path))
-        return settings is not None and str(parse_url(settings.url)) not in {row.url for row in rows}
+        run = RunStore(home).containing(path)
+        settings = None if run is None else settings_of(run)
+        return settings is not None and str(parse_url(settings.url or "")) not in {row.url for row in rows}
     except FileNotFoundError:
         return False
     except NightschoolError:
         return True
-
-
-def ls(home: Home, *, path: Path | None = None) -> list[Upload]:
-    """The uploads of a home, newest first."""
-    with open_database(home, writes=False) as db:
-        return Journal(home, db).ls(path=path)
-
-
-def pending_bytes(home: Home) -> int:
-    """Bytes of all checkpoints that must be uploaded and are not yet, also of those that have failed."""
-    return _bytes_left(home, UNFINISHED)
-
-
-def _bytes_left(home: Home, states: tuple[UploadState, ...]) -> int:
-    with open_database(home, writes=False) as db:
-        rows = Journal(home, db).ls(states=states)
-    return sum(max(0, row.size_bytes - row.sent_bytes) for row in rows)
 
 
 def wait_for_room(
@@ -203,9 +134,9 @@ def wait_for_room(
     Returns False if the time is over, or `stop` said so.
     """
     deadline = time.monotonic() + give_up_seconds
-    told = False
+    journal, told = Journal(home), False
     # What has failed waits for the user; to wait for it here would stop the run for nothing.
-    while (pending := _bytes_left(home, ("queued", "running"))) > most_bytes:
+    while (pending := journal.bytes_left(("queued", "running"))) > most_bytes:
         if stop() or time.monotonic() > deadline:
             return False
         ensure_uploader(home)
@@ -216,7 +147,7 @@ def wait_for_room(
     return True
 
 
-def wait_at_stop(home: Home, run: Run, *, say: Callable[[str], None]) -> bool:
+def wait_at_stop(run: Run, *, say: Callable[[str], None]) -> bool:
     """Wait as long as the recipe allows for the uploads of a run that was asked to stop.
 
     Where the machine goes away with the run, this is the last chance; elsewhere the uploader goes on by itself.
@@ -226,29 +157,23 @@ def wait_at_stop(home: Home, run: Run, *, say: Callable[[str], None]) -> bool:
         settings = settings_of(run)
         if settings is None:
             return True
-        deadline = time.monotonic() + settings.wait_at_stop_seconds
-        told = False
+        deadline = time.monotonic() + settings.wait_at_stop
+        journal, told = Journal(run.home), False
         while True:
-            rows = [row for row in ls(home) if row.run_id == run.id and row.state in ("queued", "running")]
+            rows = [row for row in journal.ls() if row.run_id == run.id and row.state in ("queued", "running")]
             if not rows:
-                return not any(row.run_id == run.id and row.state == "failed" for row in ls(home))
+                return not any(row.run_id == run.id and row.state == "failed" for row in journal.ls())
             if time.monotonic() > deadline:
                 say(f"{len(rows)} uploads are left; they go on in the background, or with nightschool uploads retry")
                 return False
             if not told:
-                say(f"Waiting up to {settings.wait_at_stop_seconds:g} s for {len(rows)} uploads")
+                say(f"Waiting up to {settings.wait_at_stop:g} s for {len(rows)} uploads")
                 told = True
-            ensure_uploader(home)
+            ensure_uploader(run.home)
             time.sleep(min(_POLL_SECONDS, 0.2))
     except (NightschoolError, OSError) as error:
         say(f"Not waiting for uploads: {error}")
         return False
-
-
-def retry(home: Home, upload_ids: list[int] | None = None) -> list[Upload]:
-    """Make failed and waiting uploads due now, all or those."""
-    with open_database(home) as db:
-        return Journal(home, db).retry(upload_ids)
 
 
 def reconcile(home: Home) -> list[Upload]:
@@ -260,41 +185,31 @@ def reconcile(home: Home) -> list[Upload]:
         What was entered.
     """
     entered = []
-    with open_database(home) as db:
-        journal = Journal(home, db)
-        rows = journal.ls()
-        journal.forget(row.id for row in rows if not row.folder.exists() and not row.folder.parent.parent.exists())
-        known = {(row.path, row.url): row.digest for row in rows}
-        for run in RunStore(home).ls():
-            try:
-                settings = settings_of(run)
-                if settings is None:
-                    continue
-                url = str(parse_url(settings.url))
-                entered += [
-                    journal.enqueue(
-                        run_id=run.id,
-                        checkpoint=point.path,
-                        url=url,
-                        archive=settings.archive,
-                        bandwidth=settings.bandwidth,
-                    )
-                    for point in checkpoints.ls(run)
-                    if known.get((str(point.path), url)) != digest_of(point.path)
-                ]
-            except (NotFound, Damaged, FileNotFoundError):
-                continue  # removed meanwhile, or damaged: there is nothing that could be uploaded
+    journal = Journal(home)
+    rows = journal.ls()
+    journal.forget(row.id for row in rows if not row.folder.exists() and not row.folder.parent.parent.exists())
+    known = {(row.path, row.url): row.digest for row in rows}
+    for run in RunStore(home).ls():
+        try:
+            settings = settings_of(run)
+            if settings is None:
+                continue
+            url = str(parse_url(settings.url or ""))
+            entered += [
+                journal.enqueue(point.path, settings)
+                for point in checkpoints.ls(run)
+                if known.get((str(point.path), url)) != digest_of(point.path)
+            ]
+        except (NotFound, Damaged, FileNotFoundError):
+            continue  # removed meanwhile, or damaged: there is nothing that could be uploaded
     return entered
 
 
 def push_now(
     home: Home,
-    *,
-    run_id: str,
     checkpoint: Path,
-    url: str,
-    archive: bool = False,
-    bandwidth: int | None = None,
+    settings: config.Upload,
+    *,
     say: Callable[[str], None],
     stop: Callable[[], bool] = lambda: False,
     give_up_seconds: float = GIVE_UP_SECONDS,
@@ -304,13 +219,12 @@ def push_now(
     Whatever happens, it is in the journal: an uploader goes on with what is not done.
 
     Raises:
-        NotFound, Damaged, UsageError: As `enqueue` does.
+        NotFound, Damaged, UsageError: As `Journal.enqueue` does.
         Interrupted: If `stop` says so.
     """
-    with open_database(home) as db:
-        journal = Journal(home, db)
-        upload = journal.enqueue(run_id=run_id, checkpoint=checkpoint, url=url, archive=archive, bandwidth=bandwidth)
-        return push_until_done(home, journal, upload, say=say, stop=stop, give_up_seconds=give_up_seconds)
+    journal = Journal(home)
+    upload = journal.enqueue(checkpoint, settings)
+    return push_until_done(journal, upload, say=say, stop=stop, give_up_seconds=give_up_seconds)
 
 
 def uploader_lock_path(home: Home) -> Path:
@@ -362,10 +276,3 @@ def restart_uploader(home: Home) -> int | None:
             old.terminate()
             old.wait(_END_SECONDS)
     return ensure_uploader(home)
-
-
-def _run_of(home: Home, checkpoint: Path) -> Run:
-    run = RunStore(home).containing(checkpoint)
-    if run is None:
-        raise NotFound(f"{checkpoint} lies in no run of {home.path}. Name a checkpoint of a run.")
-    return run

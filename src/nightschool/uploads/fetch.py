@@ -220,13 +220,13 @@ def _run_for(home: Home, located: Located, folder: Path) -> Run:
     run_id, recipe = located.run_id, folder / "recipe.yaml"
     if run_id is not None and "/" not in run_id and recipe.is_file():
         # In a bucket, the folder above a run may be its tenant or any other; the recipe knows.
-        run_id = full_name(split_name(_name_in(recipe, located))[0], run_id)
+        run_id = full_name(split_name(_name_in(home, recipe, located))[0], run_id)
     if run_id is not None and RunStore(home).at(run_id).status_path.is_file():
         return RunStore(home).get(run_id)
     if not recipe.is_file():
         raise Damaged(f"{located.url} holds no recipe.yaml, so no run can be made of it. Take another checkpoint.")
     if run_id is None:
-        run_id = f"{_name_in(recipe, located)}-{stamp_of(manifest.created_at)}"
+        run_id = f"{_name_in(home, recipe, located)}-{stamp_of(manifest.created_at)}"
     run = RunStore(home).at(run_id)
     if run.status_path.is_file():
         return run
@@ -245,8 +245,8 @@ def _run_for(home: Home, located: Located, folder: Path) -> Run:
     return run
 
 
-def _name_in(recipe: Path, located: Located) -> str:
-    name = Run("", recipe.parent).recipe().get("name")
+def _name_in(home: Home, recipe: Path, located: Located) -> str:
+    name = Run("", recipe.parent, home).recipe().get("name")
     if not isinstance(name, str):
         raise Damaged(f"The recipe.yaml of {located.url} has no name. Take another checkpoint.")
     return check_full_name(name)

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from nightschool.config import checkpoints as config
 from nightschool.errors import BucketMissing, Conflict, CredentialsRefused, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.remotes.address import parse_url
 from nightschool.store.checkpoints import parse_checkpoint
-from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.manifest import MANIFEST, read_manifest
-from nightschool.store.names import check_key
+from nightschool.store.runs import RunStore
 from nightschool.store.tables import upload_files, uploads
 from nightschool.work.backoff import BackOff
 from nightschool.work.identity import ProcessIdentity
@@ -69,6 +69,12 @@ class Upload:
         return Path(self.path)
 
     @property
+    def settings(self) -> config.Upload:
+        """What was asked for when it was entered."""
+        archive: Literal["none", "tar.gz"] = "tar.gz" if self.archive else "none"
+        return config.Upload(url=self.url, archive=archive, bandwidth=self.bandwidth)
+
+    @property
     def lease(self) -> Lease:
         return Lease(ProcessIdentity.parse(self.owner or ""), self.lease_until)
 
@@ -93,39 +99,40 @@ class UploadFile:
 class Journal:
     """The uploads of one home."""
 
-    def __init__(self, home: Home, db: Database) -> None:
+    def __init__(self, home: Home) -> None:
+        self.home = home
         self._home = str(home.path)
-        self._db = db
+        self._db = home.database
 
-    def enqueue(
-        self, *, run_id: str, checkpoint: Path, url: str, archive: bool = False, bandwidth: int | None = None
-    ) -> Upload:
-        """Enter a finished checkpoint; one that is entered already, with the same content, stays as it is.
+    def enqueue(self, checkpoint: Path, settings: config.Upload) -> Upload:
+        """Enter a finished checkpoint of a run; one that is entered already, with the same content, stays as it is.
 
         Raises:
-            NotFound: If it has no manifest.
+            NotFound: If it has no manifest, or lies in no run.
             Damaged: If its manifest was altered.
-            UsageError: If the URL is none.
+            UsageError: If the settings name no address of a store.
         """
-        address = str(parse_url(url))
-        check_key(run_id)
+        address = str(parse_url(settings.url or ""))
+        run = RunStore(self.home).containing(checkpoint)
         point = parse_checkpoint(checkpoint)
-        if point is None:
+        if run is None or point is None:
             raise NotFound(
-                f"{checkpoint} is not a checkpoint: checkpoints are called checkpoint-epoch…-step…-files…. Name one."
+                f"{checkpoint} is not a checkpoint of a run of {self.home.path}. Checkpoints are called "
+                f"checkpoint-epoch…-step…-files…. Name one."
             )
+        archive = settings.archive != "none"
         manifest = read_manifest(checkpoint)
         digest = digest_of(checkpoint)
         names = sorted(manifest.files, key=_urgency)
         facts = {
             "home": self._home,
-            "run_id": run_id,
+            "run_id": run.id,
             "name": checkpoint.name,
             "step": point.step,
             "digest": digest,
             "archive": archive,
             "size_bytes": manifest.size_bytes,
-            "bandwidth": bandwidth,
+            "bandwidth": settings.bandwidth,
         }
         fresh = {
             "state": "queued",
@@ -175,6 +182,10 @@ class Journal:
             conditions.append(uploads.c.state.in_(list(states)))
         with self._db.read() as connection:
             return _load(connection, *conditions)
+
+    def bytes_left(self, states: Iterable[UploadState] = UNFINISHED) -> int:
+        """Bytes of all checkpoints in these states that have not arrived; by default also of those that have failed."""
+        return sum(max(0, row.size_bytes - row.sent_bytes) for row in self.ls(states=states))
 
     def get(self, upload_id: int) -> Upload:
         with self._db.read() as connection:

@@ -30,7 +30,6 @@ from nightschool.events import now
 from nightschool.remotes import TIMEOUT_SECONDS, open_remote
 from nightschool.remotes.remote import Remote
 from nightschool.remotes.transfer import Throttle, Transfer
-from nightschool.store.home import Home
 from nightschool.store.manifest import MANIFEST, parse_manifest, verify
 from nightschool.uploads.archive import make_archive
 from nightschool.uploads.journal import Journal, Upload, UploadFile, digest_of, stamp_of
@@ -47,7 +46,6 @@ _TRIES_UNTIL_MENDED = 5
 
 
 def attempt(
-    home: Home,
     journal: Journal,
     upload: Upload,
     *,
@@ -63,15 +61,9 @@ def attempt(
     try:
         if digest_of(upload.folder) != upload.digest:
             # It was written again under its name, by a run that was resumed from an earlier step.
-            return journal.enqueue(
-                run_id=upload.run_id,
-                checkpoint=upload.folder,
-                url=upload.url,
-                archive=upload.archive,
-                bandwidth=upload.bandwidth,
-            )
+            return journal.enqueue(upload.folder, upload.settings)
         remote = open_remote(upload.url, timeout_seconds=timeout_seconds)
-        _push(home, journal, upload, remote, say, stop)
+        _push(journal, upload, remote, say, stop)
         journal.finish(upload)
     except Interrupted:
         journal.give_back(upload)
@@ -92,14 +84,14 @@ def attempt(
 
 
 def push_until_done(
-    home: Home, journal: Journal, upload: Upload, *, say: Say, stop: Stop = lambda: False, give_up_seconds: float
+    journal: Journal, upload: Upload, *, say: Say, stop: Stop = lambda: False, give_up_seconds: float
 ) -> Upload:
     """Try again and again, in this process, until the upload is done, failed for good, or the time is over."""
     deadline = time.monotonic() + give_up_seconds
     told = ""
     while True:
         claimed = journal.claim(upload.id)
-        upload = journal.get(upload.id) if claimed is None else attempt(home, journal, claimed, say=say, stop=stop)
+        upload = journal.get(upload.id) if claimed is None else attempt(journal, claimed, say=say, stop=stop)
         if upload.state in ("done", "failed"):
             return upload
         news = f"Not uploaded yet {upload.name}: {upload.error or 'another process is at it'}"
@@ -121,13 +113,13 @@ def _for_good(error: NightschoolError, upload: Upload) -> bool:
     return isinstance(error, Conflict | Damaged | NotFound | RemoteError) or upload.attempts >= _TRIES_UNTIL_MENDED
 
 
-def _push(home: Home, journal: Journal, upload: Upload, remote: Remote, say: Say, stop: Stop) -> None:
+def _push(journal: Journal, upload: Upload, remote: Remote, say: Say, stop: Stop) -> None:
     plain = json.loads((upload.folder / MANIFEST).read_bytes())
     number = plain["facts"].get("attempt", 0)
     number = number if isinstance(number, int) else 0
     if upload.archive:
         key = upload.name + ARCHIVE
-        _push_archive(home, journal, upload, remote, key, say, stop)
+        _push_archive(journal, upload, remote, key, say, stop)
         pointers = {LATEST: key}
     else:
         key = f"{upload.run_id}/{upload.name}"
@@ -243,8 +235,8 @@ def _send(
     journal.note_file(upload, file.name, sent_bytes=file.size_bytes, session=None, etag=etag or "-")
 
 
-def _push_archive(home: Home, journal: Journal, upload: Upload, remote: Remote, key: str, say: Say, stop: Stop) -> None:
-    folder = home.cache / "uploads" / f"{upload.id}-{upload.digest[:16]}"
+def _push_archive(journal: Journal, upload: Upload, remote: Remote, key: str, say: Say, stop: Stop) -> None:
+    folder = journal.home.cache / "uploads" / f"{upload.id}-{upload.digest[:16]}"
     for old in folder.parent.glob(f"{upload.id}-*"):
         if old != folder:  # of a checkpoint that was written again
             shutil.rmtree(old)

@@ -119,6 +119,6 @@ def list_bucket(url: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def _rows(home: Home) -> list[uploads.Upload]:
     try:
-        return uploads.ls(home)
+        return uploads.Journal(home).ls()
     except NightschoolError:
         return []

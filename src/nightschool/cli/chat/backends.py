@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from nightschool.data.example import Message
 from nightschool.errors import Conflict, NameRefused, NightschoolError, NotFound, NotLoaded, QueueFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 
@@ -191,8 +190,7 @@ class LocalBackend:
     def __init__(self, home: Home, model: str, *, record: bool) -> None:
         self._home = home
         self._loaded: LocalModel | None = None
-        self._db = open_database(home) if record else None
-        self._conversations = None if self._db is None else ConversationStore(self._db)
+        self._conversations = ConversationStore(home.database) if record else None
         self.model = model
         self.switch(model)
 
@@ -235,8 +233,6 @@ class LocalBackend:
         self._loaded, self.model = loaded, model
 
     def close(self) -> None:
-        if self._db is not None:
-            self._db.close()
         if self._loaded is not None:
             self._loaded.close()
             self._loaded = None

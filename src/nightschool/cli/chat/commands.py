@@ -12,7 +12,6 @@ from nightschool.cli.chat.backends import Backend, Params, Reply
 from nightschool.data.example import Message
 from nightschool.errors import UsageError
 from nightschool.feedback.pins import Pins
-from nightschool.store.database import open_database
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 
@@ -161,8 +160,7 @@ def _fix(chat: Chat, rest: str) -> None:
 def _pin(chat: Chat, _rest: str) -> None:
     question, given, _ = chat.answered()
     name = parse_ref(chat.backend.model).name
-    with open_database(chat.home) as db:
-        pin = Pins(db).add(name, question.content, given.content)
+    pin = Pins(chat.home.database).add(name, question.content, given.content)
     chat.say(f"Pinned for {name} as {pin.id}: every candidate must keep this answer.")
 
 

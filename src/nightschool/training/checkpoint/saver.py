@@ -96,7 +96,6 @@ class Saver:
         stop: Callable[[], bool],
     ) -> None:
         self._ranks, self._stop = ranks, stop
-        self._home = run.home
         self._run, self._settings, self._lock_file, self._say = run, settings, lock_file, say
         if ranks.rank == 0 and ranks.num_ranks > 1:
             release_stale_parts(run.checkpoints_path)
@@ -132,11 +131,9 @@ class Saver:
         self.settle()
         upload = self._settings.upload
         if self._ranks.rank == 0 and upload is not None and upload.max_pending is not None:
-            uploads.wait_for_room(self._home, upload.max_pending, say=self._say, stop=self._stop)
+            uploads.wait_for_room(self._run.home, upload.max_pending, say=self._say, stop=self._stop)
         facts = contents.facts | {checkpoints.ATTEMPT: self.attempt}
         order = Order(
-            run_id=self._run.id,
-            run=str(self._run.path),
             target=str(target),
             facts=facts,
             keep=self._settings.keep.model_dump(mode="json"),
@@ -145,7 +142,7 @@ class Saver:
         )
         copied = None if last and not self._has_copied else self._copy(contents, order)
         if copied is None:
-            self._conclude(carry_out(order, contents.stream))
+            self._conclude(carry_out(self._run, order, contents.stream))
         else:
             self._hand_over(order, *copied)
         if self._ranks.rank == 0:
@@ -214,7 +211,7 @@ class Saver:
     def _start_writer(self) -> None:
         assert self._memory is not None
         try:
-            self._writer = WriterProcess(self._lock_file, self._memory)
+            self._writer = WriterProcess(self._run, self._lock_file, self._memory)
         except OSError as error:
             self._go_on_alone(f"the writer of checkpoints cannot be started: {error}")
 
@@ -242,7 +239,7 @@ class Saver:
         name = Path(order.target).name
         self._say(f"The writer of checkpoints ended with {exit_code} while it wrote {name}: writing it again")
         self._run.events.write("writer_died", exit_code=exit_code, name=name)
-        outcome = carry_out(order, slices_of(self._memory, [list(file) for file in files]))
+        outcome = carry_out(self._run, order, slices_of(self._memory, [list(file) for file in files]))
         self._say(str(outcome))
         self._writer = None
         self._start_writer()
