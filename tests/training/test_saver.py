@@ -129,11 +129,12 @@ TRAINER = """
     from nightschool.config.recipe import Checkpoints
     from nightschool.store import checkpoints
     from nightschool import uploads
-    from nightschool.store.runs import Run
+    from nightschool.store.home import Home
+    from nightschool.store.runs import RunStore
     from nightschool.training.checkpoint.saver import Ranks, open_saver
     from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 
-    run = Run(Path(sys.argv[1]).name, Path(sys.argv[1]))
+    run = RunStore(Home(Path(sys.argv[1]))).get(sys.argv[2])
     tensors = {"a": torch.arange(5_000_000, dtype=torch.float32)}
     with open_saver(run, Checkpoints(), print) as saver:
         for step in (1, 2):
@@ -144,7 +145,9 @@ TRAINER = """
 
 
 def test_what_save_returned_for_is_there_although_the_trainer_was_killed(run, lines):
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(TRAINER), str(run.path)], stdout=subprocess.DEVNULL)
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRAINER), run.home.path, run.id], stdout=subprocess.DEVNULL
+    )
     assert killed.returncode == -signal.SIGKILL
     with writing_lock(run, lines.append):  # what a resume waits for
         newest = checkpoints.newest_whole(run)
