@@ -31,7 +31,7 @@ def upload_states(home: Home, run: Run) -> dict[str, str]:
 
 def local_checkpoints(home: Home, runs: list[Run]) -> list[dict[str, Any]]:
     """The checkpoints of runs with their sizes, and how far they are on their way to which places."""
-    entered = uploads.ls(home)
+    entered = uploads.Journal(home).ls()
     rows = []
     for run in runs:
         for point in checkpoints.ls(run):
