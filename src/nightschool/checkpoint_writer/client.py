@@ -7,12 +7,11 @@ trainer that resumes waits in `writing_lock` until the writer of the one before 
 from __future__ import annotations
 
 import json
-import select
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import Pipe
 from typing import Any
 
 from nightschool.checkpoint_writer.commit import Order, Outcome
@@ -52,7 +51,7 @@ class WriterProcess:
     def __init__(self, run: Run, lock_file: int, memory: SharedMemory) -> None:
         """Start it; it takes over the lock `lock_file` from its first moment."""
         self._memory = memory
-        self._channel, its = socket.socketpair()
+        self._channel, its = Pipe()
         try:
             with its:
                 self._process = subprocess.Popen(
@@ -67,7 +66,6 @@ class WriterProcess:
         except OSError:
             self._channel.close()
             raise
-        self._rest = b""
 
     @property
     def pid(self) -> int:
@@ -94,21 +92,13 @@ class WriterProcess:
 
     def wait(self) -> Outcome | None:
         """How the order that was handed over ended; None if the writer died instead of saying so."""
-        while b"\n" not in self._rest:
-            ready, _, _ = select.select([self._channel], [], [], _POLL_SECONDS)
-            if not ready:
-                if not self.lives and not select.select([self._channel], [], [], 0)[0]:
-                    return None
-                continue
-            try:
-                received = self._channel.recv(1 << 16)
-            except ConnectionError:
+        while not self._channel.poll(_POLL_SECONDS):
+            if not self.lives and not self._channel.poll():
                 return None
-            if not received:
-                return None
-            self._rest += received
-        line, self._rest = self._rest.split(b"\n", 1)
-        return Outcome(**json.loads(line))
+        try:
+            return Outcome(**json.loads(self._channel.recv_bytes()))
+        except (EOFError, OSError):
+            return None
 
     def close(self) -> int:
         """Let it finish and end; returns its exit code, minus the number of the signal that killed it."""
@@ -121,7 +111,7 @@ class WriterProcess:
 
     def _send(self, message: dict[str, Any]) -> bool:
         try:
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
+            self._channel.send_bytes(json.dumps(message).encode())
         except OSError:
             return False
         return self.lives

@@ -1,7 +1,8 @@
 """The writer: `python -m nightschool.checkpoint_writer --home H --run RUN_ID --channel FD --memory FD --lock FD`.
 
-The trainer starts it. It takes orders, one line of JSON each, whose bytes lie in shared memory, and answers each with how it ended. When the
-trainer is gone it finishes the orders that have come, and ends. It holds the run's writing lock for as long as it lives.
+The trainer starts it. It takes orders, each a message of JSON whose bytes lie in shared memory, and answers each with
+how it ended. When the trainer is gone it finishes the orders that have come, and ends. It holds the run's writing lock
+for as long as it lives.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
 import signal
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer = os.getppid()
     memory = SharedMemory(given.memory)
     run = RunStore(Home(given.home)).at(given.run)
-    with taken_over(given.lock), socket.socket(fileno=given.channel) as channel:
-        for line in _lines(channel, trainer):
-            message = json.loads(line)
+    with taken_over(given.lock), Connection(given.channel) as channel:
+        for order in _orders(channel, trainer):
+            message = json.loads(order)
             # Pages are made here, so that training does not wait for them.
             if "reserve_bytes" in message:
                 with suppress(OSError):  # the trainer finds out when it maps them
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = _obey(run, message, memory)
             say(str(outcome))
             with suppress(OSError):  # the trainer may be gone; the checkpoint is there
-                channel.sendall(json.dumps(outcome.to_json()).encode() + b"\n")
+                channel.send_bytes(json.dumps(asdict(outcome)).encode())
     return 0
 
 
@@ -80,21 +81,12 @@ def _obey(run: Run, message: dict[str, Any], memory: SharedMemory) -> Outcome:
     return carry_out(run, Order(**content["order"]), slices_of(memory, content["files"]))
 
 
-def _lines(channel: socket.socket, trainer: int) -> Iterator[bytes]:
+def _orders(channel: Connection, trainer: int) -> Iterator[bytes]:
     """The orders as they come; ends when the trainer has closed the channel or is gone, and all was read."""
-    rest = b""
-    while True:
-        ready, _, _ = select.select([channel], [], [], _LOOK_SECONDS)
-        if not ready:
-            # A process that the trainer forked may hold its end open; our parent changes when the trainer dies.
-            if os.getppid() != trainer:
+    # A process that the trainer forked may hold its end open; our parent changes when the trainer dies.
+    while channel.poll(_LOOK_SECONDS) or os.getppid() == trainer:
+        if channel.poll():
+            try:
+                yield channel.recv_bytes()
+            except (EOFError, OSError):
                 return
-            continue
-        try:
-            received = channel.recv(1 << 16)
-        except ConnectionError:
-            return
-        if not received:
-            return
-        *lines, rest = (rest + received).split(b"\n")
-        yield from lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 from nightschool.errors import UsageError
 from nightschool.remotes.address import Address, is_url, parse_url
@@ -58,8 +57,3 @@ def open_remote(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Remote
             f"{address.scheme}:// needs a library that is missing ({error}). Install it: pip install {package}."
         ) from error
     return Remote(address, opened(address, timeout_seconds=timeout_seconds))
-
-
-def folder_url(folder: Path) -> str:
-    """The address of a local folder."""
-    return f"file://{folder.absolute()}"

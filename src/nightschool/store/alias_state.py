@@ -5,12 +5,12 @@ Pure values: a move returns a new book. The registry reads and writes it, under 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from nightschool.errors import Damaged, NameRefused, NotFound
 from nightschool.events import now
@@ -21,27 +21,38 @@ Action = Literal["promote", "rollback", "pin", "unpin", "set", "unset"]
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class AliasMove:
+def _version_id(text: str) -> str:
+    if not is_stamp(text):
+        raise ValueError(f"{text!r} is not a version id")
+    return text
+
+
+VersionId = Annotated[str, AfterValidator(_version_id)]
+
+
+class AliasMove(BaseModel):
     """One line of the history: who moved which alias, from which version id to which."""
+
+    model_config = ConfigDict(frozen=True)
 
     at: datetime
     by: str
     alias: str
     action: Action
     before: str | None
-    after: str | None
+    after: VersionId | None
 
 
-@dataclass(frozen=True)
-class AliasState:
+class AliasState(BaseModel):
     """What aliases.json holds. `issued` and `removed` are version ids; an id in either is never given out again."""
 
-    aliases: dict[str, str] = field(default_factory=dict)
+    model_config = ConfigDict(frozen=True)
+
+    aliases: dict[str, VersionId] = {}
     pinned: bool = False
     history: tuple[AliasMove, ...] = ()
-    issued: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
+    issued: tuple[VersionId, ...] = ()
+    removed: tuple[VersionId, ...] = ()
 
     @property
     def champion(self) -> str | None:
@@ -70,11 +81,12 @@ class AliasState:
 
     def moved(self, alias: str, version: str | None, action: Action, by: str) -> AliasState:
         """The book after an alias was moved to a version, or taken away (None)."""
-        move = AliasMove(now(), by, alias, action, self.aliases.get(alias), version)
+        before = self.aliases.get(alias)
+        move = AliasMove(at=now(), by=by, alias=alias, action=action, before=before, after=version)
         aliases = {key: value for key, value in self.aliases.items() if key != alias}
         if version is not None:
             aliases[alias] = version
-        return dataclasses.replace(self, aliases=aliases, history=(*self.history, move))
+        return self.model_copy(update={"aliases": aliases, "history": (*self.history, move)})
 
     def used(self, version: str) -> bool:
         """Whether this id was ever given out."""
@@ -97,16 +109,9 @@ def read_book(path: Path) -> AliasState:
                 f"{path} has the format {content['format']!r}, but this version of nightschool reads {_FORMAT}. "
                 f"Use the version of nightschool that wrote it."
             )
-        book = AliasState(
-            aliases={
-                (alias if alias == CHAMPION else check_alias(alias)): _checked(version)
-                for alias, version in content["aliases"].items()
-            },
-            pinned=bool(content["pinned"]),
-            history=tuple(_move(row) for row in content["history"]),
-            issued=tuple(_checked(version) for version in content["issued"]),
-            removed=tuple(_checked(version) for version in content["removed"]),
-        )
+        book = AliasState.model_validate(content)
+        for alias in book.aliases.keys() - {CHAMPION}:
+            check_alias(alias)
         if book.champions()[-1:] != ([book.champion] if book.champion else []):
             raise ValueError(f"the champion is {book.champion}, but its history ends with {book.champions()[-1:]}")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, NameRefused) as error:
@@ -116,20 +121,4 @@ def read_book(path: Path) -> AliasState:
 
 def write_book(path: Path, book: AliasState) -> None:
     """Replace aliases.json as a whole. Raises DiskFull; the old book then stays."""
-    content: dict[str, Any] = {"format": _FORMAT} | dataclasses.asdict(book)
-    content["history"] = [row | {"at": row["at"].isoformat()} for row in content["history"]]
-    write_json(path, content)
-
-
-def _checked(version: str) -> str:
-    if not is_stamp(version):
-        raise ValueError(f"{version!r} is not a version id")
-    return version
-
-
-def _move(row: dict[str, Any]) -> AliasMove:
-    if row["action"] not in get_args(Action):
-        raise ValueError(f"there is no action {row['action']!r}")
-    if row["after"] is not None:
-        _checked(row["after"])
-    return AliasMove(**row | {"at": datetime.fromisoformat(row["at"])})
+    write_json(path, {"format": _FORMAT} | book.model_dump(mode="json"))

@@ -259,7 +259,7 @@ def remove_folder(folder: Path) -> None:
     doomed = folder.with_name(f".trash-{folder.name[:100]}-{secrets.token_hex(4)}{PARTIAL}")
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if not _lock_now(handle):
+        if not lock_now(handle):
             raise Locked(f"Another process is writing {folder}. Wait until it is done, or stop that process.")
         with room_needed(folder):
             folder.rename(doomed)
@@ -286,7 +286,7 @@ def sweep_partials(folder: Path) -> list[Path]:
         except FileNotFoundError:
             continue
         try:
-            if _lock_now(handle) and _is_open_as(handle, path):
+            if lock_now(handle) and _is_open_as(handle, path):
                 if stat.S_ISDIR(os.fstat(handle).st_mode):
                     shutil.rmtree(path)
                 else:
@@ -307,7 +307,7 @@ def _open_temporary(path: Path) -> tuple[Path, int]:
         # At most 255 bytes are allowed in a file name; the target may use all of them.
         temporary = path.with_name(f".{path.name[:100]}-{secrets.token_hex(6)}{PARTIAL}")
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        if _lock_now(handle) and _is_open_as(handle, temporary):
+        if lock_now(handle) and _is_open_as(handle, temporary):
             return temporary, handle
         os.close(handle)  # A sweeper was quicker than our lock; it removes the file.
 
@@ -321,7 +321,7 @@ def _claim_folder(partial: Path) -> int:
             handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
-        if _lock_now(handle) and _is_open_as(handle, partial):
+        if lock_now(handle) and _is_open_as(handle, partial):
             for entry in partial.iterdir():
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
@@ -334,7 +334,8 @@ def _claim_folder(partial: Path) -> int:
         time.sleep(0.02)
 
 
-def _lock_now(handle: int) -> bool:
+def lock_now(handle: int) -> bool:
+    """Lock an open file, unless somebody else has it locked. Returns whether it did."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

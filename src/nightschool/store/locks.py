@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nightschool.errors import Locked
-from nightschool.store.atomic import FULL, make_folder, room_needed
+from nightschool.store.atomic import FULL, lock_now, make_folder, room_needed
 
 _POLL_SECONDS = 0.02
 
@@ -31,15 +31,8 @@ def lock(path: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
         Locked: If another holder still has it, with its process id.
         DiskFull: If the lock file cannot be created.
     """
-    make_folder(path.parent)
-    with room_needed(path):
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _acquire(file, what, time.monotonic() + wait_seconds)
-        with _signed(file):
-            yield
-    finally:
-        os.close(file)
+    with _acquired(path, what, wait_seconds) as file, _signed(file):
+        yield
 
 
 @contextmanager
@@ -54,16 +47,10 @@ def lock_to_hand_over(
     Raises:
         Locked, DiskFull: As `lock` does.
     """
-    make_folder(path.parent)
-    with room_needed(path):
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _acquire(file, what, time.monotonic() + wait_seconds, on_wait)
+    with _acquired(path, what, wait_seconds, on_wait) as file:
         _sign(file)
+        # Closing is all afterwards: emptying the file could wipe out the signature of whoever took the lock over.
         yield file
-    finally:
-        # Closing is all: emptying the file could wipe out the signature of whoever took the lock over.
-        os.close(file)
 
 
 def is_held(path: Path) -> bool:
@@ -102,22 +89,26 @@ def _signed(file: int) -> Iterator[None]:
         os.ftruncate(file, 0)
 
 
-def _acquire(file: int, what: str, deadline: float, on_wait: Callable[[], None] | None = None) -> None:
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                if on_wait is not None:
-                    on_wait()
-                    on_wait = None
-                time.sleep(_POLL_SECONDS)
-                continue
-            holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise Locked(
-                f"Another process (pid {holder}) holds {what}. Wait until it is done, or stop that process."
-            ) from None
-        return
+@contextmanager
+def _acquired(path: Path, what: str, wait_seconds: float, on_wait: Callable[[], None] | None = None) -> Iterator[int]:
+    deadline = time.monotonic() + wait_seconds
+    make_folder(path.parent)
+    with room_needed(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        while not lock_now(file):
+            if time.monotonic() >= deadline:
+                holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise Locked(
+                    f"Another process (pid {holder}) holds {what}. Wait until it is done, or stop that process."
+                )
+            if on_wait is not None:
+                on_wait()
+                on_wait = None
+            time.sleep(_POLL_SECONDS)
+        yield file
+    finally:
+        os.close(file)
 
 
 def _sign(file: int) -> None:

@@ -12,7 +12,6 @@ replaced as a whole.
 
 from __future__ import annotations
 
-import dataclasses
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -219,7 +218,7 @@ class Registry:
             self._refuse_pinned(name, edit.book, found.id)
             self._refuse_gone(found)
             if not edit.book.pinned:
-                edit.book = dataclasses.replace(edit.book.moved(CHAMPION, found.id, "pin", by), pinned=True)
+                edit.book = edit.book.moved(CHAMPION, found.id, "pin", by).model_copy(update={"pinned": True})
         return found
 
     def unpin(self, name: str, *, by: str = "user") -> None:
@@ -229,7 +228,7 @@ class Registry:
                 raise Conflict(
                     f"The champion of {name!r} is not pinned, so there is nothing to unpin. List the models."
                 )
-            edit.book = dataclasses.replace(edit.book.moved(CHAMPION, edit.book.champion, "unpin", by), pinned=False)
+            edit.book = edit.book.moved(CHAMPION, edit.book.champion, "unpin", by).model_copy(update={"pinned": False})
 
     def set_alias(self, name: str, alias: str, version: str, *, by: str = "user") -> Version:
         """Point an alias of the user's own to a version (an id or an alias).
@@ -266,7 +265,7 @@ class Registry:
         with self._shelf(name).editing() as edit:
             self._refuse_gone(found)
             self._refuse_used(found, edit.book)
-            edit.book = dataclasses.replace(edit.book, removed=(*edit.book.removed, found.id))
+            edit.book = edit.book.model_copy(update={"removed": (*edit.book.removed, found.id)})
             # The tombstone first: after a crash in between, the folder is not a version any more, and is swept. On a
             # full disk it is written afterwards, because removing is how room is made.
             with suppress(DiskFull):

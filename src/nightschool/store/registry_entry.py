@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -79,7 +78,7 @@ class RegistryEntry:
             newest = max([*edit.book.issued, *edit.book.removed, *self._folders()], default=None)
             moment = max(now(), moment_of(newest) + timedelta(seconds=1)) if newest else now()
             version = next_free_stamp(moment, edit.book.used)
-            edit.book = dataclasses.replace(edit.book, issued=(*edit.book.issued, version))
+            edit.book = edit.book.model_copy(update={"issued": (*edit.book.issued, version)})
         return version
 
     def sweep(self) -> None:

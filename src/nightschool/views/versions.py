@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 from nightschool.errors import Damaged, NotFound
@@ -57,7 +56,7 @@ def version_story(registry: Registry, version: Version) -> dict[str, Any]:
         "path": str(version.path),
         "size_bytes": manifest.size_bytes,
         "files": {file: facts.size_bytes for file, facts in manifest.files.items()},
-        "history": [{**dataclasses.asdict(move), "at": move.at.isoformat()} for move in registry.history(version.name)],
+        "history": [move.model_dump() | {"at": move.at.isoformat()} for move in registry.history(version.name)],
     }
 
 
