@@ -12,15 +12,17 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from nightschool.cli.chat.backends import ServerBackend
 from nightschool.cli.demo.stage import (
     Background,
-    Client,
     DemoFailed,
     Traffic,
+    ask,
     ask_command,
     free_port,
     run_command,
     stopped_at_the_end,
+    wait_until_ready,
 )
 from nightschool.errors import Conflict
 
@@ -77,7 +79,7 @@ def demo(
     story = Story(stage.resolve(), QUICK if quick else FULL, pause=not yes and sys.stdin.isatty())
     started = time.monotonic()
     story.tell()
-    print(f"\nThe story took {(time.monotonic() - started) / 60:.1f} minutes. Everything is still in {stage}:")
+    print(f"\nAll of this took {(time.monotonic() - started) / 60:.1f} minutes. Everything is still in {stage}:")
     print(f"  nightschool -C {stage} models ls\n  nightschool -C {stage} models report {NAME}@latest")
     print(f"  nightschool -C {stage} chat {NAME}")
     return 0
@@ -136,25 +138,25 @@ class Story:
         self.write_recipe(epochs=self.size.epochs, rate=RATE, replay=0)
         run_command(self.folder, "train", "tutor.yaml")
 
-    def open_school(self, running: list[Background]) -> Client:
+    def open_school(self, running: list[Background]) -> ServerBackend:
         """The server opens, with the champion."""
         self.step("2. The school opens: the champion is served")
         port = free_port()
         self.say(f"$ nightschool serve {NAME} --port {port} --model-check-interval 1s")
         server = Background.start(self.folder, "serve", NAME, "--port", str(port), "--model-check-interval", "1s")
         running.append(server)
-        client = Client(port, NAME)
-        client.wait_until_ready(server)
+        client = ServerBackend(f"http://127.0.0.1:{port}", NAME)
+        wait_until_ready(client, server)
         self.say(f"It answers on http://127.0.0.1:{port} (OpenAI-compatible: base URL …/v1).")
         return client
 
-    def ask(self, client: Client, when: str) -> None:
+    def ask(self, client: ServerBackend, when: str) -> None:
         """An old question and each new one, in wordings that were never trained."""
         self.say(f"\n{when}, in wordings that were never trained:")
         for row in [self.old_rows[0], *_one_per_fact(self.new_rows)]:
-            reply = client.ask(row["paraphrases"][0])
-            right = "✓" if reply.text == row["retrieved"] else "✗"
-            self.say(f"  {right} {row['paraphrases'][0]:<46} {reply.text}   [{reply.version}]")
+            reply = ask(client, row["paraphrases"][0])
+            right = "✓" if reply.text.strip() == row["retrieved"] else "✗"
+            self.say(f"  {right} {row['paraphrases'][0]:<46} {reply.text.strip()}   [{reply.version}]")
 
     def first_night(self, running: list[Background]) -> Background:
         """New facts without replay: the gate refuses."""
@@ -170,12 +172,12 @@ class Story:
         self.show_report(cycle)
         if cycle["outcome"] != "refused" or "forgetting" not in (cycle["detail"] or ""):
             raise DemoFailed(
-                f"The first night was to be refused for forgetting, but it was {cycle['outcome']}: {cycle['detail']}"
+                f"The first night should have been refused for forgetting, but was {cycle['outcome']}: {cycle['detail']}"
             )
-        self.say("\nRefused: it learned the new and forgot the old. The champion goes on serving.")
+        self.say("\nRefused: it learned the new facts and forgot old ones. The champion goes on serving.")
         return night
 
-    def second_night(self, client: Client, night: Background) -> None:
+    def second_night(self, client: ServerBackend, night: Background) -> None:
         """The same with replay: promoted, and swapped under the eyes of clients that never stop asking."""
         self.step("4. The second night: the same, with replay")
         before = len(self.cycles())
@@ -188,7 +190,9 @@ class Story:
                 time.sleep(2)
         self.show_report(cycle)
         if cycle["outcome"] != "promoted":
-            raise DemoFailed(f"The second night was to be promoted, but it was {cycle['outcome']}: {cycle['detail']}")
+            raise DemoFailed(
+                f"The second night should have been promoted, but was {cycle['outcome']}: {cycle['detail']}"
+            )
         self.say(
             f"\nWhile it trained and was swapped in, {traffic.num_clients} clients asked {traffic.answered} questions:"
         )
@@ -201,18 +205,18 @@ class Story:
             )
         night.stop()
 
-    def roll_back(self, client: Client) -> None:
+    def roll_back(self, client: ServerBackend) -> None:
         """One command, and the day before is back."""
         self.step("5. What changed, and the way back")
         reports = [cycle["candidate"] for cycle in self.cycles() if cycle["candidate"]]
         self.say(f"$ nightschool models diff {NAME}@previous {NAME}@champion")
         run_command(self.folder, "models", "diff", f"{NAME}@previous", f"{NAME}@champion")
-        champion = client.ask(self.new_rows[0]["query"]).version
+        champion = ask(client, self.new_rows[0]["query"]).version
         self.say(f"\n$ nightschool models rollback {NAME}")
         run_command(self.folder, "models", "rollback", NAME)
         started = time.monotonic()
         client.get("/refresh_model")
-        reply = client.ask(self.new_rows[0]["query"])
+        reply = ask(client, self.new_rows[0]["query"])
         self.say(f"{time.monotonic() - started:.2f} s later {reply.version} answers in place of {champion}.")
         if reply.version == champion or not reports:
             raise DemoFailed(f"After the rollback {champion} still answers.")
@@ -238,7 +242,7 @@ class Story:
             time.sleep(0.5)
         raise DemoFailed(f"No cycle finished within {patience_seconds:.0f} s. The log is {night.log}.")
 
-    def wait_for_version(self, client: Client, ref: str, *, patience_seconds: float = 30) -> None:
+    def wait_for_version(self, client: ServerBackend, ref: str, *, patience_seconds: float = 30) -> None:
         """Until the server has found the new champion by itself."""
         deadline = time.monotonic() + patience_seconds
         while client.get("/health")["current_model_version"] != ref.partition("@")[2]:

@@ -10,14 +10,14 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from nightschool.cli.chat.backends import Params, Reply, ServerBackend
+from nightschool.data.example import Message
 from nightschool.errors import NightschoolError
 from nightschool.work.processes import command
 
@@ -28,23 +28,20 @@ class DemoFailed(NightschoolError, code="demo"):
     """A step of the demonstration did not do what it should; the message says which, and where its log is."""
 
 
-def run_command(folder: Path, *words: str, expect: int = 0) -> str:
-    """Run `nightschool WORDS` in the folder, show what it prints, and return it.
+def run_command(folder: Path, *words: str) -> None:
+    """Run `nightschool WORDS` in the folder and show what it prints.
 
     Raises:
-        DemoFailed: If it exits with another code than expected.
+        DemoFailed: If it fails.
     """
     process = subprocess.Popen(
         [*COMMAND, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
     )
     assert process.stdout is not None
-    lines = []
     for line in process.stdout:
-        lines.append(line)
         print("  " + line, end="", flush=True)
-    if (code := process.wait()) != expect:
-        raise DemoFailed(f"`nightschool {' '.join(words)}` exited with {code}, not {expect}. The lines above say why.")
-    return "".join(lines)
+    if (code := process.wait()) != 0:
+        raise DemoFailed(f"`nightschool {' '.join(words)}` exited with {code}. The lines above say why.")
 
 
 def ask_command(folder: Path, *words: str) -> Any:
@@ -72,16 +69,15 @@ class Background:
 
     process: subprocess.Popen[bytes]
     log: Path
-    file: IO[bytes]
 
     @classmethod
     def start(cls, folder: Path, *words: str) -> Background:
         log = folder / f"{words[0]}.log"
-        file = log.open("ab")
-        process = subprocess.Popen(
-            [*COMMAND, *words], cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=_environment()
-        )
-        return cls(process, log, file)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [*COMMAND, *words], cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=_environment()
+            )
+        return cls(process, log)
 
     def check(self) -> None:
         """Make sure that it still runs.
@@ -101,7 +97,6 @@ class Background:
             self.process.wait(patience_seconds)
         if self.process.poll() is None:
             self.process.kill()
-        self.file.close()
         return self.process.wait()
 
 
@@ -123,66 +118,39 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What came back, and which version says that it gave it."""
+def ask(server: ServerBackend, question: str) -> Reply:
+    """One greedy answer.
 
-    text: str
-    version: str
+    Raises:
+        NightschoolError: If the server does not answer, or refuses.
+    """
+    reply = Reply()
+    for _ in server.stream([Message("user", question)], Params(max_new_tokens=24, temperature=0), reply):
+        pass
+    return reply
 
 
-class Client:
-    """Talks with the server in the words of the OpenAI API."""
+def wait_until_ready(server: ServerBackend, process: Background, *, patience_seconds: float = 90) -> None:
+    """Return as soon as a model is served.
 
-    def __init__(self, port: int, name: str) -> None:
-        self.base, self.name = f"http://127.0.0.1:{port}", name
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.base + path, timeout=30) as answer:  # noqa: S310  our own loopback server
-            return json.load(answer)
-
-    def ask(self, question: str) -> Reply:
-        """One greedy answer.
-
-        Raises:
-            OSError: If the server does not answer, or answers with an error status.
-        """
-        body = {
-            "model": self.name,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": 24,
-        }
-        request = urllib.request.Request(  # noqa: S310  our own loopback server
-            self.base + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-            plain = json.load(answer)
-            version = answer.headers["x-model-version"]
-        text: str = plain["choices"][0]["message"]["content"]
-        return Reply(text.strip(), version)
-
-    def wait_until_ready(self, server: Background, *, patience_seconds: float = 90) -> None:
-        """Return as soon as a model is served.
-
-        Raises:
-            DemoFailed: If that takes too long.
-        """
-        deadline = time.monotonic() + patience_seconds
-        while time.monotonic() < deadline:
-            server.check()
-            with contextlib.suppress(OSError):
-                self.get("/readyz")
-                return
-            time.sleep(0.2)
-        raise DemoFailed(f"The server was not ready after {patience_seconds:.0f} s. Its log is {server.log}.")
+    Raises:
+        DemoFailed: If that takes too long.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline:
+        process.check()
+        with contextlib.suppress(NightschoolError, OSError):
+            server.get("/readyz")
+            return
+        time.sleep(0.2)
+    raise DemoFailed(f"The server was not ready after {patience_seconds:.0f} s. Its log is {process.log}.")
 
 
 @dataclass
 class Traffic:
     """Clients that ask one question after the other until they are told to stop, and what became of each request."""
 
-    client: Client
+    server: ServerBackend
     questions: Sequence[str]
     num_clients: int = 3
     failures: list[str] = field(default_factory=list)
@@ -217,8 +185,8 @@ class Traffic:
             question = self.questions[place % len(self.questions)]
             place += 1
             try:
-                reply = self.client.ask(question)
-            except (OSError, ValueError, KeyError) as error:
+                reply = ask(self.server, question)
+            except (NightschoolError, OSError, ValueError, KeyError) as error:
                 with self._lock:
                     self.failures.append(f"{type(error).__name__}: {error}")
                 continue
