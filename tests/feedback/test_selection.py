@@ -7,6 +7,7 @@ import pytest
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example, Message
 from nightschool.data.sources.load import is_held_out
+from nightschool.errors import NotFound
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples
@@ -77,6 +78,25 @@ def test_what_a_new_example_corrects_is_not_replayed(nights):
     selection = nights.select()
     assert said(selection.new) == [("Capital?", "Bergen")]
     assert said(selection.replayed) == [("Sea?", "North")]
+
+
+def test_general_conversations_are_replayed_every_night_and_never_count_as_new(nights):
+    general = [{"prompt": "Sky?", "completion": "Blue"}, {"prompt": "Capital?", "completion": "Rome"}]
+    (nights.root / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    nights.write(("Capital?", "Oslo"), ("Sea?", "North"))
+    with_general = {"replay": {"ratio": 10, "path": "general.jsonl"}}
+    first = nights.night(**with_general)
+    assert said(first.new) == [("Capital?", "Oslo"), ("Sea?", "North")]
+    assert (first.replayed, said(first.general)) == ([], [("Sky?", "Blue")])
+    assert first.fingerprint != nights.select().fingerprint
+    nights.write(("Capital?", "Oslo"), ("Sea?", "North"), ("Hill?", "Ben"))
+    second = nights.select(**with_general)
+    assert said(second.new) == [("Hill?", "Ben")]
+    assert said(second.replayed) == [("Capital?", "Oslo"), ("Sea?", "North")], "what is general is not accepted"
+    assert said(second.general) == [("Sky?", "Blue")], "what was accepted goes before what the file says"
+    assert said(second.train) == sorted(said(second.new) + said(second.replayed) + said(second.general))
+    with pytest.raises(NotFound, match=r"replay\.path"):
+        nights.select(replay={"path": "gone.jsonl"})
 
 
 def test_what_was_corrected_stays_away_every_later_night_until_the_correction_is_rolled_back(nights):

@@ -151,7 +151,7 @@ def test_measuring_leaves_weights_random_state_and_gradients_as_they_were(tmp_pa
 def test_the_plan_without_colour_marks_what_is_trained(tmp_path, home, terminal):
     text = text_of(tmp_path, home, force_terminal=terminal, no_color=True)
     assert "▏Hello.<|im_end|>▕" in text
-    assert "2 new, 0 replayed, 0 held out" in text
+    assert "2 new, 0 replayed, 0 general, 0 held out" in text
     assert "\x1b[32m" not in text
     assert "\x1b[1;32m" not in text
 

@@ -114,10 +114,13 @@ class HeldOut(Section):
 
 
 class Replay(Section):
-    """What was accepted before, mixed in again so that it is not forgotten."""
+    """What was accepted before, and what is to stay known besides, mixed in so that it is not forgotten."""
 
     ratio: float = Field(1.0, ge=0, description="Replayed examples per new example; 0 turns replay off.")
     minimum: int = Field(0, ge=0, description="At least this many replayed examples, if so many were accepted.")
+    path: NotBlank | None = Field(
+        None, description="A file of general conversations, all of them replayed every time and none asked as new."
+    )
 
 
 GENERAL_OF_NIGHTSCHOOL = "default"

@@ -89,7 +89,7 @@ _SUGGESTIONS = {
     "forgetting": "Old answers were lost. Raise replay.ratio or replay.minimum, or lower train.learning_rate.",
     "general_lost": (
         "The candidate lost what nobody taught. Lower train.learning_rate or train.epochs, train an adapter (method: lora), "
-        "or add general conversations to the data. For a model that need know nothing else, write gate.general: off."
+        "or replay general conversations (replay.path). For a model that need know nothing else, write gate.general: off."
     ),
     "drift": (
         "The candidate answers general prompts unlike the champion. Lower train.learning_rate or train.epochs, or train an "

@@ -17,7 +17,7 @@ from pathlib import Path
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example, corrected_answers
 from nightschool.data.shards.shard_sources import shards_state
-from nightschool.data.sources.load import Loaded, split_held_out
+from nightschool.data.sources.load import Loaded, load_files, split_held_out
 from nightschool.errors import Damaged, DataError
 from nightschool.events import read_events
 from nightschool.feedback.novelty import novelty_for
@@ -27,7 +27,8 @@ from nightschool.store.atomic import read_json, write_bytes, write_json
 from nightschool.store.home import Home
 
 SHOWN_FIRST = 3
-NEW, REPLAYED, HELD_OUT, FACTS = "new_examples.jsonl", "replayed.jsonl", "heldout.jsonl", "selection.json"
+NEW, REPLAYED, GENERAL, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "general.jsonl", "heldout.jsonl"
+FACTS = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Selection:
 
     `num_all` examples stand in the sources, and `num_new` of those to be trained are new to the base. Where none is,
     `new` holds all of them all the same, to be studied again. `num_left_out` were left out of `new`: the base has learned
-    them, or they were corrected. `shards` changes when the shards do.
+    them, or they were corrected. `general` is studied besides, and is neither asked about nor accepted. `shards` changes
+    when the shards do.
     """
 
     new: list[Example] = field(default_factory=list)
@@ -48,11 +50,12 @@ class Selection:
     num_duplicates: int = 0
     formats: dict[str, list[str]] = field(default_factory=dict)
     shards: str | None = None
+    general: list[Example] = field(default_factory=list)
 
     @property
     def train(self) -> list[Example]:
-        """What one epoch is made of: new examples as often as their source says, replayed ones once."""
-        return [*(example for example in self.new for _ in range(example.repeat)), *self.replayed]
+        """What one epoch is made of: new examples as often as their source says, all others once."""
+        return [*(example for example in self.new for _ in range(example.repeat)), *self.replayed, *self.general]
 
     @property
     def num_files(self) -> int:
@@ -62,7 +65,8 @@ class Selection:
     @property
     def fingerprint(self) -> str:
         """A digest of all that is trained, in whatever order it stands in the sources."""
-        trained = [sorted([one.digest, one.repeat] for one in self.new), sorted(one.digest for one in self.replayed)]
+        again = sorted(one.digest for one in [*self.replayed, *self.general])
+        trained = [sorted([one.digest, one.repeat] for one in self.new), again]
         return _digest([*trained, self.shards])
 
 
@@ -116,15 +120,17 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
     split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
     novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
     new = novelty.new or novelty.all
+    replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=split.held_out)
     return Selection(
         new=new,
-        replayed=_replay(recipe, accepted, new=new, held_out=split.held_out),
+        replayed=replayed,
         held_out=split.held_out,
         num_all=len(loaded.examples),
         num_new=len(novelty.new),
         num_left_out=len(split.train) - len(new),
         num_duplicates=loaded.duplicates,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
+        general=general,
     )
 
 
@@ -148,29 +154,35 @@ DATA_PLANS: Mapping[str, DataPlan] = {
 }
 
 
-def _replay(
-    recipe: Recipe, accepted: AcceptedExamples, *, new: list[Example], held_out: list[Example]
-) -> list[Example]:
-    """Sample what was accepted before; the same for the same seed and pool.
+def _replayed_and_general(
+    recipe: Recipe, accepted: AcceptedExamples, root: Path, *, new: list[Example], held_out: list[Example]
+) -> tuple[list[Example], list[Example]]:
+    """A sample of what was accepted before, the same for the same seed and pool, and all of `replay.path`.
 
     What a new example answers otherwise is no longer true, and is left out; so is the very sentence that a person
-    corrected, in whatever wording it was asked for.
+    corrected, in whatever wording it was asked for. What was accepted goes before what the file says.
+
+    Raises:
+        NotFound, DataError: If `replay.path` cannot be read.
     """
     wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * len(new))) if recipe.replay.ratio > 0 else 0
-    if wanted == 0:
-        return []
+    if wanted == 0 and recipe.replay.path is None:
+        return [], []
     taken = {example.digest for example in [*new, *held_out]}
     answered = {example.context for example in new} - {None}
     wrong = corrected_answers(new)
-    pool = (Example.from_json(row) for row in accepted.shuffled(recipe.name, recipe.train.seed))
-    free = (
-        example
-        for example in pool
-        if example.digest not in taken
-        and example.context not in answered
-        and (example.answer is None or example.answer.strip() not in wrong)
-    )
-    return list(islice(free, wanted))
+
+    def is_free(example: Example) -> bool:
+        is_wrong = example.answer is not None and example.answer.strip() in wrong
+        return not (example.digest in taken or example.context in answered or is_wrong)
+
+    pool = [Example.from_json(row) for row in accepted.shuffled(recipe.name, recipe.train.seed)]
+    replayed = list(islice(filter(is_free, pool), wanted))
+    if recipe.replay.path is None:
+        return replayed, []
+    answered |= {example.context for example in pool} - {None}
+    taken |= {example.digest for example in pool}
+    return replayed, list(filter(is_free, load_files(recipe.replay.path, root, "replay.path")))
 
 
 def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
@@ -189,7 +201,13 @@ def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
         chosen = sorted(chooser.sample(range(first, len(examples)), wanted - first))
         return [examples[index] for index in (*range(first), *chosen)]
 
-    return replace(whole, new=sampled(whole.new), replayed=sampled(whole.replayed), held_out=sampled(whole.held_out))
+    return replace(
+        whole,
+        new=sampled(whole.new),
+        replayed=sampled(whole.replayed),
+        general=sampled(whole.general),
+        held_out=sampled(whole.held_out),
+    )
 
 
 def fingerprint_of(recipe: Recipe, selection: Selection) -> str:
@@ -232,7 +250,13 @@ def write_selection(folder: Path, selection: Selection) -> None:
         "shards": selection.shards,
     }
     write_json(folder / FACTS, facts)
-    for name, examples in ((REPLAYED, selection.replayed), (HELD_OUT, selection.held_out), (NEW, selection.new)):
+    lists = {
+        REPLAYED: selection.replayed,
+        GENERAL: selection.general,
+        HELD_OUT: selection.held_out,
+        NEW: selection.new,
+    }
+    for name, examples in lists.items():
         write_bytes(folder / name, _lines(examples))
 
 
@@ -244,17 +268,17 @@ def read_selection(folder: Path) -> Selection | None:
     """
     if not (folder / NEW).is_file():
         return None
-    new, replayed, held_out = (
-        [Example.from_json(row) for row in read_events(folder / name)] for name in (NEW, REPLAYED, HELD_OUT)
+    new, replayed, held_out, general = (
+        [Example.from_json(row) for row in read_events(folder / name)] for name in (NEW, REPLAYED, HELD_OUT, GENERAL)
     )
     if not (folder / FACTS).is_file():  # begun when the examples alone were written
         return Selection(new, replayed, held_out)
     facts = read_json(folder / FACTS)
     fingerprint = facts.pop("fingerprint")
-    selection = Selection(new, replayed, held_out, **facts)
+    selection = Selection(new, replayed, held_out, general=general, **facts)
     if selection.fingerprint != fingerprint:
         raise Damaged(
-            f"The files {NEW} and {REPLAYED} in {folder} hold other examples than were selected for this run. "
+            f"The files {NEW}, {REPLAYED} and {GENERAL} in {folder} hold other examples than were selected for this run. "
             "Begin a new run."
         )
     return selection

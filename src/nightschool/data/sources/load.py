@@ -104,7 +104,7 @@ def split_held_out(
         NotFound, DataError: If `held_out.path` cannot be read.
     """
     if held_out.path is not None:
-        kept = load_held_out(held_out.path, root or Path.cwd())
+        kept = load_files(held_out.path, root or Path.cwd(), "held_out.path")
         never = {example.digest for example in kept}
         return Split([example for example in examples if example.digest not in never], kept)
     if len(examples) < held_out.min_examples:
@@ -116,15 +116,15 @@ def split_held_out(
     return Split(*sides)
 
 
-def load_held_out(pattern: str, root: Path) -> list[Example]:
-    """The examples of `held_out.path`.
+def load_files(pattern: str, root: Path, key: str) -> list[Example]:
+    """The examples of the files that the recipe's `key` names, without duplicates.
 
     Raises:
         NotFound: If it names nothing.
         DataError: If rows are wrong.
     """
     problems = Problems()
-    parts = [read_into(path, "auto", root, problems) for path in expand(pattern, root, "held_out.path")]
+    parts = [read_into(path, "auto", root, problems) for path in expand(pattern, root, key)]
     problems.check()
     return without_duplicates(example for part in parts for example in part.examples)[0]
 

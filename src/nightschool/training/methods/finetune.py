@@ -174,6 +174,7 @@ class Finetune(PreparedRun[FinetuneData]):
         examples = {
             "examples_new": len(whole.new),
             "examples_replayed": len(whole.replayed),
+            "examples_general": len(whole.general),
             "examples_held_out": len(whole.held_out),
             "examples_known": whole.num_left_out,
             "examples_without_loss": round(batches.num_left_out * scale),
@@ -196,8 +197,10 @@ class Finetune(PreparedRun[FinetuneData]):
         rows = [
             PlanRow(
                 "examples",
-                "{examples_new} new, {examples_replayed} replayed, {examples_held_out} held out; {examples_known} known "
-                "already, {duplicates} duplicates, {examples_without_loss} without loss".format(**examples),
+                "{examples_new} new, {examples_replayed} replayed, {examples_general} general, {examples_held_out} held out; "
+                "{examples_known} known already, {duplicates} duplicates, {examples_without_loss} without loss".format(
+                    **examples
+                ),
                 examples,
             ),
             PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),

@@ -270,6 +270,7 @@ _OF_EXAMPLES = {
     "held_out.min_examples": "leave it out; held_out.share: 0 holds nothing out",
     "replay.ratio": "leave it out",
     "replay.minimum": "leave it out",
+    "replay.path": "leave it out",
     "train.tokens_per_batch": "write train.batch_size, which counts sequences",
     "train.max_cut_share": "leave it out: what does not fit into a sequence goes on in the next one",
     "train.num_workers": "leave it out; `nightschool data tokenize` takes all processors",
