@@ -11,13 +11,16 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nightschool.config.checkpoints import Keep
 from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
 from nightschool.store.atomic import remove_folder, sweep_partials
 from nightschool.store.manifest import Manifest, read_manifest, verify
 from nightschool.store.runs import Run
 from nightschool.units import Every
+
+if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and who lists runs needs none of it
+    from nightschool.config.checkpoints import Keep
 
 HELDOUT_LOSS = "heldout_loss"
 ATTEMPT = "attempt"

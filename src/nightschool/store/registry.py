@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nightschool.errors import Conflict, Damaged, DiskFull, NotFound
 from nightschool.events import now
@@ -174,13 +174,7 @@ class Registry:
             Damaged: If it was altered since it was published.
             Conflict: If the champion is pinned to another version.
         """
-        found = self._whole(name, version)
-        with self._shelf(name).editing() as edit:
-            self._refuse_pinned(name, edit.book, found.id)
-            self._refuse_gone(found)
-            if edit.book.champion != found.id:
-                edit.book = edit.book.moved(CHAMPION, found.id, "promote", by)
-        return found
+        return self._make_champion(name, version, "promote", by)
 
     def rollback(self, name: str, *, by: str) -> Version:
         """Make the previous champion the champion again; called again, it walks further back.
@@ -213,13 +207,7 @@ class Registry:
             Damaged: If it was altered since it was published.
             Conflict: If another version is pinned.
         """
-        found = self._whole(name, version)
-        with self._shelf(name).editing() as edit:
-            self._refuse_pinned(name, edit.book, found.id)
-            self._refuse_gone(found)
-            if not edit.book.pinned:
-                edit.book = edit.book.moved(CHAMPION, found.id, "pin", by).model_copy(update={"pinned": True})
-        return found
+        return self._make_champion(name, version, "pin", by)
 
     def unpin(self, name: str, *, by: str = "user") -> None:
         """Let the champion move again. Raises Conflict if it is not pinned."""
@@ -291,6 +279,16 @@ class Registry:
 
     def _shelf(self, name: str) -> RegistryEntry:
         return RegistryEntry(self.home, name)
+
+    def _make_champion(self, name: str, version: str, action: Literal["promote", "pin"], by: str) -> Version:
+        found = self._whole(name, version)
+        with self._shelf(name).editing() as edit:
+            self._refuse_pinned(name, edit.book, found.id)
+            self._refuse_gone(found)
+            pinned = edit.book.pinned or action == "pin"
+            if edit.book.champion != found.id or edit.book.pinned != pinned:
+                edit.book = edit.book.moved(CHAMPION, found.id, action, by).model_copy(update={"pinned": pinned})
+        return found
 
     def _whole(self, name: str, version: str) -> Version:
         found = self.resolve(f"{name}@{version}")
