@@ -28,6 +28,7 @@ from nightschool.evaluation.eval_set import eval_set_of_run
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ScoreSheet
+from nightschool.events import read_events
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import Selection, reason_to_skip
@@ -39,12 +40,11 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionMetadata
-from nightschool.training.loop import fit
 from nightschool.training.methods import METHODS, finetune
 from nightschool.training.methods.prepared import Setup
-from nightschool.training.metrics import MetricsLog
 from nightschool.training.planning.plan import plan_of
-from nightschool.training.state import TrainState
+from nightschool.training.run import execute, prepare
+from nightschool.work.stop import Stop
 from tests.support.engine_setups import lively_model
 from tests.support.live_server import eventually, live
 from tests.support.tokenizers_for_tests import byte_tokenizer
@@ -172,6 +172,7 @@ class Place:
                 "max_cut_share": 0.9, "weight_decay": 0.01, "dtype": "fp32", "num_threads": 1,
             },
             "lora": {"r": 4, "alpha": 8},
+            "checkpoints": {"background": False},
         }  # fmt: skip
         for dotted, value in changes.items():
             *way, last = dotted.split(".")
@@ -199,36 +200,33 @@ def a_run(place, recipe, monkeypatch):
     def compiling(module, **_):
         seen["compiled"] += 1
 
+    ready = []
+
+    def preparing(*arguments, **more):
+        prepared = prepare(*arguments, **more)
+        ready.append(prepared)
+        for name, module in prepared.task.model.named_modules():
+            if name.endswith("layers.0.mlp"):
+                # Before, not after: recomputing stops in the middle, as soon as it has all that it needs.
+                module.register_forward_pre_hook(lambda *_: seen.update(blocks=seen["blocks"] + 1))
+        return prepared
+
     monkeypatch.setattr(finetune, "render_examples", rendering)
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    monkeypatch.setattr("nightschool.training.run.prepare", preparing)
+    run = RunStore(place.home).create(recipe.as_plain(), name=recipe.name)
     try:
-        prepared = METHODS[recipe.method].prepare(Setup(recipe, place.home, place.root))
+        execute(place.home, run, resume=None, root=place.root, stop=Stop())
     except NightschoolError as error:
         return f"{type(error).__name__}: {error}"
     finally:
         monkeypatch.undo()
-    for name, module in prepared.task.model.named_modules():
-        if name.endswith("layers.0.mlp"):
-            # Before, not after: recomputing stops in the middle, as soon as it has all that it needs.
-            module.register_forward_pre_hook(lambda *_: seen.update(blocks=seen["blocks"] + 1))
-
-    def evaluate():
-        seen["evaluated"].append(len(seen["rows"]))
-        return prepared.task.heldout_loss(prepared.data.held_out)[0]
-
-    metrics = MetricsLog(place.root / "metrics.jsonl", resumed_step=0)
-    fit(
-        prepared.task,
-        TrainState(prepared.task.fingerprint),
-        prepared.budget,
-        schedule=prepared.schedule,
-        metrics=metrics,
-        evaluate=evaluate if prepared.data.held_out else None,
-        save=lambda state: seen["saved"].append(state.step),
-        scaler=prepared.scaler,
-        on_row=lambda row: seen["rows"].append((row["step"], row["loss"], row["learning_rate"])),
-    )
-    metrics.close()
+    events = list(read_events(run.events.path))
+    for event in events:
+        if event["event"] in ("heldout", "saving"):
+            seen["evaluated" if event["event"] == "heldout" else "saved"].append(event["step"])
+    seen["rows"] = [(row["step"], row["loss"], row["learning_rate"]) for row in read_events(run.metrics_path)]
+    prepared = ready[0]
     weights = {
         name: float(weight.detach().double().square().sum()) for name, weight in prepared.task.trainable().items()
     }

@@ -5,19 +5,15 @@ import json
 import pytest
 
 from nightschool.cli.main import main
-from nightschool.data.chat.render import render_example
-from nightschool.data.example import Example, Message
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.events import read_events
-from nightschool.models.load import load_base
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.training.checkpoint import rng
 from tests.support.live_server import client_of
 from tests.support.real_model import real_model
-from tests.support.training_setups import LORA, MiniRun, deterministic_threads, differing, make_task
+from tests.support.training_setups import LORA, MiniRun, deterministic_threads, differing
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
 
@@ -94,38 +90,16 @@ def test_it_is_served_taught_overnight_swapped_and_rolled_back(home, tmp_path, m
         slot.close()
 
 
-class RealRun(MiniRun):
-    """Three steps on the real model."""
-
-    def __init__(self, folder, home, lora):
-        super().__init__(folder, lora=lora, accumulation_steps=1, steps_total=3)
-        self.home = home
-
-    def new_task(self):
-        rng.seed_everything(3)
-        base = load_base("smollm2", self.home)
-        for parameter in base.model.parameters():
-            parameter.requires_grad_(True)
-        lessons = [
-            Example(messages=(Message("user", row["query"]), Message("assistant", row["retrieved"]))) for row in LESSON
-        ]
-        documents = [render_example(base.tokenizer, lesson, 64) for lesson in lessons]
-        self.task = make_task(model=base.model, lora=self.lora, documents=documents, batch_size=1, learning_rate=1e-4)
-        return self.task
-
-    def weights(self):
-        return {name: weight.detach().clone() for name, weight in self.task.trainable().items()}
-
-
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_training_it_resumes_bit_for_bit(lora, home, tmp_path):
+    real = {"lora": lora, "home": home, "base": "smollm2", "rows": LESSON, "steps_total": 4}
+    real |= {"batch_size": 1, "accumulation_steps": 1, "max_seq_len": 64, "learning_rate": 1e-4}
     with deterministic_threads():
-        straight = RealRun(tmp_path / "straight", home, lora).go().weights()
-        stopped = RealRun(tmp_path / "parts", home, lora).go(stop_after=2)
+        straight = MiniRun(tmp_path / "straight", **real).go(stop_after=3).weights
+        stopped = MiniRun(tmp_path / "parts", **real).go(stop_after=2)
         assert stopped.state.step == 2
-        stopped_at, resume = stopped.weights(), stopped.saved[-1]
-        del stopped
-        resumed = RealRun(tmp_path / "parts", home, lora).go(resume=resume)
+        stopped_at = stopped.weights
+        resumed = MiniRun(tmp_path / "parts", **real).go(resume=stopped.saved[-1], stop_after=1)
     assert resumed.state.step == 3
-    assert differing(straight, resumed.weights()) == []
+    assert differing(straight, resumed.weights) == []
     assert differing(straight, stopped_at) != []

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nightschool.config.assignments import Origin
 from nightschool.config.load import load_recipe, parse_recipe
-from nightschool.config.origins import Origin
 from nightschool.errors import NotFound, RecipeError
 from nightschool.units import Every
 

@@ -1,24 +1,32 @@
 """Small tasks and runs for the tests of training: a few random documents, every architecture, full and LoRA."""
 
-import itertools
+import json
 import os
+import random
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from nightschool.config.recipe import Lora, Train
+from nightschool.config.recipe import Lora, Recipe, Train
 from nightschool.data.batches import Batches
 from nightschool.data.chat.render import Rendered
 from nightschool.errors import Interrupted
+from nightschool.events import read_events
 from nightschool.models.adapters import attach_lora
 from nightschool.models.build import build_model
-from nightschool.training.checkpoint import full_state, rng
-from nightschool.training.loop import Budget, fit
+from nightschool.models.export import save_version_folder
+from nightschool.store.home import Home
+from nightschool.store.runs import RunStore
+from nightschool.training.checkpoint import rng
+from nightschool.training.checkpoint.checkpoint_reader import load_group
 from nightschool.training.methods.finetune import FinetuneTask
-from nightschool.training.metrics import MetricsLog
-from nightschool.training.optimizer import Schedule
+from nightschool.training.run import execute, prepare
 from nightschool.training.state import TrainState
 from nightschool.work.stop import Stop
+from tests.support.tokenizers_for_tests import byte_tokenizer
 
 VOCAB_SIZE = 64
 # CI runs the tests that train with one thread and with two.
@@ -68,83 +76,86 @@ def lora_for(architecture):
     return LORA.model_copy(update={"dropout": 0.0}) if architecture in ("tiny-qwen3-moe", "tiny-mixtral") else LORA
 
 
-class MiniRun:
-    """One interruptible run in a folder: 2 epochs of 5 steps, checkpoints where they are wanted."""
+_bases = TemporaryDirectory()
 
-    def __init__(self, folder, architecture="tiny-qwen3", *, lora=None, accumulation_steps=2, steps_total=10, **train):
+
+@cache
+def base_folder(architecture):
+    """A folder with a base of random weights, made once."""
+    folder = Path(_bases.name) / architecture
+    tokenizer = byte_tokenizer()
+    save_version_folder(build_model(architecture, len(tokenizer), seed=1), tokenizer, folder)
+    return folder
+
+
+def random_rows(count, *, seed=0):
+    chance = random.Random(seed)
+    letters = [["".join(chance.choices("abcdefgh ", k=chance.randint(2, 9))) for _ in range(2)] for _ in range(count)]
+    return [{"query": f"q{number}{ask}", "retrieved": f"r{answer}"} for number, (ask, answer) in enumerate(letters)]
+
+
+class MiniRun:
+    """One interruptible run of a home in a folder: 2 epochs of 5 steps, as a process of `nightschool train` executes it."""
+
+    def __init__(
+        self, folder, architecture="tiny-qwen3", *, lora=None, home=None, base=None, rows=None, steps_total=10, **train
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.architecture, self.lora, self.train = architecture, lora, train
-        self.budget = Budget(steps_total, accumulation_steps=accumulation_steps)
-        self.schedule = Schedule(1e-2, steps_total, warmup_steps=2)
-        self.task = self.state = None
+        self.home = home or Home(folder / "home").ensure()
+        (folder / "data.json").write_text(json.dumps(rows or random_rows(20)))
+        (folder / "held_out.json").write_text(json.dumps(random_rows(6, seed=9)))
+        settings = {
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "warmup_steps": 2,
+            "epochs": 2,
+            "max_steps": steps_total,
+        }
+        settings |= {"batch_size": 2, "accumulation_steps": 2, "dtype": "fp32", "num_threads": NUM_THREADS}
+        plain = {
+            "name": folder.name.strip("_"),
+            "base": base or str(base_folder(architecture)),
+            "method": "full" if lora is None else "lora",
+            "data": [{"path": "data.json"}],
+            "held_out": {"path": "held_out.json"},
+            "train": settings | train,
+            "checkpoints": {"background": False, "keep": {"last": 9}},
+        }
+        recipe = Recipe.model_validate(plain | ({} if lora is None else {"lora": lora.model_dump()}))
+        known = folder / "run"
+        if not known.exists():
+            known.write_text(RunStore(self.home).create(recipe.as_plain(), name=recipe.name).id)
+        self.run = RunStore(self.home).get(known.read_text())
         self.saved = []
 
-    def new_task(self):
-        rng.seed_everything(3)
-        self.task = make_task(self.architecture, lora=self.lora, **self.train)
-        return self.task
-
-    def context(self, **changes):
-        fingerprint = full_state.frozen_fingerprint(self.task.model) if self.lora else None
-        plain = {
-            "recipe_yaml": "base: x\n",
-            "base": "x",
-            "base_fingerprint": fingerprint,
-            "dtype": "fp32",
-            "num_threads": 1,
-            "epochs_total": 2,
-            "files_processed": 1,
-            "model_config": {},
-            "numerics": {"train.accumulation_steps": self.budget.accumulation_steps},
-        }
-        return full_state.CheckpointContext(**(plain | changes))
-
-    def save(self, state):
-        target = self.folder / f"checkpoint-{state.step}"
-        full_state.save(target, self.task, state, self.context(), self.schedule)
-        self.saved.append(target)
+    def prepared(self):
+        """The run before its first step."""
+        return prepare(self.home, self.run, root=self.folder, point=None)
 
     def go(self, *, stop_after=None, resume=None):
-        """Train to the end, or until a stop is asked for during the step after `stop_after` steps."""
-        self.new_task()
-        self.state = TrainState(self.task.fingerprint)
-        if resume is not None:
-            self.state = full_state.load(resume, self.task, self.context(), self.schedule)
-        held_out = Batches(random_documents(6, seed=9), batch_size=3, seed=0)
-        metrics = MetricsLog(self.folder / "metrics.jsonl", resumed_step=self.state.step)
+        """Train to the end, or for `stop_after` steps; `saved` are then the checkpoints that it wrote."""
+        before = len(list(read_events(self.run.events.path)))
+        name = None if resume is None else resume.name
         try:
-            fit(
-                self.task,
-                self.state,
-                self.budget,
-                schedule=self.schedule,
-                metrics=metrics,
-                evaluate=lambda: self.task.heldout_loss(held_out)[0],
-                save=self.save,
-                stop=StopAfter(self.task, stop_after),
-            )
+            execute(self.home, self.run, resume=name, root=self.folder, stop=Stop(), steps=stop_after)
         except Interrupted:
             assert stop_after is not None
         finally:
-            metrics.close()
+            written = list(read_events(self.run.events.path))[before:]
+            names = [event["name"] for event in written if event["event"] == "saving"]
+            self.saved = [path for name in names if (path := self.run.checkpoints_path / name).is_dir()]
         return self
 
+    @property
+    def state(self):
+        """Where the run was when it saved last."""
+        return TrainState.from_json(json.loads((self.saved[-1] / "state.json").read_text())["train"])
 
-class StopAfter(Stop):
-    """Asks for a stop while the step after `steps` finished ones is computed."""
-
-    def __init__(self, task, steps):
-        super().__init__()
-        if steps is not None:
-            counter, update = itertools.count(1), task.update
-
-            def counted(*arguments):
-                if next(counter) == steps:
-                    self.reason = "SIGTERM"
-                return update(*arguments)
-
-            task.update = counted
+    @property
+    def weights(self):
+        """What it saved last."""
+        return load_group(self.saved[-1], "model")
 
 
 def differing(a, b):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nightschool.config.recipe import Recipe, Serve
 from nightschool.data.tokenizer import train_bpe
@@ -19,7 +20,6 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import make_plan, plan_of
@@ -161,7 +161,7 @@ def test_an_adapter_on_16_bits_learns_resumes_exactly_and_goes_on_the_next_night
     assert train(run) == 0, run.status.error
     losses, version = losses_of(run), Registry(home).resolve(run.status.candidate)
     assert losses[-1] < losses[0] - 0.3
-    adapter = load_tensors(version.path / "adapter_model.safetensors")
+    adapter = load_file(version.path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
     run.update_status(candidate=None)
@@ -169,7 +169,7 @@ def test_an_adapter_on_16_bits_learns_resumes_exactly_and_goes_on_the_next_night
     again = Registry(home).resolve(run.status.candidate)
     assert again.id != version.id
     assert losses_of(run) == losses
-    assert not differing(adapter, load_tensors(again.path / "adapter_model.safetensors"))
+    assert not differing(adapter, load_file(again.path / "adapter_model.safetensors"))
 
     recipe = recipe_of(dtype="bf16", base=again.ref, epochs=1)
     assert dtypes_of(prepared_for(recipe, home, tmp_path).task.model) == ({torch.bfloat16}, {torch.float32})

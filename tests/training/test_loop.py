@@ -11,10 +11,12 @@ from nightschool.errors import Interrupted, ModelError, NonFiniteLoss, NothingTo
 from nightschool.evaluation.heldout import heldout_loss
 from nightschool.events import read_events
 from nightschool.models.build import build_model
+from nightschool.store import checkpoints
+from nightschool.training.continuation import greedy_continuation
 from nightschool.training.loop import Budget, fit, steps_in_epoch
+from nightschool.training.methods.finetune import FinetuneTask
 from nightschool.training.metrics import MetricsLog, truncate_after
 from nightschool.training.optimizer import Schedule
-from nightschool.training.publish import greedy_continuation
 from nightschool.training.state import TrainState
 from nightschool.units import Every
 from nightschool.work.stop import Stop
@@ -201,36 +203,27 @@ def test_a_row_of_several_steps_holds_their_mean_by_tokens(tmp_path):
 def test_evaluating_often_changes_nothing_in_the_training(tmp_path):
     """With dropout on: evaluation draws no random number and leaves the model in training mode."""
     rare = MiniRun(tmp_path / "rare", lora=LORA).go()
-    often = MiniRun(tmp_path / "often", lora=LORA)
-    often.budget = Budget(10, accumulation_steps=2, evaluate_every=Every(1, "steps"))
-    often.go()
+    often = MiniRun(tmp_path / "often", lora=LORA, evaluate_every="1 steps").go()
     assert often.state.heldout_steps == list(range(11))
     assert rare.state.loss_history == often.state.loss_history
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path, monkeypatch):
+    accumulate, steps = FinetuneTask.accumulate, itertools.count(1)
+
+    def spoiled(task, window, *arguments):
+        loss = accumulate(task, window, *arguments)
+        return loss * math.nan if len(window) == 2 and next(steps) == 8 else loss
+
+    monkeypatch.setattr(FinetuneTask, "accumulate", spoiled)
     run = MiniRun(tmp_path)
-    task = run.new_task()
-    compute = task.loss
-    spoiled = {"in_step": 8}
-
-    def loss(batch):
-        result = compute(batch)
-        if run_state.step + 1 == spoiled["in_step"]:
-            return type(result)(result.sum * math.nan, result.tokens)
-        return result
-
-    task.loss = loss
-    run_state = TrainState(task.fingerprint)
-    metrics = MetricsLog(tmp_path / "metrics.jsonl")
     with pytest.raises(
         NonFiniteLoss, match=r"loss became nan in step 8 \(epoch 1, micro-batch 4\).*the one of step 5"
     ) as caught:
-        fit(task, run_state, run.budget, schedule=run.schedule, metrics=metrics, save=run.save)
-    metrics.close()
+        run.go()
     assert "learning_rate" in str(caught.value)
-    assert [path.name for path in run.saved] == ["checkpoint-5"]
-    assert [row["step"] for row in read_events(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+    assert [point.step for point in checkpoints.ls(run.run)] == [5]
+    assert [row["step"] for row in read_events(run.run.metrics_path)] == list(range(1, 8))
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_where_losses_are_logged_rarely(tmp_path):
@@ -254,7 +247,7 @@ def test_a_window_without_a_trained_token_is_refused(tmp_path):
 def test_a_stop_finishes_the_step_and_saves(tmp_path):
     run = MiniRun(tmp_path).go(stop_after=3)
     assert run.state.step == 3
-    assert [path.name for path in run.saved] == ["checkpoint-3"]
+    assert [point.step for point in checkpoints.ls(run.run)] == [3]
 
 
 def test_a_stop_before_step_1_saves_nothing(tmp_path):
@@ -300,7 +293,7 @@ def test_compiling_the_feed_forward_blocks_changes_no_number(tmp_path, monkeypat
 def test_recomputing_activations_changes_no_number(tmp_path):
     plain = MiniRun(tmp_path / "plain", lora=LORA).go()
     recomputed = MiniRun(tmp_path / "recomputed", lora=LORA, gradient_checkpointing=True).go()
-    assert recomputed.task.model.get_base_model().is_activation_checkpointing
+    assert recomputed.prepared().task.model.get_base_model().is_activation_checkpointing
     assert plain.state.loss_history == pytest.approx(recomputed.state.loss_history, rel=1e-6)
 
 

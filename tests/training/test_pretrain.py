@@ -287,7 +287,7 @@ def test_it_overfits_one_sequence_and_writes_it_greedily(tmp_path):
     recipe = Recipe.model_validate(recipe_of(tmp_path, train={"max_seq_len": 16}, held_out={"share": 0}))
     room = Pretrain.prepare(Setup(recipe, home, Path.cwd()))
     from nightschool.models.load import load_base
-    from nightschool.training.publish import greedy_continuation
+    from nightschool.training.continuation import greedy_continuation
 
     model = load_base(Registry(home).resolve(run.status.candidate).ref, home).model
     ids = room.task.batches.get(0, 0, 1).input_ids[0].tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nightschool.cli.main import main as nightschool
@@ -27,9 +28,8 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.training import publish
-from nightschool.training.checkpoint.checkpoint_reader import load_tensors
 from nightschool.training.checkpoint.saver import Saver
-from nightschool.training.publish import greedy_continuation
+from nightschool.training.continuation import greedy_continuation
 from nightschool.training.run import main
 from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
 
@@ -269,7 +269,7 @@ def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
     assert train(home, again) == 0
     second = version_of(home, again)
     assert (second.facts.base, second.facts.parent) == (base.ref, version.ref)
-    before, after = (load_tensors(v.path / "adapter_model.safetensors") for v in (version, second))
+    before, after = (load_file(v.path / "adapter_model.safetensors") for v in (version, second))
     assert differing(before, after)
     assert plain_answer(second.path, lesson[1][0], base=base.path) == lesson[1][1]
 
@@ -305,8 +305,8 @@ def test_the_best_weights_of_the_run_are_published(home, monkeypatch):
     assert [point.step for point in checkpoints.ls(run)] == [8, 12]
     version = version_of(home, run)
     assert version.facts.heldout_loss == 1.0
-    published = load_tensors(version.path / "model.safetensors")
-    best, last = (load_tensors(point.path / "model.safetensors") for point in checkpoints.ls(run))
+    published = load_file(version.path / "model.safetensors")
+    best, last = (load_file(point.path / "model.safetensors") for point in checkpoints.ls(run))
     assert not differing(best, published)
     assert differing(last, published)
 
@@ -376,9 +376,7 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly(home, tmp_path, c
         [(row["step"], row["loss"], row["grad_norm"]) for row in read_events(r.metrics_path)] for r in (run, straight)
     )
     assert rows == straight_rows
-    a, b = (
-        load_tensors(version_of(h, r).path / "model.safetensors") for h, r in ((home, run), (straight_home, straight))
-    )
+    a, b = (load_file(version_of(h, r).path / "model.safetensors") for h, r in ((home, run), (straight_home, straight)))
     assert not differing(a, b)
 
 
@@ -393,7 +391,7 @@ def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
     state = json.loads((first.path / "state.json").read_text())
     assert state["dtype"] == dtype
     assert (state["scaler"] is None) == (dtype == "bf16")
-    weights = load_tensors(last.path / "model.safetensors")
+    weights = load_file(last.path / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     losses = [row["loss"] for row in read_events(run.metrics_path)]
     assert losses[-1] < losses[0] - 0.5
@@ -402,7 +400,7 @@ def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
     run.update_status(candidate=None)
     assert train(home, run, "--resume", first.name) == 0
     assert [row["loss"] for row in read_events(run.metrics_path)] == losses
-    assert not differing(weights, load_tensors(checkpoints.ls(run)[-1].path / "model.safetensors"))
+    assert not differing(weights, load_file(checkpoints.ls(run)[-1].path / "model.safetensors"))
 
 
 @pytest.mark.timeout(400)  # processes start slowly on a busy machine
@@ -616,7 +614,7 @@ def test_a_checkpoint_is_exported_as_a_folder_that_plain_libraries_load(method, 
     point = checkpoints.ls(run)[0]
     folder = tmp_path / "mine"
     assert nightschool(["checkpoints", "export", f"{run.id}/{point.name}", str(folder)]) == 0
-    stored = load_tensors(point.path / "model.safetensors")
+    stored = load_file(point.path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(str(folder))  # transformers loads an adapter with its base
     if method == "full":
         loaded = dict(model.named_parameters())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nightschool.checkpoint_writer.commit import write_folder
 from nightschool.data.batches import Batches
 from nightschool.errors import StateMismatch
 from nightschool.training.checkpoint import full_state
@@ -112,7 +113,8 @@ class StreamedTask:
 
 def train(task, steps, folder, *, state=None):
     def save(now):
-        full_state.save(folder / f"checkpoint-{now.step}", task, now, CONTEXT, SCHEDULE)
+        contents = full_state.state_to_save(task, now, CONTEXT, SCHEDULE)
+        write_folder(folder / f"checkpoint-{now.step}", contents.facts, contents.stream)
 
     return fit(
         task,

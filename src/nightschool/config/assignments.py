@@ -40,6 +40,17 @@ _NO_SETTING = re.compile(r"NIGHTSCHOOL_(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?|TEST_
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Who set a setting. `where` is `file:line`, the name of a variable, or the override as typed; empty for a default."""
+
+    kind: Literal["default", "recipe", "environment", "override"]
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}" if self.where else self.kind
+
+
+@dataclass(frozen=True)
 class EmptyList:
     """The value of an assignment that starts a list anew; its elements follow as assignments of their own."""
 

@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from nightschool.config.assignments import (
     Assignment,
     EmptyList,
+    Origin,
     Source,
     read_environment,
     read_overrides,
     read_yaml,
 )
 from nightschool.config.messages import explain
-from nightschool.config.origins import Origin
 from nightschool.config.recipe import Recipe
 from nightschool.config.resolve_keys import name_settings
 from nightschool.config.schema import Path, dotted, find

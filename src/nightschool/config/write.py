@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nightschool.config.origins import Origin
+from nightschool.config.assignments import Origin
 from nightschool.config.recipe import Recipe
 from nightschool.config.schema import Path, dotted, find
 from nightschool.units import format_seconds, parse_seconds

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nightschool.data.chat.render import render_prompt, stop_token_ids
@@ -22,6 +21,7 @@ from nightschool.store.registry import Registry, Version, VersionMetadata
 from nightschool.store.runs import Run
 from nightschool.store.versions import Probe
 from nightschool.training.checkpoint import full_state
+from nightschool.training.continuation import greedy_continuation
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.metrics import say
 from nightschool.training.state import TrainState
@@ -144,38 +144,3 @@ def _prompt_of(tokenizer: Any, example: Example) -> list[int]:
         return render_prompt(tokenizer, example.messages[:-1])
     ids: list[int] = tokenizer(example.text, add_special_tokens=True)["input_ids"]
     return ids[: max(1, min(64, len(ids) // 2))]
-
-
-def greedy_continuation(
-    model: nn.Module,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    *,
-    stop_ids: Collection[int] = (),
-    min_margin: float = 0.0,
-) -> list[int]:
-    """Continue a prompt by the likeliest token, one at a time with a cache.
-
-    Ends before a token of `stop_ids`, and before the first token whose logit leads the second by less than
-    `min_margin`.
-    """
-    device = next(model.parameters()).device
-    continuation: list[int] = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            cache = None
-            next_ids = torch.tensor([list(prompt_ids)], device=device)
-            for _ in range(max_new_tokens):
-                output = model(input_ids=next_ids, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                top = output.logits[0, -1].float().topk(2)
-                token_id = int(top.indices[0])
-                if token_id in stop_ids or float(top.values[0] - top.values[1]) < min_margin:
-                    break
-                continuation.append(token_id)
-                next_ids = top.indices[:1][None]
-    finally:
-        model.train(training)
-    return continuation

@@ -140,7 +140,7 @@ def _render_chat(tokenizer: Any, messages: Sequence[Message], max_seq_len: int) 
     if len(whole.input_ids) <= max_seq_len:
         return whole
     # The fewest early exchanges to drop so that the rest fits: longer beginnings dropped, shorter rest.
-    shorter = [_without(messages, count) for count in range(1, _exchanges(messages))]
+    shorter = [_without(messages, count) for count in range(1, len(_exchange_starts(messages)))]
     fits = bisect.bisect_left(
         shorter, -max_seq_len, key=lambda turns: -len(_render_whole_chat(tokenizer, turns).input_ids)
     )
@@ -159,10 +159,6 @@ def _exchange_starts(messages: Sequence[Message]) -> list[int]:
             starts.append(index)
         before = message.role
     return starts
-
-
-def _exchanges(messages: Sequence[Message]) -> int:
-    return len(_exchange_starts(messages))
 
 
 def _without(messages: Sequence[Message], count: int) -> tuple[Message, ...]:

@@ -34,56 +34,17 @@ ELEMENT_SIZE = 10
 LARGEST_NUMBER_BITS = 4096
 LONGEST_PADDING = 1000
 
-# Only these are there: none of them writes to what the template was given, and what makes a text longer is checked.
+# Of values only these methods are there: none of them writes to what the template was given, and what makes a text longer
+# is checked.
+_TEXT_METHODS = (
+    "capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "format_map", "index",
+    "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable",
+    "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
+    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith",
+    "strip", "swapcase", "title", "upper", "zfill",
+)  # fmt: skip
 _METHODS: Mapping[type, frozenset[str]] = {
-    str: frozenset(
-        [
-            "capitalize",
-            "casefold",
-            "center",
-            "count",
-            "endswith",
-            "expandtabs",
-            "find",
-            "format",
-            "format_map",
-            "index",
-            "isalnum",
-            "isalpha",
-            "isascii",
-            "isdecimal",
-            "isdigit",
-            "isidentifier",
-            "islower",
-            "isnumeric",
-            "isprintable",
-            "isspace",
-            "istitle",
-            "isupper",
-            "join",
-            "ljust",
-            "lower",
-            "lstrip",
-            "partition",
-            "removeprefix",
-            "removesuffix",
-            "replace",
-            "rfind",
-            "rindex",
-            "rjust",
-            "rpartition",
-            "rsplit",
-            "rstrip",
-            "split",
-            "splitlines",
-            "startswith",
-            "strip",
-            "swapcase",
-            "title",
-            "upper",
-            "zfill",
-        ]
-    ),
+    str: frozenset(_TEXT_METHODS),
     dict: frozenset(["copy", "get", "items", "keys", "values"]),
     list: frozenset(["copy", "count", "index"]),
     tuple: frozenset(["count", "index"]),

@@ -12,11 +12,10 @@ from nightschool.data.shards.shards import (
     INDEX,
     SHARD_ENDING,
     TOKENIZER_FOLDER,
-    ShardIndex,
     ShardInfo,
     Shards,
     index_folder,
-    keep_index,
+    index_in_cache,
     read_index,
 )
 from nightschool.errors import NotFound
@@ -72,7 +71,19 @@ def open_remote_shards(
         index = read_index(files.fetch(remote, INDEX)).first(max_files)
     else:
         shards = _shards_in(listed, url)[:max_files]
-        index = _index_of(remote, shards, files, cache, eos_token_id)
+        folder = files.path_of(remote, shards[0].key).parent
+        index = index_in_cache(
+            cache,
+            [[remote.url, one.key, one.size_bytes, one.etag] for one in shards],
+            eos_token_id,
+            lambda: index_folder(
+                folder,
+                _one_by_one(remote, shards, files),
+                files.folder_of_made,
+                eos_token_id=eos_token_id,
+                keep=files.keep,
+            ),
+        )
     tokenizer = None
     for key in sorted(name for name in names if name.startswith(f"{TOKENIZER_FOLDER}/")):
         tokenizer = files.fetch(remote, key, pin=True).parent
@@ -95,23 +106,6 @@ def _shards_in(listed: Sequence[ObjectInfo], url: str) -> list[ObjectInfo]:
             "Check the address, or upload what `nightschool data tokenize` writes."
         )
     return found
-
-
-def _index_of(
-    remote: Remote, shards: Sequence[ObjectInfo], files: FileCache, cache: Path, eos_token_id: int | None
-) -> ShardIndex:
-    facts = [[remote.url, one.key, one.size_bytes, one.etag] for one in shards]
-    key = hashlib.sha256(json.dumps([facts, eos_token_id]).encode()).hexdigest()[:32]
-    kept = cache / f"index-{key}.json"
-    if kept.is_file():
-        return read_index(kept)
-    folder = files.path_of(remote, shards[0].key).parent
-    paths = _one_by_one(remote, shards, files)
-    index = index_folder(
-        folder, paths, files.folder_of_made, eos_token_id=eos_token_id, vocab_size=None, keep=files.keep
-    )
-    keep_index(kept, index)
-    return index
 
 
 def _one_by_one(remote: Remote, shards: Sequence[ObjectInfo], files: FileCache) -> Iterator[Path]:

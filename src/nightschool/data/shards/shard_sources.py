@@ -15,11 +15,10 @@ from nightschool.data.shards.shards import (
     SHARD_ENDING,
     TOKENIZER_FOLDER,
     LocalShardFiles,
-    ShardIndex,
     Shards,
     check_size,
     index_folder,
-    keep_index,
+    index_in_cache,
     read_index,
 )
 from nightschool.errors import DataError, NotFound
@@ -83,7 +82,10 @@ def open_shards(
     else:
         files = _files(path, place, root)[:max_files]
         folder = path if path.is_dir() else _parent(files)
-        index = _index_in_cache(folder, files, cache, eos_token_id)
+        stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        index = index_in_cache(
+            cache, stats, eos_token_id, lambda: index_folder(folder, files, cache, eos_token_id=eos_token_id)
+        )
     tokenizer = folder / TOKENIZER_FOLDER
     num_open = max(group_shards, OPEN_SHARDS)
     shards = Shards(LocalShardFiles(folder, cache), index, num_open=num_open)
@@ -135,15 +137,3 @@ def _parent(files: list[Path]) -> Path:
         one, other = sorted(parents)[:2]
         raise DataError(f"data.0.path: shards of one run lie in one folder, and these lie in {one} and {other}.")
     return parents.pop()
-
-
-def _index_in_cache(folder: Path, files: list[Path], cache: Path, eos_token_id: int | None) -> ShardIndex:
-    """The index of a folder that has none, made once for these very files."""
-    facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    key = hashlib.sha256(json.dumps([facts, eos_token_id]).encode()).hexdigest()[:32]
-    kept = cache / f"index-{key}.json"
-    if kept.is_file():
-        return read_index(kept)
-    index = index_folder(folder, files, cache, eos_token_id=eos_token_id, vocab_size=None)
-    keep_index(kept, index)
-    return index

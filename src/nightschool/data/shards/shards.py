@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -65,13 +65,7 @@ class ShardIndex:
         """The index of the first `max_files` shards; of all without a number."""
         if max_files is None or max_files >= len(self.shards):
             return self
-        return ShardIndex(
-            self.shards[:max_files],
-            self.tokenizer_fingerprint,
-            self.vocab_size,
-            self.eos_token_id,
-            self.bytes_per_token,
-        )
+        return replace(self, shards=self.shards[:max_files])
 
     def to_json(self) -> dict[str, Any]:
         return {"format": _FORMAT, **asdict(self)}
@@ -264,7 +258,6 @@ def index_folder(
     cache: Path,
     *,
     eos_token_id: int | None,
-    vocab_size: int | None,
     keep: Callable[[Path, bytes], None] = write_bytes,
 ) -> ShardIndex:
     """Find out what an index would say of `files`, by reading them once, one after the other.
@@ -297,12 +290,23 @@ def index_folder(
             f"{one} was written with the tokenizer {stated[one][:12]} and {other} with {stated[other][:12]}. "
             "Ids of different tokenizers mean different texts: tokenize all of them with one."
         )
-    return ShardIndex(tuple(shards), next(iter(stated.values()), None), vocab_size, eos_token_id)
+    return ShardIndex(tuple(shards), next(iter(stated.values()), None), None, eos_token_id)
 
 
 def keep_index(path: Path, index: ShardIndex) -> None:
     """Write an index, at once or not at all."""
     write_json(path, index.to_json())
+
+
+def index_in_cache(
+    cache: Path, facts: list[Any], eos_token_id: int | None, make: Callable[[], ShardIndex]
+) -> ShardIndex:
+    """The index of a place that has none, made once for the very files that `facts` tell apart from all others."""
+    key = hashlib.sha256(json.dumps([facts, eos_token_id]).encode()).hexdigest()[:32]
+    kept = cache / f"index-{key}.json"
+    if not kept.is_file():
+        keep_index(kept, make())
+    return read_index(kept)
 
 
 def _inside(name: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nightschool.checkpoint_writer.tensorfile import index_name
@@ -90,18 +89,6 @@ def open_group(folder: Path, stem: str) -> StoredTensors:
 def load_group(folder: Path, stem: str) -> dict[str, Tensor]:
     """As `open_group`, but all of them in memory."""
     return dict(open_group(folder, stem))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        Damaged: If it is not a whole safetensors file.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
 
 
 def group_files(folder: Path, stem: str) -> list[str]:

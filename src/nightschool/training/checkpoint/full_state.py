@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nightschool.checkpoint_writer.commit import write_folder
 from nightschool.errors import MadeByNewer, StateMismatch
 from nightschool.store.atomic import read_json
 from nightschool.store.manifest import verify
@@ -103,16 +102,6 @@ def state_to_save(
     rngs = rngs or [rng.capture()]
     recipe = training_config(context.recipe_yaml)
     optimizer = task.optimizer_facts() | {"schedule": asdict(schedule)}
-    plain_state = {
-        "format": FORMAT,
-        "train": state.to_json(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "base": context.base,
-        "base_fingerprint": context.base_fingerprint,
-        "dtype": context.dtype,
-        "num_threads": context.num_threads,
-        "numerics": context.numerics,
-    }
     facts = metadata(
         state,
         steps_total=schedule.steps_total,
@@ -126,7 +115,7 @@ def state_to_save(
     plain = {
         "optimizer.json": optimizer,
         **{f"{rng.group_of(rank)}.json": rng_plain for rank, (rng_plain, _) in enumerate(rngs)},
-        "state.json": plain_state,
+        "state.json": _plain_state(state, context, scaler),
         "training_config.json": recipe,
         "metadata.json": facts,
         "training_metrics.json": training_metrics(state, schedule.steps_total, context.epochs_total),
@@ -149,31 +138,23 @@ def state_to_save(
     )
 
 
+def _plain_state(state: TrainState, context: CheckpointContext, scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "train": state.to_json(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "base": context.base,
+        "base_fingerprint": context.base_fingerprint,
+        "dtype": context.dtype,
+        "num_threads": context.num_threads,
+        "numerics": context.numerics,
+    }
+
+
 def _groups(task: Task, rank: int = 0) -> dict[str, list[TensorSource]]:
     """The groups of tensors that a process saves: all there is, or its part of it, under a name of its own."""
     groups = {"model": task.weights(), "optimizer": task.optimizer_state()}
     return {rank_group(stem, rank): sources for stem, sources in groups.items()} if task.is_sharded else groups
-
-
-def save(
-    target: Path,
-    task: Task,
-    state: TrainState,
-    context: CheckpointContext,
-    schedule: Schedule,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Path:
-    """Write a checkpoint to the folder `target` in this process, whole or not at all, and return it.
-
-    A checkpoint that is already there under this name (the run was resumed from an earlier one) is replaced. A run
-    saves with `Saver`, which does the same beside the training.
-
-    Raises:
-        DiskFull: If there is no room; nothing of the target remains, and other checkpoints are untouched.
-    """
-    whole = state_to_save(task, state, context, schedule, scaler)
-    write_folder(target, whole.facts, whole.stream)
-    return target
 
 
 def load(
@@ -251,24 +232,11 @@ def _check_plain(
     scaler: torch.amp.GradScaler | None,
 ) -> None:
     """Compare everything that is not a tensor, and report all differences together."""
-    mine = {
-        "base fingerprint": context.base_fingerprint,
-        "dtype": context.dtype,
-        "gradient scaler": scaler is not None,
-        "data fingerprint": task.fingerprint,
-        **context.numerics,
-        **{f"optimizer {name}": value for name, value in task.optimizer_facts()["hyper_parameters"].items()},
-        **{f"schedule {name}": value for name, value in asdict(schedule).items()},
-    }
-    theirs = {
-        "base fingerprint": plain["base_fingerprint"],
-        "dtype": plain["dtype"],
-        "gradient scaler": plain["scaler"] is not None,
-        "data fingerprint": plain["train"]["fingerprint"],
-        **plain["numerics"],
-        **{f"optimizer {name}": value for name, value in optimizer["hyper_parameters"].items()},
-        **{f"schedule {name}": value for name, value in optimizer["schedule"].items()},
-    }
+    mine = _must_be_equal(
+        _plain_state(TrainState(task.fingerprint), context, scaler),
+        task.optimizer_facts() | {"schedule": asdict(schedule)},
+    )
+    theirs = _must_be_equal(plain, optimizer)
     different = [
         f"{key} (checkpoint: {_short(theirs.get(key))}, run: {_short(mine.get(key))})"
         for key in sorted(mine.keys() | theirs.keys())
@@ -279,6 +247,19 @@ def _check_plain(
             f"The checkpoint {folder.name} does not fit this run: {'; '.join(different)}. "
             "Resume with the recipe and the data that it was saved with, or start a new run from it."
         )
+
+
+def _must_be_equal(plain: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Of state.json and optimizer.json what two runs have alike of which one goes on as the other."""
+    return {
+        "base fingerprint": plain["base_fingerprint"],
+        "dtype": plain["dtype"],
+        "gradient scaler": plain["scaler"] is not None,
+        "data fingerprint": plain["train"]["fingerprint"],
+        **plain["numerics"],
+        **{f"optimizer {name}": value for name, value in optimizer["hyper_parameters"].items()},
+        **{f"schedule {name}": value for name, value in optimizer["schedule"].items()},
+    }
 
 
 def _short(value: object) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nightschool.config.recipe import Recipe
@@ -27,6 +27,7 @@ from nightschool.models.cost import flops_per_token
 from nightschool.models.load import LoadedModel, find_tokenizer, load_tokenizer
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
+from nightschool.training.continuation import continuation
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask
@@ -188,7 +189,13 @@ class Pretrain(PreparedRun[PretrainData]):
         if count == 0 or self.task.batches.num_held_out == 0 or self.task.is_sharded:
             return None
         prompt = self.task.batches.held_out(0, 1).input_ids[0, :SAMPLE_PROMPT_TOKENS].tolist()
-        ids = continuation(self.task.model, prompt, count, seed=self.recipe.train.seed)
+        generator = torch.Generator().manual_seed(self.recipe.train.seed)
+
+        def choose(logits: Tensor) -> int:
+            top = (logits.cpu() / SAMPLE_TEMPERATURE).topk(min(SAMPLE_TOP, len(logits)))
+            return int(top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=generator)])
+
+        ids = continuation(self.task.model, prompt, count, choose)
         return _text(self.loaded.tokenizer, prompt), _text(self.loaded.tokenizer, ids)
 
     def plan_rows(self, num_processes: int) -> MethodPlan:
@@ -363,26 +370,3 @@ def _refuse_short_context(loaded: LoadedModel, seq_len: int) -> None:
 def _perplexity(loss: float) -> float | None:
     """E to the loss; None where that is not a number any more."""
     return math.exp(loss) if loss < 500 else None
-
-
-def continuation(model: nn.Module, prompt_ids: Sequence[int], count: int, *, seed: int) -> list[int]:
-    """Go on with a prompt by `count` sampled tokens. Uses a generator of its own, so training goes on as without it."""
-    generator = torch.Generator().manual_seed(seed)
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    ids: list[int] = []
-    try:
-        with torch.no_grad():
-            cache, next_ids = None, torch.tensor([list(prompt_ids)], device=device)
-            for _ in range(count):
-                output = model(input_ids=next_ids, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                top = (output.logits[0, -1].float().cpu() / SAMPLE_TEMPERATURE).topk(
-                    min(SAMPLE_TOP, output.logits.shape[-1])
-                )
-                chosen = int(top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=generator)])
-                ids.append(chosen)
-                next_ids = torch.tensor([[chosen]], device=device)
-    finally:
-        model.train(training)
-    return ids

@@ -50,7 +50,7 @@ def measure(task: Task) -> Probe:
     if reckoned_seconds(task, task.compute_dtype) > LONGEST_BATCH_SECONDS:
         flops = flops_per_token(task.model)
         return Probe(0, peak_flops(task.device, task.compute_dtype)[0] / flops)
-    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
+    sizes = _sizes(task)
     tokens, seconds, batches = 0, 0.0, 0
     with measuring(task):
         compute(task, min(sizes)[1])
@@ -84,7 +84,7 @@ def _measured(task: Task, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
         why = f"fp32, because a product in bf16 is {product:.2g} times as fast as in fp32 on this CPU"
         return replace(choice, compute=torch.float32, why=why)
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    index = _largest(task)
+    index = max(_sizes(task))[1]
     started = time.perf_counter()
     with measuring(task):
         for attempt in range(ROUNDS + 1):
@@ -104,8 +104,7 @@ def _measured(task: Task, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
 
 def reckoned_seconds(task: Task, dtype: torch.dtype) -> float:
     """Seconds that the largest micro-batch takes at the least: if all of it ran as fast as the best product."""
-    tokens = task.batch(0, _largest(task)).input_ids.shape[-1]
-    return tokens * flops_per_token(task.model) / peak_flops(task.device, dtype)[0]
+    return max(_sizes(task))[0] * flops_per_token(task.model) / peak_flops(task.device, dtype)[0]
 
 
 def compute(task: Task, batch_index: int) -> None:
@@ -127,9 +126,9 @@ def measuring(task: Task) -> Iterator[None]:
         rng.restore(*random_state)
 
 
-def _largest(task: Task) -> int:
-    sizes = [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
-    return max(sizes)[1]
+def _sizes(task: Task) -> list[tuple[int, int]]:
+    """Tokens and places of the first micro-batches."""
+    return [(task.batch(0, index).input_ids.shape[-1], index) for index in range(min(16, task.epoch_length(0)))]
 
 
 def _seconds(work: Callable[[], None]) -> float:
