@@ -32,14 +32,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def unmerged(wrapped, folder, ref="bot@2"):
     return UnmergedAdapter(ref, byte_tokenizer(), read_lora(save_adapter(wrapped, folder)))
 

@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import torch
 
 from nightschool.engine import pool as pool_module
 from nightschool.engine.adapters import AdapterLinear
@@ -15,14 +14,6 @@ from tests.support.engine_setups import ask, greedy
 from tests.support.live_server import eventually
 
 PROMPT = [9, 8, 7, 6]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -59,14 +59,6 @@ class School:
         assert (answer.version, answer.token_ids) == (ref, greedy(self.models[ref], PROBE, 20))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def school(tmp_path):
     return School(tmp_path)
@@ -209,7 +201,7 @@ def test_whatever_goes_wrong_is_a_failed_swap(school, slot, monkeypatch, kind, s
     slot.swap(school.old)
     current = slot.current
     if place == "Probe":
-        monkeypatch.setattr(slot_module._Swap, "_ask", fail)
+        monkeypatch.setattr(slot_module, "_ask", fail)
     else:
         monkeypatch.setattr(pool_module, place, fail)
     with pytest.raises(SwapFailed, match=f"'{stage}' and changed nothing: .*x") as failed:

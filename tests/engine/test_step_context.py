@@ -14,14 +14,6 @@ from nightschool.errors import ModelError
 from tests.support.engine_setups import BOUND, greedy, lively_model, loaded_model, random_prompt, request, running
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     return lively_model("tiny-llama")

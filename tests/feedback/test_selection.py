@@ -110,7 +110,7 @@ def test_what_was_corrected_stays_away_every_later_night_until_the_correction_is
     assert said(third.replayed) == [("Capital?", "Bergen"), ("Sea?", "North")]
     roll_back(nights.home, "bot", by="test")
     roll_back(nights.home, "bot", by="test")
-    assert said(map(Example.from_json, nights.pool.all("bot"))) == [("Capital?", "Oslo"), ("Sea?", "North")]
+    assert said(map(Example.from_json, nights.pool.shuffled("bot", 0))) == [("Capital?", "Oslo"), ("Sea?", "North")]
 
 
 def test_nothing_new_but_started_all_the_same_does_not_study_what_was_corrected(nights):
@@ -127,7 +127,7 @@ def test_a_correction_that_is_corrected_back_is_new_again(nights):
         nights.correct(f"r{answer}{nights.base}".replace(":", "_").replace("@", "_"), "Capital?", answer)
         selection = nights.night()
         assert ("Capital?", answer) in said(selection.new)
-    assert ("Capital?", "Bergen") not in said(map(Example.from_json, nights.pool.all("bot")))
+    assert ("Capital?", "Bergen") not in said(map(Example.from_json, nights.pool.shuffled("bot", 0)))
 
 
 def test_a_file_that_is_edited_back_is_new_again(nights):
@@ -161,7 +161,7 @@ def test_to_another_base_everything_is_new_and_stays_accepted(nights):
     assert said(anew.replayed) == [("Sea?", "North")]
     assert anew.num_left_out == 0
     # What it learned by replay it would lose again, if it did not stay in the pool.
-    assert said(map(Example.from_json, nights.pool.all("bot"))) == said(anew.train)
+    assert said(map(Example.from_json, nights.pool.shuffled("bot", 0))) == said(anew.train)
 
 
 def test_an_older_version_as_base_has_not_learned_what_came_after_it(nights):

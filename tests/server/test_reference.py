@@ -7,15 +7,15 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from nightschool.server.app import create_app
-from nightschool.server.reference import NoSlot
 from nightschool.server.reference_page import render
 from nightschool.server.settings import ServerSettings
+from tests.support.fake_slot import FakeSlot
 
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 
 
 def document(**settings):
-    return create_app([NoSlot()], ServerSettings(**settings)).openapi()
+    return create_app([FakeSlot()], ServerSettings(**settings)).openapi()
 
 
 def test_the_page_is_up_to_date():

@@ -8,7 +8,6 @@ from schemathesis.config import SchemathesisConfig
 
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
-from nightschool.server.reference import NoSlot
 from nightschool.server.settings import ServerSettings
 from nightschool.store.database import Database
 from nightschool.store.home import Home
@@ -42,7 +41,7 @@ def document(tmp_path_factory):
 GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 OPERATIONS = [
     (path, method.upper(), mode)
-    for path, operations in create_app([NoSlot()], ServerSettings()).openapi()["paths"].items()
+    for path, operations in create_app([FakeSlot()], ServerSettings()).openapi()["paths"].items()
     for method, operation in operations.items()
     for mode in ((GOOD, BAD) if "requestBody" in operation else (GOOD,))
 ]

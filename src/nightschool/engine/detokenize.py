@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _REPLACEMENT = "\ufffd"
 # No character has more bytes than 4, so text that is still broken after twice as many tokens stays broken.
@@ -148,7 +150,7 @@ def _is_byte_level(backend: Any) -> bool:
 
 def _token_bytes(tokenizer: Any) -> dict[int, bytes]:
     """The bytes of each token that has text, as the byte-level decoder of `tokenizers` sees them."""
-    letters = _byte_of_letter()
+    letters = byte_of_letter()
     special = _special_ids(tokenizer)
     table: dict[int, bytes] = {}
     for token, token_id in tokenizer.get_vocab().items():
@@ -161,9 +163,7 @@ def _token_bytes(tokenizer: Any) -> dict[int, bytes]:
     return table
 
 
-@lru_cache(maxsize=1)
-def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in set(printable)]
-    return {chr(value): value for value in printable} | {chr(0x100 + i): value for i, value in enumerate(others)}
+@cache
+def byte_of_letter() -> dict[str, int]:
+    """GPT-2's letters for bytes, in which byte-level vocabularies spell their tokens."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]

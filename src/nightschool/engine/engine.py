@@ -13,15 +13,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
-import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.data.chat.render import stop_token_ids
 from nightschool.engine.admission import AdmissionPolicy, FairByTenant
 from nightschool.engine.answer import Answer
 from nightschool.engine.binding import Binding
+from nightschool.engine.capacity import free_bytes
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.detokenize import Vocabulary
 from nightschool.engine.handle import Handle, Sleeper, wake
@@ -138,10 +136,10 @@ class Engine:
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self._residents: dict[str | None, _Resident] = {None: self._resident(0, loaded.tokenizer)}
-        free_bytes = _free_bytes(loaded.model)
-        self._runner = ModelRunner(loaded.model, blocked_bytes=int(free_bytes * _BLOCKED_SHARE))
+        free = free_bytes(next(loaded.model.parameters()).device)
+        self._runner = ModelRunner(loaded.model, blocked_bytes=int(free * _BLOCKED_SHARE))
         cache = self._runner.make_cache(num_rows, 1)
-        budget_bytes = cache_bytes or free_bytes * _CACHE_SHARE
+        budget_bytes = cache_bytes or free * _CACHE_SHARE
         budget_tokens = max(1, int(budget_bytes / cache.bytes_per_token))
         self._cache = self._runner.make_cache(num_rows, budget_tokens)
         self._prefix = PrefixCache(prefix_cache_bytes) if prefix_cache else None
@@ -459,11 +457,3 @@ class Engine:
         if not active.resident.num_active:
             self._answered.notify_all()
         return active
-
-
-def _free_bytes(model: nn.Module) -> int:
-    """Memory that is free where the model is."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

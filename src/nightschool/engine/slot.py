@@ -12,17 +12,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from nightschool.engine.capacity import free_bytes
-from nightschool.engine.pool import EnginePool, Generation
+from nightschool.engine.pool import EnginePool, Generation, Stage
 from nightschool.engine.request import SamplingParams
 from nightschool.errors import Conflict, SwapFailed
 from nightschool.models.unmerged import NeedsMerging
-from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 from nightschool.store.versions import Probe
 from nightschool.units import format_bytes
@@ -121,75 +122,84 @@ class Slot:
 
     def _swap(self, ref: str, *, is_trusted: bool = False, commit: Callable[[], object] | None = None) -> SwapReport:
         """`is_trusted` takes a version that is still warm without comparing its files again."""
-        swap = _Swap(self.name, self.home)
+        seconds: dict[str, float] = {}
+        stage: Stage = partial(_stage, seconds)
         if self._is_closed:
             raise SwapFailed("resolve", f"the slot {self.name!r} is closed. Open another one.")
-        version = swap.resolve(ref)
-        before = self._current
+        with stage("resolve"):
+            version = self._resolve(ref)
+        before, previous = self._current, self._previous
         if before is not None and before.version.ref == version.ref:
             if commit is not None:
                 commit()
-            return SwapReport(before.version.ref, version.ref, changed=False, seconds=swap.seconds)
+            return SwapReport(before.version.ref, version.ref, changed=False, seconds=seconds)
         if not is_trusted:
-            swap.verify(version)
-        after = self._warm(version.ref) or self._load(swap, version)
+            with stage("verify"):
+                version.verify(digests=True)
+        is_warm = previous is not None and previous.version.ref == version.ref
+        after = previous if is_warm and previous is not None else self._load(version, stage)
         if commit is not None:
             try:
                 commit()
             except BaseException:
-                if after is not self._previous:
+                if not is_warm:
                     self._pool.close(after)
                 raise
-        with swap.stage("switch"), self._pointer:
+        with stage("switch"), self._pointer:
             dropped, self._previous, self._current = self._previous, before, after
         if dropped is not None and dropped is not after:
             self._let_go(dropped)
         log.info(
             "version swapped",
-            extra={"facts": {"before": before and before.version.ref, "after": version.ref, "seconds": swap.seconds}},
+            extra={"facts": {"before": before and before.version.ref, "after": version.ref, "seconds": seconds}},
         )
-        return SwapReport(before.version.ref if before else None, version.ref, changed=True, seconds=swap.seconds)
+        return SwapReport(before.version.ref if before else None, version.ref, changed=True, seconds=seconds)
 
-    def _warm(self, ref: str) -> Generation | None:
-        """The previous generation, if it is of this version."""
-        previous = self._previous
-        return previous if previous is not None and previous.version.ref == ref else None
+    def _resolve(self, ref: str) -> Version:
+        version = Registry(self.home).resolve(ref)
+        if version.name != self.name:
+            raise Conflict(
+                f"{version.ref} is not a version of {self.name!r}, which this slot serves. Name one that is."
+            )
+        return version
 
-    def _load(self, swap: _Swap, version: Version) -> Generation:
+    def _load(self, version: Version, stage: Stage) -> Generation:
         """Load a version beside the one that serves, up to and including its probes."""
-        self._make_room(swap, version)
-        generation = self._pool.open(version, swap.stage)
+        with stage("load"):
+            self._make_room(version)
+        generation = self._pool.open(version, stage)
         try:
-            swap.probe(generation)
+            with stage("probe"):
+                for number, probe in enumerate(version.facts.probes, start=1):
+                    _ask(generation, probe, number)
         except BaseException:
             self._pool.close(generation)
             raise
         return generation
 
-    def _make_room(self, swap: _Swap, version: Version) -> None:
+    def _make_room(self, version: Version) -> None:
         """Drop the generation before if a third one does not fit beside it.
 
         Raises:
-            SwapFailed: If there is too little room even then. Nothing was loaded.
+            Conflict: If there is too little room even then. Nothing was loaded.
         """
-        with swap.stage("load"):
-            needed, device = self._pool.needed_bytes(version), self._pool.device
-            if free_bytes(device) >= needed:
-                return
-            with self._pointer:
-                dropped, self._previous = self._previous, None
-            if dropped is not None:
-                ended = self._let_go(dropped)
-                del dropped
-                ended.join(_DRAIN_SECONDS)
-            free = free_bytes(device)
-            if free < needed:
-                where = "the GPU" if torch.device(device).type == "cuda" else "this machine"
-                raise Conflict(
-                    f"{version.ref} takes about {format_bytes(needed)} beside the version that is served, and "
-                    f"{format_bytes(free)} of {where} are free. Free some memory, or stop the server and start it with "
-                    f"{version.ref}."
-                )
+        needed, device = self._pool.needed_bytes(version), self._pool.device
+        if free_bytes(device) >= needed:
+            return
+        with self._pointer:
+            dropped, self._previous = self._previous, None
+        if dropped is not None:
+            ended = self._let_go(dropped)
+            del dropped
+            ended.join(_DRAIN_SECONDS)
+        free = free_bytes(device)
+        if free < needed:
+            where = "the GPU" if torch.device(device).type == "cuda" else "this machine"
+            raise Conflict(
+                f"{version.ref} takes about {format_bytes(needed)} beside the version that is served, and "
+                f"{format_bytes(free)} of {where} are free. Free some memory, or stop the server and start it with "
+                f"{version.ref}."
+            )
 
     def _let_go(self, generation: Generation) -> threading.Thread:
         """End a generation once it has answered what it took; the thread ends when it has."""
@@ -199,45 +209,15 @@ class Slot:
         return thread
 
 
-class _Swap:
-    """The stages of one swap, timed; whatever goes wrong becomes `SwapFailed` with the stage."""
-
-    def __init__(self, name: str, home: Home) -> None:
-        self._name = name
-        self._home = home
-        self.seconds: dict[str, float] = {}
-
-    def stage(self, name: str) -> _Stage:
-        return _Stage(name, self.seconds)
-
-    def resolve(self, ref: str) -> Version:
-        with self.stage("resolve"):
-            version = Registry(self._home).resolve(ref)
-            if version.name != self._name:
-                raise Conflict(
-                    f"{version.ref} is not a version of {self._name!r}, which this slot serves. Name one that is."
-                )
-            return version
-
-    def verify(self, version: Version) -> None:
-        with self.stage("verify"):
-            version.verify(digests=True)
-
-    def probe(self, generation: Generation) -> None:
-        """The golden prompts: a version that answers them otherwise is not what was published."""
-        with self.stage("probe"):
-            for number, probe in enumerate(generation.version.facts.probes, start=1):
-                self._ask(generation, probe, number)
-
-    @staticmethod
-    def _ask(generation: Generation, probe: Probe, number: int) -> None:
-        params = SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True)
-        answer = generation.answer(f"probe-{number}", list(probe.prompt_ids), params)
-        if list(answer) != list(probe.expected_ids):
-            raise Conflict(
-                f"probe {number} of {generation.version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded version "
-                f"answers {_few(answer)}. Publish it again."
-            )
+def _ask(generation: Generation, probe: Probe, number: int) -> None:
+    """Ask a golden prompt: a version that answers it otherwise is not what was published."""
+    params = SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True)
+    answer = generation.answer(f"probe-{number}", list(probe.prompt_ids), params)
+    if list(answer) != list(probe.expected_ids):
+        raise Conflict(
+            f"probe {number} of {generation.version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded "
+            f"version answers {_few(answer)}. Publish it again."
+        )
 
 
 def _few(token_ids: list[int] | tuple[int, ...]) -> str:
@@ -245,19 +225,16 @@ def _few(token_ids: list[int] | tuple[int, ...]) -> str:
     return f"[{shown}, …]" if len(token_ids) > 12 else f"[{shown}]"
 
 
-class _Stage:
-    """Times a stage and names it in what goes wrong."""
-
-    def __init__(self, name: str, seconds: dict[str, float]) -> None:
-        self._name = name
-        self._seconds = seconds
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        spent = time.perf_counter() - self._started
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
-        # Any exception: a library may raise what it likes, and whoever asked for the swap must learn that nothing changed.
-        if isinstance(error, Exception) and not isinstance(error, NeedsMerging):
-            raise SwapFailed(self._name, str(error) or type(error).__name__) from error
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Time a stage and name it in what goes wrong."""
+    started = time.perf_counter()
+    try:
+        yield
+    except NeedsMerging:
+        raise
+    # Any exception: a library may raise what it likes, and whoever asked for the swap must learn that nothing changed.
+    except Exception as error:
+        raise SwapFailed(name, str(error) or type(error).__name__) from error
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started

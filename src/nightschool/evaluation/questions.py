@@ -6,20 +6,11 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 from nightschool.data.example import Example, corrected_answers
 from nightschool.evaluation.match import words
 from nightschool.evaluation.scores import Kind, ProbeQuestion, Wording
-
-
-class PinnedAnswer(Protocol):
-    """What a pin has to have: a question and the answer that must be kept."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
+from nightschool.feedback.pins import Pin
 
 
 def count_words(text: str) -> int:
@@ -30,7 +21,7 @@ def count_words(text: str) -> int:
 def make_questions(
     new_examples: Sequence[Example],
     old_examples: Sequence[Example],
-    pins: Sequence[PinnedAnswer],
+    pins: Sequence[Pin],
     sample: int,
     seed: int,
     *,

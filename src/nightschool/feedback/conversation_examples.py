@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from nightschool.data.example import CONVERSATIONS, Example, Message
 from nightschool.data.sources.formats import parse_messages
 from nightschool.data.sources.problems import Problems
 from nightschool.errors import DataError
-
-
-class RecordedConversation(Protocol):
-    """What is needed of a recorded conversation."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def messages(self) -> Sequence[Mapping[str, Any]]: ...
-    @property
-    def answer(self) -> str: ...
-    @property
-    def rating(self) -> str | None: ...
-    @property
-    def correction(self) -> str | None: ...
+from nightschool.feedback.conversations import Conversation
 
 
 @dataclass(frozen=True)
@@ -36,7 +21,7 @@ class ConversationExamples:
     superseded: int
 
 
-def examples_of(conversations: Iterable[RecordedConversation], problems: Problems) -> ConversationExamples:
+def examples_of(conversations: Iterable[Conversation], problems: Problems) -> ConversationExamples:
     """Turn recorded conversations, which come oldest first, into examples.
 
     The last answer is the correction where there is one, else the answer as given; earlier answers are context only.

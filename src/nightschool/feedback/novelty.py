@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.feedback.lineage import line_of, start_of
-from nightschool.feedback.replay_pool import Accepted, AcceptedExamples, current, example_origin
+from nightschool.feedback.replay_pool import Accepted, AcceptedExamples, Context, current, origin_of
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 
@@ -52,7 +52,7 @@ def novelty(examples: Sequence[Example], rows: Iterable[Accepted], learned: Call
     rows = list(rows)
     now = current(rows)
     replaced = {row.digest for row in rows if row.active} - {row.digest for row in now}
-    answers: dict[str, list[Accepted]] = {}
+    answers: dict[Context, list[Accepted]] = {}
     for row in now:
         if row.context is not None:
             answers.setdefault(row.context, []).append(row)
@@ -60,9 +60,9 @@ def novelty(examples: Sequence[Example], rows: Iterable[Accepted], learned: Call
     loaded = {example.digest for example in examples}
 
     def taken_back(example: Example) -> bool:
-        newer = answers[contexts[example.digest] or ""]
+        newer = answers[contexts[example.digest] or ()]
         return all(row.digest not in loaded for row in newer) and (
-            example.source == CONVERSATIONS or all(example_origin(row.example) is None for row in newer)
+            example.source == CONVERSATIONS or all(origin_of(Example.from_json(row.example)) is None for row in newer)
         )
 
     learned_digests = {row.digest for row in rows if learned(row.version)}

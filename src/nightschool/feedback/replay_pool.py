@@ -8,38 +8,22 @@ example is replaced: it is in the pool only while no version with a newer answer
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.store.database import Database
 from nightschool.store.tables import accepted_examples, accepted_versions, forgotten, is_name_in, key_of
 
-
-def example_digest(example: dict[str, Any]) -> str:
-    """The identity of an example: 32 hex digits over its content alone, the same as `Example.digest`."""
-    if example.get("messages"):
-        content: Any = [[m["role"], m["content"], float(m.get("weight", 1.0))] for m in example["messages"]]
-    else:
-        content = example.get("text")
-    canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+Context = tuple[tuple[str, str], ...]
 
 
-def example_origin(example: dict[str, Any]) -> str | None:
-    """The request id of the conversation that an example was made of: its `id`, if its source is `conversations`."""
-    return example.get("id") or None if example.get("source") == "conversations" else None
-
-
-def example_context(example: dict[str, Any]) -> str | None:
-    """What an example answers, the same as `Example.context`, as one text; None if it answers no question."""
-    *before, last = example.get("messages") or [{"role": ""}]
-    if last["role"] != "assistant" or all(message["role"] != "user" for message in before):
-        return None
-    return json.dumps([[message["role"], message["content"]] for message in before], ensure_ascii=False)
+def origin_of(example: Example) -> str | None:
+    """The request id of the conversation that an example was made of; None if its source is another one."""
+    return example.id or None if example.source == CONVERSATIONS else None
 
 
 @dataclass(frozen=True)
@@ -48,7 +32,7 @@ class Accepted:
 
     version: str
     digest: str
-    context: str | None
+    context: Context | None
     active: bool
     example: dict[str, Any]
 
@@ -68,9 +52,10 @@ class AcceptedExamples:
         Returns:
             How many were added.
         """
-        by_digest: dict[str, dict[str, Any]] = {}
-        for example in examples:
-            by_digest.setdefault(example_digest(example), example)
+        by_digest: dict[str, tuple[dict[str, Any], str | None]] = {}
+        for row in examples:
+            example = Example.from_json(row)
+            by_digest.setdefault(example.digest, (row, origin_of(example)))
         with self._db.write() as connection:
             _mark(connection, name, version, active=True)
             present = set(
@@ -82,27 +67,13 @@ class AcceptedExamples:
             )
             gone = set(connection.execute(sa.select(forgotten.c.request_id)).scalars())
             rows = [
-                {
-                    **key_of(name),
-                    "version": version,
-                    "digest": digest,
-                    "origin": example_origin(example),
-                    "example": example,
-                }
-                for digest, example in by_digest.items()
-                if digest not in present and example_origin(example) not in gone
+                {**key_of(name), "version": version, "digest": digest, "origin": origin, "example": row}
+                for digest, (row, origin) in by_digest.items()
+                if digest not in present and origin not in gone
             ]
             if rows:
                 connection.execute(accepted_examples.insert(), rows)
         return len(rows)
-
-    def all(self, name: str) -> list[dict[str, Any]]:
-        """Every example in the pool once, in the order in which they were first accepted."""
-        return list(self._pool(name).values())
-
-    def sample(self, name: str, count: int, seed: int) -> list[dict[str, Any]]:
-        """`count` examples of the pool, or all if there are fewer; the same for the same pool and seed."""
-        return self.shuffled(name, seed)[: max(count, 0)]
 
     def shuffled(self, name: str, seed: int, *, without: str | None = None) -> list[dict[str, Any]]:
         """The whole pool in the order of a seed, as it is without what one version learned.
@@ -113,10 +84,6 @@ class AcceptedExamples:
         pool = self._pool(name, without)
         order = sorted(pool, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
         return [pool[digest] for digest in order]
-
-    def count(self, name: str) -> int:
-        """How many different examples the pool holds."""
-        return len(self._pool(name))
 
     def digests(self, name: str, *, without: str | None = None) -> set[str]:
         """The identities (`Example.digest`) of what the pool holds, without what one version learned."""
@@ -145,7 +112,7 @@ class AcceptedExamples:
         query = sa.select(*columns).select_from(_joined()).where(*is_name_in(accepted_examples, name))
         with self._db.read() as connection:
             found = connection.execute(query.order_by(accepted_examples.c.id)).all()
-        return [Accepted(v, digest, example_context(example), active, example) for v, digest, example, active in found]
+        return [Accepted(v, digest, Example.from_json(row).context, active, row) for v, digest, row, active in found]
 
     def drop_version(self, name: str, version: str) -> None:
         """Take the examples of a version that was rolled back out of the pool; other versions' stay."""
@@ -167,7 +134,7 @@ class AcceptedExamples:
 def current(rows: Iterable[Accepted]) -> list[Accepted]:
     """Those of active versions whose context no newer active version has answered otherwise, in their order."""
     active = [row for row in rows if row.active]
-    newest: dict[str, str] = {}
+    newest: dict[Context, str] = {}
     for row in active:
         if row.context is not None:
             newest[row.context] = max(row.version, newest.get(row.context, ""))

@@ -16,7 +16,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from nightschool import __version__
+from nightschool.engine.slot import Slot
 from nightschool.errors import UsageError
+from nightschool.feedback.conversations import ConversationStore
 from nightschool.server import reference_page
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
@@ -27,8 +29,7 @@ from nightschool.server.middleware.limits import BodyLimit
 from nightschool.server.middleware.request_log import Access
 from nightschool.server.openai import completions
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest
-from nightschool.server.ports import SlotPort
-from nightschool.server.recording import Conversations, Recorder
+from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.routes import feedback, operations, parametric_memory, versions
 from nightschool.server.served_names import ServedNames
@@ -50,11 +51,11 @@ FAMILIES = (
 
 
 def create_app(
-    slots: Sequence[SlotPort],
+    slots: Sequence[Slot],
     settings: ServerSettings,
     *,
     registry: Registry | None = None,
-    conversations: Conversations | None = None,
+    conversations: ConversationStore | None = None,
     device: str | None = None,
 ) -> FastAPI:
     """The server of one name or several.

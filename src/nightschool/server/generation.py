@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from nightschool.engine.handle import Handle
+from nightschool.engine.pool import Generation
 from nightschool.engine.request import Chunk
 from nightschool.errors import NightschoolError
 from nightschool.server.errors import ClientGone, Refusal, log
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import GenerationPort, HandlePort
 
 Result = TypeVar("Result")
 
@@ -39,7 +40,7 @@ class Running:
     """The answers in the making of one request, all by the same version."""
 
     def __init__(
-        self, generation: GenerationPort, prompts: list[list[int]], handles: list[HandlePort], metrics: Metrics
+        self, generation: Generation, prompts: list[list[int]], handles: list[Handle], metrics: Metrics
     ) -> None:
         self.version = generation.version
         self.binding = generation.binding
@@ -127,7 +128,7 @@ def _failure(error: Exception) -> Exception:
     return Refusal(500, f"Generation failed: {error}", "generation_failed")
 
 
-async def _merged(handles: Sequence[HandlePort]) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The chunks of several answers as they come, with the index of the answer."""
     if len(handles) == 1:
         async for chunk in handles[0].stream():
@@ -150,7 +151,7 @@ async def _merged(handles: Sequence[HandlePort]) -> AsyncGenerator[tuple[int, Ch
             pump.cancel()
 
 
-async def _pump(index: int, handle: HandlePort, queue: asyncio.Queue[tuple[int, Chunk | Exception | None]]) -> None:
+async def _pump(index: int, handle: Handle, queue: asyncio.Queue[tuple[int, Chunk | Exception | None]]) -> None:
     try:
         async for chunk in handle.stream():
             queue.put_nowait((index, chunk))

@@ -9,24 +9,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
+from nightschool.feedback.conversations import ConversationStore, Rating
 from nightschool.server.errors import Refusal
 from nightschool.server.metrics import Metrics
 
 log = logging.getLogger("nightschool.server.recording")
 Result = TypeVar("Result")
 _MOST_PENDING = 1000
-
-
-class Conversations(Protocol):
-    """What is asked of `nightschool.feedback.conversations.ConversationStore`."""
-
-    def record(
-        self, request_id: str, model: str, version: str, messages: Any, answer: str, owner: str | None
-    ) -> Any: ...
-    def feedback(self, request_id: str, rating: Any, correction: str | None, *, owner: str | None) -> Any: ...
-    def forget(self, request_id: str, *, owner: str | None) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Exchange:
 class Recorder:
     """One thread writes, so that feedback on an answer always finds the answer written before it."""
 
-    def __init__(self, conversations: Conversations | None, metrics: Metrics) -> None:
+    def __init__(self, conversations: ConversationStore | None, metrics: Metrics) -> None:
         self._conversations = conversations
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
@@ -64,7 +55,7 @@ class Recorder:
             return
         self._thread.submit(self._write, self._conversations, exchange)
 
-    def _write(self, conversations: Conversations, exchange: Exchange) -> None:
+    def _write(self, conversations: ConversationStore, exchange: Exchange) -> None:
         try:
             conversations.record(
                 exchange.request_id,
@@ -84,7 +75,7 @@ class Recorder:
         self._metrics.recordings.labels("lost").inc()
         log.error("a conversation was not kept", extra={"facts": {"conversation": request_id, "error": why}})
 
-    async def feedback(self, request_id: str, rating: str | None, correction: str | None, owner: str | None) -> None:
+    async def feedback(self, request_id: str, rating: Rating | None, correction: str | None, owner: str | None) -> None:
         """Mark an answer.
 
         Raises:
@@ -97,7 +88,7 @@ class Recorder:
         """Remove an exchange and its feedback; the errors are those of `feedback`."""
         await self._run(lambda conversations: conversations.forget(request_id, owner=owner))
 
-    async def _run(self, what: Callable[[Conversations], Result]) -> Result:
+    async def _run(self, what: Callable[[ConversationStore], Result]) -> Result:
         if self._conversations is None:
             raise Refusal(
                 409, "This server keeps no conversations. Start it with record_conversations on.", "recording_is_off"

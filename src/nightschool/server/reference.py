@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from pathlib import Path
 
-from nightschool.errors import NotLoaded
+from nightschool.engine.pool import EnginePool
+from nightschool.engine.slot import Slot
 from nightschool.server.app import create_app
 from nightschool.server.reference_page import render
 from nightschool.server.settings import ServerSettings
+from nightschool.store.home import Home
 
 
 def main() -> None:
-    """Write the reference to stdout."""
-    sys.stdout.write(render(create_app([NoSlot()], ServerSettings()).openapi()))
-
-
-class NoSlot:
-    """A slot that never serves anything; enough for the reference."""
-
-    name = "default"
-    current = None
-
-    def refresh(self) -> bool:
-        return False
-
-    def swap(self, ref: str, *, commit: Callable[[], object]) -> object:
-        raise NotLoaded(f"Nothing serves {ref} here, and {commit} was not called.")
-
-    def close(self) -> None:
-        return None
+    """Write the reference to stdout; nothing is served."""
+    slot = Slot("default", EnginePool(Home(Path())))
+    sys.stdout.write(render(create_app([slot], ServerSettings()).openapi()))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from nightschool.engine.slot import Slot
 from nightschool.errors import NightschoolError, NotFound
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import SlotPort
 from nightschool.server.served_names import ServedNames
 
 log = logging.getLogger("nightschool.server.refresher")
@@ -34,7 +34,7 @@ class Refresher:
         """Why the newest version of a name is not served; None if it is."""
         return self._last_errors.get(name)
 
-    async def refresh(self, slot: SlotPort) -> bool:
+    async def refresh(self, slot: Slot) -> bool:
         """Serve the champion of a name if it is not served already. Returns whether the version changed.
 
         Raises:
@@ -46,7 +46,7 @@ class Refresher:
         """Run a function on the thread that moves the slots; it goes on even if the caller goes away."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, move))
 
-    def _refresh(self, slot: SlotPort) -> bool:
+    def _refresh(self, slot: Slot) -> bool:
         before = slot.current
         log.info("looking for a promoted version", extra={"facts": {"name": slot.name}})
         try:
@@ -67,7 +67,7 @@ class Refresher:
             log.info("successfully updated", extra={"facts": {"version": slot.current.version.ref}})
         return swapped
 
-    def _failed(self, slot: SlotPort, error: Exception) -> None:
+    def _failed(self, slot: Slot, error: Exception) -> None:
         message = self._last_errors[slot.name] = str(error) or type(error).__name__
         self._metrics.refreshes.labels("failed").inc()
         current = slot.current

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nightschool.engine.binding import Binding
+from nightschool.engine.pool import Generation
+from nightschool.engine.slot import Slot
 from nightschool.errors import NotLoaded, UsageError
 from nightschool.server.errors import Refusal
-from nightschool.server.ports import GenerationPort, SlotPort
 from nightschool.store.names import full_name, split_name
 from nightschool.store.principal import Principal
 
@@ -19,28 +20,28 @@ class ServedNames:
         UsageError: If there is no name, or one is given twice.
     """
 
-    def __init__(self, slots: Sequence[SlotPort]) -> None:
+    def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = {slot.name: slot for slot in slots}
         if not slots or len(self._slots) < len(slots):
             given = ", ".join(slot.name for slot in slots) or "none"
             raise UsageError(f"A server needs one name or more, each once, and was given {given}. Name each once.")
-        self.first: SlotPort = slots[0]
+        self.first: Slot = slots[0]
 
-    def __iter__(self) -> Iterator[SlotPort]:
+    def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots.values())
 
     def __len__(self) -> int:
         return len(self._slots)
 
-    def get(self, name: str) -> SlotPort | None:
+    def get(self, name: str) -> Slot | None:
         """The slot of a name, if this server serves it."""
         return self._slots.get(name)
 
-    def of(self, principal: Principal) -> list[SlotPort]:
+    def of(self, principal: Principal) -> list[Slot]:
         """The slots of the tenant that asks; what others have does not exist for it."""
         return [slot for slot in self if split_name(slot.name)[0] == principal.tenant]
 
-    def slot_of(self, model: str | None, principal: Principal) -> SlotPort:
+    def slot_of(self, model: str | None, principal: Principal) -> Slot:
         """The slot that `model` means: a name, `name@champion`, or `name@version` of the version served now.
 
         The name is the tenant's own, with or without `tenant/` before it.
@@ -66,7 +67,7 @@ class ServedNames:
             )
         return slot
 
-    def resolve(self, model: str | None, principal: Principal) -> tuple[GenerationPort, Binding]:
+    def resolve(self, model: str | None, principal: Principal) -> tuple[Generation, Binding]:
         """What answers a request for `model`, bound to who asks.
 
         Raises:

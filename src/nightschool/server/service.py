@@ -11,7 +11,6 @@ from fastapi import Depends, Request
 
 from nightschool.errors import Damaged
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import VersionPort
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.served_names import ServedNames
@@ -77,6 +76,6 @@ def published_at(version: Version) -> datetime:
     return datetime.fromtimestamp(version.path.stat().st_mtime, UTC)
 
 
-def shown_path(version: VersionPort) -> str:
+def shown_path(version: Version) -> str:
     """Where a version lies in the home; where the home lies on this machine is nobody's business over HTTP."""
     return "/".join(version.path.parts[-3:])

@@ -12,12 +12,13 @@ import anyio.to_thread
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
 from nightschool.engine.binding import Binding
+from nightschool.engine.handle import Handle
+from nightschool.engine.pool import Generation
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Running
 from nightschool.server.metrics import Metrics
-from nightschool.server.ports import GenerationPort, HandlePort
 from nightschool.server.served_names import ServedNames
 from nightschool.store.principal import Principal
 
@@ -83,9 +84,9 @@ class Answering:
             return Running(generation, prompts, handles, self._metrics)
 
     def _submit(
-        self, generation: GenerationPort, binding: Binding, prompts: list[list[int]], ask: Ask, request_id: str
-    ) -> list[HandlePort]:
-        handles: list[HandlePort] = []
+        self, generation: Generation, binding: Binding, prompts: list[list[int]], ask: Ask, request_id: str
+    ) -> list[Handle]:
+        handles: list[Handle] = []
         try:
             for prompt in prompts:
                 params = _with_length(ask, len(prompt), generation.engine.context_tokens)

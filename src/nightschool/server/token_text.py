@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
+
+from nightschool.engine.detokenize import byte_of_letter
 
 
 class TokenText:
@@ -32,14 +33,5 @@ class TokenText:
         spelled = str(self._tokenizer.convert_ids_to_tokens(token_id))
         if spelled.startswith("<0x") and spelled.endswith(">") and len(spelled) == 6:
             return bytes([int(spelled[3:5], 16)])
-        table = _byte_of_character()
+        table = byte_of_letter()
         return bytes(table[c] for c in spelled) if all(c in table for c in spelled) else text.encode()
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE (Radford et al. 2019): printable bytes stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nightschool.engine.request import SamplingParams
+from nightschool.engine.slot import Slot
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
@@ -18,7 +19,6 @@ from nightschool.server.generation import Answer, Running, while_connected
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
-from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Exchange
 from nightschool.server.service import PrincipalOf, RequestId, Service, ServiceOf, owner_of
 from nightschool.server.stream import EventStream
@@ -194,7 +194,7 @@ async def model(model: str, service: ServiceOf, principal: PrincipalOf) -> Respo
     return JSONResponse(card)
 
 
-def _cards(slot: SlotPort) -> list[dict[str, Any]]:
+def _cards(slot: Slot) -> list[dict[str, Any]]:
     current = slot.current
     if current is None:
         return []

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from nightschool.engine.request import Chunk
 from nightschool.server.generation import Answer
 from nightschool.server.token_text import TokenText
 
 
-class Shape(Protocol):
-    """A spelling of answers. This is all of it."""
-
-    object: str
-    stream_object: str
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice that opens a stream, if there is one."""
-
-    def piece(self, index: int, chunk: Chunk, words: TokenText, offset: int) -> dict[str, Any]:
-        """The choice of one event; `offset` counts the characters sent before."""
-
-    def choice(self, index: int, answer: Answer, words: TokenText) -> dict[str, Any]:
-        """A whole answer."""
-
-
+@dataclass(frozen=True)
 class ChatShape:
     """`message` and `delta`."""
 
-    object = "chat.completion"
-    stream_object = "chat.completion.chunk"
+    object: ClassVar[str] = "chat.completion"
+    stream_object: ClassVar[str] = "chat.completion.chunk"
 
-    def __init__(self, *, with_logprobs: bool) -> None:
-        self._with_logprobs = with_logprobs
+    with_logprobs: bool
 
     def opening(self, index: int) -> dict[str, Any] | None:
+        """The choice that opens a stream, if there is one."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, chunk: Chunk, words: TokenText, offset: int) -> dict[str, Any]:  # noqa: ARG002
+        """The choice of one event; `offset` counts the characters sent before."""
         delta = {"content": chunk.text} if chunk.text else {}
         return {
             "index": index,
@@ -49,6 +36,7 @@ class ChatShape:
         }
 
     def choice(self, index: int, answer: Answer, words: TokenText) -> dict[str, Any]:
+        """A whole answer."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
@@ -57,7 +45,7 @@ class ChatShape:
         }
 
     def _logprobs(self, chunks: Sequence[Chunk], words: TokenText) -> dict[str, Any] | None:
-        if not self._with_logprobs:
+        if not self.with_logprobs:
             return None
         content = [
             words.described(token.token_id, token.logprob)
@@ -68,14 +56,14 @@ class ChatShape:
         return {"content": content, "refusal": None}
 
 
+@dataclass(frozen=True)
 class CompletionShape:
     """`text`."""
 
-    object = "text_completion"
-    stream_object = "text_completion"
+    object: ClassVar[str] = "text_completion"
+    stream_object: ClassVar[str] = "text_completion"
 
-    def __init__(self, *, with_logprobs: bool) -> None:
-        self._with_logprobs = with_logprobs
+    with_logprobs: bool
 
     def opening(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
         return None
@@ -97,7 +85,7 @@ class CompletionShape:
         }
 
     def _logprobs(self, chunks: Sequence[Chunk], words: TokenText, offset: int) -> dict[str, Any] | None:
-        if not self._with_logprobs:
+        if not self.with_logprobs:
             return None
         tokens: list[str] = []
         logprobs: list[float] = []
@@ -112,3 +100,6 @@ class CompletionShape:
                 offsets.append(offset)
             offset += len(chunk.text)
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+Shape = ChatShape | CompletionShape

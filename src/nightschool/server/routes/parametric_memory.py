@@ -13,12 +13,12 @@ from pydantic import BaseModel, Field
 
 from nightschool.data.example import Message
 from nightschool.engine.request import SamplingParams
+from nightschool.engine.slot import Slot
 from nightschool.server.bodies import Body, Integer, Number
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
 from nightschool.server.generation import while_connected
-from nightschool.server.ports import SlotPort
 from nightschool.server.recording import Exchange
 from nightschool.server.service import (
     PrincipalOf,
@@ -138,7 +138,7 @@ async def health(service: ServiceOf) -> Response:
     return JSONResponse({"status": "healthy", "model_loaded": slot.current is not None} | _present(service, slot))
 
 
-def _present(service: Service, slot: SlotPort) -> dict[str, Any]:
+def _present(service: Service, slot: Slot) -> dict[str, Any]:
     current = slot.current
     return {
         "current_model_version": current.version.id if current else None,

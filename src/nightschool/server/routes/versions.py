@@ -11,13 +11,13 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
+from nightschool.engine.slot import Slot
 from nightschool.errors import NotFound, SwapFailed
 from nightschool.feedback import promotion
 from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
-from nightschool.server.ports import SlotPort
 from nightschool.server.service import PrincipalOf, Service, ServiceOf, published_at, shown_path, timestamp
 from nightschool.store.names import PREVIOUS, full_name, parse_ref
 from nightschool.store.registry import Registry
@@ -136,7 +136,7 @@ async def _move(
     return JSONResponse({"name": name, "champion": champion["champion"], "served_version": _served(slot)})
 
 
-def _served(slot: SlotPort | None) -> str | None:
+def _served(slot: Slot | None) -> str | None:
     current = slot.current if slot is not None else None
     return current.version.id if current is not None else None
 
