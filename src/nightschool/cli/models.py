@@ -235,7 +235,7 @@ def alias(model: str, alias: str, /, *, rm: bool = False) -> None:
     name = parse_ref(model).name
     if rm:
         registry.remove_alias(name, alias, by=who())
-        answer({"alias": alias, "name": name, "ref": None}, f"{name} has no alias {alias} any more.", quiet=alias)
+        answer({"alias": alias, "name": name, "ref": None}, f"Removed the alias {alias} of {name}.", quiet=alias)
         return
     version = registry.set_alias(name, alias, registry.resolve(model).id, by=who())
     answer({"alias": alias, "name": name, "ref": version.ref}, f"{name}@{alias} is {version.ref}.", quiet=version.ref)

@@ -68,7 +68,7 @@ def ls(name: str | None = None, /, *, limit: int = 20) -> None:
 
     def text() -> str:
         if not rows:
-            return "No cycles yet. Begin with nightschool schedule run RECIPE."
+            return "No cycles yet. Start with nightschool schedule run RECIPE."
         lines = [
             f"{one}: {'a scheduler is running' if state['running'] else 'no scheduler is running'}"
             + (", paused" if state["paused"] else "")

@@ -147,7 +147,7 @@ def _what_is_served(arguments: tuple[str, ...], name: str | None) -> tuple[list[
     elsewhere = [source for source in sources if _is_elsewhere(source)]
     if settings and not recipes:
         raise UsageError(
-            f"{settings[0]!r} is a setting of a recipe, and there is no recipe. Write nightschool serve RECIPE.yaml "
+            f"{settings[0]!r} is a setting of a recipe, but no recipe was given. Write nightschool serve RECIPE.yaml "
             f"{settings[0]}, or use the options of nightschool serve --help."
         )
     if len(recipes) > 1:

@@ -50,15 +50,7 @@ class CycleResult:
         return self.failed_exit_code if self.outcome == "failed" else EXIT_CODES[self.outcome]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "outcome": self.outcome,
-            "detail": self.detail,
-            "run_id": self.run_id,
-            "candidate": self.candidate,
-            "champion": self.champion,
-            "data_fingerprint": self.data_fingerprint,
-            "report": self.report,
-        }
+        return {key: value for key, value in vars(self).items() if key != "failed_exit_code"}
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,14 @@ def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Stop
     journal = Journal(home)
     while True:
         if stop.requested:
-            raise Interrupted("The uploader was stopped; it goes on where it was when it is started again.")
+            raise Interrupted("The uploader was stopped. Started again, it goes on where it was.")
         try:
             upload = journal.claim()
             if upload is not None:
-                _tell(home, _timed(journal, upload, timeout_seconds, stop, say), say)
+                started = time.monotonic()
+                ended = attempt(journal, upload, say=say, stop=lambda: stop.requested, timeout_seconds=timeout_seconds)
                 idle_since = time.monotonic()
+                _tell(home, ended, idle_since - started, say)
                 continue
             due = journal.seconds_to_next()
         except Interrupted:
@@ -117,15 +119,8 @@ def _work(home: Home, *, idle_seconds: float, timeout_seconds: float, stop: Stop
         stop.wait(min(_POLL_SECONDS, due + 0.01) if due else _POLL_SECONDS)
 
 
-def _timed(journal: Journal, upload: Upload, timeout_seconds: float, stop: Stop, say: Say) -> tuple[Upload, float]:
-    started = time.monotonic()
-    result = attempt(journal, upload, say=say, stop=lambda: stop.requested, timeout_seconds=timeout_seconds)
-    return result, time.monotonic() - started
-
-
-def _tell(home: Home, timed: tuple[Upload, float], say: Say) -> None:
+def _tell(home: Home, upload: Upload, seconds: float, say: Say) -> None:
     """Say how an attempt ended, here and in the events of the run."""
-    upload, seconds = timed
     facts: dict[str, Any]
     if upload.state == "done":
         say(f"Uploaded {upload.name} of {upload.run_id}: {format_bytes(upload.size_bytes)} in {seconds:.1f} s")
