@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from nightschool.errors import UsageError
@@ -51,8 +52,12 @@ def answer(data: Any, text: Callable[[], str] | str, *, quiet: Callable[[], str]
 
 
 def print_json(data: Any) -> None:
-    """One JSON value on stdout, indented for a person who looks."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    """One JSON value on stdout, indented for a person who looks; moments are written by ISO 8601."""
+
+    def plain(value: object) -> str:
+        return value.isoformat() if isinstance(value, datetime) else str(value)
+
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=plain))
 
 
 def note(text: str) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from nightschool.cli.output import answer, answer_rows, confirm
-from nightschool.feedback.pins import Pin, Pins
+from nightschool.feedback.pins import Pins
 from nightschool.store.home import Home
 
 
@@ -19,11 +18,7 @@ def add(question: str, expected: str, /, *, name: str = "default") -> None:
         name: The name whose versions must keep it.
     """
     pin = Pins(Home.find().database).add(name, question, expected)
-    answer(_plain(pin), f"Pinned for {name} as {pin.id}: {question} → {expected}", quiet=str(pin.id))
-
-
-def _plain(pin: Pin) -> dict[str, Any]:
-    return {**dataclasses.asdict(pin), "created_at": pin.created_at.isoformat()}
+    answer(dataclasses.asdict(pin), f"Pinned for {name} as {pin.id}: {question} → {expected}", quiet=str(pin.id))
 
 
 def ls(*, name: str = "default") -> None:
@@ -34,7 +29,7 @@ def ls(*, name: str = "default") -> None:
     """
     pins = Pins(Home.find().database).ls(name)
     answer_rows(
-        [_plain(pin) for pin in pins],
+        [dataclasses.asdict(pin) for pin in pins],
         {"PIN": "id", "QUESTION": "question", "ANSWER": "answer"},
         none=f"Nothing is pinned for {name}. Pin an answer with nightschool pins add QUESTION ANSWER.",
         quiet="id",

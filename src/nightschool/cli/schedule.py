@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from nightschool.cli.formatting import moment
 from nightschool.cli.output import answer, let_children_colour, session, table
@@ -17,7 +16,7 @@ from nightschool.events import now
 from nightschool.jobs.schedule import Timetable
 from nightschool.jobs.scheduler import Scheduler, schedule_lock_path
 from nightschool.store.home import Home
-from nightschool.store.ledger import Cycle, Ledger
+from nightschool.store.ledger import Ledger
 from nightschool.store.locks import is_held
 from nightschool.store.names import check_full_name
 from nightschool.units import printable
@@ -64,7 +63,7 @@ def ls(name: str | None = None, /, *, limit: int = 20) -> None:
     names = [check_full_name(name)] if name is not None else ledger.names()
     cycles = [cycle for one in names for cycle in ledger.ls(one, limit=limit)]
     states = {one: {"running": is_held(schedule_lock_path(home, one)), "paused": ledger.paused(one)} for one in names}
-    rows = [_cycle(cycle) for cycle in cycles]
+    rows = [dataclasses.asdict(cycle) for cycle in cycles]
 
     def text() -> str:
         if not rows:
@@ -106,8 +105,8 @@ def next_due(recipe: Path, /, *overrides: str, count: int = 3) -> None:
         "timetable": str(timetable),
         "running": running,
         "paused": paused,
-        "due_at": [one.isoformat() for one in moments],
-        "last": _cycle(last) if last else None,
+        "due_at": moments,
+        "last": dataclasses.asdict(last) if last else None,
     }
 
     def text() -> str:
@@ -150,8 +149,3 @@ def _due(timetable: Timetable, anchor: datetime, count: int) -> Iterator[datetim
     for _ in range(count):
         due = timetable.next_due(anchor, due)
         yield due
-
-
-def _cycle(cycle: Cycle) -> dict[str, Any]:
-    plain = dataclasses.asdict(cycle)
-    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in plain.items()}
