@@ -17,7 +17,7 @@ PAGES = [
 
 # Constants that look like names of variables and are none, and prefixes of names.
 NO_VARIABLES = {
-    "ANY_NAME", "CAUSAL_LM", "F8_E4M3", "F8_E5M2", "MAP_POPULATE", "O_DIRECT", "PCI_BUS_ID",
+    "ANY_NAME", "CAUSAL_LM", "F8_E4M3", "F8_E5M2", "MAP_POPULATE", "O_DIRECT", "PCI_BUS_ID", "LC_ALL",
     "CUDA_LAUNCH", "MALLOC_", "MKL_", "MKL_NUM", "NCCL_", "NIGHTSCHOOL_", "OMP_",
 }  # fmt: skip
 # Shown as an example of a setting, and names without an underscore, which the search does not find by themselves.
