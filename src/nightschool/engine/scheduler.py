@@ -15,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nightschool.engine.admission import AdmissionPolicy, FirstCome
 from nightschool.errors import QueueFull
@@ -99,16 +99,6 @@ class StepPlan:
         return self.decode + self.prefill
 
 
-@dataclass(slots=True)
-class _Pace:
-    """How often requests finished lately, for the answer to "when shall I come back?"."""
-
-    finished_at: deque[float] = field(default_factory=lambda: deque(maxlen=32))
-
-    def seconds_per_request(self, now: float) -> float:
-        return (now - self.finished_at[0]) / len(self.finished_at) if self.finished_at else 1.0
-
-
 class Scheduler:
     """Queue, rows and steps of one engine. Not thread-safe.
 
@@ -144,7 +134,8 @@ class Scheduler:
         self._waiting: dict[int, ScheduledRequest] = {}
         self._running: dict[int, ScheduledRequest] = {}
         self._rows: list[int | None] = [None] * num_rows
-        self._pace = _Pace()
+        # When the last ones finished, for the answer to "when shall I come back?".
+        self._finished_at: deque[float] = deque(maxlen=32)
 
     @property
     def num_waiting(self) -> int:
@@ -184,10 +175,11 @@ class Scheduler:
         assert key not in self._waiting, f"the key {key} waits already"
         assert key not in self._running, f"the key {key} runs already"
         if len(self._waiting) >= self.queue_limit:
-            seconds = self._pace.seconds_per_request(self._clock()) * len(self._waiting)
+            finished = self._finished_at
+            pace = (self._clock() - finished[0]) / len(finished) if finished else 1.0
             raise QueueFull(
                 f"{len(self._waiting)} requests wait, and the queue holds {self.queue_limit}. Send this one again later.",
-                retry_after_seconds=min(_MOST_RETRY_SECONDS, max(1, math.ceil(seconds))),
+                retry_after_seconds=min(_MOST_RETRY_SECONDS, max(1, math.ceil(pace * len(self._waiting)))),
             )
         present = {other.tenant for others in (self._waiting, self._running) for other in others.values()}
         self._admission.arrived(tenant, present)
@@ -202,7 +194,7 @@ class Scheduler:
             return None
         assert request.row is not None
         self._rows[request.row] = None
-        self._pace.finished_at.append(self._clock())
+        self._finished_at.append(self._clock())
         return request.row
 
     def admit(self) -> list[Admission]:
