@@ -1,11 +1,13 @@
 """One engine per base: adapters come and go on it without a second copy, and every answer is that of its own version."""
 
 import logging
+import threading
 
 import pytest
 
 from nightschool.engine import pool as pool_module
 from nightschool.engine.adapters import AdapterLinear
+from nightschool.engine.compute import COMPUTE
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import SwapFailed
@@ -100,6 +102,24 @@ def test_a_dropped_adapter_drains_and_leaves_the_layers(house, pool, slots):
     eventually(lambda: len(layer.factors) == 2)
     slot.swap(house.one.ref)
     answers_exactly(slot, house.one)
+
+
+def test_an_engine_that_lets_a_version_go_leaves_the_compute_thread_its_lock(house, slots, monkeypatch):
+    slots["bot"].swap(house.one.ref)
+    engine, wake, answered = slots["bot"].current.engine, COMPUTE.wake, []
+
+    def wake_after_a_look():
+        looking = threading.Thread(target=lambda: answered.append(engine.has_work()), daemon=True)
+        looking.start()
+        looking.join(10)
+        answered_before_waking.append(len(answered) > len(answered_before_waking))
+        wake()
+
+    answered_before_waking = []
+    monkeypatch.setattr(COMPUTE, "wake", wake_after_a_look)
+    slots["bot"].close()
+    assert answered_before_waking
+    assert all(answered_before_waking)
 
 
 def test_what_cannot_be_kept_apart_is_merged_into_a_base_of_its_own_and_the_log_says_why(house, pool, slots, caplog):

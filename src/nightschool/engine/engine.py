@@ -203,8 +203,10 @@ class Engine:
 
             if not drain or not self._answered.wait_for(is_over, timeout_seconds):
                 self._cancelled += [key for key, active in self._active.items() if active.resident is resident]
-                COMPUTE.wake()
-                self._answered.wait_for(is_over)
+        # Not under the lock: `has_work` takes it while the compute thread holds its own.
+        COMPUTE.wake()
+        with self._lock:
+            self._answered.wait_for(is_over)
             if resident.is_open or binding.adapter is None or self._residents.get(binding.adapter) is not resident:
                 return
             del self._residents[binding.adapter]
