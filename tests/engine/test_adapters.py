@@ -13,7 +13,7 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.model_runner import ModelRunner
 from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.step_context import StepContext
-from nightschool.engine.weights import BlockedLinear
+from nightschool.engine.weights import BLOCKS, LaidOutLinear
 from nightschool.errors import NotLoaded
 from nightschool.models.unmerged import NeedsMerging, UnmergedAdapter, read_lora, why_merged
 from tests.support.adapter_setups import lively_adapter, save_adapter
@@ -57,20 +57,22 @@ def peft_logits(wrapped, prompt):
 
 
 @pytest.mark.parametrize("preset", ["tiny-llama", "tiny-gpt-neox", "tiny-qwen3"])
-@pytest.mark.parametrize("blocked", [False, True])
-def test_every_row_of_a_step_gets_the_logits_of_its_own_adapter(preset, blocked, tmp_path, monkeypatch):
-    if blocked:
-        monkeypatch.setattr(weights, "_speedup", lambda shapes, num_threads: 2.0)
-        monkeypatch.setattr(weights, "_LEAST_NUMBERS", 1)
-    runner = ModelRunner(lively_model(preset), blocked_bytes=1 << 30 if blocked else 0)
-    one, two = (lively_adapter(preset, seed=seed, r=r) for seed, r in ((1, 4), (2, 9)))
+@pytest.mark.parametrize("layout", [weights.PLAIN, BLOCKS, "bf16"])
+def test_every_row_of_a_step_gets_the_logits_of_its_own_adapter(preset, layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_MEASURED", {})
+    monkeypatch.setattr(weights, "_fastest_with", lambda *given: layout if layout in given[-1] else weights.PLAIN)
+    monkeypatch.setattr(weights, "_LEAST_NUMBERS", 1)
+    # Numbers that 16 bits hold, so that every layout can.
+    base = lively_model(preset).bfloat16().float()
+    one, two = (lively_adapter(preset, seed=seed, r=r).bfloat16().float() for seed, r in ((1, 4), (2, 9)))
+    runner = ModelRunner(base, layout_bytes=1 << 30)
     first, second = (runner.add_adapter(unmerged(w, tmp_path / str(n)).weights) for n, w in enumerate((one, two)))
     kinds = {type(module.layer) for module in runner._model.modules() if isinstance(module, AdapterLinear)}
-    assert kinds == {BlockedLinear if blocked else nn.Linear}
+    assert kinds == {nn.Linear if layout == weights.PLAIN else LaidOutLinear}
+    assert runner.layouts.keys() == {layout} - {weights.PLAIN}
     dice = random.Random(0)
     prompts = [random_prompt(dice, length) for length in (9, 4, 30, 12, 7)]
     logits = steps(runner, prompts, (first, second, 0, second, first))
-    base = lively_model(preset)
     for row, wrapped in enumerate((one, two, base, two, one)):
         expected = peft_logits(wrapped, prompts[row])
         torch.testing.assert_close(logits[row], expected, atol=2e-4 * float(expected.abs().max()), rtol=0)

@@ -1,6 +1,6 @@
 """Adapters that are served unmerged: many of them on one base, in one step.
 
-A linear layer that an adapter reaches is wrapped, whatever it is (plain, or in blocks; see `engine.weights`). It computes
+A linear layer that an adapter reaches is wrapped, whatever it is (plain, or with further layouts; see `engine.weights`). It computes
 all rows of a step at once, and then adds to the rows of each adapter what its two factors give. Rows without an adapter
 are not touched, so their numbers are those of the base, bit for bit; a layer that no adapter reaches any more is
 unwrapped, so that a base alone is as fast as ever.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.engine.step_context import StepContext
-from nightschool.engine.weights import BlockedLinear
+from nightschool.engine.weights import LaidOutLinear
 from nightschool.models.unmerged import LoraWeights, NeedsMerging
 
 # The number of an adapter with its rows.
@@ -125,12 +125,12 @@ class AdapterTable:
             raise NeedsMerging(f"one of its layers sees {num_rows} rows, which are not the tokens of the step")
         return self._segments[num_rows]
 
-    def _layer(self, path: str) -> nn.Linear | BlockedLinear | AdapterLinear:
+    def _layer(self, path: str) -> nn.Linear | LaidOutLinear | AdapterLinear:
         try:
             layer = self._model.get_submodule(path)
         except AttributeError:
             raise NeedsMerging(f"its layer {path} is not in the base") from None
-        if not isinstance(layer, AdapterLinear | BlockedLinear) and type(layer) is not nn.Linear:
+        if not isinstance(layer, AdapterLinear | LaidOutLinear) and type(layer) is not nn.Linear:
             raise NeedsMerging(f"its layer {path} is a {type(layer).__name__} in the base and not a linear layer")
         return layer
 

@@ -35,9 +35,9 @@ from nightschool.models.unmerged import UnmergedAdapter
 
 log = logging.getLogger("nightschool.engine")
 
-# Of the memory that is free when the engine starts: for keys and values, and for weights in a second layout.
+# Of the memory that is free when the engine starts: for keys and values, and for weights in further layouts.
 _CACHE_SHARE = 0.25
-_BLOCKED_SHARE = 0.125
+_LAYOUT_SHARE = 0.125
 _PREFIX_BYTES = 256 << 20
 
 
@@ -137,7 +137,9 @@ class Engine:
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self._residents: dict[str | None, _Resident] = {None: self._resident(0, loaded.tokenizer)}
         free = free_bytes(next(loaded.model.parameters()).device)
-        self._runner = ModelRunner(loaded.model, blocked_bytes=int(free * _BLOCKED_SHARE))
+        self._runner = ModelRunner(loaded.model, layout_bytes=int(free * _LAYOUT_SHARE))
+        facts = {"base": base, "layers": self._runner.layouts}
+        log.info("layers with weights in a faster layout", extra={"facts": facts})
         cache = self._runner.make_cache(num_rows, 1)
         budget_bytes = cache_bytes or free * _CACHE_SHARE
         budget_tokens = max(1, int(budget_bytes / cache.bytes_per_token))

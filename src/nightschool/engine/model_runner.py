@@ -21,7 +21,7 @@ from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.step_context import StepContext
-from nightschool.engine.weights import block_weights
+from nightschool.engine.weights import lay_out
 from nightschool.errors import ModelError
 from nightschool.models.unmerged import LoraWeights
 
@@ -41,13 +41,13 @@ class ModelRunner:
 
     Args:
         model: A causal language model of transformers, without adapters that are kept apart.
-        blocked_bytes: What a second copy of the weights, laid out for decoding, may take; see `engine.weights`.
+        layout_bytes: What further layouts of the weights, made for decoding, may take; see `engine.weights`.
 
     Raises:
         ModelError: If the model's attention is none that rows of a cache can serve, with the reason.
     """
 
-    def __init__(self, model: nn.Module, *, blocked_bytes: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, layout_bytes: int = 0) -> None:
         self._model: Any = _private_copy(model)
         parameter = next(self._model.parameters())
         self.device: torch.device = parameter.device
@@ -55,7 +55,7 @@ class ModelRunner:
         # Four dimensions make transformers hand the mask down as it is instead of building one.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._context: StepContext | None = None
-        block_weights(self._model, blocked_bytes)
+        self.layouts = lay_out(self._model, layout_bytes)
         self._adapters = AdapterTable(self._model)
         self.shapes = COMPUTE.call(self._check)
 
