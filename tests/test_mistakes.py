@@ -309,6 +309,7 @@ OBSERVED = {
     "held_out.path": (a_run, {}, {"held_out.path": "held.json"}),
     "replay.ratio": (a_run, {}, {"replay.ratio": 0.5}),
     "replay.minimum": (a_run, {}, {"replay.minimum": 10}),
+    "replay.path": (a_run, {}, {"replay.path": "held.json"}),
     "train.learning_rate": (a_run, {}, {"train.learning_rate": 5e-3}),
     "train.epochs": (a_run, {}, {"train.epochs": 1}),
     "train.max_steps": (a_run, {}, {"train.max_steps": 1}),

@@ -265,7 +265,7 @@ ROWS_OF_0004 = (
     "INSERT INTO feedback (id, request_id, recorded_at, rating) VALUES (7, 'r1', '2026-11-21 07:00:00', 'good')",
     "INSERT INTO accepted_versions (name, version, active) VALUES ('bot', '20261121_060000', true)",
     "INSERT INTO accepted_examples (id, name, version, digest, origin, example) "
-    "VALUES (3, 'bot', '20261121_060000', 'd', 'r1', '{\"messages\": []}')",
+    "VALUES (3, 'bot', '20261121_060000', 'd', 'r1', '{\"text\": \"a plain text\"}')",
     "INSERT INTO pins (id, name, question, answer, created_at) "
     "VALUES (2, 'bot', '\"q\"', '\"a\"', '2026-11-21 06:00:00')",
     "INSERT INTO cycles (id, name, due_at, trigger, pid, started_at, outcome) "
@@ -288,7 +288,7 @@ def test_what_exists_becomes_the_default_tenants(home, environment):  # noqa: F8
         assert (Pins(database).ls("acme/bot"), ledger.ls("acme/bot"), ledger.paused("acme/bot")) == ([], [], False)
         assert AcceptedExamples(database).digests("acme/bot") == set()
         # The keys work: every one of these would collide with the default tenant's row.
-        AcceptedExamples(database).add("acme/bot", "20261121_060000", [{"messages": []}])
+        AcceptedExamples(database).add("acme/bot", "20261121_060000", [{"text": "another"}])
         ledger.begin("acme/bot", conversation.time, "due")
         ledger.pause("acme/bot")
         assert ledger.names() == ["acme/bot", "bot"]
