@@ -93,8 +93,12 @@ def main() -> None:
                 assert named == version.ref
                 known[named, prompt] = text
         Clients(server.base, known).run(2)
+        # Half of the time each: what one version says may be longer than what the other does.
         steady = Clients(server.base, known)
-        steady.run(duration / 2)
+        for version in reversed(server.versions):
+            server.swap(version)
+            steady.run(duration / 4)
+            print(f"  steady on {version.ref}: p99 {1000 * steady.p99:.0f} ms so far")
         swapping = Clients(server.base, known)
         load = threading.Thread(target=swapping.run, args=(duration,))
         load.start()
