@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,6 +89,18 @@ def test_many_open_a_new_database_at_once(home, environment):  # noqa: F811
     assert [process.returncode for process in processes] == [0] * 4
     with Database(home, env=environment).connect() as database, database.read() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(pins)).scalar() == 4
+
+
+def test_a_new_database_that_another_writes_to_at_this_moment_is_waited_for(home):
+    home.ensure()
+    other = sqlite3.connect(home.state_db, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    end = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+    end.start()
+    with Database(home, env={}).connect() as database:
+        Pins(database).add("bot", "q", "a")
+    end.join()
+    other.close()
 
 
 def test_a_migration_that_is_killed_anywhere_is_done_by_the_next(home):
