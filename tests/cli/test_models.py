@@ -46,7 +46,7 @@ def _sheet(ref, answers, loss):
         ProbeQuestion(f"old-{k}", "old", f"Where is {k}?", f"In {k}land.", [{"role": "user", "content": "?"}])
         for k in range(len(answers))
     ]
-    return ScoreSheet(ref, loss, 100, [one.answered(text) for one, text in zip(questions, answers, strict=True)])
+    return ScoreSheet(ref, loss, 100, tuple(one.answered(text) for one, text in zip(questions, answers, strict=True)))
 
 
 def _examined(home, champion, candidate):

@@ -223,6 +223,15 @@ def test_a_stored_report_may_carry_more_than_the_gate_knows():
     assert GateReport.from_json(report.to_json() | {"examined_at": "today"}) == report
 
 
+def test_a_figure_that_is_no_number_is_text_in_json():
+    row = ScoreSheet("m@1", math.inf, 1000).to_json()
+    assert json.dumps(row, allow_nan=False) == (
+        '{"version": "m@1", "heldout_loss": "inf", "heldout_tokens": 1000, "answers": [], "drift": null, '
+        '"drift_tokens": 0, "is_base": false}'
+    )
+    assert ScoreSheet.from_json(row).heldout_loss == math.inf
+
+
 @pytest.mark.parametrize(("lost", "decision"), [(1, "promote"), (2, "promote"), (3, "refuse")])
 def test_general_answers_may_be_lost_up_to_the_tolerance(lost, decision):
     champion = sheet("m@1", answers("general", 10, 20))

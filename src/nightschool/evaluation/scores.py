@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import PlainSerializer, TypeAdapter
 
 from nightschool.evaluation.match import is_correct, mentions
+
+
+def figure_to_json(figure: float | None) -> float | str | None:
+    """A figure for JSON, which has no NaN and no infinity: those become text."""
+    return str(figure) if figure is not None and not math.isfinite(figure) else figure
+
+
+Figure = Annotated[float | None, PlainSerializer(figure_to_json)]
+
+
+class Plain:
+    """A dataclass that plain JSON holds, without NaN."""
+
+    def to_json(self) -> dict[str, Any]:
+        kind: Any = type(self)
+        return _adapter(kind).dump_python(self, mode="json")  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote, now or before there were all fields. Other keys, such as a time, are left out."""
+        kind: Any = cls
+        return _adapter(kind).validate_python(row)  # type: ignore[no-any-return]
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
 
 Kind = Literal["new", "old", "pin", "general"]
 Wording = Literal["paraphrase", "trained", "pinned", "general"]
 
 
 @dataclass(frozen=True)
-class ProbeQuestion:
+class ProbeQuestion(Plain):
     """One question with its expected answer.
 
     `messages` is the whole context as role and content, ending with the question. `wording` says whether the
@@ -28,14 +58,6 @@ class ProbeQuestion:
     expected: str
     messages: list[dict[str, str]]
     wording: Wording = "trained"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     def answered(self, answer: str) -> ProbeAnswer:
         """Join the question and a version's answer, judged by `match.is_correct`, or by `match.mentions` if untaught."""
@@ -60,7 +82,7 @@ class ProbeAnswer(ProbeQuestion):
 
 
 @dataclass(frozen=True)
-class ScoreSheet:
+class ScoreSheet(Plain):
     """All figures of one version.
 
     `version` is its reference, `name@id`, or for a base that no version was made of (`is_base`) what the recipe calls it.
@@ -70,44 +92,12 @@ class ScoreSheet:
     """
 
     version: str
-    heldout_loss: float | None = None
+    heldout_loss: Figure = None
     heldout_tokens: int = 0
-    answers: Sequence[ProbeAnswer] = field(default_factory=tuple)
-    drift: float | None = None
+    answers: tuple[ProbeAnswer, ...] = ()
+    drift: Figure = None
     drift_tokens: int = 0
     is_base: bool = False
 
     def of_kind(self, kind: Kind) -> list[ProbeAnswer]:
         return [answer for answer in self.answers if answer.kind == kind]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "version": self.version,
-            "heldout_loss": figure_to_json(self.heldout_loss),
-            "heldout_tokens": self.heldout_tokens,
-            "answers": [answer.to_json() for answer in self.answers],
-            "drift": figure_to_json(self.drift),
-            "drift_tokens": self.drift_tokens,
-            "is_base": self.is_base,
-        }
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> ScoreSheet:
-        return cls(
-            version=row["version"],
-            heldout_loss=figure_from_json(row["heldout_loss"]),
-            heldout_tokens=int(row["heldout_tokens"]),
-            answers=tuple(ProbeAnswer.from_json(answer) for answer in row["answers"]),
-            drift=figure_from_json(row.get("drift")),
-            drift_tokens=int(row.get("drift_tokens", 0)),
-            is_base=bool(row.get("is_base", False)),
-        )
-
-
-def figure_to_json(figure: float | None) -> float | str | None:
-    """A figure for JSON, which has no NaN and no infinity: those become text."""
-    return str(figure) if figure is not None and not math.isfinite(figure) else figure
-
-
-def figure_from_json(figure: float | str | None) -> float | None:
-    return None if figure is None else float(figure)

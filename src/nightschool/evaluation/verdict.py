@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Literal
 
-from nightschool.evaluation.scores import Kind, ProbeAnswer, ScoreSheet, figure_from_json, figure_to_json
+from nightschool.evaluation.scores import Figure, Kind, Plain, ProbeAnswer, ScoreSheet
 
 Decision = Literal["promote", "refuse"]
 
 
 @dataclass(frozen=True)
-class AnswerPair:
+class AnswerPair(Plain):
     """One question with both answers. The champion's are None if there is no champion or it was not asked."""
 
     id: str
@@ -48,7 +48,7 @@ class AnswerPair:
 
 
 @dataclass(frozen=True)
-class RuleResult:
+class RuleResult(Plain):
     """One rule and how it was judged.
 
     `limit` is the rule as the recipe writes it, `threshold` the figure that it came to. `passed` is None if the rule
@@ -58,33 +58,20 @@ class RuleResult:
     rule: str
     limit: str
     unit: Literal["nats", "share"]
-    threshold: float | None
-    candidate: float | None
-    champion: float | None
+    threshold: Figure
+    candidate: Figure
+    champion: Figure
     passed: bool | None
     why: str
     examples: tuple[AnswerPair, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        row = {**vars(self), "examples": [vars(pair) for pair in self.examples]}
-        return row | {name: figure_to_json(row[name]) for name in _FIGURES}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        figures = {name: figure_from_json(row[name]) for name in _FIGURES}
-        return cls(**{**row, **figures, "examples": tuple(AnswerPair(**pair) for pair in row["examples"])})
-
-
-_FIGURES = ("threshold", "candidate", "champion")
-
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(Plain):
     """What one version scored: its loss, how many questions of each kind it answered, and the champion's drift."""
 
     version: str
-    heldout_loss: float | None
+    heldout_loss: Figure
     heldout_tokens: int
     new_correct: int
     new_asked: int
@@ -94,7 +81,7 @@ class Figures:
     pins_asked: int
     general_correct: int = 0
     general_asked: int = 0
-    drift: float | None = None
+    drift: Figure = None
 
     @classmethod
     def of(cls, sheet: ScoreSheet) -> Figures:
@@ -106,18 +93,9 @@ class Figures:
             counts[f"{name}_asked"] = len(answers)
         return cls(sheet.version, sheet.heldout_loss, sheet.heldout_tokens, **counts, drift=sheet.drift)
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "heldout_loss": figure_to_json(self.heldout_loss), "drift": figure_to_json(self.drift)}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        figures = {name: figure_from_json(row.get(name)) for name in ("heldout_loss", "drift")}
-        return cls(**{**row, **figures})
-
 
 @dataclass(frozen=True)
-class GateReport:
+class GateReport(Plain):
     """The decision and everything behind it. `candidate` and `champion` are references, `name@id`.
 
     In the first night of a name, `champion` is its base, and `champion_is_base` says so.
@@ -127,45 +105,14 @@ class GateReport:
     decision: Decision
     candidate: str
     champion: str | None
+    champion_is_base: bool = field(default=False, kw_only=True)
     rules: tuple[RuleResult, ...]
     figures: tuple[Figures, ...]
     learned: tuple[AnswerPair, ...]
     lost: tuple[AnswerPair, ...]
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
-    champion_is_base: bool = False
 
     @property
     def failed(self) -> list[RuleResult]:
         return [rule for rule in self.rules if rule.passed is False]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON without NaN, which `from_json` reads back to an equal report."""
-        return {
-            "decision": self.decision,
-            "candidate": self.candidate,
-            "champion": self.champion,
-            "champion_is_base": self.champion_is_base,
-            "rules": [rule.to_json() for rule in self.rules],
-            "figures": [row.to_json() for row in self.figures],
-            "learned": [vars(pair) for pair in self.learned],
-            "lost": [vars(pair) for pair in self.lost],
-            "notes": list(self.notes),
-            "suggestions": list(self.suggestions),
-        }
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote. Keys that are not a report's, such as a time that was added, are left out."""
-        known = {field.name for field in fields(cls)}
-        return cls(
-            **{
-                **{key: value for key, value in row.items() if key in known},
-                "rules": tuple(RuleResult.from_json(rule) for rule in row["rules"]),
-                "figures": tuple(Figures.from_json(figures) for figures in row["figures"]),
-                "learned": tuple(AnswerPair(**pair) for pair in row["learned"]),
-                "lost": tuple(AnswerPair(**pair) for pair in row["lost"]),
-                "notes": tuple(row["notes"]),
-                "suggestions": tuple(row["suggestions"]),
-            }
-        )
