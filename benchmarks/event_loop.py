@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from harness import Benchmark
-from served import PROMPTS, ask, health_seconds, percentile_95, random_pair, served
+from served import PROMPTS, ask, health_seconds, percentile_95, random_models, served
 
 ROWS = [{"query": f"Where is number {index}?", "retrieved": f"In room {index + 7}."} for index in range(16)]
 
@@ -86,7 +86,7 @@ def main() -> None:
     )
     duration = 6.0 if bench.quick else 30.0
     swaps = []
-    with served(random_pair()) as server:
+    with served(random_models(2)) as server:
 
         def swap(number: int) -> None:
             server.swap(server.versions[number % 2])

@@ -13,7 +13,7 @@ import urllib.request
 from contextlib import contextmanager
 
 from harness import Benchmark
-from served import NAME, health_seconds, percentile_95, random_pair, served
+from served import NAME, health_seconds, percentile_95, random_models, served
 
 PART = {"type": "text", "text": "a", "no": 1}
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
@@ -73,7 +73,7 @@ def main() -> None:
     )
     duration = 6.0 if bench.quick else 30.0
     seconds, refused, rows = [], [], []
-    with served(random_pair()) as server:
+    with served(random_models(2)) as server:
         alone = health_seconds(server.base, duration / 2)
         rows.append(("alone", f"{len(alone)} answers, p95 {1000 * percentile_95(alone):.1f} ms"))
         for name, (path, body) in BODIES.items():

@@ -1,7 +1,7 @@
 """Does a swap under load lose, mislabel or mix an answer, and what does it do to the slowest ones?
 
-A real server over HTTP, eight clients that never stop asking, and two versions whose greedy answers are known. Each
-answer must be exactly that of the version that it names.
+A real server over HTTP, eight clients that never stop asking, and three versions whose greedy answers are known. Each
+answer must be exactly that of the version that it names. A server keeps two versions warm, so each swap has to load one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from typing import Any
 import real_model
 import torch
 from harness import Benchmark
-from served import PROMPTS, ask, random_pair, served
+from served import PROMPTS, ask, random_models, served
+
+NUM_VERSIONS = 3
 
 
-def real_pair() -> Iterator[tuple[Any, Any]]:
-    """The real model, and the same with every fourth layer half as strong, which says other things."""
+def real_models() -> Iterator[tuple[Any, Any]]:
+    """The real model, and the same with some of its layers half as strong, which says other things."""
     loaded = real_model.load()
     yield loaded.model, loaded.tokenizer
-    with torch.no_grad():
-        for layer in loaded.model.model.layers[::4]:
-            layer.mlp.down_proj.weight *= 0.5
-    yield loaded.model, loaded.tokenizer
+    for first in range(NUM_VERSIONS - 1):
+        with torch.no_grad():
+            for layer in loaded.model.model.layers[first::4]:
+                layer.mlp.down_proj.weight *= 0.5
+        yield loaded.model, loaded.tokenizer
 
 
 @dataclass
@@ -84,7 +87,7 @@ def main() -> None:
         duration, swaps = (40.0, 2) if bench.quick else (300.0, 20)
     else:
         duration, swaps = (12.0, 4) if bench.quick else (60.0, 20)
-    with served(real_pair() if bench.is_real else random_pair()) as server:
+    with served(real_models() if bench.is_real else random_models(NUM_VERSIONS)) as server:
         known = {}
         for version in reversed(server.versions):
             server.swap(version)
@@ -93,11 +96,11 @@ def main() -> None:
                 assert named == version.ref
                 known[named, prompt] = text
         Clients(server.base, known).run(2)
-        # Half of the time each: what one version says may be longer than what the other does.
+        # A part of the time each: what one version says may be longer than what another does.
         steady = Clients(server.base, known)
         for version in reversed(server.versions):
             server.swap(version)
-            steady.run(duration / 4)
+            steady.run(duration / 2 / NUM_VERSIONS)
             print(f"  steady on {version.ref}: p99 {1000 * steady.p99:.0f} ms so far")
         swapping = Clients(server.base, known)
         load = threading.Thread(target=swapping.run, args=(duration,))
@@ -106,7 +109,7 @@ def main() -> None:
         for number in range(swaps):
             time.sleep(max(0.0, duration / swaps - (swap_seconds[-1] if swap_seconds else 0)) * 0.95)
             started = time.perf_counter()
-            server.swap(server.versions[(number + 1) % 2])
+            server.swap(server.versions[(number + 1) % NUM_VERSIONS])
             swap_seconds.append(time.perf_counter() - started)
         load.join()
     bench.table(

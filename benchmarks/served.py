@@ -1,4 +1,4 @@
-"""A real server in a process of its own, two versions that it may serve, and clients that ask it over HTTP."""
+"""A real server in a process of its own, versions that it may serve, and clients that ask it over HTTP."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def publish(registry: Any, model: Any, tokenizer: Any) -> Any:
     return registry.publish(NAME, lambda folder: save_version_folder(model, tokenizer, folder), facts)
 
 
-def random_pair() -> Iterator[tuple[Any, Any]]:
-    """Two models with random weights, and their tokenizer."""
+def random_models(count: int) -> Iterator[tuple[Any, Any]]:
+    """Models with random weights, and their tokenizer."""
     from nightschool.data.tokenizer import train_bpe
 
     tokenizer = train_bpe([*PROMPTS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"] * 4, vocab_size=400)
-    for seed in (1, 2):
+    for seed in range(1, count + 1):
         yield qwen3(len(tokenizer), seed=seed, max_position_embeddings=512), tokenizer
 
 
