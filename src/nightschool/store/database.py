@@ -33,7 +33,7 @@ from nightschool.store.tables import metadata
 
 URL_VARIABLE = "DATABASE_URL"
 # The newest migration in migrations/versions; a test compares the two.
-HEAD = "0005"
+HEAD = "0006"
 _BUSY_SECONDS = 30.0
 _CLEAR_WAIT_SECONDS = 1
 _MIGRATION_WAIT_SECONDS = 120.0
@@ -81,12 +81,17 @@ class Database:
         """A connection whose queries all see one moment."""
         return _reading(self._engine_to_read())
 
-    def write(self) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def write(self, *, alone_in: sa.Table | None = None) -> Iterator[Connection]:
         """A transaction: all of the block is stored, or nothing.
 
         On SQLite it takes the write lock at once, so that what is read in the block is still true when it writes.
+        On PostgreSQL that holds for the rows of `alone_in`, which nobody else writes meanwhile.
         """
-        return _writing(self.engine)
+        with _writing(self.engine) as connection:
+            if alone_in is not None and connection.dialect.name != "sqlite":
+                connection.execute(sa.text(f'LOCK TABLE "{alone_in.name}" IN SHARE ROW EXCLUSIVE MODE'))
+            yield connection
 
     def _engine_to_read(self) -> Engine:
         if self._engine is not None:

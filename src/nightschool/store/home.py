@@ -43,6 +43,11 @@ class Home:
         return self.path / "models"
 
     @property
+    def jobs(self) -> Path:
+        """A folder for each job: its data, its log, and how it ended."""
+        return self.path / "jobs"
+
+    @property
     def tenants(self) -> Path:
         """A home for each tenant but the default one: its runs, its models, its locks."""
         return self.path / "tenants"

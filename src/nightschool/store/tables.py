@@ -186,6 +186,40 @@ upload_files = sa.Table(
     sa.Column("etag", sa.String(200)),
 )
 
+# One row per job, which a worker turns into a run. `metadata` is whatever the submitter wants to find again.
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("recipe", AnyJson, nullable=False),
+    sa.Column("root", sa.Text, nullable=False),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("metadata", AnyJson, nullable=False),
+    # How often it was begun; how often in a row its process died without having come further than `last_step`.
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("deaths", sa.Integer, nullable=False),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("cancel_requested_at", UtcDateTime),
+    sa.Column("pause_requested_at", UtcDateTime),
+    sa.Column("not_before", UtcDateTime),
+    sa.Column("owner", sa.String(200)),
+    sa.Column("lease_until", UtcDateTime),
+    sa.Column("run_id", sa.String(200)),
+    sa.Column("outcome", sa.String(16)),
+    sa.Column("candidate", sa.String(200)),
+    sa.Column("detail", AnyJson),
+    sa.Column("error", AnyJson),
+    sa.Column("created_by", sa.String(200)),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Index("ix_jobs_state_tenant_created_at", "state", "tenant", "created_at"),
+    sa.Index("ix_jobs_tenant_created_at", "tenant", "created_at"),
+)
+
 
 def key_of(name: str) -> dict[str, str]:
     """The values of the columns `tenant` and `name` for `tenant/name` or `name`.

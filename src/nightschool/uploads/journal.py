@@ -25,8 +25,7 @@ from nightschool.store.manifest import MANIFEST, read_manifest
 from nightschool.store.runs import RunStore
 from nightschool.store.tables import upload_files, uploads
 from nightschool.work.backoff import BackOff
-from nightschool.work.identity import ProcessIdentity
-from nightschool.work.lease import Lease
+from nightschool.work.lease import Lease, Leased
 
 UploadState = Literal["queued", "running", "done", "failed"]
 UNFINISHED: tuple[UploadState, ...] = ("queued", "running", "failed")
@@ -39,7 +38,7 @@ _FIRST = ("model", "adapter_model", "pytorch_model", "weights")
 
 
 @dataclass(frozen=True)
-class Upload:
+class Upload(Leased):
     """One checkpoint on its way to one place. `bandwidth` is in bytes per second, None without a limit."""
 
     id: int
@@ -73,10 +72,6 @@ class Upload:
         """What was asked for when it was entered."""
         archive: Literal["none", "tar.gz"] = "tar.gz" if self.archive else "none"
         return config.Upload(url=self.url, archive=archive, bandwidth=self.bandwidth)
-
-    @property
-    def lease(self) -> Lease:
-        return Lease(ProcessIdentity.parse(self.owner or ""), self.lease_until)
 
 
 @dataclass(frozen=True)
@@ -223,14 +218,7 @@ class Journal:
                     & (uploads.c.owner.is_not_distinct_from(row.owner))
                 )
                 taken = (
-                    uploads.update()
-                    .where(as_seen)
-                    .values(
-                        state="running",
-                        owner=str(lease.owner),
-                        lease_until=lease.until,
-                        attempts=row.attempts + 1,
-                    )
+                    uploads.update().where(as_seen).values(state="running", attempts=row.attempts + 1, **lease.columns)
                 )
                 if connection.execute(taken).rowcount:
                     return _load(connection, uploads.c.id == row.id)[0]

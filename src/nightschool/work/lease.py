@@ -23,6 +23,11 @@ class Lease:
         """A lease of this process, for so long."""
         return cls(ProcessIdentity.mine(), moment + timedelta(seconds=seconds))
 
+    @property
+    def columns(self) -> dict[str, str | datetime | None]:
+        """What a row of a queue keeps of it."""
+        return {"owner": None if self.owner is None else str(self.owner), "lease_until": self.until}
+
     def heartbeat(self, moment: datetime, seconds: float) -> Lease:
         """The lease after a sign of life of its owner."""
         return replace(self, until=moment + timedelta(seconds=seconds))
@@ -32,3 +37,14 @@ class Lease:
         if self.owner is not None and self.owner.is_here:
             return self.owner.lives and self.owner.pid != ProcessIdentity.mine().pid
         return self.until is not None and self.until > moment
+
+
+class Leased:
+    """A row of a queue, as it keeps who works on it."""
+
+    owner: str | None
+    lease_until: datetime | None
+
+    @property
+    def lease(self) -> Lease:
+        return Lease(ProcessIdentity.parse(self.owner or ""), self.lease_until)

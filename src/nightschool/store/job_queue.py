@@ -1,0 +1,315 @@
+"""The queue of training jobs: who waits, who is at work on what, and how each one ended.
+
+A job is `queued`, `running` while a worker with a lease is at it, `paused`, or at its end: `completed`, `failed` or
+`cancelled`, which nothing changes any more. What a job does is not done here; see `jobs/worker.py`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from nightschool.errors import Conflict, NotFound
+from nightschool.events import now
+from nightschool.store.database import Database
+from nightschool.store.home import Home
+from nightschool.store.names import check_name, full_name, home_of
+from nightschool.store.tables import jobs
+from nightschool.work.lease import Lease, Leased
+
+JobState = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+FinalState = Literal["completed", "failed", "cancelled"]
+JOB_STATES: tuple[JobState, ...] = get_args(JobState)
+FINAL_STATES: tuple[FinalState, ...] = get_args(FinalState)
+_Changes = dict[str, dict[str, Any]]
+# On another machine, a lease ends after this long without a sign of life.
+LEASE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Job(Leased):
+    """One job as the queue keeps it.
+
+    Whoever submits one gives the first seven; the queue and the workers fill in the others.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    recipe: dict[str, Any]
+    """The plain values of a validated `Recipe`."""
+    root: str
+    """Where relative paths of the recipe begin."""
+    source: str
+    """Who submitted it: `api`, `openai` or `cli`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    created_by: str | None = None
+    state: JobState = "queued"
+    attempts: int = 0
+    deaths: int = 0
+    last_step: int = 0
+    cancel_requested_at: datetime | None = None
+    pause_requested_at: datetime | None = None
+    not_before: datetime | None = None
+    owner: str | None = None
+    lease_until: datetime | None = None
+    run_id: str | None = None
+    outcome: str | None = None
+    """How its cycle ended: `promoted`, `published`, `refused` or `failed`."""
+    candidate: str | None = None
+    detail: str | None = None
+    """What is to be said of it now: why it waits, what the gate decided."""
+    error: str | None = None
+    created_at: datetime = field(default_factory=now)
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def full_name(self) -> str:
+        """`tenant/name`, or the name alone for the default tenant."""
+        return full_name(self.tenant, self.name)
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL_STATES
+
+    @property
+    def phase(self) -> str:
+        """Its state, or `cancelling` or `pausing` where it runs until its worker has ended it."""
+        if self.state == "running" and self.cancel_requested_at is not None:
+            return "cancelling"
+        return "pausing" if self.state == "running" and self.pause_requested_at is not None else self.state
+
+
+def new_id(prefix: str = "train_", digits: int = 12) -> str:
+    """An id that no job has: `prefix` and so many random hexadecimal digits."""
+    return prefix + secrets.token_hex((digits + 1) // 2)[:digits]
+
+
+def job_folder(home: Home, tenant: str, job_id: str) -> Path:
+    """Where a job's data, its log and its result lie. Raises NameRefused if either is no name."""
+    return home_of(home, tenant).jobs / check_name(job_id, what="job")
+
+
+class JobQueue:
+    """The jobs of all tenants of a home."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def submit(self, job: Job) -> Job:
+        """Enter a job; its folder, with whatever data it needs, is there already.
+
+        Raises:
+            NameRefused: If its id, tenant or name may not become a path.
+            Conflict: If there is a job with this id.
+        """
+        check_name(job.id, what="job")
+        check_name(job.tenant, what="tenant")
+        check_name(job.name)
+        try:
+            with self._db.write() as connection:
+                connection.execute(jobs.insert().values(**asdict(job)))
+        except IntegrityError as error:
+            raise Conflict(f"There is a job {job.id} already. Submit this one under another id.") from error
+        return job
+
+    def get(self, job_id: str, *, tenant: str | None = None) -> Job:
+        """A job by its id; with `tenant`, only if it is that one's.
+
+        Raises:
+            NotFound: If there is none; the same where it is another tenant's.
+        """
+        with self._db.read() as connection:
+            return _get(connection, job_id, tenant)
+
+    def ls(
+        self,
+        *,
+        tenant: str | None = None,
+        states: Iterable[JobState] | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+    ) -> list[Job]:
+        """The jobs, newest first: of one tenant, in some states, at most `limit`, older than the job `after`.
+
+        Raises:
+            NotFound: If there is no job `after`.
+        """
+        conditions = [] if tenant is None else [jobs.c.tenant == tenant]
+        if states is not None:
+            conditions.append(jobs.c.state.in_(list(states)))
+        with self._db.read() as connection:
+            if after is not None:
+                last = _get(connection, after, tenant)
+                conditions.append(sa.tuple_(jobs.c.created_at, jobs.c.id) < (last.created_at, last.id))
+            return _load(connection, *conditions, limit=limit)
+
+    def request_cancel(self, job_id: str, *, tenant: str | None = None) -> Job:
+        """Cancel a job that waits at once, and let the worker end one that runs.
+
+        Raises:
+            NotFound: As `get` does.
+            Conflict: If it has ended.
+        """
+        moment = now()
+        ended = {"state": "cancelled", "finished_at": moment, "detail": None}
+        asked = {"cancel_requested_at": moment}
+        changes: _Changes = {"queued": ended, "paused": ended, "running": asked, "pausing": asked, "cancelling": {}}
+        return self._change(job_id, tenant, "cancelled", changes)
+
+    def pause(self, job_id: str, *, tenant: str | None = None) -> Job:
+        """Let a job wait until `resume`; one that runs saves its state first.
+
+        Raises:
+            NotFound: As `get` does.
+            Conflict: If it is being cancelled, or has ended.
+        """
+        asked = {"pause_requested_at": now()}
+        changes: _Changes = {
+            "queued": {"state": "paused", "detail": None},
+            "running": asked,
+            "pausing": {},
+            "paused": {},
+        }
+        return self._change(job_id, tenant, "paused", changes)
+
+    def resume(self, job_id: str, *, tenant: str | None = None) -> Job:
+        """Let a paused job go on where it stopped.
+
+        Raises:
+            NotFound: As `get` does.
+            Conflict: If it is neither paused nor about to be.
+        """
+        changes: _Changes = {"paused": {"state": "queued", "not_before": None}, "pausing": {"pause_requested_at": None}}
+        return self._change(job_id, tenant, "resumed", changes)
+
+    def claim(self, *, seconds: float = LEASE_SECONDS, most_running: int) -> Job | None:
+        """Take a job for this process, for so long without a sign of life. None if there is nothing to do.
+
+        A job whose worker is gone comes first, then the oldest of the tenant that has the fewest running. Of two
+        workers only one gets it; no two jobs of one name run at once, and no more than `most_running` on a machine.
+        """
+        moment = now()
+        lease = Lease.begin(moment, seconds)
+        mine = str(lease.owner)
+        with self._db.write(alone_in=jobs) as connection:
+            running = _load(connection, jobs.c.state == "running")
+            held = [job for job in running if job.owner == mine or job.lease.is_held_by_another(moment)]
+            if sum(_is_here(job) for job in held) >= most_running:
+                return None
+            lapsed = [job.id for job in running if job not in held]
+            chosen = lapsed[-1] if lapsed else _next_queued(connection, running, moment)
+            if chosen is None:
+                return None
+            job = _get(connection, chosen)
+            values = {
+                "state": "running",
+                "attempts": job.attempts + 1,
+                "started_at": job.started_at or moment,
+                "not_before": None,
+                "detail": None,
+                **lease.columns,
+            }
+            connection.execute(jobs.update().where(jobs.c.id == chosen).values(values))
+            return _get(connection, chosen)
+
+    def heartbeat(self, job: Job, *, seconds: float = LEASE_SECONDS, run_id: str | None = None) -> Job:
+        """Keep a job, note its run, and return what the queue has of it now: somebody may have cancelled it.
+
+        Raises:
+            Conflict: If this process does not hold it any more.
+        """
+        facts = {} if run_id is None else {"run_id": run_id}
+        lease = job.lease.heartbeat(now(), seconds)
+        return self._as_holder(job, {"lease_until": lease.until, **facts})
+
+    def finish(self, job: Job, state: FinalState, **facts: Any) -> Job:
+        """End a job: `facts` are some of `outcome`, `candidate`, `run_id`, `detail`, `error`.
+
+        Raises:
+            Conflict: If this process does not hold it any more.
+        """
+        return self._as_holder(job, {"state": state, "finished_at": now(), **_NOBODY, **facts})
+
+    def release(self, job: Job, *, seconds: float = 0.0, **facts: Any) -> Job:
+        """Give a job back, to be claimed again after `seconds`; one that is to pause is paused now.
+
+        `facts` are some of `run_id`, `detail`, `deaths`, `last_step`.
+
+        Raises:
+            Conflict: If this process does not hold it any more.
+        """
+        paused = jobs.c.pause_requested_at.is_not(None)
+        values = {
+            "state": sa.case((paused, "paused"), else_="queued"),
+            "pause_requested_at": None,
+            "not_before": now() + timedelta(seconds=seconds) if seconds else None,
+            **_NOBODY,
+        }
+        return self._as_holder(job, values | facts)
+
+    def _as_holder(self, job: Job, values: dict[str, Any]) -> Job:
+        with self._db.write() as connection:
+            mine = (jobs.c.id == job.id) & (jobs.c.state == "running") & (jobs.c.owner == job.owner)
+            if job.owner is None or not connection.execute(jobs.update().where(mine).values(values)).rowcount:
+                raise Conflict(
+                    f"The job {job.id} is not this worker's any more: another worker has taken it over, or it ended."
+                )
+            return _get(connection, job.id)
+
+    def _change(self, job_id: str, tenant: str | None, done: str, changes: _Changes) -> Job:
+        """Change a job as what it is at asks for."""
+        with self._db.write(alone_in=jobs) as connection:
+            job = _get(connection, job_id, tenant)
+            values = changes.get(job.phase)
+            if values is None:
+                raise Conflict(f"The job {job_id} is {job.phase}, so it cannot be {done}.")
+            if values:
+                connection.execute(jobs.update().where(jobs.c.id == job_id).values(values))
+            return _get(connection, job_id)
+
+
+_NOBODY: dict[str, Any] = {"owner": None, "lease_until": None}
+
+
+def _is_here(job: Job) -> bool:
+    return job.lease.owner is not None and job.lease.owner.is_here
+
+
+def _next_queued(connection: sa.Connection, running: list[Job], moment: datetime) -> str | None:
+    """The oldest job that may begin, of the tenant that has the fewest running."""
+    # Longer than the longest pause is no pause: the clock was put back.
+    waits = jobs.c.not_before.between(moment, moment + timedelta(seconds=LONGEST_PAUSE_SECONDS))
+    may_begin = [jobs.c.state == "queued", sa.or_(jobs.c.not_before.is_(None), sa.not_(waits))]
+    if running:
+        may_begin.append(sa.tuple_(jobs.c.tenant, jobs.c.name).not_in([(job.tenant, job.name) for job in running]))
+    oldest = sa.select(jobs.c.tenant, sa.func.min(jobs.c.created_at)).where(*may_begin).group_by(jobs.c.tenant)
+    counts = Counter(job.tenant for job in running)
+    tenants = sorted((counts[tenant], created_at, tenant) for tenant, created_at in connection.execute(oldest))
+    if not tenants:
+        return None
+    of_tenant = sa.select(jobs.c.id).where(*may_begin, jobs.c.tenant == tenants[0][2])
+    return str(connection.execute(of_tenant.order_by(jobs.c.created_at, jobs.c.id).limit(1)).scalar_one())
+
+
+def _get(connection: sa.Connection, job_id: str, tenant: str | None = None) -> Job:
+    conditions = [jobs.c.id == job_id] if tenant is None else [jobs.c.id == job_id, jobs.c.tenant == tenant]
+    found = _load(connection, *conditions)
+    if not found:
+        raise NotFound(f"There is no job {job_id}. List them with nightschool jobs ls.")
+    return found[0]
+
+
+def _load(connection: sa.Connection, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Job]:
+    query = sa.select(jobs).where(*conditions).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+    return [Job(**row._mapping) for row in connection.execute(query)]
