@@ -298,6 +298,7 @@ OBSERVED = {
     "method": (a_run, {}, LORA),
     "data.path": (a_run, {}, {"data": [{"path": "fewer.json"}]}),
     "data.repeat": "data/test_repeat.py::test_a_new_example_is_studied_as_often_as_its_source_says",
+    "data.redact": "data/test_redact.py::test_a_source_is_redacted_as_it_asks_and_says_how_much",
     "data.format": "data/test_load.py::test_a_pinned_format_is_used",
     "data.from_": (studied, {}, KEPT),
     "data.where.rating": (studied, KEPT, kept(rating="good")),

@@ -77,6 +77,7 @@ def check(source: Path, /, *overrides: str) -> int:
             f"{report.source}: {report.examples} examples ("
             + ", ".join(f"{rows} rows of {name}" for name, rows in report.formats.items())
             + ")"
+            + "".join(f", {count} x {kind} replaced" for kind, count in report.redacted.items())
             for report in loaded.sources
         ]
         lines += [f"{key.replace('_', ' '):<18} {value}" for key, value in data.items() if isinstance(value, int)]

@@ -38,6 +38,7 @@ __all__ = [
     "Keep",
     "Lora",
     "Method",
+    "PersonalData",
     "Pretrain",
     "Recipe",
     "Replay",
@@ -51,6 +52,8 @@ __all__ = [
 Method = Literal["full", "lora", "pretrain"]
 Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "text"]
 
+
+PersonalData = Literal["key", "email", "card", "iban", "ip", "phone"]
 
 ANY_NAME = "any"
 """In `where.model`: conversations of whatever served name."""
@@ -92,6 +95,11 @@ class DataSource(Section):
 
     repeat: int = Field(
         1, ge=1, description="Times each new example is studied in an epoch; replayed ones are studied once."
+    )
+
+    redact: list[PersonalData] = Field(
+        default_factory=list,
+        description="Personal data to replace by [EMAIL] and the like before anything else sees it (extra `redact`).",
     )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

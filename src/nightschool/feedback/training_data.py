@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from nightschool.config.recipe import ANY_NAME, DataSource
+from nightschool.data.redact import Redactor
 from nightschool.data.sources.load import Loaded, SourceReport, read_into, without_duplicates
 from nightschool.data.sources.problems import Problems
 from nightschool.data.sources.rows import expand
@@ -51,10 +53,11 @@ def load_sources(
     parts: list[Loaded] = []
     for index, source in enumerate(sources):
         if source.path is not None:
-            for path in expand(source.path, root, f"data.{index}.path"):
-                parts.append(_repeated(read_into(path, source.format, root, problems), source.repeat))  # noqa: PERF401 - nested
+            paths = expand(source.path, root, f"data.{index}.path")
+            read = [read_into(path, source.format, root, problems) for path in paths]
         else:
-            parts.append(_repeated(_read_conversations(source, home, name, base, problems), source.repeat))
+            read = [_read_conversations(source, home, name, base, problems)]
+        parts += [_as_wanted(part, source) for part in read]
     problems.check()
     unique, duplicates = without_duplicates(example for part in parts for example in part.examples)
     return Loaded(
@@ -66,8 +69,15 @@ def load_sources(
     )
 
 
-def _repeated(loaded: Loaded, times: int) -> Loaded:
-    return loaded if times == 1 else replace(loaded, examples=[replace(one, repeat=times) for one in loaded.examples])
+def _as_wanted(loaded: Loaded, source: DataSource) -> Loaded:
+    """What was read of one place, repeated and without personal data as its source asks."""
+    if source.repeat != 1:
+        loaded = replace(loaded, examples=[replace(one, repeat=source.repeat) for one in loaded.examples])
+    if source.redact:
+        redactor, found = Redactor(source.redact), Counter[str]()
+        loaded = replace(loaded, examples=[redactor.redact(one, found) for one in loaded.examples])
+        loaded = replace(loaded, sources=[replace(report, redacted=dict(found)) for report in loaded.sources])
+    return loaded
 
 
 def _read_conversations(

@@ -21,11 +21,15 @@ MOST_EXAMPLES = 5_000_000
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What one file, or the kept conversations, gave. `formats` counts rows by the format they were read as."""
+    """What one file, or the kept conversations, gave.
+
+    `formats` counts rows by the format they were read as, `redacted` what was replaced by the kind of personal data.
+    """
 
     source: str
     formats: dict[str, int]
     examples: int
+    redacted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
