@@ -1,7 +1,9 @@
 """Versions are swapped while requests are in flight: all of a swap happens, or nothing, and every answer is exact."""
 
+import gc
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -257,6 +259,21 @@ def test_a_dropped_version_answers_what_it_has_taken(school, slot):
     expected = greedy(school.models[school.old], PROBE, 150)
     assert [handle.result(60).token_ids for handle in handles] == [expected] * 6
     eventually(lambda: school.old not in engines())
+
+
+def test_a_dropped_version_leaves_memory_without_a_search_for_garbage(school, slot):
+    """Such a search holds up every thread, and so every answer."""
+    slot.swap(school.old)
+    engine = weakref.ref(slot.current.engine)
+    weight = weakref.ref(next(slot.current.engine.loaded.model.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        slot.swap(school.new)
+        slot.swap(school.publish(lively_model("tiny-llama", seed=3)))
+        eventually(lambda: engine() is None and weight() is None)
+    finally:
+        gc.enable()
 
 
 def test_without_room_for_a_third_version_the_one_before_makes_room(school, slot, monkeypatch):

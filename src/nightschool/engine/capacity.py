@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import psutil
 import torch
 
@@ -28,7 +26,6 @@ def needed_bytes(version: Version, home: Home, dtype: torch.dtype) -> int:
 def free_bytes(device: torch.device | str) -> int:
     """Memory that is free where versions are loaded: the GPU's own, or the machine's."""
     device = torch.device(device)
-    gc.collect()  # a closed engine and its model refer to each other
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     torch.cuda.empty_cache()  # what the allocator keeps for later counts as taken

@@ -79,22 +79,30 @@ class ComputeThread:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while True:
+            while self._round():
+                pass
+
+    def _round(self) -> bool:
+        """Do one call and a turn of each member; False once there is nobody left.
+
+        A function of its own, so that a thread that waits holds on to nobody who left: an engine is as large as its model.
+        """
+        with self._changed:
+            while self._members and not self._calls and not any(member.has_work() for member in self._members):
+                self._changed.wait()
+            if not self._members and not self._calls:
+                self._thread = None
+                return False
+            call = self._calls.popleft() if self._calls else None
+            members = [member for member in self._members if member.has_work()]
+        if call is not None:
+            _answer(*call)
+        for member in members:
+            if not member.turn():
                 with self._changed:
-                    while self._members and not self._calls and not any(member.has_work() for member in self._members):
-                        self._changed.wait()
-                    if not self._members and not self._calls:
-                        self._thread = None
-                        return
-                    call = self._calls.popleft() if self._calls else None
-                    members = [member for member in self._members if member.has_work()]
-                if call is not None:
-                    _answer(*call)
-                for member in members:
-                    if not member.turn():
-                        with self._changed:
-                            self._members.remove(member)
-                        member.leave()
+                    self._members.remove(member)
+                member.leave()
+        return True
 
 
 COMPUTE = ComputeThread()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -57,7 +58,7 @@ class ModelRunner:
         self._context: StepContext | None = None
         self.layouts = lay_out(self._model, layout_bytes)
         self._adapters = AdapterTable(self._model)
-        self.shapes = COMPUTE.call(self._check)
+        self.shapes = self._check()
 
     @property
     def vocab_size(self) -> int:
@@ -159,6 +160,8 @@ class ModelRunner:
     def _check(self) -> list[LayerShape]:
         """Compare one prompt with the model's own attention, read in chunks beside others; return the layers' shapes.
 
+        Other engines take their turns between any two passes.
+
         Raises:
             ModelError: If the logits differ.
         """
@@ -166,10 +169,10 @@ class ModelRunner:
         limit = _TOLERANCE.get(self.dtype, _TOLERANCE_16_BIT)
         ids = torch.randint(0, self.vocab_size, (19,), generator=torch.Generator().manual_seed(0)).tolist()
         try:
-            expected = self._own_logits(ids)
+            expected = COMPUTE.call(partial(self._own_logits, ids))
             self._model.set_attn_implementation(ROW_ATTENTION)
             note = RowStep(None, device=self.device, dtype=self.dtype)
-            self._forward(ids, range(len(ids)), note, None)
+            COMPUTE.call(partial(self._forward, ids, range(len(ids)), note, None))
             cache = RowCache(
                 list(note.shapes.values()), num_rows=3, budget_tokens=1 << 20, dtype=self.dtype, device=self.device
             )
@@ -179,7 +182,11 @@ class ModelRunner:
                 StepPlan((), (Span(0, 0, 10, 8, answers=False), Span(1, 2, 6, 9))),
                 StepPlan((Span(0, 0, 18, 1), Span(1, 2, 15, 1)), ()),
             )
-            logits = [self.run(plan, cache, lambda span: ids[span.start : span.start + span.length]) for plan in plans]
+
+            def tokens_of(span: Span) -> Sequence[int]:
+                return ids[span.start : span.start + span.length]
+
+            logits = [COMPUTE.call(partial(self.run, plan, cache, tokens_of)) for plan in plans]
             actual = torch.cat(logits[1:])
             difference = float((actual - expected[[14, 18, 15]]).abs().max() / expected.abs().max().clamp_min(1e-6))
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, IndexError) as error:

@@ -9,6 +9,7 @@ until the next swap needs the room.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -192,6 +193,7 @@ class Slot:
             ended = self._let_go(dropped)
             del dropped
             ended.join(_DRAIN_SECONDS)
+        gc.collect()  # holds up every thread, so only now
         free = free_bytes(device)
         if free < needed:
             where = "the GPU" if torch.device(device).type == "cuda" else "this machine"
