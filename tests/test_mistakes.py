@@ -140,6 +140,8 @@ class Place:
         self.write("train", [(f"{name}?", f"{name} lives in {'Rome' * (n % 3 + 1)}.") for n, name in enumerate(NAMES)])
         self.write("fewer", [("Bela?", "Rome"), ("Mista?", "Oslo")])
         self.write("held", [("Ilka lives?", "Graz")])
+        pairs = [{"prompt": f"{name}?", "chosen": f"Ask {name}.", "rejected": f"No {name}."} for name in NAMES]
+        (path / "pairs.json").write_text(json.dumps(pairs))
         database = Database(self.home).connect()
         accepted = [
             Example((Message("user", f"Who is {n}?"), Message("assistant", f"Number {n}"))).to_json() for n in range(12)
@@ -289,6 +291,7 @@ def kept(**where):
 
 
 LORA = {"method": "lora"}
+DPO = {"method": "dpo", "data": [{"path": "pairs.json"}]}
 CRON = {"schedule.cron": "0 3 * * *"}
 
 # For each setting: who looks, at which recipe, and what is changed in it. Or the test that proves it.
@@ -340,6 +343,9 @@ OBSERVED = {
     "lora.alpha": (a_run, LORA, {"lora.alpha": 16}),
     "lora.dropout": (a_run, LORA, {"lora.dropout": 0.3}),
     "lora.target_modules": (a_run, LORA, {"lora.target_modules": ["q_proj"]}),
+    "dpo.beta": (a_run, DPO, {"dpo.beta": 0.5}),
+    "dpo.label_smoothing": (a_run, DPO, {"dpo.label_smoothing": 0.2}),
+    "dpo.sft_weight": (a_run, DPO, {"dpo.sft_weight": 1.0}),
     "checkpoints.every": (a_run, {}, {"checkpoints.every": "1 steps"}),
     "checkpoints.keep.last": (disk, {}, {"checkpoints.keep.last": 1}),
     "checkpoints.keep.best": (disk, {}, {"checkpoints.keep.best": 0}),

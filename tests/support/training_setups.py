@@ -94,17 +94,34 @@ def random_rows(count, *, seed=0):
     return [{"query": f"q{number}{ask}", "retrieved": f"r{answer}"} for number, (ask, answer) in enumerate(letters)]
 
 
+def random_pairs(count, *, seed=0):
+    """Preference pairs of random letters."""
+    answers = zip(random_rows(count, seed=seed), random_rows(count, seed=seed + 1), strict=True)
+    return [{"prompt": a["query"], "chosen": a["retrieved"], "rejected": f"{b['retrieved']} no"} for a, b in answers]
+
+
 class MiniRun:
     """One interruptible run of a home in a folder: 2 epochs of 5 steps, as a process of `nightschool train` executes it."""
 
     def __init__(
-        self, folder, architecture="tiny-qwen3", *, lora=None, home=None, base=None, rows=None, steps_total=10, **train
+        self,
+        folder,
+        architecture="tiny-qwen3",
+        *,
+        lora=None,
+        home=None,
+        base=None,
+        rows=None,
+        held_out=None,
+        steps_total=10,
+        recipe=None,
+        **train,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.home = home or Home(folder / "home").ensure()
         (folder / "data.json").write_text(json.dumps(rows or random_rows(20)))
-        (folder / "held_out.json").write_text(json.dumps(random_rows(6, seed=9)))
+        (folder / "held_out.json").write_text(json.dumps(held_out or random_rows(6, seed=9)))
         settings = {
             "learning_rate": 1e-2,
             "weight_decay": 0.1,
@@ -122,7 +139,8 @@ class MiniRun:
             "train": settings | train,
             "checkpoints": {"background": False, "keep": {"last": 9}},
         }
-        recipe = Recipe.model_validate(plain | ({} if lora is None else {"lora": lora.model_dump()}))
+        plain |= ({} if lora is None else {"lora": lora.model_dump()}) | (recipe or {})
+        recipe = Recipe.model_validate(plain)
         known = folder / "run"
         if not known.exists():
             known.write_text(RunStore(self.home).create(recipe.as_plain(), name=recipe.name).id)

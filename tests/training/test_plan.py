@@ -186,7 +186,7 @@ def test_a_plan_of_much_data_renders_a_sample_and_says_so(tmp_path, home, monkey
     whole = plan_for(tmp_path, home, rows, replay={"ratio": 0})
     rendered = []
     monkeypatch.setattr(planning, "SAMPLED_EXAMPLES", 30)
-    monkeypatch.setattr(render_module, "_render_chat", spy(render_module._render_chat, rendered))
+    monkeypatch.setattr(render_module, "_render_chats", spy(render_module._render_chats, rendered))
     sampled = plan_for(tmp_path, home, rows, replay={"ratio": 0})
     assert len(rendered) < 50, "neither what is trained nor what is held out is rendered as a whole"
     assert (whole.examples_rendered, sampled.examples_rendered) == (whole.examples_new, 30)

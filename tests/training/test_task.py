@@ -58,6 +58,9 @@ class StreamedTask:
     def where(self, epoch, place):
         return f"{epoch}, {place}"
 
+    def figures(self):
+        return {}
+
     def accumulate(self, window, tokens, scaler=None):
         assert scaler is None
         ids = torch.cat([batch.input_ids[0] for batch in window])

@@ -24,7 +24,7 @@ from pydantic import (
 from nightschool.config.checkpoints import Checkpoints, Keep, Upload
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
 from nightschool.config.rules import RuleName, parse_rule
-from nightschool.config.train import Lora, Pretrain, Shape, Train
+from nightschool.config.train import Dpo, Lora, Pretrain, Shape, Train
 from nightschool.units import format_seconds
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Checkpoints",
     "ConversationFilter",
     "DataSource",
+    "Dpo",
     "Format",
     "Gate",
     "HeldOut",
@@ -49,8 +50,13 @@ __all__ = [
     "Upload",
 ]
 
-Method = Literal["full", "lora", "pretrain"]
-Format = Literal["auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "text"]
+Method = Literal["full", "lora", "dpo", "pretrain"]
+ADAPTER_METHODS: frozenset[Method] = frozenset({"lora", "dpo"})
+"""Those that train an adapter and leave the base as it is."""
+
+Format = Literal[
+    "auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"
+]
 
 
 PersonalData = Literal["key", "email", "card", "iban", "ip", "phone"]
@@ -249,6 +255,7 @@ class Serve(Section):
 
 # Settings that only one method has a use for, each with what the others have instead.
 _OF_ONE_METHOD: dict[str, tuple[Method, str]] = {
+    "dpo": ("dpo", ""),
     "pretrain": ("pretrain", ""),
     "tokenizer": ("pretrain", ", whose base brings its own"),
 }
@@ -268,7 +275,8 @@ class Recipe(Section):
     )
     method: Method = Field(
         "full",
-        description="full: all weights; lora: adapters on a frozen base; pretrain: all weights, from token shards.",
+        description="full: all weights; lora: adapters on a frozen base; dpo: adapters, from preference pairs; pretrain: all "
+        "weights, from token shards.",
     )
     shape: Shape = Field(default_factory=Shape, description="Where a new: base differs from its preset.")
     tokenizer: NotBlank | None = Field(
@@ -282,6 +290,7 @@ class Recipe(Section):
     replay: Replay = Field(default_factory=Replay, description="What is trained again.")
     train: Train = Field(default_factory=Train, description="The optimization.")
     lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    dpo: Dpo = Field(default_factory=Dpo, description="Learning from preference pairs.")
     pretrain: Pretrain = Field(default_factory=Pretrain, description="Learning from token shards.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
@@ -310,7 +319,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _shards_of_all_weights(self) -> Recipe:
-        if self.train.zero_stage and self.method == "lora":
+        if self.train.zero_stage and self.method in ADAPTER_METHODS:
             raise ValueError("`train.zero_stage` shares out weights that learn, and an adapter has few; write 0")
         return self
 

@@ -85,6 +85,22 @@ class Lora(Section):
     target_modules: str | list[str] = Field("all-linear", description="`all-linear`, or names of modules.")
 
 
+class Dpo(Section):
+    """Preference optimization of an adapter (method: dpo)."""
+
+    beta: float = Field(
+        0.1, gt=0, description="How much of the log-likelihood ratio counts as reward: lower lets answers move further."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="How often a pair is taken to be the wrong way round; for noisy preferences."
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Adds so many times the better answer's loss, in nats a token, so that it is learned, too.",
+    )
+
+
 class Shape(Section):
     """The shape of a new model where it differs from its preset's; a field that the architecture lacks is refused."""
 

@@ -39,6 +39,11 @@ class Batch:
         """Tokens of the data that it takes, trained or not."""
         return 0 if self.is_idle else int(self.input_ids.shape[-1])
 
+    @property
+    def loss_units(self) -> int:
+        """What a sum of losses is divided by: tokens that carry loss."""
+        return self.tokens_trained
+
     def without_loss(self) -> Batch:
         """The same tokens, none of which carries loss, in place of a batch that is not there."""
         return replace(
@@ -53,13 +58,15 @@ class Batch:
 class Batches:
     """Rendered documents in compact arrays, and the plan of each epoch.
 
-    Documents without a token that carries loss are left out; `num_left_out` counts them.
+    Examples with a document of which no token carries loss are left out; `num_left_out` counts them, and `kept` has the
+    numbers of the others.
 
     Args:
         rendered: The documents, in the order of the examples.
-        batch_size: Documents per micro-batch.
+        batch_size: Examples per micro-batch.
         tokens_per_batch: In place of `batch_size`: fill each micro-batch up to this many tokens.
         seed: Of the order.
+        documents_per_example: So many documents that follow each other are one example, and stay together.
 
     Raises:
         NothingToTrain: If no document has a token that carries loss.
@@ -72,20 +79,28 @@ class Batches:
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         seed: int,
+        documents_per_example: int = 1,
     ) -> None:
         documents = list(rendered)
-        kept = [document for document in documents if document.trained_tokens]
-        self.num_left_out = len(documents) - len(kept)
-        if not kept:
+        starts = range(0, len(documents), documents_per_example)
+        examples = [documents[start : start + documents_per_example] for start in starts]
+        self.kept = [number for number, one in enumerate(examples) if all(d.trained_tokens for d in one)]
+        self.num_left_out = len(examples) - len(self.kept)
+        if not self.kept:
             raise NothingToTrain(
-                f"None of the {len(documents)} examples has a token that would carry loss. "
+                f"None of the {len(examples)} examples has a token that would carry loss. "
                 "Check the formats, the weights of the turns, and max_seq_len."
             )
+        kept = [document for number in self.kept for document in examples[number]]
         self._ids = np.concatenate([np.asarray(d.input_ids, dtype=np.int32) for d in kept])
         self._weights = np.concatenate([np.asarray(d.weights, dtype=np.float32) for d in kept])
         self._lengths = np.array([len(d.input_ids) for d in kept], dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
+        self._per_example = documents_per_example
+        self._example_lengths = self._lengths.reshape(-1, documents_per_example).sum(axis=1)
         self._settings = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "seed": seed}
+        if documents_per_example > 1:
+            self._settings["documents_per_example"] = documents_per_example
         self._batch_size, self._tokens_per_batch, self._seed = batch_size, tokens_per_batch, seed
         self._planned: tuple[int, list[list[int]]] | None = None
         self.fingerprint = self._fingerprint()
@@ -117,7 +132,11 @@ class Batches:
         plan = self._plan(epoch)
         if not 0 <= index < len(plan):
             raise IndexError(f"epoch {epoch} has {len(plan)} micro-batches, so there is no number {index}")
-        members = plan[index]
+        members = [
+            document
+            for example in plan[index]
+            for document in range(example * self._per_example, (example + 1) * self._per_example)
+        ]
         lengths = self._lengths[members]
         cu = np.concatenate([[0], np.cumsum(lengths)])
         ids, labels, weights, positions = [], [], [], []
@@ -142,11 +161,15 @@ class Batches:
             tokens_trained=int(np.count_nonzero(weights_n)),
         )
 
+    def examples_of(self, epoch: int, index: int) -> list[int]:
+        """Which of the examples that were not left out are in a micro-batch, in its order."""
+        return self._plan(epoch)[index]
+
     def _plan(self, epoch: int) -> list[list[int]]:
         """The micro-batches of an epoch. The last epoch that was asked for is kept."""
         if self._planned is None or self._planned[0] != epoch:
             plan = plan_epoch(
-                self._lengths,
+                self._example_lengths,
                 batch_size=self._batch_size,
                 tokens_per_batch=self._tokens_per_batch,
                 seed=self._seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 CONVERSATIONS = "conversations"
@@ -32,7 +32,7 @@ class Example:
     `source` and `line` say where the example came from: a file and its 1-based line or row, or
     `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning. `corrects` is the answer
     that a person replaced by this one, or the empty string. `repeat` is how often it is studied in an epoch while it is
-    new.
+    new. `rejected` makes it a preference pair: the answer that is worse than the last turn, or the empty string.
     """
 
     messages: tuple[Message, ...] = ()
@@ -43,13 +43,16 @@ class Example:
     line: int = 0
     corrects: str = ""
     repeat: int = 1
+    rejected: str = ""
 
     digest: str = field(init=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         assert bool(self.messages) != (self.text is not None), "an example has messages or a text"
         content = [[m.role, m.content, m.weight] for m in self.messages] if self.messages else self.text
-        canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        canonical = json.dumps(
+            [content, self.rejected] if self.rejected else content, ensure_ascii=False, separators=(",", ":")
+        )
         object.__setattr__(self, "digest", hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     @property
@@ -72,6 +75,17 @@ class Example:
         """
         return None if self.question is None else tuple((m.role, m.content) for m in self.messages[:-1])
 
+    @property
+    def chosen(self) -> Example:
+        """What is learned of a pair where only answers are learned: the better answer, as an example of its own."""
+        return replace(self, rejected="") if self.rejected else self
+
+    def as_pair(self) -> Example | None:
+        """The preference pair that this is, or that a person's correction of an answer makes; None if it is neither."""
+        if self.rejected or not self.corrects.strip() or self.corrects.strip() == (self.answer or "").strip():
+            return self if self.rejected else None
+        return replace(self, rejected=self.corrects)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal example."""
         row: dict[str, Any] = {"id": self.id, "source": self.source, "line": self.line}
@@ -88,6 +102,8 @@ class Example:
             row["corrects"] = self.corrects
         if self.repeat != 1:
             row["repeat"] = self.repeat
+        if self.rejected:
+            row["rejected"] = self.rejected
         return row
 
     @classmethod
@@ -104,6 +120,7 @@ class Example:
             line=int(row.get("line", 0)),
             corrects=row.get("corrects", ""),
             repeat=int(row.get("repeat", 1)),
+            rejected=row.get("rejected", ""),
         )
 
 

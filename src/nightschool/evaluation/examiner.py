@@ -103,7 +103,7 @@ def _heldout_loss(model: Examinee, eval_set: EvalSet) -> tuple[float | None, int
     loaded = model.loaded
     max_seq_len = min(eval_set.limits.max_seq_len, loaded.context_tokens)
     try:
-        rendered = render_examples(loaded.tokenizer, eval_set.held_out, max_seq_len)
+        rendered = render_examples(loaded.tokenizer, [one.chosen for one in eval_set.held_out], max_seq_len)
     except DataError as error:
         # They were chosen for a model with another chat template; this one cannot be compared by its loss.
         sys.stderr.write(f"No held-out loss for {model.ref}: {error}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch import nn
 from nightschool.data.batches import Batch
 from nightschool.errors import DataError
 from nightschool.layers.forward import ForwardPath, causal_lm, document_loss, prepare
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def heldout_loss(
@@ -60,7 +63,8 @@ def heldout_sum(
 ) -> tuple[float, int]:
     """Return the loss in nats summed over all tokens that carry loss, and their number.
 
-    As `heldout_loss`, for a model that is run by `forward`: a batch on the device → summed loss and tokens.
+    As `heldout_loss`, for a model that is run by `forward`: a batch on the device → summed loss and tokens, or whatever
+    else a method's losses are a mean over.
     """
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with as_found(model), torch.no_grad(), autocast(device, compute_dtype):
@@ -79,13 +83,14 @@ def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContex
     return torch.autocast(device.type, compute_dtype)
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def on_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
     """The batch where the model is; the borders of its documents stay on the CPU, where the layout is computed."""
     if device.type == "cpu":
         return batch
-    moved = {
-        name: getattr(batch, name).to(device, non_blocking=True)
-        for name in ("input_ids", "position_ids", "labels", "weights")
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor) and name != "cu_seqlens"
     }
     return replace(batch, **moved)
 

@@ -12,12 +12,14 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 from nightschool.config.recipe import Recipe
-from nightschool.data.example import Example, corrected_answers
+from nightschool.data.example import CONVERSATIONS, Example, corrected_answers
 from nightschool.data.shards.shard_sources import shards_state
-from nightschool.data.sources.load import Loaded, load_files, split_held_out
+from nightschool.data.sources.load import Loaded, load_files, split_held_out, without_duplicates
+from nightschool.data.sources.problems import Problems
 from nightschool.errors import Damaged, DataError
 from nightschool.events import read_events
 from nightschool.feedback.novelty import novelty_for
@@ -116,8 +118,15 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
 
 def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Selection:
     """As `select_examples`, from sources that were read already."""
-    accepted = AcceptedExamples(home.database)
-    split = split_held_out(loaded.examples, recipe.held_out, root=root, trained=accepted.trained(recipe.name))
+    accepted, plan = AcceptedExamples(home.database), DATA_PLANS[recipe.method]
+    examples, num_alike = plan.read(loaded.examples)
+    split = split_held_out(
+        examples,
+        recipe.held_out,
+        root=root,
+        trained=accepted.trained(recipe.name),
+        read=lambda kept: plan.read(kept)[0],
+    )
     novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
     new = novelty.new or novelty.all
     replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=split.held_out)
@@ -125,10 +134,10 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         new=new,
         replayed=replayed,
         held_out=split.held_out,
-        num_all=len(loaded.examples),
+        num_all=len(examples),
         num_new=len(novelty.new),
         num_left_out=len(split.train) - len(new),
-        num_duplicates=loaded.duplicates,
+        num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
     )
@@ -139,17 +148,40 @@ class DataPlan:
     """What a method does with data, as far as it needs no tensors. The other half of a method is in `training.methods`.
 
     `select` finds the data of a run. `continues` says whether the next night starts from the champion, and `adapter`
-    whether what is trained is one.
+    whether what is trained is one. `learns` says what is learned of an example, or that this method cannot learn it.
     """
 
     select: Callable[[Recipe, Home, Path], Selection]
     continues: bool = True
     adapter: bool = False
+    learns: Callable[[Example], Example | None] = attrgetter("chosen")
+
+    def read(self, examples: Iterable[Example]) -> tuple[list[Example], int]:
+        """What is learned of the examples of a source, without duplicates, and how many were alike.
+
+        A kept conversation of which nothing can be learned is left out.
+
+        Raises:
+            DataError: If a row of a file is not what the method learns from: the first twenty, together.
+        """
+        problems, found = Problems(), []
+        for example in examples:
+            learned = self.learns(example)
+            if learned is not None:
+                found.append(learned)
+            elif example.source != CONVERSATIONS:
+                problems.add(
+                    f"{example.source}:{example.line}: this is no preference pair, and method: dpo learns from pairs. "
+                    "Write prompt, chosen and rejected, or take another method."
+                )
+        problems.check()
+        return without_duplicates(found)
 
 
 DATA_PLANS: Mapping[str, DataPlan] = {
     "full": DataPlan(select_examples),
     "lora": DataPlan(select_examples, adapter=True),
+    "dpo": DataPlan(select_examples, adapter=True, learns=Example.as_pair),
     "pretrain": DataPlan(select_shards, continues=False),
 }
 
@@ -168,6 +200,7 @@ def _replayed_and_general(
     wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * len(new))) if recipe.replay.ratio > 0 else 0
     if wanted == 0 and recipe.replay.path is None:
         return [], []
+    plan = DATA_PLANS[recipe.method]
     taken = {example.digest for example in [*new, *held_out]}
     answered = {example.context for example in new} - {None}
     wrong = corrected_answers(new)
@@ -176,13 +209,14 @@ def _replayed_and_general(
         is_wrong = example.answer is not None and example.answer.strip() in wrong
         return not (example.digest in taken or example.context in answered or is_wrong)
 
-    pool = [Example.from_json(row) for row in accepted.shuffled(recipe.name, recipe.train.seed)]
+    accepted_before = map(Example.from_json, accepted.shuffled(recipe.name, recipe.train.seed))
+    pool = [learned for example in accepted_before if (learned := plan.learns(example)) is not None]
     replayed = list(islice(filter(is_free, pool), wanted))
     if recipe.replay.path is None:
         return replayed, []
     answered |= {example.context for example in pool} - {None}
     taken |= {example.digest for example in pool}
-    return replayed, list(filter(is_free, load_files(recipe.replay.path, root, "replay.path")))
+    return replayed, list(filter(is_free, plan.read(load_files(recipe.replay.path, root, "replay.path"))[0]))
 
 
 def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:

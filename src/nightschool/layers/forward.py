@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments
-from nightschool.layers.loss import chunked_cross_entropy, logits_cross_entropy
+from nightschool.layers.loss import chunked_cross_entropy, chunked_token_losses, token_losses
 
 # Of each document of the probe: what a convolution over 4 tokens reaches, and what lies beyond a window.
 _BEGIN_TOKENS = 3
@@ -113,6 +113,22 @@ def document_loss(
     if layout.order is not None:  # cheaper than restoring the order of the hidden states, and the sum is the same
         labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
     return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens)
+
+
+def document_log_probs(
+    model: nn.Module, path: ForwardPath, batch: Documents, chunk_tokens: int | None = None
+) -> Tensor:
+    """The log-likelihood [D] in nats of what carries loss in each document, weighted; gradients flow into the model."""
+    kept = _trained(batch)
+    labels, weights = batch.labels[0][kept], batch.weights[0][kept]
+    if path.fused_head:
+        hidden, head = forward_hidden(model, path, batch)
+        losses_m = chunked_token_losses(hidden[kept], head, labels, chunk_tokens)
+    else:
+        losses_m = token_losses(_own_logits(model, path, batch, kept), labels)
+    ends = batch.cu_seqlens[1:].to(kept.device)
+    documents_m = torch.searchsorted(ends, kept, right=True)
+    return losses_m.new_zeros(len(ends)).index_add(0, documents_m, -losses_m * weights)
 
 
 def forward_hidden(model: nn.Module, path: ForwardPath, batch: Documents) -> tuple[Tensor, nn.Module]:
@@ -233,15 +249,24 @@ def _head_is_everything(model: nn.Module) -> tuple[bool, str]:
 
 def _loss_of_own_logits(model: nn.Module, path: ForwardPath, batch: Documents) -> tuple[Tensor, int]:
     """Loss over the model's own logits, at once for all trained positions."""
-    kept = ((batch.weights[0] > 0) & (batch.labels[0] >= 0)).nonzero().squeeze(1)
-    labels, weights = batch.labels[0][kept], batch.weights[0][kept]
+    kept = _trained(batch)
+    losses_m = token_losses(_own_logits(model, path, batch, kept), batch.labels[0][kept])
+    return (losses_m * batch.weights[0][kept]).sum(), kept.numel()
+
+
+def _trained(batch: Documents) -> Tensor:
+    """The places of the row [M] that carry loss."""
+    return ((batch.weights[0] > 0) & (batch.labels[0] >= 0)).nonzero().squeeze(1)
+
+
+def _own_logits(model: nn.Module, path: ForwardPath, batch: Documents, kept: Tensor) -> Tensor:
+    """The model's own logits [M,V] at some places of the row."""
     if not path.packed:
-        return logits_cross_entropy(document_logits(model, path, batch)[kept], labels, weights), kept.numel()
+        return document_logits(model, path, batch)[kept]
     layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
     places = kept if layout.restore is None else layout.restore[kept]
     arguments = packed_arguments(layout, batch.input_ids, batch.position_ids)
-    logits = causal_lm(model)(**arguments, logits_to_keep=places).logits[0]
-    return logits_cross_entropy(logits, labels, weights), kept.numel()
+    return cast(Tensor, causal_lm(model)(**arguments, logits_to_keep=places).logits[0])
 
 
 def _restored(rows_n: Tensor, layout: DocumentLayout) -> Tensor:

@@ -48,24 +48,31 @@ def chunked_cross_entropy(
             hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled()
         )
         return total, tokens
-    total = hidden_nd.new_zeros((), dtype=_softmax_dtype(hidden_nd))
+    losses_m = chunked_token_losses(hidden_nd[kept], head, labels, chunk_tokens)
+    return (losses_m * weights).sum(), tokens
+
+
+def chunked_token_losses(
+    hidden_md: Tensor, head: nn.Module, labels_m: Tensor, chunk_tokens: int | None = None
+) -> Tensor:
+    """The loss of each token [M] in nats; the logits of a chunk are computed again for its backward pass."""
     chunk = chunk_tokens or chunk_tokens_for(getattr(head, "out_features", 32_768))
-    for start in range(0, tokens, chunk):
-        part = slice(start, start + chunk)
-        total = total + checkpoint(
-            _head_loss, head, hidden_nd[kept[part]], labels[part], weights[part], use_reentrant=False
+    parts = [
+        checkpoint(
+            _head_losses, head, hidden_md[start : start + chunk], labels_m[start : start + chunk], use_reentrant=False
         )
-    return (total if tokens else hidden_nd.sum() * 0.0), tokens
+        for start in range(0, len(labels_m), chunk)
+    ]
+    return torch.cat(parts) if parts else hidden_md.sum(dim=-1).to(_softmax_dtype(hidden_md))
 
 
-def logits_cross_entropy(logits_mv: Tensor, labels_m: Tensor, weights_m: Tensor) -> Tensor:
-    """The weighted sum of the losses of logits that are there already."""
-    losses = F.cross_entropy(logits_mv.to(_softmax_dtype(logits_mv)), labels_m, reduction="none")
-    return (losses * weights_m).sum()
+def token_losses(logits_mv: Tensor, labels_m: Tensor) -> Tensor:
+    """The loss of each token [M] in nats, of logits that are there already."""
+    return F.cross_entropy(logits_mv.to(_softmax_dtype(logits_mv)), labels_m, reduction="none")
 
 
-def _head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    return logits_cross_entropy(head(hidden), labels, weights)
+def _head_losses(head: nn.Module, hidden_md: Tensor, labels_m: Tensor) -> Tensor:
+    return token_losses(head(hidden_md), labels_m)
 
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:

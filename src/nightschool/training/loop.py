@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,18 @@ class Budget:
 class StepOutcome:
     """What one update did; the tensors are still on the device, and nobody has waited for them.
 
-    `loss` is this process's part of it.
+    `loss` and `figures` are this process's part of them, means over `loss_units`.
     """
 
     step: int
     epoch: int
     where: str
     tokens_trained: int
+    loss_units: int
     learning_rate: float
     loss: Tensor
     grad_norm: Tensor
+    figures: Mapping[str, Tensor]
 
 
 def fit(
@@ -127,13 +129,14 @@ def fit(
 
         started = time.perf_counter()
         window = _next_window(task, state, budget.accumulation_steps)
-        tokens = world.sums(
-            sum(batch.tokens_trained for batch in window), sum(batch.tokens_consumed for batch in window)
+        tokens_trained, tokens_consumed, units = world.sums(
+            sum(batch.tokens_trained for batch in window),
+            sum(batch.tokens_consumed for batch in window),
+            sum(batch.loss_units for batch in window),
         )
-        outcome = _update(
-            task, state, window, tokens[0], budget.max_grad_norm, schedule.rate(state.step), scaler, world
-        )
-        _advance(task, state, len(window), *tokens)
+        rate = schedule.rate(state.step)
+        outcome = _update(task, state, window, (tokens_trained, units), budget.max_grad_norm, rate, scaler, world)
+        _advance(task, state, len(window), tokens_trained, tokens_consumed)
 
         log.collect(outcome, time.perf_counter() - started)
         if state.step % budget.log_every == 0 or state.step == budget.steps_total:
@@ -156,28 +159,31 @@ def _update(
     task: Task,
     state: TrainState,
     window: list[Batch],
-    tokens_trained: int,
+    tokens_and_units: tuple[int, int],
     max_grad_norm: float,
     learning_rate: float,
     scaler: torch.amp.GradScaler | None,
     world: World,
 ) -> StepOutcome:
-    """One update. Its loss is the sum over the whole window ÷ the tokens trained in the whole window, of all processes."""
+    """One update. Its loss is the sum over the whole window ÷ the loss units of the whole window, of all processes."""
+    tokens_trained, units = tokens_and_units
     if tokens_trained == 0:
         raise NothingToTrain(
             f"No token carries loss in step {state.step + 1} ({task.where(state.epoch, state.batch_index)}). "
             "Look at the loss mask in `nightschool plan`: an assistant turn must be there and must fit max_seq_len."
         )
-    loss = task.accumulate(window, tokens_trained, scaler)
+    loss = task.accumulate(window, units, scaler)
     grad_norm = task.update(learning_rate, max_grad_norm, scaler, world)
     return StepOutcome(
         step=state.step + 1,
         epoch=state.epoch,
         where=task.where(state.epoch, state.batch_index),
         tokens_trained=tokens_trained,
+        loss_units=units,
         learning_rate=learning_rate,
         loss=loss,
         grad_norm=grad_norm,
+        figures=task.figures(),
     )
 
 
@@ -226,7 +232,8 @@ class _Log:
         waited_from = time.perf_counter()
         interval = self._state.interval
         losses = [outcome.loss for outcome in self._unsettled]
-        self._world.add_up(losses)  # all processes settle after the same steps
+        # All processes settle after the same steps.
+        self._world.add_up([*losses, *(part for outcome in self._unsettled for part in outcome.figures.values())])
         for outcome, loss, norm in zip(
             self._unsettled,
             (loss.item() for loss in losses),
@@ -236,7 +243,10 @@ class _Log:
             self._refuse_non_finite(outcome, loss, norm)
             interval.steps += 1
             interval.tokens_trained += outcome.tokens_trained
-            interval.loss_sum_nats += loss * outcome.tokens_trained
+            interval.loss_units += outcome.loss_units
+            interval.loss_sum_nats += loss * outcome.loss_units
+            for name, mean in outcome.figures.items():
+                interval.figure_sums[name] = interval.figure_sums.get(name, 0.0) + mean.item() * outcome.loss_units
             self._last, self._last_norm = outcome, norm
         self._unsettled.clear()
         waited = time.perf_counter() - waited_from
@@ -259,7 +269,7 @@ class _Log:
         """Make the row of this step out of the interval, and begin a new interval."""
         interval, last, state = self._state.interval, self._last, self._state
         assert last is not None, "a row needs a settled step"
-        loss = interval.loss_sum_nats / interval.tokens_trained
+        loss = interval.loss_sum_nats / interval.loss_units
         state.loss_steps.append(state.step)
         state.loss_history.append(loss)
         state.learning_rates.append(last.learning_rate)
@@ -274,6 +284,7 @@ class _Log:
             "grad_norm": self._last_norm if math.isfinite(self._last_norm) else None,
             "peak_bytes": peak_bytes(self._device),
             "seconds": state.seconds,
+            **{name: total / interval.loss_units for name, total in interval.figure_sums.items()},
         }
         state.interval = Interval()
 

@@ -19,7 +19,8 @@ from nightschool.units import format_seconds, printable
 
 _CHARTS = (
     "loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
-    "mfu", "heldout_perplexity", "heldout_bits_per_byte",
+    "mfu", "heldout_perplexity", "heldout_bits_per_byte", "reward_accuracy", "reward_margin", "chosen_reward",
+    "rejected_reward", "heldout_reward_accuracy", "heldout_reward_margin",
 )  # fmt: skip
 STATUS_SECONDS = 2.0
 LINE_SECONDS = 1.0
@@ -105,8 +106,10 @@ class Progress:
 
 
 def _more(row: dict[str, Any]) -> str:
-    """What only pretraining measures."""
+    """What only some methods measure."""
     parts = []
+    if "reward_accuracy" in row:
+        parts.append(f"prefers {row['reward_accuracy']:.0%} by {row['reward_margin']:.3f}")
     if "bits_per_byte" in row:
         parts.append(f"{row.get('heldout_bits_per_byte', row['bits_per_byte']):.3f} bits/byte")
     if "mfu" in row:

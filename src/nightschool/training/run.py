@@ -200,6 +200,7 @@ def execute(
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         if world.is_first:
             _describe(home, run, prepared)
+        prepared.begin(run.path)
         state = _train(run, prepared, start, stop, world, steps)
     if world.is_first:
         if prepared.task.is_sharded:
@@ -289,14 +290,14 @@ def _train(
 
     def evaluate() -> float:
         assert evaluate_heldout is not None
-        loss, tokens = evaluate_heldout()
+        loss, count = evaluate_heldout()
         if writes:
-            run.events.write("heldout", step=state.step, heldout_loss=loss, tokens=tokens)
+            run.events.write("heldout", step=state.step, heldout_loss=loss, **{prepared.loss_unit: count})
             if (sample := prepared.sample()) is not None:
                 run.events.write("sample", step=state.step, prompt=sample[0], continuation=sample[1])
                 say(f"sample: {sample[0]!r} … {sample[1]!r}")
             if state.step == 0:
-                say(f"held-out loss before training {loss:.4f} over {tokens} tokens")
+                say(f"held-out loss before training {loss:.4f} over {count} {prepared.loss_unit}")
         return loss
 
     if writes:

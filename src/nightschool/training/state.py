@@ -11,12 +11,23 @@ from nightschool.units import Every
 
 @dataclass
 class Interval:
-    """What happened since the last row of metrics; saved, so that a resumed run writes the same rows."""
+    """What happened since the last row of metrics; saved, so that a resumed run writes the same rows.
+
+    `loss_units` are those that the losses are means over: tokens trained, or pairs. `figure_sums` are sums over them of what
+    the task tells besides.
+    """
 
     steps: int = 0
     tokens_trained: int = 0
     loss_sum_nats: float = 0.0
     seconds: float = 0.0
+    loss_units: int = 0
+    figure_sums: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Interval:
+        """Read one that was saved; before there were pairs, tokens alone were counted."""
+        return cls(**({"loss_units": plain["tokens_trained"]} | plain))
 
 
 @dataclass
@@ -102,4 +113,4 @@ class TrainState:
                 f"state.json lacks {sorted(known - plain.keys())} and has the unknown {sorted(plain.keys() - known)}. "
                 "Resume with the version of nightschool that saved the checkpoint."
             )
-        return cls(**(plain | {"interval": Interval(**plain["interval"])}))
+        return cls(**(plain | {"interval": Interval.from_json(plain["interval"])}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -65,17 +65,21 @@ class Task(Protocol):
         """Where in the data that is, for messages."""
         ...
 
-    def accumulate(self, window: Sequence[Batch], tokens: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Find the gradients of a window, which this process has its part of.
 
         Args:
             window: The micro-batches of one update, all of them, so that a layer can see them at once.
-            tokens: Tokens trained in the window, of all processes: what the summed loss is divided by.
+            units: What the summed loss is divided by, of all processes: tokens trained in the window, or pairs.
             scaler: Scales the loss before gradients are taken of it; `update` undoes it.
 
         Returns:
-            This process's part of the loss in nats per token, a scalar on the device; those of all processes add up.
+            This process's part of the loss in nats per unit, a scalar on the device; those of all processes add up.
         """
+        ...
+
+    def figures(self) -> Mapping[str, Tensor]:
+        """What a row of metrics says of the last window beside its loss: this process's parts of means over its units."""
         ...
 
     def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
@@ -140,10 +144,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class LossResult:
-    """`sum` of the weighted negative log likelihoods in nats (a scalar with a graph) over `tokens` trained tokens."""
+    """`sum` of losses in nats (a scalar with a graph) over `units`: trained tokens, or pairs."""
 
     sum: Tensor
-    tokens: int
+    units: int
 
 
 class CausalTask(Task, Generic[Source]):
@@ -196,15 +200,18 @@ class CausalTask(Task, Generic[Source]):
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
-    def accumulate(self, window: Sequence[Batch], tokens: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         loss: Tensor | None = None
         for batch in window:
-            # Each part is divided by the tokens of the window before `backward`, so the parts just add up.
-            part = self.loss(batch).sum / tokens
+            # Each part is divided by the units of the window before `backward`, so the parts just add up.
+            part = self.loss(batch).sum / units
             (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
             loss = part.detach() if loss is None else loss + part.detach()
         assert loss is not None, "a window has a micro-batch"
         return loss
+
+    def figures(self) -> Mapping[str, Tensor]:
+        return {}
 
     def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
         gradients = self.optimizer.gradients_ready()
@@ -221,10 +228,10 @@ class CausalTask(Task, Generic[Source]):
     def loss(self, batch: Batch) -> LossResult:
         """The loss of one micro-batch, not divided by anything."""
         with autocast(self.device, self.compute_dtype):
-            loss_sum, tokens = self._forward(on_device(batch, self.device))
+            loss_sum, units = self._forward(on_device(batch, self.device))
         if self.is_sharded:
             loss_sum = scaled_gradient(loss_sum, self.world.size)
-        return LossResult(loss_sum, tokens)
+        return LossResult(loss_sum, units)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, int]:
         if self._sharded is not None:
@@ -239,14 +246,14 @@ class CausalTask(Task, Generic[Source]):
         if self.is_sharded and len(mine) < -(-len(batches) // size):
             # Weights are gathered from all processes, so all of them compute as often.
             mine.append(lambda: batches[0]().without_loss())
-        total, tokens = heldout_sum(
+        total, units = heldout_sum(
             self.model,
             (make() for make in mine),
             forward=self._forward,
             device=self.device,
             compute_dtype=self.compute_dtype,
         )
-        total, count = self.world.float_sums(total, tokens)
+        total, count = self.world.float_sums(total, units)
         if not count:
             raise DataError("No token of the held-out data carries loss. Hold out something that has an answer.")
         return total / count, int(count)

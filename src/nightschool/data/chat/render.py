@@ -75,20 +75,21 @@ def render_example(tokenizer: Any, example: Example, max_seq_len: int) -> Render
     if example.text is not None:
         whole = _render_whole_text(tokenizer, example.text)
         return _cut_end(whole, max_seq_len)
-    try:
-        return _render_chat(tokenizer, example.messages, max_seq_len)
-    except DataError as error:
-        raise DataError(f"{example.source or 'an example'}:{example.line}: {error}") from None
+    return _render_chats(tokenizer, example, [example.messages], max_seq_len)[0]
 
 
 def render_pieces(tokenizer: Any, example: Example, max_seq_len: int) -> list[Rendered]:
     """Like `render_example`, but a long text becomes several documents and nothing of it is lost.
 
     A piece begins with the last token of the one before, as context, so that every token but the first of the text
-    is predicted exactly once.
+    is predicted exactly once. A preference pair becomes two documents: the better answer, then the worse one, after the
+    same turns.
     """
     if example.text is None:
-        return [render_example(tokenizer, example, max_seq_len)]
+        answers = [example.messages]
+        if example.rejected:
+            answers.append((*example.messages[:-1], Message("assistant", example.rejected)))
+        return _render_chats(tokenizer, example, answers, max_seq_len)
     whole = _render_whole_text(tokenizer, example.text)
     pieces = []
     for start in range(0, max(len(whole.input_ids) - 1, 1), max_seq_len - 1):
@@ -135,17 +136,30 @@ def _cut_end(whole: Rendered, max_seq_len: int, *, of: Rendered | None = None) -
     )
 
 
-def _render_chat(tokenizer: Any, messages: Sequence[Message], max_seq_len: int) -> Rendered:
-    whole = _render_whole_chat(tokenizer, messages)
-    if len(whole.input_ids) <= max_seq_len:
-        return whole
-    # The fewest early exchanges to drop so that the rest fits: longer beginnings dropped, shorter rest.
-    shorter = [_without(messages, count) for count in range(1, len(_exchange_starts(messages)))]
-    fits = bisect.bisect_left(
-        shorter, -max_seq_len, key=lambda turns: -len(_render_whole_chat(tokenizer, turns).input_ids)
-    )
-    kept = shorter[min(fits, len(shorter) - 1)] if shorter else messages
-    return _cut_end(_render_whole_chat(tokenizer, kept), max_seq_len, of=whole)
+def _render_chats(
+    tokenizer: Any, example: Example, chats: Sequence[Sequence[Message]], max_seq_len: int
+) -> list[Rendered]:
+    """Conversations that differ in their last answers alone; what is dropped before it is the same in all of them."""
+    try:
+        whole = [_render_whole_chat(tokenizer, messages) for messages in chats]
+        longest = max(range(len(chats)), key=lambda index: len(whole[index].input_ids))
+        if len(whole[longest].input_ids) <= max_seq_len:
+            return whole
+        # The fewest early exchanges to drop so that the rest fits: longer beginnings dropped, shorter rest.
+        counts = range(1, len(_exchange_starts(chats[longest])))
+        fits = bisect.bisect_left(
+            counts,
+            -max_seq_len,
+            key=lambda count: -len(_render_whole_chat(tokenizer, _without(chats[longest], count)).input_ids),
+        )
+        if counts:
+            chats = [_without(messages, counts[min(fits, len(counts) - 1)]) for messages in chats]
+        return [
+            _cut_end(_render_whole_chat(tokenizer, messages), max_seq_len, of=before)
+            for messages, before in zip(chats, whole, strict=True)
+        ]
+    except DataError as error:
+        raise DataError(f"{example.source or 'an example'}:{example.line}: {error}") from None
 
 
 def _exchange_starts(messages: Sequence[Message]) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nightschool.data.example import ROLES, Example, Message, Role
 from nightschool.data.sources.rows import Row
@@ -23,11 +23,14 @@ _ROLE_NAMES: dict[str, Role] = {role: role for role in ROLES} | {
     "function": "tool",
     "observation": "tool",
 }
+_PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 
 
 def detect(fields: Mapping[str, Any]) -> str | None:
     """The name of the format that a row with these fields has, or None."""
+    if any(better in fields and worse in fields for better, worse in _PREFERENCES):
+        return "preference"
     if "query" in fields and "retrieved" in fields:
         return "query_retrieved"
     if "messages" in fields:
@@ -56,7 +59,7 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
         if name is None:
             raise _Wrong(
                 f"the fields {_names(row.fields)} fit no format. Known are query + retrieved, messages, conversations, "
-                "instruction + output, prompt + completion, question + answer, and text."
+                "instruction + output, prompt + completion, question + answer, prompt + chosen + rejected, and text."
             )
         contents = FORMATS[name](row.fields)
         paraphrases = _paraphrases(row.fields)
@@ -65,16 +68,18 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
                 "'paraphrases' are other wordings of a question, but a plain text has none. Take the field out."
             )
         own_id = _id(row.fields)
+        pairs = [content if isinstance(content, _Pair) else _Pair(content, "") for content in contents]
         return [
             Example(
                 messages=content if isinstance(content, tuple) else (),
                 text=content if isinstance(content, str) else None,
+                rejected=rejected,
                 paraphrases=paraphrases,
                 id=f"{own_id}.{index}" if own_id and len(contents) > 1 else own_id,
                 source=row.source,
                 line=row.line,
             )
-            for index, content in enumerate(contents)
+            for index, (content, rejected) in enumerate(pairs)
         ]
     except _Wrong as wrong:
         raise DataError(f"{row.where}: {wrong}") from None
@@ -94,6 +99,13 @@ def parse_messages(turns: Any, field: str = "messages") -> tuple[Message, ...]:
 
 class _Wrong(Exception):
     """What is wrong with a row, without its place."""
+
+
+class _Pair(NamedTuple):
+    """What a row gives, and the answer that is worse than its last turn; the empty string where there is none."""
+
+    content: tuple[Message, ...] | str
+    rejected: str
 
 
 def _query_retrieved(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
@@ -154,6 +166,52 @@ def _prompt_completion(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
     return [_pair(fields, _text(fields, first), _text(fields, second))]
 
 
+def _preference(fields: Mapping[str, Any]) -> list[_Pair]:
+    """A prompt with the better and the worse answer to it; or two conversations that differ in their last answer."""
+    for better, worse in _PREFERENCES:
+        if better in fields and worse in fields:
+            break
+    else:
+        raise _Wrong(f"the fields {_names(fields)} hold no pair. Expected are prompt + chosen + rejected. Add them.")
+    before = _prompt_of_pair(fields)
+    chosen, rejected = (_answer_of_pair(fields, name) for name in (better, worse))
+    if before is None:
+        if chosen[:-1] != rejected[:-1]:
+            raise _Wrong(f"'{better}' and '{worse}' are not the same conversation up to the last answer. Make them so.")
+        before = chosen[:-1]
+    elif len(chosen) > 1 or len(rejected) > 1:
+        raise _Wrong(
+            f"'{better}' and '{worse}' are one answer each where there is a prompt. Leave the other turns out."
+        )
+    if chosen[-1].content.strip() == rejected[-1].content.strip():
+        raise _Wrong(f"'{better}' and '{worse}' are the same answer, so there is nothing to prefer. Take the row out.")
+    context = tuple(Message(m.role, m.content, 0.0 if m.role == "assistant" else 1.0) for m in before)
+    turns = _conversation((*_system(fields), *context, Message("assistant", chosen[-1].content)), better)
+    return [_Pair(turns, rejected[-1].content)]
+
+
+def _prompt_of_pair(fields: Mapping[str, Any]) -> tuple[Message, ...] | None:
+    """The turns before both answers; None if each of the two brings its own."""
+    given = fields.get("input")
+    if isinstance(given, dict):
+        return _turns(given.get("messages"), "input.messages")
+    if "messages" in fields:
+        return _turns(fields["messages"], "messages")
+    name = "prompt" if "prompt" in fields else "question"
+    if name not in fields:
+        return None
+    return _turns(fields[name], name) if isinstance(fields[name], list) else (Message("user", _text(fields, name)),)
+
+
+def _answer_of_pair(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
+    if not isinstance(fields[name], list):
+        return (Message("assistant", _text(fields, name)),)
+    turns = _turns(fields[name], name)
+    if turns[-1].role != "assistant":
+        raise _Wrong(f"the last turn of '{name}' is of the {turns[-1].role}. End with the assistant's answer.")
+    return turns
+
+
 def _plain_text(fields: Mapping[str, Any]) -> list[str]:
     return [_text(fields, "text")]
 
@@ -164,6 +222,7 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Any]]] = {
     "conversations": _conversations,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
+    "preference": _preference,
     "text": _plain_text,
 }
 

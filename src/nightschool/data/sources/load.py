@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +89,12 @@ def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]
 
 
 def split_held_out(
-    examples: Sequence[Example], held_out: HeldOut, *, root: Path | None = None, trained: Collection[str] = ()
+    examples: Sequence[Example],
+    held_out: HeldOut,
+    *,
+    root: Path | None = None,
+    trained: Collection[str] = (),
+    read: Callable[[list[Example]], list[Example]] = list,
 ) -> Split:
     """Part what is trained from what never is.
 
@@ -103,12 +108,13 @@ def split_held_out(
         root: Where a relative path begins; by default the working directory.
         trained: Digests of what accepted versions have trained, when there were fewer than `min_examples`. It is never
             held out by share: the champion knows it by heart, so that no candidate could compare.
+        read: What the method learns of the examples of `held_out.path`.
 
     Raises:
         NotFound, DataError: If `held_out.path` cannot be read.
     """
     if held_out.path is not None:
-        kept = load_files(held_out.path, root or Path.cwd(), "held_out.path")
+        kept = read(load_files(held_out.path, root or Path.cwd(), "held_out.path"))
         never = {example.digest for example in kept}
         return Split([example for example in examples if example.digest not in never], kept)
     if len(examples) < held_out.min_examples:

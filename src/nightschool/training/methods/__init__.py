@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nightschool.training.methods.dpo import DpoFinetune
 from nightschool.training.methods.finetune import Finetune, LoraFinetune
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.methods.pretrain import Pretrain
@@ -12,5 +13,6 @@ from nightschool.training.methods.pretrain import Pretrain
 METHODS: Mapping[str, type[PreparedRun[Any]]] = {
     "full": Finetune,
     "lora": LoraFinetune,
+    "dpo": DpoFinetune,
     "pretrain": Pretrain,
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
@@ -69,7 +70,7 @@ class FinetuneTask(CausalTask[Batches]):
 
 @dataclass(frozen=True)
 class RenderedData:
-    """The examples as tokens. `chats` are in the order of the chat examples, one document each."""
+    """The examples as tokens. `chats` are in the order of the chat examples, as many documents of each as the method makes."""
 
     chat_examples: list[Example]
     chats: list[Rendered]
@@ -113,6 +114,10 @@ class Finetune(PreparedRun[FinetuneData]):
 
     task: FinetuneTask
 
+    # What a row of data is called, and how many documents it is rendered into where it is no text.
+    noun: ClassVar[str] = "examples"
+    documents_per_example: ClassVar[int] = 1
+
     @classmethod
     def read(cls, setup: Setup) -> tuple[FinetuneData, PreTrainedTokenizerBase | None]:
         """The examples, and the tokenizer of a new model.
@@ -143,10 +148,29 @@ class Finetune(PreparedRun[FinetuneData]):
         size: dict[str, int | None] = {"batch_size": train.batch_size, "tokens_per_batch": None}
         if train.tokens_per_batch is not None:
             size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
-        batches = Batches(rendered.all, **size, seed=train.seed)
-        task = FinetuneTask(loaded.model, batches, train, compute_dtype=compute_dtype, world=setup.world)
-        held_out = _held_out(tokenizer, data.selection.held_out, train.max_seq_len)
+        batches = cls.pack(rendered.all, **size, seed=train.seed)
+        task = cls.new_task(setup.recipe, loaded, batches, compute_dtype=compute_dtype, world=setup.world)
+        held_out = cls._held_out(tokenizer, data.selection.held_out, train.max_seq_len)
         return replace(data, rendered=rendered, held_out=held_out), task
+
+    @classmethod
+    def pack(cls, rendered: Iterable[Rendered], **settings: Any) -> Batches:
+        """The documents in micro-batches."""
+        return Batches(rendered, **settings)
+
+    @classmethod
+    def new_task(cls, recipe: Recipe, loaded: LoadedModel, batches: Batches, **settings: Any) -> FinetuneTask:
+        """What learns from them."""
+        return FinetuneTask(loaded.model, batches, recipe.train, **settings)
+
+    @classmethod
+    def _held_out(cls, tokenizer: Any, examples: Sequence[Example], max_seq_len: int) -> Batches | None:
+        """The held-out examples in batches, or None if there is none with an answer that fits."""
+        rendered = render_data(tokenizer, examples, max_seq_len, 1).all
+        try:
+            return cls.pack(rendered, tokens_per_batch=HELD_OUT_TOKENS_PER_BATCH, seed=0)
+        except NothingToTrain:
+            return None
 
     @property
     def num_files(self) -> int:
@@ -196,7 +220,7 @@ class Finetune(PreparedRun[FinetuneData]):
         }
         rows = [
             PlanRow(
-                "examples",
+                self.noun,
                 "{examples_new} new, {examples_replayed} replayed, {examples_general} general, {examples_held_out} held out; "
                 "{examples_known} known already, {duplicates} duplicates, {examples_without_loss} without loss".format(
                     **examples
@@ -229,9 +253,10 @@ class Finetune(PreparedRun[FinetuneData]):
                 self.task.batch(0, index).input_ids.shape[-1] for index in range(min(64, batches.num_batches(0)))
             ),
             loss_masks=[
-                loss_mask(self.loaded.tokenizer, r.input_ids, r.weights, r.roles) for r in rendered[:PREVIEWED_EXAMPLES]
+                loss_mask(self.loaded.tokenizer, r.input_ids, r.weights, r.roles)
+                for r in rendered[: PREVIEWED_EXAMPLES * self.documents_per_example]
             ],
-            masked="examples",
+            masked=self.noun,
             findings=[
                 f"cut: {each.where} loses {each.share:.0%} of its tokens, {each.trained_share:.0%} of its answer"
                 for each in cuts[:LISTED_CUTS]
@@ -241,13 +266,15 @@ class Finetune(PreparedRun[FinetuneData]):
 
     def _cuts(self) -> list[Cut]:
         """The examples that lose something, those that lose most of their answer first. Texts are split, never cut."""
+        documents = iter(self.data.rendered.chats)
         cuts = [
             Cut(
                 f"{example.source or 'an example'}:{example.line}",
                 r.cut_tokens / (len(r.input_ids) + r.cut_tokens),
                 r.cut_trained / max(1, r.cut_trained + r.trained_tokens),
             )
-            for example, r in zip(self.data.rendered.chat_examples, self.data.rendered.chats, strict=True)
+            for example in self.data.rendered.chat_examples
+            for r in islice(documents, self.documents_per_example)
             if r.cut_tokens
         ]
         return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
@@ -283,7 +310,7 @@ class LoraFinetune(Finetune):
     def load(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
         if recipe.base.startswith("new:"):
             raise UsageError(
-                f"method: lora needs a base that knows something, and base: {recipe.base} is made of random weights. "
+                f"method: {recipe.method} needs a base that knows something, and base: {recipe.base} is made of random weights. "
                 "Write method: full, or another base."
             )
         loaded = load(merge=False)
@@ -395,9 +422,3 @@ def tokens_by_role(rendered: list[Rendered], scale: float = 1.0) -> dict[str, Ro
     return {
         role: RoleTokens(round(count * scale), round(trained[role] * scale)) for role, count in tokens.most_common()
     }
-
-
-def _held_out(tokenizer: Any, examples: Sequence[Example], max_seq_len: int) -> Batches | None:
-    """The held-out examples in batches, or None if there is none with an answer that fits."""
-    rendered = [r for r in render_data(tokenizer, examples, max_seq_len, 1).all if r.trained_tokens]
-    return Batches(rendered, tokens_per_batch=HELD_OUT_TOKENS_PER_BATCH, seed=0) if rendered else None

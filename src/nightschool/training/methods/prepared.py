@@ -100,6 +100,8 @@ class PreparedRun(ABC, Generic[Data]):
     budget: Budget
     scaler: torch.amp.GradScaler | None
 
+    # What a loss is a mean over.
+    loss_unit: ClassVar[str] = "tokens"
     # Settings of `train` that this method may resume with other values of, besides those that all may.
     free_to_change: ClassVar[frozenset[str]] = frozenset()
 
@@ -202,7 +204,10 @@ class PreparedRun(ABC, Generic[Data]):
     @property
     @abstractmethod
     def evaluate(self) -> Callable[[], tuple[float, int]] | None:
-        """Returns the held-out loss in nats per token and its tokens; None where nothing is held out."""
+        """Returns the held-out loss in nats and over how many `loss_unit`s it is the mean; None where nothing is held out."""
+
+    def begin(self, folder: Path) -> None:
+        """Compute what is needed before step 1, or read it from the run's folder, where it was left. All processes call this."""
 
     @abstractmethod
     def plan_rows(self, num_processes: int) -> MethodPlan:

@@ -1,0 +1,161 @@
+"""Method `dpo`: an adapter learns from preference pairs which of two answers is the better one.
+
+Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290): of each pair, the policy's log-likelihood ratio of
+the better to the worse answer is to exceed that of a reference. The reference is the frozen base with the adapter off, asked
+once before step 1; what it said lies in the run's folder.
+
+P  pairs of a micro-batch or of all data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nightschool.config.recipe import Dpo, Recipe
+from nightschool.data.batches import Batch
+from nightschool.data.chat.render import Rendered
+from nightschool.data.pairs import PairBatch, PairBatches
+from nightschool.errors import Damaged
+from nightschool.evaluation.heldout import as_found, autocast, on_device
+from nightschool.layers.forward import document_log_probs
+from nightschool.models.load import LoadedModel
+from nightschool.store.atomic import write_bytes
+from nightschool.training.methods.finetune import FinetuneTask, LoraFinetune
+from nightschool.training.metrics import say
+from nightschool.training.state import TrainState
+
+REFERENCE = "reference.safetensors"
+FIGURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
+
+
+def preference_losses(log_probs_p2: Tensor, reference_p2: Tensor, dpo: Dpo) -> tuple[Tensor, Tensor]:
+    """The loss of each pair [P], and its figures [P, 4] in the order of `FIGURES`; all in nats but the first.
+
+    With label smoothing ε the pair is taken to be the wrong way round with that probability (conservative DPO, Mitchell 2023).
+    """
+    rewards_p2 = dpo.beta * (log_probs_p2 - reference_p2)
+    chosen, rejected = rewards_p2.unbind(dim=1)
+    margin = chosen - rejected
+    losses = -F.logsigmoid(margin) * (1 - dpo.label_smoothing) - F.logsigmoid(-margin) * dpo.label_smoothing
+    figures_p4 = torch.stack([(margin > 0).to(margin), margin, chosen, rejected], dim=1)
+    return losses, figures_p4.detach()
+
+
+class DpoTask(FinetuneTask):
+    """Preference pairs, two neighbouring documents each. A loss is a mean over pairs."""
+
+    def __init__(self, dpo: Dpo, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._dpo = dpo
+        self._seen: list[Tensor] = []
+        self._figures: dict[str, Tensor] = {}
+        self.heldout_figures: dict[str, float] = {}
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, int]:
+        pairs = cast(PairBatch, batch)
+        log_probs_p2 = document_log_probs(self.model, self.path, pairs).view(-1, 2)
+        losses, figures_p4 = preference_losses(log_probs_p2, pairs.reference, self._dpo)
+        if self._dpo.sft_weight:
+            ends = pairs.cu_seqlens.to(log_probs_p2.device)
+            carries = torch.cat([ends.new_zeros(1), (pairs.weights[0] > 0).cumsum(0)])
+            tokens_p = (carries[ends[1:]] - carries[ends[:-1]]).view(-1, 2)[:, 0]
+            losses = losses - self._dpo.sft_weight * log_probs_p2[:, 0] / tokens_p.clamp_min(1)
+        if pairs.is_idle:
+            return losses.sum() * 0.0, 0
+        self._seen.append(figures_p4.sum(dim=0))
+        return losses.sum(), pairs.loss_units
+
+    def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        self._seen.clear()
+        loss = super().accumulate(window, units, scaler)
+        sums = torch.stack(self._seen).sum(dim=0) if self._seen else loss.new_zeros(len(FIGURES))
+        self._figures = dict(zip(FIGURES, (sums / units).unbind(), strict=True))
+        return loss
+
+    def figures(self) -> Mapping[str, Tensor]:
+        return self._figures
+
+    def heldout_loss(self, batches: Any) -> tuple[float, int]:
+        """Loss in nats per pair, and the pairs; the figures of these are then in `heldout_figures`."""
+        self._seen.clear()
+        loss, pairs = super().heldout_loss(batches)
+        mine = torch.stack(self._seen).double().sum(dim=0).tolist() if self._seen else [0.0] * len(FIGURES)
+        sums = self.world.float_sums(*mine)
+        self.heldout_figures = {f"heldout_{name}": total / pairs for name, total in zip(FIGURES, sums, strict=True)}
+        return loss, pairs
+
+    def reference_of(self, batches: PairBatches) -> Tensor:
+        """The log-likelihoods [P, 2] of all pairs, on the CPU, of the base with the adapter off."""
+        reference = torch.empty_like(batches.reference)
+        model = cast(PeftModel, self.model)
+        with as_found(model), torch.no_grad(), autocast(self.device, self.compute_dtype), model.disable_adapter():
+            for index in range(batches.num_batches(0)):
+                batch = on_device(batches.get(0, index), self.device)
+                log_probs = document_log_probs(model, self.path, batch).view(-1, 2)
+                reference[batches.examples_of(0, index)] = log_probs.float().cpu()
+        return reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoFinetune(LoraFinetune):
+    """Preference optimization of an adapter that is ready to start."""
+
+    task: DpoTask
+
+    loss_unit: ClassVar[str] = "pairs"
+    documents_per_example: ClassVar[int] = 2
+    noun: ClassVar[str] = "pairs"
+
+    @classmethod
+    def pack(cls, rendered: Iterable[Rendered], **settings: Any) -> PairBatches:
+        return PairBatches(rendered, **settings)
+
+    @classmethod
+    def new_task(cls, recipe: Recipe, loaded: LoadedModel, batches: Any, **settings: Any) -> DpoTask:
+        return DpoTask(recipe.dpo, loaded.model, batches, recipe.train, **settings)
+
+    def begin(self, folder: Path) -> None:
+        """Ask the reference, or read what it said when the run began."""
+        trained = cast(PairBatches, self.task.batches)
+        held_out = cast("PairBatches | None", self.data.held_out)
+        wanted = {"train": trained} | ({} if held_out is None else {"held_out": held_out})
+        path = folder / REFERENCE
+        with self.task.world.first_goes_first():
+            if not path.is_file():
+                said = {name: self.task.reference_of(batches) for name, batches in wanted.items()}
+                write_bytes(path, save(said, {name: batches.fingerprint for name, batches in wanted.items()}))
+                say(f"The base with the adapter off was asked for {sum(map(len, said.values()))} pairs: {REFERENCE}")
+            for name, tensor in _read(path, {name: batches.fingerprint for name, batches in wanted.items()}).items():
+                wanted[name].reference = tensor
+
+    def figures(self, state: TrainState) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa: ARG002
+        """The figures of the held-out pairs, in rows that have their loss."""
+        return lambda row: self.task.heldout_figures if "heldout_loss" in row else {}
+
+    def numerics(self) -> dict[str, Any]:
+        return super().numerics() | {f"dpo.{key}": value for key, value in self.recipe.dpo.model_dump().items()}
+
+
+def _read(path: Path, fingerprints: Mapping[str, str]) -> dict[str, Tensor]:
+    """What the reference said of the data with these fingerprints.
+
+    Raises:
+        Damaged: If the file is broken, or of other data.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() == dict(fingerprints):
+                return {name: file.get_tensor(name) for name in fingerprints}
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} cannot be read ({error}). Remove it; the next resume asks the base again.") from None
+    raise Damaged(f"{path} says what the base gave other pairs than this run learns from. Begin a new run.")
