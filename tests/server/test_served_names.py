@@ -1,5 +1,6 @@
 """Several names behind one server: `model` chooses, each name is promoted and refreshed by itself, and none is guessed."""
 
+import asyncio
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -134,9 +135,9 @@ def test_what_answers_is_bound_to_the_tenant_that_asks(slots):
     names = ServedNames([slot.serve(slot.promoted) for slot in slots])
     acme = Principal("acme", frozenset({"generate"}))
     for principal, version in ((LOCAL, CAT), (acme, BOT)):
-        generation, binding = names.resolve("cat", principal)
+        generation, binding = asyncio.run(names.resolve("cat", principal))
         assert (generation.version.id, binding.tenant) == (version, principal.tenant)
-    _, binding = names.resolve("acme/cat", replace(acme, key="digest"))
+    _, binding = asyncio.run(names.resolve("acme/cat", replace(acme, key="digest")))
     assert (binding.label, binding.tenant) == (f"acme/cat@{BOT}", "acme"), "all keys of a tenant have one turn"
     assert binding.key == "digest", "two keys share no cached prefix"
 

@@ -157,6 +157,10 @@ class FakeSlot:
         self.refreshes = 0
         self.loading = threading.Event()
 
+    @property
+    def is_idle(self) -> bool:
+        return self.current is None or self.current.engine.load() == (0, 0)
+
     def serve(self, version: str) -> FakeSlot:
         engine = FakeEngine(byte_tokenizer(), **self.engine_settings)
         self.current = FakeGeneration(FakeVersion(self.name, version), engine)
@@ -186,5 +190,7 @@ class FakeSlot:
         if before is not None:
             before.engine.closed = True
 
-    def close(self) -> None:
+    def close(self, *, drain: bool = False) -> None:
         self.closed = True
+        if self.current is not None:
+            self.current.engine.closed = True

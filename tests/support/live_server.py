@@ -34,7 +34,7 @@ def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 @contextmanager
 def client_of(slot: Any, *, keep_out: bool = False, **settings: Any) -> Iterator[TestClient]:
     """A client of an app of one slot or a list of them in this process, after the first look for versions."""
-    more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
+    more = {name: settings.pop(name) for name in ("registry", "conversations", "open_slot") if name in settings}
     slots = slot if isinstance(slot, list) else [slot]
     app = create_app(slots, ServerSettings(**settings), **more)
     with TestClient(app, base_url="http://127.0.0.1:8001") as client:
@@ -63,7 +63,7 @@ class LiveServer:
 @contextmanager
 def live(slot: Any, *, wait: bool = True, **settings: Any) -> Iterator[LiveServer]:
     """A server on a free port of this machine, with a model if the slot promises one."""
-    more = {name: settings.pop(name) for name in ("registry", "conversations") if name in settings}
+    more = {name: settings.pop(name) for name in ("registry", "conversations", "open_slot") if name in settings}
     chosen = ServerSettings(port=0, **{"drain_seconds": 5, **settings})
     with listening(chosen) as listener:
         slots = slot if isinstance(slot, list) else [slot]

@@ -43,18 +43,20 @@ def serve(
     write_timeout_seconds: float = 30.0,
     max_body_bytes: int = 2_000_000,
     max_new_tokens_limit: int = 8192,
+    max_loaded_names: int = 256,
     drain_seconds: float = 30.0,
     log_level: str = "info",
 ) -> None:
     """Answer over HTTP with the champions of one name or several, and swap when another version is promoted.
 
     The `model` of a request says which name answers; without one it is the first. Names on one base share one engine, and
-    each adapter is served unmerged beside the others on it. Starts with or without a model. Runs until SIGTERM or Ctrl-C; running answers may finish.
+    each adapter is served unmerged beside the others on it. Starts with or without a model. Runs until SIGTERM or Ctrl-C;
+    running answers may finish.
 
     Args:
-        sources: The names whose champions are served; the name default without any. A recipe file stands for its
-            `name`, and its `serve` settings hold, changed by settings such as serve.record_conversations=true. A
-            folder, a GGUF file or a hub id is first added as by nightschool models add.
+        sources: The names whose champions are served; without any, whatever the home has, loaded when somebody asks for
+            it. A recipe file stands for its `name`, and its `serve` settings hold, changed by settings such as
+            serve.record_conversations=true. A folder, a GGUF file or a hub id is first added as by nightschool models add.
         name: The name to add a folder, a file or a hub model under; without it, one is made of its last part.
         host: Address to listen on. Other than 127.0.0.1 needs an API key, in NIGHTSCHOOL_API_KEY or a file.
         port: Port to listen on; 0 takes a free one.
@@ -78,6 +80,7 @@ def serve(
         write_timeout_seconds: Longest time a client may take to read 16 kB of its answer; then it is cut off.
         max_body_bytes: Largest request body; a larger one is refused with 413.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
+        max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
         drain_seconds: How long running answers may take to finish after SIGTERM.
         log_level: debug, info, warning or error.
     """
@@ -110,6 +113,7 @@ def serve(
             write_timeout_seconds=write_timeout_seconds,
             max_body_bytes=max_body_bytes,
             max_new_tokens_limit=max_new_tokens_limit,
+            max_loaded_names=max_loaded_names,
             drain_seconds=drain_seconds,
             log_level=log_level,
         )
@@ -142,7 +146,7 @@ def _what_is_served(arguments: tuple[str, ...], name: str | None) -> tuple[list[
         UsageError: If settings stand without a recipe, or `--name` without one model to be added.
     """
     settings = tuple(argument for argument in arguments if _SETTING.match(argument))
-    sources = [argument for argument in arguments if argument not in settings] or ["default"]
+    sources = [argument for argument in arguments if argument not in settings]
     recipes = [source for source in sources if source.endswith((".yaml", ".yml"))]
     elsewhere = [source for source in sources if _is_elsewhere(source)]
     if settings and not recipes:

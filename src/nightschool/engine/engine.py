@@ -61,13 +61,15 @@ class EngineStats:
 class _Resident:
     """What the engine can answer with: its base alone, or an adapter on it, by its number in the model runner.
 
-    One that is not open takes no requests; it still answers the `num_active` that it took.
+    `num_holders` are those who opened it and did not retire it since. One that is not open takes no requests; it still
+    answers the `num_active` that it took.
     """
 
     number: int
     vocabulary: Vocabulary
     stop_ids: Collection[int]
     is_open: bool = True
+    num_holders: int = 0
     num_active: int = 0
 
 
@@ -172,6 +174,8 @@ class Engine:
     def open(self, adapter: UnmergedAdapter | None = None) -> Binding:
         """Answer with an adapter from now on; without one, with the base alone, which an engine does when it starts.
 
+        It does so until everybody who opened it has retired it.
+
         Raises:
             NeedsMerging: If the model has a layer that cannot have the adapter unmerged, with the reason.
         """
@@ -180,16 +184,20 @@ class Engine:
             resident = self._residents.get(binding.adapter)
             if resident is not None:
                 resident.is_open = True
+                resident.num_holders += 1
                 self._answered.notify_all()
                 return binding
         assert adapter is not None, "the base alone is always known"
         resident = self._resident(self._runner.add_adapter(adapter.weights), adapter.tokenizer)
+        resident.num_holders = 1
         with self._lock:
             self._residents[binding.adapter] = resident
         return binding
 
     def retire(self, binding: Binding, *, drain: bool = True, timeout_seconds: float | None = None) -> None:
         """Take no more requests of a binding, whoever the tenant, and let its adapter go once all are answered.
+
+        While others hold it open, nothing changes.
 
         Args:
             binding: One that `open` returned.
@@ -198,6 +206,9 @@ class Engine:
         """
         with self._lock:
             resident = self._residents[binding.adapter]
+            resident.num_holders = max(0, resident.num_holders - 1)
+            if resident.num_holders:
+                return
             resident.is_open = False
 
             def is_over() -> bool:
@@ -261,6 +272,12 @@ class Engine:
         """How many requests wait, and how many are being answered."""
         with self._lock:
             return self._scheduler.num_waiting, self._scheduler.num_running
+
+    def num_active(self, binding: Binding) -> int:
+        """How many requests to a base or an adapter are not yet answered, whoever the tenant."""
+        with self._lock:
+            resident = self._residents.get(binding.adapter)
+            return resident.num_active if resident is not None else 0
 
     def stats(self) -> EngineStats:
         """Counts since the start, and the present moment."""

@@ -51,10 +51,12 @@ class Slot:
     Args:
         name: Of the registry.
         pool: The engines that answer; several slots may share them.
+        version: The id of the version that `refresh` serves; the champion without it.
     """
 
-    def __init__(self, name: str, pool: EnginePool) -> None:
+    def __init__(self, name: str, pool: EnginePool, version: str | None = None) -> None:
         self.name = name
+        self._wanted = f"{name}@{version}" if version is not None else name
         self.home = pool.home
         self._pool = pool
         self._current: Generation | None = None
@@ -72,6 +74,11 @@ class Slot:
     def previous(self) -> Generation | None:
         """What served before and is still warm, or None."""
         return self._previous
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was asked of it is answered."""
+        return all(g is None or not g.engine.num_active(g.binding) for g in (self._current, self._previous))
 
     def swap(self, ref: str, *, commit: Callable[[], object] | None = None) -> SwapReport:
         """Serve another version.
@@ -100,16 +107,16 @@ class Slot:
             return self._swap(previous.version.ref, is_trusted=True)
 
     def refresh(self) -> bool:
-        """Serve the registry's champion if another version, or none, serves now. Returns whether the version changed.
+        """Serve the champion, or the version of this slot, if another or none serves now. Returns whether that changed.
 
         Raises:
-            NotFound: If the name has no champion.
+            NotFound: If there is none.
             SwapFailed: With the stage; whatever served before still does.
         """
-        champion = Registry(self.home).resolve(self.name)
+        wanted = Registry(self.home).resolve(self._wanted)
         with self._swapping:
             current = self._current
-            return (current is None or current.version.ref != champion.ref) and self._swap(champion.ref).changed
+            return (current is None or current.version.ref != wanted.ref) and self._swap(wanted.ref).changed
 
     def close(self, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
         """End all generations; `drain` answers first what was taken."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any
 
-import anyio.to_thread
 import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -27,6 +26,7 @@ from nightschool.server.middleware import auth
 from nightschool.server.middleware.auth import Guard
 from nightschool.server.middleware.limits import BodyLimit
 from nightschool.server.middleware.request_log import Access
+from nightschool.server.on_demand import OnDemand
 from nightschool.server.openai import completions
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest
 from nightschool.server.recording import Recorder
@@ -55,6 +55,7 @@ def create_app(
     settings: ServerSettings,
     *,
     registry: Registry | None = None,
+    open_slot: Callable[[str], Slot] | None = None,
     conversations: ConversationStore | None = None,
     device: str | None = None,
 ) -> FastAPI:
@@ -63,6 +64,8 @@ def create_app(
     Args:
         slots: What answers for each name. They may be empty; the app looks for promoted versions when it starts.
         settings: Bounds and keys.
+        open_slot: Makes an empty slot of a name, or of `name@version`, of the registry, when somebody asks for it; without
+            it nothing but `slots` is served.
         registry: Lists and moves versions; without it `/model_info` lists none, and `/api/models` says so.
         conversations: Where conversations are kept; needed if, and used only if, the settings ask for it.
         device: `cuda` or `cpu`, where the slots put their models; without it, what this machine has.
@@ -72,7 +75,8 @@ def create_app(
     """
     if settings.record_conversations and conversations is None:
         raise UsageError("record_conversations is on, but there is no store of conversations. Serve from a home.")
-    names = ServedNames(slots)
+    on_demand = OnDemand(open_slot, settings.max_loaded_names) if open_slot is not None else None
+    names = ServedNames(slots, on_demand, registry)
     metrics = Metrics(names)
     service = Service(
         names=names,
@@ -112,7 +116,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     assert isinstance(service, Service)
     recording = "conversations are kept for later nights" if service.recorder.on else "conversations are not kept"
     facts = {
-        "names": [slot.name for slot in service.names],
+        "names": [slot.name for slot in service.names.needed] or "whatever the home has, on demand",
         "recording": recording,
         "access": list(auth.describe(service.settings)),
     }
@@ -122,8 +126,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     log.info("stopping")
     await service.refresher.stop()
     await service.recorder.close()
-    for slot in service.names:
-        await anyio.to_thread.run_sync(slot.close)
+    await service.names.close()
     log.info("stopped")
 
 

@@ -1,11 +1,14 @@
-"""Looks for promoted versions of every name: at once at start, then at an interval, and whenever somebody asks."""
+"""Looks for promoted versions of every name: at once at start, then at an interval, and whenever somebody asks.
+
+Where names are served on demand, a look at their alias files, which costs a `stat` each, finds a promotion within a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -18,6 +21,8 @@ from nightschool.server.served_names import ServedNames
 log = logging.getLogger("nightschool.server.refresher")
 Result = TypeVar("Result")
 
+_LOOK_SECONDS = 1.0
+
 
 class Refresher:
     """Everything that moves a slot runs on one thread of its own: never on the event loop, never twice at once."""
@@ -27,7 +32,7 @@ class Refresher:
         self._metrics = metrics
         self._interval_seconds = interval_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refresh")
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._last_errors: dict[str, str] = {}
 
     def last_error(self, name: str) -> str | None:
@@ -77,20 +82,30 @@ class Refresher:
 
     def start(self) -> None:
         """Begin to watch; the first look is at once, and the server answers meanwhile."""
-        self._watching = asyncio.create_task(self._watch(), name="model watcher")
+        self._watching = [asyncio.create_task(self._watch(), name="model watcher")]
+        if self._names.on_demand is not None:
+            self._watching.append(asyncio.create_task(self._watch_marks(), name="alias watcher"))
 
     async def _watch(self) -> None:
         while True:
-            for slot in self._names:
-                # The error is logged and counted where it happened; the next look may succeed.
-                with contextlib.suppress(Exception):
-                    await self.refresh(slot)
+            await self._refresh_all(list(self._names))
             await asyncio.sleep(self._interval_seconds)
+
+    async def _watch_marks(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await self._refresh_all(await asyncio.to_thread(self._names.moved))
+
+    async def _refresh_all(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            # The error is logged and counted where it happened; the next look may succeed.
+            with contextlib.suppress(Exception):
+                await self.refresh(slot)
 
     async def stop(self) -> None:
         """Stop watching and wait for the look that is under way."""
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+                await task
         await asyncio.to_thread(partial(self._thread.shutdown, wait=True, cancel_futures=True))

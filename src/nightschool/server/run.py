@@ -23,6 +23,7 @@ from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
 from nightschool.server.connections import Connections
 from nightschool.server.logs import configure_logs
+from nightschool.server.served_names import DEFAULT_NAME
 from nightschool.server.settings import ServerSettings
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
@@ -38,7 +39,8 @@ def serve(
 
     Args:
         home: Where versions and conversations are.
-        names: The served names; the first answers who names no model. No version of them needs to exist yet.
+        names: The served names; the first answers who names no model. No version of them needs to exist yet. Without
+            any, whatever the home has is served when somebody asks for it.
         settings: Address, keys, bounds.
         engine: Settings of `EnginePool` and its engines, such as `device` and `num_rows`.
 
@@ -53,10 +55,16 @@ def serve(
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
         pool = EnginePool(home, **chosen)
+
+        def open_slot(key: str) -> Slot:
+            name, _, version = key.partition("@")
+            return Slot(name, pool, version or None)
+
         app = create_app(
-            [Slot(name, pool) for name in names],
+            [open_slot(name) for name in names or (DEFAULT_NAME,)],
             settings,
             registry=Registry(home),
+            open_slot=None if names else open_slot,
             conversations=conversations,
             device=device,
         )

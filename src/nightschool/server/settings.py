@@ -71,6 +71,11 @@ class ServerSettings(BaseModel):
         None, gt=0, description="Requests per minute of one key, or of one address without keys; null is unbounded."
     )
     request_burst: int = Field(10, ge=1, description="Requests that may come at once before the rate applies.")
+    max_loaded_names: int = Field(
+        256,
+        ge=1,
+        description="Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severe log lines kept.")
 

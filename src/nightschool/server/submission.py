@@ -64,24 +64,25 @@ class Answering:
             QueueFull: If too many requests wait.
             UsageError: If a prompt cannot be rendered or has no token.
         """
-        return await anyio.to_thread.run_sync(self._start, ask, request_id)
-
-    def _start(self, ask: Ask, request_id: str) -> Running:
+        generation, binding = await self._names.resolve(ask.model, ask.principal)
         while True:
-            generation, binding = self._names.resolve(ask.model, ask.principal)
-            tokenizer, context_tokens = generation.tokenizer, generation.engine.context_tokens
-            with self._encoding:
-                for prompt in ask.prompts:
-                    _refuse_hopeless(tokenizer, prompt, context_tokens)
-                prompts = [_encode(tokenizer, prompt) for prompt in ask.prompts]
             try:
-                handles = self._submit(generation, binding, prompts, ask, request_id)
+                return await anyio.to_thread.run_sync(self._start, generation, binding, ask, request_id)
             except NotLoaded:
                 # The version was swapped out while the prompt was rendered; the next one has its own tokenizer.
-                if self._names.resolve(ask.model, ask.principal)[0] is generation:
+                before = generation
+                generation, binding = await self._names.resolve(ask.model, ask.principal)
+                if generation is before:
                     raise
-                continue
-            return Running(generation, prompts, handles, self._metrics)
+
+    def _start(self, generation: Generation, binding: Binding, ask: Ask, request_id: str) -> Running:
+        tokenizer, context_tokens = generation.tokenizer, generation.engine.context_tokens
+        with self._encoding:
+            for prompt in ask.prompts:
+                _refuse_hopeless(tokenizer, prompt, context_tokens)
+            prompts = [_encode(tokenizer, prompt) for prompt in ask.prompts]
+        handles = self._submit(generation, binding, prompts, ask, request_id)
+        return Running(generation, prompts, handles, self._metrics)
 
     def _submit(
         self, generation: Generation, binding: Binding, prompts: list[list[int]], ask: Ask, request_id: str

@@ -111,6 +111,10 @@ class Registry:
         shelf = self._shelf(name)
         return _aliases(shelf.book(), shelf.ids())
 
+    def mark(self, name: str) -> tuple[int, ...] | None:
+        """Changes whenever an alias of the name moves, and takes one `stat` to ask for; None if no alias ever moved."""
+        return self._shelf(name).mark()
+
     def history(self, name: str) -> list[AliasMove]:
         """Every move of an alias of a name, oldest first."""
         return list(self._shelf(name).book().history)

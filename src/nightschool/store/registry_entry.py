@@ -48,6 +48,14 @@ class RegistryEntry:
         """The present book; readers take no lock, because it is replaced as a whole."""
         return read_book(self._book_path)
 
+    def mark(self) -> tuple[int, ...] | None:
+        """Which file the book is: each save makes a new one. None if there is no book."""
+        try:
+            found = self._book_path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
     @property
     def is_used(self) -> bool:
         """Whether a version exists. Where the book is damaged, whether any was finished: the name is not hidden."""

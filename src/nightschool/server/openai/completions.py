@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nightschool.engine.request import SamplingParams
-from nightschool.engine.slot import Slot
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
@@ -20,10 +19,11 @@ from nightschool.server.openai.models import ChatCompletion, Completion, ModelCa
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
 from nightschool.server.recording import Exchange
-from nightschool.server.service import PrincipalOf, RequestId, Service, ServiceOf, owner_of
+from nightschool.server.service import PrincipalOf, RequestId, Service, ServiceOf, owner_of, published_at
 from nightschool.server.stream import EventStream
 from nightschool.server.submission import Ask
 from nightschool.server.token_text import TokenText
+from nightschool.store.principal import Principal
 
 router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"], route_class=BodyRoute)
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
@@ -179,27 +179,26 @@ async def _answer(
 
 @router.get("/models", response_model=ModelList, responses=openai_refusals())
 async def models(service: ServiceOf, principal: PrincipalOf) -> Response:
-    """What may stand in `model`: each name, and the version that it means now; none of what is not loaded."""
-    return JSONResponse(
-        {"object": "list", "data": [card for slot in service.names.of(principal) for card in _cards(slot)]}
-    )
+    """What may stand in `model`: each name, and the version that it means now; none of what could not answer."""
+    return JSONResponse({"object": "list", "data": await _cards(service, principal)})
 
 
 @router.get("/models/{model}", response_model=ModelCard, responses=openai_refusals(404))
 async def model(model: str, service: ServiceOf, principal: PrincipalOf) -> Response:
     """One of them."""
-    card = next((card for card in _cards(service.names.slot_of(model, principal)) if card["id"] == model), None)
+    cards = await _cards(service, principal)
+    card = next((card for card in cards if card["id"] == model), None)
     if card is None:
-        raise Refusal(404, f"The model {model!r} is not loaded yet.", "model_not_found", param="model")
+        known = ", ".join(card["id"] for card in cards) or "none"
+        raise Refusal(
+            404, f"There is no model {model[:200]!r} here. There is {known}.", "model_not_found", param="model"
+        )
     return JSONResponse(card)
 
 
-def _cards(slot: Slot) -> list[dict[str, Any]]:
-    current = slot.current
-    if current is None:
-        return []
-    created = int(current.loaded_at.timestamp())
+async def _cards(service: Service, principal: Principal) -> list[dict[str, Any]]:
     return [
-        {"id": name, "object": "model", "created": created, "owned_by": "nightschool"}
-        for name in (slot.name, f"{slot.name}@champion", current.version.ref)
+        {"id": id_, "object": "model", "created": int(published_at(version).timestamp()), "owned_by": "nightschool"}
+        for version in await service.names.versions(principal.tenant)
+        for id_ in (version.name, f"{version.name}@champion", version.ref)
     ]

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
+from nightschool.errors import NotFound
 from nightschool.server.error_schemas import problems, refusals
 from nightschool.server.errors import model_not_loaded
 from nightschool.server.service import PrincipalOf, ServiceOf
@@ -24,10 +25,10 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """A version of every name is loaded."""
+    """A version of every name that the server was given is loaded; one that loads on demand is ready at once."""
 
     status: Literal["ready"]
-    model: str = Field(..., description="name@version of the first name.")
+    model: str | None = Field(..., description="name@version of the first name that is loaded.")
     models: list[str] = Field(..., description="The same of every name.")
 
 
@@ -43,7 +44,8 @@ class Settings(BaseModel):
     """What this server was started with, and what went wrong last."""
 
     name: str = Field(..., description="The first of `models`, which answers where no model is named.")
-    models: list[ServedModel]
+    models: list[ServedModel] = Field(..., description="Those that are loaded, where names are loaded on demand.")
+    max_loaded_names: int | None = Field(..., description="Null where nothing is loaded on demand.")
     record_conversations: bool
     model_check_interval_seconds: float
     max_body_bytes: int
@@ -61,12 +63,11 @@ async def healthz() -> Response:
 
 @router.get("/readyz", response_model=Ready, responses=refusals(503))
 async def readyz(service: ServiceOf) -> Response:
-    """503 until a version of every name is loaded."""
-    serving = [slot.current for slot in service.names]
-    loaded = [current.version.ref for current in serving if current is not None]
-    if len(loaded) < len(serving):
+    """503 until a version of every name is loaded that the server was given."""
+    if any(slot.current is None for slot in service.names.needed):
         raise model_not_loaded()
-    return JSONResponse({"status": "ready", "model": loaded[0], "models": loaded})
+    loaded = [slot.current.version.ref for slot in service.names if slot.current is not None]
+    return JSONResponse({"status": "ready", "model": next(iter(loaded), None), "models": loaded})
 
 
 @router.get(
@@ -83,19 +84,23 @@ async def metrics(service: ServiceOf) -> Response:
 @router.get("/api/settings", response_model=Settings, responses=problems(404))
 async def settings(service: ServiceOf, principal: PrincipalOf) -> Response:
     """What this server was started with; never its keys."""
-    chosen, first = service.settings, service.names.slot_of(None, principal)
+    chosen, slots = service.settings, service.names.of(principal.tenant)
+    if not slots:
+        raise NotFound("Nothing is served to you here. Ask for a model first, or have one trained.")
+    first = slots[0]
     models = [
         {
             "name": slot.name,
             "served_version": slot.current.version.id if slot.current is not None else None,
             "last_refresh_error": service.refresher.last_error(slot.name),
         }
-        for slot in service.names.of(principal)
+        for slot in slots
     ]
     return JSONResponse(
         {
             "name": first.name,
             "models": models,
+            "max_loaded_names": chosen.max_loaded_names if service.names.on_demand is not None else None,
             "record_conversations": service.recorder.on,
             "model_check_interval_seconds": chosen.model_check_interval,
             "max_body_bytes": chosen.max_body_bytes,

@@ -151,7 +151,7 @@ def _present(service: Service, slot: Slot) -> dict[str, Any]:
 @router.get("/model_info", response_model=ModelInfo, responses=refusals(404, 503))
 async def model_info(service: ServiceOf, principal: PrincipalOf, model: str | None = None) -> Response:
     """The version that is served and every published one, of the first name or of `model`. 503 while none is loaded."""
-    slot = service.names.slot_of(model, principal)
+    slot = await service.names.find(model, principal)
     current = slot.current
     if current is None:
         raise model_not_loaded()
@@ -174,7 +174,7 @@ def _available(service: Service, name: str) -> list[dict[str, str]]:
 
 
 async def _refresh(service: Service, principal: Principal, model: str | None) -> Response:
-    slot = service.names.slot_of(model, principal)
+    slot = await service.names.find(model, principal)
     try:
         await service.refresher.refresh(slot)
     except Exception as error:  # logged and counted by the refresher; whatever it was, the old version still serves
