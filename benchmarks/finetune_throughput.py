@@ -40,7 +40,9 @@ class Setting:
 
         everything = chats()
         # A pretrained model forgets at a rate at which a fresh one learns, and takes ten times as long for a token.
-        self.max_seq_len, self.batch_size, self.learning_rate = (256, 4, 2e-5) if is_real else (1024, 8, 1e-3)
+        self.max_seq_len, self.batch_size, self.learning_rate = (
+            (256, 2 if quick else 4, 2e-5) if is_real else (1024, 8, 1e-3)
+        )
         if is_real:
             loaded = real_model.load()
             self.model, self.tokenizer = loaded.model, loaded.tokenizer
