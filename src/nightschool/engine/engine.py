@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -106,6 +107,7 @@ class Engine:
         admission: Makes the policy that says who of those that wait is next: fair between tenants by default.
         cache_bytes: Keys and values of the answers in the making, at most, unless a single one needs more; by default a
             quarter of what is free at start.
+        packed_folder: Where packed weights are kept for the next load; see `packed_cache.folder_of`.
 
     Raises:
         ModelError: If the model is none that the engine can serve.
@@ -125,6 +127,7 @@ class Engine:
         max_adapters: int = 8,
         admission: Callable[[], AdmissionPolicy] = FairByTenant,
         cache_bytes: int | None = None,
+        packed_folder: Path | None = None,
     ) -> None:
         limits = {"num_rows": num_rows, "queue_limit": queue_limit, "tokens_per_step": tokens_per_step}
         limits["max_adapters"] = max_adapters
@@ -139,7 +142,7 @@ class Engine:
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self._residents: dict[str | None, _Resident] = {None: self._resident(0, loaded.tokenizer)}
         free = free_bytes(next(loaded.model.parameters()).device)
-        self._runner = ModelRunner(loaded.model, layout_bytes=int(free * _LAYOUT_SHARE))
+        self._runner = ModelRunner(loaded.model, layout_bytes=int(free * _LAYOUT_SHARE), packed_folder=packed_folder)
         facts = {"base": base, "layers": self._runner.layouts}
         log.info("layers with weights in a faster layout", extra={"facts": facts})
         cache = self._runner.make_cache(num_rows, 1)

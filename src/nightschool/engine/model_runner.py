@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -43,12 +44,13 @@ class ModelRunner:
     Args:
         model: A causal language model of transformers, without adapters that are kept apart.
         layout_bytes: What further layouts of the weights, made for decoding, may take; see `engine.weights`.
+        packed_folder: Where packed weights are kept for the next load.
 
     Raises:
         ModelError: If the model's attention is none that rows of a cache can serve, with the reason.
     """
 
-    def __init__(self, model: nn.Module, *, layout_bytes: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, layout_bytes: int = 0, packed_folder: Path | None = None) -> None:
         self._model: Any = _private_copy(model)
         parameter = next(self._model.parameters())
         self.device: torch.device = parameter.device
@@ -56,7 +58,7 @@ class ModelRunner:
         # Four dimensions make transformers hand the mask down as it is instead of building one.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._context: StepContext | None = None
-        self.layouts = lay_out(self._model, layout_bytes)
+        self.layouts = lay_out(self._model, layout_bytes, packed_folder=packed_folder)
         self._adapters = AdapterTable(self._model)
         self.shapes = self._check()
 

@@ -79,6 +79,18 @@ def pack(weight: Tensor) -> Packed | None:
     return None
 
 
+def as_packed(weight: Tensor, format_name: str, words: Tensor) -> Packed | None:
+    """`words` as those of `weight`, if they have its form and its first rows; a kernel would read beyond others."""
+    for format_, encode in _ENCODERS.items():
+        if format_.name == format_name and not weight.shape[1] % GROUP:
+            out, columns = weight.shape
+            first = _packed(weight[:LANES].detach(), format_, encode)
+            shape = (-(-out // LANES), columns // GROUP, format_.words, LANES)
+            if first is not None and words.shape == shape and torch.equal(words[:1], first):
+                return Packed(format_, words.contiguous(), (out, columns))
+    return None
+
+
 def _packed(weight: Tensor, format_: Format, encode: Encoder) -> Tensor | None:
     if encode(weight[0].view(-1, GROUP)[:_TRIED]) is None:
         return None

@@ -22,6 +22,7 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.capacity import needed_bytes
 from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
+from nightschool.engine.packed_cache import folder_of
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import Conflict
 from nightschool.events import now
@@ -173,7 +174,7 @@ class EnginePool:
             with stage("load"):
                 loaded = apart(load)
             with stage("warm_up"):
-                engine = Engine(loaded, base, **self._engine_settings)
+                engine = Engine(loaded, base, packed_folder=folder_of(loaded, self.home), **self._engine_settings)
             with self._lock:
                 self._engines[base], self._holders[base] = engine, 1
         try:

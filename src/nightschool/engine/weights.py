@@ -16,18 +16,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name under which everybody knows it
 from torch import Tensor, nn
 
-from nightschool.engine import kernels
+from nightschool.engine import kernels, packed_cache
 from nightschool.engine.compute import COMPUTE
-from nightschool.engine.packing import Packed, pack
+from nightschool.engine.packing import Packed, as_packed, pack
 
 PLAIN, BLOCKS = "fp32", "fp32 in blocks"
 # Rows with which the layouts are measured, and up to how many rows the fastest is used then. With more, rearranging is a
@@ -133,11 +134,11 @@ class LaidOutLinear(nn.Module):
         return out_rc.view(*x.shape[:-1], -1)
 
 
-def lay_out(model: nn.Module, limit_bytes: int) -> dict[str, int]:
+def lay_out(model: nn.Module, limit_bytes: int, *, packed_folder: Path | None = None) -> dict[str, int]:
     """Give the linear layers of `model` further layouts where they pay; return how many layers have each of them.
 
     All of them together take `limit_bytes` at most. Nothing is done on other devices than CPUs, or in other formats than
-    fp32. Packing goes on beside an engine that answers meanwhile, on this thread alone; what several threads do, is done on
+    fp32. What was packed is kept in `packed_folder` for the next load. Packing goes on beside an engine that answers meanwhile, on this thread alone; what several threads do, is done on
     its thread, layer by layer, so that it waits for one layer and not for all.
     """
     layers = {
@@ -147,12 +148,9 @@ def lay_out(model: nn.Module, limit_bytes: int) -> dict[str, int]:
     }
     if any(layer.weight.device.type != "cpu" or layer.weight.dtype != torch.float32 for layer in layers.values()):
         return {}
-    narrow: dict[str, Narrow] = {}
-    for name, layer in layers.items() if kernels.is_available() else ():
-        made = _narrow(layer, limit_bytes)
-        if made is not None:
-            narrow[name] = made
-            limit_bytes -= made.nbytes
+    packed = _packed_within(layers, limit_bytes, packed_folder) if kernels.is_available() else {}
+    narrow = {name: Narrow(one) for name, one in packed.items()}
+    limit_bytes -= sum(one.nbytes for one in packed.values())
     kinds: dict[str, list[str]] = {}
     for name in layers:
         kinds.setdefault(narrow[name].name if name in narrow else PLAIN, []).append(name)
@@ -172,9 +170,21 @@ def lay_out(model: nn.Module, limit_bytes: int) -> dict[str, int]:
     return dict(counts)
 
 
-def _narrow(layer: nn.Linear, limit_bytes: int) -> Narrow | None:
-    packed = pack(layer.weight)
-    return Narrow(packed) if packed is not None and packed.nbytes <= limit_bytes else None
+def _packed_within(layers: Mapping[str, nn.Linear], limit_bytes: int, folder: Path | None) -> dict[str, Packed]:
+    """What narrow formats hold exactly, as far as it fits, from the folder or made now."""
+    kept = packed_cache.read(folder) if folder is not None else {}
+    packed: dict[str, Packed] = {}
+    made = False
+    for name, layer in layers.items():
+        known = as_packed(layer.weight, *kept[name]) if name in kept else None
+        one = known or pack(layer.weight)
+        if one is not None and one.nbytes <= limit_bytes:
+            packed[name] = one
+            limit_bytes -= one.nbytes
+            made = made or known is None
+    if folder is not None and made:
+        packed_cache.write(folder, packed)
+    return packed
 
 
 def _laid_out(layer: nn.Linear, narrow: Narrow | None, names: Sequence[str]) -> LaidOutLinear:
