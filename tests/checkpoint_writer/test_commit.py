@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from nightschool.checkpoint_writer import commit, parts
-from nightschool.checkpoint_writer import shared_buffer as memory_module
 from nightschool.checkpoint_writer.commit import Order, carry_out, write_folder
-from nightschool.checkpoint_writer.shared_buffer import SharedMemory, available_bytes
+from nightschool.checkpoint_writer.shared_buffer import SharedMemory
 from nightschool.checkpoint_writer.tensorfile import (
     ALIGNMENT_BYTES,
     ITEM_BYTES,
@@ -411,19 +409,6 @@ def test_memory_is_seen_by_who_inherits_its_descriptor(monkeypatch, anonymous):
     command = [sys.executable, "-c", code, str(memory.handle)]
     assert subprocess.run(command, pass_fds=[memory.handle], stdout=subprocess.PIPE, check=True).stdout == b"hello!"
     memory.close()
-
-
-def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
-    machine = SimpleNamespace(total=8_000_000_000, available=5_000_000_000)
-    monkeypatch.setattr(memory_module.psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr(memory_module, "_GROUP", tmp_path)
-    assert available_bytes() == 4_600_000_000
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("600000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
-    assert available_bytes() == 450_000  # 5 % are left alone
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes() == 4_600_000_000
 
 
 def test_the_writer_never_loads_torch():

@@ -27,6 +27,7 @@ from nightschool.training.checkpoint.checkpoint_reader import group_files, load_
 from nightschool.training.checkpoint.contents import CheckpointContents, sources_of
 from nightschool.training.checkpoint.saver import Ranks, open_saver
 from nightschool.uploads.journal import Journal
+from nightschool.work.host_memory import HostBytes
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_an_error_of_the_training_is_not_hidden_by_one_of_the_writer(run, lines,
 
 
 def test_without_memory_for_a_copy_the_run_writes_by_itself_and_says_so(run, lines, monkeypatch):
-    monkeypatch.setattr(saver_module, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(saver_module, "host_bytes", lambda: HostBytes(1000, 1000))
     with open_saver(run, Checkpoints(), lines.append) as saver:
         for step in (1, 2):
             saver.save(path_of(run, step), state_of(step))
@@ -256,7 +257,7 @@ def test_memory_that_was_made_ready_is_not_asked_for_twice(run, lines, monkeypat
         saver.expect(50_000_000)
         while saver._memory.allocated_bytes < 50_000_000:
             time.sleep(0.01)
-        monkeypatch.setattr(saver_module, "available_bytes", lambda: 1000)
+        monkeypatch.setattr(saver_module, "host_bytes", lambda: HostBytes(1000, 1000))
         saver.save(path_of(run, 1), state_of(1))
         assert saver._pending
     assert_holds(run, 1)

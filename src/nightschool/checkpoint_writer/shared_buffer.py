@@ -9,19 +9,8 @@ import contextlib
 import mmap
 import os
 import tempfile
-from pathlib import Path
-
-import psutil
 
 _HUGE_PAGE_BYTES = 2 << 20
-# What a machine needs besides: without it a snapshot that just fits would make everything else swap.
-_RESERVE_SHARE = 0.05
-_GROUP = Path("/sys/fs/cgroup")
-# Limit, usage, statistics, and the line there of what the kernel can take back: version 2, then version 1.
-_CONTROL_GROUPS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
 
 
 class SharedMemory:
@@ -88,21 +77,3 @@ class SharedMemory:
         os.close(self.handle)
         self.handle = -1
         self.size_bytes = 0
-
-
-def available_bytes() -> int:
-    """How much memory this process may still take, with something left for everything else.
-
-    The machine's, or that of its control group, whichever is less.
-    """
-    machine = psutil.virtual_memory()
-    ceiling, free = int(machine.total), int(machine.available)
-    for files in _CONTROL_GROUPS:
-        try:
-            limit, used = (int((_GROUP / name).read_text()) for name in files[:2])
-            lines = (_GROUP / files[2]).read_text().splitlines()
-        except (OSError, ValueError):  # no such group, or `max`: no limit
-            continue
-        reclaimable = next((int(line.split()[1]) for line in lines if line.split()[0] == files[3]), 0)
-        ceiling, free = min(ceiling, limit), min(free, limit - used + reclaimable)
-    return max(0, free - int(_RESERVE_SHARE * ceiling))

@@ -25,7 +25,7 @@ from nightschool.checkpoint_writer.client import WriterProcess, writing_lock
 from nightschool.checkpoint_writer.commit import Order, Outcome, carry_out
 from nightschool.checkpoint_writer.parts import release_stale_parts
 from nightschool.checkpoint_writer.process import slices_of
-from nightschool.checkpoint_writer.shared_buffer import SharedMemory, available_bytes
+from nightschool.checkpoint_writer.shared_buffer import SharedMemory
 from nightschool.config.recipe import Checkpoints
 from nightschool.errors import DiskFull, NightschoolError
 from nightschool.store import checkpoints
@@ -33,6 +33,7 @@ from nightschool.store.runs import Run
 from nightschool.training.checkpoint.contents import CheckpointContents
 from nightschool.training.checkpoint.snapshot import Snapshot
 from nightschool.units import format_bytes
+from nightschool.work.host_memory import host_bytes
 
 Say = Callable[[str], None]
 
@@ -199,7 +200,7 @@ class Saver:
         # The others look at the same memory at the same time.
         needed, available = (
             size_bytes - self._memory.allocated_bytes,
-            available_bytes() // (1 + self._ranks.num_neighbours),
+            host_bytes().free // (1 + self._ranks.num_neighbours),
         )
         if needed <= available:
             return True
