@@ -176,9 +176,20 @@ def test_a_heartbeat_keeps_the_lease_and_tells_what_was_asked_for(queue):
     job = queue.submit(a_job())
     held = claim(queue, seconds=5)
     queue.request_cancel(job.id)
-    after = queue.heartbeat(held, seconds=500, run_id="bot-20261121_000000")
+    after = queue.heartbeat(held, seconds=500)
     assert after.lease_until - held.lease_until > timedelta(seconds=400)
-    assert (after.phase, after.run_id, after.state) == ("cancelling", "bot-20261121_000000", "running")
+    assert (after.phase, after.state) == ("cancelling", "running")
+
+
+def test_a_job_becomes_one_run_while_it_runs_and_no_other(queue):
+    job = queue.submit(a_job())
+    with pytest.raises(Conflict, match="not at all any more"):
+        queue.note_run(job.id, "bot-20261121_000000")
+    held = claim(queue)
+    queue.note_run(job.id, "bot-20261121_000000")
+    with pytest.raises(Conflict, match="done elsewhere"):
+        queue.note_run(job.id, "bot-20261121_000001")
+    assert queue.finish(held, "completed").run_id == "bot-20261121_000000"
 
 
 @pytest.mark.parametrize("lose", ["taken over", "never claimed", "ended"])

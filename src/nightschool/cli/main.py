@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("nightschool.cli.chat:chat", "Talk with a model, here or behind a server."),
     "ask": ("nightschool.cli.chat:ask", "One question, one answer."),
     "serve": ("nightschool.cli.serve:serve", "Answer over HTTP with the champion; swap when a new one is promoted."),
+    "worker": ("nightschool.cli.worker:worker", "Do the queued jobs, each in a process of its own."),
     "top": ("nightschool.cli.top:top", "Watch the runs, the machine and the uploads."),
 }
 NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
@@ -69,6 +70,18 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "stop": ("nightschool.cli.runs:stop", "Ask a run to finish its step, save, and end."),
             "compare": ("nightschool.cli.runs:compare", "Two runs side by side: settings and figures that differ."),
             "rm": ("nightschool.cli.runs:rm", "Delete a run and its checkpoints."),
+        },
+    ),
+    "jobs": (
+        "Training jobs: what waits, what runs, what became of each.",
+        {
+            "submit": ("nightschool.cli.jobs:submit", "Queue a recipe for the workers."),
+            "ls": ("nightschool.cli.jobs:ls", "List jobs, newest first."),
+            "show": ("nightschool.cli.jobs:show", "One job: state, progress, figures."),
+            "logs": ("nightschool.cli.jobs:logs", "Print a job's log, and its run's; -f follows them."),
+            "cancel": ("nightschool.cli.jobs:cancel", "End a job for good."),
+            "pause": ("nightschool.cli.jobs:pause", "Let a job save and wait."),
+            "resume": ("nightschool.cli.jobs:resume", "Let a paused job go on."),
         },
     ),
     "checkpoints": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -42,11 +43,10 @@ def serve(
     idle_timeout_seconds: float = 30.0,
     write_timeout_seconds: float = 30.0,
     max_body_bytes: int = 2_000_000,
-    max_file_bytes: int = 512_000_000,
-    file_timeout_seconds: float = 600.0,
     max_new_tokens_limit: int = 8192,
     max_loaded_names: int = 256,
     drain_seconds: float = 30.0,
+    with_worker: bool = False,
     log_level: str = "info",
 ) -> None:
     """Answer over HTTP with the champions of one name or several, and swap when another version is promoted.
@@ -81,17 +81,17 @@ def serve(
         idle_timeout_seconds: Longest time a connection may stay without a whole head of a request.
         write_timeout_seconds: Longest time a client may take to read 16 kB of its answer; then it is cut off.
         max_body_bytes: Largest request body; a larger one is refused with 413.
-        max_file_bytes: Largest file that may be uploaded to be trained on.
-        file_timeout_seconds: Longest time a client may take to send a file.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
         max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
         drain_seconds: How long running answers may take to finish after SIGTERM.
+        with_worker: Start nightschool worker beside the server, which does the queued jobs and ends with it.
         log_level: debug, info, warning or error.
     """
     from pydantic import ValidationError
 
     from nightschool.engine.admission import ADMISSION_POLICIES
     from nightschool.engine.local_model import serving_dtype
+    from nightschool.jobs.worker_beside import worker_beside
     from nightschool.models.dtype import resolve_device
     from nightschool.server.run import serve as serve_names
     from nightschool.server.settings import ServerSettings, read_api_keys
@@ -116,8 +116,6 @@ def serve(
             idle_timeout_seconds=idle_timeout_seconds,
             write_timeout_seconds=write_timeout_seconds,
             max_body_bytes=max_body_bytes,
-            max_file_bytes=max_file_bytes,
-            file_timeout_seconds=file_timeout_seconds,
             max_new_tokens_limit=max_new_tokens_limit,
             max_loaded_names=max_loaded_names,
             drain_seconds=drain_seconds,
@@ -142,7 +140,9 @@ def serve(
         "context_tokens": context_tokens,
         "queue_limit": queue_limit,
     }
-    serve_names(Home.find(), served, settings, engine=engine)
+    home = Home.find()
+    with worker_beside(home.ensure()) if with_worker else nullcontext():
+        serve_names(home, served, settings, engine=engine)
 
 
 def _what_is_served(arguments: tuple[str, ...], name: str | None) -> tuple[list[str], Serve]:

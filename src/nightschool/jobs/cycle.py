@@ -20,7 +20,7 @@ from nightschool.feedback.promotion import promote, settle
 from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_gate, run_training
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger
-from nightschool.jobs.processes import how_it_ended, wait_for_stranger
+from nightschool.jobs.processes import Killed, how_it_ended, is_trained, wait_for_stranger
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
@@ -166,7 +166,8 @@ def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
     except Interrupted as error:
         return _result(run, "interrupted", str(error))
     except (NightschoolError, OSError) as error:
-        return _result(run, "failed", f"{stage} failed: {error}", candidate=candidate.ref if candidate else None)
+        detail, reached = f"{stage} failed: {error}", candidate.ref if candidate else None
+        return _result(run, "failed", detail, candidate=reached, was_killed=isinstance(error, Killed))
 
 
 def _result(run: Run, outcome: Outcome, detail: str, **more: Any) -> CycleResult:
@@ -187,22 +188,32 @@ def _result(run: Run, outcome: Outcome, detail: str, **more: Any) -> CycleResult
 
 def _candidate(run: Run) -> Version | None:
     """The version that the run has published, if it still exists."""
-    published = run.status.candidate
+    published, registry = run.status.candidate, Registry(run.home)
     if published is None:
-        return None
+        return _unsaid(run)
     try:
-        return Registry(run.home).resolve(published if "@" in published else f"{run.name}@{published}")
+        return registry.resolve(published if "@" in published else f"{run.name}@{published}")
     except NotFound:
         return None
 
 
+def _unsaid(run: Run) -> Version | None:
+    """What was published by a process that was killed before it could say so; its run says it now."""
+    if is_trained(run):
+        return None
+    found = next((one for one in Registry(run.home).versions(run.name) if one.facts.run_id == run.id), None)
+    if found is not None:
+        run.update_status(state="completed", candidate=found.ref, exit_code=0, error=None)
+    return found
+
+
 def _train(run: Run, resume: str | None, around: CycleContext) -> CycleResult | None:
     """Train; None when all went well."""
-    if run.status.find_process() is not None:
-        around.say(f"{run.id} is still being trained by process {run.status.pid}: waiting for it")
+    exit_code = None if is_trained(run) else run_training(run, around, resume=resume)
+    if exit_code is None or (exit_code != 0 and is_trained(run)):
+        # By the child of a cycle that was killed; it may also have been quicker than ours to take the run.
+        around.say(f"{run.id} is being trained by process {run.status.pid} already: waiting for it")
         exit_code = wait_for_stranger(run, around.stop)
-    else:
-        exit_code = run_training(run, around, resume=resume)
     if exit_code == 0:
         return None
     status = run.status
@@ -210,7 +221,8 @@ def _train(run: Run, resume: str | None, around: CycleContext) -> CycleResult | 
         detail = f"training was interrupted at step {status.step}; the run {run.id} can be resumed"
         return _result(run, "interrupted", detail)
     detail = f"training failed: {status.error or how_it_ended(exit_code)}"
-    return _result(run, "failed", detail, failed_exit_code=exit_code if 0 < exit_code < 128 else 1)
+    code = exit_code if 0 < exit_code < 128 else 1
+    return _result(run, "failed", detail, failed_exit_code=code, was_killed=exit_code < 0)
 
 
 def _examine(run: Run, candidate: Version, champion: Version | None, around: CycleContext) -> dict[str, Any]:
@@ -235,7 +247,8 @@ def _examine(run: Run, candidate: Version, champion: Version | None, around: Cyc
         raise Interrupted(f"The comparison of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
     if exit_code != 0:
         said = lines[-1] if exit_code > 0 and lines else how_it_ended(exit_code)
-        raise Damaged(f"{said} ({candidate.ref} stays published; go on with nightschool train --resume {run.id})")
+        kind = Killed if exit_code < 0 else Damaged
+        raise kind(f"{said} ({candidate.ref} stays published; go on with nightschool train --resume {run.id})")
     return Registry(run.home).load_report(run.name, candidate.id)
 
 

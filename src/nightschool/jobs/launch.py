@@ -15,7 +15,7 @@ from typing import Literal
 
 from nightschool.errors import Interrupted
 from nightschool.jobs.outcome import root_of
-from nightschool.jobs.processes import how_it_ended
+from nightschool.jobs.processes import how_it_ended, is_trained
 from nightschool.store.runs import Run
 from nightschool.work.processes import ProcessName, command
 from nightschool.work.stop import Stop
@@ -167,7 +167,7 @@ def run_training(run: Run, around: CycleContext, *, resume: str | None = None) -
 
 def settle_status(run: Run, exit_code: int, *, stopped: bool) -> None:
     """Say in status.json how a process ended that could not say it itself, because it was killed."""
-    if run.status.is_final:
+    if run.status.is_final or is_trained(run):  # by another process, which was there first
         return
     if stopped or exit_code == INTERRUPTED_EXIT_CODE:
         run.update_status(state="interrupted", exit_code=INTERRUPTED_EXIT_CODE)

@@ -32,6 +32,7 @@ class CycleResult:
 
     `published`: there is a candidate, and the recipe or a pinned champion kept it from being promoted.
     `data_fingerprint` covers all that the outcome depends on: new examples, starting weights and recipe.
+    `was_killed`: it failed because a signal killed one of its processes, so that it may go on where that one was.
     `report` is the gate's, as JSON. `champion` is the reference that was the champion when the cycle ended.
     """
 
@@ -43,6 +44,7 @@ class CycleResult:
     report: dict[str, Any] | None = None
     data_fingerprint: str | None = None
     failed_exit_code: int = 1
+    was_killed: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -50,7 +52,7 @@ class CycleResult:
         return self.failed_exit_code if self.outcome == "failed" else EXIT_CODES[self.outcome]
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "failed_exit_code"}
+        return {key: value for key, value in vars(self).items() if key not in ("failed_exit_code", "was_killed")}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import signal
 import time
 
-from nightschool.errors import Conflict
+from nightschool.errors import Conflict, NightschoolError
+from nightschool.store.locks import is_held
 from nightschool.store.runs import Run
 from nightschool.work.stop import Stop
+
+
+class Killed(NightschoolError):
+    """A process was killed by a signal that nobody of ours sent it."""
 
 
 def ask_to_stop(run: Run) -> int:
@@ -25,21 +30,27 @@ def ask_to_stop(run: Run) -> int:
     return int(process.pid)
 
 
+def is_trained(run: Run) -> bool:
+    """Whether a process trains it, also one that has not said so in status.json yet."""
+    return is_held(run.lock_path) or run.status.find_process() is not None
+
+
 def wait_for_stranger(run: Run, stop: Stop) -> int:
     """Wait for a training process that somebody else started, handing it the signals that `stop` notes.
 
     Returns:
-        The exit code that it left in status.json; 1 if it could leave none.
+        The exit code that it left in status.json; as if by SIGKILL if it could leave none.
     """
     asked = False
-    while (process := run.status.find_process()) is not None:
-        if stop.wait(0.2 if not stop.requested else 0.0) and not asked:
+    while is_trained(run):
+        process = run.status.find_process()
+        if stop.wait(0.2 if not stop.requested else 0.0) and process is not None and not asked:
             process.send_signal(signal.SIGTERM)
             asked = True
-        if asked:
+        if stop.requested:
             time.sleep(0.2)
     code = run.status.exit_code
-    return 1 if code is None else code
+    return -signal.SIGKILL if code is None else code
 
 
 def how_it_ended(exit_code: int) -> str:

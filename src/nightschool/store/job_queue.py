@@ -154,6 +154,12 @@ class JobQueue:
                 conditions.append(sa.tuple_(jobs.c.created_at, jobs.c.id) < (last.created_at, last.id))
             return _load(connection, *conditions, limit=limit)
 
+    def run_ids(self, *, tenant: str | None = None) -> set[str]:
+        """The runs that jobs have become, of one tenant or of all."""
+        query = sa.select(jobs.c.run_id).where(jobs.c.run_id.is_not(None))
+        with self._db.read() as connection:
+            return set(connection.execute(query if tenant is None else query.where(jobs.c.tenant == tenant)).scalars())
+
     def request_cancel(self, job_id: str, *, tenant: str | None = None) -> Job:
         """Cancel a job that waits at once, and let the worker end one that runs.
 
@@ -223,15 +229,26 @@ class JobQueue:
             connection.execute(jobs.update().where(jobs.c.id == chosen).values(values))
             return _get(connection, chosen)
 
-    def heartbeat(self, job: Job, *, seconds: float = LEASE_SECONDS, run_id: str | None = None) -> Job:
-        """Keep a job, note its run, and return what the queue has of it now: somebody may have cancelled it.
+    def heartbeat(self, job: Job, *, seconds: float = LEASE_SECONDS) -> Job:
+        """Keep a job, and return what the queue has of it now: somebody may have cancelled it.
 
         Raises:
             Conflict: If this process does not hold it any more.
         """
-        facts = {} if run_id is None else {"run_id": run_id}
-        lease = job.lease.heartbeat(now(), seconds)
-        return self._as_holder(job, {"lease_until": lease.until, **facts})
+        return self._as_holder(job, {"lease_until": job.lease.heartbeat(now(), seconds).until})
+
+    def note_run(self, job_id: str, run_id: str) -> None:
+        """Keep which run a job has become, before anything of it is trained. Its own process says so, not the worker.
+
+        Raises:
+            Conflict: If the job does not run, or has become another run.
+        """
+        with self._db.write() as connection:
+            fresh = (jobs.c.id == job_id) & (jobs.c.state == "running") & jobs.c.run_id.is_(None)
+            if not connection.execute(jobs.update().where(fresh).values(run_id=run_id)).rowcount:
+                raise Conflict(
+                    f"The job {job_id} is done elsewhere, or not at all any more. The run {run_id} is not its."
+                )
 
     def finish(self, job: Job, state: FinalState, **facts: Any) -> Job:
         """End a job: `facts` are some of `outcome`, `candidate`, `run_id`, `detail`, `error`.
@@ -241,10 +258,10 @@ class JobQueue:
         """
         return self._as_holder(job, {"state": state, "finished_at": now(), **_NOBODY, **facts})
 
-    def release(self, job: Job, *, seconds: float = 0.0, **facts: Any) -> Job:
+    def release(self, job: Job, *, seconds: float = 0.0, began: bool = True, **facts: Any) -> Job:
         """Give a job back, to be claimed again after `seconds`; one that is to pause is paused now.
 
-        `facts` are some of `run_id`, `detail`, `deaths`, `last_step`.
+        Without having begun, it was no attempt. `facts` are some of `detail`, `deaths`, `last_step`.
 
         Raises:
             Conflict: If this process does not hold it any more.
@@ -253,6 +270,7 @@ class JobQueue:
         values = {
             "state": sa.case((paused, "paused"), else_="queued"),
             "pause_requested_at": None,
+            "attempts": jobs.c.attempts - (0 if began else 1),
             "not_before": now() + timedelta(seconds=seconds) if seconds else None,
             **_NOBODY,
         }

@@ -138,19 +138,20 @@ def follow_metrics(run: Run) -> Iterator[Row]:
 
 def log_tail(path: Path) -> list[str]:
     """The last lines of a log, without colours; none where there is no log."""
-    return without_colours(tried(lambda: _tail(path), "")).splitlines()[-LOG_LINES:]
+    return without_colours(tried(lambda: tail(path), "")).splitlines()[-LOG_LINES:]
 
 
 def last_sample(path: Path) -> dict[str, Any] | None:
     """What the model wrote when it was last asked to, if the end of the events still tells."""
-    for line in reversed(tried(lambda: _tail(path), "").splitlines()):
+    for line in reversed(tried(lambda: tail(path), "").splitlines()):
         event = parse_row(line)
         if event is not None and event.get("event") == "sample":
             return {key: event.get(key) for key in ("step", "prompt", "continuation")}
     return None
 
 
-def _tail(path: Path) -> str:
+def tail(path: Path) -> str:
+    """The last bytes of a file that may be long, as text; the first line may be cut. Raises OSError without one."""
     with path.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
         return file.read().decode(errors="replace")

@@ -10,14 +10,19 @@ import sys
 from collections.abc import Mapping
 from typing import Literal
 
-ProcessName = Literal["cli", "probe", "train", "compare", "cycle", "upload", "write-checkpoints"]
+ProcessName = Literal[
+    "cli", "probe", "plan", "train", "compare", "cycle", "job", "worker", "upload", "write-checkpoints"
+]
 
 PROCESSES: Mapping[ProcessName, str] = {
     "cli": "nightschool.cli",
     "probe": "nightschool.cli.doctor.probe",
+    "plan": "nightschool.training.planning.peak_bytes",
     "train": "nightschool.training.run",
     "compare": "nightschool.engine.compare",
     "cycle": "nightschool.jobs.detached",
+    "job": "nightschool.jobs.job_process",
+    "worker": "nightschool.jobs.worker",
     "upload": "nightschool.jobs.uploader",
     "write-checkpoints": "nightschool.checkpoint_writer",
 }

@@ -1,0 +1,69 @@
+"""Takes steps, saves every tenth, goes on from the newest checkpoint, and publishes one version."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from nightschool.errors import Interrupted, Locked
+from nightschool.store import checkpoints
+from nightschool.store.atomic import publish_directory
+from nightschool.store.checkpoints import checkpoint_path
+from nightschool.store.home import Home
+from nightschool.store.locks import lock
+from nightschool.store.manifest import write_manifest
+from nightschool.store.registry import Registry, VersionMetadata
+from nightschool.store.runs import RunStore
+from nightschool.work.stop import Stop
+
+SAVE_EVERY = 10
+SECONDS_PER_STEP = 0.01
+
+
+def train(run, stop) -> int:
+    recipe = run.recipe()
+    total = recipe["train"]["max_steps"]
+    step = max((point.step for point in checkpoints.ls(run)), default=0)
+    run.update_status(state="running", pid=os.getpid(), step=step, steps_total=total, error=None, exit_code=None)
+    with run.metrics_path.open("a") as metrics:
+        while step < total:
+            if stop.wait(SECONDS_PER_STEP):
+                save(run, step)
+                run.update_status(state="interrupted", step=step, exit_code=Interrupted.exit_code)
+                return Interrupted.exit_code
+            step += 1
+            metrics.write(json.dumps({"step": step, "loss": 1 / step, "tokens_per_second": 100.0}) + "\n")
+            metrics.flush()
+            if step % SAVE_EVERY == 0:
+                save(run, step)
+    facts = VersionMetadata(run_id=run.id, base=recipe["base"])
+    version = Registry(run.home).publish(run.name, lambda folder: (folder / "w").write_text("w") and None, facts)
+    run.update_status(state="completed", candidate=version.ref, step=step, exit_code=0)
+    return 0
+
+
+def save(run, step) -> None:
+    target = checkpoint_path(run, 0, step, 1)
+    if not target.exists():
+        with publish_directory(target) as folder:
+            (folder / "state.json").write_text("{}")
+            write_manifest(folder, kind="checkpoint", step=step)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("--home", "--run", "--resume"):
+        parser.add_argument(name)
+    given = parser.parse_args()
+    with Stop() as stop:
+        run = RunStore(Home(Path(given.home))).get(given.run)
+        try:
+            with lock(run.lock_path, f"the run {run.id}"):
+                return train(run, stop)
+        except Locked as error:
+            return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

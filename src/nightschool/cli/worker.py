@@ -1,0 +1,52 @@
+"""`nightschool worker`."""
+
+from __future__ import annotations
+
+import sys
+
+from nightschool.cli.output import session
+from nightschool.errors import UsageError
+from nightschool.events import now
+from nightschool.jobs.worker import Worker
+from nightschool.jobs.worker_settings import WorkerSettings
+from nightschool.store.home import Home
+from nightschool.units import parse_bytes, parse_seconds, printable
+from nightschool.work.stop import Stop
+
+
+def worker(
+    *,
+    max_running: int | None = None,
+    max_device_memory: str | None = None,
+    grace: str = "60s",
+    drain: bool = False,
+) -> int:
+    """Do the queued jobs, each in a process of its own, until SIGTERM or Ctrl-C.
+
+    A job whose worker or process was killed goes on from its last checkpoint. Told to stop, a worker lets its jobs save
+    and gives them back to the queue; told twice, it ends at once, and the next worker finds them running. Several workers
+    may serve one home, also from several machines that share it and a PostgreSQL database.
+
+    Args:
+        max_running: Jobs at once on this machine; MAX_CONCURRENT_TRAININGS, or 2, without it.
+        max_device_memory: What they may take together of the GPU, or of the host where there is none, as 20GB;
+            MAX_GPU_MEMORY_GB without it, else all that is there.
+        grace: How long a job that shall stop may take to save before it is killed.
+        drain: End as soon as nothing is queued or running.
+    """
+    if max_running is not None and max_running < 1:
+        raise UsageError(f"--max-running is {max_running}, so that no job would ever run. Give 1 or more.")
+    try:
+        settings = WorkerSettings.from_env(
+            most_running=max_running,
+            device_bytes=None if max_device_memory is None else parse_bytes(max_device_memory),
+            grace_seconds=parse_seconds(grace),
+        )
+    except ValueError as error:
+        raise UsageError(f"{error}. See nightschool worker --help.") from None
+
+    def say(line: str) -> None:
+        if not session().quiet:
+            print(f"{now():%Y-%m-%d %H:%M:%S} [Worker] {printable(line)}", file=sys.stderr, flush=True)
+
+    return Worker(Home.find().ensure(), settings, stop=Stop(), say=say).serve(drain=drain)

@@ -1,0 +1,107 @@
+"""Whether a job fits: what its plan needs against what the device has, and what those that run have taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+
+from nightschool.store.home import Home
+from nightschool.store.job_files import JobFiles
+from nightschool.store.job_queue import Job, JobQueue
+from nightschool.units import format_bytes
+from nightschool.work.host_memory import host_bytes
+from nightschool.work.identity import ProcessIdentity
+
+# What a process of training holds on the host beside its tensors: the interpreter and the libraries (measured: 440 MB).
+PROCESS_BYTES = 450_000_000
+
+Verdict = Literal["fits", "waits", "never"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a job takes, as its plan says. `device_total_bytes` is what its GPU has in all; None on a CPU."""
+
+    device_bytes: int
+    device_total_bytes: int | None
+
+    @classmethod
+    def of(cls, plan: dict[str, Any] | None) -> Need | None:
+        """What a plan says; None without one."""
+        if plan is None:
+            return None
+        tensors, total = int(plan["expected_peak_bytes"]), plan["device_total_bytes"]
+        return cls(tensors if total is not None else tensors + PROCESS_BYTES, total)
+
+
+@dataclass(frozen=True)
+class Room:
+    """The verdict on one job, and the figures behind it for people."""
+
+    verdict: Verdict
+    why: str
+
+
+def needs_here(home: Home, queue: JobQueue, *, besides: Job) -> list[tuple[Need, ProcessIdentity | None]]:
+    """What the other jobs that run on this machine need, whichever worker watches them, and the process of each."""
+    found = []
+    for job in queue.ls(states=("running",)):
+        owner, files = job.lease.owner, JobFiles.of(home, job)
+        need = Need.of(files.plan())
+        if job.id != besides.id and owner is not None and owner.is_here and need is not None:
+            found.append((need, files.process()))
+    return found
+
+
+def room_for(need: Need | None, running: Sequence[tuple[Need, ProcessIdentity | None]], limit: int | None) -> Room:
+    """Whether a job may begin beside those that run, each with its process.
+
+    `limit` bounds what all jobs together may take, in bytes. A job without a plan fits: its run will say what is wrong.
+    """
+    if need is None:
+        return Room("fits", "There is no plan")
+    on_gpu = need.device_total_bytes is not None
+    host = host_bytes()
+    total = need.device_total_bytes or host.total
+    owner = "this GPU" if on_gpu else "this machine"
+    if limit is not None and limit < total:
+        total, owner = limit, "MAX_GPU_MEMORY_GB"
+    wanted = f"The job needs about {format_bytes(need.device_bytes)}"
+    if need.device_bytes > total:
+        return Room(
+            "never",
+            f"{wanted}, and {owner} allows {format_bytes(total)} in all. Lower train.batch_size or train.max_seq_len, "
+            f"write train.gradient_checkpointing=true, or take a smaller base.",
+        )
+    free = total - sum(other.device_bytes for other, _ in running)
+    if not on_gpu:
+        # What the others have not taken yet is not free either.
+        coming = sum(max(0, other.device_bytes - _held_bytes(process)) for other, process in running)
+        free = min(free, host.free - coming)
+    if need.device_bytes > free:
+        return Room("waits", f"{wanted}, and {format_bytes(max(0, free))} are free now: it waits for its turn.")
+    return Room("fits", f"{wanted} of {format_bytes(free)} that are free")
+
+
+def _held_bytes(process: ProcessIdentity | None) -> int:
+    """What a process and those that it started hold on the host now."""
+    found = None if process is None else process.find()
+    if found is None:
+        return 0
+    held = 0
+    for one in (found, *_children(found)):
+        try:
+            held += int(one.memory_info().rss)
+        except psutil.Error:  # it has ended meanwhile
+            continue
+    return held
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []

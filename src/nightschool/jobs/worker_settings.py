@@ -1,0 +1,52 @@
+"""What a worker is told by its environment and its command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nightschool.errors import UsageError
+
+MOST_RUNNING_VARIABLE = "MAX_CONCURRENT_TRAININGS"
+DEVICE_GB_VARIABLE = "MAX_GPU_MEMORY_GB"
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """`most_running` jobs at once on this machine, which together take at most `device_bytes`.
+
+    A job that is told to stop has `grace_seconds` to save. One whose process died `most_deaths` times in a row without
+    having come further has failed.
+    """
+
+    most_running: int = 2
+    device_bytes: int | None = None
+    grace_seconds: float = 60.0
+    most_deaths: int = 3
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, **given: int | float | None) -> WorkerSettings:
+        """Those of the environment, and over them what is `given` and not None.
+
+        Raises:
+            UsageError: If a variable is no such number.
+        """
+        env = os.environ if env is None else env
+        found: dict[str, int | float] = {}
+        if env.get(MOST_RUNNING_VARIABLE):
+            found["most_running"] = int(_number(env, MOST_RUNNING_VARIABLE, least=1))
+        if env.get(DEVICE_GB_VARIABLE):
+            found["device_bytes"] = int(_number(env, DEVICE_GB_VARIABLE, least=0) * 1e9)
+        return cls(**found | {key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _number(env: Mapping[str, str], name: str, *, least: int) -> float:
+    try:
+        number = float(env[name])
+    except ValueError:
+        number = -1.0
+    if not least <= number < float("inf") or (least and number != int(number)):
+        kind = "a whole number from 1 on" if least else "a number of gigabytes"
+        raise UsageError(f"{name} is {env[name]!r}. Write {kind}, or unset it.")
+    return number

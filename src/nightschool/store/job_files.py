@@ -1,0 +1,134 @@
+"""The folder of a job: its data, its log, and what its process leaves for the worker, also for one that comes later."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from nightschool.errors import NotFound
+from nightschool.events import now
+from nightschool.store.atomic import read_json, remove_folder, write_json
+from nightschool.store.home import Home
+from nightschool.store.job_queue import Job, JobQueue, job_folder
+from nightschool.store.locks import is_held
+from nightschool.store.names import home_of, is_name, tenants_of
+from nightschool.work.identity import ProcessIdentity
+
+# How its process ends when there is nothing wrong with the job, but it must go on later.
+UNFINISHED = ("interrupted", "killed", "locked")
+# A folder of data whose job was never submitted.
+_ABANDONED = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How the process of a job ended: with an outcome of its cycle, `locked` where another cycle was in the way, `killed` where one of
+    its own processes was.
+    """
+
+    outcome: str
+    detail: str
+    run_id: str | None = None
+    candidate: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.outcome not in UNFINISHED
+
+
+@dataclass(frozen=True)
+class JobFiles:
+    """What lies in the folder of a job beside the data that its submitter put there."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, home: Home, job: Job) -> JobFiles:
+        return cls(job_folder(home, job.tenant, job.id))
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def recipe_path(self) -> Path:
+        """The recipe as the planner reads it."""
+        return self.path / "recipe.json"
+
+    @property
+    def plan_path(self) -> Path:
+        """What the job will take, as `training/planning/peak_bytes.py` found."""
+        return self.path / "plan.json"
+
+    @property
+    def lock_path(self) -> Path:
+        """Held by the process of the job for as long as it lives."""
+        return self.path / "job.lock"
+
+    @property
+    def _process_path(self) -> Path:
+        return self.path / "process.json"
+
+    @property
+    def _result_path(self) -> Path:
+        return self.path / "result.json"
+
+    def plan(self) -> dict[str, Any] | None:
+        """The plan, if one could be made."""
+        return _read(self.plan_path)
+
+    def result(self) -> JobResult | None:
+        """How the last process of the job ended; None if it said nothing, or has not ended."""
+        found = _read(self._result_path)
+        return None if found is None else JobResult(**found)
+
+    def write_result(self, result: JobResult) -> None:
+        write_json(self._result_path, asdict(result))
+
+    def process(self) -> ProcessIdentity | None:
+        """The process that began last and was not seen to end."""
+        found = _read(self._process_path)
+        return None if found is None else ProcessIdentity.parse(str(found.get("process")))
+
+    def enter_process(self) -> None:
+        """Say that this process is at the job now; what the one before it left unfinished counts no more."""
+        self._result_path.unlink(missing_ok=True)
+        write_json(self._process_path, {"process": str(ProcessIdentity.mine())})
+
+    def forget_process(self) -> None:
+        """The process that began last has ended, and what came of it is known."""
+        self._process_path.unlink(missing_ok=True)
+
+    @property
+    def process_lives(self) -> bool:
+        """Whether any process is at the job, on this machine."""
+        return is_held(self.lock_path)
+
+
+def sweep(home: Home, queue: JobQueue) -> list[Path]:
+    """Remove the folders of jobs that were never submitted, once they are a day old; returns them."""
+    removed = []
+    for tenant in tenants_of(home):
+        folder = home_of(home, tenant).jobs
+        for path in folder.iterdir() if folder.is_dir() else ():
+            age = now().timestamp() - path.stat().st_mtime
+            if is_name(path.name) and age > _ABANDONED.total_seconds() and not _is_known(queue, path.name):
+                remove_folder(path)
+                removed.append(path)
+    return removed
+
+
+def _is_known(queue: JobQueue, job_id: str) -> bool:
+    try:
+        return queue.get(job_id) is not None
+    except NotFound:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except NotFound:
+        return None

@@ -1,0 +1,64 @@
+"""`python -m nightschool.training.planning.peak_bytes --home H --root R --recipe FILE --output FILE`.
+
+Writes what a run will hold at its peak, and on which device, for whoever decides whether it may begin beside others.
+Loads the base and the data; computes nothing with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from nightschool.config.recipe import Recipe
+from nightschool.errors import NightschoolError
+from nightschool.models.cost import expected_peak_bytes
+from nightschool.store.atomic import read_json, write_json
+from nightschool.store.home import Home
+from nightschool.training.methods import METHODS
+from nightschool.training.methods.prepared import Setup
+from nightschool.training.planning.plan import SAMPLED_EXAMPLES
+from nightschool.units import printable
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Plan the recipe in one file, and write its figures into another."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="where relative paths of the recipe begin")
+    parser.add_argument("--recipe", type=Path, required=True, help="the recipe as JSON")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    try:
+        recipe = Recipe.model_validate(read_json(given.recipe))
+        write_json(given.output, peak_bytes(recipe, Home(given.home), given.root))
+    except NightschoolError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
+def peak_bytes(recipe: Recipe, home: Home, root: Path) -> dict[str, int | str | None]:
+    """The bytes of tensors at a run's peak, its device, and what a GPU has in all (None for a CPU).
+
+    Raises:
+        NightschoolError: As preparing the run would.
+    """
+    prepared = METHODS[recipe.method].prepare(Setup(recipe, home, root, sample=SAMPLED_EXAMPLES))
+    task = prepared.task
+    method = prepared.plan_rows(recipe.train.num_processes or task.world.size)
+    cost = expected_peak_bytes(
+        task.model,
+        method.largest_batch_tokens,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        compute=task.compute_dtype,
+    )
+    total = torch.cuda.mem_get_info(task.device)[1] if task.device.type == "cuda" else None
+    processes = 1 if total is not None else method.processes
+    return {"device": task.device.type, "expected_peak_bytes": cost.total * processes, "device_total_bytes": total}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
