@@ -57,22 +57,18 @@ class Handle:
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk as it comes; blocks in between. Leaving early cancels the request."""
-        index = 0
+        seen = 0
         try:
-            while True:
+            while not self._ends_before(seen):
                 with self._changed:
                     self._readers += 1
                     try:
-                        while len(self._chunks) <= index:
+                        while len(self._chunks) <= seen:
                             self._changed.wait()
                     finally:
                         self._readers -= 1
-                while index < len(self._chunks):
-                    chunk = self._chunks[index]
-                    index += 1
-                    yield chunk
-                    if chunk.finish_reason is not None:
-                        return
+                yield self._chunks[seen]
+                seen += 1
         finally:
             self.cancel()
 
@@ -80,22 +76,19 @@ class Handle:
         """Every chunk as it comes, for asyncio. Leaving early cancels the request."""
         ready = asyncio.Event()
         sleeper = (asyncio.get_running_loop(), ready)
-        index = 0
+        seen = 0
         try:
-            while True:
+            while not self._ends_before(seen):
                 with self._changed:
-                    waiting = len(self._chunks) <= index
+                    waiting = len(self._chunks) <= seen
                     if waiting:
                         ready.clear()
                         self._sleepers.append(sleeper)
                 if waiting:
                     await ready.wait()
-                while index < len(self._chunks):
-                    chunk = self._chunks[index]
-                    index += 1
-                    yield chunk
-                    if chunk.finish_reason is not None:
-                        return
+                    continue
+                yield self._chunks[seen]
+                seen += 1
         finally:
             with self._changed:
                 if sleeper in self._sleepers:
@@ -106,7 +99,7 @@ class Handle:
         """Wait for the end, for asyncio, without waking up at every token. Leaving early cancels the request."""
         ready = asyncio.Event()
         with self._changed:
-            waiting = not self._chunks or self._chunks[-1].finish_reason is None
+            waiting = not self._ends_before(len(self._chunks))
             if waiting:
                 self._end_sleepers.append((asyncio.get_running_loop(), ready))
         try:
@@ -127,6 +120,10 @@ class Handle:
         if chunk.finish_reason is not None:
             self._finished.set()
         return sleepers
+
+    def _ends_before(self, place: int) -> bool:
+        """Whether the chunk before this one was the last."""
+        return place > 0 and self._chunks[place - 1].finish_reason is not None
 
     def _whole(self) -> Generated:
         last = self._chunks[-1]
