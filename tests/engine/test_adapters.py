@@ -172,7 +172,7 @@ def test_answers_over_many_adapters_are_those_of_each_alone(tmp_path):
             for (ref, prompt), answer in zip(asked, answers, strict=True):
                 assert answer.token_ids == greedy(models.get(ref, base), prompt, 8)
                 assert answer.version == (ref or BOUND.base)
-        assert engine.stats().cached_tokens > 0
+        assert any(answer.usage.cached_tokens for answer in answers)
 
 
 def test_an_adapter_reads_no_prefix_of_its_base(tmp_path):

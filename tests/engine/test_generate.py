@@ -84,7 +84,7 @@ def test_answers_that_share_steps_are_those_of_transformers(architecture, tokens
             eventually(lambda: earlier.is_finished or len(earlier._chunks) >= tokens)  # noqa: B023
         answers = [handle.result(60) for handle in handles]
         again = [engine.submit(request(prompt, most)).result(60) for prompt, most in asked]
-        cached = engine.stats().cached_tokens
+    cached = sum(answer.usage.cached_tokens for answer in again)
     for (prompt, most), answer, second in zip(asked, answers, again, strict=True):
         expected = greedy(model, prompt, most)
         assert (answer.token_ids, second.token_ids) == (expected, expected)
@@ -122,7 +122,7 @@ def test_a_prefix_cache_without_room_changes_no_answer(model):
     with running(loaded_model(model=model), prefix_cache_bytes=2 * block) as engine:
         for prompt in prompts * 2:
             assert engine.submit(request(prompt, 8)).result(60).token_ids == greedy(model, prompt, 8)
-            assert engine.stats().prefix_bytes <= 2 * block
+            assert engine._prefix.num_bytes <= 2 * block
 
 
 # Ends.
@@ -236,6 +236,8 @@ def test_logprobs_are_those_of_the_model(model, engine):
 def test_a_cancelled_request_leaves_its_row_to_the_next_at_once(model):
     with running(loaded_model(model=model), num_rows=1) as engine:
         go, held = hold(engine)
+        steps = []
+        engine.capture("model.layers.0", lambda context, _: steps.append(context))
         first, second = engine.submit(request([4, 5], 200)), engine.submit(request([6, 7], 5))
         assert held.wait(30)
         first.cancel()
@@ -244,7 +246,7 @@ def test_a_cancelled_request_leaves_its_row_to_the_next_at_once(model):
         # The step that was under way is finished, and no other.
         assert (answer.finish_reason, len(answer.token_ids)) == ("cancelled", 1)
         assert second.result(30).token_ids == greedy(model, [6, 7], 5)
-        assert engine.stats().steps == 1 + 5
+        assert len(steps) == 1 + 5
 
 
 def test_cancelling_a_waiting_or_a_finished_request_harms_nobody(model):
@@ -332,7 +334,6 @@ def test_a_failure_ends_the_request_that_causes_it_and_no_other(model):
         assert answers[1].token_ids == greedy(model, prompts[1], 4)
         assert [answers[0].token_ids, answers[2].token_ids] == [greedy(model, prompts[p], 12) for p in (0, 2)]
         assert engine.submit(request([4, 5, 6], 12)).result(60).token_ids == answers[0].token_ids
-        assert engine.stats().failed == 1
 
 
 def test_a_failure_in_one_step_for_one_moment_is_not_noticed(model):
@@ -434,8 +435,7 @@ def test_a_thousand_queued_requests_are_all_answered(model):
                 assert answer.finish_reason == "cancelled"
             else:
                 assert answer.token_ids == expected[10 + number % 10]
-        stats = engine.stats()
-    assert (stats.waiting, stats.running, stats.failed) == (0, 0, 0)
+        assert engine.load() == (0, 0)
 
 
 @pytest.mark.parametrize("setting", ["num_rows", "queue_limit", "tokens_per_step"])

@@ -42,22 +42,6 @@ _LAYOUT_SHARE = 0.125
 _PREFIX_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine has done since it started, and what it is doing."""
-
-    waiting: int
-    running: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    finished: int
-    failed: int
-    oldest_wait_seconds: float
-    prefix_bytes: int
-
-
 @dataclass(eq=False)
 class _Resident:
     """What the engine can answer with: its base alone, or an adapter on it, by its number in the model runner.
@@ -162,7 +146,6 @@ class Engine:
         self._active: dict[int, _Active] = {}
         self._cancelled: list[int] = []
         self._sleepers: list[Sleeper] = []
-        self._counts = dict.fromkeys(("steps", "prompt", "cached", "generated", "finished", "failed"), 0)
         self._state = "open"
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
@@ -263,7 +246,6 @@ class Engine:
             self._scheduler.submit(key, prompt_tokens, most, tenant=binding.tenant, adapter=binding.adapter)
             self._active[key] = _Active(key, resident, handle, list(request.prompt_ids), answer, sampling)
             resident.num_active += 1
-            self._counts["prompt"] += prompt_tokens
         COMPUTE.wake()
         return handle
 
@@ -281,22 +263,6 @@ class Engine:
         with self._lock:
             resident = self._residents.get(binding.adapter)
             return resident.num_active if resident is not None else 0
-
-    def stats(self) -> EngineStats:
-        """Counts since the start, and the present moment."""
-        with self._lock:
-            return EngineStats(
-                waiting=self._scheduler.num_waiting,
-                running=self._scheduler.num_running,
-                steps=self._counts["steps"],
-                prompt_tokens=self._counts["prompt"],
-                cached_tokens=self._counts["cached"],
-                generated_tokens=self._counts["generated"],
-                finished=self._counts["finished"],
-                failed=self._counts["failed"],
-                oldest_wait_seconds=self._scheduler.oldest_wait_seconds(),
-                prefix_bytes=self._prefix.num_bytes if self._prefix else 0,
-            )
 
     def close(self, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
         """Take no more requests, and end.
@@ -384,7 +350,6 @@ class Engine:
         active.answer.cached_tokens = len(blocks) * BLOCK
         with self._lock:
             self._scheduler.reuse(key, len(blocks) * BLOCK)
-            self._counts["cached"] += len(blocks) * BLOCK
 
     def _answer(self, plan: StepPlan) -> None:
         """Run a planned step and hand out its tokens."""
@@ -402,8 +367,6 @@ class Engine:
             return
         with self._lock:
             self._scheduler.advance(plan)
-            self._counts["steps"] += 1
-            self._counts["generated"] += len(choices)
         answering = [span for span in plan.spans if span.answers]
         for span, choice in zip(answering, choices, strict=True):
             try:
@@ -456,8 +419,6 @@ class Engine:
 
     def _fail(self, key: int, error: Exception) -> None:
         active = self._active[key]
-        with self._lock:
-            self._counts["failed"] += 1
         self._leave(active, active.answer.end("error", str(error) or type(error).__name__))
 
     def _fail_all(self, error: Exception) -> None:
@@ -470,7 +431,6 @@ class Engine:
     def _leave(self, active: _Active, chunk: Chunk) -> None:
         with self._lock:
             self._forget(active)
-            self._counts["finished"] += 1
         self._publish(active, chunk)
 
     def _forget(self, active: _Active) -> _Active:

@@ -38,7 +38,6 @@ class ScheduledRequest:
     key: int
     prompt_tokens: int
     max_new_tokens: int
-    submitted_at: float
     tenant: str = DEFAULT_TENANT
     adapter: str | None = None
     passed_by: int = 0
@@ -154,10 +153,6 @@ class Scheduler:
         """What the neediest of the running requests may come to hold; 0 if none runs."""
         return max((request.needed_tokens for request in self._running.values()), default=0)
 
-    def oldest_wait_seconds(self) -> float:
-        """How long the first of the queue has waited."""
-        return next((self._clock() - request.submitted_at for request in self._waiting.values()), 0.0)
-
     def submit(
         self,
         key: int,
@@ -183,7 +178,7 @@ class Scheduler:
             )
         present = {other.tenant for others in (self._waiting, self._running) for other in others.values()}
         self._admission.arrived(tenant, present)
-        self._waiting[key] = ScheduledRequest(key, prompt_tokens, max_new_tokens, self._clock(), tenant, adapter)
+        self._waiting[key] = ScheduledRequest(key, prompt_tokens, max_new_tokens, tenant, adapter)
 
     def finish(self, key: int) -> int | None:
         """Forget a request, finished or cancelled, waiting or running; return the row that it leaves, if it had one."""
