@@ -40,9 +40,10 @@ def test_every_field_of_a_body_has_a_description():
     for operations in found["paths"].values():
         for operation in operations.values():
             body = operation.get("requestBody")
-            if body:
-                name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
-                for field, schema in found["components"]["schemas"][name]["properties"].items():
+            for content in body["content"].values() if body else ():
+                name = content["schema"].get("$ref", "").rpartition("/")[2]
+                described = found["components"]["schemas"][name] if name else content["schema"]
+                for field, schema in described["properties"].items():
                     assert schema.get("description"), f"{name}.{field}"
 
 
@@ -57,6 +58,12 @@ def test_the_page_names_every_path_and_its_bounds():
         assert path in page
     assert "| `max_new_tokens` | integer 1…8192 | `256` |" in page
     assert "| `query` | string | required |" in page
+
+
+def test_the_page_names_what_stands_in_a_query_and_what_a_form_has():
+    page = render(document())
+    assert "| `limit` | integer 1…10000 | `10000` | Most files on a page. |" in page
+    assert "Body (multipart/form-data):" in page
 
 
 def test_the_document_says_where_the_key_goes_if_there_is_one():

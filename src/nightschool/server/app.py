@@ -24,10 +24,10 @@ from nightschool.server.errors import install_handlers
 from nightschool.server.metrics import Metrics
 from nightschool.server.middleware import auth
 from nightschool.server.middleware.auth import Guard
-from nightschool.server.middleware.limits import BodyLimit
+from nightschool.server.middleware.limits import BodyLimit, Bounds
 from nightschool.server.middleware.request_log import Access
 from nightschool.server.on_demand import OnDemand
-from nightschool.server.openai import completions
+from nightschool.server.openai import completions, files
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
@@ -43,6 +43,7 @@ log = logging.getLogger("nightschool.server")
 FAMILIES = (
     parametric_memory.router,
     completions.router,
+    files.router,
     feedback.router,
     versions.router,
     operations.router,
@@ -102,7 +103,11 @@ def create_app(
         app.include_router(router)
     install_handlers(app)
     # The last one added is the first one passed.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds)
+    app.add_middleware(
+        BodyLimit,
+        bounds=Bounds(settings.max_body_bytes, settings.body_timeout_seconds),
+        streamed={files.UPLOAD_PATH: Bounds(settings.max_file_bytes, settings.file_timeout_seconds)},
+    )
     app.add_middleware(Guard, settings=settings)
     app.openapi = cache(partial(_documented, app, settings))  # type: ignore[method-assign]  # the documented way
     paths = [route.path for router in FAMILIES for route in router.routes if isinstance(route, APIRoute)]

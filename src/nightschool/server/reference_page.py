@@ -50,9 +50,13 @@ def render(document: dict[str, Any]) -> str:
 
 def _operation(path: str, method: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
     lines = [f"### {method.upper()} {path}", "", operation.get("description", ""), ""]
-    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-    if body is not None:
-        lines += ["Body:", "", *_table(_resolved(body, schemas), schemas), ""]
+    asked = {one["name"]: one["schema"] | one for one in operation.get("parameters", []) if one["in"] == "query"}
+    if asked:
+        required = [name for name, one in asked.items() if one.get("required")]
+        lines += ["Query:", "", *_table({"properties": asked, "required": required}, schemas), ""]
+    for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
+        kind = "" if media_type == "application/json" else f" ({media_type})"
+        lines += [f"Body{kind}:", "", *_table(_resolved(body["schema"], schemas), schemas), ""]
     good = operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema")
     if good:
         lines += ["Answer:", "", *_table(_resolved(good, schemas), schemas), ""]

@@ -10,12 +10,14 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from nightschool.errors import Damaged
+from nightschool.server.errors import Refusal
 from nightschool.server.metrics import Metrics
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
 from nightschool.server.served_names import ServedNames
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
+from nightschool.store.home import Home
 from nightschool.store.principal import Principal
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Version
@@ -55,6 +57,13 @@ def _principal(request: Request) -> Principal:
 def owner_of(request: Request) -> str | None:
     """Whose an exchange is: the key's that asked; everybody's without keys."""
     return _principal(request).key
+
+
+def home_of_service(service: Service) -> Home:
+    """Where this server's files and jobs are. Raises Refusal if it serves without a home."""
+    if service.registry is None:
+        raise Refusal(409, "This server has no registry. Start it on a home directory.", "no_registry")
+    return service.registry.home
 
 
 PrincipalOf = Annotated[Principal, Depends(_principal)]

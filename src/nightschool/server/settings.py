@@ -54,6 +54,10 @@ class ServerSettings(BaseModel):
     )
     max_body_bytes: int = Field(2_000_000, ge=1024, description="Largest accepted request body; more is refused (413).")
     body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time a client may take to send its body.")
+    max_file_bytes: int = Field(
+        512_000_000, ge=1024, description="Largest file that may be uploaded to be trained on; more is refused (413)."
+    )
+    file_timeout_seconds: float = Field(600.0, gt=0, description="Longest time a client may take to send a file.")
     max_connections: int = Field(
         1024, ge=1, description="Connections at once; over it, the one that waits longest for a request is closed."
     )

@@ -48,6 +48,11 @@ class Home:
         return self.path / "jobs"
 
     @property
+    def files(self) -> Path:
+        """A folder for each file that was uploaded to be trained on."""
+        return self.path / "files"
+
+    @property
     def tenants(self) -> Path:
         """A home for each tenant but the default one: its runs, its models, its locks."""
         return self.path / "tenants"

@@ -48,9 +48,11 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def json_lines(path: Path, source: str, problems: Problems) -> Iterator[tuple[int, Any]]:
+def json_lines(
+    path: Path, source: str, problems: Problems, limit_bytes: int = LINE_LIMIT_BYTES
+) -> Iterator[tuple[int, Any]]:
     """Yield `(line, value)` for each line that is not blank. A malformed line is a problem, and reading goes on."""
-    for number, line in text_lines(path, source):
+    for number, line in text_lines(path, source, limit_bytes):
         if not line.strip():
             continue
         try:

@@ -36,10 +36,10 @@ def open_data(path: Path) -> IO[bytes]:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check its kind and its permissions.") from None
 
 
-def too_long(source: str, line: int, what: str) -> DataError:
-    """The error for a value above `LINE_LIMIT_BYTES`."""
+def too_long(source: str, line: int, what: str, limit_bytes: int = LINE_LIMIT_BYTES) -> DataError:
+    """The error for a value above a limit."""
     return DataError(
-        f"{source}:{line}: {what} is longer than the limit of {format_bytes(LINE_LIMIT_BYTES)}. Split it into shorter ones."
+        f"{source}:{line}: {what} is longer than the limit of {format_bytes(limit_bytes)}. Split it into shorter ones."
     )
 
 
@@ -51,7 +51,7 @@ def too_many(source: str, has: str, most_rows: int) -> DataError:
     )
 
 
-def text_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, source: str, limit_bytes: int = LINE_LIMIT_BYTES) -> Iterator[tuple[int, str]]:
     """Yield `(line number, line)`, line ends kept, of a UTF-8 file; a byte order mark is dropped.
 
     Raises:
@@ -59,10 +59,10 @@ def text_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
     """
     with open_data(path) as file:
         number = 0
-        while raw := file.readline(LINE_LIMIT_BYTES + 1):
+        while raw := file.readline(limit_bytes + 1):
             number += 1
-            if len(raw) > LINE_LIMIT_BYTES:
-                raise too_long(source, number, "the line")
+            if len(raw) > limit_bytes:
+                raise too_long(source, number, "the line", limit_bytes)
             if number == 1 and raw.startswith(_BOM):
                 raw = raw[len(_BOM) :]
             try:
