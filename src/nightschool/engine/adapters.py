@@ -1,63 +1,109 @@
 """Adapters that are served unmerged: many of them on one base, in one step.
 
-A linear layer that an adapter reaches is wrapped, whatever it is (plain, or with further layouts; see `engine.weights`). It computes
-all rows of a step at once, and then adds to the rows of each adapter what its two factors give. Rows without an adapter
-are not touched, so their numbers are those of the base, bit for bit; a layer that no adapter reaches any more is
-unwrapped, so that a base alone is as fast as ever.
+A linear layer that an adapter reaches is wrapped, whatever it is (plain, with further layouts as in `engine.weights`, or
+quantised). It computes all rows of a step at once, and then adds to the rows of each adapter what its two factors give.
+Rows without an adapter are not touched, so their numbers are those of the base, bit for bit; a layer that no adapter
+reaches any more is unwrapped, so that a base alone is as fast as ever.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nightschool.engine import kernels
+from nightschool.engine.adapter_kernel import MOST_RANK, KernelFactors, block_of, items
 from nightschool.engine.step_context import StepContext
 from nightschool.engine.weights import LaidOutLinear
 from nightschool.models.unmerged import LoraWeights, NeedsMerging
 
-# The number of an adapter with its rows.
-Segment = tuple[int, slice | Tensor]
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of each adapter of a step, by its number: one by one, and as the kernel takes them."""
+
+    segments: list[tuple[int, slice | Tensor]]
+    items: Tensor
+
+
+class Factors(Protocol):
+    """The factors of every adapter that reaches a layer, by its number."""
+
+    def put(self, number: int, down: Tensor, up: Tensor) -> None:
+        """Keep [in, r] and [r, out]."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Forget an adapter, if it is there."""
+        ...
+
+    def __len__(self) -> int:
+        """How many adapters reach this layer."""
+        ...
+
+    def add(self, x_rc: Tensor, out_rc: Tensor, rows: StepRows) -> None:
+        """Add to `out_rc` [rows, out] what the adapters give for `x_rc` [rows, in]."""
+        ...
+
+
+class TorchFactors:
+    """Adapter after adapter, on any device and in any format."""
+
+    def __init__(self) -> None:
+        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, number: int, down: Tensor, up: Tensor) -> None:
+        self._factors[number] = down, up
+
+    def drop(self, number: int) -> None:
+        self._factors.pop(number, None)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def add(self, x_rc: Tensor, out_rc: Tensor, rows: StepRows) -> None:
+        for number, some in rows.segments:
+            factors = self._factors.get(number)
+            if factors is None:
+                continue
+            down, up = factors
+            if isinstance(some, slice):
+                out_rc[some].addmm_(x_rc[some] @ down, up)
+            else:
+                out_rc.index_add_(0, some, (x_rc.index_select(0, some) @ down) @ up)
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer with the factors [in, r] and [r, out] of every adapter that reaches it."""
+    """A linear layer with the factors of every adapter that reaches it."""
 
-    def __init__(self, layer: nn.Module, table: AdapterTable) -> None:
+    def __init__(self, layer: nn.Linear | LaidOutLinear, table: AdapterTable, factors: Factors) -> None:
         super().__init__()
         self.layer = layer
-        self.factors: dict[int, tuple[Tensor, Tensor]] = {}
+        self.factors = factors
         # Not a module of this one: it belongs to the model.
         object.__setattr__(self, "_table", table)
 
     @property
     def weight(self) -> Tensor:
         """Of the base, [out, in]."""
-        return self.layer.weight  # type: ignore[return-value]
+        return self.layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """Of the base, [out]."""
-        return self.layer.bias  # type: ignore[return-value]
+        return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] → […, out]."""
         out: Tensor = self.layer(x)
         table: AdapterTable = self._table  # type: ignore[assignment]
-        if table.is_idle:
-            return out
-        x_rc, out_rc = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        for number, rows in table.segments(len(x_rc)):
-            factors = self.factors.get(number)
-            if factors is None:
-                continue
-            down, up = factors
-            if isinstance(rows, slice):
-                out_rc[rows].addmm_(x_rc[rows] @ down, up)
-            else:
-                out_rc.index_add_(0, rows, (x_rc.index_select(0, rows) @ down) @ up)
+        if not table.is_idle:
+            x_rc = x.reshape(-1, x.shape[-1])
+            self.factors.add(x_rc, out.view(-1, out.shape[-1]), table.rows(len(x_rc)))
         return out
 
 
@@ -71,71 +117,83 @@ class AdapterTable:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers: dict[str, AdapterLinear] = {}
-        self._numbers = itertools.count(1)
-        self._segments: dict[int, list[Segment]] = {}
+        self._numbers: set[int] = set()
+        self._rows: dict[int, StepRows] = {}
+        # Quantised layers hold codes; what goes into them and comes out is of the format of the rest.
+        self._like = next(p for p in model.parameters() if p.is_floating_point())
         self.is_idle = True
 
     def add(self, weights: LoraWeights) -> int:
-        """Take an adapter in; returns its number.
+        """Take an adapter in; returns its number, the lowest that is free.
 
         Raises:
-            NeedsMerging: If one of its layers is not a linear layer of this model or has another shape. Nothing was changed.
+            NeedsMerging: If one of its layers is not a linear layer of this model or has another shape, or its rank is
+                beyond use. Nothing was changed.
         """
         for path, (down, up) in weights.factors.items():
-            layer = self._layer(path)
-            if tuple(layer.weight.shape) != (up.shape[1], down.shape[0]):
+            shape = _shape(self._layer(path))
+            if shape != (up.shape[1], down.shape[0]):
                 raise NeedsMerging(
-                    f"its factors of {path} make [{up.shape[1]}, {down.shape[0]}], and the layer is {list(layer.weight.shape)}"
+                    f"its factors of {path} make [{up.shape[1]}, {down.shape[0]}], and the layer is {list(shape)}"
                 )
-        number = next(self._numbers)
+            if down.shape[1] > MOST_RANK:
+                raise NeedsMerging(f"its rank for {path} is {down.shape[1]}, and at most {MOST_RANK} stays apart")
+        number = next(free for free in range(1, len(self._numbers) + 2) if free not in self._numbers)
+        self._numbers.add(number)
         for path, (down, up) in weights.factors.items():
             layer = self._layers.get(path) or self._wrapped(path)
-            layer.factors[number] = down.to(layer.weight), up.to(layer.weight)
+            layer.factors.put(number, down.to(self._like), up.to(self._like))
         return number
 
     def remove(self, number: int) -> None:
         """Let an adapter go."""
+        self._numbers.discard(number)
         for path, layer in list(self._layers.items()):
-            layer.factors.pop(number, None)
-            if not layer.factors:
+            layer.factors.drop(number)
+            if not len(layer.factors):
                 self._replace(path, layer.layer)
                 del self._layers[path]
 
     def begin(self, context: StepContext | None, wanted: Sequence[int] | None) -> None:
         """Say whose the tokens of the next step are, and of which of them logits are wanted (None: of all)."""
-        self._segments = {}
+        self._rows = {}
         self.is_idle = context is None or not any(context.adapters)
         if context is None or self.is_idle:
             return
-        device = next(self._model.parameters()).device
         numbers = [
             number for span, number in zip(context.spans, context.adapters, strict=True) for _ in range(span.length)
         ]
         # Behind the last layer only the tokens are left whose logits are wanted.
         for of_rows in ([numbers[place] for place in wanted] if wanted is not None else numbers, numbers):
-            self._segments[len(of_rows)] = _segments(of_rows, device)
+            self._rows[len(of_rows)] = _step_rows(of_rows, self._like.device)
 
-    def segments(self, num_rows: int) -> list[Segment]:
+    def rows(self, num_rows: int) -> StepRows:
         """Each adapter of the step with its rows among so many.
 
         Raises:
             NeedsMerging: If these are neither all tokens nor those whose logits are wanted.
         """
-        if num_rows not in self._segments:
+        if num_rows not in self._rows:
             raise NeedsMerging(f"one of its layers sees {num_rows} rows, which are not the tokens of the step")
-        return self._segments[num_rows]
+        return self._rows[num_rows]
 
-    def _layer(self, path: str) -> nn.Linear | LaidOutLinear | AdapterLinear:
+    def _layer(self, path: str) -> nn.Linear | LaidOutLinear:
         try:
             layer = self._model.get_submodule(path)
         except AttributeError:
             raise NeedsMerging(f"its layer {path} is not in the base") from None
-        if not isinstance(layer, AdapterLinear | LaidOutLinear) and type(layer) is not nn.Linear:
+        if isinstance(layer, AdapterLinear):
+            return layer.layer
+        if not isinstance(layer, LaidOutLinear | nn.Linear):
             raise NeedsMerging(f"its layer {path} is a {type(layer).__name__} in the base and not a linear layer")
         return layer
 
     def _wrapped(self, path: str) -> AdapterLinear:
-        layer = self._layers[path] = AdapterLinear(self._layer(path), self)
+        inner = self._layer(path)
+        width, columns = _shape(inner)
+        block = block_of(columns, width) if _has_kernel(self._like) else None
+        factors = TorchFactors() if block is None else KernelFactors(columns, width, block)
+        layer = self._layers[path] = AdapterLinear(inner, self, factors)
         self._replace(path, layer)
         return layer
 
@@ -144,16 +202,26 @@ class AdapterTable:
         setattr(self._model.get_submodule(parent), name, layer)
 
 
-def _segments(numbers: Sequence[int], device: torch.device) -> list[Segment]:
+def _shape(layer: nn.Linear | LaidOutLinear) -> tuple[int, int]:
+    """[out, in]; the weights of a quantised layer have another shape."""
+    return layer.out_features, layer.in_features
+
+
+def _has_kernel(like: Tensor) -> bool:
+    return like.device.type == "cpu" and like.dtype == torch.float32 and kernels.is_available()
+
+
+def _step_rows(numbers: Sequence[int], device: torch.device) -> StepRows:
     """The rows of each adapter: a slice where they lie side by side."""
     places: dict[int, list[int]] = {}
     for place, number in enumerate(numbers):
         if number:
             places.setdefault(number, []).append(place)
-    return [
+    segments = [
         (
             number,
             slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows, device=device),
         )
         for number, rows in places.items()
     ]
+    return StepRows(segments, items(list(places.items())))

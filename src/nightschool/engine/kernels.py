@@ -52,8 +52,8 @@ class Kernel:
     """Multiplies by weights of one format."""
 
     def __init__(self, format_: Format) -> None:
-        self._engine, self._work = _compiled(format_)
-        self._team = _team()
+        self._engine, self._work = compiled(_module(format_))
+        self._team = team_of_torch()
 
     def __call__(self, x_rc: Tensor, packed: Packed) -> Tensor:
         """[rows, in] (fp32) → [rows, out]."""
@@ -75,7 +75,7 @@ def kernel(format_: Format) -> Kernel:
     return Kernel(format_)
 
 
-def _team() -> Callable[[int, int, int], None]:
+def team_of_torch() -> Callable[[int, int, int], None]:
     """Runs the function at an address on every thread of torch's team, or on this one if torch has no OpenMP."""
     try:
         parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
@@ -86,13 +86,13 @@ def _team() -> Callable[[int, int, int], None]:
     return lambda work, arguments, threads: parallel(work, arguments, threads, 0)
 
 
-def _compiled(format_: Format) -> tuple[Any, int]:
-    """What owns the code, and the address of `work`."""
+def compiled(assembly: str) -> tuple[Any, int]:
+    """What owns the code of a module, which must be kept, and the address of its function `work`."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(_module(format_))
+    module = llvm.parse_assembly(assembly)
     module.verify()
     # The vectors are as wide as they are wanted here; LLVM splits them where the machine has narrower ones.
     machine = llvm.Target.from_default_triple().create_target_machine(

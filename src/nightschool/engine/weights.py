@@ -120,6 +120,7 @@ class LaidOutLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.layouts = list(zip(_ROWS.values(), layouts, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ def read_lora(folder: Path) -> LoraWeights:
             raise NeedsMerging(f"its tensors of {layer} are not finite")
         # rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
         scale = config["lora_alpha"] / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0])
-        factors[layer] = a.t().contiguous(), (b * scale).t().contiguous()
+        # Seen from the other side, and not copied: whoever serves them lays them out.
+        factors[layer] = a.t(), (b * scale).t()
     return LoraWeights(factors)
 
 
