@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,13 +147,14 @@ class TransformersContinuous:
 class Ours:
     """Our engine, with one thread per client: each sends its next request when its last one is answered."""
 
-    def __init__(self, model: Any, num_clients: int) -> None:
+    def __init__(self, model: Any, num_clients: int, **engine: Any) -> None:
         from nightschool.engine.engine import Engine
 
         self.num_clients = num_clients
-        self.engine = Engine(loaded_model(model), "bench@20260101_000000", num_rows=num_clients)
+        self.engine = Engine(loaded_model(model), "bench@20260101_000000", num_rows=num_clients, **engine)
 
-    def __call__(self, load: Load) -> Answers:
+    def __call__(self, load: Load, bindings: Sequence[Any] = ()) -> Answers:
+        """The answers of the base, or of each of the bindings in turn."""
         from nightschool.engine.request import GenerationRequest, SamplingParams
 
         answers: dict[int, list[int]] = {}
@@ -167,11 +168,9 @@ class Ours:
                 if place is None:
                     return
                 params = SamplingParams(max_new_tokens=load.answer_tokens[place], temperature=0, ignore_eos=True)
-                handle = self.engine.submit(
-                    GenerationRequest(
-                        f"{place}-{time.monotonic_ns()}", self.engine.binding, load.prompts[place], params
-                    )
-                )
+                binding = bindings[place % len(bindings)] if bindings else self.engine.binding
+                request_id = f"{place}-{time.monotonic_ns()}"
+                handle = self.engine.submit(GenerationRequest(request_id, binding, load.prompts[place], params))
                 answers[place] = list(handle.result().token_ids)
 
         clients = [threading.Thread(target=client) for _ in range(self.num_clients)]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from nightschool.engine import weights
-from nightschool.engine.adapters import AdapterLinear
+from nightschool.engine import adapters, weights
+from nightschool.engine.adapter_kernel import MOST_RANK, KernelFactors, block_of
+from nightschool.engine.adapters import AdapterLinear, TorchFactors
 from nightschool.engine.binding import Binding
 from nightschool.engine.model_runner import ModelRunner
 from nightschool.engine.scheduler import Span, StepPlan
@@ -58,7 +59,10 @@ def peft_logits(wrapped, prompt):
 
 @pytest.mark.parametrize("preset", ["tiny-llama", "tiny-gpt-neox", "tiny-qwen3"])
 @pytest.mark.parametrize("layout", [weights.PLAIN, BLOCKS, "bf16"])
-def test_every_row_of_a_step_gets_the_logits_of_its_own_adapter(preset, layout, tmp_path, monkeypatch):
+@pytest.mark.parametrize("factors", [TorchFactors, KernelFactors])
+def test_every_row_of_a_step_gets_the_logits_of_its_own_adapter(preset, layout, factors, tmp_path, monkeypatch):
+    if factors is TorchFactors:
+        monkeypatch.setattr(adapters, "_has_kernel", lambda like: False)
     monkeypatch.setattr(weights, "_MEASURED", {})
     monkeypatch.setattr(weights, "_fastest_with", lambda *given: layout if layout in given[-1] else weights.PLAIN)
     monkeypatch.setattr(weights, "_LEAST_NUMBERS", 1)
@@ -69,6 +73,7 @@ def test_every_row_of_a_step_gets_the_logits_of_its_own_adapter(preset, layout, 
     first, second = (runner.add_adapter(unmerged(w, tmp_path / str(n)).weights) for n, w in enumerate((one, two)))
     kinds = {type(module.layer) for module in runner._model.modules() if isinstance(module, AdapterLinear)}
     assert kinds == {nn.Linear if layout == weights.PLAIN else LaidOutLinear}
+    assert factors in {type(m.factors) for m in runner._model.modules() if isinstance(m, AdapterLinear)}
     assert runner.layouts.keys() == {layout} - {weights.PLAIN}
     dice = random.Random(0)
     prompts = [random_prompt(dice, length) for length in (9, 4, 30, 12, 7)]
@@ -100,6 +105,68 @@ def test_rows_without_an_adapter_are_those_of_the_base_bit_for_bit(tmp_path):
     assert torch.equal(beside[[0, 2]], alone[[0, 2]])
     assert not torch.equal(beside[1], alone[1])
     assert torch.equal(steps(runner, prompts, (0, 0, 0)), alone)
+
+
+def test_a_token_has_the_same_numbers_whatever_stands_beside_it(tmp_path):
+    """Of what adapters add, bit for bit; what the base's library does with other numbers of rows is its own affair."""
+    runner = ModelRunner(lively_model("tiny-llama"))
+    numbers = [runner.add_adapter(unmerged(lively_adapter(seed=n), tmp_path / str(n)).weights) for n in range(1, 9)]
+    layer = next(m for m in runner._model.modules() if isinstance(m, AdapterLinear))
+    assert isinstance(layer.factors, KernelFactors)
+    x_rc = torch.randn(16, layer.layer.in_features, generator=torch.Generator().manual_seed(1))
+    dice = random.Random(5)
+    for _ in range(20):
+        whose = [dice.choice([0, *numbers]) for _ in range(16)]
+        together = _added(layer, x_rc, whose)
+        for row, number in enumerate(whose):
+            alone = _added(layer, x_rc[row : row + 1], [number]) if number else torch.zeros_like(together[:1])
+            assert torch.equal(together[row], alone[0])
+
+
+def _added(layer, x_rc, whose):
+    out_rc = torch.zeros(len(x_rc), layer.layer.out_features)
+    layer.factors.add(x_rc, out_rc, adapters._step_rows(whose, out_rc.device))
+    return out_rc
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("columns", "width", "rank"), [(8, 8, 1), (24, 40, 3), (64, 96, 16), (576, 1536, 9), (16, 32, 64)]
+)
+def test_the_kernel_adds_what_torch_adds(columns, width, rank, threads):
+    generator = torch.Generator().manual_seed(rank)
+    made = [KernelFactors(columns, width, block_of(columns, width)), TorchFactors()]
+    for number in (1, 2, 3, 20):
+        down, up = (torch.randn(shape, generator=generator) for shape in ((columns, rank), (rank, width)))
+        for factors in made:
+            factors.put(number, down, up)
+    x_rc, out_rc = (torch.randn(11, size, generator=generator) for size in (columns, width))
+    rows = adapters._step_rows([3, 0, 20, 20, 1, 7, 1, 1, 2, 0, 3], out_rc.device)
+    outs = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for factors in made:
+        outs.append(out_rc.clone())
+        factors.add(x_rc, outs[-1], rows)
+        factors.drop(20)
+        outs.append(out_rc.clone())
+        factors.add(x_rc, outs[-1], rows)
+    torch.set_num_threads(before)
+    scale = float(outs[2].abs().max())
+    for ours, theirs in ((outs[0], outs[2]), (outs[1], outs[3])):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=0)
+    assert torch.equal(outs[0][[1, 5, 9]], out_rc[[1, 5, 9]]), "the base's rows, and those of an adapter elsewhere"
+    assert not torch.equal(outs[0][2], out_rc[2])
+    assert torch.equal(outs[1][2:4], out_rc[2:4])
+
+
+def test_sizes_that_the_kernel_cannot_have_are_left_to_torch(tmp_path):
+    assert [block_of(*shape) for shape in ((12, 32), (16, 12), (8, 8), (8, 64))] == [None, None, 8, 32]
+    runner = ModelRunner(lively_model("tiny-llama"))
+    thick = lively_adapter(r=MOST_RANK + 1, target_modules=["q_proj"])
+    with pytest.raises(NeedsMerging, match="its rank"):
+        runner.add_adapter(unmerged(thick, tmp_path).weights)
+    assert not any(isinstance(module, AdapterLinear) for module in runner._model.modules())
 
 
 def test_an_adapter_that_is_gone_leaves_the_layers_as_they_were(tmp_path):
