@@ -133,7 +133,7 @@ def test_a_name_is_served_once_and_none_is_no_server():
 def test_what_answers_is_bound_to_the_tenant_that_asks(slots):
     slots.append(FakeSlot("acme/cat", promoted=BOT))
     names = ServedNames([slot.serve(slot.promoted) for slot in slots])
-    acme = Principal("acme", frozenset({"generate"}))
+    acme = Principal("acme", frozenset({"infer"}))
     for principal, version in ((LOCAL, CAT), (acme, BOT)):
         generation, binding = asyncio.run(names.resolve("cat", principal))
         assert (generation.version.id, binding.tenant) == (version, principal.tenant)

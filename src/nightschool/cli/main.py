@@ -151,6 +151,18 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "forget": ("nightschool.cli.data:forget", "Delete a kept conversation."),
         },
     ),
+    "keys": (
+        "API keys: who may ask a server.",
+        {
+            "create": ("nightschool.cli.keys:create", "Make a key of a tenant, and show it once."),
+            "ls": ("nightschool.cli.keys:ls", "List keys: whose they are, what they may do, whether they still do."),
+            "revoke": ("nightschool.cli.keys:revoke", "Let a key open nothing any more."),
+        },
+    ),
+    "audit": (
+        "Who did what.",
+        {"ls": ("nightschool.cli.audit:ls", "List who made keys, promoted, submitted, deleted, and when.")},
+    ),
     "config": (
         "Recipes: what they say, and what they may say.",
         {
@@ -159,6 +171,18 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "validate": ("nightschool.cli.config:validate", "Check a recipe; all problems at once."),
         },
     ),
+}
+# What is noted after a verb has done it, and how the log calls it. Keys and tenants write their own rows, with the change.
+AUDITED: dict[tuple[str, str], str] = {
+    ("models", "add"): "model.add",
+    ("models", "promote"): "model.promote",
+    ("models", "rollback"): "model.rollback",
+    ("models", "pin"): "model.pin",
+    ("models", "unpin"): "model.unpin",
+    ("models", "alias"): "model.alias",
+    ("models", "rm"): "model.delete",
+    ("runs", "rm"): "run.delete",
+    ("data", "forget"): "conversation.delete",
 }
 ALIASES = {"ls": "list", "show": "view", "push": "upload"}
 
@@ -243,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         CURRENT.set(current)
         with contextlib.chdir(directory or Path.cwd()):
             result = build_app(rest)(rest, exit_on_error=False, print_error=False, result_action="return_value")
+            if not result:
+                _note_in_audit_log(rest)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
@@ -256,6 +282,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(error)
     finally:
         CURRENT.reset(token)
+
+
+def _note_in_audit_log(words: Sequence[str]) -> None:
+    """Note what a verb has done, if it is one of those that are noted."""
+    action = AUDITED.get((words[0], words[1])) if len(words) > 1 else None
+    if action is not None and not {"-h", "--help"} & set(words):
+        from nightschool.cli.audit import note_verb
+
+        note_verb(action, words[2:])
 
 
 def report_error(error: Exception) -> int:

@@ -11,21 +11,25 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.routing import Route
 
 from nightschool import __version__
 from nightschool.engine.slot import Slot
 from nightschool.errors import UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server import reference_page
+from nightschool.server.access_store import AccessStore
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
 from nightschool.server.metrics import Metrics
 from nightschool.server.middleware import auth
+from nightschool.server.middleware.audit import Audit
 from nightschool.server.middleware.auth import Guard
 from nightschool.server.middleware.limits import BodyLimit, Bounds
+from nightschool.server.middleware.quotas import Quotas
 from nightschool.server.middleware.request_log import Access
+from nightschool.server.middleware.route_rules import RouteTable
 from nightschool.server.on_demand import OnDemand
 from nightschool.server.openai import completions, files
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest
@@ -76,6 +80,7 @@ def create_app(
     """
     if settings.record_conversations and conversations is None:
         raise UsageError("record_conversations is on, but there is no store of conversations. Serve from a home.")
+    access = AccessStore(settings, None if registry is None else registry.home.database)
     on_demand = OnDemand(open_slot, settings.max_loaded_names) if open_slot is not None else None
     names = ServedNames(slots, on_demand, registry)
     metrics = Metrics(names)
@@ -87,6 +92,7 @@ def create_app(
         refresher=Refresher(names, metrics, settings.model_check_interval),
         recorder=Recorder(conversations if settings.record_conversations else None, metrics),
         answering=Answering(names, metrics),
+        access=access,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     app = FastAPI(
@@ -108,10 +114,12 @@ def create_app(
         bounds=Bounds(settings.max_body_bytes, settings.body_timeout_seconds),
         streamed={files.UPLOAD_PATH: Bounds(settings.max_file_bytes, settings.file_timeout_seconds)},
     )
-    app.add_middleware(Guard, settings=settings)
-    app.openapi = cache(partial(_documented, app, settings))  # type: ignore[method-assign]  # the documented way
-    paths = [route.path for router in FAMILIES for route in router.routes if isinstance(route, APIRoute)]
-    app.add_middleware(Access, metrics=metrics, templates=[*paths, "/openapi.json"])
+    app.add_middleware(Audit, access=access)
+    app.add_middleware(Quotas, settings=settings, access=access)
+    app.add_middleware(Guard, settings=settings, keyring=access.keyring)
+    documented = cache(partial(_documented, app, settings))
+    app.openapi = lambda: documented(needs_key=access.keyring.was_needed)  # type: ignore[method-assign]  # the documented way
+    app.add_middleware(Access, metrics=metrics, routes=RouteTable(routes_of(app)))
     return app
 
 
@@ -123,7 +131,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     facts = {
         "names": [slot.name for slot in service.names.needed] or "whatever the home has, on demand",
         "recording": recording,
-        "access": list(auth.describe(service.settings)),
+        "access": list(await auth.describe(service.settings, service.access.keyring)),
     }
     log.info("serving", extra={"facts": facts})
     service.refresher.start()
@@ -131,11 +139,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     log.info("stopping")
     await service.refresher.stop()
     await service.recorder.close()
+    await service.access.close()
     await service.names.close()
     log.info("stopped")
 
 
-def _documented(app: FastAPI, settings: ServerSettings) -> dict[str, Any]:
+def routes_of(app: FastAPI) -> list[Route]:
+    """Every route of the app, in the order in which it looks for one."""
+    own = [route for route in app.routes if isinstance(route, Route)]
+    return own + [route for router in FAMILIES for route in router.routes if isinstance(route, Route)]
+
+
+def _documented(app: FastAPI, settings: ServerSettings, *, needs_key: bool) -> dict[str, Any]:
     """The OpenAPI document with the bounds of these settings, and with our errors in place of FastAPI's."""
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, openapi_version="3.1.0"
@@ -150,7 +165,7 @@ def _documented(app: FastAPI, settings: ServerSettings) -> dict[str, Any]:
                 del operation["responses"]["422"]
     for body, field in _LENGTH_FIELDS:
         _set_maximum(schemas[body.__name__]["properties"][field], settings.max_new_tokens_limit)
-    if settings.api_keys:
+    if needs_key:
         _document_keys(document)
     return document
 

@@ -25,6 +25,7 @@ from nightschool.server.connections import Connections
 from nightschool.server.logs import configure_logs
 from nightschool.server.served_names import DEFAULT_NAME
 from nightschool.server.settings import ServerSettings
+from nightschool.store.api_keys import ApiKeys
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 
@@ -48,7 +49,7 @@ def serve(
         UsageError: If the address is open to others without a key, or cannot be listened on.
         Conflict: If the port is in use.
     """
-    settings.check()
+    settings.check(stored_keys=ApiKeys(home.database).any())
     configure_logs(settings.log_level)
     with listening(settings) as listener:
         conversations = ConversationStore(home.database.connect()) if settings.record_conversations else None

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from nightschool.errors import Damaged
+from nightschool.server.access_store import AccessStore
 from nightschool.server.errors import Refusal
 from nightschool.server.metrics import Metrics
 from nightschool.server.recording import Recorder
@@ -34,6 +35,7 @@ class Service:
     refresher: Refresher
     recorder: Recorder
     answering: Answering
+    access: AccessStore
     device: str
 
 

@@ -6,13 +6,13 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from nightschool.errors import NotFound, UsageError
 from nightschool.store.names import check_name
-from nightschool.store.principal import DEFAULT_TENANT, SCOPES, Principal, Scope
+from nightschool.store.principal import DEFAULT_TENANT, SCOPES, Scope, parse_scopes
 
 KEY_VARIABLE = "NIGHTSCHOOL_API_KEY"
 
@@ -25,10 +25,6 @@ class ApiKey(BaseModel):
     key: SecretStr
     tenant: str = DEFAULT_TENANT
     scopes: frozenset[Scope] = SCOPES
-
-    @property
-    def principal(self) -> Principal:
-        return Principal(self.tenant, self.scopes)
 
 
 class ServerSettings(BaseModel):
@@ -44,7 +40,9 @@ class ServerSettings(BaseModel):
         "* takes any. Loopback names always may, and with keys this machine's name and bare addresses.",
     )
     api_keys: tuple[ApiKey, ...] = Field(
-        (), description=f"Accepted keys, from {KEY_VARIABLE} (comma separated) or a file; without any, all may ask."
+        (),
+        description=f"Accepted keys, from {KEY_VARIABLE} (comma separated) or a file, besides those that nightschool "
+        "keys made; without any, all on this machine may ask.",
     )
     model_check_interval: float = Field(
         3600.0, gt=0, description="Seconds between two looks for a newly promoted version."
@@ -93,21 +91,25 @@ class ServerSettings(BaseModel):
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
-    def check(self) -> ServerSettings:
+    def check(self, *, stored_keys: bool = False) -> ServerSettings:
         """Refuse what would open the server to everybody.
+
+        Args:
+            stored_keys: Whether the database of the home has keys.
 
         Raises:
             UsageError: If the host is not loopback, or any Host header will do, and there is no API key.
         """
-        if "*" in self.allowed_hosts and not self.api_keys:
+        has_keys = bool(self.api_keys) or stored_keys
+        if "*" in self.allowed_hosts and not has_keys:
             raise UsageError(
                 f"--allowed-hosts '*' lets every page that a browser opens ask this server, and there is no API key. "
-                f"Set {KEY_VARIABLE}, or name the hosts."
+                f"Make one with nightschool keys create, set {KEY_VARIABLE}, or name the hosts."
             )
-        if not self.on_loopback and not self.api_keys:
+        if not self.on_loopback and not has_keys:
             raise UsageError(
                 f"The host {self.host} can be reached from other machines, and there is no API key. "
-                f"Set {KEY_VARIABLE}, or serve on --host 127.0.0.1."
+                f"Make one with nightschool keys create, set {KEY_VARIABLE}, or serve on --host 127.0.0.1."
             )
         return self
 
@@ -131,7 +133,7 @@ def is_address(host: str) -> bool:
 def read_api_keys(env: Mapping[str, str] | None = None, file: Path | None = None) -> tuple[ApiKey, ...]:
     """The keys of the environment (comma separated) and of a file (one a line, `#` starts a comment).
 
-    In the file, a key may be followed by `tenant=NAME` and `scopes=generate,feedback`.
+    In the file, a key may be followed by `tenant=NAME` and `scopes=infer,feedback`.
 
     Raises:
         NotFound: If the file is not there.
@@ -158,12 +160,17 @@ def _api_key(words: list[str]) -> ApiKey:
             f"Use at least 8 printable ASCII characters without spaces."
         )
     fields = dict(word.partition("=")[::2] for word in more)
-    scopes = frozenset(fields.pop("scopes", ",".join(SCOPES)).split(","))
     tenant = check_name(fields.pop("tenant", DEFAULT_TENANT), what="tenant")
-    if fields or not scopes <= SCOPES:
-        wrong = ", ".join([*fields, *sorted(scopes - SCOPES)])
-        raise UsageError(
-            f"{shown} is followed by {wrong!r}. Write KEY, then tenant=NAME, then scopes= with some of "
-            f"{','.join(sorted(SCOPES))}, without spaces inside."
-        )
-    return ApiKey(key=SecretStr(key), tenant=tenant, scopes=cast("frozenset[Scope]", scopes))
+    names = fields.pop("scopes", None)
+    if fields:
+        raise UsageError(f"{shown} is followed by {', '.join(fields)!r}. {_HOW_TO_WRITE_KEYS}")
+    try:
+        scopes = SCOPES if names is None else parse_scopes(names.split(","))
+    except ValueError as error:
+        raise UsageError(f"{shown} has wrong scopes: {error}. {_HOW_TO_WRITE_KEYS}") from None
+    return ApiKey(key=SecretStr(key), tenant=tenant, scopes=scopes)
+
+
+_HOW_TO_WRITE_KEYS = (
+    f"Write KEY, then tenant=NAME, then scopes= with some of {','.join(sorted(SCOPES))}, without spaces inside."
+)

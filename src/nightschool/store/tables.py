@@ -221,6 +221,72 @@ jobs = sa.Table(
 )
 
 
+# A key is kept as its SHA-256 in hex digits alone. Rows are revoked, never deleted.
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),
+    sa.Column("tenant", sa.String(64), nullable=False, index=True),
+    sa.Column("label", AnyJson, nullable=False),
+    sa.Column("scopes", AnyJson, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    sa.Column("expires_at", UtcDateTime),
+    sa.Column("revoked_at", UtcDateTime),
+    sa.Column("last_used_at", UtcDateTime),
+)
+
+# What a tenant may use; None is unbounded. Tenants need no row: one without has no bounds of its own.
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("requests_per_minute", sa.Float),
+    sa.Column("tokens_per_day", sa.BigInteger),
+    sa.Column("running_trainings", sa.Integer),
+    sa.Column("waiting_trainings", sa.Integer),
+    sa.Column("stored_versions", sa.Integer),
+)
+
+# `day` is YYYY-MM-DD in UTC.
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("day", sa.String(10), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("generated_tokens", sa.BigInteger, nullable=False),
+)
+
+# Append-only: triggers refuse updates and deletions.
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
+    sa.Column("tenant", sa.String(64), nullable=False, index=True),
+    sa.Column("key_id", sa.String(64)),
+    sa.Column("by", sa.String(200), nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("target", AnyJson, nullable=False),
+    sa.Column("request_id", sa.String(200)),
+)
+
+# Versions that learned a conversation which was deleted since, or grew from one that did.
+tainted_versions = sa.Table(
+    "tainted_versions",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.String(32), primary_key=True),
+    sa.Column("request_id", sa.String(200), primary_key=True),
+    sa.Column("tainted_at", UtcDateTime, nullable=False),
+)
+
+
 def key_of(name: str) -> dict[str, str]:
     """The values of the columns `tenant` and `name` for `tenant/name` or `name`.
 

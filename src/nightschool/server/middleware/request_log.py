@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
-from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nightschool.server.errors import ClientGone, Refusal, error_response
 from nightschool.server.logs import request_id
 from nightschool.server.metrics import Metrics
+from nightschool.server.middleware.route_rules import RouteTable
 
 log = logging.getLogger("nightschool.server.middleware.request_log")
 
@@ -20,19 +19,22 @@ _PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-", "/
 
 
 class Access:
-    """Gives the request its id (`x-request-id`), counts it, and turns what nobody caught into a 500."""
+    """Gives the request its id (`x-request-id`) and its route, counts it, and turns what nobody caught into a 500."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, templates: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: RouteTable) -> None:
         self._app = app
         self._metrics = metrics
-        self._exact, self._patterns = _label_tables(templates)
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         identity = _PREFIXES.get(scope["path"], "req-") + secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = identity
+        state = scope.setdefault("state", {})
+        state["request_id"] = identity
+        # The route of the path, so that strangers cannot make new time series or write into the log.
+        state["template"] = self._routes.template_of(scope)
         token = request_id.set(identity)
         seen = _Seen(send, identity)
         started = time.perf_counter()
@@ -50,7 +52,7 @@ class Access:
             request_id.reset(token)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        path = self._label(scope["path"])
+        path = scope["state"]["template"]
         method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
         self._metrics.requests.labels(method, path, str(status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
@@ -63,12 +65,6 @@ class Access:
             "client": client[0] if client else None,
         }
         log.info("request", extra={"facts": facts | scope["state"].get("facts", {})})
-
-    def _label(self, path: str) -> str:
-        """The route of a path, so that strangers cannot make new time series or write into the log."""
-        if path in self._exact:
-            return path
-        return next((template for pattern, template in self._patterns if pattern.fullmatch(path)), "other")
 
 
 class _Seen:
@@ -84,10 +80,3 @@ class _Seen:
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self._identity)]}
         await self._send(message)
-
-
-def _label_tables(templates: Iterable[str]) -> tuple[frozenset[str], list[tuple[re.Pattern[str], str]]]:
-    every = list(templates)
-    exact = frozenset(template for template in every if "{" not in template)
-    patterns = [(re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(t))), t) for t in every if "{" in t]
-    return exact, patterns

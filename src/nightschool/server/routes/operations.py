@@ -106,7 +106,7 @@ async def settings(service: ServiceOf, principal: PrincipalOf) -> Response:
             "max_body_bytes": chosen.max_body_bytes,
             "max_new_tokens_limit": chosen.max_new_tokens_limit,
             "requests_per_minute": chosen.requests_per_minute,
-            "api_key_needed": bool(chosen.api_keys),
+            "api_key_needed": service.access.keyring.was_needed,
             "last_refresh_error": service.refresher.last_error(first.name),
         }
     )

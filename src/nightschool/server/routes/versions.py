@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
@@ -81,13 +81,14 @@ async def one_model(name: str, service: ServiceOf, principal: PrincipalOf) -> Re
 
 
 @router.post("/{name}/promote", response_model=Moved, responses=problems(400, 404, 408, 409, 413, 422))
-async def promote(name: str, body: Promote, service: ServiceOf, principal: PrincipalOf) -> Response:
+async def promote(name: str, body: Promote, request: Request, service: ServiceOf, principal: PrincipalOf) -> Response:
     """Make a version the champion, and serve it if this server serves the name.
 
     It is loaded and probed first; 409 names the stage at which that failed, and then nothing has changed.
     """
     registry, name = _registry(service), full_name(principal.tenant, name)
     return await _move(
+        request,
         service,
         registry,
         name,
@@ -97,7 +98,7 @@ async def promote(name: str, body: Promote, service: ServiceOf, principal: Princ
 
 
 @router.post("/{name}/rollback", response_model=Moved, responses=problems(400, 404, 409))
-async def rollback(name: str, service: ServiceOf, principal: PrincipalOf) -> Response:
+async def rollback(name: str, request: Request, service: ServiceOf, principal: PrincipalOf) -> Response:
     """Make the champion before this one the champion again, and serve it if this server serves the name.
 
     It is loaded and probed first, as with a promotion.
@@ -108,11 +109,18 @@ async def rollback(name: str, service: ServiceOf, principal: PrincipalOf) -> Res
         version = registry.aliases(name).get(PREVIOUS)
         return f"{name}@{version}" if version else None
 
-    return await _move(service, registry, name, previous, lambda: promotion.roll_back(registry.home, name, by="http"))
+    return await _move(
+        request, service, registry, name, previous, lambda: promotion.roll_back(registry.home, name, by="http")
+    )
 
 
 async def _move(
-    service: Service, registry: Registry, name: str, target: Callable[[], str | None], move: Callable[[], object]
+    request: Request,
+    service: Service,
+    registry: Registry,
+    name: str,
+    target: Callable[[], str | None],
+    move: Callable[[], object],
 ) -> Response:
     """Load the target, then move the alias, then serve it; without a target `move` says why there is none."""
     slot = service.names.get(name)
@@ -132,8 +140,9 @@ async def _move(
     if slot is not None:
         # Another process may have moved the champion meanwhile.
         await service.refresher.refresh(slot)
-    champion = await anyio.to_thread.run_sync(registry.aliases, name)
-    return JSONResponse({"name": name, "champion": champion["champion"], "served_version": _served(slot)})
+    champion = (await anyio.to_thread.run_sync(registry.aliases, name))["champion"]
+    request.state.target = f"{name}@{champion}"
+    return JSONResponse({"name": name, "champion": champion, "served_version": _served(slot)})
 
 
 def _served(slot: Slot | None) -> str | None:

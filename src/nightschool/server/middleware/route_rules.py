@@ -1,0 +1,70 @@
+"""What each route asks of a key, and what the audit log calls it: one table, read by the rooms before the app."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from nightschool.store.principal import Scope as Permission
+
+OTHER = "other"
+"""The template of a path that no route has."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`scope` is what a key must have, None where every key will do. `action` goes to the audit log; None is not noted."""
+
+    scope: Permission | None = None
+    action: str | None = None
+
+
+# Plain reading needs no row; whatever else has none needs the scope `admin`, and a test asks for its row.
+RULES: dict[tuple[str, str], Rule] = {
+    ("POST", "/generate"): Rule("infer"),
+    ("POST", "/v1/chat/completions"): Rule("infer"),
+    ("POST", "/v1/completions"): Rule("infer"),
+    ("POST", "/api/feedback"): Rule("feedback"),
+    ("DELETE", "/api/conversations/{request_id}"): Rule("feedback", "conversation.delete"),
+    ("GET", "/refresh_model"): Rule("admin", "model.refresh"),
+    ("POST", "/refresh_model"): Rule("admin", "model.refresh"),
+    ("POST", "/api/models/{name}/promote"): Rule("admin", "model.promote"),
+    ("POST", "/api/models/{name}/rollback"): Rule("admin", "model.rollback"),
+    ("POST", "/v1/files"): Rule("train", "file.upload"),
+    ("GET", "/v1/files"): Rule("train"),
+    ("GET", "/v1/files/{file_id}"): Rule("train"),
+    ("GET", "/v1/files/{file_id}/content"): Rule("train"),
+    ("DELETE", "/v1/files/{file_id}"): Rule("train", "file.delete"),
+}
+
+
+def rule_of(method: str, template: str) -> Rule:
+    """The rule of a route. What changes something and has no row of its own is for administrators."""
+    found = RULES.get((method, template))
+    return found or Rule("admin" if is_change(method, template) else None)
+
+
+def is_change(method: str, template: str) -> bool:
+    """Whether a request may change something, or tell what not every key is told: all but plain reading."""
+    return method not in ("GET", "HEAD", "OPTIONS") or (method, template) in RULES
+
+
+class RouteTable:
+    """Finds the route of a request as the app will, so that no spelling of a path is one route here and another there."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = routes
+
+    def template_of(self, scope: Scope) -> str:
+        """Such as `/api/models/{name}`; `OTHER` where no route has the path. Of two, that which takes the method."""
+        found = OTHER
+        for route in self._routes:
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return route.path
+            if match is Match.PARTIAL and found is OTHER:
+                found = route.path
+        return found
