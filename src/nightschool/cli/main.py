@@ -134,6 +134,14 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "rm": ("nightschool.cli.models:rm", "Delete a version that nothing points at."),
         },
     ),
+    "webhooks": (
+        "Who is told of jobs and promotions, and what is on its way.",
+        {
+            "ls": ("nightschool.cli.webhooks:ls", "List the endpoints of all tenants."),
+            "deliveries": ("nightschool.cli.webhooks:deliveries", "What was sent, what waits, what was given up."),
+            "retry": ("nightschool.cli.webhooks:retry", "Send an event again to whoever did not take it."),
+        },
+    ),
     "pins": (
         "Answers that every candidate must keep.",
         {

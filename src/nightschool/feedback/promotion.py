@@ -6,19 +6,23 @@ rolling back therefore switch the examples of versions on and off; none is ever 
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from nightschool.errors import Damaged
-from nightschool.events import read_events
+from nightschool.events import now, read_events
 from nightschool.feedback.lineage import line_of
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.store.home import Home
-from nightschool.store.names import CHAMPION
+from nightschool.store.names import CHAMPION, split_name
+from nightschool.store.outbox import EventType, announce
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import RunStore
 
 NEW_EXAMPLES = "new_examples.jsonl"
 REPLAYED = "replayed.jsonl"
+# Deliveries are kept for longer than this, so what was told is known.
+_NEWS = timedelta(days=1)
 
 
 def promote(home: Home, name: str, version: str, *, by: str) -> Version:
@@ -88,6 +92,18 @@ def _follow(home: Home, registry: Registry, champion: Version) -> None:
     for version in registry.versions(name):
         if not line.may_hold(version.id):
             accepted.drop_version(name, version.id)
+    _tell(home, registry, champion)
+
+
+def _tell(home: Home, registry: Registry, champion: Version) -> None:
+    """Tell the tenant of the last move of its champion, unless it was told, or it is long ago."""
+    moves = [move for move in registry.history(champion.name) if move.alias == CHAMPION]
+    last = moves[-1]
+    event: EventType = "model.rolled_back" if last.action == "rollback" else "model.promoted"
+    if now() - last.at < _NEWS:
+        data = {"model": champion.name, "version": last.after, "previous_version": last.before, "by": last.by}
+        with home.database.write() as connection:
+            announce(connection, split_name(champion.name)[0], event, data, key=f"{champion.name} {len(moves)}")
 
 
 def _studied(home: Home, version: Version, file: str) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ from nightschool.jobs.processes import Killed, how_it_ended, is_trained, wait_fo
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
-from nightschool.store.names import CHAMPION, lock_path
+from nightschool.store.names import CHAMPION, lock_path, split_name
+from nightschool.store.outbox import announce
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 
@@ -265,6 +266,9 @@ def _decide(
         return _result(run, outcome, detail, candidate=candidate.ref, report=report)
 
     if wanted == "if_gate_passes" and not passed:
+        data = {"model": run.name, "version": candidate.id, "rules": failed_rules(report)}
+        with run.home.database.write() as connection:
+            announce(connection, split_name(run.name)[0], "model.refused", data, key=run.id)
         return ended("refused", verdict)
     champion, pinned = registry.champion(run.name), registry.pinned(run.name)
     obstacle = None

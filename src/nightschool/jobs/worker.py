@@ -34,6 +34,7 @@ from nightschool.store.job_files import JobFiles, JobResult, sweep
 from nightschool.store.job_queue import LEASE_SECONDS, FinalState, Job, JobQueue
 from nightschool.store.runs import Run, RunStore
 from nightschool.units import printable
+from nightschool.webhooks.deliverer import delivering
 from nightschool.work.processes import command
 from nightschool.work.stop import Stop
 
@@ -77,7 +78,7 @@ class Worker:
 
         At a signal its jobs save and wait in the queue. Returns 0.
         """
-        with self._stop:
+        with self._stop, delivering(self._home.database):
             self._say(f"Waiting for jobs in {self._home.path}, at most {self._settings.most_running} at once")
             while not self._stop.requested:
                 self._guarded(self._turn)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any
 
+import anyio.to_thread
 import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -31,7 +32,7 @@ from nightschool.server.middleware.quotas import Quotas
 from nightschool.server.middleware.request_log import Access
 from nightschool.server.middleware.route_rules import RouteTable
 from nightschool.server.on_demand import OnDemand
-from nightschool.server.openai import completions, files
+from nightschool.server.openai import completions, files, webhook_endpoints
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
@@ -41,6 +42,7 @@ from nightschool.server.service import Service
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
 from nightschool.store.registry import Registry
+from nightschool.webhooks.deliverer import Deliverer
 
 log = logging.getLogger("nightschool.server")
 
@@ -48,6 +50,7 @@ FAMILIES = (
     parametric_memory.router,
     completions.router,
     files.router,
+    webhook_endpoints.router,
     feedback.router,
     versions.router,
     operations.router,
@@ -135,8 +138,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     }
     log.info("serving", extra={"facts": facts})
     service.refresher.start()
+    deliverer = Deliverer(service.registry.home.database).start() if service.registry is not None else None
     yield
     log.info("stopping")
+    if deliverer is not None:
+        await anyio.to_thread.run_sync(deliverer.stop)
     await service.refresher.stop()
     await service.recorder.close()
     await service.access.close()

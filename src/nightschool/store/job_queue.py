@@ -22,6 +22,7 @@ from nightschool.events import now
 from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.names import check_name, full_name, home_of
+from nightschool.store.outbox import EventType, announce
 from nightschool.store.tables import jobs
 from nightschool.work.lease import Lease, Leased
 
@@ -283,7 +284,7 @@ class JobQueue:
                 raise Conflict(
                     f"The job {job.id} is not this worker's any more: another worker has taken it over, or it ended."
                 )
-            return _get(connection, job.id)
+            return _told(connection, _get(connection, job.id))
 
     def _change(self, job_id: str, tenant: str | None, done: str, changes: _Changes) -> Job:
         """Change a job as what it is at asks for."""
@@ -294,7 +295,23 @@ class JobQueue:
                 raise Conflict(f"The job {job_id} is {job.phase}, so it cannot be {done}.")
             if values:
                 connection.execute(jobs.update().where(jobs.c.id == job_id).values(values))
-            return _get(connection, job_id)
+            return _told(connection, _get(connection, job_id))
+
+
+# What its tenant is told when a job has ended, in OpenAI's words.
+_TOLD: dict[str, EventType] = {
+    "completed": "fine_tuning.job.succeeded",
+    "failed": "fine_tuning.job.failed",
+    "cancelled": "fine_tuning.job.cancelled",
+}
+
+
+def _told(connection: sa.Connection, job: Job) -> Job:
+    """The job, after its tenant was told if it has ended."""
+    if job.is_final:
+        data = {"id": job.id, "model": job.full_name, "version": job.candidate, "outcome": job.outcome}
+        announce(connection, job.tenant, _TOLD[job.state], data, key=job.id)
+    return job
 
 
 _NOBODY: dict[str, Any] = {"owner": None, "lease_until": None}

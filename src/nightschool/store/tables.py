@@ -286,6 +286,44 @@ tainted_versions = sa.Table(
     sa.Column("tainted_at", UtcDateTime, nullable=False),
 )
 
+# Where a tenant is told of its events. The secret signs what is sent, so it is kept as it is.
+webhook_endpoints = sa.Table(
+    "webhook_endpoints",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False, index=True),
+    sa.Column("name", AnyJson, nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("event_types", AnyJson, nullable=False),
+    sa.Column("secret", sa.String(200), nullable=False),
+    sa.Column("old_secret", sa.String(200)),
+    sa.Column("old_secret_until", UtcDateTime),
+    # When it answered that it wants nothing any more.
+    sa.Column("disabled_at", UtcDateTime),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+)
+
+# One row per event and endpoint that wants it.
+webhook_deliveries = sa.Table(
+    "webhook_deliveries",
+    metadata,
+    sa.Column("event_id", sa.String(64), primary_key=True),
+    sa.Column("endpoint_id", sa.ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("event_type", sa.String(64), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("next_try_at", UtcDateTime, nullable=False),
+    sa.Column("owner", sa.String(200)),
+    sa.Column("lease_until", UtcDateTime),
+    sa.Column("status_code", sa.Integer),
+    sa.Column("error", AnyJson),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Index("ix_webhook_deliveries_state_next_try_at", "state", "next_try_at"),
+)
+
 
 def key_of(name: str) -> dict[str, str]:
     """The values of the columns `tenant` and `name` for `tenant/name` or `name`.

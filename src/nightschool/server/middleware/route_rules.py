@@ -38,6 +38,13 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/files/{file_id}"): Rule("train"),
     ("GET", "/v1/files/{file_id}/content"): Rule("train"),
     ("DELETE", "/v1/files/{file_id}"): Rule("train", "file.delete"),
+    ("GET", "/v1/webhook_endpoints"): Rule("admin"),
+    ("POST", "/v1/webhook_endpoints"): Rule("admin", "webhook.create"),
+    ("GET", "/v1/webhook_endpoints/{endpoint_id}"): Rule("admin"),
+    ("POST", "/v1/webhook_endpoints/{endpoint_id}"): Rule("admin", "webhook.change"),
+    ("DELETE", "/v1/webhook_endpoints/{endpoint_id}"): Rule("admin", "webhook.delete"),
+    ("POST", "/v1/webhook_endpoints/{endpoint_id}/rotate_secret"): Rule("admin", "webhook.rotate_secret"),
+    ("POST", "/v1/webhook_endpoints/{endpoint_id}/test"): Rule("admin", "webhook.test"),
 }
 
 
