@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nightschool.config.training_service import JobSettings, TrainingServiceSettings, variable_of
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "nightschool"
 PAGES = [
@@ -22,7 +24,7 @@ NO_VARIABLES = {
 }  # fmt: skip
 # Shown as an example of a setting, and names without an underscore, which the search does not find by themselves.
 EXAMPLES = {"NIGHTSCHOOL_TRAIN__LEARNING_RATE"}
-PLAIN_NAMES = {"RANK", "TERM", "container"}
+PLAIN_NAMES = {"ENV", "PORT", "RANK", "TERM", "container"}
 
 
 def layers_of_the_contract():
@@ -74,6 +76,8 @@ def test_the_example_of_an_environment_has_each_variable_that_the_code_reads():
     trees = [ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))]
     read = set().union(*map(variables_of, trees)) - NO_VARIABLES
     plain = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)} & PLAIN_NAMES
+    of_the_service = {variable_of(name) for name in (*TrainingServiceSettings.model_fields, *JobSettings.model_fields)}
+    read |= of_the_service - {"JOB"}
     shown = set(re.findall(r"^# (\w+)=", (ROOT / ".env.example").read_text(), flags=re.MULTILINE))
     assert shown == read | plain | EXAMPLES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Literal
 from nightschool.cli.models import told, who
 from nightschool.cli.output import note
 from nightschool.cli.recipes import read_recipe
+from nightschool.config.env_file import read_env_file
 from nightschool.config.recipe import Serve
+from nightschool.config.training_service import TrainingServiceSettings, variables_without_a_use
 from nightschool.errors import UsageError
 from nightschool.store.home import Home
 from nightschool.store.names import check_full_name
@@ -25,7 +28,8 @@ def serve(
     *sources: str,
     name: str | None = None,
     host: str = "127.0.0.1",
-    port: int = 8001,
+    port: int | None = None,
+    env_file: Path | None = None,
     model_check_interval: str | None = None,
     record_conversations: bool | None = None,
     api_keys_file: Path | None = None,
@@ -49,7 +53,7 @@ def serve(
     max_loaded_names: int = 256,
     drain_seconds: float = 30.0,
     with_worker: bool = False,
-    log_level: str = "info",
+    log_level: str | None = None,
 ) -> None:
     """Answer over HTTP with the champions of one name or several, and swap when another version is promoted.
 
@@ -63,7 +67,8 @@ def serve(
             serve.record_conversations=true. A folder, a GGUF file or a hub id is first added as by nightschool models add.
         name: The name to add a folder, a file or a hub model under; without it, one is made of its last part.
         host: Address to listen on. Other than 127.0.0.1 needs an API key, in NIGHTSCHOOL_API_KEY or a file.
-        port: Port to listen on; 0 takes a free one.
+        port: Port to listen on, 0 for a free one; PORT, or 8001, without it.
+        env_file: A file of variables, as .env.example has them; what the environment says goes before it.
         model_check_interval: How often to look for a newly promoted version: 3600, 10m, 1h; 3600 s without it.
         record_conversations: Keep conversations and feedback, so that a later night can study them.
         api_keys_file: A file with one API key a line.
@@ -89,7 +94,7 @@ def serve(
         max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
         drain_seconds: How long running answers may take to finish after SIGTERM.
         with_worker: Start nightschool worker beside the server, which does the queued jobs and ends with it.
-        log_level: debug, info, warning or error.
+        log_level: debug, info, warning or error; LOG_LEVEL, or info, without it.
     """
     from pydantic import ValidationError
 
@@ -100,13 +105,17 @@ def serve(
     from nightschool.server.run import serve as serve_names
     from nightschool.server.settings import ServerSettings, read_api_keys
 
+    if env_file is not None:
+        os.environ.update({key: value for key, value in read_env_file(env_file).items() if key not in os.environ})
+    for sentence in variables_without_a_use():
+        note(sentence)
     served, wishes = _what_is_served(sources, name)
     if record_conversations is None:
         record_conversations = wishes.record_conversations
     try:
         settings = ServerSettings(
             host=host,
-            port=port,
+            port=os.environ.get("PORT") or 8001 if port is None else port,
             api_keys=read_api_keys(file=api_keys_file),
             model_check_interval=(
                 wishes.model_check_interval if model_check_interval is None else parse_seconds(model_check_interval)
@@ -125,7 +134,8 @@ def serve(
             max_new_tokens_limit=max_new_tokens_limit,
             max_loaded_names=max_loaded_names,
             drain_seconds=drain_seconds,
-            log_level=log_level,
+            training_service=TrainingServiceSettings.of_environment(),
+            log_level=(log_level or os.environ.get("LOG_LEVEL") or "info").lower(),
         )
     except ValidationError as error:
         problem = error.errors()[0]

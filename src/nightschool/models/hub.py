@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from nightschool.errors import NotFound
@@ -12,6 +13,11 @@ from nightschool.models.quiet import quiet_libraries
 
 # Only what a model needs, only from the top of the repository, and no pickle.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def _token() -> str | None:
+    """What opens gated models: the library's own (HF_TOKEN, or that of `hf auth login`), else HUGGINGFACE_TOKEN."""
+    return get_token() or os.environ.get("HUGGINGFACE_TOKEN") or None
 
 
 def fetch_from_hub(ref: str) -> Path:
@@ -23,7 +29,9 @@ def fetch_from_hub(ref: str) -> Path:
     offline = constants.is_offline_mode()
     with quiet_libraries():
         try:
-            folder = snapshot_download(ref, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=offline)
+            folder = snapshot_download(
+                ref, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=offline, token=_token()
+            )
         except HFValidationError:
             raise NotFound(
                 f"The base {ref!r} is not a name of the registry, a folder or a possible hub id. "

@@ -41,6 +41,9 @@ from nightschool.server.served_names import ServedNames
 from nightschool.server.service import Service
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
+from nightschool.server.training_service import routes as training_service
+from nightschool.server.training_service.parts import TrainingService
+from nightschool.server.training_service.schemas import MessageRequest
 from nightschool.store.registry import Registry
 from nightschool.webhooks.deliverer import Deliverer
 
@@ -53,6 +56,7 @@ FAMILIES = (
     webhook_endpoints.router,
     feedback.router,
     versions.router,
+    *training_service.ROUTERS,
     operations.router,
     reference_page.router,
 )
@@ -108,6 +112,7 @@ def create_app(
         lifespan=_lifespan,
     )
     app.state.service = service
+    app.state.training = None if registry is None else TrainingService.of(registry, settings.training_service)
     for router in FAMILIES:
         app.include_router(router)
     install_handlers(app)
@@ -115,6 +120,10 @@ def create_app(
     app.add_middleware(
         BodyLimit,
         bounds=Bounds(settings.max_body_bytes, settings.body_timeout_seconds),
+        of_paths=dict.fromkeys(
+            training_service.BRING_CONVERSATIONS,
+            Bounds(settings.max_training_body_bytes, settings.body_timeout_seconds),
+        ),
         streamed={files.UPLOAD_PATH: Bounds(settings.max_file_bytes, settings.file_timeout_seconds)},
     )
     app.add_middleware(Audit, access=access)
@@ -190,6 +199,7 @@ def _document_keys(document: dict[str, Any]) -> None:
 
 _LENGTH_FIELDS: tuple[tuple[type[BaseModel], str], ...] = (
     (parametric_memory.GenerateRequest, "max_new_tokens"),
+    (MessageRequest, "max_tokens"),
     (ChatRequest, "max_tokens"),
     (ChatRequest, "max_completion_tokens"),
     (CompletionRequest, "max_tokens"),

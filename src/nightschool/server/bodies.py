@@ -22,12 +22,13 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 from nightschool.server.errors import nearest_name
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
+    """A number without a fraction as an integer: to JSON, 3.0 is one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # JSON's own types and nothing that could be turned into them: true is not a number, and "5" is none either.
-Integer = Annotated[int, BeforeValidator(_whole), Strict()]
+Integer = Annotated[int, BeforeValidator(whole), Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 

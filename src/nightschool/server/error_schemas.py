@@ -19,6 +19,7 @@ _WHEN = {
     429: "Too many requests wait, or came from this caller; `Retry-After` says when to come again.",
     500: "It failed; the message says why.",
     503: "No model is loaded.",
+    507: "The disk is full.",
 }
 
 

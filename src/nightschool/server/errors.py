@@ -1,8 +1,9 @@
 """What a client sees when something goes wrong: one table, three spellings.
 
-/v1/…     {"error": {"message", "type", "param", "code"}}      as OpenAI's clients expect
-/api/…    application/problem+json                             RFC 9457
-the rest  {"detail": …}                                        as the parametric-memory API promises
+/v1/…            {"error": {"message", "type", "param", "code"}}      as OpenAI's clients expect
+/api/…           application/problem+json                             RFC 9457
+/api/v1/…        {"detail": …}                                        as the training service's users know it
+and all others   {"detail": …}                                        as the parametric-memory API promises
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def family(path: str) -> str:
     """`openai`, `api` or `plain`: which spelling of errors a path has."""
     if path == "/v1" or path.startswith("/v1/"):
         return "openai"
-    if path == "/api" or path.startswith("/api/"):
+    if path == "/api" or (path.startswith("/api/") and not path.startswith("/api/v1/")):
         return "api"
     return "plain"
 

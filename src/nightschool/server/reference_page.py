@@ -21,7 +21,7 @@ _HEAD = """# HTTP reference
 - Every answer has `x-request-id`; an answer of a model also has `x-model-version`, the `name@version` that gave it.
 - Where there are API keys, send `Authorization: Bearer KEY` or `x-api-key: KEY`; `/healthz`, `/readyz` and `/health` are open.
 - Errors are `{"error": {"message", "type", "param", "code"}}` under `/v1`, `application/problem+json` under `/api`,
-  and `{"detail": …}` elsewhere. An unknown field is an error that names the nearest known one.
+  and `{"detail": …}` elsewhere, `/api/v1` included. An unknown field is an error that names the nearest known one.
 """
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
+from nightschool.config.training_service import TrainingServiceSettings
 from nightschool.errors import NotFound, UsageError
 from nightschool.store.names import check_name
 from nightschool.store.principal import DEFAULT_TENANT, SCOPES, Scope, parse_scopes
@@ -51,6 +52,9 @@ class ServerSettings(BaseModel):
         default=False, description="Keep conversations and feedback in the home, so that a later night can study them."
     )
     max_body_bytes: int = Field(2_000_000, ge=1024, description="Largest accepted request body; more is refused (413).")
+    max_training_body_bytes: int = Field(
+        64_000_000, ge=1024, description="The same of requests that bring conversations to be trained."
+    )
     body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time a client may take to send its body.")
     max_file_bytes: int = Field(
         512_000_000, ge=1024, description="Largest file that may be uploaded to be trained on; more is refused (413)."
@@ -79,6 +83,9 @@ class ServerSettings(BaseModel):
         description="Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.",
     )
     drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
+    training_service: TrainingServiceSettings = Field(
+        default_factory=TrainingServiceSettings, description="What the training service allows, and its defaults."
+    )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severe log lines kept.")
 
     @field_validator("api_keys", mode="before")

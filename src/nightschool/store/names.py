@@ -20,7 +20,9 @@ from nightschool.store.principal import DEFAULT_TENANT
 CHAMPION, LATEST, PREVIOUS = "champion", "latest", "previous"
 RESERVED_ALIASES = (CHAMPION, LATEST, PREVIOUS)
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+"""What `check_name` takes, but for two dots in a row and our own suffixes; for schemas of requests."""
+_NAME = re.compile(NAME_PATTERN)
 _STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
 _STAMP_FORMAT = "%Y%m%d_%H%M%S"
 _MOST_KEY_BYTES = 900

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 ProcessName = Literal[
-    "cli", "probe", "plan", "train", "compare", "cycle", "job", "worker", "upload", "write-checkpoints"
+    "cli", "probe", "plan", "train", "compare", "evaluate", "cycle", "job", "worker", "upload", "write-checkpoints"
 ]
 
 PROCESSES: Mapping[ProcessName, str] = {
@@ -20,6 +20,7 @@ PROCESSES: Mapping[ProcessName, str] = {
     "plan": "nightschool.training.planning.peak_bytes",
     "train": "nightschool.training.run",
     "compare": "nightschool.engine.compare",
+    "evaluate": "nightschool.engine.evaluate",
     "cycle": "nightschool.jobs.detached",
     "job": "nightschool.jobs.job_process",
     "worker": "nightschool.jobs.worker",

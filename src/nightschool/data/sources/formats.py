@@ -13,7 +13,7 @@ from nightschool.data.example import ROLES, Example, Message, Role
 from nightschool.data.sources.rows import Row
 from nightschool.errors import DataError
 
-_ROLE_NAMES: dict[str, Role] = {role: role for role in ROLES} | {
+ROLE_NAMES: dict[str, Role] = {role: role for role in ROLES} | {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -83,6 +83,11 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
         ]
     except _Wrong as wrong:
         raise DataError(f"{row.where}: {wrong}") from None
+
+
+def role_named(name: Any) -> Role | None:
+    """The role that a name in any spelling means (`human` is the user); None if it means none."""
+    return ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
 def parse_messages(turns: Any, field: str = "messages") -> tuple[Message, ...]:
@@ -250,9 +255,9 @@ def _turn(turn: Any, at: str) -> Message:
         raise _Wrong(f"'{at}' is {_kind(turn)}, but an object with 'role' and 'content' is expected. Write it so.")
     role_field, content_field = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     name = turn.get(role_field)
-    role = _ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = role_named(name)
     if role is None:
-        raise _Wrong(f"'{at}.{role_field}' is {name!r}, but a role is one of {', '.join(_ROLE_NAMES)}. Correct it.")
+        raise _Wrong(f"'{at}.{role_field}' is {name!r}, but a role is one of {', '.join(ROLE_NAMES)}. Correct it.")
     if turn.get("tool_calls"):
         raise _Wrong(f"'{at}.tool_calls': calls of tools are not read. Write the call into '{at}.{content_field}'.")
     content = turn.get(content_field)

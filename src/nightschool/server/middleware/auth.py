@@ -20,7 +20,7 @@ from nightschool.server.settings import ServerSettings, is_address, is_loopback
 from nightschool.store.api_keys import digest_of
 from nightschool.store.principal import LOCAL, Principal
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/api/v1/health"})
 _GUESSES = Rate(10 / 60, 10)
 """Wrong keys of one address."""
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d+)?")

@@ -47,12 +47,16 @@ class BodyLimit:
     Args:
         app: What is behind it.
         bounds: Of every body.
+        of_paths: Paths whose bodies have other bounds, and are read whole all the same.
         streamed: Paths whose POST has bounds of its own, and reads the body piece by piece as it comes.
     """
 
-    def __init__(self, app: ASGIApp, *, bounds: Bounds, streamed: Mapping[str, Bounds]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, bounds: Bounds, of_paths: Mapping[str, Bounds], streamed: Mapping[str, Bounds]
+    ) -> None:
         self._app = app
         self._bounds = bounds
+        self._of_paths = of_paths
         self._streamed = streamed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,33 +64,35 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         streamed = self._streamed.get(scope["path"]) if scope["method"] == "POST" else None
+        bounds = self._of_paths.get(scope["path"], self._bounds)
         try:
             if streamed is not None:
                 streamed.check_declared(scope)
                 body = _PassingBody(streamed, receive, send)
                 await self._app(scope, body.receive, body.send)
                 return
-            whole = await asyncio.wait_for(self._read(scope, receive), self._bounds.timeout_seconds)
+            whole = await asyncio.wait_for(_read(scope, receive, bounds), bounds.timeout_seconds)
         except TimeoutError:
-            await _refuse(scope, receive, send, self._bounds.too_slow())
+            await _refuse(scope, receive, send, bounds.too_slow())
             return
         except Refusal as refusal:
             await _refuse(scope, receive, send, refusal)
             return
         await self._app(scope, _replayed(whole, receive), send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        self._bounds.check_declared(scope)
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            body += message.get("body", b"")
-            if len(body) > self._bounds.max_bytes:
-                raise self._bounds.too_large(f"more than {self._bounds.max_bytes} bytes")
-            if not message.get("more_body", False):
-                return bytes(body)
+
+async def _read(scope: Scope, receive: Receive, bounds: Bounds) -> bytes:
+    bounds.check_declared(scope)
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > bounds.max_bytes:
+            raise bounds.too_large(f"more than {bounds.max_bytes} bytes")
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
 class _PassingBody:
