@@ -78,8 +78,10 @@ def test_the_example_of_an_environment_has_each_variable_that_the_code_reads():
     plain = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)} & PLAIN_NAMES
     of_the_service = {variable_of(name) for name in (*TrainingServiceSettings.model_fields, *JobSettings.model_fields)}
     read |= of_the_service - {"JOB"}
+    deployed = "".join((ROOT / name).read_text() for name in ("compose.yaml", "deploy/entrypoint.sh"))
+    in_containers = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)", deployed))
     shown = set(re.findall(r"^# (\w+)=", (ROOT / ".env.example").read_text(), flags=re.MULTILINE))
-    assert shown == read | plain | EXAMPLES
+    assert shown == read | plain | EXAMPLES | in_containers
 
 
 def test_each_variable_of_the_example_has_a_meaning_above_it():

@@ -18,7 +18,7 @@ from nightschool.store.home import Home
 # Shown with their versions, because they decide about speed and results.
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 # For developers; nobody misses them who trains and serves.
-_DEVELOPMENT = frozenset({"test", "bench"})
+_DEVELOPMENT = frozenset({"test", "bench", "deploy"})
 # A trainer, a server and their connections; each shard of data that is mapped takes one, too.
 FEW_OPEN_FILES = 1024
 
