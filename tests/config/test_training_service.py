@@ -46,7 +46,7 @@ def test_the_documented_environment_is_understood():
     assert settings.job.lora_target_modules == ["q_proj", "v_proj"]
     assert (settings.job.use_4bit, settings.job.use_8bit) == (True, False)
     told = settings.model_dump(exclude={"job"}) | settings.job.model_dump(exclude_none=True)
-    assert {variable_of(name) for name in told} - {"ALLOWED_BASE_MODELS"} == set(DOCUMENTED)
+    assert {variable_of(name) for name in told} - {"ALLOWED_BASE_MODELS", "MODEL_ALIASES"} == set(DOCUMENTED)
 
 
 def test_without_variables_the_documented_defaults_hold():
@@ -109,3 +109,20 @@ def test_a_folder_is_named_by_its_whole_path_to_a_job_that_runs_elsewhere(tmp_pa
 def test_what_has_no_use_here_is_said():
     said = variables_without_a_use({"ENV": "development", "CHECKPOINT_DIR": "./models/checkpoints", "REDIS_URL": ""})
     assert [sentence.split()[0] for sentence in said] == ["ENV", "CHECKPOINT_DIR"]
+
+
+def test_another_name_of_a_base_stands_for_it():
+    settings = TrainingServiceSettings.of_environment({"MODEL_ALIASES": " gpt-4o-mini = own/base , mini=other/base"})
+    assert [settings.base_for(name) for name in ("gpt-4o-mini", "mini", "own/base")] == [
+        "own/base",
+        "other/base",
+        "own/base",
+    ]
+    with pytest.raises(UsageError, match="is not allowed here"):
+        settings.base_for("gpt-4o")
+
+
+@pytest.mark.parametrize("text", ["gpt-4o-mini", "=", "gpt-4o-mini="])
+def test_an_alias_of_nothing_is_refused(text):
+    with pytest.raises(UsageError, match="MODEL_ALIASES"):
+        TrainingServiceSettings.of_environment({"MODEL_ALIASES": text})

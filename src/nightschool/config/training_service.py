@@ -104,6 +104,10 @@ class TrainingServiceSettings(BaseModel):
         None, description="The base of jobs that name none: a hub id, a folder, or a name of the registry."
     )
     allowed_base_models: tuple[Base, ...] = Field((), description="Further bases that a request may name.")
+    model_aliases: dict[str, Base] = Field(
+        default_factory=dict,
+        description="Other names of bases, for scripts that name a model of OpenAI: `gpt-4o-mini=Qwen/Qwen3-0.6B`.",
+    )
     min_training_samples: int = Field(1, ge=1, description="Fewest conversations that a job is begun with.")
     max_new_tokens: int = Field(500, ge=1, description="Longest answer in tokens, where a request says nothing.")
     temperature: float = Field(0.8, ge=0, le=2, description="Of sampling; 0 always takes the likeliest token.")
@@ -143,7 +147,9 @@ class TrainingServiceSettings(BaseModel):
                     "with DEFAULT_BASE_MODEL, a hub id, a folder or a name of the registry."
                 )
             return _absolute_folder(self.default_base_model)
-        allowed = [*self.allowed_base_models, *([self.default_base_model] if self.default_base_model else [])]
+        wanted = self.model_aliases.get(wanted, wanted)
+        own = [*self.model_aliases.values(), *([self.default_base_model] if self.default_base_model else [])]
+        allowed = [*self.allowed_base_models, *own]
         if wanted.strip() not in allowed:
             raise UsageError(
                 f"The base model {wanted[:200]!r} is not allowed here. "
@@ -164,8 +170,11 @@ def variables_without_a_use(environ: Mapping[str, str] | None = None) -> list[st
 
 
 def _value(environ: Mapping[str, str], field: str) -> Any:
-    """A variable's text, as a list where it is one; None if it is not set, or empty."""
+    """A variable's text, as a list or pairs where it is one; None if it is not set, or empty."""
     text = environ.get(variable_of(field), "").strip()
+    if field == "model_aliases" and text:
+        pairs = (part.partition("=")[::2] for part in text.split(",") if part.strip())
+        return {name.strip(): base.strip() for name, base in pairs}
     if field in ("allowed_base_models", "lora_target_modules"):
         return [part.strip() for part in text.split(",") if part.strip()] or None
     return text or None

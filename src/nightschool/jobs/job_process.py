@@ -15,12 +15,14 @@ from nightschool.events import now
 from nightschool.jobs.cycle import begin_cycle, continue_cycle, cycle_lock_path
 from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleResult, verdict_of
+from nightschool.store.atomic import write_text
 from nightschool.store.home import Home
 from nightschool.store.job_files import JobFiles, JobResult
 from nightschool.store.job_queue import Job, JobQueue
 from nightschool.store.locks import lock
 from nightschool.store.runs import RunStore
 from nightschool.units import printable
+from nightschool.views.results import results_csv
 from nightschool.work.stop import Stop
 
 
@@ -50,6 +52,8 @@ def _work(home: Home, queue: JobQueue, job: Job, files: JobFiles, stop: Stop) ->
     files.enter_process()
     job = queue.get(job.id)  # the process before this one may have noted its run since
     result = _result(home, queue, job, CycleContext(on_news=_say, stop=stop, machine="shared"))
+    if result.candidate is not None and result.run_id is not None:
+        write_text(files.figures_path, results_csv(RunStore(home).get(result.run_id)))
     files.write_result(result)
     _say(f"{result.outcome}: {result.detail}")
     return 0 if result.is_final else Interrupted.exit_code

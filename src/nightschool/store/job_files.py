@@ -10,6 +10,7 @@ from typing import Any
 from nightschool.errors import NotFound
 from nightschool.events import now
 from nightschool.store.atomic import read_json, remove_folder, write_json
+from nightschool.store.files import RESULTS
 from nightschool.store.home import Home
 from nightschool.store.job_queue import Job, JobQueue, job_folder
 from nightschool.store.locks import is_held
@@ -61,6 +62,11 @@ class JobFiles:
     def plan_path(self) -> Path:
         """What the job will take, as `training/planning/peak_bytes.py` found."""
         return self.path / "plan.json"
+
+    @property
+    def figures_path(self) -> Path:
+        """The figures of each step, once the job has made a model (`store/files.py`)."""
+        return self.path / RESULTS
 
     @property
     def lock_path(self) -> Path:

@@ -52,6 +52,13 @@ RULES: dict[tuple[str, str], Rule] = {
     ("DELETE", "/v1/webhook_endpoints/{endpoint_id}"): Rule("admin", "webhook.delete"),
     ("POST", "/v1/webhook_endpoints/{endpoint_id}/rotate_secret"): Rule("admin", "webhook.rotate_secret"),
     ("POST", "/v1/webhook_endpoints/{endpoint_id}/test"): Rule("admin", "webhook.test"),
+    ("POST", "/v1/fine_tuning/jobs"): Rule("train", "job.start"),
+    ("GET", "/v1/fine_tuning/jobs"): Rule("train"),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}"): Rule("train"),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): Rule("train"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): Rule("train", "job.cancel"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): Rule("train", "job.pause"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): Rule("train", "job.resume"),
 }
 
 

@@ -15,6 +15,7 @@ from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Answer, Running, while_connected
+from nightschool.server.openai.model_names import registry_name
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
@@ -44,7 +45,7 @@ async def chat_completions(
         params=_params(body, logprobs),
         max_new_tokens=_length(body.max_completion_tokens or body.max_tokens, service),
         default_max_new_tokens=service.settings.max_new_tokens_limit,
-        model=body.model,
+        model=registry_name(body.model, principal.tenant),
         principal=principal,
         n=body.n or 1,
     )
@@ -62,7 +63,7 @@ async def completions(
         params=_params(body, body.logprobs),
         max_new_tokens=_length(body.max_tokens, service),
         default_max_new_tokens=_COMPLETION_DEFAULT_TOKENS,
-        model=body.model,
+        model=registry_name(body.model, principal.tenant),
         principal=principal,
         n=body.n or 1,
     )

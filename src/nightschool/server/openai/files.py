@@ -24,7 +24,7 @@ from nightschool.store.principal import Principal
 router = APIRouter(prefix="/v1/files", tags=["OpenAI-compatible"])
 UPLOAD_PATH = "/v1/files"
 PURPOSE: Purpose = "fine-tune"
-FORMATS = ("messages", "prompt_completion")
+FORMATS = ("messages", "prompt_completion", "preference")
 _PIECE_BYTES = 1 << 20
 # Reading a file keeps a core busy, and nobody is helped by several at once.
 _CHECKS = ThreadPoolExecutor(1, thread_name_prefix="check-file")

@@ -44,7 +44,11 @@ def _few(value: Any) -> Any:
     return value
 
 
-Metadata = Annotated[dict[str, str], Field(max_length=MOST_METADATA), BeforeValidator(_few)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MOST_METADATA),
+    BeforeValidator(_few),
+]
 
 
 class TextPart(Body):

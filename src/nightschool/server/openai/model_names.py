@@ -1,0 +1,58 @@
+"""Names of fine-tuned models as OpenAI writes them, `ft:BASE:ORGANISATION:SUFFIX:ID`, and as the registry has them.
+
+A job publishes under a name of its own, `SUFFIX-ID`, so that each begins from its base; its champion is what the job made.
+"""
+
+from __future__ import annotations
+
+import re
+
+from nightschool.store.job_queue import Job
+from nightschool.store.names import full_name
+
+_NO_SUFFIX = "ft"
+_ID_DIGITS = 12
+_MOST_SUFFIX_CHARACTERS = 40
+_MOST_BASE_CHARACTERS = 64
+_FINE_TUNED = re.compile(
+    r"ft:(?P<base>.+):(?P<tenant>[^:]*):(?P<suffix>[a-z0-9-]*):(?P<id>[0-9a-f]{12})(:(?P<alias>ckpt-step-[0-9]{1,12}))?"
+)
+
+
+def name_of_job(job_id: str, suffix: str | None) -> str:
+    """The bare name under which a job publishes: `SUFFIX-ID`."""
+    return f"{_slug(suffix) or _NO_SUFFIX}-{_short(job_id)}"
+
+
+def fine_tuned_model(job: Job) -> str:
+    """What a job's model is called: `ft:BASE:ORGANISATION:SUFFIX:ID`."""
+    base = str(job.metadata["model"])
+    original = _FINE_TUNED.fullmatch(base)
+    # Of a path, the last part: where models lie is nobody's business.
+    shown = (
+        original["base"] if original else base.rstrip("/").rpartition("/")[2].partition("@")[0][:_MOST_BASE_CHARACTERS]
+    )
+    return f"ft:{shown}:{job.tenant}:{_slug(job.metadata.get('suffix'))}:{_short(job.id)}"
+
+
+def alias_of_checkpoint(step: int) -> str:
+    """The alias of the version that a checkpoint of a job became."""
+    return f"ckpt-step-{step}"
+
+
+def registry_name(model: str, tenant: str) -> str:
+    """What the registry calls a tenant's `ft:…`; any other name as it is."""
+    match = _FINE_TUNED.fullmatch(model)
+    if match is None or match["tenant"] != tenant:
+        return model
+    name = full_name(tenant, f"{match['suffix'] or _NO_SUFFIX}-{match['id']}")
+    return f"{name}@{match['alias']}" if match["alias"] else name
+
+
+def _short(job_id: str) -> str:
+    return job_id.rpartition("-")[2][:_ID_DIGITS]
+
+
+def _slug(suffix: str | None) -> str:
+    """A suffix in the letters that a name may have; others become dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", (suffix or "").lower())[:_MOST_SUFFIX_CHARACTERS].strip("-")
