@@ -291,13 +291,16 @@ def kept(**where):
 
 
 LORA = {"method": "lora"}
+QLORA = {"method": "qlora"}
 DPO = {"method": "dpo", "data": [{"path": "pairs.json"}]}
+EVERY_STEP = {"train.evaluate_every": "1 steps"}
 CRON = {"schedule.cron": "0 3 * * *"}
 
 # For each setting: who looks, at which recipe, and what is changed in it. Or the test that proves it.
 OBSERVED = {
     "name": (a_run, {}, {"name": "another"}),
     "base": (a_run, {}, {"base": "./other"}),
+    "from_checkpoint": "training/test_early_stopping.py::test_a_new_run_begins_with_the_weights_of_a_checkpoint",
     "method": (a_run, {}, LORA),
     "data.path": (a_run, {}, {"data": [{"path": "fewer.json"}]}),
     "data.repeat": "data/test_repeat.py::test_a_new_example_is_studied_as_often_as_its_source_says",
@@ -339,6 +342,21 @@ OBSERVED = {
     "train.seed": (a_run, {}, {"train.seed": 43}),
     "train.log_every": (a_run, {}, {"train.log_every": 2}),
     "train.evaluate_every": (a_run, {}, {"train.evaluate_every": "1 steps"}),
+    "train.optimizer": (a_run, {}, {"train.optimizer": "adamw_8bit"}),
+    "train.early_stopping.patience": (
+        a_run,
+        EVERY_STEP | {"train.early_stopping.min_delta": 9.0},
+        {"train.early_stopping.patience": 1},
+    ),
+    "train.early_stopping.min_delta": (
+        a_run,
+        EVERY_STEP | {"train.early_stopping.patience": 1},
+        {"train.early_stopping.min_delta": 9.0},
+    ),
+    "quantization.bits": (a_run, QLORA, {"quantization.bits": 8}),
+    "quantization.type": (a_run, QLORA, {"quantization.type": "fp4"}),
+    "quantization.double": (a_run, QLORA, {"quantization.double": False}),
+    "quantization.compute_dtype": (a_run, QLORA, {"quantization.compute_dtype": "bfloat16"}),
     "lora.r": (a_run, LORA, {"lora.r": 2}),
     "lora.alpha": (a_run, LORA, {"lora.alpha": 16}),
     "lora.dropout": (a_run, LORA, {"lora.dropout": 0.3}),

@@ -143,9 +143,9 @@ def test_what_nests_too_deep_ends_in_a_problem_and_soon(text):
 
 
 def test_a_key_below_an_unknown_section_is_reported_once():
-    assert problems(MINIMAL + "optimizer:\n  name: adam\n  betas: [0.9, 0.95]\n") == [
-        "r.yaml:3: optimizer: is not a setting; a recipe knows name, base, method, shape, tokenizer, data, held_out, "
-        "replay, train, lora, dpo, pretrain, checkpoints, gate, schedule, serve"
+    assert problems(MINIMAL + "parallelism:\n  name: tensor\n  degrees: [2, 4]\n") == [
+        "r.yaml:3: parallelism: is not a setting; a recipe knows name, base, from_checkpoint, method, shape, tokenizer, data, held_out, "
+        "replay, train, lora, quantization, dpo, pretrain, checkpoints, gate, schedule, serve"
     ]
 
 

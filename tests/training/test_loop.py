@@ -85,8 +85,8 @@ def test_a_mean_of_means_would_be_noticed(tmp_path):
     task = make_task(documents=documents, batch_size=2)
     counts = {task.batch(0, index).tokens_trained for index in range(4)}
     losses = [task.loss(task.batch(0, index)) for index in range(4)]
-    means = [float(loss.sum.detach()) / loss.tokens for loss in losses]
-    true = sum(float(loss.sum.detach()) for loss in losses) / sum(loss.tokens for loss in losses)
+    means = [float(loss.sum.detach()) / loss.units for loss in losses]
+    true = sum(float(loss.sum.detach()) for loss in losses) / sum(loss.units for loss in losses)
     assert len(counts) > 1
     assert abs(sum(means) / 4 - true) > 1e-3
 
@@ -150,7 +150,7 @@ def test_weights_scale_the_loss_of_a_token(tmp_path):
     ]
     a, b, c = (float(loss.sum.detach()) for loss in sums)
     assert b == pytest.approx((a + c) / 2, rel=1e-6)
-    assert [loss.tokens for loss in sums] == [3, 3, 2]
+    assert [loss.units for loss in sums] == [3, 3, 2]
 
 
 def test_a_window_never_crosses_an_epoch_and_max_steps_may_exceed_the_epochs(tmp_path):

@@ -270,6 +270,8 @@ def _origins(recipe: Recipe, tree: _Tree) -> dict[str, Origin]:
             origins[dotted(path)] = max(own, key=lambda o: _RANKS[o.kind]) if own else Origin("default")
 
     visit(recipe.as_plain(), ())
+    if origins["train.learning_rate"].kind == "default":
+        origins["train.learning_rate"] = Origin("default", f"method: {recipe.method}")
     return origins
 
 

@@ -24,7 +24,7 @@ from pydantic import (
 from nightschool.config.checkpoints import Checkpoints, Keep, Upload
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
 from nightschool.config.rules import RuleName, parse_rule
-from nightschool.config.train import Dpo, Lora, Pretrain, Shape, Train
+from nightschool.config.train import Dpo, Lora, Pretrain, Quantization, Shape, Train
 from nightschool.units import format_seconds
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Method",
     "PersonalData",
     "Pretrain",
+    "Quantization",
     "Recipe",
     "Replay",
     "Schedule",
@@ -50,9 +51,13 @@ __all__ = [
     "Upload",
 ]
 
-Method = Literal["full", "lora", "dpo", "pretrain"]
-ADAPTER_METHODS: frozenset[Method] = frozenset({"lora", "dpo"})
+Method = Literal["full", "lora", "qlora", "dpo", "pretrain"]
+ADAPTER_METHODS: frozenset[Method] = frozenset({"lora", "qlora", "dpo"})
 """Those that train an adapter and leave the base as it is."""
+
+ADAPTER_LEARNING_RATE = 2e-5
+"""Of adapters where a recipe gives none: their best rates are about ten times those of full fine-tuning (Schulman 2025, LoRA
+without regret)."""
 
 Format = Literal[
     "auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"
@@ -255,6 +260,7 @@ class Serve(Section):
 
 # Settings that only one method has a use for, each with what the others have instead.
 _OF_ONE_METHOD: dict[str, tuple[Method, str]] = {
+    "quantization": ("qlora", ""),
     "dpo": ("dpo", ""),
     "pretrain": ("pretrain", ""),
     "tokenizer": ("pretrain", ", whose base brings its own"),
@@ -273,10 +279,15 @@ class Recipe(Section):
         ...,
         description="Starting weights: a hub id, ./folder, ./file.gguf, name@version of the registry, or new:<preset>.",
     )
+    from_checkpoint: NotBlank | None = Field(
+        None,
+        description="Begin a new run with the weights of a checkpoint of another: a folder, RUN/CHECKPOINT, or RUN for its newest; "
+        "base and method are that run's.",
+    )
     method: Method = Field(
         "full",
-        description="full: all weights; lora: adapters on a frozen base; dpo: adapters, from preference pairs; pretrain: all "
-        "weights, from token shards.",
+        description="full: all weights; lora: adapters on a frozen base; qlora: on a quantised one; dpo: adapters, from "
+        "preference pairs; pretrain: all weights, from token shards.",
     )
     shape: Shape = Field(default_factory=Shape, description="Where a new: base differs from its preset.")
     tokenizer: NotBlank | None = Field(
@@ -290,12 +301,24 @@ class Recipe(Section):
     replay: Replay = Field(default_factory=Replay, description="What is trained again.")
     train: Train = Field(default_factory=Train, description="The optimization.")
     lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    quantization: Quantization = Field(default_factory=Quantization, description="The base below an adapter.")
     dpo: Dpo = Field(default_factory=Dpo, description="Learning from preference pairs.")
     pretrain: Pretrain = Field(default_factory=Pretrain, description="Learning from token shards.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
     schedule: Schedule = Field(default_factory=Schedule, description="The nights.")
     serve: Serve = Field(default_factory=Serve, description="Promotion and serving.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_method(cls, values: Any) -> Any:
+        """The default rate depends on the method. What is stored with a run has one."""
+        if not isinstance(values, dict) or values.get("method") not in ADAPTER_METHODS:
+            return values
+        train = values.get("train", {})
+        if isinstance(train, dict) and "learning_rate" not in train:
+            return values | {"train": train | {"learning_rate": ADAPTER_LEARNING_RATE}}
+        return values
 
     @field_validator("name")
     @classmethod
@@ -321,6 +344,14 @@ class Recipe(Section):
     def _shards_of_all_weights(self) -> Recipe:
         if self.train.zero_stage and self.method in ADAPTER_METHODS:
             raise ValueError("`train.zero_stage` shares out weights that learn, and an adapter has few; write 0")
+        if self.train.zero_stage and self.train.optimizer != "adamw":
+            raise ValueError(f"`train.optimizer: {self.train.optimizer}` cannot be shared out; write zero_stage: 0")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> Recipe:
+        if self.train.early_stopping.patience is not None and self.checkpoints.keep.best == 0:
+            raise ValueError("`train.early_stopping` publishes the best checkpoint; write checkpoints.keep.best: 1")
         return self
 
     @model_validator(mode="after")

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nightschool.config.fields import ByteCount, Rhythm, Section, Share, Tokens
+
+
+class EarlyStopping(Section):
+    """The end of a run whose held-out loss falls no more. What is published has the lowest one in any case."""
+
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="So many held-out losses in a row without a better one end the run; without it, none do.",
+    )
+    min_delta: float = Field(0.0, ge=0, description="A loss is better if it is lower than the best by more than this.")
 
 
 class Train(Section):
     """The optimization itself."""
 
-    learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        2e-6,
+        gt=0,
+        description="Peak learning rate; without it, ten times as much where an adapter learns (lora, qlora, dpo).",
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW with moments of 32 bits, or of 8 (bitsandbytes); paged ones leave a GPU that is full, and elsewhere "
+        "stay in memory.",
+    )
     epochs: int = Field(5, ge=1, description="Passes over the data.")
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says."
@@ -74,15 +95,49 @@ class Train(Section):
     evaluate_every: Rhythm | None = Field(
         None, description="How often the held-out loss is taken; without it, at the end of each epoch."
     )
+    early_stopping: EarlyStopping = Field(
+        default_factory=EarlyStopping, description="When a run ends before its last step."
+    )
 
 
 class Lora(Section):
-    """Low-rank adapters (method: lora)."""
+    """Low-rank adapters (methods lora, qlora, dpo)."""
 
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    target_modules: str | list[str] = Field("all-linear", description="`all-linear`, or names of modules.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="`all-linear`, or names of modules: a list, or `q_proj,v_proj`; a pattern is matched with whole names.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names(cls, targets: str | list[str]) -> str | list[str]:
+        if isinstance(targets, list) or targets == "all-linear":
+            return targets
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        return names if names and all(re.fullmatch(r"[\w.]+", name) for name in names) else targets
+
+
+class Quantization(Section):
+    """How the base is kept below the adapter (method: qlora); bitsandbytes does it, on a CPU as on a GPU."""
+
+    bits: Literal[4, 8] = Field(
+        4, description="Of each weight of a linear layer; embeddings and the head stay as they are."
+    )
+    type: Literal["nf4", "fp4"] = Field("nf4", description="Of 4 bits: nf4 fits weights that are spread normally.")
+    double: bool = Field(
+        default=True, description="Of 4 bits: quantise the scales, too, which saves 0.4 bits a weight."
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of 4 bits: what products run in; `auto` takes that of train.dtype."
+    )
+
+    @property
+    def label(self) -> str:
+        """The name of the quantisation in a reference, `base[nf4-double]`."""
+        return "int8" if self.bits == 8 else self.type + ("-double" if self.double else "")
 
 
 class Dpo(Section):

@@ -19,8 +19,7 @@ def needed_bytes(version: Version, home: Home, dtype: torch.dtype) -> int:
     Raises:
         NotFound, ModelError, Damaged: If its base is not there, or cannot be read.
     """
-    size = torch.empty((), dtype=dtype).element_size()
-    return int(_ROOM * size * stored_weights_of(version, home).num_elements)
+    return int(_ROOM * stored_weights_of(version, home).loaded_bytes(dtype))
 
 
 def free_bytes(device: torch.device | str) -> int:

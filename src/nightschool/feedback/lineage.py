@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nightschool.errors import Damaged
+from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version
 
 
@@ -51,6 +52,7 @@ def start_of(registry: Registry, name: str, base: str) -> Version | None:
     Raises:
         NotFound: If the base names a version that does not exist.
     """
+    base, _ = split_quantization(base)
     if base != name and not base.startswith(f"{name}@"):
         return None
     if base == name and name not in registry.names():

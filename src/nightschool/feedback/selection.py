@@ -181,6 +181,7 @@ class DataPlan:
 DATA_PLANS: Mapping[str, DataPlan] = {
     "full": DataPlan(select_examples),
     "lora": DataPlan(select_examples, adapter=True),
+    "qlora": DataPlan(select_examples, adapter=True),
     "dpo": DataPlan(select_examples, adapter=True, learns=Example.as_pair),
     "pretrain": DataPlan(select_shards, continues=False),
 }

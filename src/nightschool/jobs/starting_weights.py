@@ -8,6 +8,7 @@ from nightschool.jobs.launch import OnLine
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.atomic import read_json
 from nightschool.store.home import Home
+from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 
@@ -20,7 +21,8 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     """
     champion = Registry(home).champion(recipe.name)
     # Some begin from scratch each time, unless the recipe's base says otherwise.
-    if champion is None or not DATA_PLANS[recipe.method].continues or recipe.base.startswith(f"{recipe.name}@"):
+    anew = not DATA_PLANS[recipe.method].continues or recipe.from_checkpoint is not None
+    if champion is None or anew or recipe.base.startswith(f"{recipe.name}@"):
         return recipe.base
     run = RunStore(home).which_made(champion)
     began_with = recipe.base
@@ -34,7 +36,8 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     if differing:
         if say is not None:
             say(f"A new adapter begins on {champion.facts.base}, the base of {champion.ref}: {'; '.join(differing)}")
-        return champion.facts.base
+        quantization = split_quantization(recipe.base)[1]
+        return split_quantization(champion.facts.base)[0] + (f"[{quantization}]" if quantization else "")
     return champion.ref
 
 
@@ -47,11 +50,18 @@ def _other_adapter(run: Run | None, recipe: Recipe, champion: Version) -> list[s
         ("r", recipe.lora.r, config.get("r")),
         ("alpha", recipe.lora.alpha, config.get("lora_alpha")),
     ]
+    has_quantization = split_quantization(champion.facts.base)[1]
+    wants = recipe.quantization.label if recipe.method == "qlora" else split_quantization(recipe.base)[1]
     # The adapter lists the modules that it found; what was asked for stands in the recipe that made it.
     before = None if run is None else Recipe.model_validate(run.recipe())
     if before is not None and DATA_PLANS[before.method].adapter:
         pairs.append(("target_modules", _places(recipe), _places(before)))
-    return [f"lora.{key} is {wanted} and its adapter has {has}" for key, wanted, has in pairs if wanted != has]
+    differing = [f"lora.{key} is {wanted} and its adapter has {has}" for key, wanted, has in pairs if wanted != has]
+    if wants != has_quantization:
+        differing.append(
+            f"its base is {has_quantization or 'not quantised'}, and {wants or 'plain weights'} is asked for"
+        )
+    return differing
 
 
 def _places(recipe: Recipe) -> str:

@@ -7,6 +7,8 @@ linear layers but bare tensors; for architectures that PEFT knows, its `all-line
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -39,12 +41,27 @@ class LoraSettings(Protocol):
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter trains, for the plan. `frozen_experts`: elements of expert tensors that it does not reach."""
+    """What an adapter trains, for the plan. `frozen_experts`: elements of expert tensors that it does not reach.
+
+    `missed` are linear layers without an adapter, the output head not among them.
+    """
 
     modules: tuple[str, ...]
     num_trainable: int
     num_frozen: int
     frozen_experts: int
+    missed: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> dict[str, int]:
+        """How many layers of each name have an adapter."""
+        return dict(Counter(name.rsplit(".", 1)[-1] for name in self.modules))
+
+    @property
+    def text(self) -> str:
+        reached = ", ".join(f"{count} {name}" for name, count in self.reached.items())
+        missed = sorted({name.rsplit(".", 1)[-1] for name in self.missed})
+        return f"{len(self.modules)} layers: {reached}" + (f"; not {', '.join(missed)}" if missed else "")
 
     @property
     def note(self) -> str:
@@ -65,6 +82,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     )
+    if isinstance(targets, list):
+        _refuse_unknown_targets(targets, [name for name, _ in model.named_modules()], linear)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=cast(int, lora.alpha),
@@ -101,6 +120,18 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
     )
     adapter.base_model_name_or_path = base_path
     return cast(PeftModel, wrapped)
+
+
+def _refuse_unknown_targets(targets: list[str], modules: list[str], linear: list[str]) -> None:
+    """Peft takes a list of which one name fits, and leaves the others out without a word."""
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            near = difflib.get_close_matches(target, linear, n=1, cutoff=0.6)
+            raise ModelError(
+                f"lora.target_modules has {target}, and no module of this model is called so. "
+                + (f"Did you mean {near[0]}? " if near else "")
+                + f"Write all-linear, or names among {', '.join(linear)}."
+            )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
@@ -171,7 +202,16 @@ def describe_adapter(wrapped: PeftModel) -> AdapterInfo:
     for module in wrapped.modules():
         if isinstance(module, ParamWrapper):
             experts.pop(id(getattr(module.get_base_layer(), module.parameter_name)), None)
-    return AdapterInfo(tuple(modules), trainable, frozen, sum(experts.values()))
+    head = cast(Any, wrapped).get_base_model().get_output_embeddings()
+    missed = [
+        name.removeprefix("base_model.model.")
+        for name, module in wrapped.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and not name.endswith(".base_layer")
+        and ".lora_" not in name
+    ]
+    return AdapterInfo(tuple(modules), trainable, frozen, sum(experts.values()), tuple(missed))
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from nightschool.layers.forward import causal_lm
 from nightschool.layers.loss import chunk_tokens_for
+from nightschool.models.quantize import num_elements, stored_bytes
 
 # Tensors that a decoder layer keeps for its backward pass, in units of tokens × hidden size: three for each norm (also
 # those of queries and keys), rotated queries and keys, values, attention's output. The feed-forward part is counted by
@@ -77,7 +78,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             kind = "head"
         else:
             kind = _kind(name, parameter)
-        kinds[kind] += parameter.numel()
+        kinds[kind] += num_elements(parameter)
     total = sum(kinds.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     idle = round(kinds["experts"] * (1 - _active_share(inner.config)))
@@ -108,19 +109,21 @@ def expected_peak_bytes(
     *,
     gradient_checkpointing: bool = False,
     compute: torch.dtype = torch.float32,
+    moment_bytes: int = 8,
 ) -> TrainingBytes:
     """Bytes of tensors at the peak of a step over `tokens_per_batch` packed tokens.
 
-    AdamW keeps two fp32 moments of each trainable element, and an fp32 master where the parameter is in 16 bits. With
+    AdamW keeps two moments of each trainable element, `moment_bytes` together, and an fp32 master where the parameter is in
+    16 bits. With
     gradient checkpointing only the input of each layer is kept, and one layer at a time is held in full.
     """
     inner = causal_lm(model)
     config = inner.config.get_text_config()
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = stored_bytes(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trainable)
     # What learns is also what is published and read again, in the same format.
-    optimizer = sum(p.numel() * (8 if p.element_size() >= 4 else 12) for p in trainable)
+    optimizer = sum(p.numel() * (moment_bytes + (0 if p.element_size() >= 4 else 4)) for p in trainable)
     size = torch.empty((), dtype=compute).element_size()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     layer = (

@@ -1,7 +1,8 @@
 """Loading a base: every tensor that the model needs, nothing else, or an error that names it.
 
 A reference is one of: a hub id (`Qwen/Qwen3-0.6B`), a folder (`./model`), a GGUF file (`./model.gguf`), a version of the
-registry (`name@version`, `name@alias`, or `name` alone for its champion), or `new:<preset>`.
+registry (`name@version`, `name@alias`, or `name` alone for its champion), or `new:<preset>`. All but the last may end in
+`[nf4]`, `[nf4-double]`, `[fp4]`, `[fp4-double]` or `[int8]`: with linear layers quantised so (see `models.quantize`).
 
 transformers only logs what it could not load and goes on with random weights. Here its report is an error, and so is a
 difference between the number of elements in the files and in the model: no conversion of names can hide a lost tensor
@@ -25,9 +26,11 @@ from nightschool.models.build import build_model
 from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
 from nightschool.models.gguf_header import SUFFIX as GGUF
 from nightschool.models.hub import fetch_from_hub
+from nightschool.models.quantize import dequantized, quantization_config, quantization_of, steady
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
 from nightschool.store.home import Home
+from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version
 
 # A model that states no context gets this many tokens.
@@ -74,8 +77,9 @@ class LoadedModel:
         """Where plain peft finds the base under an adapter: a hub id or an absolute folder; None where there is none."""
         if self.path is None:
             return None
-        of_the_hub = "@" not in self.base_ref and not Path(self.base_ref).is_absolute()
-        return self.base_ref if of_the_hub else str(self.path)
+        plain, _ = split_quantization(self.base_ref)
+        of_the_hub = "@" not in plain and not Path(plain).is_absolute()
+        return plain if of_the_hub else str(self.path)
 
 
 def load_base(
@@ -150,15 +154,23 @@ def plain_folder(path: Path, home: Home) -> Path:
 
 @dataclass(frozen=True)
 class Located:
-    """The plain folder that a reference means. `base` is what the registry says that an adapter stands on."""
+    """The plain folder that a reference means. `base` is what the registry says that an adapter stands on.
+
+    `quantization` says how the linear layers of the weights are to be quantised.
+    """
 
     folder: Path
     ref: str
     base: str | None = None
+    quantization: str | None = None
 
 
 def locate(ref: str, home: Home, root: Path | None = None) -> Located:
     """Find what `ref` means: a folder or GGUF file, a version of the registry, or a repository of the hub. See `load_base`."""
+    plain, quantization = split_quantization(ref)
+    if quantization is not None:
+        found = locate(plain, home, root)
+        return replace(found, ref=f"{found.ref}[{quantization}]", quantization=quantization)
     path = as_path(ref, root)
     if path is not None:
         return Located(plain_folder(path, home), str(path))
@@ -185,6 +197,8 @@ def down_to_weights(found: Located, home: Home) -> list[Located]:
         if base is None:
             raise ModelError(f"The adapter {last.ref!r} names no base. Publish it again with its base.")
         under = locate(base, home)
+        if last.quantization is not None and under.quantization is None:
+            under = replace(under, ref=f"{under.ref}[{last.quantization}]", quantization=last.quantization)
         if any(under.folder.resolve() == above.folder.resolve() for above in chain):
             raise ModelError(
                 f"The adapter {last.ref!r} names the base {base!r}, which stands on this adapter itself. "
@@ -224,9 +238,12 @@ def load_located(
     chain = down_to_weights(found, home)
     if len(chain) == 1:
         facts = inspect_folder(folder, ref)
-        return _finish(_moved(_load_weights(facts, ref, dtype), device), load_tokenizer(folder, ref), ref, folder)
+        weights = _load_weights(facts, ref, dtype, device, found.quantization)
+        return _finish(weights, load_tokenizer(folder, ref), ref, folder)
     # A base that is an adapter itself has to become one set of weights before another adapter stands on it.
     under = load_located(chain[1], home, dtype=dtype, device=device, merge=True)
+    if merge and chain[1].quantization is not None:
+        under = replace(under, model=dequantized(cast(PreTrainedModel, under.model), under.ref))
     wrapped = load_adapter(cast(PreTrainedModel, under.model), folder, trainable=not merge)
     wrapped.eval()
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -284,8 +301,19 @@ def load_config(folder: Path, ref: str) -> Any:
     return config
 
 
-def _load_weights(facts: FolderInfo, ref: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(
+    facts: FolderInfo, ref: str, dtype: torch.dtype, device: torch.device | str, quantization: str | None
+) -> PreTrainedModel:
     config = load_config(facts.path, ref)
+    # Quantised layer by layer while it is read, where it will be, so that the whole is never there in full.
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        if facts.quantized:
+            raise ModelError(f"The base {ref!r} is quantised already. Leave [{quantization}] out.")
+        quantized = {
+            "quantization_config": quantization_config(quantization, dtype, ref),
+            "device_map": {"": torch.device(device)},
+        }
     with quiet_libraries():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -296,6 +324,7 @@ def _load_weights(facts: FolderInfo, ref: str, dtype: torch.dtype) -> PreTrained
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                **quantized,
             )
         except Exception as error:  # the files are foreign: transformers raises whatever it stumbles over
             raise Damaged(
@@ -313,7 +342,12 @@ def _load_weights(facts: FolderInfo, ref: str, dtype: torch.dtype) -> PreTrained
     check_values(model, ref)
     if not type(model).__name__.endswith("ForCausalLM"):  # encoders have language-model heads, too
         check_causal(model, ref)
-    return cast(PreTrainedModel, model)
+    if quantization is not None:
+        if quantization_of(model) is None:
+            raise ModelError(f"No layer of the base {ref!r} can be quantised. Take method: lora.")
+        steady(model, device)
+        return cast(PreTrainedModel, model)
+    return _moved(cast(PreTrainedModel, model), device)
 
 
 def _finish(

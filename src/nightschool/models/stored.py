@@ -13,6 +13,8 @@ from nightschool.models.load import Located, down_to_weights, load_config, locat
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
 
+# Codes with their scales: a byte or four for each 64 of them.
+_SCALES = 1.07
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -22,11 +24,19 @@ class StoredWeights:
 
     `num_elements` counts those of the model, adapters on it not included. `dtype` is the format of most of them: bf16
     or fp16; fp32 for all others, and where adapters were merged on the way, because a sum is rounded to no less.
+    `num_quantized` elements, those of linear layers, are loaded with `bits` each.
     """
 
     num_elements: int
     dtype: torch.dtype
     hidden_size: int
+    num_quantized: int = 0
+    bits: int = 32
+
+    def loaded_bytes(self, dtype: torch.dtype) -> int:
+        """What they take in memory where those that are not quantised are kept in `dtype`."""
+        size = torch.empty((), dtype=dtype).element_size()
+        return size * (self.num_elements - self.num_quantized) + int(self.num_quantized * self.bits / 8 * _SCALES)
 
 
 def stored_weights(ref: str, home: Home, root: Path | None = None) -> StoredWeights:
@@ -48,10 +58,22 @@ def _inspect(found: Located, home: Home) -> StoredWeights:
     *adapters, weights = down_to_weights(found, home)
     facts = inspect_folder(weights.folder, weights.ref)
     config = load_config(weights.folder, weights.ref)
+    quantization = weights.quantization
     return StoredWeights(
         num_elements=sum(tensor.num_elements for tensor in facts.tensors),
         dtype=torch.float32 if len(adapters) > 1 else _dtype_of_most(facts),
         hidden_size=int(config.get_text_config().hidden_size),
+        num_quantized=0 if quantization is None else _in_linear_layers(facts),
+        bits=32 if quantization is None else 8 if quantization == "int8" else 4,
+    )
+
+
+def _in_linear_layers(facts: FolderInfo) -> int:
+    """Elements of matrices that are neither embeddings nor the output head."""
+    return sum(
+        tensor.num_elements
+        for tensor in facts.tensors
+        if len(tensor.shape) == 2 and not any(word in tensor.name for word in ("embed", "wte", "lm_head"))
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.folder import FolderInfo
+from nightschool.models.quantize import num_elements, quantization_of
 
 # Buffers that old files carry and no model of today reads.
 _DERIVED = (r"rotary_emb\.inv_freq$", r"attention\.(masked_)?bias$", r"attn\.(masked_)?bias$")
@@ -39,7 +40,7 @@ def check_elements(model: PreTrainedModel, facts: FolderInfo, ref: str) -> None:
     """
     if facts.quantized:
         return
-    here = sum(tensor.numel() for tensor in distinct_tensors(model).values())
+    here = sum(num_elements(tensor) for tensor in _loaded_tensors(model))
     ignored = [re.compile(pattern) for pattern in (*_DERIVED, *(model._keys_to_ignore_on_load_unexpected or ()))]
     derived = sum(t.num_elements for t in facts.tensors if any(pattern.search(t.name) for pattern in ignored))
     # Tied weights may lie in the file once or under both names.
@@ -51,6 +52,13 @@ def check_elements(model: PreTrainedModel, facts: FolderInfo, ref: str) -> None:
             f"The files of the base {ref!r} hold {count:,} numbers and the model takes {here:,}. "
             "Its config.json does not describe these weights; fetch it again."
         )
+
+
+def _loaded_tensors(model: PreTrainedModel) -> list[torch.Tensor]:
+    """What was read from files: without the scales that quantising has added."""
+    if quantization_of(model) is None:
+        return list(distinct_tensors(model).values())
+    return list(model.parameters())
 
 
 def check_values(model: PreTrainedModel, ref: str) -> None:

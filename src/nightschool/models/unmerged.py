@@ -24,6 +24,7 @@ from nightschool.models.adapters import adapter_base
 from nightschool.models.folder import is_adapter_folder
 from nightschool.models.load import LoadedModel, Located, as_path, load_tokenizer
 from nightschool.store.home import Home
+from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -64,11 +65,14 @@ def base_under(found: Located, home: Home) -> str | None:
     base = found.base or adapter_base(found.folder)
     if not base:
         return None
-    path = as_path(base, None)
+    plain, quantization = split_quantization(base)
+    quantization = quantization or found.quantization
+    path, registry = as_path(plain, None), Registry(home)
     if path is not None:
-        return str(path)
-    registry = Registry(home)
-    return registry.resolve(base).ref if "@" in base or base in registry.names() else base
+        plain = str(path)
+    elif "@" in plain or plain in registry.names():
+        plain = registry.resolve(plain).ref
+    return plain if quantization is None else f"{plain}[{quantization}]"
 
 
 def load_unmerged(found: Located, under: LoadedModel) -> UnmergedAdapter:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
 from nightschool.store.atomic import remove_folder, sweep_partials
+from nightschool.store.home import Home
 from nightschool.store.manifest import Manifest, read_manifest, verify
-from nightschool.store.runs import Run
+from nightschool.store.runs import Run, RunStore
 from nightschool.units import Every
 
 if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and who lists runs needs none of it
@@ -179,6 +180,24 @@ def to_resume(run: Run, resume: str | None, say: Callable[[str], None]) -> Check
     if newest.checkpoint is None:
         say("There is no checkpoint yet: beginning at step 0")
     return newest.checkpoint
+
+
+def find(home: Home, wanted: str, root: Path) -> Checkpoint:
+    """The checkpoint that a text means: a folder, `RUN/CHECKPOINT`, or `RUN` for its newest whole one.
+
+    Raises:
+        NotFound: If there is none.
+    """
+    folder = parse_checkpoint(root / Path(wanted).expanduser())
+    if folder is not None and folder.path.is_dir():
+        return folder
+    run_id, _, name = wanted.rpartition("/")
+    if run_id and parse_checkpoint(Path(name)) is not None:
+        return get(RunStore(home).get(run_id), name)
+    newest = newest_whole(RunStore(home).get(wanted)).checkpoint
+    if newest is None:
+        raise NotFound(f"The run {wanted} has no whole checkpoint. List them with nightschool checkpoints ls {wanted}.")
+    return newest
 
 
 def nothing_is_pending(_: Path) -> bool:

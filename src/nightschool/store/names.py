@@ -23,6 +23,7 @@ RESERVED_ALIASES = (CHAMPION, LATEST, PREVIOUS)
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """What `check_name` takes, but for two dots in a row and our own suffixes; for schemas of requests."""
 _NAME = re.compile(NAME_PATTERN)
+_QUANTIZED = re.compile(r"(.+)\[([a-z0-9-]*)\]")
 _STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
 _STAMP_FORMAT = "%Y%m%d_%H%M%S"
 _MOST_KEY_BYTES = 900
@@ -210,6 +211,12 @@ class Ref:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version or self.alias}"
+
+
+def split_quantization(ref: str) -> tuple[str, str | None]:
+    """A reference to weights without its `[…]`, and what stands in it: how they are quantised, or None."""
+    match = _QUANTIZED.fullmatch(ref)
+    return (ref, None) if match is None else (match[1], match[2])
 
 
 def parse_ref(text: str) -> Ref:

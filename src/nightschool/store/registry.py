@@ -37,6 +37,7 @@ from nightschool.store.names import (
     is_name,
     model_path,
     parse_ref,
+    split_quantization,
     tenants_of,
     version_path,
 )
@@ -342,7 +343,7 @@ def _aliases(book: AliasState, ids: list[str]) -> dict[str, str]:
 
 def _stands_on(version: Version, ref: str) -> bool:
     try:
-        return version.facts.kind == "adapter" and version.facts.base == ref
+        return version.facts.kind == "adapter" and split_quantization(version.facts.base)[0] == ref
     except (Damaged, NotFound):
         return False
 

@@ -24,7 +24,10 @@ from nightschool.work.stop import Stop
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run is, and how often it looks up. A rhythm of None is once per epoch."""
+    """How long a run is, and how often it looks up. A rhythm of None is once per epoch.
+
+    With `patience`, it ends after so many held-out losses that were not lower than the best by more than `min_delta`.
+    """
 
     steps_total: int
     accumulation_steps: int = 1
@@ -32,6 +35,13 @@ class Budget:
     log_every: int = 1
     evaluate_every: Every | None = None
     save_every: Every | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    def is_used_up(self, state: TrainState) -> bool:
+        """Whether the run ends here: no step is left, or the held-out loss falls no more."""
+        in_vain = 0 if self.patience is None else state.evaluations_in_vain(self.min_delta)
+        return state.step >= self.steps_total or (self.patience is not None and in_vain >= self.patience)
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def fit(
     log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None, world=world)
     task.model.train()
     while True:
-        finished = state.step >= budget.steps_total
+        finished = budget.is_used_up(state)
         # Clocks and signals differ between processes, so they agree on what is due.
         stopping, evaluation_due, save_due = world.any(
             (stop is not None and stop.requested) or state.step == last_step,
@@ -108,6 +118,15 @@ def fit(
             state.heldout_steps.append(state.step)
             state.evaluated_at = state.seconds
             log.add_heldout(state.heldout_history[-1], time.perf_counter() - started)
+            finished = budget.is_used_up(state)
+            # What is best so far is what will be published, so it has to be there.
+            is_best = state.best_heldout == (state.step, state.heldout_history[-1])
+            save_due = save_due or (
+                save is not None
+                and budget.patience is not None
+                and (finished or is_best)
+                and state.save_due(None, finished=True)
+            )
         log.write()
 
         if save is not None and (save_due or (stopping and state.save_due(None, finished=True))):

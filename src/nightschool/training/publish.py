@@ -17,6 +17,7 @@ from nightschool.models.export import prove_export, save_version_folder
 from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
+from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version, VersionMetadata
 from nightschool.store.runs import Run
 from nightschool.store.versions import Probe
@@ -45,7 +46,7 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
         kind="adapter" if loaded.adapter else "model",
         method=recipe.method,
         base=loaded.base_ref if loaded.adapter else recipe.base,
-        parent=loaded.ref if _is_version(home, recipe.base) else None,
+        parent=split_quantization(loaded.ref)[0] if _is_version(home, recipe.base) else None,
         run_id=run.id,
         recipe_digest=hashlib.sha256(json.dumps(recipe.as_plain(), sort_keys=True).encode()).hexdigest(),
         data_fingerprint=task.fingerprint,
@@ -78,6 +79,7 @@ def _take_best(run: Run, prepared: PreparedRun[Any], state: TrainState) -> tuple
 
 def _is_version(home: Home, base: str) -> bool:
     """Whether the base is one of the registry."""
+    base, _ = split_quantization(base)
     return "@" in base or base in Registry(home).names()
 
 

@@ -310,7 +310,7 @@ def _train(
         saver.expect(task.expected_bytes())
     metrics = MetricsLog(run.metrics_path, run.path / "tensorboard", resumed_step=state.step) if writes else None
     try:
-        return fit(
+        state = fit(
             task,
             state,
             budget,
@@ -328,12 +328,17 @@ def _train(
     finally:
         if metrics is not None:
             metrics.close()
+    if writes and state.step < budget.steps_total:
+        say(f"Ended after step {state.step} of {budget.steps_total}: the held-out loss falls no more")
+        run.events.write("early_stop", step=state.step, steps_total=budget.steps_total)
+        run.update_status(step=state.step, steps_total=state.step)
+    return state
 
 
 def _saves_more_than_once(budget: Budget) -> bool:
     """Whether a run saves before its end, so that it is worth while to make memory for copies ready."""
     every = budget.save_every
-    return every is None or every.unit != "steps" or every.amount < budget.steps_total
+    return budget.patience is not None or every is None or every.unit != "steps" or every.amount < budget.steps_total
 
 
 def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -76,6 +77,17 @@ class TrainState:
         """Step and value of the lowest held-out loss after training began; the earliest of equals."""
         taken = [(loss, step) for step, loss in zip(self.heldout_steps, self.heldout_history, strict=True) if step > 0]
         return (min(taken)[1], min(taken)[0]) if taken else None
+
+    def evaluations_in_vain(self, min_delta: float) -> int:
+        """Held-out losses since the last that was lower than the best before it by more than `min_delta`.
+
+        The one before training counts as the first best.
+        """
+        best, in_vain = math.inf, 0
+        for loss in self.heldout_history:
+            in_vain = 0 if loss < best - min_delta else in_vain + 1
+            best = min(best, loss)
+        return in_vain
 
     def evaluation_due(self, every: Every | None, *, finished: bool) -> bool:
         """Say whether the held-out loss is taken now; once at the start and once at the end in any case."""

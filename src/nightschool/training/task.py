@@ -19,7 +19,8 @@ from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, che
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.optimizer import AdamW, AdamWSettings, embedding_names
+from nightschool.training.optimizer import embedding_names
+from nightschool.training.optimizer_8bit import new_optimizer
 
 Source = TypeVar("Source", bound=Batches | TokenBatches)
 
@@ -180,8 +181,8 @@ class CausalTask(Task, Generic[Source]):
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
-        self._settings = AdamWSettings.from_recipe(train)
-        self.optimizer = AdamW(self._trainable, self._settings, embedding_names(model))
+        self._train = train
+        self.optimizer = new_optimizer(self._trainable, train, embedding_names(model))
         self._sharded: LossModule | None = None
 
     @property
@@ -269,7 +270,7 @@ class CausalTask(Task, Generic[Source]):
         kept = embedding_names(self.model)
         self._sharded = shard_model(self.model, self.path, self.world, stage)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = AdamW(self._trainable, self._settings, kept)
+        self.optimizer = new_optimizer(self._trainable, self._train, kept)
 
     # --- the state ---------------------------------------------------------------------------------------------------
 
@@ -296,9 +297,9 @@ class CausalTask(Task, Generic[Source]):
 
     def expected_bytes(self) -> int:
         held = self._mine(self.saved_tensors())
-        # Two moments in fp32, and a master where the parameter is shorter than that.
+        # Two moments, and a master where the parameter is shorter than fp32.
         of_optimizer = sum(
-            tensor.numel() * (8 if tensor.dtype == torch.float32 else 12)
+            tensor.numel() * (self.optimizer.moment_bytes + (0 if tensor.dtype == torch.float32 else 4))
             for name, tensor in held.items()
             if name in self._trainable
         )
@@ -312,6 +313,7 @@ class CausalTask(Task, Generic[Source]):
     def load_weights(self, weights: StoredTensors, where: str) -> None:
         check_tensors(weights, self.saved_tensors(), what=f"weights of {where}")
         self._copy(weights)
+        self.optimizer.take_masters(weights)
 
     def _copy(self, weights: StoredTensors) -> None:
         for name, tensor in self.saved_tensors().items():

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.errors import MadeByNewer, StateMismatch
+from nightschool.models.quantize import scales
 from nightschool.store.atomic import read_json
 from nightschool.store.manifest import verify
 from nightschool.training.checkpoint import rng
@@ -73,13 +74,16 @@ class CheckpointContext:
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters that do not learn."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters that do not learn, and of their scales."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-            raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().data)
+    frozen: list[tuple[str, Tensor]] = [
+        (name, parameter) for name, parameter in sorted(model.named_parameters()) if not parameter.requires_grad
+    ]
+    frozen += [(f"{name}.scale", scale) for name, layer in sorted(model.named_modules()) for scale in scales(layer)]
+    for name, tensor in frozen:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 

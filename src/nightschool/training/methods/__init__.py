@@ -9,10 +9,12 @@ from nightschool.training.methods.dpo import DpoFinetune
 from nightschool.training.methods.finetune import Finetune, LoraFinetune
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.methods.pretrain import Pretrain
+from nightschool.training.methods.qlora import QloraFinetune
 
 METHODS: Mapping[str, type[PreparedRun[Any]]] = {
     "full": Finetune,
     "lora": LoraFinetune,
+    "qlora": QloraFinetune,
     "dpo": DpoFinetune,
     "pretrain": Pretrain,
 }

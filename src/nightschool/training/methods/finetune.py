@@ -23,15 +23,19 @@ from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import ModelError, NothingToTrain, UsageError
 from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
-from nightschool.models.adapters import attach_lora
+from nightschool.models.adapters import attach_lora, describe_adapter
 from nightschool.models.load import LoadedModel
+from nightschool.models.quantize import num_elements, stored_bytes
 from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.store.atomic import publish_directory
+from nightschool.store.names import split_quantization
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
+from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.task import CausalTask
+from nightschool.units import format_bytes
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
 NEW_VOCAB_SIZE = 2048
@@ -290,6 +294,10 @@ class Finetune(PreparedRun[FinetuneData]):
             path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
             path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
             "" if self.data.held_out else "Nothing is held out, so no held-out loss is taken.",
+            NO_PAGES if self.recipe.train.optimizer == "paged_adamw_8bit" and self.task.device.type != "cuda" else "",
+            "train.early_stopping needs a held-out loss, and there is none: the run ends at its last step."
+            if self.recipe.train.early_stopping.patience and not self.data.held_out
+            else "",
         )
         return [note for note in notes if note]
 
@@ -320,6 +328,20 @@ class LoraFinetune(Finetune):
         frozen = cast(PreTrainedModel, loaded.model)
         wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
         return replace(loaded, model=wrapped, adapter=True)
+
+    def plan_rows(self, num_processes: int) -> MethodPlan:
+        """With what the adapter reaches, and how the base below it is kept."""
+        plan = super().plan_rows(num_processes)
+        info = describe_adapter(cast(PeftModel, self.task.model))
+        facts = {"adapter_layers": info.reached, "adapter_missed": list(info.missed)}
+        rows = [PlanRow("adapter", f"rank {self.recipe.lora.r} on {info.text}", facts)]
+        _, quantization = split_quantization(self.loaded.base_ref)
+        if quantization is not None:
+            taken = stored_bytes(self.task.model)
+            plain = sum(4 * num_elements(parameter) for parameter in self.task.model.parameters())
+            text = f"{quantization}: {format_bytes(taken)} with what is not quantised, in fp32 {format_bytes(plain)}"
+            rows.append(PlanRow("quantised", text, {"quantization": quantization, "parameter_bytes": taken}))
+        return replace(plan, rows=[*rows, *plan.rows], notes=[*(plan.notes or []), *([info.note] if info.note else [])])
 
     def numerics(self) -> dict[str, Any]:
         lora = self.recipe.lora.model_dump(mode="json").items()

@@ -14,13 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
-from nightschool.errors import ModelError
+from nightschool.errors import ModelError, StateMismatch
 from nightschool.models.dtype import DtypeChoice, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
+from nightschool.models.quantize import quantization_of
 from nightschool.models.stored import StoredWeights
+from nightschool.store import checkpoints
+from nightschool.store.atomic import read_json
+from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.training.checkpoint import rng
-from nightschool.training.checkpoint.full_state import CheckpointContext
+from nightschool.training.checkpoint.full_state import CheckpointContext, load_weights
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.environment import Rerun, set_up_machine
 from nightschool.training.loop import Budget, steps_in_epoch
@@ -124,7 +128,7 @@ class PreparedRun(ABC, Generic[Data]):
         if stored and resolve_dtype(wanted, device, hidden_size=stored.hidden_size).compute != torch.float32:
             base_dtype = stored.dtype
         load = partial(
-            load_base, recipe.base, setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
+            load_base, cls.base_of(recipe), setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
             root=setup.root, shape=recipe.shape.given(),
         )  # fmt: skip
         loaded = cls.load(recipe, load)
@@ -146,7 +150,7 @@ class PreparedRun(ABC, Generic[Data]):
             steps_in_epoch(task.epoch_length(epoch), train.accumulation_steps, task.stride)
             for epoch in range(train.epochs)
         )
-        return cls(
+        prepared = cls(
             recipe=recipe,
             data=data,
             loaded=loaded,
@@ -160,9 +164,28 @@ class PreparedRun(ABC, Generic[Data]):
                 log_every=train.log_every,
                 evaluate_every=train.evaluate_every,
                 save_every=recipe.checkpoints.every,
+                patience=train.early_stopping.patience,
+                min_delta=train.early_stopping.min_delta,
             ),
             scaler=torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None,
         )
+        if recipe.from_checkpoint is not None and setup.rerun is None:
+            prepared._take_weights_of(checkpoints.find(setup.home, recipe.from_checkpoint, setup.root))
+        return prepared
+
+    def _take_weights_of(self, point: Checkpoint) -> None:
+        """Begin with the weights of a checkpoint of another run.
+
+        Raises:
+            StateMismatch: If its tensors are not those that learn here, or its adapter stands on another base.
+        """
+        load_weights(point.path, self.task)
+        theirs = read_json(point.path / "state.json").get("base_fingerprint")
+        if theirs is not None and theirs != self.base_fingerprint():
+            raise StateMismatch(
+                f"The adapter of {point.name} stands on other weights than {self.loaded.base_ref}. Write the base of its run, "
+                "which its recipe.yaml names."
+            )
 
     @classmethod
     @abstractmethod
@@ -170,14 +193,24 @@ class PreparedRun(ABC, Generic[Data]):
         """Read the data, process 0 first; and the tokenizer, where the base's own is not meant."""
 
     @classmethod
+    def base_of(cls, recipe: Recipe) -> str:
+        """The reference of the weights that are loaded."""
+        return recipe.base
+
+    @classmethod
     def stored_in_16_bits(cls, setup: Setup) -> StoredWeights | None:  # noqa: ARG003
         """The base if it may keep the 16-bit numbers of its files. Weights that learn may not."""
         return None
 
     @classmethod
-    def load(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:  # noqa: ARG003
+    def load(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
         """What learns: the base, all of whose weights are free."""
         loaded = load()
+        if quantization_of(loaded.model) is not None:
+            raise ModelError(
+                f"method: {recipe.method} trains all weights, and those of {loaded.ref} are quantised. Take method: qlora, or "
+                "the base without its […]."
+            )
         for parameter in loaded.model.parameters():
             parameter.requires_grad_(True)  # noqa: FBT003 - its only argument
         return loaded
@@ -251,6 +284,6 @@ _FREE = frozenset(
     {
         "epochs", "max_steps", "learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1",
         "beta2", "epsilon", "max_cut_share", "dtype", "device", "num_threads", "num_processes", "zero_stage", "num_workers", "log_every",
-        "evaluate_every", "gradient_checkpointing", "compile",
+        "evaluate_every", "gradient_checkpointing", "compile", "optimizer", "early_stopping",
     }
 )  # fmt: skip

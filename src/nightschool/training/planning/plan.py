@@ -82,6 +82,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
         method.largest_batch_tokens,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         compute=task.compute_dtype,
+        moment_bytes=8 if recipe.train.optimizer == "adamw" else 2,
     )
     needed, free = _disk_needed(prepared, count.total, count.trainable), _disk_free(home.path)
     rows = [
@@ -90,6 +91,11 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
             "parameters",
             f"{count.total:,}, of which {count.trainable:,} learn",
             {"parameters_total": count.total, "parameters_trainable": count.trainable},
+        ),
+        PlanRow(
+            "rate",
+            f"{recipe.train.learning_rate:g}, {recipe.train.lr_schedule}, by {recipe.train.optimizer}",
+            {"learning_rate": recipe.train.learning_rate, "optimizer": recipe.train.optimizer},
         ),
         *method.rows,
         PlanRow(
