@@ -19,6 +19,7 @@
     ├── DiskFull                         exit 1    HTTP 507
     ├── NotLoaded                        exit 1    HTTP 503
     ├── QueueFull                        exit 1    HTTP 429
+    │   └── QuotaExceeded                exit 1    HTTP 429
     ├── RemoteError                      exit 1    HTTP 502
     │   ├── CredentialsRefused           exit 1    HTTP 502
     │   ├── BucketMissing                exit 4    HTTP 404
@@ -160,6 +161,10 @@ class QueueFull(NightschoolError, http_status=429):
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         self.retry_after_seconds = retry_after_seconds
         super().__init__(message)
+
+
+class QuotaExceeded(QueueFull):
+    """A tenant has as much as it may have; `retry_after_seconds` as for its parent."""
 
 
 class RemoteError(NightschoolError, http_status=502):

@@ -210,13 +210,13 @@ def test_a_job_without_a_row_leaves_no_folder(office, monkeypatch):
     assert list((office.home.path / "tenants" / "org_123" / "jobs").iterdir()) == []
 
 
-def test_an_organisation_may_have_as_many_waiting_jobs_as_its_quota_says(office):
-    Tenants(office.home.database).add("org_123", Quota(waiting_trainings=2), by="test")
+def test_an_organisation_may_have_as_many_open_jobs_as_its_quota_says(office):
+    Tenants(office.home.database).add("org_123", Quota(open_trainings=2), by="test")
     first = office.started()
     office.started()
     answer = office.start()
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
-    assert "2 jobs of org_123 wait already" in answer.json()["detail"]
+    assert "2 jobs that wait or run, and may have 2" in answer.json()["detail"]
     assert office.start(org_id="other").status_code == 200
     office.queue.request_cancel(first.id)
     assert office.start().status_code == 200

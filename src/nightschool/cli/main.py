@@ -167,6 +167,16 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "revoke": ("nightschool.cli.keys:revoke", "Let a key open nothing any more."),
         },
     ),
+    "tenants": (
+        "Tenants: who shares the home, and how much each may use.",
+        {
+            "ls": ("nightschool.cli.tenants:ls", "List tenants: what they have, and have used today."),
+            "show": ("nightschool.cli.tenants:show", "One tenant: bounds, use, belongings."),
+            "add": ("nightschool.cli.tenants:add", "Write down a tenant with its bounds."),
+            "set": ("nightschool.cli.tenants:set_", "Change the bounds of a tenant."),
+            "rm": ("nightschool.cli.tenants:rm", "Delete all of a tenant: keys, models, runs, jobs, conversations."),
+        },
+    ),
     "audit": (
         "Who did what.",
         {"ls": ("nightschool.cli.audit:ls", "List who made keys, promoted, submitted, deleted, and when.")},
@@ -191,6 +201,10 @@ AUDITED: dict[tuple[str, str], str] = {
     ("models", "rm"): "model.delete",
     ("runs", "rm"): "run.delete",
     ("data", "forget"): "conversation.delete",
+    ("jobs", "submit"): "job.submit",
+    ("jobs", "cancel"): "job.cancel",
+    ("jobs", "pause"): "job.pause",
+    ("jobs", "resume"): "job.resume",
 }
 ALIASES = {"ls": "list", "show": "view", "push": "upload"}
 

@@ -64,6 +64,11 @@ class Database:
         self._engine: Engine | None = None
 
     @property
+    def home(self) -> Home:
+        """Whose state it is."""
+        return self._home
+
+    @property
     def engine(self) -> Engine:
         """The connections for writing."""
         with self._guard:

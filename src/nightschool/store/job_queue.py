@@ -17,13 +17,15 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from nightschool.errors import Conflict, NotFound
+from nightschool.errors import Conflict, NotFound, QuotaExceeded
 from nightschool.events import now
 from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.names import check_name, full_name, home_of
 from nightschool.store.outbox import EventType, announce
-from nightschool.store.tables import jobs
+from nightschool.store.registry import Registry
+from nightschool.store.tables import jobs, tenants
+from nightschool.store.tenants import quota_of
 from nightschool.work.lease import Lease, Leased
 
 JobState = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
@@ -113,12 +115,14 @@ class JobQueue:
         Raises:
             NameRefused: If its id, tenant or name may not become a path.
             Conflict: If there is a job with this id.
+            QuotaExceeded: If its tenant has as many open jobs, or as many versions, as it may have.
         """
         check_name(job.id, what="job")
         check_name(job.tenant, what="tenant")
         check_name(job.name)
         try:
-            with self._db.write() as connection:
+            with self._db.write(alone_in=jobs) as connection:
+                _refuse_over_quota(connection, self._db.home, job.tenant)
                 connection.execute(jobs.insert().values(**asdict(job)))
         except IntegrityError as error:
             raise Conflict(f"There is a job {job.id} already. Submit this one under another id.") from error
@@ -328,13 +332,44 @@ def _next_queued(connection: sa.Connection, running: list[Job], moment: datetime
     may_begin = [jobs.c.state == "queued", sa.or_(jobs.c.not_before.is_(None), sa.not_(waits))]
     if running:
         may_begin.append(sa.tuple_(jobs.c.tenant, jobs.c.name).not_in([(job.tenant, job.name) for job in running]))
-    oldest = sa.select(jobs.c.tenant, sa.func.min(jobs.c.created_at)).where(*may_begin).group_by(jobs.c.tenant)
     counts = Counter(job.tenant for job in running)
-    tenants = sorted((counts[tenant], created_at, tenant) for tenant, created_at in connection.execute(oldest))
-    if not tenants:
+    full = [tenant for tenant, most in _most_running(connection).items() if counts[tenant] >= most]
+    may_begin.append(jobs.c.tenant.not_in(full))
+    oldest = sa.select(jobs.c.tenant, sa.func.min(jobs.c.created_at)).where(*may_begin).group_by(jobs.c.tenant)
+    waiting = sorted((counts[tenant], created_at, tenant) for tenant, created_at in connection.execute(oldest))
+    if not waiting:
         return None
-    of_tenant = sa.select(jobs.c.id).where(*may_begin, jobs.c.tenant == tenants[0][2])
+    of_tenant = sa.select(jobs.c.id).where(*may_begin, jobs.c.tenant == waiting[0][2])
     return str(connection.execute(of_tenant.order_by(jobs.c.created_at, jobs.c.id).limit(1)).scalar_one())
+
+
+def _most_running(connection: sa.Connection) -> dict[str, int]:
+    """How many jobs of a tenant may run at once, of the tenants that have a bound."""
+    query = sa.select(tenants.c.name, tenants.c.running_trainings).where(tenants.c.running_trainings.is_not(None))
+    return {row.name: row.running_trainings for row in connection.execute(query)}
+
+
+def _refuse_over_quota(connection: sa.Connection, home: Home, tenant: str) -> None:
+    quota = quota_of(connection, tenant)
+    if quota.open_trainings is not None:
+        is_open = jobs.c.state.not_in(FINAL_STATES)
+        count = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.tenant == tenant, is_open)
+        there = connection.execute(count).scalar_one()
+        if there >= quota.open_trainings:
+            raise QuotaExceeded(
+                f"The tenant {tenant} has {there} jobs that wait or run, and may have {quota.open_trainings}. "
+                f"Wait until one has ended, or cancel one.",
+                retry_after_seconds=60,
+            )
+    if quota.stored_versions is not None:
+        registry = Registry(home)
+        stored = sum(len(registry.versions(name)) for name in registry.names(tenant))
+        if stored >= quota.stored_versions:
+            raise QuotaExceeded(
+                f"The tenant {tenant} has {stored} published versions, and may have {quota.stored_versions}. "
+                f"Remove some that nothing points at, with nightschool models rm.",
+                retry_after_seconds=3600,
+            )
 
 
 def _get(connection: sa.Connection, job_id: str, tenant: str | None = None) -> Job:

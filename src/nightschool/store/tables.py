@@ -246,7 +246,7 @@ tenants = sa.Table(
     sa.Column("requests_per_minute", sa.Float),
     sa.Column("tokens_per_day", sa.BigInteger),
     sa.Column("running_trainings", sa.Integer),
-    sa.Column("waiting_trainings", sa.Integer),
+    sa.Column("open_trainings", sa.Integer),
     sa.Column("stored_versions", sa.Integer),
 )
 

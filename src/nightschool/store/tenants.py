@@ -13,21 +13,21 @@ from nightschool.events import now
 from nightschool.store import audit
 from nightschool.store.database import Database
 from nightschool.store.names import check_name
-from nightschool.store.tables import metadata, tenants, usage
+from nightschool.store.tables import api_keys, metadata, tenants, usage
 
 
 @dataclass(frozen=True)
 class Quota:
     """What a tenant may use; None is unbounded.
 
-    `tokens_per_day` counts generated tokens from midnight to midnight in UTC. `running_trainings` may run at once, and
-    `waiting_trainings` may wait besides. `stored_versions` counts the published versions of all its names.
+    `tokens_per_day` counts generated tokens from midnight to midnight in UTC. `running_trainings` may run at once,
+    and `open_trainings` may wait, be paused or run. `stored_versions` counts the published versions of all its names.
     """
 
     requests_per_minute: float | None = None
     tokens_per_day: int | None = None
     running_trainings: int | None = None
-    waiting_trainings: int | None = None
+    open_trainings: int | None = None
     stored_versions: int | None = None
 
 
@@ -64,17 +64,17 @@ class Tenants:
         self._database = database
 
     def known(self) -> set[str]:
-        """Every tenant of which the database has anything but a line in the audit log."""
+        """Every tenant of which the database has anything but revoked keys and lines of the audit log."""
         columns = [tenants.c.name, *(table.c.tenant for table in tables_of_tenants())]
+        queries = [sa.select(column) for column in columns]
+        queries.append(sa.select(api_keys.c.tenant).where(api_keys.c.revoked_at.is_(None)))
         with self._database.read() as connection:
-            found = connection.execute(sa.union(*(sa.select(column).distinct() for column in columns)))
-            return set(found.scalars())
+            return set(connection.execute(sa.union(*queries)).scalars())
 
     def quota(self, tenant: str) -> Quota:
         """What a tenant may use; without a row, all is unbounded."""
         with self._database.read() as connection:
-            row = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).first()
-        return UNBOUNDED if row is None else Quota(**{field.name: getattr(row, field.name) for field in fields(Quota)})
+            return quota_of(connection, tenant)
 
     def add(self, tenant: str, quota: Quota, *, by: str) -> None:
         """Write down a new tenant.
@@ -129,6 +129,12 @@ class Tenants:
                     connection.execute(usage.insert().values(tenant=tenant, day=day, **columns))
 
 
+def quota_of(connection: sa.Connection, tenant: str) -> Quota:
+    """What a tenant may use, within a transaction; without a row, all is unbounded."""
+    row = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).first()
+    return UNBOUNDED if row is None else Quota(**{field.name: getattr(row, field.name) for field in fields(Quota)})
+
+
 def day_of(moment: datetime) -> str:
     """The day of a moment, `YYYY-MM-DD` in UTC as moments of ours are."""
     return f"{moment:%Y-%m-%d}"
@@ -142,5 +148,6 @@ def tables_of_tenants() -> list[sa.Table]:
 
 def _check(quota: Quota) -> None:
     for name, value in asdict(quota).items():
-        if value is not None and (value < 0 or (name == "requests_per_minute" and value == 0)):
+        least = 1e-3 if name == "requests_per_minute" else 0
+        if value is not None and not least <= value < 2**53:
             raise UsageError(f"The bound {name} is {value:g}. Write a positive number, or none for no bound.")

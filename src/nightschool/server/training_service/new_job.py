@@ -13,14 +13,13 @@ from nightschool.config.recipe import Recipe
 from nightschool.config.training_service import DEFAULTS, JobSettings
 from nightschool.data.example import Example
 from nightschool.data.sources.repair import repair_conversations
-from nightschool.errors import QueueFull, UsageError
+from nightschool.errors import UsageError
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.server.training_service.organisation import name_of
 from nightschool.server.training_service.parts import TrainingService
 from nightschool.server.training_service.schemas import TrainingData
 from nightschool.store.atomic import publish_directory, remove_folder, write_bytes
 from nightschool.store.job_queue import Job, job_folder, new_id
-from nightschool.store.tenants import Tenants
 
 TRAIN, HELD_OUT = "train.jsonl", "heldout.jsonl"
 _MOST_WARMUP_STEPS = 100
@@ -72,9 +71,8 @@ def submit_job(training: TrainingService, draft: JobDraft, *, created_by: str | 
     """Write the data of a job and enter it into the queue; without the row, nothing is left of it.
 
     Raises:
-        QueueFull: If as many jobs of the organisation wait as its quota allows.
+        QuotaExceeded: If the organisation has as many open jobs, or as many versions, as it may have.
     """
-    _refuse_over_quota(training, draft.org_id)
     job_id = new_id()
     folder = job_folder(training.home, draft.org_id, job_id)
     with publish_directory(folder) as partial:
@@ -156,16 +154,6 @@ def _refuse_too_few(usable: int, sent: int, needed: int) -> None:
         raise UsageError(
             f"Not enough training data. Need at least {needed} conversations, and {usable} of the {sent} sent can be "
             "learned: each once, with a question and an answer."
-        )
-
-
-def _refuse_over_quota(training: TrainingService, org_id: str) -> None:
-    most = Tenants(training.home.database).quota(org_id).waiting_trainings
-    waiting = 0 if most is None else len(training.queue.ls(tenant=org_id, states=("queued", "paused"), limit=most + 1))
-    if most is not None and waiting >= most:
-        raise QueueFull(
-            f"{waiting} jobs of {org_id} wait already, and its quota allows {most}. Wait for one, or cancel one.",
-            retry_after_seconds=60,
         )
 
 

@@ -38,7 +38,7 @@ def upgrade() -> None:
         sa.Column("requests_per_minute", sa.Float()),
         sa.Column("tokens_per_day", sa.BigInteger()),
         sa.Column("running_trainings", sa.Integer()),
-        sa.Column("waiting_trainings", sa.Integer()),
+        sa.Column("open_trainings", sa.Integer()),
         sa.Column("stored_versions", sa.Integer()),
         sa.PrimaryKeyConstraint("name", name="pk_tenants"),
     )
