@@ -51,6 +51,7 @@ class _Resident:
     """
 
     number: int
+    tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     stop_ids: Collection[int]
     is_open: bool = True
@@ -124,7 +125,8 @@ class Engine:
         self.base = base
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
-        self._residents: dict[str | None, _Resident] = {None: self._resident(0, loaded.tokenizer)}
+        self._residents: dict[str | None, _Resident] = {}
+        self._residents[None] = self._resident(0, loaded.tokenizer)
         free = free_bytes(next(loaded.model.parameters()).device)
         self._runner = ModelRunner(loaded.model, layout_bytes=int(free * _LAYOUT_SHARE), packed_folder=packed_folder)
         facts = {"base": base, "layers": self._runner.layouts}
@@ -213,7 +215,10 @@ class Engine:
 
     def _resident(self, number: int, tokenizer: PreTrainedTokenizerBase) -> _Resident:
         generation_config = getattr(self.loaded.model, "generation_config", None)
-        return _Resident(number, Vocabulary(tokenizer), stop_token_ids(tokenizer, generation_config))
+        # A copy, because others come and go meanwhile.
+        alike = (one.vocabulary for one in list(self._residents.values()) if one.tokenizer is tokenizer)
+        vocabulary = next(alike, None) or Vocabulary(tokenizer)
+        return _Resident(number, tokenizer, vocabulary, stop_token_ids(tokenizer, generation_config))
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base
 from nightschool.models.folder import is_adapter_folder
-from nightschool.models.load import LoadedModel, Located, as_path, load_tokenizer
+from nightschool.models.load import LoadedModel, Located, as_path
+from nightschool.models.shared_tokenizer import shared_tokenizer
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry
@@ -84,7 +85,7 @@ def load_unmerged(found: Located, under: LoadedModel) -> UnmergedAdapter:
     """
     weights = read_lora(found.folder)
     has_tokenizer = (found.folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(found.folder, found.ref) if has_tokenizer else under.tokenizer
+    tokenizer = shared_tokenizer(found.folder, found.ref) if has_tokenizer else under.tokenizer
     if len(tokenizer) > under.vocab_size:
         raise NeedsMerging(f"its tokenizer has {len(tokenizer)} ids and the vocabulary of its base {under.vocab_size}")
     return UnmergedAdapter(found.ref, tokenizer, weights)
