@@ -56,6 +56,20 @@ def test_bindings_that_differ_in_anything_share_nothing(difference):
     assert held(cache, BOUND, list(range(65))) == 64
 
 
+def test_what_was_read_with_an_adapter_goes_with_it_whoever_asked():
+    cache = PrefixCache(1 << 20)
+    tenants = [dataclasses.replace(BOUND, adapter="bot@1", tenant=tenant) for tenant in ("a", "b")]
+    stays = [BOUND, dataclasses.replace(BOUND, adapter="bot@2", tenant="a")]
+    for binding in (*tenants, *stays):
+        keep(cache, binding, list(range(64)))
+        keep(cache, binding, [*range(32), *range(100, 132)])
+    cache.drop("bot@1")
+    assert [held(cache, binding, list(range(65))) for binding in (*tenants, *stays)] == [0, 0, 64, 64]
+    assert (cache.num_roots, cache.num_blocks, cache.num_bytes) == (2, 6, 6 * BLOCK_BYTES)
+    cache.drop("bot@1")
+    assert cache.num_blocks == 6
+
+
 def test_a_binding_whose_blocks_are_gone_leaves_nothing_behind():
     cache = PrefixCache(2 * BLOCK_BYTES)
     for number in range(50):

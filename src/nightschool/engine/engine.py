@@ -212,6 +212,8 @@ class Engine:
                 return
             del self._residents[binding.adapter]
         self._runner.remove_adapter(resident.number)
+        if self._prefix is not None:
+            COMPUTE.call(partial(self._prefix.drop, binding.adapter))
 
     def _resident(self, number: int, tokenizer: PreTrainedTokenizerBase) -> _Resident:
         generation_config = getattr(self.loaded.model, "generation_config", None)
@@ -418,7 +420,7 @@ class Engine:
 
     def _keep(self, active: _Active, row: int, tokens: int) -> None:
         """Put the first tokens of a row into the prefix cache."""
-        if self._prefix is not None:
+        if self._prefix is not None and active.handle.request.keeps_prefix:
             read = partial(self._cache.read, row)
             self._prefix.insert(active.binding, active.token_ids[:tokens], read)
 

@@ -63,7 +63,7 @@ class Generation(BoundEngine):
         Raises:
             Conflict: If it ends in an error.
         """
-        request = GenerationRequest(request_id, self.binding.of(_NO_TENANT), prompt_ids, params)
+        request = GenerationRequest(request_id, self.binding.of(_NO_TENANT), prompt_ids, params, keeps_prefix=False)
         answer = self.engine.submit(request).result(_ANSWER_SECONDS)
         if answer.finish_reason == "error":
             raise Conflict(f"{self.binding.label} cannot answer: {answer.error}")

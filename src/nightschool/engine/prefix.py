@@ -81,6 +81,16 @@ class PrefixCache:
             parent = node
         self._touch(path)
 
+    def drop(self, adapter: str) -> None:
+        """Forget whatever was read with an adapter, whoever asked."""
+        for binding in [binding for binding in self._roots if binding.adapter == adapter]:
+            below = [self._roots.pop(binding)]
+            while below:
+                node = below.pop()
+                below += node.children.values()
+                self._recent.pop(node, None)
+                self.num_bytes -= node.num_bytes
+
     def _walk(self, binding: Binding, token_ids: Sequence[int]) -> list[_Node]:
         node = self._roots.get(binding)
         path: list[_Node] = []

@@ -78,12 +78,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt in token ids, what answers it, and how. `id` is for logs; it need not be unique."""
+    """One prompt in token ids, what answers it, and how. `id` is for logs; it need not be unique.
+
+    `keeps_prefix` is whether its keys and values are kept for others that begin alike.
+    """
 
     id: str
     binding: Binding
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    keeps_prefix: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

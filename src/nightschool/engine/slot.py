@@ -109,12 +109,16 @@ class Slot:
     def refresh(self) -> bool:
         """Serve the champion, or the version of this slot, if another or none serves now. Returns whether that changed.
 
+        A slot that is closed stays so.
+
         Raises:
             NotFound: If there is none.
             SwapFailed: With the stage; whatever served before still does.
         """
         wanted = Registry(self.home).resolve(self._wanted)
         with self._swapping:
+            if self._is_closed:
+                return False
             current = self._current
             return (current is None or current.version.ref != wanted.ref) and self._swap(wanted.ref).changed
 
