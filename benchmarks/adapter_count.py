@@ -178,8 +178,8 @@ async def measure(bench: Benchmark, folder: Path) -> dict[str, float]:
         tokenizer = train_bpe(
             [PROMPT, "Who are you? What is the capital of France? Count to five."] * 4, vocab_size=400
         )
-        model = qwen3(len(tokenizer), num_hidden_layers=2 if bench.quick else 6).eval()
-    num_adapters, num_requests = (24, 100) if bench.quick else (200, 1000)
+        model = qwen3(len(tokenizer), num_hidden_layers=6).eval()
+    num_adapters, num_requests = (16, 100) if bench.quick else (200, 1000)
     house = House(folder, model, tokenizer, most_loaded=num_adapters)
     names = house.publish_adapters(model, num_adapters, "all-linear" if not bench.is_real else ["q_proj", "v_proj"])
     per_file = await growth(house, names[: num_adapters if bench.quick else 64])

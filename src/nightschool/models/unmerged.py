@@ -117,7 +117,7 @@ def read_lora(folder: Path) -> LoraWeights:
 
     Raises:
         NeedsMerging: If the adapter cannot stay apart from its base, with the reason.
-        Damaged: If the file cannot be read.
+        Damaged: If the file cannot be read, or holds nothing.
     """
     reason = why_merged(folder)
     if reason is not None:
@@ -138,8 +138,10 @@ def read_lora(folder: Path) -> LoraWeights:
             raise NeedsMerging(f"its tensors of {layer} are not finite")
         # rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
         scale = config["lora_alpha"] / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0])
-        # Seen from the other side, and not copied: whoever serves them lays them out.
-        factors[layer] = a.t(), (b * scale).t()
+        # A copy, or the whole file would stay mapped beside what is made of it.
+        factors[layer] = a.clone().t(), (b * scale).t()
+    if not factors:
+        raise Damaged(f"The adapter {folder} holds no factors at all. Publish it again.")
     return LoraWeights(factors)
 
 
