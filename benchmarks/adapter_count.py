@@ -182,25 +182,43 @@ async def measure(bench: Benchmark, folder: Path) -> dict[str, float]:
     num_adapters, num_requests = (16, 100) if bench.quick else (200, 1000)
     house = House(folder, model, tokenizer, most_loaded=num_adapters)
     names = house.publish_adapters(model, num_adapters, "all-linear" if not bench.is_real else ["q_proj", "v_proj"])
-    per_file = await growth(house, names[: num_adapters if bench.quick else 64])
-    seconds = await cold(house, names[: 5 if bench.quick else 15])
+    # The last ones are not loaded by this, so that their probes are still to be asked.
+    tried = 5 if bench.quick else 15
+    per_file = await growth(house, names[: min(64, num_adapters - tried)])
+    first, again = await cold(house, names[-tried:]), await cold(house, names[-tried:])
     # Far fewer stay than are asked for, so that they come and go.
     house.names.on_demand._most = num_adapters // 4  # type: ignore[union-attr]
     errors, asked = await zipf(house, names, num_requests)
     await house.names.close()
-    processor, wall = (statistics.median(of) for of in zip(*seconds, strict=True))
+    (first_time, first_wall), (later, later_wall) = (
+        [statistics.median(of) for of in zip(*seconds, strict=True)] for seconds in (first, again)
+    )
     bench.table(
         [
             ("an adapter's file", f"{adapter_bytes(house, names[0]) / 1e6:.1f} MB"),
-            ("first token of a cold adapter", f"{processor:.3f} s of the processor, {wall:.3f} s on the wall"),
+            (
+                "first token, never loaded before",
+                f"{first_time:.3f} s of the processor, {first_wall:.3f} s on the wall",
+            ),
+            ("first token, loaded again", f"{later:.3f} s of the processor, {later_wall:.3f} s on the wall"),
             ("requests", f"{num_requests} to {asked} of {num_adapters} adapters, {num_adapters // 4} loaded at a time"),
         ]
     )
-    return {"bytes_per_file": round(per_file, 3), "cold_seconds": round(processor, 3), "errors": errors}
+    return {
+        "bytes_per_file": round(per_file, 3),
+        "cold_seconds": round(first_time, 3),
+        "cold_again_seconds": round(later, 3),
+        "errors": errors,
+    }
 
 
 def main() -> None:
-    goals = {"bytes_per_file": {"max": 1.1}, "cold_seconds": {"max": 0.3}, "errors": {"max": 0}}
+    goals = {
+        "bytes_per_file": {"max": 1.1},
+        "cold_seconds": {"max": 0.3},
+        "cold_again_seconds": {"max": 0.3},
+        "errors": {"max": 0},
+    }
     bench = Benchmark("adapter_count", "Many adapters on one resident base", goals, has_real=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -307,7 +307,7 @@ def test_a_binding_that_two_hold_open_ends_with_the_second(tmp_path):
     assert [by_name.refresh(), by_version.refresh()] == [True, False]
     by_name.close()
     greedily = SamplingParams(max_new_tokens=4, temperature=0)
-    assert by_version.current.answer("x", [1, 2, 3], greedily) == tuple(house.one.greedy([1, 2, 3], 4))
+    assert by_version.current.answers([([1, 2, 3], greedily)]) == [tuple(house.one.greedy([1, 2, 3], 4))]
     assert engine.num_active(binding) == 0
     by_version.close()
     with pytest.raises(NotLoaded):

@@ -152,6 +152,8 @@ class Engine:
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
         self._ended = threading.Event()
+        # Whether it has taken a step: the first one is slow.
+        self.is_warm = False
         COMPUTE.add(self)
 
     @property
@@ -338,6 +340,7 @@ class Engine:
             plan = self._scheduler.plan()
         if plan.spans:
             self._answer(plan)
+            self.is_warm = True
 
     def _arrange(self, moves: Sequence[Move]) -> None:
         """Bring the cache into the shape that the scheduler has in mind."""

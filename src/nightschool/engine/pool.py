@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,17 +57,22 @@ class Generation(BoundEngine):
     version: Version
     loaded_at: datetime
 
-    def answer(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> tuple[int, ...]:
-        """The tokens of an answer that must come; it shares no prefix with any client's.
+    def answers(self, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[tuple[int, ...]]:
+        """The tokens of answers that must come, made beside each other; they share no prefix with any client's.
 
         Raises:
-            Conflict: If it ends in an error.
+            Conflict: If one ends in an error.
         """
-        request = GenerationRequest(request_id, self.binding.of(_NO_TENANT), prompt_ids, params, keeps_prefix=False)
-        answer = self.engine.submit(request).result(_ANSWER_SECONDS)
-        if answer.finish_reason == "error":
-            raise Conflict(f"{self.binding.label} cannot answer: {answer.error}")
-        return answer.token_ids
+        binding = self.binding.of(_NO_TENANT)
+        handles = [
+            self.engine.submit(GenerationRequest(f"probe-{number}", binding, *one, keeps_prefix=False))
+            for number, one in enumerate(asked, start=1)
+        ]
+        found = [handle.result(_ANSWER_SECONDS) for handle in handles]
+        failed = next((answer for answer in found if answer.finish_reason == "error"), None)
+        if failed is not None:
+            raise Conflict(f"{self.binding.label} cannot answer: {failed.error}")
+        return [answer.token_ids for answer in found]
 
 
 class EnginePool:
@@ -97,6 +102,8 @@ class EnginePool:
         self._engine_settings = engine
         self._engines: dict[str, Engine] = {}
         self._holders: dict[str, int] = {}
+        # Versions that gave the answers they were published with. They cannot change, and so need not be asked again.
+        self.proven: set[str] = set()
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
@@ -116,12 +123,13 @@ class EnginePool:
         return needed_bytes(version, self.home, self._dtype)
 
     def open(self, version: Version, stage: Stage) -> Generation:
-        """Load what is missing of a version, and let it answer once, so that the first client pays for no first time."""
+        """Load what is missing of a version. A new engine answers once, so that the first client pays for no first time."""
         generation = Generation(**vars(self.bind(located_version(version), stage)), version=version, loaded_at=now())
         try:
             with stage("warm_up"):
-                length = min(8, generation.engine.context_tokens - 1)
-                generation.answer("warm-up", [0] * length, SamplingParams(max_new_tokens=1, temperature=0))
+                if not generation.engine.is_warm:
+                    length = min(8, generation.engine.context_tokens - 1)
+                    generation.answers([([0] * length, SamplingParams(max_new_tokens=1, temperature=0))])
         except BaseException:
             self.close(generation)
             raise

@@ -13,7 +13,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -182,8 +182,9 @@ class Slot:
         generation = self._pool.open(version, stage)
         try:
             with stage("probe"):
-                for number, probe in enumerate(version.facts.probes, start=1):
-                    _ask(generation, probe, number)
+                if version.ref not in self._pool.proven:
+                    _ask(generation, version.facts.probes)
+                    self._pool.proven.add(version.ref)
         except BaseException:
             self._pool.close(generation)
             raise
@@ -222,15 +223,18 @@ class Slot:
         return thread
 
 
-def _ask(generation: Generation, probe: Probe, number: int) -> None:
-    """Ask a golden prompt: a version that answers it otherwise is not what was published."""
-    params = SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True)
-    answer = generation.answer(f"probe-{number}", list(probe.prompt_ids), params)
-    if list(answer) != list(probe.expected_ids):
-        raise Conflict(
-            f"probe {number} of {generation.version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded "
-            f"version answers {_few(answer)}. Publish it again."
-        )
+def _ask(generation: Generation, probes: Sequence[Probe]) -> None:
+    """Ask golden prompts, all at once: a version that answers one otherwise is not what was published."""
+    asked = [
+        (list(probe.prompt_ids), SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True))
+        for probe in probes
+    ]
+    for number, (probe, answer) in enumerate(zip(probes, generation.answers(asked), strict=True), start=1):
+        if list(answer) != list(probe.expected_ids):
+            raise Conflict(
+                f"probe {number} of {generation.version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded "
+                f"version answers {_few(answer)}. Publish it again."
+            )
 
 
 def _few(token_ids: list[int] | tuple[int, ...]) -> str:
