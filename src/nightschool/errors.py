@@ -120,10 +120,10 @@ class Locked(Conflict):
 
 
 class SwapFailed(Conflict):
-    """A swap that changed nothing. `stage`: resolve, verify, load, warm_up, probe or switch."""
+    """A swap that changed nothing, and why. `stage`: resolve, verify, load, warm_up, probe or switch."""
 
     def __init__(self, stage: str, message: str) -> None:
-        self.stage = stage
+        self.stage, self.reason = stage, message
         super().__init__(f"The swap failed at the stage '{stage}' and changed nothing: {message}")
 
 

@@ -1,12 +1,15 @@
 """Names that nobody gave to the server: loaded by their first request, kept while they are asked for, one tenant's own."""
 
 import asyncio
+import json
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from pydantic import SecretStr
+from safetensors.torch import load_file, save_file
 
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.request import GenerationRequest, SamplingParams
@@ -19,7 +22,7 @@ from nightschool.server.settings import ApiKey
 from nightschool.store.home import Home
 from nightschool.store.principal import LOCAL
 from nightschool.store.registry import Registry, VersionMetadata
-from tests.support.adapter_setups import House
+from tests.support.adapter_setups import House, lively_adapter, save_adapter
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of, eventually
 
@@ -312,3 +315,71 @@ def test_a_binding_that_two_hold_open_ends_with_the_second(tmp_path):
     by_version.close()
     with pytest.raises(NotLoaded):
         engine.submit(GenerationRequest("y", binding, [1, 2, 3], greedily))
+
+
+class _Payload:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def _pickled(folder):
+    (folder / "adapter_model.safetensors").write_bytes(pickle.dumps(_Payload()))
+
+
+def _pickled_beside(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.x.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.bin")
+
+
+def _empty(folder):
+    save_file({}, folder / "adapter_model.safetensors")
+
+
+def _of_another_base(folder):
+    save_adapter(lively_adapter("tiny-gpt-neox"), folder)
+
+
+def _of_another_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 64, "rank_pattern": {"q_proj": 3}}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if ".lora_A." in name)
+    save_file(tensors | {name: torch.zeros(9, tensors[name].shape[1])}, folder / "adapter_model.safetensors")
+
+
+HOSTILE = {
+    "a pickle in its place": (_pickled, "cannot be read"),
+    "a pickle beside": (_pickled_beside, "read from safetensors only"),
+    "nothing in it": (_empty, "holds no factors"),
+    "another base": (_of_another_base, "does not fit its base"),
+    "another rank": (_of_another_rank, "does not fit its base"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_an_adapter_that_is_none_is_refused_by_name_and_harms_nobody(spoil, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    house = House(tmp_path / "home")
+
+    def fill(folder):
+        save_adapter(lively_adapter(), folder, str(house.base.path))
+        spoil(folder)
+
+    bad = house.registry.publish("bad", fill, VersionMetadata(kind="adapter", base=house.base.ref))
+    for name, version in (("bad", bad.id), ("cat", house.cat.ref.partition("@")[2])):
+        house.registry.promote(name, version, by="test")
+    pool = EnginePool(house.home, num_rows=2)
+    with client_of(Slot("default", pool), registry=house.registry, open_slot=lambda name: Slot(name, pool)) as client:
+        for _ in range(2):
+            answer = client.post("/v1/completions", json={"model": "bad", "prompt": "abc", "max_tokens": 2})
+            assert answer.status_code == 409, answer.text
+            assert message in answer.json()["error"]["message"]
+            assert str(tmp_path) not in answer.text
+            assert (
+                client.post("/v1/completions", json={"model": "cat", "prompt": "abc", "max_tokens": 2}).status_code
+                == 200
+            )
+        engine = pool._engines[house.base.ref]
+        assert len(engine._residents) == 2, "the base and cat's adapter"
+    assert not (tmp_path / "executed").exists()
+    assert pool._engines == {}

@@ -148,7 +148,8 @@ def read_lora(folder: Path) -> LoraWeights:
 def _opened(folder: Path) -> Any:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise NeedsMerging("it has no adapter_model.safetensors")
+        # Whoever would merge it reads no other file either.
+        raise Damaged(f"The adapter {folder} has no {path.name}. Adapters are read from safetensors only.")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

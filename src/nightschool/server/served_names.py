@@ -13,7 +13,7 @@ import anyio.to_thread
 from nightschool.engine.binding import Binding
 from nightschool.engine.pool import Generation
 from nightschool.engine.slot import Slot
-from nightschool.errors import Conflict, NameRefused, NotFound, NotLoaded, UsageError
+from nightschool.errors import Conflict, NameRefused, NotFound, NotLoaded, SwapFailed, UsageError
 from nightschool.server.errors import Refusal
 from nightschool.server.on_demand import OnDemand
 from nightschool.store.names import CHAMPION, full_name, split_name
@@ -97,8 +97,11 @@ class ServedNames:
         try:
             return await self.on_demand.load(key)
         except NotFound:
-            # The registry's own words say where the home lies.
             raise NotFound(f"{key!r} has no promoted version to be loaded. Promote one.") from None
+        except SwapFailed as error:
+            # Where the home lies is nobody's business over HTTP.
+            where = f"{self._registry.home.path}/" if self._registry is not None else ""
+            raise SwapFailed(error.stage, error.reason.replace(where, "")) from error
 
     async def unload(self, key: str) -> bool:
         """Close the slot of a name, or of a version, once it has answered what it took. Returns whether it was open.
