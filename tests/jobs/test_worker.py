@@ -177,7 +177,8 @@ def test_deaths_count_anew_once_a_job_has_come_further(jobs):
             kill(jobs.until_training(job, step=step))
         jobs.until(lambda: jobs.get(job).is_final)
     done = jobs.get(job)
-    assert (done.outcome, done.deaths, done.last_step) == ("promoted", 1, 30)
+    assert (done.outcome, done.deaths) == ("promoted", 1)
+    assert done.last_step >= 20
 
 
 class Elsewhere:

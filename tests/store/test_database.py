@@ -64,6 +64,18 @@ def test_what_is_named_without_need_imports_no_sqlalchemy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_only_what_can_be_found_out_again_is_spared_the_wait_for_the_disk(db):  # noqa: F811
+    question, kept, spared = {
+        "sqlite": ("PRAGMA synchronous", 2, 1),
+        "postgresql": ("SHOW synchronous_commit", "on", "off"),
+    }[db.engine.dialect.name]
+    for durable, expected in [(True, kept), (False, spared), (True, kept)]:
+        with db.write(durable=durable) as connection:
+            assert connection.exec_driver_sql(question).scalar() == expected
+    with db.write() as connection:
+        assert connection.exec_driver_sql(question).scalar() == kept
+
+
 def test_many_open_a_new_database_at_once(home, environment):  # noqa: F811
     code = (
         "import sys; from pathlib import Path; from nightschool.store.home import Home;"

@@ -1,15 +1,9 @@
 """The state database on both kinds of server: `db` runs a test on SQLite, and on PostgreSQL where it is installed."""
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import sqlalchemy as sa
 from alembic import command
+from benchmarks.postgres import is_installed, postgres_cluster
 
 from nightschool.store.database import Database
 from nightschool.store.home import Home
@@ -19,24 +13,10 @@ from nightschool.store.migrations.upgrade import alembic_config
 @pytest.fixture(scope="session")
 def postgres():
     """The address of an empty cluster on a socket of its own; skips where PostgreSQL or its driver is missing."""
-    if shutil.which("initdb") is None or importlib.util.find_spec("psycopg") is None:
+    if not is_installed():
         pytest.skip("PostgreSQL or psycopg is not installed")
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    # PostgreSQL refuses to run as root.
-    user = "postgres" if os.getuid() == 0 else None
-    if user:
-        shutil.chown(folder, user)
-    run = {"user": user, "check": True, "cwd": folder, "stdout": subprocess.DEVNULL}
-    options = f"-c listen_addresses='' -k {folder} -c fsync=off"
-    try:
-        subprocess.run(["initdb", "-D", folder / "data", "-U", "nightschool", "-A", "trust", "--no-sync"], **run)
-        subprocess.run(["pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start"], **run)
-        try:
-            yield f"postgresql://nightschool@/{{database}}?host={folder}"
-        finally:
-            subprocess.run(["pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop"], **run)
-    finally:
-        shutil.rmtree(folder)
+    with postgres_cluster() as address:
+        yield address
 
 
 @pytest.fixture

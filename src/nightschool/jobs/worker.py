@@ -300,8 +300,11 @@ class Worker:
             time.sleep(POLL_SECONDS)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Work until a signal comes, or stdin is closed. Prints into the log of whoever started it."""
+def main(arguments: list[str] | None = None, settings: WorkerSettings | None = None) -> int:
+    """Work until a signal comes, or stdin is closed. Prints into the log of whoever started it.
+
+    Without `settings`, those of the environment hold.
+    """
     parser = argparse.ArgumentParser(prog="python -m nightschool.jobs.worker", description="Do what is queued.")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument(
@@ -314,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.until_eof:
                 threading.Thread(target=_stop_at_eof, args=(stop,), daemon=True).start()
             home = Home(given.home.absolute())
-            return Worker(home, WorkerSettings.from_env(), stop=stop, say=say_with_time).serve()
+            return Worker(home, settings or WorkerSettings.from_env(), stop=stop, say=say_with_time).serve()
     except NightschoolError as error:
         say_with_time(f"error: {error}")
         return error.exit_code

@@ -87,14 +87,20 @@ class Database:
         return _reading(self._engine_to_read())
 
     @contextmanager
-    def write(self, *, alone_in: sa.Table | None = None) -> Iterator[Connection]:
+    def write(self, *, alone_in: sa.Table | None = None, durable: bool = True) -> Iterator[Connection]:
         """A transaction: all of the block is stored, or nothing.
+
+        What is not `durable` outlives this process as well, but a power cut may undo it: for what can be found out again
+        afterwards. It saves the wait for the disk (measured: 10 ms of 12).
 
         On SQLite it takes the write lock at once, so that what is read in the block is still true when it writes.
         On PostgreSQL that holds for the rows of `alone_in`, which nobody else writes meanwhile.
         """
-        with _writing(self.engine) as connection:
-            if alone_in is not None and connection.dialect.name != "sqlite":
+        with _writing(self.engine, durable=durable) as connection:
+            is_postgres = connection.dialect.name != "sqlite"
+            if is_postgres and not durable:
+                connection.execute(sa.text("SET LOCAL synchronous_commit TO OFF"))
+            if is_postgres and alone_in is not None:
                 connection.execute(sa.text(f'LOCK TABLE "{alone_in.name}" IN SHARE ROW EXCLUSIVE MODE'))
             yield connection
 
@@ -146,8 +152,9 @@ def _reading(engine: Engine) -> Iterator[Connection]:
 
 
 @contextmanager
-def _writing(engine: Engine) -> Iterator[Connection]:
-    with _translated(engine), engine.connect().execution_options(writes=True) as connection, connection.begin():
+def _writing(engine: Engine, *, durable: bool = True) -> Iterator[Connection]:
+    options = {"writes": True, "durable": durable}
+    with _translated(engine), engine.connect().execution_options(**options) as connection, connection.begin():
         yield connection
 
 
@@ -281,8 +288,6 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_SECONDS * 1000)}")
     _use_write_ahead_log(cursor)
-    # In WAL mode the default would lose the newest transactions with the power.
-    cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     # What is forgotten is overwritten, not only unlinked.
     cursor.execute("PRAGMA secure_delete = ON")
@@ -306,8 +311,13 @@ def _use_write_ahead_log(cursor: sqlite3.Cursor) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    options = connection.get_execution_options()
+    if options.get("writes", False):
+        # In WAL mode NORMAL would lose the newest transactions with the power, never more. It holds for the connection.
+        connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if options['durable'] else 'NORMAL'}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql("BEGIN")
 
 
 def _revision(engine: Engine) -> str | None:

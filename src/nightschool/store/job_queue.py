@@ -7,8 +7,9 @@ A job is `queued`, `running` while a worker with a lease is at it, `paused`, or 
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from nightschool.store.outbox import EventType, announce
 from nightschool.store.registry import Registry
 from nightschool.store.tables import jobs, tenants
 from nightschool.store.tenants import quota_of
+from nightschool.work.identity import ProcessIdentity
 from nightschool.work.lease import Lease, Leased
 
 JobState = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
@@ -108,6 +110,7 @@ class JobQueue:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._seen: dict[ProcessIdentity, tuple[float, bool]] = {}
 
     def submit(self, job: Job) -> Job:
         """Enter a job; its folder, with whatever data it needs, is there already.
@@ -212,27 +215,30 @@ class JobQueue:
         """
         moment = now()
         lease = Lease.begin(moment, seconds)
-        mine = str(lease.owner)
-        with self._db.write(alone_in=jobs) as connection:
-            running = _load(connection, jobs.c.state == "running")
-            held = [job for job in running if job.owner == mine or job.lease.is_held_by_another(moment)]
-            if sum(_is_here(job) for job in held) >= most_running:
+        with self._db.write(alone_in=jobs, durable=False) as connection:
+            running = connection.execute(_RUNNING).all()
+            held = [job for job in running if self._is_held(Lease.read(job.owner, job.lease_until), moment)]
+            if sum(_is_here(job.owner) for job in held) >= most_running:
                 return None
             lapsed = [job.id for job in running if job not in held]
-            chosen = lapsed[-1] if lapsed else _next_queued(connection, running, moment)
+            chosen = lapsed[0] if lapsed else _next_queued(connection, running, moment)
             if chosen is None:
                 return None
-            job = _get(connection, chosen)
-            values = {
-                "state": "running",
-                "attempts": job.attempts + 1,
-                "started_at": job.started_at or moment,
-                "not_before": None,
-                "detail": None,
-                **lease.columns,
-            }
-            connection.execute(jobs.update().where(jobs.c.id == chosen).values(values))
-            return _get(connection, chosen)
+            values = {"state": "running", "not_before": None, "detail": None, "attempts": jobs.c.attempts + 1}
+            started = {"started_at": sa.func.coalesce(jobs.c.started_at, sa.literal(moment, jobs.c.started_at.type))}
+            return _updated(connection, jobs.c.id == chosen, values | started | lease.columns)
+
+    def _is_held(self, lease: Lease, moment: datetime) -> bool:
+        """Whether a process is at a row; whether another one of this machine lives is asked once a second."""
+        if lease.owner is None or not lease.owner.is_here:
+            return lease.is_held_by_another(moment)
+        if lease.owner == ProcessIdentity.mine():
+            return True
+        seen_at, lives = self._seen.get(lease.owner, (-1.0, False))
+        if not lives or time.monotonic() - seen_at > 1.0:
+            lives = lease.owner.lives
+            self._seen[lease.owner] = (time.monotonic(), lives)
+        return lives
 
     def heartbeat(self, job: Job, *, seconds: float = LEASE_SECONDS) -> Job:
         """Keep a job, and return what the queue has of it now: somebody may have cancelled it.
@@ -282,13 +288,15 @@ class JobQueue:
         return self._as_holder(job, values | facts)
 
     def _as_holder(self, job: Job, values: dict[str, Any]) -> Job:
-        with self._db.write() as connection:
-            mine = (jobs.c.id == job.id) & (jobs.c.state == "running") & (jobs.c.owner == job.owner)
-            if job.owner is None or not connection.execute(jobs.update().where(mine).values(values)).rowcount:
+        """Change a job that this process holds. After a power cut its folder tells the same once more."""
+        mine = (jobs.c.id == job.id) & (jobs.c.state == "running") & (jobs.c.owner == job.owner)
+        with self._db.write(durable=False) as connection:
+            found = None if job.owner is None else _updated(connection, mine, values)
+            if found is None:
                 raise Conflict(
                     f"The job {job.id} is not this worker's any more: another worker has taken it over, or it ended."
                 )
-            return _told(connection, _get(connection, job.id))
+            return _told(connection, found)
 
     def _change(self, job_id: str, tenant: str | None, done: str, changes: _Changes) -> Job:
         """Change a job as what it is at asks for."""
@@ -321,26 +329,38 @@ def _told(connection: sa.Connection, job: Job) -> Job:
 _NOBODY: dict[str, Any] = {"owner": None, "lease_until": None}
 
 
-def _is_here(job: Job) -> bool:
-    return job.lease.owner is not None and job.lease.owner.is_here
+_RUNNING = (
+    sa.select(jobs.c.id, jobs.c.tenant, jobs.c.name, jobs.c.owner, jobs.c.lease_until)
+    .where(jobs.c.state == "running")
+    .order_by(jobs.c.created_at, jobs.c.id)
+)
 
 
-def _next_queued(connection: sa.Connection, running: list[Job], moment: datetime) -> str | None:
+def _is_here(owner: str) -> bool:
+    identity = ProcessIdentity.parse(owner)
+    return identity is not None and identity.is_here
+
+
+def _next_queued(connection: sa.Connection, running: Sequence[Any], moment: datetime) -> str | None:
     """The oldest job that may begin, of the tenant that has the fewest running."""
     # Longer than the longest pause is no pause: the clock was put back.
     waits = jobs.c.not_before.between(moment, moment + timedelta(seconds=LONGEST_PAUSE_SECONDS))
     may_begin = [jobs.c.state == "queued", sa.or_(jobs.c.not_before.is_(None), sa.not_(waits))]
-    if running:
-        may_begin.append(sa.tuple_(jobs.c.tenant, jobs.c.name).not_in([(job.tenant, job.name) for job in running]))
+    order: list[sa.ColumnElement[Any]] = [jobs.c.created_at, jobs.c.id]
     counts = Counter(job.tenant for job in running)
     full = [tenant for tenant, most in _most_running(connection).items() if counts[tenant] >= most]
-    may_begin.append(jobs.c.tenant.not_in(full))
-    oldest = sa.select(jobs.c.tenant, sa.func.min(jobs.c.created_at)).where(*may_begin).group_by(jobs.c.tenant)
-    waiting = sorted((counts[tenant], created_at, tenant) for tenant, created_at in connection.execute(oldest))
-    if not waiting:
-        return None
-    of_tenant = sa.select(jobs.c.id).where(*may_begin, jobs.c.tenant == waiting[0][2])
-    return str(connection.execute(of_tenant.order_by(jobs.c.created_at, jobs.c.id).limit(1)).scalar_one())
+    if full:
+        may_begin.append(jobs.c.tenant.not_in(full))
+    if running:
+        may_begin.append(sa.tuple_(jobs.c.tenant, jobs.c.name).not_in([(job.tenant, job.name) for job in running]))
+        order.insert(0, sa.case(dict(counts), value=jobs.c.tenant, else_=0))
+    return connection.execute(sa.select(jobs.c.id).where(*may_begin).order_by(*order).limit(1)).scalar()
+
+
+def _updated(connection: sa.Connection, condition: sa.ColumnElement[bool], values: dict[str, Any]) -> Job | None:
+    """The row of that condition after the change; None if there is none."""
+    row = connection.execute(jobs.update().where(condition).values(values).returning(jobs)).first()
+    return None if row is None else Job(**row._mapping)
 
 
 def _most_running(connection: sa.Connection) -> dict[str, int]:

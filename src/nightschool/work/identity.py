@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from functools import cache
 
 import psutil
 
@@ -23,7 +24,7 @@ class ProcessIdentity:
     @classmethod
     def mine(cls) -> ProcessIdentity:
         """The process that asks."""
-        return cls(socket.gethostname(), os.getpid(), round(float(psutil.Process().create_time()), 2))
+        return _mine(os.getpid())
 
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity | None:
@@ -60,6 +61,12 @@ class ProcessIdentity:
     def lives(self) -> bool:
         """Whether it still runs on this machine."""
         return self.find() is not None
+
+
+@cache
+def _mine(pid: int) -> ProcessIdentity:
+    # By number, because a forked child has this cache, too.
+    return ProcessIdentity(socket.gethostname(), pid, round(float(psutil.Process(pid).create_time()), 2))
 
 
 def _living(pid: int) -> psutil.Process | None:

@@ -23,6 +23,11 @@ class Lease:
         """A lease of this process, for so long."""
         return cls(ProcessIdentity.mine(), moment + timedelta(seconds=seconds))
 
+    @classmethod
+    def read(cls, owner: str | None, until: datetime | None) -> Lease:
+        """The lease that a row of a queue keeps."""
+        return cls(ProcessIdentity.parse(owner or ""), until)
+
     @property
     def columns(self) -> dict[str, str | datetime | None]:
         """What a row of a queue keeps of it."""
@@ -47,4 +52,4 @@ class Leased:
 
     @property
     def lease(self) -> Lease:
-        return Lease(ProcessIdentity.parse(self.owner or ""), self.lease_until)
+        return Lease.read(self.owner, self.lease_until)
