@@ -57,7 +57,9 @@ class Battle:
         places = {"worker": self.workers, "job": self.find("toy_jobs.job"), "trainer": self.find("toy_jobs.train")}
         if self.submitter.poll() is None:
             places["submitter"] = [self.submitter]
-        kind = self.random.choice([kind for kind, found in places.items() if found])
+        # A worker and a submitter need a moment before there is anything to lose.
+        weights = {kind: {"job": 3, "trainer": 3, "worker": 2, "submitter": 1}[kind] for kind in places if places[kind]}
+        kind = self.random.choices(list(weights), list(weights.values()))[0]
         victim = self.random.choice(places[kind])
         try:
             os.kill(victim.pid, 9)
@@ -82,7 +84,7 @@ class Battle:
     def fight(self, kills: int) -> None:
         deadline = time.monotonic() + LONGEST_SECONDS
         while sum(self.kills.values()) < kills and time.monotonic() < deadline:
-            time.sleep(self.random.uniform(0.1, 1.2))
+            time.sleep(self.random.uniform(0.1, 2.0))
             self.kill_somebody()
 
     def end(self) -> None:
