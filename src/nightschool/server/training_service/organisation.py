@@ -67,7 +67,7 @@ def metadata_of(version: Version, training_id: str | None = None) -> dict[str, A
     facts = version.facts.model_dump(
         mode="json", exclude={"name", "probes", "source_digest", "recipe_digest", "data_fingerprint"}
     )
-    return {**facts, "base_model": facts.pop("base"), "training_id": training_id}
+    return {"base_model": facts.pop("base"), **facts, "training_id": training_id}
 
 
 def described(version: Version, org_id: str, *, training_id: str | None, loaded: bool) -> dict[str, Any]:
