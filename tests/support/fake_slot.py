@@ -18,6 +18,7 @@ from nightschool.data.chat.render import ensure_template
 from nightschool.engine.binding import Binding
 from nightschool.engine.request import Chunk, GenerationRequest, TokenLogprob, Usage
 from nightschool.errors import NotLoaded, PromptTooLong, QueueFull
+from nightschool.store.versions import VersionMetadata
 
 
 @cache
@@ -44,7 +45,7 @@ class FakeVersion:
 
     @property
     def path(self) -> Path:
-        return Path("/home/of/somebody/.nightschool/models", self.name, self.id)
+        return Path("/home/of/somebody/.nightschool/models", self.name.rpartition("/")[2], self.id)
 
     @property
     def ref(self) -> str:
@@ -52,7 +53,8 @@ class FakeVersion:
 
     @property
     def facts(self) -> Any:
-        return type("Facts", (), {"created_at": datetime(2025, 12, 2, 11, 54, 36, tzinfo=UTC)})()
+        moment = datetime(2025, 12, 2, 11, 54, 36, tzinfo=UTC)
+        return VersionMetadata(name=self.name, version=self.id, created_at=moment)
 
 
 class FakeHandle:

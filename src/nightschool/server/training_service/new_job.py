@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -55,15 +56,16 @@ def draft_job(training: TrainingService, data: TrainingData, org_id: str) -> Job
     _refuse_too_few(len(repaired.examples), len(conversations), training.settings.min_training_samples)
     trained = AcceptedExamples(training.home.database).trained(name_of(org_id))
     train, held_out = hold_out(repaired.examples, settings.validation_split or 0.0, trained)
+    recipe = recipe_of(settings, name_of(org_id), base, num_train=len(train), held_out=bool(held_out))
     metadata = {
         "base_model": base,
-        "method": "lora",
+        "method": recipe.method,
         "num_conversations": len(repaired.examples),
         "num_held_out": len(held_out),
         "repairs": dict(repaired.repairs),
         "settings": settings.model_dump(mode="json", exclude_none=True),
+        "notes": _notes(settings, recipe),
     }
-    recipe = recipe_of(settings, name_of(org_id), base, num_train=len(train), held_out=bool(held_out))
     return JobDraft(org_id, train, held_out, recipe, metadata)
 
 
@@ -115,7 +117,7 @@ def recipe_of(settings: JobSettings, name: str, base: str, *, num_train: int, he
     plain: dict[str, Any] = {
         "name": name,
         "base": base,
-        "method": "lora",
+        **_method(settings),
         "data": [{"path": TRAIN, "format": "messages"}],
         "held_out": {"path": HELD_OUT} if held_out else {"share": 0},
         "train": {
@@ -127,6 +129,7 @@ def recipe_of(settings: JobSettings, name: str, base: str, *, num_train: int, he
             "warmup_steps": _warmup_steps(settings, num_train),
             "log_every": settings.logging_steps,
             "gradient_checkpointing": settings.gradient_checkpointing,
+            "optimizer": "paged_adamw_8bit" if _is_quantised(settings) else "adamw",
             "evaluate_every": None if settings.eval_steps is None else f"{settings.eval_steps} steps",
         },
         "lora": {
@@ -139,6 +142,34 @@ def recipe_of(settings: JobSettings, name: str, base: str, *, num_train: int, he
         "gate": {"new_facts": "off"},
     }
     return Recipe.model_validate(plain)
+
+
+def _method(settings: JobSettings) -> dict[str, Any]:
+    """LoRA on the base as it is, or on a quantised one where that was asked for and can be had."""
+    if not _is_quantised(settings):
+        return {"method": "lora"}
+    if not settings.use_4bit:
+        return {"method": "qlora", "quantization": {"bits": 8}}
+    four = {"bits": 4, "type": settings.bnb_4bit_quant_type or "nf4"}
+    return {"method": "qlora", "quantization": {**four, "compute_dtype": settings.bnb_4bit_compute_dtype or "auto"}}
+
+
+def _is_quantised(settings: JobSettings) -> bool:
+    return bool(settings.use_4bit or settings.use_8bit) and _can_quantise()
+
+
+def _can_quantise() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _notes(settings: JobSettings, recipe: Recipe) -> list[str]:
+    """What was asked for and is done otherwise."""
+    notes = []
+    if (settings.use_4bit or settings.use_8bit) and recipe.method == "lora":
+        notes.append("bitsandbytes is not installed, so the base is not quantised: this is plain LoRA.")
+    if settings.use_4bit and settings.use_8bit:
+        notes.append("use_4bit and use_8bit are both set, and use_4bit counts.")
+    return notes
 
 
 def _warmup_steps(settings: JobSettings, num_train: int) -> int:
