@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nightschool.errors import Interrupted, Locked
+from nightschool.events import now
 from nightschool.store import checkpoints
 from nightschool.store.atomic import publish_directory
 from nightschool.store.checkpoints import checkpoint_path
@@ -19,11 +20,12 @@ from nightschool.work.stop import Stop
 
 SAVE_EVERY = 10
 SECONDS_PER_STEP = 0.01
+DEFAULT_STEPS = 200
 
 
 def train(run, stop) -> int:
     recipe = run.recipe()
-    total = recipe["train"]["max_steps"]
+    total = recipe["train"]["max_steps"] or DEFAULT_STEPS
     step = max((point.step for point in checkpoints.ls(run)), default=0)
     run.update_status(state="running", pid=os.getpid(), step=step, steps_total=total, error=None, exit_code=None)
     with run.metrics_path.open("a") as metrics:
@@ -33,7 +35,8 @@ def train(run, stop) -> int:
                 run.update_status(state="interrupted", step=step, exit_code=Interrupted.exit_code)
                 return Interrupted.exit_code
             step += 1
-            metrics.write(json.dumps({"step": step, "loss": 1 / step, "tokens_per_second": 100.0}) + "\n")
+            row = {"time": now().isoformat(), "step": step, "loss": 1 / step, "tokens_per_second": 100.0}
+            metrics.write(json.dumps(row) + "\n")
             metrics.flush()
             if step % SAVE_EVERY == 0:
                 save(run, step)

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
+from benchmarks.toy_jobs import MODULES
+from benchmarks.toy_jobs.train import DEFAULT_STEPS
 
 from nightschool.config.recipe import Recipe
 from nightschool.config.training_service import JobSettings, TrainingServiceSettings
+from nightschool.jobs.worker_settings import WorkerSettings
 from nightschool.server.openai.model_names import registry_name
 from nightschool.server.openai.new_job import choose
 from nightschool.store.files import RESULTS
@@ -17,8 +21,10 @@ from nightschool.store.job_queue import Job, JobQueue, job_folder, new_id
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.views.results import results_csv
+from nightschool.work import processes
 from tests.support.fake_slot import FakeSlot
-from tests.support.live_server import live
+from tests.support.job_setups import ROOT, RunningWorker
+from tests.support.live_server import eventually, live
 
 BASE = "own/base"
 ALIAS = "gpt-4o-mini-2024-07-18"
@@ -350,3 +356,46 @@ def test_without_a_home_there_are_no_jobs_and_no_files():
             answer = httpx2.get(f"{server.url}/v1/{path}")
             assert answer.status_code in (404, 409)
             assert "home" in answer.json()["error"]["message"]
+
+
+@pytest.fixture
+def worker(home, monkeypatch):
+    """Does the jobs with toys in place of what trains; see benchmarks/toy_jobs."""
+    monkeypatch.setattr(processes, "PROCESSES", {**processes.PROCESSES, **MODULES})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with RunningWorker(SimpleNamespace(home=home, said=[]), WorkerSettings()):
+        yield
+
+
+def until(client, job, status):
+    eventually(lambda: client.fine_tuning.jobs.retrieve(job.id).status == status)
+
+
+def steps_of(client, job):
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1000)
+    return [event.data["step"] for event in events if event.type == "metrics"]
+
+
+def test_a_running_job_is_paused_goes_on_and_succeeds_with_every_step_once(client, start, worker):
+    job = start()
+    eventually(lambda: steps_of(client, job))
+    client.fine_tuning.jobs.pause(job.id)
+    until(client, job, "paused")
+    before = steps_of(client, job)
+    assert 0 < len(before) < DEFAULT_STEPS
+    assert steps_of(client, job) == before
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    until(client, job, "succeeded")
+    assert steps_of(client, job) == list(range(DEFAULT_STEPS, 0, -1))
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert len(client.files.content(done.result_files[0]).text.splitlines()) == DEFAULT_STEPS + 1
+
+
+def test_a_running_job_is_cancelled_and_makes_no_model(client, start, worker):
+    job = start()
+    eventually(lambda: steps_of(client, job))
+    client.fine_tuning.jobs.cancel(job.id)
+    until(client, job, "cancelled")
+    ended = client.fine_tuning.jobs.retrieve(job.id)
+    assert (ended.fine_tuned_model, ended.result_files, ended.estimated_finish) == (None, [], None)
+    assert next(iter(client.fine_tuning.jobs.list_events(job.id))).message == "The job was cancelled."

@@ -114,3 +114,31 @@ def test_the_events_tell_the_story(client, done):
     assert any("Step 4/4" in line for line in told)
     assert any("checkpoint was saved at step 4" in line for line in told)
     assert "was created" in told[-1]
+
+
+def test_each_checkpoint_can_be_asked_by_its_name(client, done):
+    last, first = client.fine_tuning.jobs.checkpoints.list(done.id)
+    assert (last.step_number, first.step_number) == (4, 2)
+    assert last.fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-4"
+    assert first.metrics.valid_loss > last.metrics.valid_loss > 0
+    versions = {
+        client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Where does Ada live?"}], max_tokens=1
+        ).model
+        for model in (first.fine_tuned_model_checkpoint, last.fine_tuned_model_checkpoint, done.fine_tuned_model)
+    }
+    assert len(versions) == 2  # the best of them is the model
+    page = client.fine_tuning.jobs.checkpoints.list(done.id, limit=1)
+    assert [one.id for one in page] == [last.id, first.id]
+
+
+def test_the_model_is_among_the_models(client, done):
+    assert done.fine_tuned_model in [model.id for model in client.models.list()]
+    assert client.models.retrieve(done.fine_tuned_model).id == done.fine_tuned_model
+
+
+def test_a_job_goes_on_from_the_model_of_another(client, jobs, done):
+    file = client.files.create(file=("train.jsonl", jsonl(["Fritz"])), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=done.fine_tuned_model, training_file=file.id, suffix="more")
+    assert jobs.queue.get(job.id).recipe["base"] == jobs.queue.get(done.id).candidate
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"

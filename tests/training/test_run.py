@@ -208,6 +208,24 @@ def test_a_run_that_has_published_is_not_run_again(taught, capsys):
 
 
 @pytest.mark.trains
+def test_the_newest_checkpoints_become_versions_under_aliases_and_the_last_weights_are_the_candidate(tmp_path):
+    home = Home(tmp_path / "home").ensure()
+    run = new_run(home, train={"epochs": 4}, checkpoints={"every": "1 epochs", "publish": 3, "keep": {"last": 4}})
+    assert train(home, run) == 0
+    points, registry = checkpoints.ls(run), Registry(home)
+    aliases = registry.aliases("bot")
+    last = {f"ckpt-step-{point.step}" for point in points[-3:]}
+    assert set(aliases) - {"latest"} == last
+    candidate = version_of(home, run)
+    assert aliases[f"ckpt-step-{points[-1].step}"] == candidate.id == aliases["latest"]
+    for point in points[-3:]:
+        version = registry.resolve(f"bot@{checkpoints.alias_of(point.step)}")
+        published, saved = (load_file(path / "model.safetensors") for path in (version.path, point.path))
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(published[name], saved[name]), point.name
+
+
+@pytest.mark.trains
 def test_the_next_night_starts_from_the_version_and_replays(taught, tmp_path):
     taught_home, taught_run = taught
     home = taught_home

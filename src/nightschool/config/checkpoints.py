@@ -66,6 +66,11 @@ class Checkpoints(Section):
     on_full_disk: Literal["stop", "continue"] = Field(
         "stop", description="What a run does when there is no room for a checkpoint; the one before stays whole."
     )
+    publish: int = Field(
+        0,
+        ge=0,
+        description="So many of the newest become versions, too, each under the alias `ckpt-step-N`, to be asked beside the best.",
+    )
     upload: Upload = Field(default_factory=Upload, description="Where checkpoints go besides the disk.")
 
     @field_validator("upload", mode="before")

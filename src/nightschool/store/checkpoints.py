@@ -30,6 +30,8 @@ ATTEMPT = "attempt"
 LATEST = "latest"
 _NAME = re.compile(r"checkpoint-epoch(0|[1-9][0-9]*)-step(0|[1-9][0-9]*)-files(0|[1-9][0-9]*)")
 
+_ALIAS = re.compile(r"ckpt-step-(0|[1-9][0-9]*)")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -84,6 +86,17 @@ def checkpoint_name(epoch: int, step: int, num_files: int) -> str:
     """`checkpoint-epoch{E}-step{S}-files{F}`."""
     assert min(epoch, step, num_files) >= 0, "positions in training are never negative"
     return f"checkpoint-epoch{epoch}-step{step}-files{num_files}"
+
+
+def alias_of(step: int) -> str:
+    """The alias of the version that a checkpoint was published as."""
+    return f"ckpt-step-{step}"
+
+
+def step_of(alias: str) -> int | None:
+    """The step of a checkpoint by the alias of its version; None if it is another alias."""
+    match = _ALIAS.fullmatch(alias)
+    return int(match[1]) if match else None
 
 
 def checkpoint_path(run: Run, epoch: int, step: int, num_files: int) -> Path:

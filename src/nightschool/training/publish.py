@@ -16,6 +16,7 @@ from nightschool.models.cost import count_parameters
 from nightschool.models.export import prove_export, save_version_folder
 from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
+from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version, VersionMetadata
@@ -36,12 +37,14 @@ MIN_MARGIN_16_BIT = 0.5
 
 
 def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState) -> None:
-    """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint."""
+    """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint.
+
+    Before them come other checkpoints, as many as `checkpoints.publish` says, each under an alias of its own.
+    """
     recipe, loaded, task = prepared.recipe, prepared.loaded, prepared.task
-    step, heldout = _take_best(run, prepared, state)
+    registry = Registry(home)
     task.release()
     task.model.eval()
-    count = count_parameters(task.model)
     facts = VersionMetadata(
         kind="adapter" if loaded.adapter else "model",
         method=recipe.method,
@@ -50,31 +53,56 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
         run_id=run.id,
         recipe_digest=hashlib.sha256(json.dumps(recipe.as_plain(), sort_keys=True).encode()).hexdigest(),
         data_fingerprint=task.fingerprint,
-        num_parameters=count.total,
+        num_parameters=count_parameters(task.model).total,
         dtype=str(task.weights()[0].dtype).removeprefix("torch."),
         context_tokens=loaded.context_tokens,
-        heldout_loss=heldout,
     )
+    best = _best_checkpoint(run, state)
+    _publish_others(registry, run, prepared, facts, state.step, state.step if best is None else best.step)
+    step, heldout = state.step, state.heldout_loss
+    if best is not None:
+        step, heldout = best.step, best.heldout_loss()
+        say(f"The held-out loss was lowest at step {step}: {heldout:.4f}, against {state.heldout_loss:.4f} at the end")
+        full_state.load_weights(best.path, task)
+    facts = facts.model_copy(update={"heldout_loss": heldout})
     say(f"Publishing step {step} as a candidate of {recipe.name}")
-    version, difference = publish_candidate(Registry(home), recipe.name, loaded, prepared.examples, facts)
+    version, difference = publish_candidate(registry, recipe.name, loaded, prepared.examples, facts)
+    if recipe.checkpoints.publish:
+        registry.set_alias(recipe.name, checkpoints.alias_of(step), version.id, by=f"run {run.id}")
     run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
     run.update_status(state="completed", candidate=version.ref, step=state.step, exit_code=0)
     say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")
 
 
-def _take_best(run: Run, prepared: PreparedRun[Any], state: TrainState) -> tuple[int, float | None]:
-    """Leave the best weights of the run in the model; return their step and held-out loss."""
-    last = state.heldout_loss
-    if last is None:
-        return state.step, None
+def _best_checkpoint(run: Run, state: TrainState) -> Checkpoint | None:
+    """The checkpoint whose held-out loss is the lowest; None where that of the last step is, or there is none."""
     saved = [(loss, point) for point in checkpoints.ls(run) if (loss := point.heldout_loss()) is not None]
     best = min(saved, key=lambda pair: (pair[0], -pair[1].step), default=None)
-    if best is None or best[0] >= last:
-        return state.step, last
-    loss, point = best
-    say(f"The held-out loss was lowest at step {point.step}: {loss:.4f}, against {last:.4f} at the end")
-    full_state.load_weights(point.path, prepared.task)
-    return point.step, loss
+    if state.heldout_loss is None or best is None or best[0] >= state.heldout_loss:
+        return None
+    return best[1]
+
+
+def _publish_others(
+    registry: Registry, run: Run, prepared: PreparedRun[Any], facts: VersionMetadata, last_step: int, best_step: int
+) -> None:
+    """Publish the newest checkpoints but the best one, which is the candidate, and leave the last weights in the model.
+
+    A run that was killed in between finds those that it has published already by their aliases.
+    """
+    name, most = prepared.recipe.name, prepared.recipe.checkpoints.publish
+    points = checkpoints.ls(run)
+    if not most or not points or points[-1].step != last_step:  # the last weights could not be brought back
+        return
+    for point in points[-most:]:
+        alias = checkpoints.alias_of(point.step)
+        if point.step != best_step and alias not in registry.aliases(name):
+            full_state.load_weights(point.path, prepared.task)
+            of_point = facts.model_copy(update={"heldout_loss": point.heldout_loss()})
+            version, _ = publish_candidate(registry, name, prepared.loaded, prepared.examples, of_point)
+            registry.set_alias(name, alias, version.id, by=f"run {run.id}")
+            say(f"Published step {point.step} as {name}@{alias}")
+    full_state.load_weights(points[-1].path, prepared.task)
 
 
 def _is_version(home: Home, base: str) -> bool:

@@ -56,6 +56,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/fine_tuning/jobs"): Rule("train"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}"): Rule("train"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): Rule("train"),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): Rule("train"),
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): Rule("train", "job.cancel"),
     ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): Rule("train", "job.pause"),
     ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): Rule("train", "job.resume"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -15,7 +16,7 @@ from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Answer, Running, while_connected
-from nightschool.server.openai.model_names import registry_name
+from nightschool.server.openai.model_names import fine_tuned_models, registry_name
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
@@ -179,15 +180,15 @@ async def _answer(
 
 
 @router.get("/models", response_model=ModelList, responses=openai_refusals())
-async def models(service: ServiceOf, principal: PrincipalOf) -> Response:
+async def models(request: Request, service: ServiceOf, principal: PrincipalOf) -> Response:
     """What may stand in `model`: each name, and the version that it means now; none of what could not answer."""
-    return JSONResponse({"object": "list", "data": await _cards(service, principal)})
+    return JSONResponse({"object": "list", "data": await _cards(request, service, principal)})
 
 
 @router.get("/models/{model}", response_model=ModelCard, responses=openai_refusals(404))
-async def model(model: str, service: ServiceOf, principal: PrincipalOf) -> Response:
+async def model(model: str, request: Request, service: ServiceOf, principal: PrincipalOf) -> Response:
     """One of them."""
-    cards = await _cards(service, principal)
+    cards = await _cards(request, service, principal)
     card = next((card for card in cards if card["id"] == model), None)
     if card is None:
         known = ", ".join(card["id"] for card in cards) or "none"
@@ -197,9 +198,11 @@ async def model(model: str, service: ServiceOf, principal: PrincipalOf) -> Respo
     return JSONResponse(card)
 
 
-async def _cards(service: Service, principal: Principal) -> list[dict[str, Any]]:
+async def _cards(request: Request, service: Service, principal: Principal) -> list[dict[str, Any]]:
+    training = request.app.state.training
+    names = {} if training is None else await anyio.to_thread.run_sync(fine_tuned_models, training, principal.tenant)
     return [
         {"id": id_, "object": "model", "created": int(published_at(version).timestamp()), "owned_by": "nightschool"}
         for version in await service.names.versions(principal.tenant)
-        for id_ in (version.name, f"{version.name}@champion", version.ref)
+        for id_ in (version.name, f"{version.name}@champion", version.ref, *names.get(version.ref, ()))
     ]

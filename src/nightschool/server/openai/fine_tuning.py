@@ -14,9 +14,10 @@ from nightschool.errors import Conflict
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
-from nightschool.server.openai.job_objects import events_of, job_object
-from nightschool.server.openai.job_schema import CreateJob, EventList, FineTuningJob, JobList
-from nightschool.server.openai.new_job import SOURCE, create_job
+from nightschool.server.openai.job_objects import checkpoints_of, events_of, job_object
+from nightschool.server.openai.job_schema import CheckpointList, CreateJob, EventList, FineTuningJob, JobList
+from nightschool.server.openai.model_names import SOURCE
+from nightschool.server.openai.new_job import create_job
 from nightschool.server.openai.pages import MOST_ON_A_PAGE, After, page
 from nightschool.server.service import PrincipalOf
 from nightschool.server.training_service.parts import TrainingOf, TrainingService
@@ -81,6 +82,19 @@ async def events(
 
     def look() -> Response:
         rows = events_of(training.home, _job(training, job_id, principal))
+        return page(rows, lambda row: row, after=after, limit=limit, id_of=lambda row: str(row["id"]))
+
+    return await anyio.to_thread.run_sync(look)
+
+
+@router.get("/{job_id}/checkpoints", response_model=CheckpointList, responses=openai_refusals(400, 404))
+async def checkpoints(
+    job_id: str, training: TrainingOf, principal: PrincipalOf, limit: Limit = 10, after: After = None
+) -> Response:
+    """The checkpoints of a job that can be asked: those of its last three epochs, newest first."""
+
+    def look() -> Response:
+        rows = checkpoints_of(training.home, _job(training, job_id, principal))
         return page(rows, lambda row: row, after=after, limit=limit, id_of=lambda row: str(row["id"]))
 
     return await anyio.to_thread.run_sync(look)

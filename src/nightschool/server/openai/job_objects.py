@@ -10,10 +10,13 @@ from typing import Any
 from nightschool.errors import NotFound
 from nightschool.events import now, read_events
 from nightschool.server.openai.job_schema import JobStatus
-from nightschool.server.openai.model_names import fine_tuned_model
+from nightschool.server.openai.model_names import fine_tuned_checkpoint, fine_tuned_model
+from nightschool.server.service import published_at
+from nightschool.store.checkpoints import step_of
 from nightschool.store.files import FileStore, results_id
 from nightschool.store.home import Home
 from nightschool.store.job_queue import Job
+from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
 from nightschool.views.jobs import JobView, job_view
 from nightschool.views.metrics_rows import Row, is_number, read_rows
@@ -71,6 +74,41 @@ def events_of(home: Home, job: Job) -> list[dict[str, Any]]:
     if job.finished_at is not None:
         found.append(_last_event(job, job.finished_at))
     return [event for _, event in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def checkpoints_of(home: Home, job: Job) -> list[dict[str, Any]]:
+    """The checkpoints of a job that became versions, and so can be asked; newest first."""
+    registry, run = Registry(home), run_of(home, job)
+    rows = {} if run is None else {row["step"]: row for row in read_rows(run.metrics_path)}
+    found = []
+    for alias, version_id in registry.aliases(job.full_name).items():
+        step = step_of(alias)
+        if step is not None:
+            version = registry.resolve(f"{job.full_name}@{version_id}")
+            found.append((step, _checkpoint(job, step, published_at(version), rows.get(step, {"step": step}))))
+    return [checkpoint for _, checkpoint in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def _checkpoint(job: Job, step: int, moment: datetime, row: Row) -> dict[str, Any]:
+    # All of the held-out examples are looked at each time, so both kinds of figures are the same.
+    loss, accuracy = _figure(row, "heldout_loss"), _figure(row, "heldout_token_accuracy")
+    return {
+        "id": f"ftckpt_{job.id.rpartition('-')[2]}-{step}",
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": _seconds(moment),
+        "fine_tuned_model_checkpoint": fine_tuned_checkpoint(job, step),
+        "fine_tuning_job_id": job.id,
+        "metrics": {
+            "step": step,
+            "train_loss": _figure(row, "loss"),
+            "train_mean_token_accuracy": _figure(row, "token_accuracy"),
+            "valid_loss": loss,
+            "valid_mean_token_accuracy": accuracy,
+            "full_valid_loss": loss,
+            "full_valid_mean_token_accuracy": accuracy,
+        },
+        "step_number": step,
+    }
 
 
 def run_of(home: Home, job: Job) -> Run | None:

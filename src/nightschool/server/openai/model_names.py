@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import re
 
+from nightschool.server.training_service.parts import TrainingService
+from nightschool.store.checkpoints import alias_of
 from nightschool.store.job_queue import Job
 from nightschool.store.names import full_name
 
+SOURCE = "openai"
+"""The `source` of jobs that came through OpenAI's API."""
 _NO_SUFFIX = "ft"
 _ID_DIGITS = 12
 _MOST_SUFFIX_CHARACTERS = 40
@@ -35,9 +39,15 @@ def fine_tuned_model(job: Job) -> str:
     return f"ft:{shown}:{job.tenant}:{_slug(job.metadata.get('suffix'))}:{_short(job.id)}"
 
 
-def alias_of_checkpoint(step: int) -> str:
-    """The alias of the version that a checkpoint of a job became."""
-    return f"ckpt-step-{step}"
+def fine_tuned_checkpoint(job: Job, step: int) -> str:
+    """What a checkpoint of a job is called: `ft:BASE:ORGANISATION:SUFFIX:ID:ckpt-step-N`."""
+    return f"{fine_tuned_model(job)}:{alias_of(step)}"
+
+
+def fine_tuned_models(training: TrainingService, tenant: str) -> dict[str, tuple[str]]:
+    """What each version that a tenant's jobs have made is called, by its reference."""
+    done = training.queue.ls(tenant=tenant, states=["completed"])
+    return {job.candidate: (fine_tuned_model(job),) for job in done if job.source == SOURCE and job.candidate}
 
 
 def registry_name(model: str, tenant: str) -> str:

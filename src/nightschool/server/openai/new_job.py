@@ -12,7 +12,7 @@ from nightschool.config.training_service import DEFAULTS, JobSettings
 from nightschool.errors import NotFound, UsageError
 from nightschool.server.errors import Refusal
 from nightschool.server.openai.job_schema import CreateJob, DpoHyperparameters, Hyperparameters
-from nightschool.server.openai.model_names import name_of_job, registry_name
+from nightschool.server.openai.model_names import SOURCE, name_of_job, registry_name
 from nightschool.server.training_service.new_job import recipe_of
 from nightschool.server.training_service.parts import TrainingService
 from nightschool.store.atomic import publish_directory, remove_folder
@@ -21,14 +21,14 @@ from nightschool.store.job_queue import Job, job_folder, new_id
 from nightschool.store.names import full_name
 from nightschool.store.principal import Principal
 
-SOURCE = "openai"
-"""The `source` of jobs that came this way."""
 _TRAIN, _HELD_OUT = "train.jsonl", "heldout.jsonl"
 _DEFAULT_BETA = 0.1
 # What OpenAI's cookbook says of `auto`: three epochs, more of few examples and fewer of many.
 _EPOCHS, _FEWEST_EXAMPLES, _MOST_EXAMPLES, _MOST_EPOCHS = 3, 100, 25_000, 25
 # An epoch has about so many steps, and a step at most so many examples.
 _STEPS_PER_EPOCH, _MOST_AUTO_BATCH, _MOST_MICRO_BATCH = 25, 16, 8
+# OpenAI keeps the checkpoints of the last three epochs, and each can be asked.
+_PUBLISHED_CHECKPOINTS = 3
 # What each method can learn from.
 _FORMATS = {"supervised": ("messages", "prompt_completion"), "dpo": ("preference",)}
 
@@ -199,7 +199,7 @@ def _recipe(
     plain = recipe_of(wanted, name, base, num_train=train.num_examples, held_out=held_out).as_plain()
     plain["data"] = [{"path": _TRAIN, "format": train.format}]
     plain["train"] |= {"seed": seed, "log_every": 1}
-    plain["checkpoints"]["every"] = "1 epochs"
+    plain["checkpoints"] |= {"every": "1 epochs", "publish": _PUBLISHED_CHECKPOINTS}
     plain["serve"]["promote"] = "always"
     if method == "dpo":
         plain |= {"method": "dpo", "dpo": {"beta": chosen.beta}}
