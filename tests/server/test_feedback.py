@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from nightschool.errors import DiskFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
-from nightschool.server.settings import ServerSettings
+from nightschool.server.settings import ApiKey, ServerSettings
 from nightschool.store.database import Database
 from nightschool.store.home import Home
 from tests.support.fake_slot import FakeSlot
@@ -72,7 +72,9 @@ def test_what_cannot_be_rated_by_its_id_is_not_kept(client, store):
 
 def test_an_exchange_can_be_forgotten(client, store):
     identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
-    assert client.delete(f"/api/conversations/{identity}").json() == {"request_id": identity, "status": "forgotten"}
+    nowhere = {"request_id": identity, "runs": [], "versions": []}
+    assert client.get(f"/api/conversations/{identity}/traces").json() == nowhere
+    assert client.delete(f"/api/conversations/{identity}").json() == nowhere | {"status": "forgotten"}
     assert store.select() == []
     missing = client.delete(f"/api/conversations/{identity}")
     assert missing.status_code == 404
@@ -97,8 +99,13 @@ def test_wrong_feedback_names_the_field(client, body, param):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_with_keys_only_the_key_that_asked_may_rate_correct_or_forget(store, stream):
-    keys = (SecretStr("first-key-of-two"), SecretStr("second-key-of-two"))
-    asker, other = ({"x-api-key": key.get_secret_value()} for key in keys)
+    keys = [
+        ApiKey(key=SecretStr("first-key-of-two"), scopes=frozenset({"infer", "feedback"})),
+        ApiKey(key=SecretStr("second-key-of-two"), scopes=frozenset({"infer", "feedback"})),
+        ApiKey(key=SecretStr("third-key-that-is-admin")),
+        ApiKey(key=SecretStr("fourth-key-of-another"), tenant="acme"),
+    ]
+    asker, other, admin, foreign_admin = ({"x-api-key": key.key.get_secret_value()} for key in keys)
     store.record("before-there-were-keys", "bot", "v", [], "a")
     with client_of(FakeSlot(), api_keys=keys, record_conversations=True, conversations=store) as client:
         for path, body in (("/v1/chat/completions", CHAT | {"stream": stream}), ("/generate", {"query": "hi"})):
@@ -112,7 +119,9 @@ def test_with_keys_only_the_key_that_asked_may_rate_correct_or_forget(store, str
             assert client.delete(f"/api/conversations/{identity}", headers=other).status_code == 404
             assert client.post("/api/feedback", json=wrong | {"rating": "good"}, headers=asker).status_code == 200
             assert store.get(identity).rating == "good"
+            assert client.delete(f"/api/conversations/{identity}", headers=foreign_admin).status_code == 404
             assert client.delete(f"/api/conversations/{identity}", headers=asker).status_code == 200
+        assert client.delete("/api/conversations/before-there-were-keys", headers=admin).status_code == 200
 
 
 def test_without_keys_whoever_reaches_the_server_may_rate_what_a_key_asked(store, client):

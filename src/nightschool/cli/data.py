@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.output import answer, bold, confirm
+from nightschool.cli.output import answer, bold, confirm, note
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
@@ -15,6 +15,7 @@ from nightschool.data.shards.shards import verify_shard
 from nightschool.data.sources.load import Loaded, read_file
 from nightschool.errors import Damaged, UsageError
 from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.erasure import erase, traces_of
 from nightschool.feedback.selection import select_loaded
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.starting_weights import starting_weights
@@ -111,23 +112,28 @@ def _check_shards(folder: Path) -> int:
 
 
 def forget(request_id: str, /, *, yes: bool = False) -> None:
-    """Delete a kept conversation, and what later nights would replay of it.
+    """Delete a kept conversation, its copies in the data of runs, and what later nights would replay of it.
 
-    Versions that studied it keep what they learned: roll back, or train anew.
+    Versions that studied it, and those that grew from them, keep what they learned and are marked as tainted: roll back,
+    or train anew.
 
     Args:
         request_id: The id that the answer came with.
         yes: Do not ask.
     """
-    conversations = ConversationStore(Home.find().database)
-    found = conversations.get(request_id)
-    confirm(f"Delete the conversation {request_id} of {found.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
-    replayed = conversations.forget(request_id)
-    answer(
-        {"forgotten": request_id, "accepted_examples_deleted": replayed},
-        f"Deleted {request_id}, and {replayed} examples that would have been replayed.",
-        quiet=request_id,
-    )
+    home = Home.find()
+    kept = ConversationStore(home.database).get(request_id)
+    traces = traces_of(home, kept)
+    where = [f"in the data of {', '.join(traces.runs)}"] if traces.runs else []
+    where += [f"known to {', '.join(traces.versions)}"] if traces.versions else []
+    note(f"{request_id} is {' and '.join(where) or 'in no run and no version'}.")
+    confirm(f"Delete the conversation {request_id} of {kept.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
+    traces, replayed = erase(home, request_id)
+    text = f"Deleted {request_id}, and {replayed} examples that would have been replayed."
+    if traces.versions:
+        text += f" Tainted: {', '.join(traces.versions)}."
+    data = {"forgotten": request_id, "accepted_examples_deleted": replayed}
+    answer(data | {"runs": list(traces.runs), "tainted": list(traces.versions)}, text, quiet=request_id)
 
 
 def _recipe(source: Path, overrides: tuple[str, ...]) -> Recipe | None:

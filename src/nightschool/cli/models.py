@@ -53,6 +53,7 @@ def ls(name: str | None = None, /) -> None:
         "VERSION": "ref",
         "ALIASES": lambda row: ", ".join(row["aliases"]) or None,
         "GATE": "gate",
+        "TAINTED": lambda row: len(row["tainted"]) or None,
         "HELD-OUT": lambda row: figure(row["heldout_loss"]),
         "PARAMETERS": lambda row: _count(row["num_parameters"]),
         "KIND": "kind",

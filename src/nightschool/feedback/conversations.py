@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.events import now
 from nightschool.store.database import Database
+from nightschool.store.home import Home
 from nightschool.store.names import full_name, split_name
 from nightschool.store.tables import accepted_examples, conversations, feedback, forgotten
 
@@ -130,10 +131,20 @@ class ConversationStore:
             row = {"request_id": request_id, "recorded_at": time or now(), "rating": rating, "correction": correction}
             connection.execute(feedback.insert().values(row))
 
-    def get(self, request_id: str) -> Conversation:
-        """One conversation. Raises NotFound if it was not recorded."""
+    @property
+    def home(self) -> Home:
+        """Where they are kept."""
+        return self._db.home
+
+    def get(self, request_id: str, *, owner: str | None = None, tenant: str | None = None) -> Conversation:
+        """One conversation; with `owner` or `tenant`, only if it is that one's. Raises NotFound if there is none."""
+        conditions = [conversations.c.request_id == request_id]
+        if owner is not None:
+            conditions.append(conversations.c.owner == owner)
+        if tenant is not None:
+            conditions.append(conversations.c.tenant == tenant)
         with self._db.read() as connection:
-            found = _load(connection, conversations.c.request_id == request_id)
+            found = _load(connection, *conditions)
         if not found:
             raise _unknown(request_id)
         return found[0]

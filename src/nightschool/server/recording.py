@@ -12,8 +12,10 @@ from functools import partial
 from typing import TypeVar
 
 from nightschool.feedback.conversations import ConversationStore, Rating
+from nightschool.feedback.erasure import Traces, erase, traces_of
 from nightschool.server.errors import Refusal
 from nightschool.server.metrics import Metrics
+from nightschool.store.principal import Principal
 
 log = logging.getLogger("nightschool.server.recording")
 Result = TypeVar("Result")
@@ -84,9 +86,19 @@ class Recorder:
         """
         await self._run(lambda conversations: conversations.feedback(request_id, rating, correction, owner=owner))
 
-    async def forget(self, request_id: str, owner: str | None) -> None:
-        """Remove an exchange and its feedback; the errors are those of `feedback`."""
-        await self._run(lambda conversations: conversations.forget(request_id, owner=owner))
+    async def traces(self, request_id: str, principal: Principal) -> Traces:
+        """Where an exchange went; the errors are those of `feedback`."""
+        return await self._run(lambda kept: traces_of(kept.home, kept.get(request_id, **_whose(principal))))
+
+    async def forget(self, request_id: str, principal: Principal) -> Traces:
+        """Remove an exchange, its feedback and its copies, and mark the versions that may know it. Returns where it was.
+
+        Raises:
+            NotFound, Refusal: As `feedback`.
+            Conflict: If a run that holds it is at work.
+        """
+        found, _ = await self._run(lambda kept: erase(kept.home, request_id, **_whose(principal)))
+        return found
 
     async def _run(self, what: Callable[[ConversationStore], Result]) -> Result:
         if self._conversations is None:
@@ -98,3 +110,10 @@ class Recorder:
     async def close(self) -> None:
         """Write what is pending."""
         await asyncio.to_thread(self._thread.shutdown)
+
+
+def _whose(principal: Principal) -> dict[str, str | None]:
+    """Whose exchanges one may see and remove: its own; with the scope `admin` its tenant's; without keys all."""
+    if principal.key is None:
+        return {}
+    return {"tenant": principal.tenant, "owner": None if "admin" in principal.scopes else principal.key}

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from nightschool.engine.slot import Slot
 from nightschool.errors import Damaged
 from nightschool.server.access_store import AccessStore
 from nightschool.server.errors import Refusal
@@ -19,7 +20,8 @@ from nightschool.server.served_names import ServedNames
 from nightschool.server.settings import ServerSettings
 from nightschool.server.submission import Answering
 from nightschool.store.home import Home
-from nightschool.store.principal import Principal
+from nightschool.store.names import split_name
+from nightschool.store.principal import DEFAULT_TENANT, Principal
 from nightschool.store.registry import Registry
 from nightschool.store.versions import Version
 
@@ -85,6 +87,11 @@ def published_at(version: Version) -> datetime:
         if version.facts.created_at is not None:
             return version.facts.created_at
     return datetime.fromtimestamp(version.path.stat().st_mtime, UTC)
+
+
+def is_public(service: Service, slot: Slot) -> bool:
+    """Whether people without a key may hear what a name is called: all of them without keys, else the default tenant's."""
+    return not service.access.keyring.was_needed or split_name(slot.name)[0] == DEFAULT_TENANT
 
 
 def shown_path(version: Version) -> str:

@@ -7,11 +7,13 @@ from typing import Any
 
 from nightschool.errors import Damaged, NotFound
 from nightschool.evaluation.scores import ScoreSheet
+from nightschool.feedback.erasure import taints_of
 from nightschool.store.registry import Registry, Version, VersionMetadata
 
 
 def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
-    """One line of a list of versions. `gate` is the decision of its report, None where there is none.
+    """One line of a list of versions. `gate` is the decision of its report, None where there is none,
+    `tainted` the deleted conversations that the version may know.
 
     `damaged` says what is wrong where nightschool.json or the report cannot be read; other versions are listed as usual.
     """
@@ -33,6 +35,7 @@ def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
         "version": version.id,
         "aliases": aliases + (["pinned"] if pinned is not None and pinned.id == version.id else []),
         "gate": gate,
+        "tainted": taints_of(registry.home.database, version.name).get(version.id, []),
         "heldout_loss": facts.heldout_loss,
         "num_parameters": facts.num_parameters,
         "kind": "damaged" if damaged else facts.kind,

@@ -18,7 +18,7 @@ from nightschool.server.middleware.keyring import Keyring
 from nightschool.server.middleware.route_rules import Rule, is_change, rule_of
 from nightschool.server.settings import ServerSettings, is_address, is_loopback
 from nightschool.store.api_keys import digest_of
-from nightschool.store.principal import LOCAL, Principal
+from nightschool.store.principal import DEFAULT_TENANT, LOCAL, Principal
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/api/v1/health"})
 _GUESSES = Rate(10 / 60, 10)
@@ -134,6 +134,9 @@ def _key_of(headers: Headers) -> str:
 
 
 def _check_scope(principal: Principal, rule: Rule) -> None:
+    if rule.operator and principal.tenant != DEFAULT_TENANT:
+        message = "This tells of everybody's requests, so only keys of the default tenant may ask for it."
+        raise Refusal(403, message, "operators_only")
     if rule.scope is not None and rule.scope not in principal.scopes:
         raise Refusal(
             403,

@@ -16,10 +16,14 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Rule:
-    """`scope` is what a key must have, None where every key will do. `action` goes to the audit log; None is not noted."""
+    """`scope` is what a key must have, None where every key will do. `action` goes to the audit log; None is not noted.
+
+    `operator`: only keys of the default tenant will do, because the answer is about everybody's.
+    """
 
     scope: Permission | None = None
     action: str | None = None
+    operator: bool = False
 
 
 # Plain reading needs no row; whatever else has none needs the scope `admin`, and a test asks for its row.
@@ -28,7 +32,9 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/chat/completions"): Rule("infer"),
     ("POST", "/v1/completions"): Rule("infer"),
     ("POST", "/api/feedback"): Rule("feedback"),
+    ("GET", "/api/conversations/{request_id}/traces"): Rule("feedback"),
     ("DELETE", "/api/conversations/{request_id}"): Rule("feedback", "conversation.delete"),
+    ("GET", "/metrics"): Rule(operator=True),
     ("GET", "/refresh_model"): Rule("admin", "model.refresh"),
     ("POST", "/refresh_model"): Rule("admin", "model.refresh"),
     ("POST", "/api/models/{name}/promote"): Rule("admin", "model.promote"),

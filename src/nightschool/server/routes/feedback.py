@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
-from nightschool.server.service import OwnerOf, ServiceOf
+from nightschool.server.service import OwnerOf, PrincipalOf, ServiceOf
 
 router = APIRouter(prefix="/api", tags=["Feedback"], route_class=BodyRoute)
 
@@ -37,10 +37,17 @@ class FeedbackKept(BaseModel):
     status: Literal["kept"]
 
 
-class Forgotten(BaseModel):
-    """The exchange is gone, with its feedback."""
+class Traces(BaseModel):
+    """Where an exchange went."""
 
     request_id: str
+    runs: list[str] = Field(..., description="Runs whose data hold a copy.")
+    versions: list[str] = Field(..., description="Versions that learned it, or grew from one that did.")
+
+
+class Forgotten(Traces):
+    """The exchange is gone, with its feedback and its copies; the versions are marked as tainted."""
+
     status: Literal["forgotten"]
 
 
@@ -55,8 +62,17 @@ async def feedback(body: Feedback, service: ServiceOf, owner: OwnerOf) -> Respon
     return JSONResponse({"request_id": body.request_id, "status": "kept"})
 
 
+@router.get("/conversations/{request_id}/traces", response_model=Traces, responses=problems(404, 409))
+async def traces(request_id: str, service: ServiceOf, principal: PrincipalOf) -> Response:
+    """Which runs and versions contain an exchange: what deleting it would cut and mark."""
+    return JSONResponse((await service.recorder.traces(request_id, principal)).to_json())
+
+
 @router.delete("/conversations/{request_id}", response_model=Forgotten, responses=problems(404, 409))
-async def forget(request_id: str, service: ServiceOf, owner: OwnerOf) -> Response:
-    """Forget one exchange and its feedback. With keys, only the key that asked may."""
-    await service.recorder.forget(request_id, owner)
-    return JSONResponse({"request_id": request_id, "status": "forgotten"})
+async def forget(request_id: str, service: ServiceOf, principal: PrincipalOf) -> Response:
+    """Forget one exchange, its feedback, and its copies in the data of runs. Versions that may know it are tainted.
+
+    With keys, the key that asked may, and one of its tenant with the scope `admin`. 409 while a run is learning it.
+    """
+    found = await service.recorder.forget(request_id, principal)
+    return JSONResponse(found.to_json() | {"status": "forgotten"})

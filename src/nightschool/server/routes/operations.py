@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from nightschool.errors import NotFound
 from nightschool.server.error_schemas import problems, refusals
 from nightschool.server.errors import model_not_loaded
-from nightschool.server.service import PrincipalOf, ServiceOf
+from nightschool.server.service import PrincipalOf, ServiceOf, is_public
 
 router = APIRouter(tags=["Operations"])
 
@@ -63,10 +63,11 @@ async def healthz() -> Response:
 
 @router.get("/readyz", response_model=Ready, responses=refusals(503))
 async def readyz(service: ServiceOf) -> Response:
-    """503 until a version of every name is loaded that the server was given."""
+    """503 until a version of every name is loaded that the server was given. With keys, it names no other tenant's."""
     if any(slot.current is None for slot in service.names.needed):
         raise model_not_loaded()
-    loaded = [slot.current.version.ref for slot in service.names if slot.current is not None]
+    shown = [slot for slot in service.names if is_public(service, slot)]
+    loaded = [slot.current.version.ref for slot in shown if slot.current is not None]
     return JSONResponse({"status": "ready", "model": next(iter(loaded), None), "models": loaded})
 
 
@@ -76,7 +77,7 @@ async def readyz(service: ServiceOf) -> Response:
     responses={**refusals(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(service: ServiceOf) -> Response:
-    """Counters for Prometheus. Needs the key where there is one, unless the server listens on loopback."""
+    """Counters for Prometheus. Needs the key where there is one, unless the server listens on loopback; other tenants' keys won't do."""
     text = await anyio.to_thread.run_sync(service.metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 

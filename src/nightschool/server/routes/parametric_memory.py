@@ -25,6 +25,7 @@ from nightschool.server.service import (
     RequestId,
     Service,
     ServiceOf,
+    is_public,
     owner_of,
     published_at,
     shown_path,
@@ -135,7 +136,10 @@ async def generate(
 async def health(service: ServiceOf) -> Response:
     """Whether a version of the first name is loaded, and which. Always 200; see /readyz for a status that says so."""
     slot = service.names.first
-    return JSONResponse({"status": "healthy", "model_loaded": slot.current is not None} | _present(service, slot))
+    present = _present(service, slot)
+    if not is_public(service, slot):
+        present |= {"current_model_version": None, "current_model_path": None}
+    return JSONResponse({"status": "healthy", "model_loaded": slot.current is not None} | present)
 
 
 def _present(service: Service, slot: Slot) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from nightschool.engine.slot import Slot
 from nightschool.errors import NotFound, SwapFailed
 from nightschool.feedback import promotion
+from nightschool.feedback.erasure import taints_of
 from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
@@ -31,6 +32,7 @@ class PublishedVersion(BaseModel):
     version: str
     path: str
     created_at: datetime
+    tainted: list[str] = Field(..., description="Conversations that were deleted and that it may know.")
 
 
 class NamedModel(BaseModel):
@@ -157,8 +159,14 @@ def _registry(service: Service) -> Registry:
 
 
 def _described(service: Service, registry: Registry, name: str) -> dict[str, Any]:
+    tainted = taints_of(registry.home.database, name)
     versions = [
-        {"version": version.id, "path": shown_path(version), "created_at": timestamp(published_at(version))}
+        {
+            "tainted": tainted.get(version.id, []),
+            "version": version.id,
+            "path": shown_path(version),
+            "created_at": timestamp(published_at(version)),
+        }
         for version in registry.versions(name)
     ]
     slot = service.names.get(name)
