@@ -13,11 +13,14 @@ from benchmarks.toy_jobs.train import DEFAULT_STEPS
 from nightschool.config.recipe import Recipe
 from nightschool.config.training_service import JobSettings, TrainingServiceSettings
 from nightschool.jobs.worker_settings import WorkerSettings
+from nightschool.server.openai.job_schema import CreateJob, Method
 from nightschool.server.openai.model_names import registry_name
-from nightschool.server.openai.new_job import choose
-from nightschool.store.files import RESULTS
+from nightschool.server.openai.new_job import choose, create_job
+from nightschool.server.training_service.parts import TrainingService
+from nightschool.store.files import RESULTS, FileStore
 from nightschool.store.home import Home
 from nightschool.store.job_queue import Job, JobQueue, job_folder, new_id
+from nightschool.store.principal import Principal
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.views.results import results_csv
@@ -179,6 +182,23 @@ def test_dpo_learns_from_preferences_and_from_nothing_else(start, queue, client)
     assert refused.value.param == "training_file"
     with pytest.raises(openai.BadRequestError, match="'supervised' learns from messages"):
         start(PAIR)
+
+
+@pytest.mark.parametrize("bits", [{"use_4bit": True, "bnb_4bit_compute_dtype": "float16"}, {"use_8bit": True}])
+def test_where_bases_are_quantised_preferences_are_learned_on_the_base_as_it_is(home, monkeypatch, bits):
+    monkeypatch.setattr("nightschool.server.training_service.new_job._can_quantise", lambda: True)
+    settings = TrainingServiceSettings(default_base_model=BASE, job=JobSettings(**bits))
+    training = TrainingService.of(Registry(home), settings)
+    methods = {}
+    for method, row in (("supervised", {"messages": CHAT}), ("dpo", PAIR)):
+        with FileStore(home, "acme").receive() as arrival:
+            arrival.path.write_bytes(jsonl(row))
+            arrival.finish(filename="a", format="messages" if method == "supervised" else "preference", num_examples=3)
+        body = CreateJob(model=BASE, training_file=arrival.id, method=Method(type=method))
+        job = create_job(training, body, Principal("acme", frozenset({"train"})))
+        methods[method] = recipe_of(training.queue, job).method
+        training.queue.request_cancel(job.id)
+    assert methods == {"supervised": "qlora", "dpo": "dpo"}
 
 
 def test_a_validation_file_is_held_out(client, start, queue, home):

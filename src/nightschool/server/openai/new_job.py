@@ -195,6 +195,9 @@ def _recipe(
         batch_size=micro,
         gradient_accumulation_steps=chosen.batch_size // micro,
         learning_rate=(settings.learning_rate or 0.0) * chosen.learning_rate_multiplier,
+        # Preferences are learned on the base as it is, whatever other jobs do.
+        use_4bit=False if method == "dpo" else None,
+        use_8bit=False if method == "dpo" else None,
     ).over(settings)
     plain = recipe_of(wanted, name, base, num_train=train.num_examples, held_out=held_out).as_plain()
     plain["data"] = [{"path": _TRAIN, "format": train.format}]
