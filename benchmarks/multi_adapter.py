@@ -120,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = real_model.load().model if bench.is_real else small(bench.quick)
     ours = Ours(model, NUM_CLIENTS, prefix_cache=False)
-    load = mixed_load(NUM_CLIENTS * (1 if bench.quick else 3), model.config.vocab_size)
+    load = mixed_load(NUM_CLIENTS * (1 if bench.quick or bench.is_real else 3), model.config.vocab_size)
     answers: dict[str, Answers] = {}
 
     def speed(name: str, answer: Callable[[], Answers]) -> Callable[[], float]:
@@ -139,7 +139,8 @@ def main() -> None:
         wrapped = adapted(model, targets)
         bindings = opened(ours, wrapped, label)
         rounds = interleave(
-            {"base": base, label: speed(label, lambda bindings=bindings: ours(load, bindings))}, 3 if bench.quick else 7
+            {"base": base, label: speed(label, lambda bindings=bindings: ours(load, bindings))},
+            (1 if bench.is_real else 3) if bench.quick else 7,
         )
         figures["qv_vs_base" if label == "q,v" else "all_linear_vs_base"] = median_ratio(rounds[label], rounds["base"])
         ours.num_clients = 1

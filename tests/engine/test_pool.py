@@ -4,6 +4,7 @@ import logging
 import threading
 
 import pytest
+from peft import PeftModel
 
 from nightschool.engine import pool as pool_module
 from nightschool.engine.adapters import AdapterLinear
@@ -11,7 +12,9 @@ from nightschool.engine.compute import COMPUTE
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.errors import SwapFailed
-from tests.support.adapter_setups import House, lively_adapter, publish_adapter
+from nightschool.models.load import load_base
+from nightschool.store.versions import VersionMetadata
+from tests.support.adapter_setups import House, lively_adapter, publish_adapter, save_adapter
 from tests.support.engine_setups import ask, greedy
 from tests.support.live_server import eventually
 
@@ -162,3 +165,55 @@ def test_a_swap_to_a_bad_adapter_changes_nothing(house, pool, slots, stage):
     with pytest.raises(SwapFailed):
         slots["cat"].swap(bad.ref)
     assert pool._holders == {house.base.ref: 1}
+
+
+def test_a_name_is_merged_while_it_answers_and_kept_apart_again(house, pool, slots):
+    slots["bot"].swap(house.one.ref)
+    slots["cat"].swap(house.cat.ref)
+    apart = slots["bot"].current
+    handle = ask(slots["bot"], PROMPT, 100)
+    assert slots["bot"].merge(merged=True) is True
+    assert slots["bot"].merge(merged=True) is False
+    assert handle.result(60).token_ids == house.one.greedy(PROMPT, 100)
+    merged = slots["bot"].current
+    assert (merged.version, merged.engine.base) == (apart.version, house.one.ref)
+    assert set(pool._engines) == {house.base.ref, house.one.ref}
+    answers_exactly(slots["bot"], house.one)
+    answers_exactly(slots["cat"], house.cat)
+    slots["bot"].swap(house.two.ref)
+    assert slots["bot"].current.engine.base == house.two.ref, "it goes on merged"
+    answers_exactly(slots["bot"], house.two)
+    assert slots["bot"].merge(merged=False) is True
+    answers_exactly(slots["bot"], house.two)
+    assert slots["bot"].current.engine is slots["cat"].current.engine
+    slots["base"].swap(house.base.ref)
+    assert slots["base"].merge(merged=True) is True
+    answers_base = slots["base"].current.engine
+    assert answers_base is slots["cat"].current.engine, "a version that is no adapter stays where it is"
+
+
+def test_a_merge_that_fails_changes_nothing(house, pool, slots, monkeypatch):
+    slots["bot"].swap(house.one.ref)
+    before = slots["bot"].current
+    monkeypatch.setattr("nightschool.engine.slot.free_bytes", lambda _: 1000)
+    with pytest.raises(SwapFailed, match="takes about"):
+        slots["bot"].merge(merged=True)
+    assert (slots["bot"].current, slots["bot"].is_merged) == (before, False)
+    slots["bot"].swap(house.two.ref)
+    answers_exactly(slots["bot"], house.two)
+
+
+def test_adapters_are_served_on_a_quantised_base_as_peft_answers_on_it(house, pool, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora` is not installed")
+    base = f"{house.base.ref}[nf4]"
+    wrapped = lively_adapter(seed=9)
+    folder = save_adapter(wrapped, tmp_path / "adapter", str(house.base.path))
+    on_codes = PeftModel.from_pretrained(load_base(base, house.home).model, str(folder)).eval()
+    facts = VersionMetadata(kind="adapter", method="qlora", base=base)
+    version = house.registry.publish("codes", lambda into: save_adapter(wrapped, into, str(house.base.path)), facts)
+    slot = Slot("codes", pool)
+    slot.swap(version.ref)
+    layers = [m for m in slot.current.engine._runner._model.modules() if isinstance(m, AdapterLinear)]
+    assert {type(layer.layer).__name__ for layer in layers} == {"Linear4bit"}
+    assert ask(slot, PROMPT, 12).result(60).token_ids == greedy(on_codes, PROMPT, 12)
+    slot.close()

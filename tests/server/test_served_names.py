@@ -194,3 +194,13 @@ def test_a_base_and_two_adapters_behind_one_server_answer_each_as_it_would_alone
         assert len(set(expected.values())) == 3
         assert len(pool._engines) == 1
     torch.set_num_threads(before)
+
+
+def test_a_name_is_merged_over_http_and_nobody_elses(slots):
+    with client_of(slots) as client:
+        answer = client.post("/api/models/cat/merge", json={"merged": True})
+        assert answer.json() == {"name": "cat", "merged": True, "changed": True, "served_version": CAT}
+        assert [slot.merged for slot in slots] == [False, True]
+        assert client.post("/api/models/cat/merge", json={"merged": True}).json()["changed"] is False
+        assert client.post("/api/models/dog/merge", json={"merged": True}).status_code == 404
+        assert client.post("/api/models/cat/merge", json={}).status_code == 422

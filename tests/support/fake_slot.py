@@ -156,6 +156,7 @@ class FakeSlot:
         self.may_load.set()
         self.fails_with: Exception | None = None
         self.closed = False
+        self.merged = False
         self.refreshes = 0
         self.loading = threading.Event()
 
@@ -191,6 +192,10 @@ class FakeSlot:
         self.serve(self.promoted)
         if before is not None:
             before.engine.closed = True
+
+    def merge(self, *, merged: bool) -> bool:
+        changed, self.merged = merged != self.merged, merged
+        return changed
 
     def close(self, *, drain: bool = False) -> None:
         self.closed = True

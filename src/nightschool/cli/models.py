@@ -242,22 +242,32 @@ def alias(model: str, alias: str, /, *, rm: bool = False) -> None:
     answer({"alias": alias, "name": name, "ref": version.ref}, f"{name}@{alias} is {version.ref}.", quiet=version.ref)
 
 
-def export(model: str, folder: Path, /) -> None:
+def export(model: str, folder: Path, /, *, merge: bool = False) -> None:
     """Copy a version to a folder of your own: a plain Hugging Face folder, which transformers and vLLM load.
 
     Args:
         model: NAME (its champion), NAME@ALIAS or NAME@VERSION.
         folder: A folder that does not exist yet.
+        merge: Add an adapter into its base's weights, for whoever cannot load adapters; logits are compared.
     """
     version = Registry(Home.find()).resolve(model)
     version.verify(digests=True)
+    difference = None
     with publish_directory(folder.absolute()) as partial:
-        # `copyfile` and not `copy2`: the copy is the user's, so it is writable and of today.
-        shutil.copytree(version.path, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        if merge:
+            from nightschool.models.merged_export import write_merged
+
+            difference = write_merged(version, Home.find(), partial)
+        else:
+            # `copyfile` and not `copy2`: the copy is the user's, so it is writable and of today.
+            shutil.copytree(version.path, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
     size = folder_bytes(folder)
+    compared = (
+        "" if difference is None else f" Its logits differ by {difference:.1e} of the largest from the adapter's."
+    )
     answer(
-        {"ref": version.ref, "path": str(folder.resolve()), "size_bytes": size},
-        f"Exported {version.ref} to {folder} ({format_bytes(size)}).",
+        {"ref": version.ref, "path": str(folder.resolve()), "size_bytes": size, "logit_difference": difference},
+        f"Exported {version.ref} to {folder} ({format_bytes(size)}).{compared}",
         quiet=str(folder),
     )
 

@@ -102,19 +102,20 @@ class EnginePool:
         self._engine_settings = engine
         self._engines: dict[str, Engine] = {}
         self._holders: dict[str, int] = {}
-        # Versions that gave the answers they were published with. They cannot change, and so need not be asked again.
-        self.proven: set[str] = set()
+        # Versions that gave the answers they were published with, each with its adapter if that is kept apart. They cannot
+        # change, and so need not be asked again.
+        self.proven: set[tuple[str, str | None]] = set()
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
-    def needed_bytes(self, version: Version) -> int:
+    def needed_bytes(self, version: Version, *, merged: bool = False) -> int:
         """What serving a version takes beside what is loaded; an adapter on a base that is loaded takes next to nothing.
 
         Raises:
             NotFound, ModelError, Damaged: If its base is not there, or cannot be read.
         """
         found = located_version(version)
-        base = self._base_apart(found)
+        base = self._base_apart(found, merged=merged)
         if base is not None and why_merged(found.folder) is not None:
             base = None
         with self._lock:
@@ -122,9 +123,13 @@ class EnginePool:
                 return 0
         return needed_bytes(version, self.home, self._dtype)
 
-    def open(self, version: Version, stage: Stage) -> Generation:
-        """Load what is missing of a version. A new engine answers once, so that the first client pays for no first time."""
-        generation = Generation(**vars(self.bind(located_version(version), stage)), version=version, loaded_at=now())
+    def open(self, version: Version, stage: Stage, *, merged: bool = False) -> Generation:
+        """Load what is missing of a version. A new engine answers once, so that the first client pays for no first time.
+
+        `merged` takes an adapter into a copy of its base, as `merge_adapters` does with every one.
+        """
+        bound = self.bind(located_version(version), stage, merged=merged)
+        generation = Generation(**vars(bound), version=version, loaded_at=now())
         try:
             with stage("warm_up"):
                 if not generation.engine.is_warm:
@@ -135,12 +140,12 @@ class EnginePool:
             raise
         return generation
 
-    def bind(self, found: Located, stage: Stage) -> BoundEngine:
-        """Load what is missing of a model. An adapter is kept apart from its base if it can be."""
+    def bind(self, found: Located, stage: Stage, *, merged: bool = False) -> BoundEngine:
+        """Load what is missing of a model. An adapter is kept apart from its base if it can be, unless it is to be merged."""
         with self._opening:
             try:
                 with stage("load"):
-                    base = self._base_apart(found)
+                    base = self._base_apart(found, merged=merged)
                 if base is not None:
                     return self._bind_unmerged(found, base, stage)
             except NeedsMerging as reason:
@@ -155,9 +160,9 @@ class EnginePool:
         bound.engine.retire(bound.binding, drain=drain, timeout_seconds=timeout_seconds)
         self._let_go(bound.engine)
 
-    def _base_apart(self, found: Located) -> str | None:
+    def _base_apart(self, found: Located, *, merged: bool) -> str | None:
         """The base of an adapter, unless it is to be merged."""
-        return None if self._merge_adapters else base_under(found, self.home)
+        return None if merged or self._merge_adapters else base_under(found, self.home)
 
     def _bind_unmerged(self, found: Located, base: str, stage: Stage) -> BoundEngine:
         with stage("load"):

@@ -64,6 +64,12 @@ class Slot:
         self._pointer = threading.Lock()
         self._swapping = threading.Lock()
         self._is_closed = False
+        self._merged = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether adapters of this name are merged into a copy of their base."""
+        return self._merged
 
     @property
     def current(self) -> Generation | None:
@@ -106,6 +112,32 @@ class Slot:
                 raise Conflict(f"No earlier version of {self.name!r} is warm. Name one to swap to.")
             return self._swap(previous.version.ref, is_trusted=True)
 
+    def merge(self, *, merged: bool) -> bool:
+        """Serve the adapters of this name merged into a copy of their base from now on, or apart from it again.
+
+        The present version is loaded the other way beside the one that serves, proven by its probes, and switched to:
+        nobody waits, and a failure changes nothing. A version that is no adapter stays as it is.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            SwapFailed: With the stage; whatever served before still does, as before.
+        """
+        with self._swapping:
+            current, before = self._current, self._merged
+            if merged == before:
+                return False
+            self._merged = merged
+            if current is None or current.version.facts.kind != "adapter":
+                return True
+            try:
+                self._swap(current.version.ref, again=True)
+            except BaseException:
+                self._merged = before
+                raise
+            return True
+
     def refresh(self) -> bool:
         """Serve the champion, or the version of this slot, if another or none serves now. Returns whether that changed.
 
@@ -132,8 +164,10 @@ class Slot:
             for generation in generations:
                 self._pool.close(generation, drain=drain, timeout_seconds=timeout_seconds)
 
-    def _swap(self, ref: str, *, is_trusted: bool = False, commit: Callable[[], object] | None = None) -> SwapReport:
-        """`is_trusted` takes a version that is still warm without comparing its files again."""
+    def _swap(
+        self, ref: str, *, is_trusted: bool = False, again: bool = False, commit: Callable[[], object] | None = None
+    ) -> SwapReport:
+        """`is_trusted` takes a version that is still warm without comparing its files; `again` loads the present one anew."""
         seconds: dict[str, float] = {}
         stage: Stage = partial(_stage, seconds)
         if self._is_closed:
@@ -141,14 +175,14 @@ class Slot:
         with stage("resolve"):
             version = self._resolve(ref)
         before, previous = self._current, self._previous
-        if before is not None and before.version.ref == version.ref:
+        if before is not None and before.version.ref == version.ref and not again:
             if commit is not None:
                 commit()
             return SwapReport(before.version.ref, version.ref, changed=False, seconds=seconds)
         if not is_trusted:
             with stage("verify"):
                 version.verify(digests=True)
-        is_warm = previous is not None and previous.version.ref == version.ref
+        is_warm = previous is not None and previous.version.ref == version.ref and not again
         after = previous if is_warm and previous is not None else self._load(version, stage)
         if commit is not None:
             try:
@@ -158,7 +192,8 @@ class Slot:
                     self._pool.close(after)
                 raise
         with stage("switch"), self._pointer:
-            dropped, self._previous, self._current = self._previous, before, after
+            dropped, self._previous = (before, self._previous) if again else (self._previous, before)
+            self._current = after
         if dropped is not None and dropped is not after:
             self._let_go(dropped)
         log.info(
@@ -179,12 +214,14 @@ class Slot:
         """Load a version beside the one that serves, up to and including its probes."""
         with stage("load"):
             self._make_room(version)
-        generation = self._pool.open(version, stage)
+        generation = self._pool.open(version, stage, merged=self._merged)
         try:
             with stage("probe"):
-                if version.ref not in self._pool.proven:
+                # Merged it is another model by rounding.
+                proven = (version.ref, generation.binding.adapter)
+                if proven not in self._pool.proven:
                     _ask(generation, version.facts.probes)
-                    self._pool.proven.add(version.ref)
+                    self._pool.proven.add(proven)
         except BaseException:
             self._pool.close(generation)
             raise
@@ -196,7 +233,7 @@ class Slot:
         Raises:
             Conflict: If there is too little room even then. Nothing was loaded.
         """
-        needed, device = self._pool.needed_bytes(version), self._pool.device
+        needed, device = self._pool.needed_bytes(version, merged=self._merged), self._pool.device
         if free_bytes(device) >= needed:
             return
         with self._pointer:

@@ -112,7 +112,7 @@ def prove_export(
         device = place_for_copy(sum(p.numel() * p.element_size() for p in model.parameters()), device)
         again = _load_plainly(weight.dtype, device, folder)
         _compare_tensors(distinct_tensors(model), distinct_tensors(again), folder)
-        trained_logits, logits = _logits(model, seed), _logits(again, seed)
+        trained_logits, logits = few_logits(model, seed), few_logits(again, seed)
     difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max().clamp_min(1e-6))
     limit = (TOLERANCE if device == weight.device else ACROSS_DEVICES).get(weight.dtype, 1e-5)
     if not difference <= limit:
@@ -168,9 +168,9 @@ def _beside(model: PeftModel, folder: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _logits_of_both(model: PeftModel, seed: int) -> tuple[Tensor, Tensor]:
-    trained = _logits(model, seed)
+    trained = few_logits(model, seed)
     model.set_adapter(_AGAIN)
-    return trained, _logits(model, seed)
+    return trained, few_logits(model, seed)
 
 
 def _load_plainly(dtype: torch.dtype, device: torch.device, folder: Path) -> Any:
@@ -217,7 +217,7 @@ def _compare_tensors(trained: dict[str, Tensor], stored: dict[str, Tensor], fold
         )
 
 
-def _logits(model: Any, seed: int) -> Tensor:
+def few_logits(model: Any, seed: int) -> Tensor:
     """Logits of a few random tokens, in fp32 on the CPU."""
     weight = _embedding(model)
     generator = torch.Generator().manual_seed(seed)

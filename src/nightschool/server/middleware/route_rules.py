@@ -39,6 +39,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/refresh_model"): Rule("admin", "model.refresh"),
     ("POST", "/api/models/{name}/promote"): Rule("admin", "model.promote"),
     ("POST", "/api/models/{name}/rollback"): Rule("admin", "model.rollback"),
+    ("POST", "/api/models/{name}/merge"): Rule("admin", "model.merge"),
     ("POST", "/api/v1/generate"): Rule("infer"),
     ("POST", "/api/v1/models/load"): Rule("infer", "model.load"),
     ("POST", "/api/v1/models/unload"): Rule("infer", "model.unload"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
@@ -56,6 +57,21 @@ class Promote(Body):
     version: str = Field(..., min_length=1, max_length=64, description="Such as 20251202_115436.")
 
 
+class Merge(Body):
+    """How adapters of a name are served."""
+
+    merged: bool = Field(..., description="True: in a copy of the base, as large as it. False: apart, beside others.")
+
+
+class Merged(BaseModel):
+    """How they are served now."""
+
+    name: str
+    merged: bool
+    changed: bool
+    served_version: str | None
+
+
 class Moved(BaseModel):
     """The champion, and what this server answers with."""
 
@@ -97,6 +113,18 @@ async def promote(name: str, body: Promote, request: Request, service: ServiceOf
         lambda: registry.resolve(f"{name}@{body.version}").ref,
         lambda: promotion.promote(registry.home, name, body.version, by="http"),
     )
+
+
+@router.post("/{name}/merge", response_model=Merged, responses=problems(400, 404, 408, 409, 413, 422))
+async def merge(name: str, body: Merge, service: ServiceOf, principal: PrincipalOf) -> Response:
+    """Serve the adapters of a name merged into a copy of their base, at the base's own speed, or apart from it again.
+
+    The other form is loaded and probed beside the one that serves; 409 names the stage at which that failed, and then
+    nothing has changed. It holds until the name is unloaded or the server ends.
+    """
+    slot = await service.names.find(name, principal)
+    changed = await service.refresher.alone(partial(slot.merge, merged=body.merged))
+    return JSONResponse({"name": slot.name, "merged": body.merged, "changed": changed, "served_version": _served(slot)})
 
 
 @router.post("/{name}/rollback", response_model=Moved, responses=problems(400, 404, 409))
