@@ -130,6 +130,15 @@ def test_a_short_job_warms_up_for_a_tenth_of_its_steps(office):
     assert Recipe.model_validate(office.started(num_epochs=1000).recipe).train.warmup_steps == 100
 
 
+def test_where_a_base_lies_on_this_machine_is_not_told(open_office, tmp_path):
+    service = TrainingServiceSettings(default_base_model=str(tmp_path / "secret" / "small.gguf"))
+    office = open_office(training_service=service)
+    answer = office.start()
+    assert answer.json()["metadata"]["base_model"] == "small.gguf"
+    assert "secret" not in answer.text
+    assert office.queue.get(answer.json()["training_id"]).recipe["base"] == str(tmp_path / "secret" / "small.gguf")
+
+
 def test_a_share_of_the_conversations_is_held_out_in_a_file_of_its_own(office):
     job = office.started(conversations=conversations(20))
     train, held_out = office.rows(job, "train.jsonl"), office.rows(job, "heldout.jsonl")

@@ -12,7 +12,7 @@ from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import while_connected
 from nightschool.server.service import PrincipalOf, shown_path
-from nightschool.server.training_service.organisation import asker_for, version_of
+from nightschool.server.training_service.organisation import asker_for, shown_base, version_of
 from nightschool.server.training_service.parts import TrainingOf
 from nightschool.server.training_service.schemas import Evaluated, EvaluateRequest
 from nightschool.server.training_service.status import gate_of
@@ -41,4 +41,6 @@ async def evaluate(body: EvaluateRequest, training: TrainingOf, principal: Princ
     arguments += ["--previous", previous] if previous else []
     working = training.children.run("evaluate", *arguments, home=training.home, told=told, cwd=training.home.path)
     metrics = await while_connected(request.receive, working)
+    for other in metrics["compared_with"].values():
+        other["model"] = shown_base(other["model"])
     return JSONResponse({"model_path": shown_path(version), "metrics": {**metrics, "gate": gate}})

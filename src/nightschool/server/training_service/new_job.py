@@ -16,7 +16,7 @@ from nightschool.data.example import Example
 from nightschool.data.sources.repair import repair_conversations
 from nightschool.errors import UsageError
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.server.training_service.organisation import name_of
+from nightschool.server.training_service.organisation import name_of, shown_base
 from nightschool.server.training_service.parts import TrainingService
 from nightschool.server.training_service.schemas import TrainingData
 from nightschool.store.atomic import publish_directory, remove_folder, write_bytes
@@ -58,7 +58,7 @@ def draft_job(training: TrainingService, data: TrainingData, org_id: str) -> Job
     train, held_out = hold_out(repaired.examples, settings.validation_split or 0.0, trained)
     recipe = recipe_of(settings, name_of(org_id), base, num_train=len(train), held_out=bool(held_out))
     metadata = {
-        "base_model": base,
+        "base_model": shown_base(base),
         "method": recipe.method,
         "num_conversations": len(repaired.examples),
         "num_held_out": len(held_out),

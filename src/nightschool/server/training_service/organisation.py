@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 from nightschool.errors import NameRefused, NotFound
@@ -67,7 +68,18 @@ def metadata_of(version: Version, training_id: str | None = None) -> dict[str, A
     facts = version.facts.model_dump(
         mode="json", exclude={"name", "probes", "source_digest", "recipe_digest", "data_fingerprint"}
     )
-    return {"base_model": facts.pop("base"), **facts, "training_id": training_id}
+    parent = facts.pop("parent")
+    return {
+        "base_model": shown_base(facts.pop("base")),
+        **facts,
+        "parent": parent and shown_base(parent),
+        "training_id": training_id,
+    }
+
+
+def shown_base(base: str) -> str:
+    """A base without the folders above it: where they lie on this machine is nobody's business over HTTP."""
+    return PurePath(base).name if PurePath(base).is_absolute() else base
 
 
 def described(version: Version, org_id: str, *, training_id: str | None, loaded: bool) -> dict[str, Any]:

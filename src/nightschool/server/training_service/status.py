@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from nightschool.evaluation.verdict import GateReport
+from nightschool.server.training_service.organisation import shown_base
 from nightschool.server.training_service.parts import TrainingService
 from nightschool.store.versions import Version
 from nightschool.views.jobs import JobView
@@ -49,7 +50,7 @@ def gate_of(training: TrainingService, version: Version) -> dict[str, Any] | Non
     keys = ("rule", "limit", "passed", "candidate", "champion", "why")
     return {
         "decision": report.decision,
-        "compared_with": report.champion,
+        "compared_with": report.champion and shown_base(report.champion),
         "is_base": report.champion_is_base,
         "rules": [{key: value for key, value in rule.to_json().items() if key in keys} for rule in report.rules],
         "notes": list(report.notes),
