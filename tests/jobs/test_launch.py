@@ -118,10 +118,16 @@ def test_without_a_signal_a_sleeper_sleeps():
     ("exit_code", "stopped", "state"), [(-9, False, "failed"), (-15, True, "interrupted"), (75, False, "interrupted")]
 )
 def test_a_process_that_was_killed_leaves_no_running_status(run, exit_code, stopped, state):
-    run.update_status(state="running", pid=1)
+    run.update_status(state="running", pid=2**22 + 1)  # nobody has that number
     settle_status(run, exit_code, stopped=stopped)
     assert run.status.state == state
     assert ("SIGKILL" in (run.status.error or "")) == (exit_code == -9)
+
+
+def test_the_status_of_a_run_that_another_process_trains_is_that_ones(run):
+    run.update_status(state="running", pid=os.getpid())
+    settle_status(run, 1, stopped=False)
+    assert run.status.state == "running"
 
 
 def test_what_a_process_said_of_its_end_itself_stays(run):
