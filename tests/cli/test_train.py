@@ -266,8 +266,9 @@ def test_serve_has_an_option_for_each_bound_of_the_server(home, monkeypatch):
     assert (settings.max_connections, settings.idle_timeout_seconds) == (50, 5.0)
     assert (settings.max_connections_per_address, settings.write_timeout_seconds) == (20, 4.0)
     parameters = set(inspect.signature(serve_module.serve).parameters) - {"name", "overrides"}
-    # The time for a body is no matter of taste, and keys come from a file, never from a command line.
-    missing = set(ServerSettings.model_fields) - parameters - {"api_keys", "body_timeout_seconds"}
+    # The time for a body is no matter of taste, keys come from a file, never from a command line, and jobs are set by
+    # variables and requests.
+    missing = set(ServerSettings.model_fields) - parameters - {"api_keys", "body_timeout_seconds", "training_service"}
     assert not missing, f"no option sets {missing}"
 
 

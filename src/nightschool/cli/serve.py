@@ -47,6 +47,7 @@ def serve(
     idle_timeout_seconds: float = 30.0,
     write_timeout_seconds: float = 30.0,
     max_body_bytes: int = 2_000_000,
+    max_training_body_bytes: int = 64_000_000,
     max_file_bytes: int = 512_000_000,
     file_timeout_seconds: float = 600.0,
     max_new_tokens_limit: int = 8192,
@@ -88,6 +89,7 @@ def serve(
         idle_timeout_seconds: Longest time a connection may stay without a whole head of a request.
         write_timeout_seconds: Longest time a client may take to read 16 kB of its answer; then it is cut off.
         max_body_bytes: Largest request body; a larger one is refused with 413.
+        max_training_body_bytes: The same of requests that bring conversations to be trained.
         max_file_bytes: Largest file that may be uploaded to be trained on.
         file_timeout_seconds: Longest time a client may take to send a file.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
@@ -129,6 +131,7 @@ def serve(
             idle_timeout_seconds=idle_timeout_seconds,
             write_timeout_seconds=write_timeout_seconds,
             max_body_bytes=max_body_bytes,
+            max_training_body_bytes=max_training_body_bytes,
             max_file_bytes=max_file_bytes,
             file_timeout_seconds=file_timeout_seconds,
             max_new_tokens_limit=max_new_tokens_limit,

@@ -64,6 +64,7 @@ class JobSettings(BaseModel):
         None,
         min_length=1,
         max_length=100,
+        fail_fast=True,
         description="Names of the modules that get an adapter; without it all linear layers.",
     )
     use_4bit: bool | None = Field(None, description="Keep the frozen base in 4 bits (QLoRA).")

@@ -74,6 +74,21 @@ def embedding_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
 
 
+def new_optimizer(parameters: Mapping[str, nn.Parameter], train: Train, no_decay: set[str]) -> AdamW:
+    """The optimizer that a recipe asks for.
+
+    Raises:
+        ModelError: If it is one of bitsandbytes, which is not installed.
+    """
+    settings = AdamWSettings.from_recipe(train)
+    if settings.algorithm == "adamw":
+        return AdamW(parameters, settings, no_decay)
+    from nightschool.training.optimizer_8bit import AdamW8bit, PagedAdamW8bit  # which build on the class below
+
+    paged = train.optimizer.startswith("paged_")
+    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay)
+
+
 class AdamW:
     """`torch.optim.AdamW` over named parameters, with its state as plain named tensors.
 

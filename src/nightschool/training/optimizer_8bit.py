@@ -13,26 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nightschool.config.recipe import Train
 from nightschool.errors import ModelError
-from nightschool.training.optimizer import AdamW, AdamWSettings
+from nightschool.training.optimizer import AdamW
 
 NO_PAGES = (
     "train.optimizer is paged_adamw_8bit, and pages need a GPU: here it is adamw_8bit, whose state stays in memory."
 )
-
-
-def new_optimizer(parameters: Mapping[str, nn.Parameter], train: Train, no_decay: set[str]) -> AdamW:
-    """The optimizer that a recipe asks for.
-
-    Raises:
-        ModelError: If it is one of bitsandbytes, which is not installed.
-    """
-    settings = AdamWSettings.from_recipe(train)
-    if settings.algorithm == "adamw":
-        return AdamW(parameters, settings, no_decay)
-    paged = train.optimizer.startswith("paged_")
-    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay)
 
 
 class AdamW8bit(AdamW):

@@ -19,8 +19,7 @@ from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, che
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.optimizer import embedding_names
-from nightschool.training.optimizer_8bit import new_optimizer
+from nightschool.training.optimizer import embedding_names, new_optimizer
 
 Source = TypeVar("Source", bound=Batches | TokenBatches)
 

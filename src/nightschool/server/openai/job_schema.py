@@ -71,13 +71,17 @@ class DpoMethod(Body):
     hyperparameters: DpoHyperparameters | None = Field(None, description="How it trains.")
 
 
+# Read so that it can be refused by name.
+Unsupported = Annotated[dict[str, Any], Field(max_length=64)]
+
+
 class Method(Body):
     """The method, and its hyperparameters under its own name."""
 
     type: MethodName = Field(..., description="`supervised` or `dpo`; `reinforcement` is not supported.")
     supervised: SupervisedMethod | None = Field(None, description="With `type: supervised`.")
     dpo: DpoMethod | None = Field(None, description="With `type: dpo`.")
-    reinforcement: dict[str, Any] | None = Field(None, description="Not supported.")
+    reinforcement: Unsupported | None = Field(None, description="Not supported.")
 
 
 class CreateJob(Body):
@@ -93,7 +97,7 @@ class CreateJob(Body):
     suffix: str | None = Field(None, min_length=1, max_length=64, description="Becomes part of the model's name.")
     seed: Integer | None = Field(None, ge=0, lt=2**31, description="Of order and dropout; a random one without it.")
     metadata: Metadata | None = Field(None, description="At most 16 texts by name, to find the job again.")
-    integrations: Annotated[list[dict[str, Any]], bounded(MOST_INTEGRATIONS, least=0)] | None = Field(
+    integrations: Annotated[list[Unsupported], bounded(MOST_INTEGRATIONS, least=0)] | None = Field(
         None, description="None is supported."
     )
 
