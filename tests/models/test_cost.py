@@ -23,7 +23,8 @@ def _one_thread():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_counts_add_up_to_numel(preset):
-    model = build_model(preset, 300, 0)
+    with torch.device("meta"):  # only shapes are counted, and the largest has more than a billion elements
+        model = build_model(preset, 300, 0)
     count = count_parameters(model)
     assert count.total == count.trainable == sum(p.numel() for p in model.parameters())
     kinds = ("embedding", "head", "attention", "feed_forward", "experts", "norms", "adapters", "other")

@@ -74,7 +74,11 @@ def test_a_relative_folder_is_taken_against_the_root(tmp_path, home):
     assert load_base("./m", home, root=tmp_path).ref == str(tmp_path / "m")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# The larger ones of GPT-NeoX differ from these by numbers alone, and take half a minute each.
+BUILT = [preset for preset in PRESETS if not preset.startswith("neox-") or preset in ("neox-tiny", "neox-30m")]
+
+
+@pytest.mark.parametrize("preset", BUILT)
 def test_presets_are_built_the_same_for_the_same_seed_and_leave_the_generator_alone(preset):
     torch.manual_seed(7)
     before = torch.get_rng_state()
