@@ -108,6 +108,18 @@ def test_a_dead_process_is_known_to_be_dead(store):
     assert not run.update_status(pid=os.getpid(), pid_created_at=1.0).process_lives
 
 
+def test_a_run_is_asked_to_stop_until_it_is_started_again(store):
+    run, other = (store.create(RECIPE, name="bot", moment=MOMENT) for _ in range(2))
+    assert run.stop_request is None
+    assert not run.status.shares_process
+    run.request_stop("cancelled")
+    assert store.get(run.id).stop_request == "cancelled"
+    assert other.stop_request is None
+    run.clear_stop()
+    run.clear_stop()
+    assert run.stop_request is None
+
+
 def test_concurrent_updates_of_a_status_lose_nothing(store):
     run = store.create(RECIPE, name="bot")
     fields = ["step", "steps_total", "exit_code", "pid_created_at"]

@@ -46,7 +46,8 @@ class RunStatus:
     """What status.json holds. `candidate` is the published version (`name@version`), `error` the message of a failure.
 
     `started_at` and `finished_at` are ISO 8601 in UTC. `pid` is the process that trains; when it began (seconds since
-    1970) and its `host` are filled in with it.
+    1970) and its `host` are filled in with it. Where it `shares_process`, other runs train in that one too: no signal may
+    be sent to it that is meant for this run alone; see `Run.request_stop`.
     """
 
     run_id: str
@@ -62,6 +63,7 @@ class RunStatus:
     exit_code: int | None = None
     pid_created_at: float | None = None
     host: str | None = None
+    shares_process: bool = False
 
     @property
     def is_final(self) -> bool:
@@ -131,6 +133,11 @@ class Run:
         """Held by the process that trains this run, for as long as it does."""
         return self.path / "run.lock"
 
+    @property
+    def stop_path(self) -> Path:
+        """Here lies what somebody asked of this run, and of no other that its process trains: to stop."""
+        return self.path / "stop.json"
+
     def writing_lock_path(self, rank: int = 0) -> Path:
         """Held by whoever writes its checkpoints, which may go on for a while after the training process died."""
         return self.path / (f"writing-rank{rank}.lock" if rank else "writing.lock")
@@ -191,6 +198,25 @@ class Run:
             status = dataclasses.replace(present, **changes)
             write_json(self.status_path, dataclasses.asdict(status))
         return status
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the run to save and stop, where it shares its process with others; it looks once a step.
+
+        A run that has a process of its own gets a signal instead. Whoever starts the run anew calls `clear_stop` first.
+
+        Raises:
+            DiskFull: If there is no room; then nothing was asked.
+        """
+        write_json(self.stop_path, {"reason": reason})
+
+    @property
+    def stop_request(self) -> str | None:
+        """The reason why the run is asked to stop; None if nobody asks."""
+        return str(read_json(self.stop_path)["reason"]) if self.stop_path.exists() else None
+
+    def clear_stop(self) -> None:
+        """Forget that the run was asked to stop: it obeyed, or shall begin anew."""
+        self.stop_path.unlink(missing_ok=True)
 
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain values."""
