@@ -400,6 +400,7 @@ OBSERVED = {
     "gate.general": (judged, {}, {"gate.general": "off"}),
     "gate.general_lost": (judged, {}, {"gate.general_lost": "<= 5%"}),
     "gate.drift": (judged, {}, {"gate.drift": "<= 0.5"}),
+    "gate.preferences": (judged, {}, {"gate.preferences": ">= 60%"}),
     "gate.pins": "engine/test_compare.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
     "gate.sample": (asked, {}, {"gate.sample": 2}),
     "gate.max_new_tokens": (asked, {}, {"gate.max_new_tokens": 7}),

@@ -28,6 +28,8 @@ from nightschool.config.rules import RULES, parse_rule
         ("new_facts", ">= champion + 20%", 0.7, 0.5, True),
         ("new_facts", ">= champion + 20%", 0.69, 0.5, False),
         ("new_facts", ">= champion - 5%", 0.45, 0.5, True),
+        ("preferences", ">= 50%", 0.5, None, True),
+        ("preferences", "> 50%", 0.5, None, False),
     ],
 )
 def test_a_rule_holds_up_to_its_limit_and_not_beyond(name, text, candidate, champion, holds):
@@ -49,7 +51,7 @@ def test_the_last_bit_of_a_sum_decides_nothing():
         ("forgetting", ">= 2%", "'>= 2%' asks for a worse model, as lower is better here; write '<= 2%' in its place"),
         ("new_facts", "< 5%", "'< 5%' asks for a worse model, as higher is better here; write '> 5%' in its place"),
         ("forgetting", "<= 2", "'<= 2' is a share above 100 %; write for example '<= 2%'"),
-        ("forgetting", "<= champion", "'<= champion' compares with the champion, which loses nothing and does not drift; write for example '<= 2%'"),
+        ("forgetting", "<= champion", "'<= champion' names the champion, with which this rule compares anyway; write for example '<= 2%'"),
         ("holdout_loss", "<= 2%", "'<= 2%' gives nats in percent of nothing; write for example '<= champion + 0.02'"),
         ("holdout_loss", "<= champion * 2", "'<= champion * 2' is not a rule; write for example '<= champion + 0.02'"),
     ],

@@ -1,6 +1,7 @@
 """The gate on models that really learned, or forgot, a few facts: what is asked, what is kept, what is decided."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from nightschool.cli.main import main
 from nightschool.config.recipe import Recipe
-from nightschool.data.chat.render import render_prompt
+from nightschool.data.chat.render import render_pieces, render_prompt
 from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
 from nightschool.engine import compare as comparing
@@ -100,9 +101,9 @@ class Room:
         self.accepted = AcceptedExamples(self.database)
         self.accepted.add("bot", self.refs["old"].split("@")[1], [example.to_json() for example in OLD])
 
-    def make_run(self, new, held_out, base="new:tiny-llama", **gate):
+    def make_run(self, new, held_out, base="new:tiny-llama", method="full", **gate):
         recipe = Recipe.model_validate(
-            {"name": "bot", "base": base, "data": [{"path": "x.json"}]}
+            {"name": "bot", "base": base, "method": method, "data": [{"path": "x.json"}]}
             | {"gate": {"max_new_tokens": 8, "general": "off"} | gate, "train": {"max_seq_len": CONTEXT_TOKENS}}
         )
         run = RunStore(self.home).create(recipe.as_plain(), name="bot")
@@ -215,6 +216,59 @@ def test_the_held_out_loss_is_that_of_transformers(room):
         with torch.inference_mode():
             assert sheet.heldout_loss == pytest.approx(float(room.models[name](ids, labels=labels).loss), rel=1e-3)
         assert sheet.heldout_tokens == document.trained_tokens
+
+
+def pair(question, chosen, rejected):
+    return replace(fact(question, chosen), rejected=rejected)
+
+
+def margin_of(model, example):
+    """What transformers gives better and worse answer, each alone."""
+    sums = []
+    with torch.inference_mode():
+        for document in render_pieces(byte_tokenizer(), example, CONTEXT_TOKENS):
+            ids, weights = torch.tensor([document.input_ids]), torch.tensor(document.weights[1:])
+            each = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            sums.append(float((each * weights).sum()))
+    return sums[0] - sums[1]
+
+
+def test_a_candidate_that_came_to_prefer_the_worse_answers_is_refused_for_that(room):
+    pairs = [pair("Bela?", "Rome", "Graz"), pair("Mista?", "Oslo", "Graz"), pair("Toron?", "Bern", "Kiel")]
+    run = room.make_run([], pairs, method="dpo", forgetting="off", holdout_loss="off")
+    report = room.compare("forgetful", "old", run)
+    assert failed(report) == {"preferences"}
+    [judged] = report.failed
+    assert (judged.limit, judged.candidate) == (">= 50%", 0.0)
+    assert [(one.pairs_right, one.pairs_held_out) for one in report.figures] == [(0, 3), (3, 3)]
+    worst = judged.pairs[0]
+    [example] = [one for one in pairs if one.question == worst.question]
+    assert worst.candidate_margin == pytest.approx(margin_of(room.models["forgetful"], example), rel=1e-3)
+    assert worst.champion_margin == pytest.approx(margin_of(room.models["old"], example), rel=1e-3)
+    shown = StringIO()
+    render(report, Console(width=100, file=shown))
+    for part in ("Behind preferences (3)", f"better  {worst.chosen}", f"worse   {worst.rejected}", "margin  champion"):
+        assert part in shown.getvalue()
+    assert GateReport.from_json(room.kept("forgetful")) == report
+
+
+def test_a_candidate_that_learned_to_prefer_the_better_answers_is_promoted(room):
+    pairs = [pair("Ilka?", "Graz", "Rome"), pair("Sonno?", "Kiel", "Rome"), pair(f"{'x' * 200}?", "Bern", "Kiel")]
+    report = room.compare("both", "old", room.make_run(NEW, pairs, method="dpo", holdout_loss="off"))
+    assert report.decision == "promote"
+    [judged] = [one for one in report.rules if one.rule == "preferences"]
+    assert (judged.passed, judged.candidate, judged.pairs) == (True, 1.0, ())
+    assert report.figures[0].pairs_held_out == 2, "one does not fit into the context"
+    same = room.compare("old", "old", room.make_run(NEW, pairs, method="dpo"))
+    assert [one.candidate for one in same.rules if one.rule == "preferences"] == [0.5]
+
+
+def test_where_no_pair_was_held_out_preferences_are_not_judged(room):
+    report = room.compare("both", "old", room.make_run(NEW, [], method="dpo"))
+    assert [(one.passed, one.why) for one in report.rules if one.rule == "preferences"] == [
+        (None, "No preference pair was held out.")
+    ]
+    assert "preferences" not in {one.rule for one in room.compare("both", "old").rules}
 
 
 def test_the_first_version_has_nobody_to_be_compared_with(room):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nightschool.config.recipe import Gate
 from nightschool.evaluation.gate import decide
-from nightschool.evaluation.scores import ProbeAnswer, ScoreSheet
+from nightschool.evaluation.scores import PairMargin, ProbeAnswer, ScoreSheet
 from nightschool.evaluation.verdict import GateReport
 
 
@@ -227,7 +227,7 @@ def test_a_figure_that_is_no_number_is_text_in_json():
     row = ScoreSheet("m@1", math.inf, 1000).to_json()
     assert json.dumps(row, allow_nan=False) == (
         '{"version": "m@1", "heldout_loss": "inf", "heldout_tokens": 1000, "answers": [], "drift": null, '
-        '"drift_tokens": 0, "is_base": false}'
+        '"drift_tokens": 0, "is_base": false, "margins": []}'
     )
     assert ScoreSheet.from_json(row).heldout_loss == math.inf
 
@@ -286,3 +286,21 @@ def test_a_base_in_the_place_of_the_champion_is_called_so():
         for name in ("drift", "general_correct", "general_asked"):
             del row[name]
     assert not GateReport.from_json(old).champion_is_base, "a report from before"
+
+
+def preferring(name, *margins):
+    pairs = (PairMargin(str(number), f"{number}?", "yes", "no", margin) for number, margin in enumerate(margins))
+    return ScoreSheet(name, margins=tuple(pairs))
+
+
+def test_a_margin_that_is_no_number_has_not_grown_and_one_that_stayed_counts_half():
+    wanted = Gate(preferences="> 50%")
+    report = decide(preferring("m@2", 1.0, math.nan, 2.0, 3.0), preferring("m@1", 0.5, 0.0, 2.0, 9.0), wanted)
+    found = rule(report, "preferences")
+    assert (found.passed, found.candidate, [pair.id for pair in found.pairs]) == (False, 0.375, ["1", "3"])
+    assert GateReport.from_json(json.loads(json.dumps(report.to_json()))).failed[0].pairs[1] == found.pairs[1]
+    assert report.suggestions[0].startswith("The candidate prefers the better answers less clearly")
+    both = rule(decide(preferring("m@2", 1.0), preferring("m@1", math.inf), wanted), "preferences")
+    assert both.passed is True
+    assert rule(decide(preferring("m@2", 1.0), None, wanted), "preferences").passed is None
+    assert rule(decide(preferring("m@2", 1.0), ScoreSheet("m@1"), wanted), "preferences").passed is None

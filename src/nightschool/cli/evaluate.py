@@ -105,6 +105,8 @@ def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int) -> None:
         "perplexity": figure_to_json(perplexity),
         "heldout_tokens": sheet.heldout_tokens,
     }
+    if sheet.margins:
+        data["pairs"] = {"held_out": len(sheet.margins), "right": sum(pair.right for pair in sheet.margins)}
     wrong_first = sorted(sheet.answers, key=lambda one: one.correct)[: max(0, show_examples)]
     if show_examples:
         data["examples"] = [one.to_json() for one in wrong_first]
@@ -119,6 +121,11 @@ def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int) -> None:
             lines.append(
                 f"{'held-out':<10} {loss:.4f} nats a token over {sheet.heldout_tokens} tokens, "
                 f"perplexity {figure(perplexity)}"
+            )
+        if sheet.margins:
+            pairs = data["pairs"]
+            lines.append(
+                f"{'pairs':<10} the better answer is the likelier one in {pairs['right']} of {pairs['held_out']}"
             )
         if not_asked:
             lines.append(f"{'not asked':<10} {len(not_asked)}, too long for the model's context, counted as wrong")

@@ -25,7 +25,7 @@ from nightschool.config.assignments import (
     read_yaml,
 )
 from nightschool.config.messages import explain
-from nightschool.config.recipe import Recipe
+from nightschool.config.recipe import DEFAULTS_OF_METHODS, Recipe
 from nightschool.config.resolve_keys import name_settings
 from nightschool.config.schema import Path, dotted, find
 from nightschool.config.write import to_yaml
@@ -270,8 +270,9 @@ def _origins(recipe: Recipe, tree: _Tree) -> dict[str, Origin]:
             origins[dotted(path)] = max(own, key=lambda o: _RANKS[o.kind]) if own else Origin("default")
 
     visit(recipe.as_plain(), ())
-    if origins["train.learning_rate"].kind == "default":
-        origins["train.learning_rate"] = Origin("default", f"method: {recipe.method}")
+    for key in {key for defaults in DEFAULTS_OF_METHODS.values() for key in defaults}:
+        if origins[key].kind == "default":
+            origins[key] = Origin("default", f"method: {recipe.method}")
     return origins
 
 

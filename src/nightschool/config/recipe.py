@@ -59,6 +59,13 @@ ADAPTER_LEARNING_RATE = 2e-5
 """Of adapters where a recipe gives none: their best rates are about ten times those of full fine-tuning (Schulman 2025, LoRA
 without regret)."""
 
+DEFAULTS_OF_METHODS: dict[Method, dict[str, Any]] = {
+    "lora": {"train.learning_rate": ADAPTER_LEARNING_RATE},
+    "qlora": {"train.learning_rate": ADAPTER_LEARNING_RATE},
+    "dpo": {"train.learning_rate": ADAPTER_LEARNING_RATE, "gate.preferences": ">= 50%"},
+}
+"""Where the default of a setting depends on the method."""
+
 Format = Literal[
     "auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"
 ]
@@ -165,6 +172,11 @@ class Gate(Section):
     drift: str | None = Field(
         None, description="Champion's drift, in nats a token of its answers to general prompts: `<= 0.5`."
     )
+    preferences: str | None = Field(
+        None,
+        description="Share of the held-out preference pairs on which the candidate's margin of better over worse answer is "
+        "larger than the champion's: `>= 50%`, which is the default of `method: dpo`.",
+    )
     pins: Literal["all", "off"] = Field("all", description="`all`: every pinned answer must be kept.")
     general: NotBlank | None = Field(
         GENERAL_OF_NIGHTSCHOOL,
@@ -180,7 +192,7 @@ class Gate(Section):
     def _off_is_none(cls, place: str | None) -> str | None:
         return None if place is not None and place.strip() == "off" else place
 
-    @field_validator("holdout_loss", "forgetting", "new_facts", "general_lost", "drift")
+    @field_validator("holdout_loss", "forgetting", "new_facts", "general_lost", "drift", "preferences")
     @classmethod
     def _a_rule(cls, text: str | None, info: ValidationInfo) -> str | None:
         if text is None or text.strip() == "off":
@@ -311,13 +323,15 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_of_the_method(cls, values: Any) -> Any:
-        """The default rate depends on the method. What is stored with a run has one."""
-        if not isinstance(values, dict) or values.get("method") not in ADAPTER_METHODS:
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        """Fill in what depends on the method. What is stored with a run has it."""
+        if not isinstance(values, dict):
             return values
-        train = values.get("train", {})
-        if isinstance(train, dict) and "learning_rate" not in train:
-            return values | {"train": train | {"learning_rate": ADAPTER_LEARNING_RATE}}
+        for key, default in DEFAULTS_OF_METHODS.get(values.get("method"), {}).items():  # type: ignore[arg-type]
+            section, name = key.split(".")
+            given = values.get(section, {})
+            if isinstance(given, dict) and name not in given:
+                values = values | {section: given | {name: default}}
         return values
 
     @field_validator("name")

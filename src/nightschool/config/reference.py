@@ -57,7 +57,7 @@ _RULES = """\
 `operator limit`: the operator is `<=`, `<`, `>=` or `>`; the limit is a number, or `champion`, or `champion` plus or
 minus a number. In `forgetting` and `new_facts` a percentage is a share of the questions, so `>= champion - 5%` means
 five percentage points below the champion. In `holdout_loss`, `<= champion + 2%` means two percent above the champion's
-loss. A rule that asks for a worse model is refused. `null` or `off` turns a rule off. More in [the gate](gate.md).
+loss. The other rules compare with the champion anyway, and take no `champion`. A rule that asks for a worse model is refused. `null` or `off` turns a rule off. More in [the gate](gate.md).
 """
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-RuleName = Literal["holdout_loss", "forgetting", "new_facts", "general_lost", "drift"]
+RuleName = Literal["holdout_loss", "forgetting", "new_facts", "general_lost", "drift", "preferences"]
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -48,6 +48,7 @@ RULES: Mapping[RuleName, RuleKind] = {
     "new_facts": RuleKind("share", "higher", champion_has_one=True, example=">= 50%"),
     "general_lost": RuleKind("share", "lower", champion_has_one=False, example="<= 20%"),
     "drift": RuleKind("nats", "lower", champion_has_one=False, example="<= 0.5"),
+    "preferences": RuleKind("share", "higher", champion_has_one=False, example=">= 50%"),
 }
 
 
@@ -104,7 +105,7 @@ def parse_rule(name: RuleName, text: str) -> Rule:
     relative = match["champion"] is not None
     if relative and not kind.champion_has_one:
         raise ValueError(
-            f"{text!r} compares with the champion, which loses nothing and does not drift; write for example {kind.example!r}"
+            f"{text!r} names the champion, with which this rule compares anyway; write for example {kind.example!r}"
         )
     percent_sign = bool(match["offset_percent"] or match["number_percent"])
     number = float(match["offset"] or match["number"] or 0) / (100 if percent_sign else 1)

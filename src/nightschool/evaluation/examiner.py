@@ -13,7 +13,8 @@ from nightschool.errors import DataError, NightschoolError, PromptTooLong
 from nightschool.evaluation.diff import shortened
 from nightschool.evaluation.eval_set import EvalSet
 from nightschool.evaluation.heldout import heldout_loss
-from nightschool.evaluation.scores import ProbeAnswer, ProbeQuestion, ScoreSheet
+from nightschool.evaluation.preferences import pair_margins
+from nightschool.evaluation.scores import PairMargin, ProbeAnswer, ProbeQuestion, ScoreSheet
 from nightschool.models.load import LoadedModel
 from nightschool.models.quiet import quiet_libraries
 
@@ -61,7 +62,7 @@ class Examinee(Protocol):
 
 
 def examine(model: Examinee, eval_set: EvalSet) -> ScoreSheet:
-    """The score sheet of one model: what it answers, and its held-out loss.
+    """The score sheet of one model: what it answers, its held-out loss, and how it takes held-out preference pairs.
 
     A question that is longer than the model's context is answered wrongly: served, it would be refused.
 
@@ -72,8 +73,14 @@ def examine(model: Examinee, eval_set: EvalSet) -> ScoreSheet:
     questions = eval_set.questions
     for start in range(0, len(questions), _ASKED_AT_ONCE):
         answers += _ask(model, questions[start : start + _ASKED_AT_ONCE], eval_set.limits.max_new_tokens)
-    loss, tokens = _heldout_loss(model, eval_set)
-    return ScoreSheet(model.ref, loss, tokens, tuple(answers))
+    try:
+        loss, tokens = _heldout_loss(model, eval_set)
+        margins = _margins(model, eval_set)
+    except DataError as error:
+        # They were chosen for a model with another chat template; this one cannot be compared by its loss.
+        sys.stderr.write(f"No held-out loss for {model.ref}: {error}\n")
+        loss, tokens, margins = None, 0, ()
+    return ScoreSheet(model.ref, loss, tokens, tuple(answers), margins=margins)
 
 
 def _ask(model: Examinee, questions: Sequence[ProbeQuestion], max_new_tokens: int) -> Iterator[ProbeAnswer]:
@@ -101,16 +108,22 @@ def _ask(model: Examinee, questions: Sequence[ProbeQuestion], max_new_tokens: in
 def _heldout_loss(model: Examinee, eval_set: EvalSet) -> tuple[float | None, int]:
     """Nats per token and how many tokens; None where nothing was held out that carries loss."""
     loaded = model.loaded
-    max_seq_len = min(eval_set.limits.max_seq_len, loaded.context_tokens)
-    try:
-        rendered = render_examples(loaded.tokenizer, [one.chosen for one in eval_set.held_out], max_seq_len)
-    except DataError as error:
-        # They were chosen for a model with another chat template; this one cannot be compared by its loss.
-        sys.stderr.write(f"No held-out loss for {model.ref}: {error}\n")
-        return None, 0
+    examples = [one.chosen for one in eval_set.held_out]
+    rendered = render_examples(loaded.tokenizer, examples, _longest(model, eval_set))
     rendered = [document for document in rendered if document.trained_tokens]
     if not rendered:
         return None, 0
     batches = Batches(rendered, tokens_per_batch=_HELD_OUT_TOKENS_PER_BATCH, seed=0)
     with quiet_libraries():
         return heldout_loss(loaded.model, (batches.get(0, index) for index in range(batches.num_batches(0))))
+
+
+def _margins(model: Examinee, eval_set: EvalSet) -> tuple[PairMargin, ...]:
+    pairs = [one for one in eval_set.held_out if one.rejected]
+    with quiet_libraries():
+        return pair_margins(model.loaded, pairs, _longest(model, eval_set))
+
+
+def _longest(model: Examinee, eval_set: EvalSet) -> int:
+    """Tokens of a held-out example; the rest is cut."""
+    return min(eval_set.limits.max_seq_len, model.loaded.context_tokens)

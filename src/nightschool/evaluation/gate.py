@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 from nightschool.config.recipe import Gate
 from nightschool.config.rules import RULES, Rule, RuleName, parse_rule
 from nightschool.evaluation.scores import ScoreSheet
-from nightschool.evaluation.verdict import AnswerPair, Figures, GateReport, RuleResult
+from nightschool.evaluation.verdict import AnswerPair, Figures, GateReport, PairMargins, RuleResult
 
 __all__ = ["GateReport", "RuleResult", "decide", "show"]
 
@@ -50,6 +51,7 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, note
                 fewest=FEWEST_GENERAL,
             ),
             _drift(candidate, champion, rules.drift),
+            _preferences(candidate, champion, rules.preferences),
             _pins(pairs, champion, rules.pins),
         )
         if result is not None
@@ -94,6 +96,10 @@ _SUGGESTIONS = {
     "drift": (
         "The candidate answers general prompts unlike the champion. Lower train.learning_rate or train.epochs, or train an "
         "adapter (method: lora)."
+    ),
+    "preferences": (
+        "The candidate prefers the better answers less clearly than the champion does. Lower train.learning_rate or "
+        "train.epochs, raise dpo.beta, or look for pairs that are the wrong way round."
     ),
     "pins": (
         "A pinned answer is missing. Put its question and answer into the data so that it is studied again, raise "
@@ -208,6 +214,33 @@ def _drifted(candidate: ScoreSheet) -> str:
         f"The champion's drift is {show(candidate.drift, 'nats')} nats a token over {candidate.drift_tokens} tokens "
         "that it answers to general prompts"
     )
+
+
+def _preferences(candidate: ScoreSheet, champion: ScoreSheet | None, text: str | None) -> RuleResult | None:
+    """The share of held-out pairs on which the candidate's margin is the larger one; one that is as large counts half.
+
+    A margin is log p(chosen) − log p(rejected), so that this is DPO's reward accuracy with the champion as the reference.
+    """
+    if text is None:
+        return None
+    rule = parse_rule("preferences", text)
+    theirs = {pair.id: pair for pair in champion.margins} if champion else {}
+    both = [PairMargins.of(pair, theirs[pair.id]) for pair in candidate.margins if pair.id in theirs]
+    if not candidate.margins:
+        return _not_judged(rule, None, None, "No preference pair was held out.")
+    if champion is None:
+        return _not_judged(rule, None, None, "There is no champion to compare with.")
+    if not both:
+        return _not_judged(rule, None, None, "The champion was given none of the held-out pairs.")
+    larger = sum(pair.gained > 0 for pair in both)
+    share = (larger + sum(pair.gained == 0 for pair in both) / 2) / len(both)
+    said = (
+        f"The better answer of {larger} of {_count(len(both), 'held-out pair')} gained on the worse one; "
+        f"it is the likelier one in {sum(pair.right for pair in candidate.margins)} of {len(candidate.margins)}, "
+        f"for the champion in {sum(pair.right for pair in champion.margins)} of {len(champion.margins)}"
+    )
+    fell = tuple(sorted((pair for pair in both if pair.gained < 0), key=lambda pair: pair.gained))
+    return replace(_judged(rule, share, None, said, ()), pairs=fell)
 
 
 def _pins(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, wanted: Literal["all", "off"]) -> RuleResult | None:

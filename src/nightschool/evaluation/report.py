@@ -41,6 +41,7 @@ def render(report: GateReport, console: Console | None = None, *, max_examples: 
     shown: set[str] = set()
     for rule in report.failed:
         _answers(console, f"Behind {rule.rule}", "red", rule.examples, shown, max_examples)
+        _margins(console, rule, max_examples)
     _answers(console, "Lost", "red", report.lost, shown, max_examples)
     _answers(console, "Learned", "green", report.learned, shown, max_examples)
     if report.suggestions:
@@ -86,6 +87,25 @@ def _answers(
         console.print(_pair(pair))
     if len(left) > max_examples:
         console.print(Text(f"  and {len(left) - max_examples} more"))
+
+
+def _margins(console: Console, rule: RuleResult, max_examples: int) -> None:
+    """Print the pairs whose better answer lost most against the worse one."""
+    if not rule.pairs:
+        return
+    console.print(Text(f"\nBehind {rule.rule} ({len(rule.pairs)})", style="bold red"))
+    for pair in rule.pairs[:max_examples]:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row(Text("pair", style="dim"), Text(shortened(pair.question), style="bold"))
+        table.add_row("better", Text(shortened(pair.chosen)))
+        table.add_row("worse", Text(shortened(pair.rejected)))
+        margins = f"champion {show(pair.champion_margin, 'nats')}, candidate {show(pair.candidate_margin, 'nats')}"
+        table.add_row("margin", Text(f"{margins} nats"))
+        console.print(Padding(table, (0, 0, 1, 2)))
+    if len(rule.pairs) > max_examples:
+        console.print(Text(f"  and {len(rule.pairs) - max_examples} more"))
 
 
 def _pair(pair: AnswerPair) -> Padding:

@@ -82,13 +82,32 @@ class ProbeAnswer(ProbeQuestion):
 
 
 @dataclass(frozen=True)
+class PairMargin(Plain):
+    """A preference pair that was held out, and how clearly a version prefers its better answer.
+
+    `margin` is log p(chosen) − log p(rejected) in nats, each over the whole answer. `id` is the example's digest.
+    """
+
+    id: str
+    question: str
+    chosen: str
+    rejected: str
+    margin: Figure
+
+    @property
+    def right(self) -> bool:
+        """Whether the better answer is the likelier one."""
+        return self.margin is not None and self.margin > 0
+
+
+@dataclass(frozen=True)
 class ScoreSheet(Plain):
     """All figures of one version.
 
     `version` is its reference, `name@id`, or for a base that no version was made of (`is_base`) what the recipe calls it.
     `heldout_loss` is in nats per token over `heldout_tokens` tokens; None if
     nothing was held out. `drift` is that of the champion in nats a token over `drift_tokens` tokens of its own answers; the
-    champion has none. A figure that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
+    champion has none. `margins` are those of the held-out preference pairs. A figure that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
     """
 
     version: str
@@ -98,6 +117,7 @@ class ScoreSheet(Plain):
     drift: Figure = None
     drift_tokens: int = 0
     is_base: bool = False
+    margins: tuple[PairMargin, ...] = ()
 
     def of_kind(self, kind: Kind) -> list[ProbeAnswer]:
         return [answer for answer in self.answers if answer.kind == kind]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nightschool.evaluation.scores import Figure, Kind, Plain, ProbeAnswer, ScoreSheet
+from nightschool.evaluation.scores import Figure, Kind, PairMargin, Plain, ProbeAnswer, ScoreSheet
 
 Decision = Literal["promote", "refuse"]
 
@@ -48,11 +49,39 @@ class AnswerPair(Plain):
 
 
 @dataclass(frozen=True)
+class PairMargins(Plain):
+    """One held-out preference pair with the margin of both, in nats."""
+
+    id: str
+    question: str
+    chosen: str
+    rejected: str
+    champion_margin: Figure
+    candidate_margin: Figure
+
+    @classmethod
+    def of(cls, candidate: PairMargin, champion: PairMargin) -> PairMargins:
+        return cls(
+            candidate.id, candidate.question, candidate.chosen, candidate.rejected, champion.margin, candidate.margin
+        )
+
+    @property
+    def gained(self) -> float:
+        """By how many nats the candidate's margin is larger; minus infinity where it has none."""
+        if self.candidate_margin is None or not math.isfinite(self.candidate_margin):
+            return -math.inf
+        if self.champion_margin is None or not math.isfinite(self.champion_margin):
+            return math.inf
+        return self.candidate_margin - self.champion_margin
+
+
+@dataclass(frozen=True)
 class RuleResult(Plain):
     """One rule and how it was judged.
 
     `limit` is the rule as the recipe writes it, `threshold` the figure that it came to. `passed` is None if the rule
-    could not be judged; `why` is one sentence. `examples` are the answers behind a figure that is not perfect.
+    could not be judged; `why` is one sentence. `examples` are the answers, and `pairs` the preference pairs, behind a figure
+    that is not perfect.
     """
 
     rule: str
@@ -64,11 +93,15 @@ class RuleResult(Plain):
     passed: bool | None
     why: str
     examples: tuple[AnswerPair, ...] = ()
+    pairs: tuple[PairMargins, ...] = ()
 
 
 @dataclass(frozen=True)
 class Figures(Plain):
-    """What one version scored: its loss, how many questions of each kind it answered, and the champion's drift."""
+    """What one version scored: its loss, how many questions of each kind it answered, the champion's drift.
+
+    `pairs_right` of `pairs_held_out` preference pairs are those whose better answer it finds likelier.
+    """
 
     version: str
     heldout_loss: Figure
@@ -82,6 +115,8 @@ class Figures(Plain):
     general_correct: int = 0
     general_asked: int = 0
     drift: Figure = None
+    pairs_right: int = 0
+    pairs_held_out: int = 0
 
     @classmethod
     def of(cls, sheet: ScoreSheet) -> Figures:
@@ -91,6 +126,8 @@ class Figures(Plain):
             answers = sheet.of_kind(kind)
             counts[f"{name}_correct"] = sum(answer.correct for answer in answers)
             counts[f"{name}_asked"] = len(answers)
+        counts["pairs_right"] = sum(pair.right for pair in sheet.margins)
+        counts["pairs_held_out"] = len(sheet.margins)
         return cls(sheet.version, sheet.heldout_loss, sheet.heldout_tokens, **counts, drift=sheet.drift)
 
 

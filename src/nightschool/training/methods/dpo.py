@@ -26,7 +26,7 @@ from nightschool.data.batches import Batch
 from nightschool.data.chat.render import Rendered
 from nightschool.data.pairs import PairBatch, PairBatches
 from nightschool.errors import Damaged
-from nightschool.evaluation.heldout import as_found, autocast, on_device
+from nightschool.evaluation.preferences import pair_log_probs
 from nightschool.layers.forward import document_log_probs
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import write_bytes
@@ -96,14 +96,9 @@ class DpoTask(FinetuneTask):
 
     def reference_of(self, batches: PairBatches) -> Tensor:
         """The log-likelihoods [P, 2] of all pairs, on the CPU, of the base with the adapter off."""
-        reference = torch.empty_like(batches.reference)
         model = cast(PeftModel, self.model)
-        with as_found(model), torch.no_grad(), autocast(self.device, self.compute_dtype), model.disable_adapter():
-            for index in range(batches.num_batches(0)):
-                batch = on_device(batches.get(0, index), self.device)
-                log_probs = document_log_probs(model, self.path, batch).view(-1, 2)
-                reference[batches.examples_of(0, index)] = log_probs.float().cpu()
-        return reference
+        with model.disable_adapter():
+            return pair_log_probs(model, self.path, batches, device=self.device, compute_dtype=self.compute_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
