@@ -1,4 +1,4 @@
-"""The process of a job on this machine: started by this worker, or found running when an earlier worker had died."""
+"""Jobs as processes of this machine: started by this worker, or found running when an earlier worker had died."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 
 import psutil
 
+from nightschool.jobs.device_budget import Need, Room, needs_here, room_for
 from nightschool.jobs.launch import start_process
+from nightschool.store.home import Home
+from nightschool.store.job_files import JobFiles
+from nightschool.store.job_queue import Job, JobQueue
+from nightschool.store.runs import Run
 from nightschool.work.identity import ProcessIdentity
 
 _KILL_SECONDS = 5.0
@@ -22,6 +27,9 @@ class LocalProcess:
     def __init__(self, identity: ProcessIdentity | None, child: subprocess.Popen[bytes] | None = None) -> None:
         self._identity = identity
         self._child = child
+
+    def __str__(self) -> str:
+        return "a process that ended" if self._identity is None else f"process {self._identity.pid}"
 
     @classmethod
     def start(cls, command_line: Sequence[str], *, log: Path, directory: Path) -> LocalProcess:
@@ -58,5 +66,38 @@ class LocalProcess:
         while self.lives and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def leave(self) -> None:
+        """Another worker has its job now, and starts its own process: end this one."""
+        self.kill()
+
     def _find(self) -> psutil.Process | None:
         return None if self._identity is None else self._identity.find()
+
+
+class LocalExecutor:
+    """Starts jobs as processes of this machine, which together take at most `device_bytes`."""
+
+    def __init__(self, home: Home, queue: JobQueue, device_bytes: int | None) -> None:
+        self._home = home
+        self._queue = queue
+        self._device_bytes = device_bytes
+
+    def plan(self, command_line: Sequence[str], files: JobFiles) -> LocalProcess:
+        return LocalProcess.start(command_line, log=files.log_path, directory=files.path)
+
+    def start(self, command_line: Sequence[str], files: JobFiles, need: Need | None) -> LocalProcess:  # noqa: ARG002
+        return LocalProcess.start(command_line, log=files.log_path, directory=files.path)
+
+    def find(self, files: JobFiles) -> LocalProcess | None:
+        """The process that holds the lock of a job, once it has said who it is."""
+        return _living(files.process()) if files.process_lives else None
+
+    def find_trainer(self, run: Run) -> LocalProcess | None:
+        return _living(run.status.process)
+
+    def room(self, need: Need | None, *, besides: Job) -> Room:
+        return room_for(need, needs_here(self._home, self._queue, besides=besides), self._device_bytes)
+
+
+def _living(identity: ProcessIdentity | None) -> LocalProcess | None:
+    return None if identity is None or not identity.lives else LocalProcess(identity)

@@ -24,8 +24,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nightschool.errors import Conflict, NightschoolError, NotFound
 from nightschool.events import now
-from nightschool.jobs.device_budget import Need, needs_here, room_for
-from nightschool.jobs.local_process import LocalProcess
+from nightschool.jobs.device_budget import Need
+from nightschool.jobs.executor import Executor, JobProcess
+from nightschool.jobs.local_process import LocalExecutor, LocalProcess
 from nightschool.jobs.worker_settings import WorkerSettings
 from nightschool.store import checkpoints
 from nightschool.store.atomic import make_folder, write_json
@@ -54,7 +55,7 @@ class _Attempt:
     """A job that this worker watches, and the process that is at it. Moments are those of `time.monotonic`."""
 
     job: Job
-    process: LocalProcess
+    process: JobProcess
     stage: Literal["claimed", "plan", "work"]
     looked_at: float = 0.0
     kept_at: float = 0.0
@@ -70,6 +71,7 @@ class Worker:
         self._stop = stop
         self._say = say
         self._queue = JobQueue(home.database)
+        self._executor: Executor = LocalExecutor(home, self._queue, settings.device_bytes)
         self._attempts: dict[str, _Attempt] = {}
         self._claim_at = self._sweep_at = 0.0
 
@@ -126,7 +128,7 @@ class Worker:
                 self._look(attempt, moment)
             except (Conflict, NotFound) as error:
                 self._say(f"{error} Ending its process here.")
-                attempt.process.kill()
+                attempt.process.leave()
                 del self._attempts[attempt.job.id]
                 return
         wanted = attempt.job.phase in ("cancelling", "pausing") or self._stop.requested
@@ -153,16 +155,14 @@ class Worker:
         write_json(files.recipe_path, job.recipe | {"name": job.full_name})
         where = ("--home", str(self._home.path), "--root", job.root)
         line = command("plan", *where, "--recipe", str(files.recipe_path), "--output", str(files.plan_path))
-        process = LocalProcess.start(line, log=files.log_path, directory=files.path)
-        self._attempts[job.id] = _Attempt(job, process, "plan")
+        self._attempts[job.id] = _Attempt(job, self._executor.plan(line, files), "plan")
 
     def _place(self, job: Job, files: JobFiles) -> None:
         """Begin the job if it fits beside what runs on this machine. One whose training goes on has its room already."""
         if self._trainer(job) is not None:
             self._begin(job, files)
             return
-        running = needs_here(self._home, self._queue, besides=job)
-        room = room_for(Need.of(files.plan()), running, self._settings.device_bytes)
+        room = self._executor.room(Need.of(files.plan()), besides=job)
         if room.verdict == "never":
             self._say(f"{job.id} can never run here: {room.why}")
             self._queue.finish(job, "failed", error=room.why)
@@ -176,7 +176,7 @@ class Worker:
     def _begin(self, job: Job, files: JobFiles) -> None:
         make_folder(files.path)
         line = command("job", "--home", str(self._home.path), "--job", job.id)
-        process = LocalProcess.start(line, log=files.log_path, directory=files.path)
+        process = self._executor.start(line, files, Need.of(files.plan()))
         self._attempts[job.id] = _Attempt(job, process, "work")
         going_on = "" if job.run_id is None else f", going on with {job.run_id}"
         self._say(f"{job.id} ({job.full_name}) began, attempt {job.attempts}{going_on}")
@@ -199,14 +199,16 @@ class Worker:
 
     def _take(self, job: Job, files: JobFiles) -> None:
         """Go on with a job where it is: watch its process, read how that ended, or begin."""
-        result, process = files.result(), files.process()
-        if files.process_lives:
-            if process is None or not process.lives:  # it has not said yet who it is
-                self._queue.release(job, seconds=1.0, began=False)
-                return
-            self._say(f"{job.id} is being worked on by process {process.pid} already: watching it")
-            self._attempts[job.id] = _Attempt(job, LocalProcess(process), "work")
-        elif (result is not None and result.is_final) or (result is None and process is not None):
+        process = self._executor.find(files)
+        if process is not None:
+            self._say(f"{job.id} is being worked on by {process} already: watching it")
+            self._attempts[job.id] = _Attempt(job, process, "work")
+            return
+        if files.process_lives:  # it has not said yet who it is, or is out of reach
+            self._queue.release(job, seconds=1.0, began=False)
+            return
+        result = files.result()  # now that nobody can write one any more
+        if (result is not None and result.is_final) or (result is None and files.process() is not None):
             self._settle(job, files, result)
         else:
             self._go_on(job, files, planned=files.plan() is not None or self._trainer(job) is not None)
@@ -286,11 +288,10 @@ class Worker:
         except NotFound:  # somebody has removed it
             return None
 
-    def _trainer(self, job: Job) -> LocalProcess | None:
+    def _trainer(self, job: Job) -> JobProcess | None:
         """The process that trains the run of a job whose own process is gone."""
         run = self._run(job)
-        found = None if run is None else run.status.process
-        return None if found is None or not found.lives else LocalProcess(found)
+        return None if run is None else self._executor.find_trainer(run)
 
     def _let_go(self) -> None:
         """Let every job save, and give it back to the queue."""
