@@ -11,7 +11,7 @@ from a count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -82,6 +82,11 @@ class LoadedModel:
         return plain if of_the_hub else str(self.path)
 
 
+ReadFolder = Callable[
+    [Path, str, torch.dtype, torch.device | str, str | None], tuple[PreTrainedModel, PreTrainedTokenizerBase]
+]
+
+
 def load_base(
     ref: str,
     home: Home,
@@ -93,6 +98,7 @@ def load_base(
     merge: bool = True,
     root: Path | None = None,
     shape: Mapping[str, Any] | None = None,
+    read: ReadFolder | None = None,
 ) -> LoadedModel:
     """Load what `ref` means.
 
@@ -107,6 +113,7 @@ def load_base(
             training it).
         root: Folder against which a relative path is taken; the working directory without it.
         shape: Fields of the configuration of `new:<preset>` that differ from the preset's.
+        read: What reads a folder of full weights, in place of `read_folder`.
 
     Raises:
         NotFound: If nothing of that name is here; the message says what to do.
@@ -115,7 +122,7 @@ def load_base(
     """
     if ref.startswith("new:"):
         return _build_new(ref, tokenizer, seed, dtype, device, shape)
-    return load_located(locate(ref, home, root), home, dtype=dtype, device=device, merge=merge)
+    return load_located(locate(ref, home, root), home, dtype=dtype, device=device, merge=merge, read=read)
 
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
@@ -232,16 +239,18 @@ def load_located(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     merge: bool = True,
+    read: ReadFolder | None = None,
 ) -> LoadedModel:
     """Load what was found; an adapter brings its base with it. See `load_base`."""
     folder, ref = found.folder, found.ref
     chain = down_to_weights(found, home)
     if len(chain) == 1:
-        facts = inspect_folder(folder, ref)
-        weights = _load_weights(facts, ref, dtype, device, found.quantization)
-        return _finish(weights, load_tokenizer(folder, ref), ref, folder)
-    # A base that is an adapter itself has to become one set of weights before another adapter stands on it.
-    under = load_located(chain[1], home, dtype=dtype, device=device, merge=True)
+        weights, tokenizer = (read or read_folder)(folder, ref, dtype, device, found.quantization)
+        return _finish(weights, tokenizer, ref, folder)
+    # A base that is an adapter itself has to become one set of weights before another adapter stands on it. Merging
+    # changes weights in place, so those that others may hold too are never merged into.
+    of_its_own = merge or len(chain) > 2
+    under = load_located(chain[1], home, dtype=dtype, device=device, merge=True, read=None if of_its_own else read)
     if merge and chain[1].quantization is not None:
         under = replace(under, model=dequantized(cast(PreTrainedModel, under.model), under.ref))
     wrapped = load_adapter(cast(PreTrainedModel, under.model), folder, trainable=not merge)
@@ -299,6 +308,14 @@ def load_config(folder: Path, ref: str) -> Any:
     config._attn_implementation = None
     config._experts_implementation = None
     return config
+
+
+def read_folder(
+    folder: Path, ref: str, dtype: torch.dtype, device: torch.device | str, quantization: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer that a folder of full weights holds. Raises as `load_base` does."""
+    weights = _load_weights(inspect_folder(folder, ref), ref, dtype, device, quantization)
+    return weights, load_tokenizer(folder, ref)
 
 
 def _load_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from nightschool.training.state import Interval, TrainState
 from nightschool.training.task import Task
 from nightschool.units import Every
 from nightschool.work.stop import Stop
+
+# As `Task.accumulate`, told which task.
+Accumulate = Callable[[Task, Sequence[Batch], int, torch.amp.GradScaler | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def fit(
     on_row: Callable[[dict[str, Any]], None] | None = None,
     describe: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     world: World = ALONE,
+    accumulate: Accumulate | None = None,
 ) -> TrainState:
     """Train until `budget.steps_total` updates are done, from wherever `state` is.
 
@@ -94,6 +98,7 @@ def fit(
         on_row: Also gets each row of metrics.
         describe: Figures of the method for a row, added to it.
         world: The processes that train together. All of them call `evaluate` and `save`, at the same steps.
+        accumulate: Finds the gradients of a window in place of the task, whose own way it may take.
 
     Raises:
         Interrupted: After saving, because `stop` was set.
@@ -154,7 +159,8 @@ def fit(
             sum(batch.loss_units for batch in window),
         )
         rate = schedule.rate(state.step)
-        outcome = _update(task, state, window, (tokens_trained, units), budget.max_grad_norm, rate, scaler, world)
+        loss = _gradients(task, state, window, (tokens_trained, units), scaler, accumulate)
+        outcome = _update(task, state, loss, (tokens_trained, units), budget.max_grad_norm, rate, scaler, world)
         _advance(task, state, len(window), tokens_trained, tokens_consumed)
 
         log.collect(outcome, time.perf_counter() - started)
@@ -174,24 +180,38 @@ def steps_in_epoch(epoch_length: int, accumulation_steps: int, stride: int = 1) 
     return math.ceil(epoch_length / (accumulation_steps * stride))
 
 
-def _update(
+def _gradients(
     task: Task,
     state: TrainState,
     window: list[Batch],
     tokens_and_units: tuple[int, int],
-    max_grad_norm: float,
-    learning_rate: float,
     scaler: torch.amp.GradScaler | None,
-    world: World,
-) -> StepOutcome:
-    """One update. Its loss is the sum over the whole window ÷ the loss units of the whole window, of all processes."""
+    accumulate: Accumulate | None,
+) -> Tensor:
+    """Find the gradients of a window. The loss is the sum over all of it ÷ its loss units, of all processes."""
     tokens_trained, units = tokens_and_units
     if tokens_trained == 0:
         raise NothingToTrain(
             f"No token carries loss in step {state.step + 1} ({task.where(state.epoch, state.batch_index)}). "
             "Look at the loss mask in `nightschool plan`: an assistant turn must be there and must fit max_seq_len."
         )
-    loss = task.accumulate(window, units, scaler)
+    if accumulate is None:
+        return task.accumulate(window, units, scaler)
+    return accumulate(task, window, units, scaler)
+
+
+def _update(
+    task: Task,
+    state: TrainState,
+    loss: Tensor,
+    tokens_and_units: tuple[int, int],
+    max_grad_norm: float,
+    learning_rate: float,
+    scaler: torch.amp.GradScaler | None,
+    world: World,
+) -> StepOutcome:
+    """One update, with the gradients that are there."""
+    tokens_trained, units = tokens_and_units
     grad_norm = task.update(learning_rate, max_grad_norm, scaler, world)
     return StepOutcome(
         step=state.step + 1,

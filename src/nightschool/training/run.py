@@ -21,14 +21,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from nightschool import uploads
 from nightschool.config.recipe import Recipe
+from nightschool.data.batches import Batch
 from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError, UsageError
+from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
 from nightschool.store.atomic import write_json
 from nightschool.store.checkpoints import Checkpoint, checkpoint_path
@@ -46,6 +49,7 @@ from nightschool.training.metrics import MetricsLog, Progress, say
 from nightschool.training.planning.plan import plan_of, render_plan
 from nightschool.training.publish import publish
 from nightschool.training.state import TrainState
+from nightschool.training.task import Task
 from nightschool.units import printable
 from nightschool.work.stop import Stop
 
@@ -70,15 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 joined_world(environment) as world,
             ):
                 world.from_first(run.id)
-                code = _guarded(home, run, given.resume, root, stop, world, steps=given.steps)
+                code = guarded(home, run, given.resume, root, stop, world, steps=given.steps)
                 if code in (0, Interrupted.exit_code):
                     world.wait()
         except NightschoolError as error:
-            return _complain(error, error.exit_code)
+            return complain(error, error.exit_code)
         if given.steps is None or stop.requested:
             return code
         if code == 0:
-            return _complain(UsageError("The run came to its end. Give fewer --steps."), 1)
+            return complain(UsageError("The run came to its end. Give fewer --steps."), 1)
         return 0 if code == Interrupted.exit_code else code
 
 
@@ -94,13 +98,13 @@ def _follow(home: Home, root: Path, stop: Stop) -> int:
             try:
                 execute(home, RunStore(home).get(world.from_first("")), resume=None, root=root, stop=stop, world=world)
             except Interrupted as error:
-                code = _complain(error, error.exit_code)
+                code = complain(error, error.exit_code)
             # Whoever started us may end the others as soon as one is gone, and process 0 is still at work.
             world.wait()
         except RuntimeError as error:
             if not is_about_others(error):
                 raise
-            return _complain(error, 1)
+            return complain(error, 1)
     return code
 
 
@@ -109,30 +113,38 @@ def _wanted_processes(run: Run) -> int:
     return 1 if "WORLD_SIZE" in os.environ else Recipe.model_validate(run.recipe()).train.num_processes
 
 
-def _guarded(
-    home: Home, run: Run, resume: str | None, root: Path, stop: Stop, world: World, *, steps: int | None = None
+def guarded(
+    home: Home,
+    run: Run,
+    resume: str | None,
+    root: Path,
+    stop: Stop,
+    world: World = ALONE,
+    *,
+    steps: int | None = None,
+    company: Company | None = None,
 ) -> int:
-    """Run it, and write into the status how it ended, whatever happens."""
+    """Run it, and write into the status how it ended, whatever happens; return the exit code."""
     try:
         with lock(run.lock_path, f"the run {run.id}"):
             published = run.status.candidate
             if published is not None:
                 raise Conflict(f"The run {run.id} has published {published} already. Start a new run.")
             try:
-                execute(home, run, resume=resume, root=root, stop=stop, world=world, steps=steps)
+                execute(home, run, resume=resume, root=root, stop=stop, world=world, steps=steps, company=company)
             except Interrupted as error:
                 run.update_status(state="interrupted", error=str(error), exit_code=error.exit_code)
                 uploads.wait_at_stop(run, say=lambda text: print(printable(text), flush=True))  # noqa: T201
-                return _complain(error, error.exit_code)
+                return complain(error, error.exit_code)
             except Exception as error:
                 error = _explained(error)
                 code = error.exit_code if isinstance(error, NightschoolError) else 1
                 _note_failure(run, error, code)
                 if not isinstance(error, NightschoolError):
                     traceback.print_exception(error)
-                return _complain(error, code)
+                return complain(error, code)
     except NightschoolError as error:
-        return _complain(error, error.exit_code)
+        return complain(error, error.exit_code)
     return 0
 
 
@@ -142,10 +154,11 @@ def _note_failure(run: Run, error: Exception, code: int) -> None:
         run.update_status(state="failed", error=str(error), exit_code=code)
         run.events.write("failed", error=str(error), exit_code=code)
     except (NightschoolError, OSError) as second:
-        _complain(second, code)
+        complain(second, code)
 
 
-def _complain(error: Exception, code: int) -> int:
+def complain(error: Exception, code: int) -> int:
+    """Say what went wrong, and return the exit code."""
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)  # noqa: T201
     return code
 
@@ -174,6 +187,7 @@ def execute(
     stop: Stop,
     world: World = ALONE,
     steps: int | None = None,
+    company: Company | None = None,
 ) -> None:
     """Train the run and publish its candidate. All processes of `world` call this; the first one decides and writes.
 
@@ -185,6 +199,7 @@ def execute(
         stop: Asked once per step.
         world: The processes that train together.
         steps: Stop after so many, as a signal would.
+        company: The other runs that this process trains.
 
     Raises:
         Interrupted: After a signal, or so many steps; the state was saved if a step was done.
@@ -192,20 +207,35 @@ def execute(
         RuntimeError: If another process is gone.
     """
     recipe = Recipe.model_validate(run.recipe())
-    with _started(run, recipe, resume, stop, world) as start:
+    with _started(run, recipe, resume, stop, world, company) as start:
         if world.is_first:
-            run.update_status(state="running", pid=os.getpid(), error=None, exit_code=None)
+            shares = company is not None
+            run.update_status(state="running", pid=os.getpid(), shares_process=shares, error=None, exit_code=None)
             say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
-        prepared = prepare(home, run, root=root, point=start.point, world=world)
+        prepared = prepare(home, run, root=root, point=start.point, world=world, company=company)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         if world.is_first:
             _describe(home, run, prepared)
         prepared.begin(run.path)
-        state = _train(run, prepared, start, stop, world, steps)
+        state = _train(run, prepared, start, stop, world, steps, company)
     if world.is_first:
         if prepared.task.is_sharded:
             prepared = _whole_again(home, run, root, state.step)
         publish(home, run, prepared, state)
+
+
+class Company(Protocol):
+    """The other runs of a process, as one of them sees them: see `training.together`."""
+
+    def load_base(self, ref: str, home: Home, **settings: Any) -> LoadedModel:
+        """As `models.load.load_base`; weights that another run holds already are not loaded again."""
+        ...
+
+    def accumulate(
+        self, task: Task, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None
+    ) -> Tensor:
+        """As `task.accumulate`; in one pass with the other runs, where that can be."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -217,15 +247,19 @@ class _Start:
 
 
 @contextmanager
-def _started(run: Run, recipe: Recipe, resume: str | None, stop: Stop, world: World) -> Iterator[_Start]:
+def _started(
+    run: Run, recipe: Recipe, resume: str | None, stop: Stop, world: World, company: Company | None
+) -> Iterator[_Start]:
     """Open the saver, and have the first process choose the checkpoint to go on from; at the end all is written.
 
-    The writer is started before a GPU is touched; that of an earlier process of this run is waited for.
+    The writer is started before a GPU is touched; that of an earlier process of this run is waited for. Where many runs
+    share a process, none has a writer: their checkpoints are small, and their writers together would not be.
     """
+    settings = recipe.checkpoints if company is None else recipe.checkpoints.model_copy(update={"background": False})
     sharded = _wants_shards(recipe, world)
     ranks = Ranks(world.rank, world.size, num_neighbours=world.local_size - 1) if sharded else Ranks()
     if world.is_first:
-        with open_saver(run, recipe.checkpoints, say, ranks=ranks, stop=lambda: stop.requested) as saver:
+        with open_saver(run, settings, say, ranks=ranks, stop=lambda: stop.requested) as saver:
             point = checkpoints.to_resume(run, resume, say)
             world.from_first((point.name if point else "", saver.attempt))
             yield _Start(point, saver)
@@ -235,7 +269,7 @@ def _started(run: Run, recipe: Recipe, resume: str | None, stop: Stop, world: Wo
     if not sharded:
         yield _Start(point, None)
         return
-    with open_saver(run, recipe.checkpoints, say, ranks=replace(ranks, attempt=attempt)) as saver:
+    with open_saver(run, settings, say, ranks=replace(ranks, attempt=attempt)) as saver:
         yield _Start(point, saver)
 
 
@@ -244,11 +278,22 @@ def _wants_shards(recipe: Recipe, world: World) -> bool:
     return recipe.train.zero_stage > 0 and world.size > 1
 
 
-def prepare(home: Home, run: Run, *, root: Path, point: Checkpoint | None, world: World = ALONE) -> PreparedRun[Any]:
+def prepare(
+    home: Home,
+    run: Run,
+    *,
+    root: Path,
+    point: Checkpoint | None,
+    world: World = ALONE,
+    company: Company | None = None,
+) -> PreparedRun[Any]:
     """Everything before step 1, as the recipe's method has it; to go on from `point`, if that is given."""
     recipe = Recipe.model_validate(run.recipe())
     rerun = Rerun.of(point.path) if point else None
-    return METHODS[recipe.method].prepare(Setup(recipe, home, root, run.path, rerun, world))
+    setup = Setup(recipe, home, root, run.path, rerun, world)
+    if company is not None:
+        setup = replace(setup, load_base=company.load_base)
+    return METHODS[recipe.method].prepare(setup)
 
 
 def _describe(home: Home, run: Run, prepared: PreparedRun[Any]) -> None:
@@ -266,7 +311,13 @@ def _describe(home: Home, run: Run, prepared: PreparedRun[Any]) -> None:
 
 
 def _train(
-    run: Run, prepared: PreparedRun[Any], start: _Start, stop: Stop, world: World, steps: int | None
+    run: Run,
+    prepared: PreparedRun[Any],
+    start: _Start,
+    stop: Stop,
+    world: World,
+    steps: int | None,
+    company: Company | None,
 ) -> TrainState:
     task, budget, schedule, scaler = prepared.task, prepared.budget, prepared.schedule, prepared.scaler
     context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
@@ -324,6 +375,7 @@ def _train(
             on_row=Progress(run, budget.steps_total) if writes else None,
             describe=prepared.figures(state) if writes else None,
             world=world,
+            accumulate=None if company is None else company.accumulate,
         )
     finally:
         if metrics is not None:

@@ -11,7 +11,18 @@ from collections.abc import Mapping
 from typing import Literal
 
 ProcessName = Literal[
-    "cli", "probe", "plan", "train", "compare", "evaluate", "cycle", "job", "worker", "upload", "write-checkpoints"
+    "cli",
+    "probe",
+    "plan",
+    "train",
+    "train-together",
+    "compare",
+    "evaluate",
+    "cycle",
+    "job",
+    "worker",
+    "upload",
+    "write-checkpoints",
 ]
 
 PROCESSES: Mapping[ProcessName, str] = {
@@ -19,6 +30,7 @@ PROCESSES: Mapping[ProcessName, str] = {
     "probe": "nightschool.cli.doctor.probe",
     "plan": "nightschool.training.planning.peak_bytes",
     "train": "nightschool.training.run",
+    "train-together": "nightschool.training.run_together",
     "compare": "nightschool.engine.compare",
     "evaluate": "nightschool.engine.evaluate",
     "cycle": "nightschool.jobs.detached",

@@ -73,7 +73,7 @@ class Setup:
 
     `root` is where relative paths begin. In `folder`, that of the run, lies what was selected for it; where nothing does,
     process 0 selects, once. `rerun` is what the checkpoint to go on from says about the machine's choices. With `sample`, a
-    plan looks at about so many examples where there are more.
+    plan looks at about so many examples where there are more. `load_base` finds the base, where it is loaded already.
     """
 
     recipe: Recipe
@@ -83,6 +83,7 @@ class Setup:
     rerun: Rerun | None = None
     world: World = ALONE
     sample: int | None = None
+    load_base: Callable[..., LoadedModel] = load_base
 
 
 Data = TypeVar("Data")
@@ -128,7 +129,7 @@ class PreparedRun(ABC, Generic[Data]):
         if stored and resolve_dtype(wanted, device, hidden_size=stored.hidden_size).compute != torch.float32:
             base_dtype = stored.dtype
         load = partial(
-            load_base, cls.base_of(recipe), setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
+            setup.load_base, cls.base_of(recipe), setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
             root=setup.root, shape=recipe.shape.given(),
         )  # fmt: skip
         loaded = cls.load(recipe, load)

@@ -1,0 +1,192 @@
+"""A run among others of its process: it works like a coroutine, and believes that it is alone.
+
+Each run executes what a run with a process of its own executes, in a thread, but only one thread works at a time: `go_on`
+lets a member work until it asks for the gradients of a window, or ends. While it works, the random state of the process,
+its output and its errors are the member's own.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nightschool.data.batches import Batch
+from nightschool.models.load import LoadedModel
+from nightschool.models.resident import ResidentBases
+from nightschool.store.home import Home
+from nightschool.store.runs import Run
+from nightschool.training.run import guarded
+from nightschool.training.task import Task
+from nightschool.work.stop import Stop
+
+
+class MemberStop(Stop):
+    """Requested for one run by a file in its folder, or for all by a signal to the process."""
+
+    def __init__(self, run: Run, everybody: Stop) -> None:
+        super().__init__()
+        self._run, self._everybody = run, everybody
+
+    @property
+    def requested(self) -> bool:
+        if self.reason is None:
+            self.reason = self._everybody.reason or self._run.stop_request
+        return self.reason is not None
+
+
+@dataclass
+class Randomness:
+    """The random state of a process, outside of it."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def taken(cls) -> Randomness:
+        """That of this process now."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def put(self) -> None:
+        """Make it that of this process."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a member waits for: the gradients of a window. The arguments are those of `Task.accumulate`."""
+
+    task: Task
+    batches: Sequence[Batch]
+    units: int
+    scaler: torch.amp.GradScaler | None
+
+
+class Member:
+    """One run, its thread, and what is swapped when it works.
+
+    `asked` is the window that it waits for; `code` its exit code, once it has ended.
+    """
+
+    def __init__(self, run: Run, resume: str | None, root: Path, *, stop: Stop, bases: ResidentBases) -> None:
+        self.run, self.stop, self.bases = run, MemberStop(run, stop), bases
+        self.randomness = Randomness.taken()
+        self.asked: Window | None = None
+        self.code: int | None = None
+        self._answer: Tensor | Exception | None = None
+        self._may_work, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work, args=(resume, root), name=run.id, daemon=True)
+
+    # --- from outside -------------------------------------------------------------------------------------------------
+
+    def go_on(self) -> None:
+        """Let it work until it asks for a window (again), or has ended."""
+        with self.at_work(), self._output():
+            if self._thread.ident is None:
+                self._thread.start()
+            self._may_work.release()
+            self._has_paused.acquire()
+        if self.code is not None:
+            self._thread.join()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """A block in which the random state of this process is the member's."""
+        before = Randomness.taken()
+        self.randomness.put()
+        try:
+            yield
+        finally:
+            self.randomness = Randomness.taken()
+            before.put()
+
+    def answer(self, found: Tensor | Exception) -> None:
+        """Give it what it asked for: the loss of its window, whose gradients are there, or why there are none."""
+        self._answer, self.asked = found, None
+
+    @contextmanager
+    def _output(self) -> Iterator[None]:
+        """A block in which whatever this process prints is a line of the member's log."""
+        before = sys.stdout, sys.stderr
+        with self.run.log_path.open("a", buffering=1, encoding="utf-8") as log:
+            sys.stdout = sys.stderr = log
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = before
+
+    # --- in its thread ------------------------------------------------------------------------------------------------
+
+    def load_base(self, ref: str, home: Home, **settings: Any) -> LoadedModel:
+        """As `models.load.load_base`, of weights that are in memory once."""
+        return self.bases.load_base(ref, home, **settings)
+
+    def accumulate(
+        self, task: Task, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None
+    ) -> Tensor:
+        """As `task.accumulate`: wait until whoever serves the windows of all has found the gradients of this one."""
+        self.asked = Window(task, window, units, scaler)
+        self._has_paused.release()
+        self._may_work.acquire()
+        found, self._answer = self._answer, None
+        if isinstance(found, Exception):
+            raise found
+        assert found is not None
+        return found
+
+    def _work(self, resume: str | None, root: Path) -> None:
+        self._may_work.acquire()
+        code = 1
+        try:
+            code = guarded(self.run.home, self.run, resume, root, self.stop, company=self)
+            self.run.clear_stop()  # it obeyed, or was asked too late
+        except BaseException as error:
+            traceback.print_exc()
+            self.run.update_status(state="failed", error=repr(error), exit_code=code)
+        finally:
+            self.code = code
+            self._has_paused.release()
+
+
+def work_together(members: Sequence[Member], serve: Callable[[Sequence[Member]], None]) -> None:
+    """Let all members work until they have ended; `serve` answers those that ask, all at once."""
+    working = list(members)
+    while working:
+        for member in working:
+            member.go_on()
+        if any(member.code is not None for member in working):
+            gc.collect()  # models are full of cycles
+        working = [member for member in working if member.code is None]
+        serve(working)
+
+
+def serve(members: Sequence[Member]) -> None:
+    """Answer each member by itself, as its task would."""
+    for member in members:
+        window = member.asked
+        assert window is not None, "who has not ended asks"
+        with member.at_work():
+            try:
+                loss = window.task.accumulate(window.batches, window.units, window.scaler)
+            except Exception as error:
+                member.answer(error)
+            else:
+                member.answer(loss)
