@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,7 @@ from postgres import is_installed, postgres_cluster
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
 LONGEST_SECONDS = 600.0
-BATCH = 1000
+BATCH = 10_000
 # How often a process of a kind is the victim, where there is one.
 WEIGHTS = {"job": 3, "trainer": 3, "worker": 2, "submitter": 1}
 
@@ -163,28 +164,27 @@ def claims(folder: Path, number: int) -> tuple[int, float, float]:
     from nightschool.store.home import Home
     from nightschool.store.job_queue import Job
 
-    home, seconds, cpu_seconds, claimed = Home(folder / "home"), 0.0, 0.0, []
-    spawn = multiprocessing.get_context("spawn")
-    for first in range(0, number, BATCH):
-        numbers = range(first, min(number, first + BATCH))
-        rows = [
-            asdict(Job(f"train_{k:012x}", f"tenant-{k % 8}", f"bot-{k}", {"method": "lora"}, "/", "api"))
-            for k in numbers
-        ]
+    home = Home(folder / "home")
+    rows = (
+        asdict(Job(f"train_{k:012x}", f"tenant-{k % 8}", f"bot-{k}", {"method": "lora"}, "/", "api"))
+        for k in range(number)
+    )
+    while batch := list(islice(rows, BATCH)):
         with home.database.write() as connection:
-            connection.execute(tables.jobs.insert(), rows)
-        gate, found = spawn.Barrier(5), spawn.Queue()
-        workers = [spawn.Process(target=claim_and_finish, args=(str(home.path), gate, found)) for _ in range(4)]
-        for worker in workers:
-            worker.start()
-        gate.wait()
-        began = time.monotonic()
-        parts = [found.get() for _ in workers]
-        seconds += time.monotonic() - began
-        claimed += [job_id for mine, _ in parts for job_id in mine]
-        cpu_seconds += sum(used for _, used in parts)
-        for worker in workers:
-            worker.join()
+            connection.execute(tables.jobs.insert(), batch)
+    spawn = multiprocessing.get_context("spawn")
+    gate, found = spawn.Barrier(5), spawn.Queue()
+    workers = [spawn.Process(target=claim_and_finish, args=(str(home.path), gate, found)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    gate.wait()
+    began = time.monotonic()
+    parts = [found.get() for _ in workers]
+    seconds = time.monotonic() - began
+    for worker in workers:
+        worker.join()
+    claimed = [job_id for mine, _ in parts for job_id in mine]
+    cpu_seconds = sum(used for _, used in parts)
     return len(claimed) - len(set(claimed)) + abs(number - len(set(claimed))), number / seconds, cpu_seconds / number
 
 

@@ -224,9 +224,7 @@ class JobQueue:
             chosen = lapsed[0] if lapsed else _next_queued(connection, running, moment)
             if chosen is None:
                 return None
-            values = {"state": "running", "not_before": None, "detail": None, "attempts": jobs.c.attempts + 1}
-            started = {"started_at": sa.func.coalesce(jobs.c.started_at, sa.literal(moment, jobs.c.started_at.type))}
-            return _updated(connection, jobs.c.id == chosen, values | started | lease.columns)
+            return Job(**connection.execute(_BEGIN, _beginning(chosen, moment, lease)).one()._mapping)
 
     def _is_held(self, lease: Lease, moment: datetime) -> bool:
         """Whether a process is at a row; whether another one of this machine lives is asked once a second."""
@@ -341,32 +339,79 @@ def _is_here(owner: str) -> bool:
     return identity is not None and identity.is_here
 
 
+def _of_each_tenant() -> sa.Select[Any]:
+    """The oldest job of each tenant that may begin now, whatever the number of those behind it.
+
+    From one tenant to the next, and to the oldest job of each, it goes by the index of states, tenants and moments.
+    """
+    queued, other, running = (jobs.alias(name) for name in ("queued", "other", "running"))
+    first = sa.select(sa.func.min(jobs.c.tenant).label("tenant")).where(jobs.c.state == "queued")
+    waiting = first.cte("waiting", recursive=True)
+    behind = sa.select(sa.func.min(other.c.tenant)).where(other.c.state == "queued", other.c.tenant > waiting.c.tenant)
+    waiting = waiting.union_all(sa.select(behind.scalar_subquery()).where(waiting.c.tenant.is_not(None)))
+    same_name = sa.select(running.c.id).where(
+        running.c.state == "running", running.c.tenant == queued.c.tenant, running.c.name == queued.c.name
+    )
+    oldest = (
+        sa.select(queued.c.id)
+        .where(queued.c.state == "queued", queued.c.tenant == waiting.c.tenant, _may_begin(queued), ~same_name.exists())
+        .order_by(queued.c.created_at, queued.c.id)
+        .limit(1)
+    )
+    heads = sa.select(oldest.correlate(waiting).scalar_subquery()).where(waiting.c.tenant.is_not(None))
+    return sa.select(jobs.c.id, jobs.c.tenant, jobs.c.created_at).where(jobs.c.id.in_(heads))
+
+
+def _may_begin(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Whether a job does not wait for a moment; the parameters are `now` and `latest`, which is a pause later."""
+    # Longer than the longest pause is no pause: the clock was put back.
+    waits = table.c.not_before.between(_moment("now"), _moment("latest"))
+    return sa.or_(table.c.not_before.is_(None), sa.not_(waits))
+
+
+def _moment(name: str) -> sa.BindParameter[datetime]:
+    return sa.bindparam(name, type_=jobs.c.created_at.type)
+
+
+# Built once: building a statement takes longer than asking SQLite.
+_OLDEST_OF_EACH_TENANT = _of_each_tenant()
+_BOUNDS = sa.select(tenants.c.name, tenants.c.running_trainings).where(tenants.c.running_trainings.is_not(None))
+_BEGIN = (
+    jobs.update()
+    .where(jobs.c.id == sa.bindparam("chosen"))
+    .values(
+        state="running",
+        not_before=None,
+        detail=None,
+        attempts=jobs.c.attempts + 1,
+        started_at=sa.func.coalesce(jobs.c.started_at, _moment("now")),
+        owner=sa.bindparam("new_owner"),
+        lease_until=_moment("until"),
+    )
+    .returning(jobs)
+)
+
+
+def _beginning(job_id: str, moment: datetime, lease: Lease) -> dict[str, Any]:
+    """The parameters of `_BEGIN`."""
+    columns = lease.columns
+    return {"chosen": job_id, "now": moment, "new_owner": columns["owner"], "until": columns["lease_until"]}
+
+
 def _next_queued(connection: sa.Connection, running: Sequence[Any], moment: datetime) -> str | None:
     """The oldest job that may begin, of the tenant that has the fewest running."""
-    # Longer than the longest pause is no pause: the clock was put back.
-    waits = jobs.c.not_before.between(moment, moment + timedelta(seconds=LONGEST_PAUSE_SECONDS))
-    may_begin = [jobs.c.state == "queued", sa.or_(jobs.c.not_before.is_(None), sa.not_(waits))]
-    order: list[sa.ColumnElement[Any]] = [jobs.c.created_at, jobs.c.id]
     counts = Counter(job.tenant for job in running)
-    full = [tenant for tenant, most in _most_running(connection).items() if counts[tenant] >= most]
-    if full:
-        may_begin.append(jobs.c.tenant.not_in(full))
-    if running:
-        may_begin.append(sa.tuple_(jobs.c.tenant, jobs.c.name).not_in([(job.tenant, job.name) for job in running]))
-        order.insert(0, sa.case(dict(counts), value=jobs.c.tenant, else_=0))
-    return connection.execute(sa.select(jobs.c.id).where(*may_begin).order_by(*order).limit(1)).scalar()
+    full = {row.name for row in connection.execute(_BOUNDS) if counts[row.name] >= row.running_trainings}
+    now_and_latest = {"now": moment, "latest": moment + timedelta(seconds=LONGEST_PAUSE_SECONDS)}
+    heads = [job for job in connection.execute(_OLDEST_OF_EACH_TENANT, now_and_latest) if job.tenant not in full]
+    first = min(heads, key=lambda job: (counts[job.tenant], job.created_at, job.id), default=None)
+    return None if first is None else first.id
 
 
 def _updated(connection: sa.Connection, condition: sa.ColumnElement[bool], values: dict[str, Any]) -> Job | None:
     """The row of that condition after the change; None if there is none."""
     row = connection.execute(jobs.update().where(condition).values(values).returning(jobs)).first()
     return None if row is None else Job(**row._mapping)
-
-
-def _most_running(connection: sa.Connection) -> dict[str, int]:
-    """How many jobs of a tenant may run at once, of the tenants that have a bound."""
-    query = sa.select(tenants.c.name, tenants.c.running_trainings).where(tenants.c.running_trainings.is_not(None))
-    return {row.name: row.running_trainings for row in connection.execute(query)}
 
 
 def _refuse_over_quota(connection: sa.Connection, home: Home, tenant: str) -> None:
