@@ -3,6 +3,8 @@
 import json
 import signal
 import sys
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from safetensors.torch import load_file
 from nightschool.config.recipe import Lora
 from nightschool.errors import Interrupted, UsageError
 from nightschool.events import read_events
+from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
-from nightschool.training import run_together
+from nightschool.training.checkpoint.checkpoint_reader import load_group
+from nightschool.training.methods.finetune import FinetuneTask
 from nightschool.training.run_together import main
-from nightschool.training.together.member import serve
+from nightschool.training.together.joint import JointBase, JointPasses
 from tests.support.training_setups import MiniRun, deterministic_threads, random_rows
 
 pytestmark = pytest.mark.trains
@@ -52,56 +56,90 @@ def adapter_of(one):
     return load_file(version.path / "adapter_model.safetensors")
 
 
-def test_runs_on_one_base_give_what_each_gives_alone(tmp_path):
-    settings = {"short": {"steps_total": 3}, "broken": {"learning_rate": 1e30}, "long": {"seed": 7}}
+def first_moments_of(one):
+    """Of its last checkpoint: the gradients of all its steps are in them, undivided."""
+    state = load_group(checkpoints.ls(one.run)[-1].path, "optimizer")
+    return {name: tensor for name, tensor in state.items() if name.startswith("first_moment.")}
+
+
+def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, monkeypatch):
+    settings = {
+        "short": {"steps_total": 3},
+        "broken": {"learning_rate": 1e30},
+        "windows": {"accumulation_steps": 3, "batch_size": 1, "seed": 7},
+        "poisoned": {"steps_total": 4},
+    }
     together = runs_of(tmp_path / "together", **settings)
-    alone = runs_of(tmp_path / "alone", **{name: settings[name] for name in ("short", "long")})
+    alone = runs_of(tmp_path / "alone", **{name: settings[name] for name in ("short", "windows")})
+    batch, losses, passes = FinetuneTask.batch, JointBase.losses, []
+
+    def batch_with_a_word_too_many(task, epoch, place):
+        found = batch(task, epoch, place)
+        if place == 5 and threading.current_thread().name.startswith("poisoned"):
+            found = replace(found, input_ids=found.input_ids + 10**6)
+        return found
+
+    def counted(base, parts):
+        passes.append(len(parts))
+        return losses(base, parts)
+
     out = sys.stdout
-    assert train_together(together) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(FinetuneTask, "batch", batch_with_a_word_too_many)
+        patched.setattr(JointBase, "losses", counted)
+        assert train_together(together) == 0
     assert sys.stdout is out
+    # Both batches of step 1 and the third one of `windows`; the NaN of `broken` is found after step 2; step 3 falls apart.
+    assert passes[:6] == [4, 4, 1, 4, 4, 1]
     for name, solo in alone.items():
         solo.go()
-        found, wanted = adapter_of(together[name]), adapter_of(solo)
+        found, wanted = first_moments_of(together[name]), first_moments_of(solo)
         assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+        assert max(float((found[key] - wanted[key]).abs().max()) for key in wanted) < 1e-5, name
+        assert max(float(tensor.abs().max()) for tensor in wanted.values()) > 1e-3
         assert together[name].run.status.shares_process
         assert not solo.run.status.shares_process
-        events = [read_events(one.run.events_path) for one in (together[name], solo)]
-        assert [row["event"] for row in events[0]] == [row["event"] for row in events[1]]
+        events = [[row["event"] for row in read_events(one.run.events_path)] for one in (together[name], solo)]
+        assert events[0] == events[1]
         log = together[name].run.log_path.read_text()
         assert f"Published {together[name].run.status.candidate}" in log
         assert all(other.run.id not in log for other in together.values() if other is not together[name])
-    failed = together["broken"].run.status
-    assert (failed.state, failed.exit_code, failed.candidate) == ("failed", 1, None)
-    assert "became nan" in failed.error
-    assert f"error: {failed.error}" in together["broken"].run.log_path.read_text()
+    for name, why in (("broken", "became nan"), ("poisoned", "index out of range")):
+        failed = together[name].run.status
+        assert (failed.state, failed.exit_code, failed.candidate) == ("failed", 1, None)
+        assert why in failed.error
+        assert f"error: {failed.error}" in together[name].run.log_path.read_text()
 
 
 def test_one_is_stopped_alone_and_a_signal_stops_all(tmp_path, monkeypatch):
-    together, alone = (runs_of(tmp_path / where, one={}, two={"seed": 7}) for where in ("together", "alone"))
-    served = 0
+    """Neither has anybody to share passes with, so that both are what they are alone to the last bit."""
+    settings = {"one": {"gradient_checkpointing": True}, "two": {"seed": 7}}
+    together, alone = (runs_of(tmp_path / where, **settings) for where in ("together", "alone"))
+    serve, served = JointPasses.serve, []
 
-    def serve_and_interrupt(members):
-        nonlocal served
-        served += 1
-        if served == 2:
+    def serve_and_interrupt(passes, members):
+        served.append(len(members))
+        if len(served) == 2:
             together["one"].run.request_stop("A pause")
-        if served == 4:
+        if len(served) == 4:
             signal.raise_signal(signal.SIGTERM)
-        serve(members)
+        serve(passes, members)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_together, "serve", serve_and_interrupt)
+        patched.setattr(JointPasses, "serve", serve_and_interrupt)
         assert train_together(together) == Interrupted.exit_code
+    assert served == [2, 2, 1, 1, 0]
     for name, reason, step in (("one", "A pause", 2), ("two", "SIGTERM", 4)):
         status = together[name].run.status
         assert (status.state, status.step, status.exit_code) == ("interrupted", step, 75)
         assert status.error.startswith(reason)
         assert together[name].run.stop_request is None
     assert train_together(together, resume="latest") == 0
+    assert "not its passes: it recomputes activations" in together["one"].run.log_path.read_text()
     for name, solo in alone.items():
         solo.go()
         found, wanted = adapter_of(together[name]), adapter_of(solo)
+        assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
 
 

@@ -98,6 +98,24 @@ def lay_out(cu_seqlens: Tensor | Sequence[int], device: torch.device | str = "cp
     return DocumentLayout(buckets, int(bounds[-1]), order, restore)
 
 
+def side_by_side(layouts: Sequence[DocumentLayout]) -> DocumentLayout:
+    """The layout of several batches end to end, each grouped as it is alone: no bucket holds documents of two."""
+    starts = list(itertools.accumulate((layout.num_tokens for layout in layouts), initial=0))
+    order = restore = None
+    if any(layout.order is not None for layout in layouts):
+        order, restore = (
+            torch.cat(
+                [
+                    start + (torch.arange(layout.num_tokens) if places is None else places)
+                    for start, layout, places in zip(starts, layouts, of_each, strict=False)
+                ]
+            )
+            for of_each in ([layout.order for layout in layouts], [layout.restore for layout in layouts])
+        )
+    buckets = tuple(bucket for layout in layouts for bucket in layout.buckets)
+    return DocumentLayout(buckets, starts[-1], order, restore)
+
+
 def _group(lengths: np.ndarray, call_cost: float) -> list[np.ndarray]:
     """Cut ascending `lengths` [D] into runs so that calls and padding together cost least (exact, over run ends)."""
     values, counts = np.unique(lengths, return_counts=True)

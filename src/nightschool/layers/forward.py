@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.errors import ModelError
-from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments
+from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments, side_by_side
 from nightschool.layers.loss import chunked_cross_entropy, chunked_token_losses, token_losses
 
 # Of each document of the probe: what a convolution over 4 tokens reaches, and what lies beyond a window.
@@ -113,6 +113,52 @@ def document_loss(
     if layout.order is not None:  # cheaper than restoring the order of the hidden states, and the sum is the same
         labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
     return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens)
+
+
+def losses_of_batches(model: nn.Module, batches: Sequence[Documents]) -> list[Tensor]:
+    """What `document_loss` says of each batch, a scalar for each, from one pass over all of them.
+
+    For a path that is packed and whose head is everything. No number of one batch reaches another one, not even a NaN, as
+    long as no layer of the model mixes tokens but by attention; tokens run in the order of the batches, each in its own order.
+    """
+    device = batches[0].input_ids.device
+    layouts = [lay_out(batch.cu_seqlens, device) for batch in batches]
+    whole = side_by_side(layouts)
+    input_ids, position_ids = (
+        torch.cat(rows, dim=1)
+        for rows in ([batch.input_ids for batch in batches], [batch.position_ids for batch in batches])
+    )
+    hidden = _backbone(model)(**packed_arguments(whole, input_ids, position_ids)).last_hidden_state[0]
+    losses = []
+    for batch, layout, part in zip(
+        batches, layouts, torch.split(hidden, [layout.num_tokens for layout in layouts]), strict=True
+    ):
+        labels, weights = batch.labels[0], batch.weights[0]
+        if layout.order is not None:
+            labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
+        losses.append(chunked_cross_entropy(part, _head(model), labels, weights)[0])
+    return losses
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the output head is a linear layer with nothing around it."""
+    return type(_head(model)) is nn.Linear
+
+
+@torch.no_grad()
+def draws_at_random(model: nn.Module) -> bool:
+    """Whether a packed model that is on a CPU draws random numbers while it trains, as dropout does."""
+    inner = causal_lm(model)
+    documents = _random_documents(inner, (9,))
+    layout = lay_out(documents.cu_seqlens, documents.input_ids.device)
+    training, before = model.training, torch.get_rng_state()
+    model.train()
+    try:
+        _backbone(model)(**packed_arguments(layout, documents.input_ids, documents.position_ids))
+        return not torch.equal(before, torch.get_rng_state())
+    finally:
+        model.train(training)
+        torch.set_rng_state(before)
 
 
 def document_log_probs(

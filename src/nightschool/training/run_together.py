@@ -22,7 +22,8 @@ from nightschool.models.resident import ResidentBases
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 from nightschool.training.run import complain
-from nightschool.training.together.member import Member, serve, work_together
+from nightschool.training.together.joint import JointPasses
+from nightschool.training.together.member import Member, work_together
 from nightschool.work.stop import Stop
 
 # From glibc's malloc.h.
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             members = _members(Home(given.home.absolute()), read_members(given.members), stop)
         except NightschoolError as error:
             return complain(error, error.exit_code)
-        work_together(members, serve)
+        work_together(members, JointPasses().serve)
         interrupted = any(member.code == Interrupted.exit_code for member in members)
         return Interrupted.exit_code if stop.requested and interrupted else 0
 

@@ -198,6 +198,11 @@ class CausalTask(Task, Generic[Source]):
         """The parameters that learn, by name."""
         return self._trainable
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers run otherwise than the model says: twice, or compiled."""
+        return self._train.gradient_checkpointing or self._train.compile
+
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:

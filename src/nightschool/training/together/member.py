@@ -99,7 +99,7 @@ class Member:
 
     def go_on(self) -> None:
         """Let it work until it asks for a window (again), or has ended."""
-        with self.at_work(), self._output():
+        with self.at_work(), self.writing():
             if self._thread.ident is None:
                 self._thread.start()
             self._may_work.release()
@@ -123,7 +123,7 @@ class Member:
         self._answer, self.asked = found, None
 
     @contextmanager
-    def _output(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """A block in which whatever this process prints is a line of the member's log."""
         before = sys.stdout, sys.stderr
         with self.run.log_path.open("a", buffering=1, encoding="utf-8") as log:
@@ -179,14 +179,20 @@ def work_together(members: Sequence[Member], serve: Callable[[Sequence[Member]],
 
 
 def serve(members: Sequence[Member]) -> None:
-    """Answer each member by itself, as its task would."""
+    """Answer each member by itself."""
     for member in members:
-        window = member.asked
-        assert window is not None, "who has not ended asks"
-        with member.at_work():
-            try:
-                loss = window.task.accumulate(window.batches, window.units, window.scaler)
-            except Exception as error:
-                member.answer(error)
-            else:
-                member.answer(loss)
+        serve_one(member)
+
+
+def serve_one(member: Member) -> bool:
+    """Answer a member as its task alone would; returns whether there was no error, which it would hear of."""
+    window = member.asked
+    assert window is not None, "who has not ended asks"
+    with member.at_work():
+        try:
+            loss = window.task.accumulate(window.batches, window.units, window.scaler)
+        except Exception as error:
+            member.answer(error)
+            return False
+    member.answer(loss)
+    return True

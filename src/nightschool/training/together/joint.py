@@ -1,0 +1,297 @@
+"""One forward and backward pass for several adapters on one base.
+
+Shapes: N tokens of a pass, those of each member's micro-batch side by side.
+
+What a linear layer of the base computes, it computes for all tokens at once; what an adapter adds, it adds to the tokens of
+its own member, with that member's dropout. Attention and loss keep to one member anyway, and everything else keeps to one
+token. So the sum of all losses falls apart into what each member would have summed alone, and its gradients too, up to the
+rounding of products over more rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from nightschool.data.batches import Batch
+from nightschool.evaluation.heldout import autocast, on_device
+from nightschool.layers.forward import causal_lm, draws_at_random, has_plain_head, losses_of_batches
+from nightschool.models.resident import shell_of
+from nightschool.training.metrics import say
+from nightschool.training.task import CausalTask, Task
+from nightschool.training.together.member import Member, Window, serve, serve_one
+
+# A pass takes micro-batches up to so many tokens. Products gain nothing from more, and memory grows with them.
+MOST_TOKENS = 1024
+_NAME = "default"
+
+
+class CannotJoin(Exception):
+    """Why a member has passes of its own."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a member brings to a joint pass: its layers by the names that they have in the base."""
+
+    task: CausalTask[Any]
+    layers: Mapping[str, LoraLinear]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch in a pass. `generator` is the random state that its member's dropout draws from."""
+
+    seat: Seat
+    batch: Batch
+    units: int
+    generator: torch.Generator
+
+
+class JointPasses:
+    """Answers the members that ask: in passes for all of one base and dtype that can join, and each other one by itself."""
+
+    def __init__(self) -> None:
+        self._bases: dict[int, JointBase] = {}
+        self._seats: dict[Member, Seat | None] = {}
+
+    def serve(self, members: Sequence[Member]) -> None:
+        """Find the gradients of all windows that are asked for."""
+        self._seats = {member: self._seat_of(member) for member in members}
+        groups: dict[Any, list[Member]] = {}
+        for member, seat in self._seats.items():
+            kind = member if seat is None else (id(_embedding(seat.task)), seat.task.compute_dtype)
+            groups.setdefault(kind, []).append(member)
+        for group in groups.values():
+            if len(group) == 1:
+                serve(group)
+            else:
+                self._serve_group(group)
+
+    def _seat_of(self, member: Member) -> Seat | None:
+        if member in self._seats:
+            return self._seats[member]
+        try:
+            seat = take_seat(_asked(member).task)
+            self._base_of(seat).make_room(seat)
+        except CannotJoin as why:
+            _tell(member, why)
+            return None
+        return seat
+
+    def _base_of(self, seat: Seat) -> JointBase:
+        key = id(_embedding(seat.task))
+        if key not in self._bases:
+            self._bases[key] = JointBase(seat.task)
+        return self._bases[key]
+
+    def _serve_group(self, group: Sequence[Member]) -> None:
+        """All in joint passes; where one fails, each by itself, so that only whoever is to blame hears of it."""
+        seats = {member: cast(Seat, self._seats[member]) for member in group}
+        base = self._base_of(seats[group[0]])
+        generators = {member: _generator(member) for member in group}
+        losses: dict[Member, Tensor] = {}
+        try:
+            for turn in range(max(len(_asked(member).batches) for member in group)):
+                parts = {
+                    member: Part(seats[member], window.batches[turn], window.units, generators[member])
+                    for member in group
+                    if turn < len((window := _asked(member)).batches)
+                }
+                for some in _bounded(parts):
+                    found = base.losses([parts[member] for member in some])
+                    for member, loss in zip(some, found, strict=True):
+                        losses[member] = losses[member] + loss if member in losses else loss
+        except Exception as error:
+            for member in group:
+                _asked(member).task.discard_gradients()
+            self._serve_apart(group, error)
+            return
+        for member in group:
+            member.randomness.torch = generators[member].get_state()
+            member.answer(losses[member])
+
+    def _serve_apart(self, group: Sequence[Member], error: Exception) -> None:
+        went_well = [serve_one(member) for member in group]
+        if all(went_well):  # nobody is to blame but the joint pass
+            for member in group:
+                self._seats[member] = None
+                _tell(member, error)
+
+
+class JointBase:
+    """A shell of a base of which some linear layers serve several adapters."""
+
+    def __init__(self, task: CausalTask[Any]) -> None:
+        """Make it from the model of a task, without that task's adapter.
+
+        Raises:
+            CannotJoin: If the base draws at random by itself.
+        """
+        self.embedding = _embedding(task)  # whose identity is that of the base, as long as it is held
+        self._model = shell_of(causal_lm(task.model))
+        for name, layer in _adapted_layers(self._model).items():
+            self._model.set_submodule(name, layer.base_layer)
+        self._model.train()
+        self._parts: Sequence[Part] = ()
+        self._draws = draws_at_random(self._model)
+
+    def make_room(self, seat: Seat) -> None:
+        """Have all layers that an adapter reaches serve adapters. Raises CannotJoin if the base draws at random."""
+        if self._draws:
+            raise CannotJoin("the base has dropout of its own")
+        for name in seat.layers:
+            layer = self._model.get_submodule(name)
+            if not isinstance(layer, _ServingLinear):
+                self._model.set_submodule(name, _ServingLinear(layer, name, self))
+
+    def losses(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One pass, forward and backward: the part of each in the loss of its window, and its gradients added up."""
+        task = parts[0].seat.task
+        self._parts = parts
+        try:
+            with autocast(task.device, task.compute_dtype):
+                sums = losses_of_batches(self._model, [on_device(part.batch, task.device) for part in parts])
+            losses = [loss / part.units for loss, part in zip(sums, parts, strict=True)]
+            # One root for each member, and no sum of them, which the NaN of one would spoil.
+            torch.autograd.backward(losses)
+        finally:
+            self._parts = ()
+        return [loss.detach() for loss in losses]
+
+    def added(self, name: str, x: Tensor) -> list[Tensor | None]:
+        """What the adapters of this pass add to the layer of that name, each to its own tokens of x [1,N,·]."""
+        sizes = self.sizes
+        if x.ndim != 3 or x.shape[0] != 1 or x.shape[1] != sum(sizes):
+            raise CannotJoin(f"{name} is not asked for all tokens at once")
+        return [
+            None if (layer := part.seat.layers.get(name)) is None else _low_rank(layer, piece, part.generator)
+            for part, piece in zip(self._parts, torch.split(x, sizes, dim=1), strict=True)
+        ]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The tokens of each part of this pass."""
+        return [part.batch.input_ids.shape[1] for part in self._parts]
+
+
+class _ServingLinear(nn.Module):
+    """A frozen linear layer that several adapters stand on."""
+
+    def __init__(self, base_layer: nn.Module, name: str, base: JointBase) -> None:
+        super().__init__()
+        self.base_layer, self._name = base_layer, name
+        self._of = (base,)  # in a tuple, or the module would hold the model that holds it
+
+    def forward(self, x: Tensor) -> Tensor:
+        (base,) = self._of
+        added = base.added(self._name, x)
+        out: Tensor = _AddToParts.apply(self.base_layer(x), base.sizes, *added)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _AddToParts(torch.autograd.Function):
+    """x [1,N,·] with something added to the tokens of each part, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], *added: Tensor | None) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.sizes, ctx.dtypes = sizes, [None if one is None else one.dtype for one in added]
+        for piece, one in zip(torch.split(x, sizes, dim=1), added, strict=True):
+            if one is not None:
+                piece.add_(one)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = torch.split(grad, ctx.sizes, dim=1)
+        of_each = (None if dtype is None else piece.to(dtype) for piece, dtype in zip(pieces, ctx.dtypes, strict=True))
+        return (grad, None, *of_each)
+
+
+def _low_rank(layer: LoraLinear, x: Tensor, generator: torch.Generator) -> Tensor:
+    """B(A(dropout(x)))·scaling, as `peft` computes it, with the dropout of `generator`."""
+    a, b, dropout = layer.lora_A[_NAME], layer.lora_B[_NAME], layer.lora_dropout[_NAME]
+    x = x.to(cast(Tensor, a.weight).dtype)
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+        kept = 1 - dropout.p
+        # What torch does on a CPU, where its own dropout takes no generator.
+        x = x * torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
+    return cast(Tensor, b(a(x)) * layer.scaling[_NAME])
+
+
+def take_seat(task: Task) -> Seat:
+    """What a task brings to a joint pass.
+
+    Raises:
+        CannotJoin: If it has to have passes of its own.
+    """
+    if not isinstance(task, CausalTask):
+        raise CannotJoin("its loss is not that of words alone")
+    if not (task.path.packed and task.path.fused_head and has_plain_head(task.model)):
+        raise CannotJoin("its documents are padded, or its head is not a plain one")
+    if task.recomputes:
+        raise CannotJoin("it recomputes activations, or is compiled")
+    layers = _adapted_layers(causal_lm(task.model))
+    learning = {id(part.weight) for layer in layers.values() for part in (layer.lora_A[_NAME], layer.lora_B[_NAME])}
+    if {id(parameter) for parameter in task.trainable().values()} != learning:
+        raise CannotJoin("more learns than adapters of linear layers")
+    if task.device.type != "cpu" and any(
+        isinstance(layer.lora_dropout[_NAME], nn.Dropout) for layer in layers.values()
+    ):
+        raise CannotJoin("the dropout of a GPU cannot be drawn in parts")
+    return Seat(task, layers)
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The layers with a plain adapter by name. Raises CannotJoin if there is another one."""
+    layers: dict[str, LoraLinear] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear or layer.lora_variant:
+            raise CannotJoin(f"{name} has an adapter of another kind")
+        if layer.lora_bias[_NAME] or list(layer.lora_A) != [_NAME]:
+            raise CannotJoin(f"{name} has an adapter of another kind")
+        layers[name] = layer
+    return layers
+
+
+def _bounded(parts: Mapping[Member, Part]) -> Iterator[list[Member]]:
+    """Members whose micro-batches go into one pass, as many as fit."""
+    some: list[Member] = []
+    tokens = 0
+    for member, part in parts.items():
+        size = part.batch.input_ids.shape[1]
+        if some and tokens + size > MOST_TOKENS:
+            yield some
+            some, tokens = [], 0
+        some.append(member)
+        tokens += size
+    yield some
+
+
+def _asked(member: Member) -> Window:
+    assert member.asked is not None, "who is served asks"
+    return member.asked
+
+
+def _generator(member: Member) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(member.randomness.torch)
+    return generator
+
+
+def _embedding(task: CausalTask[Any]) -> Tensor:
+    return cast(Tensor, causal_lm(task.model).get_input_embeddings().weight)
+
+
+def _tell(member: Member, why: Exception) -> None:
+    with member.writing():
+        say(f"Shares the base, but not its passes: {why}")
