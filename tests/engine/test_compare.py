@@ -15,11 +15,14 @@ from nightschool.data.chat.render import render_pieces, render_prompt
 from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
 from nightschool.engine import compare as comparing
+from nightschool.engine import pool
 from nightschool.engine.compare import compare
 from nightschool.engine.engine import Engine
+from nightschool.engine.local_model import local_model
 from nightschool.errors import Damaged, NotFound
 from nightschool.evaluation import gate
 from nightschool.evaluation.eval_set import eval_set_of_run
+from nightschool.evaluation.examiner import examine
 from nightschool.evaluation.report import render
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import GateReport
@@ -32,6 +35,7 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionMetadata
+from tests.support.adapter_setups import House
 from tests.support.engine_setups import VOCAB_SIZE
 from tests.support.tokenizers_for_tests import byte_tokenizer
 
@@ -439,3 +443,60 @@ def test_what_is_not_there_is_said_with_its_exit_code(room, capsys):
     assert comparing.main([*words, "--run", "bot-20000101_000000"]) == 4
     assert comparing.main([*words, "--run", room.run.id, "--champion", "bot@20000101_000000"]) == 4
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def examined(monkeypatch):
+    """The references of those who were asked, in their order."""
+    refs = []
+    examine = comparing.examine
+    monkeypatch.setattr(comparing, "examine", lambda model, asked: refs.append(model.ref) or examine(model, asked))
+    return refs
+
+
+def test_a_champion_that_was_asked_ahead_is_not_asked_again_and_the_verdict_is_the_same(room, examined):
+    old, both = room.refs["old"], room.refs["both"]
+    late = room.compare("both", "old")
+    with comparing.Comparison(room.home, room.run.id, root=room.home.path) as comparison:
+        comparison.ask_ahead(old)
+        assert comparison.of(both, old).to_json() == late.to_json()
+    assert examined == [old, both] * 2
+
+
+@pytest.mark.parametrize("change", ["another champion", "a pin", "no room"])
+def test_a_champion_is_asked_again_if_something_has_changed_since(room, examined, monkeypatch, change):
+    old, both, forgetful = (room.refs[name] for name in ("old", "both", "forgetful"))
+    champion = forgetful if change == "another champion" else old
+    if change == "no room":
+        monkeypatch.setattr(comparing, "free_bytes", lambda _: 0)
+    with comparing.Comparison(room.home, room.run.id, root=room.home.path) as comparison:
+        comparison.ask_ahead(old)
+        if change == "a pin":
+            Pins(room.database).add("bot", "Mista?", "Oslo")
+        report = comparison.of(both, champion)
+    assert examined == ([] if change == "no room" else [old]) + [champion, both]
+    assert report.champion == champion
+
+
+def test_adapters_on_one_base_are_compared_on_one_copy_of_it(tmp_path, monkeypatch):
+    house = House(tmp_path)
+    recipe = {"name": "bot", "base": house.base.ref, "method": "lora", "data": [{"path": "x.json"}]}
+    gate = {"max_new_tokens": 8, "general": "off"}
+    run = RunStore(house.home).create(Recipe.model_validate(recipe | {"gate": gate}).as_plain(), name="bot")
+    examples = "".join(json.dumps(example.to_json()) + "\n" for example in OLD)
+    for name in ("new_examples", "heldout"):
+        (run.path / f"{name}.jsonl").write_text(examples)
+    loads, load = [], pool.load_base
+    monkeypatch.setattr(pool, "load_base", lambda *args, **more: loads.append(args[0]) or load(*args, **more))
+    report = compare(house.home, run.id, house.two.ref, house.one.ref, root=tmp_path)
+    assert loads == [house.base.ref]
+    sheets = house.registry.load_report(*report.candidate.split("@"))["sheets"]
+    for one, side in ((house.two, "candidate"), (house.one, "champion")):
+        with local_model(house.home, one.ref) as alone:
+            eval_set = eval_set_of_run(house.home, "bot", run, len, candidate="")
+            expected = examine(alone, eval_set).to_json()
+        assert sheets[side]["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
+        assert {a["question"]: a["answer"] for a in sheets[side]["answers"]} == {
+            a["question"]: a["answer"] for a in expected["answers"]
+        }
+    assert sheets["candidate"]["heldout_loss"] != sheets["champion"]["heldout_loss"]

@@ -28,6 +28,7 @@ from nightschool.models.cost import count_parameters
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import RunStore
+from nightschool.work.processes import leave
 
 NUM_ROWS = 16
 # A loss above this has no perplexity that a float could hold.
@@ -157,4 +158,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

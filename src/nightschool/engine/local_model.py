@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -36,9 +36,10 @@ class LocalModel:
     `ref` is `name@version` for a version of the registry, else what was asked for.
     """
 
-    def __init__(self, home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None) -> None:
-        device = resolve_device()
-        self._pool = EnginePool(home, device=device, dtype=serving_dtype(device), num_rows=num_rows)
+    def __init__(
+        self, home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None, pool: EnginePool | None = None
+    ) -> None:
+        self._pool = pool or local_pool(home, num_rows=num_rows)
         with quiet_libraries():
             self._found = locate(ref, home, root)
             self._bound = self._pool.bind(self._found, lambda _: nullcontext())
@@ -89,13 +90,24 @@ class LocalModel:
         return len(self._bound.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def close(self) -> None:
+        if self._bound.binding.adapter is not None and "loaded" in self.__dict__:
+            # Others may stand on the base: it is as it was.
+            cast(Any, self.loaded.model).unload()
         self._pool.close(self._bound)
 
 
+def local_pool(home: Home, *, num_rows: int) -> EnginePool:
+    """What models of this process stand on; two that are given the same one share their base."""
+    device = resolve_device()
+    return EnginePool(home, device=device, dtype=serving_dtype(device), num_rows=num_rows)
+
+
 @contextmanager
-def local_model(home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None) -> Iterator[LocalModel]:
+def local_model(
+    home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None, pool: EnginePool | None = None
+) -> Iterator[LocalModel]:
     """Load a model for the time of a block; a relative folder is taken against `root`."""
-    model = LocalModel(home, ref, num_rows=num_rows, root=root)
+    model = LocalModel(home, ref, num_rows=num_rows, root=root, pool=pool)
     try:
         yield model
     finally:

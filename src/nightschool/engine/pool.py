@@ -97,7 +97,7 @@ class EnginePool:
     ) -> None:
         self.home = home
         self.device = device
-        self._dtype = dtype
+        self.dtype = dtype
         self._merge_adapters = merge_adapters
         self._engine_settings = engine
         self._engines: dict[str, Engine] = {}
@@ -121,7 +121,7 @@ class EnginePool:
         with self._lock:
             if (base or version.ref) in self._engines:
                 return 0
-        return needed_bytes(version, self.home, self._dtype)
+        return needed_bytes(version, self.home, self.dtype)
 
     def open(self, version: Version, stage: Stage, *, merged: bool = False) -> Generation:
         """Load what is missing of a version. A new engine answers once, so that the first client pays for no first time.
@@ -151,7 +151,7 @@ class EnginePool:
             except NeedsMerging as reason:
                 facts = {"version": found.ref, "reason": str(reason)}
                 log.warning("an adapter is merged into a copy of its base", extra={"facts": facts})
-            load = partial(load_located, found, self.home, dtype=self._dtype, device=self.device)
+            load = partial(load_located, found, self.home, dtype=self.dtype, device=self.device)
             with self._held(found.ref, load, stage) as engine:
                 return BoundEngine(engine.open(), engine, engine.loaded.tokenizer)
 
@@ -169,7 +169,7 @@ class EnginePool:
             reason = why_merged(found.folder)
             if reason is not None:
                 raise NeedsMerging(reason)
-        load = partial(load_base, base, self.home, dtype=self._dtype, device=self.device)
+        load = partial(load_base, base, self.home, dtype=self.dtype, device=self.device)
         with self._held(base, load, stage) as engine:
             with stage("load"):
                 adapter = load_unmerged(found, engine.loaded)

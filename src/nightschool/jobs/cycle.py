@@ -18,6 +18,7 @@ from nightschool.evaluation.general import general_prompts
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
 from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
+from nightschool.jobs.gate_ahead import GateAhead
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_gate, run_training
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import Killed, how_it_ended, is_trained, wait_for_stranger
@@ -144,6 +145,11 @@ def _refuse_beside_another(home: Home, name: str) -> None:
 
 def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
     """Train, examine and decide, as far as that was not done yet."""
+    with GateAhead(run, around) as ahead:
+        return _go_on(run, resume, replace(around, ahead=ahead))
+
+
+def _go_on(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
     stage, candidate = "training", None
     try:
         around.stop.check("training began")

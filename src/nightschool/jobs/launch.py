@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nightschool.errors import Interrupted
 from nightschool.jobs.outcome import root_of
@@ -19,6 +19,9 @@ from nightschool.jobs.processes import how_it_ended, is_trained
 from nightschool.store.runs import Run
 from nightschool.work.processes import ProcessName, command
 from nightschool.work.stop import Stop
+
+if TYPE_CHECKING:
+    from nightschool.jobs.gate_ahead import GateAhead
 
 OnLine = Callable[[str], None]
 
@@ -40,13 +43,15 @@ class CycleContext:
     """Where the processes of a cycle run, and who watches them.
 
     `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
-    `shared` where a server may run beside it. `stop` notes signals and hands them to the processes.
+    `shared` where a server may run beside it. `stop` notes signals and hands them to the processes. `ahead` begins
+    the gate while the run still trains.
     """
 
     on_line: OnLine | None = None
     on_news: OnLine | None = None
     stop: Stop = field(default_factory=Stop)
     machine: Machine = "alone"
+    ahead: GateAhead | None = None
 
     def say(self, text: str) -> None:
         if self.on_news is not None:
@@ -69,10 +74,11 @@ def start_process(
     machine: Machine = "alone",
     directory: Path | None = None,
     keep_open: Sequence[int] = (),
+    is_told: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start a command (see work/processes) in a process group of its own, its output appended to `log`.
 
-    It inherits the descriptors `keep_open`.
+    It inherits the descriptors `keep_open`. With `is_told` its standard input is a pipe from this process.
 
     In its own group it gets no Ctrl-C from the terminal by itself: who waits for it forwards the signal, once.
     """
@@ -80,7 +86,7 @@ def start_process(
     with log.open("ab") as output:
         return subprocess.Popen(
             command_line,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if is_told else subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=directory,
@@ -91,9 +97,15 @@ def start_process(
 
 
 def wait_for(
-    process: subprocess.Popen[bytes], *, log: Path, from_byte: int, stop: Stop, on_line: OnLine | None = None
+    process: subprocess.Popen[bytes],
+    *,
+    log: Path,
+    from_byte: int,
+    stop: Stop,
+    on_line: OnLine | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> int:
-    """Wait for the child, hand it the signals that `stop` notes, and pass on each line of its log.
+    """Wait for the child, hand it the signals that `stop` notes, pass on each line of its log, and do `meanwhile`.
 
     Returns:
         The exit code; minus the number of the signal that killed it.
@@ -106,6 +118,8 @@ def wait_for(
                 process.terminate()
             while process.poll() is None:
                 follower.pass_on()
+                if meanwhile is not None:
+                    meanwhile()
                 _nap(process)
         finally:
             stop.child = None
@@ -140,17 +154,26 @@ class _Follower:
             self._on_line(line)
 
 
-def run_child(run: Run, process: ProcessName, *arguments: str, around: CycleContext) -> int:
+def run_child(
+    run: Run,
+    process: ProcessName,
+    *arguments: str,
+    around: CycleContext,
+    meanwhile: Callable[[], None] | None = None,
+) -> int:
     """Do a part of the work of `run` in a process of its own, and wait for it; its log is the run's.
 
     Returns:
         The exit code; minus the number of the signal that killed it.
     """
     command_line = command(process, "--home", str(run.home.path), "--run", run.id, *arguments)
-    log = run.log_path
-    from_byte = log.stat().st_size if log.exists() else 0
+    log, from_byte = run.log_path, _size(run.log_path)
     child = start_process(command_line, log=log, machine=around.machine, directory=root_of(run))
-    return wait_for(child, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line)
+    return wait_for(child, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line, meanwhile=meanwhile)
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
 
 
 def run_training(run: Run, around: CycleContext, *, resume: str | None = None) -> int:
@@ -160,7 +183,8 @@ def run_training(run: Run, around: CycleContext, *, resume: str | None = None) -
         The exit code: 0 done, 75 interrupted and resumable, other: failed. A signal is minus its number.
     """
     resuming = () if resume is None else ("--resume", resume)
-    exit_code = run_child(run, "train", *resuming, around=around)
+    meanwhile = None if around.ahead is None else around.ahead.look
+    exit_code = run_child(run, "train", *resuming, around=around, meanwhile=meanwhile)
     settle_status(run, exit_code, stopped=around.stop.requested)
     return exit_code
 
@@ -180,5 +204,9 @@ def run_gate(run: Run, around: CycleContext, *, candidate: str, champion: str | 
 
     `candidate` and `champion` are `name@version`. Returns the exit code, 0 when the gate could decide.
     """
+    log, from_byte = run.log_path, _size(run.log_path)
+    waiting = None if around.ahead is None else around.ahead.tell(candidate, champion)
+    if waiting is not None:
+        return wait_for(waiting, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line)
     compared = () if champion is None else ("--champion", champion)
     return run_child(run, "compare", "--candidate", candidate, *compared, around=around)

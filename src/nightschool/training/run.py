@@ -51,6 +51,7 @@ from nightschool.training.publish import publish
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
 from nightschool.units import printable
+from nightschool.work.processes import leave
 from nightschool.work.stop import Stop
 
 
@@ -411,4 +412,4 @@ def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

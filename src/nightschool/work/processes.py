@@ -6,9 +6,10 @@ A test looks whether every module is there and can be run, and that nobody start
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NoReturn
 
 ProcessName = Literal[
     "cli",
@@ -44,3 +45,9 @@ PROCESSES: Mapping[ProcessName, str] = {
 def command(process: ProcessName, *arguments: str) -> list[str]:
     """The command line that starts a process with the interpreter of this one."""
     return [sys.executable, "-m", PROCESSES[process], *arguments]
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process, without a last look for garbage through all that its libraries made (measured: 1.6 s)."""
+    gc.freeze()
+    sys.exit(exit_code)

@@ -21,6 +21,7 @@ from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import SAMPLED_EXAMPLES
 from nightschool.units import printable
+from nightschool.work.processes import leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,4 +62,4 @@ def peak_bytes(recipe: Recipe, home: Home, root: Path) -> dict[str, int | str | 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

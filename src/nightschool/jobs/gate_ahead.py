@@ -1,0 +1,112 @@
+"""The gate's process, started while the run still trains.
+
+Most of what a gate takes is there before the candidate: the interpreter, the libraries, the base, and what the champion
+answers. So its process begins early and waits for the candidate on its standard input. What it knows beforehand is only
+used if the very same would be asked afterwards (`engine/compare.py`), so the verdict is the one of a process that starts
+late. It ends when its input does: with the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from types import TracebackType
+
+from nightschool.errors import Locked, NightschoolError
+from nightschool.jobs.launch import CycleContext, start_process
+from nightschool.jobs.outcome import root_of
+from nightschool.store.locks import lock
+from nightschool.store.registry import Registry
+from nightschool.store.runs import Run
+from nightschool.views.metrics_rows import RowsFollower
+from nightschool.views.runs import seconds_left
+from nightschool.work.processes import command
+
+# It begins when the end is near, or when nobody knows yet how long the run takes, and ends again when that is far off:
+# an idle process holds a base for nothing.
+NEAR_SECONDS, FAR_SECONDS = 60.0, 180.0
+_LOOK_SECONDS = 0.5
+_END_SECONDS = 10.0
+_LOCK = "gate-ahead.lock"
+
+
+class GateAhead:
+    """At most one process that waits for the candidate of `run`; at most one of a home at a time. A context manager."""
+
+    def __init__(self, run: Run, around: CycleContext) -> None:
+        self._run = run
+        self._around = around
+        self._rows = RowsFollower(run.metrics_path)
+        self._looked_at = 0.0
+        self._is_given_up = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._turn = contextlib.ExitStack()
+
+    def look(self) -> None:
+        """Begin, or end, as far off as the end of the training is. Called again and again while it goes on."""
+        moment = time.monotonic()
+        if self._is_given_up or moment - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = moment
+        try:
+            left = seconds_left(self._rows.update(), self._run.status.steps_total)
+            if self._process is None and (left is None or left < NEAR_SECONDS):
+                self._begin()
+            elif left is not None and left > FAR_SECONDS:
+                self.close()
+        except (NightschoolError, OSError) as error:  # the training is worth more than a head start
+            self._around.say(f"The gate will begin when it is needed: {error}")
+            self._is_given_up = True
+
+    def tell(self, candidate: str, champion: str | None) -> subprocess.Popen[bytes] | None:
+        """Name the candidate to the process that waits, and hand it over; None if there is none, or it has ended."""
+        process, self._process = self._process, None
+        self._turn.close()
+        if process is None or process.stdin is None:
+            return None
+        try:
+            with process.stdin as stdin:
+                stdin.write(json.dumps({"candidate": candidate, "champion": champion}).encode() + b"\n")
+        except BrokenPipeError:
+            _end(process)
+            return None
+        return process
+
+    def close(self) -> None:
+        """End the process, if it waits; nobody will name a candidate."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            _end(process)
+        self._turn.close()
+
+    def _begin(self) -> None:
+        try:
+            self._turn.enter_context(lock(self._run.home.locks / _LOCK, "a gate that waits for its candidate"))
+        except Locked:  # by another run's: this one's gate begins when it is needed
+            return
+        champion = Registry(self._run.home).champion(self._run.name)
+        compared = () if champion is None else ("--champion", champion.ref)
+        line = command("compare", "--home", str(self._run.home.path), "--run", self._run.id, *compared, "--ahead")
+        self._process = start_process(
+            line, log=self._run.log_path, machine=self._around.machine, directory=root_of(self._run), is_told=True
+        )
+
+    def __enter__(self) -> GateAhead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has ended whose input is closed."""
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
