@@ -78,6 +78,22 @@ def test_value_and_gradients_equal_cross_entropy_over_all_logits(wrapped, bias, 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_tokens_whose_label_is_the_likeliest_are_counted_once_and_change_nothing(wrapped):
+    hidden, head, labels, weights = case(bias=True)
+    with torch.no_grad():
+        labels[: N // 2] = head(hidden).argmax(dim=1)[: N // 2]
+    layer, counted = Wrapped(head) if wrapped else head, torch.zeros((), dtype=torch.int64)
+    without, _ = chunked_cross_entropy(hidden, layer, labels, weights, 7)
+    value, tokens = chunked_cross_entropy(hidden, layer, labels, weights, 7, counted)
+    assert torch.equal(value, without)
+    for ours, theirs in zip(gradients(value, hidden, head), gradients(without, hidden, head), strict=True):
+        assert torch.equal(ours, theirs)
+    kept = (weights > 0) & (labels >= 0)
+    assert int(counted) == int((head(hidden).argmax(dim=1) == labels)[kept].sum())
+    assert 0 < int(counted) < tokens
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_equal_numerical_ones(bias):
     hidden, head, labels, weights = case(bias=bias, dtype=torch.float64, shape=(11, 5, 13))
@@ -182,16 +198,18 @@ def test_a_model_that_changes_its_logits_is_found_and_trained_on_its_own(config,
     assert "after the output head" in path.why_own_logits
     assert path.packed == packed, path.why_padded
     batch = documents_of((5, 11, 7), 64)
-    value, tokens = document_loss(model, path, batch)
+    likeliest = torch.zeros((), dtype=torch.int64)
+    value, tokens = document_loss(model, path, batch, likeliest=likeliest)
     model.set_attn_implementation("eager")
-    expected, start = 0.0, 0
+    expected, start, right = 0.0, 0, 0
     for end in batch.cu_seqlens.tolist()[1:]:
         logits = model(input_ids=batch.input_ids[:, start:end]).logits[0]
         expected += (
             F.cross_entropy(logits, batch.labels[0, start:end], reduction="none") * batch.weights[0, start:end]
         ).sum()
+        right += int(((logits.argmax(dim=1) == batch.labels[0, start:end]) & (batch.weights[0, start:end] > 0)).sum())
         start = end
-    assert tokens == int((batch.weights > 0).sum())
+    assert (tokens, int(likeliest)) == (int((batch.weights > 0).sum()), right)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -106,6 +106,8 @@ def test_the_figures_are_those_of_the_steps(client, done):
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
     assert [bool(row.split(",")[3]) for row in rows] == [False, True, False, True]
     assert all(float(row.split(",")[1]) > 0 for row in rows)
+    assert all(0 <= float(row.split(",")[2]) <= 1 for row in rows)
+    assert [row.split(",")[4] != "" for row in rows] == [False, True, False, True]
 
 
 def test_the_events_tell_the_story(client, done):

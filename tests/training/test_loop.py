@@ -182,7 +182,7 @@ def test_a_row_says_what_happened(tmp_path):
     for row in rows:
         assert set(row) - {"heldout_loss", "heldout_seconds"} == {
             "time", "step", "epoch", "loss", "tokens_per_second", "tokens_trained", "tokens_trained_total",
-            "learning_rate", "grad_norm", "peak_bytes", "seconds",
+            "learning_rate", "grad_norm", "peak_bytes", "seconds", "token_accuracy",
         }  # fmt: skip
         assert row["peak_bytes"] > 10**6
         assert row["tokens_per_second"] > 0

@@ -33,6 +33,8 @@ EXACT = (
     "epoch",
     "loss",
     "heldout_loss",
+    "token_accuracy",
+    "heldout_token_accuracy",
     "tokens_trained",
     "tokens_trained_total",
     "learning_rate",

@@ -97,6 +97,10 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
         assert found.keys() == wanted.keys()
         assert max(float((found[key] - wanted[key]).abs().max()) for key in wanted) < 1e-5, name
         assert max(float(tensor.abs().max()) for tensor in wanted.values()) > 1e-3
+        rows, expected = (list(read_events(one.run.metrics_path)) for one in (together[name], solo))
+        accuracies = [row["token_accuracy"] for row in expected]
+        assert [row["token_accuracy"] for row in rows] == pytest.approx(accuracies, abs=0.05)  # a tie may fall apart
+        assert max(accuracies) > 0.1
         assert together[name].run.status.shares_process
         assert not solo.run.status.shares_process
         events = [[row["event"] for row in read_events(one.run.events_path)] for one in (together[name], solo)]

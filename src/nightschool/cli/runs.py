@@ -146,6 +146,8 @@ _COMPARED = (
     "best_loss",
     "heldout_loss",
     "best_heldout_loss",
+    "token_accuracy",
+    "heldout_token_accuracy",
     "perplexity",
     "bits_per_byte",
     "heldout_perplexity",
@@ -207,6 +209,7 @@ def rm(run_id: str, /, *more: str, yes: bool = False) -> None:
 _WATCHED = {
     "loss": "loss {:.4f}",
     "heldout_loss": "held-out {:.4f}",
+    "token_accuracy": "{:.1%} of tokens right",
     "perplexity": "perplexity {:.4g}",
     "bits_per_byte": "{:.3f} bits/byte",
     "heldout_bits_per_byte": "held-out {:.3f} bits/byte",

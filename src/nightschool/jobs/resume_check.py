@@ -45,6 +45,8 @@ _EXACT_FIGURES = (
     "step",
     "loss",
     "heldout_loss",
+    "token_accuracy",
+    "heldout_token_accuracy",
     "learning_rate",
     "grad_norm",
     "tokens_trained",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments, side_by_side
-from nightschool.layers.loss import chunked_cross_entropy, chunked_token_losses, token_losses
+from nightschool.layers.loss import chunked_cross_entropy, chunked_token_losses, labels_likeliest, token_losses
 
 # Of each document of the probe: what a convolution over 4 tokens reaches, and what lies beyond a window.
 _BEGIN_TOKENS = 3
@@ -96,27 +96,34 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def document_loss(
-    model: nn.Module, path: ForwardPath, batch: Documents, chunk_tokens: int | None = None
+    model: nn.Module,
+    path: ForwardPath,
+    batch: Documents,
+    chunk_tokens: int | None = None,
+    *,
+    likeliest: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The weighted loss summed over the batch, in nats, and the number of tokens that carry loss.
 
-    The model and the batch are on one device. Gradients flow into whatever requires them.
+    To the scalar `likeliest` the number of those tokens is added whose label has the largest logit. The model and the batch are on one device. Gradients flow into whatever requires them.
     """
     labels, weights = batch.labels[0], batch.weights[0]
     if not path.fused_head:
-        return _loss_of_own_logits(model, path, batch)
+        return _loss_of_own_logits(model, path, batch, likeliest)
     if not path.packed:
         hidden, head = forward_hidden(model, path, batch)
-        return chunked_cross_entropy(hidden, head, labels, weights, chunk_tokens)
+        return chunked_cross_entropy(hidden, head, labels, weights, chunk_tokens, likeliest)
     layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
     hidden = _backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
     if layout.order is not None:  # cheaper than restoring the order of the hidden states, and the sum is the same
         labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
-    return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens)
+    return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens, likeliest)
 
 
-def losses_of_batches(model: nn.Module, batches: Sequence[Documents]) -> list[Tensor]:
+def losses_of_batches(model: nn.Module, batches: Sequence[Documents], likeliest: Sequence[Tensor]) -> list[Tensor]:
     """What `document_loss` says of each batch, a scalar for each, from one pass over all of them.
+
+    `likeliest` has the counter of each batch.
 
     For a path that is packed and whose head is everything. No number of one batch reaches another one, not even a NaN, as
     long as no layer of the model mixes tokens but by attention; tokens run in the order of the batches, each in its own order.
@@ -130,13 +137,12 @@ def losses_of_batches(model: nn.Module, batches: Sequence[Documents]) -> list[Te
     )
     hidden = _backbone(model)(**packed_arguments(whole, input_ids, position_ids)).last_hidden_state[0]
     losses = []
-    for batch, layout, part in zip(
-        batches, layouts, torch.split(hidden, [layout.num_tokens for layout in layouts]), strict=True
-    ):
+    parts = torch.split(hidden, [layout.num_tokens for layout in layouts])
+    for batch, layout, part, counter in zip(batches, layouts, parts, likeliest, strict=True):
         labels, weights = batch.labels[0], batch.weights[0]
         if layout.order is not None:
             labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
-        losses.append(chunked_cross_entropy(part, _head(model), labels, weights)[0])
+        losses.append(chunked_cross_entropy(part, _head(model), labels, weights, likeliest=counter)[0])
     return losses
 
 
@@ -293,10 +299,15 @@ def _head_is_everything(model: nn.Module) -> tuple[bool, str]:
     return True, ""
 
 
-def _loss_of_own_logits(model: nn.Module, path: ForwardPath, batch: Documents) -> tuple[Tensor, int]:
+def _loss_of_own_logits(
+    model: nn.Module, path: ForwardPath, batch: Documents, likeliest: Tensor | None
+) -> tuple[Tensor, int]:
     """Loss over the model's own logits, at once for all trained positions."""
     kept = _trained(batch)
-    losses_m = token_losses(_own_logits(model, path, batch, kept), batch.labels[0][kept])
+    logits_mv, labels_m = _own_logits(model, path, batch, kept), batch.labels[0][kept]
+    losses_m = token_losses(logits_mv, labels_m)
+    if likeliest is not None:
+        likeliest += labels_likeliest(logits_mv, labels_m).sum()
     return (losses_m * batch.weights[0][kept]).sum(), kept.numel()
 
 

@@ -30,9 +30,16 @@ def chunk_tokens_for(vocab_size: int) -> int:
 
 
 def chunked_cross_entropy(
-    hidden_nd: Tensor, head: nn.Module, labels_n: Tensor, weights_n: Tensor, chunk_tokens: int | None = None
+    hidden_nd: Tensor,
+    head: nn.Module,
+    labels_n: Tensor,
+    weights_n: Tensor,
+    chunk_tokens: int | None = None,
+    likeliest: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The weighted sum of the losses in nats, and the number of tokens that carry loss.
+
+    To the scalar `likeliest` the number of those tokens is added whose label has the largest logit; ties count.
 
     Positions whose weight is 0 or whose label is negative are not computed at all. Gradients equal those of
     `F.cross_entropy` over all logits. A plain `nn.Linear` head computes its gradients in the forward pass, where the
@@ -45,24 +52,34 @@ def chunked_cross_entropy(
     if type(head) is nn.Linear:
         chunk = chunk_tokens or chunk_tokens_for(head.out_features)
         total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled()
+            hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled(), likeliest
         )
         return total, tokens
-    losses_m = chunked_token_losses(hidden_nd[kept], head, labels, chunk_tokens)
+    losses_m = chunked_token_losses(hidden_nd[kept], head, labels, chunk_tokens, likeliest)
     return (losses_m * weights).sum(), tokens
 
 
 def chunked_token_losses(
-    hidden_md: Tensor, head: nn.Module, labels_m: Tensor, chunk_tokens: int | None = None
+    hidden_md: Tensor,
+    head: nn.Module,
+    labels_m: Tensor,
+    chunk_tokens: int | None = None,
+    likeliest: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each token [M] in nats; the logits of a chunk are computed again for its backward pass."""
+    """The loss of each token [M] in nats; the logits of a chunk are computed again for its backward pass.
+
+    `likeliest` as in `chunked_cross_entropy`.
+    """
     chunk = chunk_tokens or chunk_tokens_for(getattr(head, "out_features", 32_768))
-    parts = [
-        checkpoint(
-            _head_losses, head, hidden_md[start : start + chunk], labels_m[start : start + chunk], use_reentrant=False
+    parts = []
+    for start in range(0, len(labels_m), chunk):
+        part = slice(start, start + chunk)
+        losses, is_likeliest = checkpoint(
+            _head_losses, head, hidden_md[part], labels_m[part], likeliest is not None, use_reentrant=False
         )
-        for start in range(0, len(labels_m), chunk)
-    ]
+        parts.append(losses)
+        if likeliest is not None:
+            likeliest += is_likeliest.sum()
     return torch.cat(parts) if parts else hidden_md.sum(dim=-1).to(_softmax_dtype(hidden_md))
 
 
@@ -71,8 +88,20 @@ def token_losses(logits_mv: Tensor, labels_m: Tensor) -> Tensor:
     return F.cross_entropy(logits_mv.to(_softmax_dtype(logits_mv)), labels_m, reduction="none")
 
 
-def _head_losses(head: nn.Module, hidden_md: Tensor, labels_m: Tensor) -> Tensor:
-    return token_losses(head(hidden_md), labels_m)
+@torch.no_grad()
+def labels_likeliest(logits_mv: Tensor, labels_m: Tensor) -> Tensor:
+    """Whether the label of each token [M] has the largest logit."""
+    return logits_mv.gather(1, labels_m[:, None])[:, 0] >= logits_mv.amax(dim=1)
+
+
+def _head_losses(
+    head: nn.Module,
+    hidden_md: Tensor,
+    labels_m: Tensor,
+    counted: bool,  # noqa: FBT001 - what is checkpointed takes positions only
+) -> tuple[Tensor, Tensor | None]:
+    logits_mv = head(hidden_md)
+    return token_losses(logits_mv, labels_m), labels_likeliest(logits_mv, labels_m) if counted else None
 
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:
@@ -93,6 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights_m: Tensor,
         chunk: int,
         with_gradient: bool,  # noqa: FBT001 - autograd functions take positions only
+        likeliest: Tensor | None,
     ) -> Tensor:
         device = hidden_nd.device.type
         accurate = _softmax_dtype(hidden_nd)
@@ -113,6 +143,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits += bias_v
                 chosen = logits.gather(1, labels[:, None])
                 peak = logits.amax(dim=1, keepdim=True)
+                if likeliest is not None:
+                    likeliest += (chosen >= peak).sum()
                 logits.sub_(peak).exp_()
                 partition = logits.sum(dim=1, keepdim=True)
                 total += ((partition.log() + peak - chosen).squeeze(1) * scale).sum()
@@ -152,5 +184,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from nightschool.store.runs import Run
 from nightschool.units import format_seconds, printable
 
 _CHARTS = (
-    "loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
+    "loss", "heldout_loss", "token_accuracy", "heldout_token_accuracy", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
     "mfu", "heldout_perplexity", "heldout_bits_per_byte", "reward_accuracy", "reward_margin", "chosen_reward",
     "rejected_reward", "heldout_reward_accuracy", "heldout_reward_margin",
 )  # fmt: skip

@@ -183,6 +183,10 @@ class CausalTask(Task, Generic[Source]):
         self._train = train
         self.optimizer = new_optimizer(self._trainable, train, embedding_names(model))
         self._sharded: LossModule | None = None
+        # Tokens that carry loss and whose label was the likeliest; on the device, so that no step waits for them.
+        self.likeliest = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._figures: dict[str, Tensor] = {}
+        self.heldout_figures: dict[str, float] = {}
 
     @property
     def why_not_served(self) -> str:
@@ -207,16 +211,26 @@ class CausalTask(Task, Generic[Source]):
 
     def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         loss: Tensor | None = None
+        self.begin_window()
         for batch in window:
             # Each part is divided by the units of the window before `backward`, so the parts just add up.
             part = self.loss(batch).sum / units
             (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
             loss = part.detach() if loss is None else loss + part.detach()
         assert loss is not None, "a window has a micro-batch"
+        self.end_window(loss, units)
         return loss
 
+    def begin_window(self) -> None:
+        """Count anew. Whoever finds the gradients in place of `accumulate` calls this before, and `end_window` after it."""
+        self.likeliest.zero_()
+
+    def end_window(self, loss: Tensor, units: int) -> None:
+        """Make the figures of a window whose loss is found: `token_accuracy`, with dropout as it is."""
+        self._figures = {"token_accuracy": self.likeliest.to(loss.dtype) / units}
+
     def figures(self) -> Mapping[str, Tensor]:
-        return {}
+        return self._figures
 
     def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
         gradients = self.optimizer.gradients_ready()
@@ -240,12 +254,16 @@ class CausalTask(Task, Generic[Source]):
 
     def _forward(self, batch: Batch) -> tuple[Tensor, int]:
         if self._sharded is not None:
-            result: tuple[Tensor, int] = self._sharded(batch)
+            result: tuple[Tensor, int] = self._sharded(batch, self.likeliest)
             return result
-        return document_loss(self.model, self.path, batch)
+        return document_loss(self.model, self.path, batch, likeliest=self.likeliest)
 
     def _heldout_loss(self, batches: Sequence[Callable[[], Batch]]) -> tuple[float, int]:
-        """The mean over all batches, of which each process computes every `world.size`-th."""
+        """The mean over all batches, of which each process computes every `world.size`-th.
+
+        `heldout_figures` says then how many of the tokens were the likeliest.
+        """
+        self.likeliest.zero_()
         size = self.world.size
         mine = list(batches[self.world.rank :: size])
         if self.is_sharded and len(mine) < -(-len(batches) // size):
@@ -258,9 +276,10 @@ class CausalTask(Task, Generic[Source]):
             device=self.device,
             compute_dtype=self.compute_dtype,
         )
-        total, count = self.world.float_sums(total, units)
+        total, count, likeliest = self.world.float_sums(total, units, float(self.likeliest))
         if not count:
             raise DataError("No token of the held-out data carries loss. Hold out something that has an answer.")
+        self.heldout_figures = {"heldout_token_accuracy": likeliest / count}
         return total / count, int(count)
 
     # --- sharding ---------------------------------------------------------------------------------------------------

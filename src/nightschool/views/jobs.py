@@ -29,7 +29,7 @@ class JobView:
     """One job now. `state` is `queued`, `running`, `paused`, `completed`, `failed` or `cancelled`.
 
     A run that was started directly has its run id as `id`, and may also be `interrupted`. `progress` is the share of its
-    steps that are done. Losses are in nats per token.
+    steps that are done. Losses are in nats per token; an accuracy is the share of tokens that were the likeliest.
     """
 
     id: str
@@ -43,6 +43,8 @@ class JobView:
     steps_total: int | None = None
     loss: float | None = None
     heldout_loss: float | None = None
+    token_accuracy: float | None = None
+    heldout_token_accuracy: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     run_id: str | None = None
@@ -149,7 +151,7 @@ def _figures(run: Run, status: RunStatus | None, *, running: bool) -> dict[str, 
         return {}
     rows = _last_rows(run)
     last = rows[-1] if rows else {}
-    heldout = figures_by_step(rows, "heldout_loss")
+    heldout, accuracies = (figures_by_step(rows, key) for key in ("heldout_loss", "heldout_token_accuracy"))
     # The status is written at checkpoints, the metrics at every step; a resumed run has both go back.
     step = max(status.step, int(last.get("step", 0))) if running else status.step
     total = status.steps_total
@@ -159,6 +161,8 @@ def _figures(run: Run, status: RunStatus | None, *, running: bool) -> dict[str, 
         "progress": min(1.0, step / total) if total else 0.0,
         "loss": _number(last, "loss"),
         "heldout_loss": heldout[-1][1] if heldout else None,
+        "token_accuracy": _number(last, "token_accuracy"),
+        "heldout_token_accuracy": accuracies[-1][1] if accuracies else None,
         "tokens_per_second": _number(last, "tokens_per_second"),
         "eta_seconds": seconds_left(rows, total) if running else None,
     }

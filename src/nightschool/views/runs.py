@@ -28,7 +28,7 @@ TAIL_BYTES = 65_536
 # What reading files that others write may raise: they vanish, are half there, or hold something else.
 UNREADABLE = (NightschoolError, OSError, LookupError, ValueError, TypeError, AttributeError, psutil.Error)
 # Figures of which a line shows what the last row says.
-_NEWEST_FIGURES = ("tokens_per_second", "peak_bytes", "seconds", "perplexity", "bits_per_byte", "mfu")
+_NEWEST_FIGURES = ("token_accuracy", "tokens_per_second", "peak_bytes", "seconds", "perplexity", "bits_per_byte", "mfu")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 T = TypeVar("T")
@@ -59,7 +59,9 @@ def run_summary(run: Run, rows: list[Row] | None = None) -> dict[str, Any]:
         "best_heldout_loss": min((loss for _, loss in heldout), default=None),
         "tokens_trained": last.get("tokens_trained_total"),
         **{key: last.get(key) for key in _NEWEST_FIGURES},
-        **{key: _newest(rows, key) for key in ("heldout_perplexity", "heldout_bits_per_byte")},
+        **{
+            key: _newest(rows, key) for key in ("heldout_token_accuracy", "heldout_perplexity", "heldout_bits_per_byte")
+        },
         "eta_seconds": last.get("eta_seconds") if state == "running" else None,
     }
 

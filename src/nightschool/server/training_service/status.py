@@ -14,7 +14,10 @@ from nightschool.views.runs import tried
 
 # What the service's users call the states that they do not know.
 _STATES = {"paused": "queued", "interrupted": "failed"}
-_FIGURES = ("step", "steps_total", "loss", "heldout_loss", "tokens_per_second", "eta_seconds", "run_id", "detail")
+_FIGURES = (
+    "step", "steps_total", "loss", "heldout_loss", "token_accuracy", "heldout_token_accuracy", "tokens_per_second",
+    "eta_seconds", "run_id", "detail",
+)  # fmt: skip
 
 
 def job_status(training: TrainingService, job: JobView) -> dict[str, Any]:

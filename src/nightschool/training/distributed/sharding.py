@@ -34,9 +34,9 @@ class LossModule(nn.Module):
         self.model = model
         self.path = path
 
-    def forward(self, batch: Batch) -> tuple[Tensor, int]:
-        """The loss summed over the batch in nats, and the tokens that carry loss."""
-        return document_loss(self.model, self.path, batch)
+    def forward(self, batch: Batch, likeliest: Tensor) -> tuple[Tensor, int]:
+        """As `document_loss`."""
+        return document_loss(self.model, self.path, batch, likeliest=likeliest)
 
 
 def shard_model(model: nn.Module, path: ForwardPath, world: World, stage: int) -> LossModule:

@@ -9,7 +9,7 @@ P  pairs of a micro-batch or of all data
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -32,7 +32,6 @@ from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import write_bytes
 from nightschool.training.methods.finetune import FinetuneTask, LoraFinetune
 from nightschool.training.metrics import say
-from nightschool.training.state import TrainState
 
 REFERENCE = "reference.safetensors"
 FIGURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
@@ -58,8 +57,6 @@ class DpoTask(FinetuneTask):
         super().__init__(*arguments, **settings)
         self._dpo = dpo
         self._seen: list[Tensor] = []
-        self._figures: dict[str, Tensor] = {}
-        self.heldout_figures: dict[str, float] = {}
 
     def _forward(self, batch: Batch) -> tuple[Tensor, int]:
         pairs = cast(PairBatch, batch)
@@ -81,9 +78,6 @@ class DpoTask(FinetuneTask):
         sums = torch.stack(self._seen).sum(dim=0) if self._seen else loss.new_zeros(len(FIGURES))
         self._figures = dict(zip(FIGURES, (sums / units).unbind(), strict=True))
         return loss
-
-    def figures(self) -> Mapping[str, Tensor]:
-        return self._figures
 
     def heldout_loss(self, batches: Any) -> tuple[float, int]:
         """Loss in nats per pair, and the pairs; the figures of these are then in `heldout_figures`."""
@@ -132,10 +126,6 @@ class DpoFinetune(LoraFinetune):
                 say(f"The base with the adapter off was asked for {sum(map(len, said.values()))} pairs: {REFERENCE}")
             for name, tensor in _read(path, {name: batches.fingerprint for name, batches in wanted.items()}).items():
                 wanted[name].reference = tensor
-
-    def figures(self, state: TrainState) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa: ARG002
-        """The figures of the held-out pairs, in rows that have their loss."""
-        return lambda row: self.task.heldout_figures if "heldout_loss" in row else {}
 
     def numerics(self) -> dict[str, Any]:
         return super().numerics() | {f"dpo.{key}": value for key, value in self.recipe.dpo.model_dump().items()}

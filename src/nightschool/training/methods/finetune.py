@@ -34,6 +34,7 @@ from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
+from nightschool.training.state import TrainState
 from nightschool.training.task import CausalTask
 from nightschool.units import format_bytes
 
@@ -188,6 +189,10 @@ class Finetune(PreparedRun[FinetuneData]):
     def evaluate(self) -> Callable[[], tuple[float, int]] | None:
         held_out = self.data.held_out
         return None if held_out is None else partial(self.task.heldout_loss, held_out)
+
+    def figures(self, state: TrainState) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa: ARG002
+        """The figures of what is held out, in rows that have its loss."""
+        return lambda row: self.task.heldout_figures if "heldout_loss" in row else {}
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 

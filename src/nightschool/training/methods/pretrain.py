@@ -163,6 +163,7 @@ class Pretrain(PreparedRun[PretrainData]):
             if bytes_per_token:
                 more["bits_per_byte"] = row["loss"] / math.log(2) / bytes_per_token
             if "heldout_loss" in row:
+                more |= self.task.heldout_figures
                 more["heldout_perplexity"] = _perplexity(row["heldout_loss"])
                 if heldout_bytes_per_token:
                     more["heldout_bits_per_byte"] = row["heldout_loss"] / math.log(2) / heldout_bytes_per_token

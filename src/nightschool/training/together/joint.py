@@ -97,6 +97,8 @@ class JointPasses:
         base = self._base_of(seats[group[0]])
         generators = {member: _generator(member) for member in group}
         losses: dict[Member, Tensor] = {}
+        for seat in seats.values():
+            seat.task.begin_window()
         try:
             for turn in range(max(len(_asked(member).batches) for member in group)):
                 parts = {
@@ -115,6 +117,7 @@ class JointPasses:
             return
         for member in group:
             member.randomness.torch = generators[member].get_state()
+            seats[member].task.end_window(losses[member], _asked(member).units)
             member.answer(losses[member])
 
     def _serve_apart(self, group: Sequence[Member], error: Exception) -> None:
@@ -157,7 +160,8 @@ class JointBase:
         self._parts = parts
         try:
             with autocast(task.device, task.compute_dtype):
-                sums = losses_of_batches(self._model, [on_device(part.batch, task.device) for part in parts])
+                batches = [on_device(part.batch, task.device) for part in parts]
+                sums = losses_of_batches(self._model, batches, [part.seat.task.likeliest for part in parts])
             losses = [loss / part.units for loss, part in zip(sums, parts, strict=True)]
             # One root for each member, and no sum of them, which the NaN of one would spoil.
             torch.autograd.backward(losses)
