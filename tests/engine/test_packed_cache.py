@@ -30,7 +30,9 @@ def _packed_wherever_it_can_be(monkeypatch):
     monkeypatch.setattr(
         weights,
         "_fastest_with",
-        lambda rows, shapes, contestants: next((name for name in contestants if name in ("bf16", "8-bit")), PLAIN),
+        lambda rows, shapes, others, contestants: next(
+            (name for name in contestants if name in ("bf16", "8-bit")), PLAIN
+        ),
     )
 
 

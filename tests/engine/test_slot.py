@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nightschool.config.recipe import Lora
 from nightschool.engine import pool as pool_module
+from nightschool.engine import proofs
 from nightschool.engine import slot as slot_module
 from nightschool.engine.capacity import free_bytes, needed_bytes
 from nightschool.engine.compute import COMPUTE
@@ -203,7 +204,7 @@ def test_whatever_goes_wrong_is_a_failed_swap(school, slot, monkeypatch, kind, s
     slot.swap(school.old)
     current = slot.current
     if place == "Probe":
-        monkeypatch.setattr(slot_module, "_ask", fail)
+        monkeypatch.setattr(proofs, "_ask", fail)
     else:
         monkeypatch.setattr(pool_module, place, fail)
     with pytest.raises(SwapFailed, match=f"'{stage}' and changed nothing: .*x") as failed:

@@ -30,7 +30,7 @@ def fastest(monkeypatch):
     """Let the first of these names win that takes part."""
 
     def choose(*names):
-        def measured(rows, shapes, contestants):
+        def measured(rows, shapes, others, contestants):
             return next(name for name in (*names, PLAIN) if name in contestants)
 
         monkeypatch.setattr(weights, "_fastest_with", measured)
@@ -178,7 +178,7 @@ def seconds(monkeypatch, **of_layouts):
     monkeypatch.setattr(
         weights,
         "_round",
-        lambda inputs, contestants: {name: next(turns[name.split()[-1]]) for name in contestants},
+        lambda inputs, others, contestants: {name: next(turns[name.split()[-1]]) for name in contestants},
     )
 
 

@@ -77,6 +77,7 @@ def compare(
         NotFound: If the run or a version does not exist.
         Damaged: If a version was altered.
         ModelError: If a version cannot be loaded or served.
+        Conflict: If the candidate does not answer what it was published with.
     """
     with Comparison(home, run_id, root=root) as comparison:
         return comparison.of(candidate_ref, champion_ref)
@@ -130,6 +131,7 @@ class Comparison:
             self._let_go()
         with local_model(self._home, candidate.ref, pool=self._pool) as model:
             self._let_go()
+            model.prove(candidate)
             sheet = examine(model, eval_set if compared.sheet is not None else eval_set.without_general())
             if compared.answers is not None:
                 drifted, tokens = drift(model, compared.answers)

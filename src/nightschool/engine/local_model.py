@@ -23,6 +23,7 @@ from nightschool.models.dtype import probe_dtype, resolve_device
 from nightschool.models.load import LoadedModel, locate
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
+from nightschool.store.registry import Version
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:
@@ -88,6 +89,14 @@ class LocalModel:
     def count_tokens(self, text: str) -> int:
         """The length of a text in the model's tokens, without special ones."""
         return len(self._bound.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prove(self, version: Version) -> None:
+        """Have this model, which is that version, answer what it was published with.
+
+        Raises:
+            Conflict: If it answers otherwise.
+        """
+        self._pool.proofs.prove(self._bound, version)
 
     def close(self) -> None:
         if self._bound.binding.adapter is not None and "loaded" in self.__dict__:

@@ -23,6 +23,7 @@ from nightschool.engine.capacity import needed_bytes
 from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
 from nightschool.engine.packed_cache import folder_of
+from nightschool.engine.proofs import Proofs
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import Conflict
 from nightschool.events import now
@@ -49,14 +50,6 @@ class BoundEngine:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, eq=False)
-class Generation(BoundEngine):
-    """One version while it is served, until every request that it took is answered."""
-
-    version: Version
-    loaded_at: datetime
-
     def answers(self, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[tuple[int, ...]]:
         """The tokens of answers that must come, made beside each other; they share no prefix with any client's.
 
@@ -73,6 +66,14 @@ class Generation(BoundEngine):
         if failed is not None:
             raise Conflict(f"{self.binding.label} cannot answer: {failed.error}")
         return [answer.token_ids for answer in found]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation(BoundEngine):
+    """One version while it is served, until every request that it took is answered."""
+
+    version: Version
+    loaded_at: datetime
 
 
 class EnginePool:
@@ -102,9 +103,7 @@ class EnginePool:
         self._engine_settings = engine
         self._engines: dict[str, Engine] = {}
         self._holders: dict[str, int] = {}
-        # Versions that gave the answers they were published with, each with its adapter if that is kept apart. They cannot
-        # change, and so need not be asked again.
-        self.proven: set[tuple[str, str | None]] = set()
+        self.proofs = Proofs(home)
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +22,9 @@ import torch
 
 from nightschool.engine.capacity import free_bytes
 from nightschool.engine.pool import EnginePool, Generation, Stage
-from nightschool.engine.request import SamplingParams
 from nightschool.errors import Conflict, SwapFailed
 from nightschool.models.unmerged import NeedsMerging
 from nightschool.store.registry import Registry, Version
-from nightschool.store.versions import Probe
 from nightschool.units import format_bytes
 
 log = logging.getLogger("nightschool.engine")
@@ -217,11 +215,7 @@ class Slot:
         generation = self._pool.open(version, stage, merged=self._merged)
         try:
             with stage("probe"):
-                # Merged it is another model by rounding.
-                proven = (version.ref, generation.binding.adapter)
-                if proven not in self._pool.proven:
-                    _ask(generation, version.facts.probes)
-                    self._pool.proven.add(proven)
+                self._pool.proofs.prove(generation, version)
         except BaseException:
             self._pool.close(generation)
             raise
@@ -258,25 +252,6 @@ class Slot:
         thread = threading.Thread(target=self._pool.close, args=(generation,), kwargs={"drain": True}, daemon=True)
         thread.start()
         return thread
-
-
-def _ask(generation: Generation, probes: Sequence[Probe]) -> None:
-    """Ask golden prompts, all at once: a version that answers one otherwise is not what was published."""
-    asked = [
-        (list(probe.prompt_ids), SamplingParams(max_new_tokens=len(probe.expected_ids), temperature=0, ignore_eos=True))
-        for probe in probes
-    ]
-    for number, (probe, answer) in enumerate(zip(probes, generation.answers(asked), strict=True), start=1):
-        if list(answer) != list(probe.expected_ids):
-            raise Conflict(
-                f"probe {number} of {generation.version.ref} expects the tokens {_few(probe.expected_ids)}, and the loaded "
-                f"version answers {_few(answer)}. Publish it again."
-            )
-
-
-def _few(token_ids: list[int] | tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, token_ids[:12]))
-    return f"[{shown}, …]" if len(token_ids) > 12 else f"[{shown}]"
 
 
 @contextmanager
