@@ -410,6 +410,7 @@ OBSERVED = {
     "schedule.missed": "jobs/test_scheduler.py::test_what_was_missed_is_skipped_where_the_recipe_says_so",
     "schedule.overlap": "jobs/test_scheduler.py::test_cycles_that_fall_due_while_one_runs_are_skipped_and_counted",
     "schedule.min_new_examples": (skipped, {}, {"schedule.min_new_examples": 2}),
+    "jobs.share_base": "jobs/test_shared_base.py::test_a_job_that_cannot_share_trains_alone",
     "serve.promote": "jobs/test_cycle.py::test_the_recipe_says_when_the_champion_moves",
     "serve.model_check_interval": (
         "cli/test_train.py::test_serve_takes_what_a_recipe_wishes_unless_an_option_says_otherwise"

@@ -6,7 +6,8 @@ report. So everything about jobs may be killed a hundred times a minute, and onl
 
 from nightschool.work import processes
 
-MODULES = {name: f"benchmarks.toy_jobs.{name}" for name in ("plan", "train", "compare", "job", "worker")}
+_NAMES = ("plan", "train", "train-together", "compare", "job", "worker")
+MODULES = {name: f"benchmarks.toy_jobs.{name.replace('-', '_')}" for name in _NAMES}
 
 
 def use_toys() -> None:

@@ -32,6 +32,15 @@ def test_on_a_cpu_the_libraries_count_beside_the_tensors():
     assert Need.of(None) is None
 
 
+def test_those_that_share_a_base_need_it_once_and_on_a_cpu_one_process():
+    plan = {"expected_peak_bytes": 5 * GB, "base_bytes": 4 * GB, "device_total_bytes": None}
+    one = Need.of(plan)
+    assert Need.together([one]) == one
+    assert Need.together([one] * 16).device_bytes == (4 + 16) * GB + PROCESS_BYTES
+    assert Need.together([Need.of(plan | {"device_total_bytes": 80 * GB})] * 16).device_bytes == 20 * GB
+    assert Need.together([]) is None
+
+
 def test_without_a_plan_a_job_begins_and_its_run_says_what_is_wrong():
     assert room_for(None, [], 1).verdict == "fits"
 

@@ -283,9 +283,9 @@ def test_a_folder_without_a_job_is_removed_after_a_day(jobs):
 
 def test_the_settings_of_a_worker_come_from_its_environment():
     settings = WorkerSettings.from_env(
-        {"MAX_CONCURRENT_TRAININGS": "3", "MAX_GPU_MEMORY_GB": "7.5"}, grace_seconds=None
+        {"MAX_CONCURRENT_TRAININGS": "3", "MAX_GPU_MEMORY_GB": "7.5", "MAX_JOBS_PER_BASE": "4"}, grace_seconds=None
     )
-    assert settings == WorkerSettings(most_running=3, device_bytes=7_500_000_000)
+    assert settings == WorkerSettings(most_running=3, device_bytes=7_500_000_000, most_together=4)
     assert WorkerSettings.from_env({"MAX_CONCURRENT_TRAININGS": "3"}, most_running=1).most_running == 1
 
 

@@ -14,6 +14,7 @@ from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.job_queue import FINAL_STATES, Job, JobQueue, job_folder, new_id
 from nightschool.store.tables import jobs
+from nightschool.store.tenants import Quota, Tenants
 from nightschool.work.identity import ProcessIdentity
 from tests.support.crash_points import kill_everywhere
 from tests.support.store_databases import db, environment, postgres, postgres_url  # noqa: F401
@@ -52,7 +53,9 @@ def claim(queue, most_running=10, **options):
 
 def test_a_job_comes_back_as_it_was_submitted(queue):
     job = a_job(metadata={"suffix": "mine\0", "n": 1}, created_by="abc")
-    assert queue.submit(job) == job == queue.get(job.id)
+    kept = queue.submit(job)
+    assert kept == queue.get(job.id)
+    assert replace(kept, share_key=None) == job
     assert (job.full_name, job.state, job.is_final) == ("acme/bot-0", "queued", False)
 
 
@@ -320,3 +323,65 @@ def test_a_worker_killed_anywhere_in_a_claim_or_a_finish_loses_no_job(tmp_path):
         assert len(rows) == 1
         assert rows[0].state in ("queued", "running")
     assert JobQueue(home.database).get(a_job().id).state == "completed"
+
+
+def beside(queue, job, most=15, may_join=lambda _: True):
+    return [one.id for one in queue.claim_beside(job, most=most, may_join=may_join)]
+
+
+def test_those_that_share_a_base_are_taken_fairly_and_never_two_of_one_name(queue, db):  # noqa: F811
+    Tenants(db).add("small", Quota(running_trainings=1), by="test")
+    mine = [queue.submit(a_job(number, tenant="acme")) for number in range(4)]
+    same_name = queue.submit(a_job(4, tenant="acme", name="bot-1"))
+    small = [queue.submit(a_job(number, tenant="small")) for number in (5, 6)]
+    zoo = queue.submit(a_job(7, tenant="zoo"))
+    other = queue.submit(replace(a_job(8, tenant="zoo"), root="/elsewhere", recipe={"method": "lora", "base": "./x"}))
+    first = claim(queue)
+    assert first.id == mine[0].id
+    together = beside(queue, first, most=4)
+    assert together[0] == first.id
+    assert set(together[1:]) == {small[0].id, zoo.id, mine[1].id, mine[2].id}, "who has fewest comes next"
+    groups = {queue.get(job_id).group_id for job_id in together}
+    assert len(groups) == 1
+    assert None not in groups
+    assert {queue.get(job_id).state for job_id in together} == {"running"}
+    # With room for one more on the machine: the group counts as one.
+    assert claim(queue, most_running=1) is None
+    assert claim(queue, most_running=2).id == other.id
+    assert {job.id for job in queue.ls(states=("queued",))} == {mine[3].id, same_name.id, small[1].id}
+
+
+def test_whoever_finds_nobody_to_share_with_is_no_group(queue):
+    queue.submit(a_job(0))
+    queue.submit(a_job(1, tenant="zoo"))
+    first = claim(queue)
+    assert beside(queue, first, may_join=lambda _: False) == beside(queue, first, most=0) == [first.id]
+    assert queue.get(first.id).group_id is None
+
+
+def test_a_group_is_left_at_the_end_and_taken_over_as_one(queue, db):  # noqa: F811
+    for number in range(3):
+        queue.submit(a_job(number, tenant=f"t{number}"))
+    first, second, third = (queue.get(job_id) for job_id in beside(queue, claim(queue)))
+    assert queue.finish(second, "completed").group_id is None
+    assert queue.release(third).group_id is None
+    queue.submit(a_job(3, tenant="t3"))
+    for job in (first,):
+        hold(db, job, owner=dead_process())
+    again = claim(queue)
+    assert (again.id, again.attempts) == (first.id, 2)
+    assert set(beside(queue, again)) == {first.id, third.id, a_job(3).id}
+    with pytest.raises(Conflict, match="not this worker's any more"):
+        beside(queue, replace(first, owner=ELSEWHERE))
+
+
+def test_the_members_of_a_group_that_lost_its_worker_are_taken_over_though_the_machine_is_full(queue, db):  # noqa: F811
+    for number in range(3):
+        queue.submit(a_job(number, tenant=f"t{number}"))
+    together = beside(queue, claim(queue))
+    lost = [queue.get(job_id) for job_id in together]
+    for job in lost:
+        hold(db, job, owner=dead_process())
+    queue.submit(a_job(5, tenant="t5"))
+    assert [claim(queue, most_running=1).id for _ in together] == together
+    assert claim(queue, most_running=1) is None

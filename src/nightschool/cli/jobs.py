@@ -85,8 +85,9 @@ def _text(view: JobView) -> str:
     facts["eta_seconds"] = None if view.eta_seconds is None else duration(view.eta_seconds)
     shown: list[tuple[str, Any]] = []
     for key, value in facts.items():
-        if value not in (None, {}):
-            shown.append((key, moment(value) if key.endswith("_at") else figure(value, 6)))
+        if value not in (None, {}, ()):
+            text = ", ".join(value) if isinstance(value, tuple) else figure(value, 6)
+            shown.append((key, moment(value) if key.endswith("_at") else text))
     return "\n".join(f"{key:<18} {value}" for key, value in shown)
 
 

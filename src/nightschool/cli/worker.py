@@ -18,6 +18,7 @@ def worker(
     *,
     max_running: int | None = None,
     max_device_memory: str | None = None,
+    max_per_base: int | None = None,
     grace: str = "60s",
     drain: bool = False,
 ) -> int:
@@ -31,16 +32,20 @@ def worker(
         max_running: Jobs at once on this machine; MAX_CONCURRENT_TRAININGS, or 2, without it.
         max_device_memory: What they may take together of the GPU, or of the host where there is none, as 20GB;
             MAX_GPU_MEMORY_GB without it, else all that is there.
+        max_per_base: Jobs that share a base, and count as one; MAX_JOBS_PER_BASE, or 16, without it; 1 lets each train
+            alone.
         grace: How long a job that shall stop may take to save before it is killed.
         drain: End as soon as nothing is queued or running.
     """
-    if max_running is not None and max_running < 1:
-        raise UsageError(f"--max-running is {max_running}, so that no job would ever run. Give 1 or more.")
+    for option, number in {"--max-running": max_running, "--max-per-base": max_per_base}.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{option} is {number}, so that no job would ever run. Give 1 or more.")
     try:
         settings = WorkerSettings.from_env(
             most_running=max_running,
             device_bytes=None if max_device_memory is None else parse_bytes(max_device_memory),
             grace_seconds=parse_seconds(grace),
+            most_together=max_per_base,
         )
     except ValueError as error:
         raise UsageError(f"{error}. See nightschool worker --help.") from None

@@ -36,6 +36,7 @@ __all__ = [
     "Format",
     "Gate",
     "HeldOut",
+    "Jobs",
     "Keep",
     "Lora",
     "Method",
@@ -270,6 +271,16 @@ class Serve(Section):
     )
 
 
+class Jobs(Section):
+    """How a job of this recipe is done."""
+
+    share_base: bool = Field(
+        default=True,
+        description="Let the adapter train in one process with those of other jobs of the same base that wait at the same "
+        "time (method: lora); the base is in memory once. It learns the same.",
+    )
+
+
 # Settings that only one method has a use for, each with what the others have instead.
 _OF_ONE_METHOD: dict[str, tuple[Method, str]] = {
     "quantization": ("qlora", ""),
@@ -320,6 +331,7 @@ class Recipe(Section):
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
     schedule: Schedule = Field(default_factory=Schedule, description="The nights.")
     serve: Serve = Field(default_factory=Serve, description="Promotion and serving.")
+    jobs: Jobs = Field(default_factory=Jobs, description="In the queue of jobs.")
 
     @model_validator(mode="before")
     @classmethod

@@ -216,7 +216,8 @@ def _unsaid(run: Run) -> Version | None:
 
 def _train(run: Run, resume: str | None, around: CycleContext) -> CycleResult | None:
     """Train; None when all went well."""
-    exit_code = None if is_trained(run) else run_training(run, around, resume=resume)
+    train = around.trainer or run_training
+    exit_code = None if is_trained(run) else train(run, around, resume=resume)
     if exit_code is None or (exit_code != 0 and is_trained(run)):
         # By the child of a cycle that was killed; it may also have been quicker than ours to take the run.
         around.say(f"{run.id} is being trained by process {run.status.pid} already: waiting for it")
@@ -244,12 +245,13 @@ def _examine(run: Run, candidate: Version, champion: Version | None, around: Cyc
         if around.on_line is not None and not line.startswith("{"):
             around.on_line(line)
 
-    exit_code = run_gate(
-        run,
-        replace(around, on_line=on_line),
-        candidate=candidate.ref,
-        champion=champion.ref if champion else None,
-    )
+    with around.examining():
+        exit_code = run_gate(
+            run,
+            replace(around, on_line=on_line),
+            candidate=candidate.ref,
+            champion=champion.ref if champion else None,
+        )
     if around.stop.requested:
         raise Interrupted(f"The comparison of {candidate.ref} was interrupted; the run {run.id} can be resumed.")
     if exit_code != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,18 +24,31 @@ Verdict = Literal["fits", "waits", "never"]
 
 @dataclass(frozen=True)
 class Need:
-    """What a job takes, as its plan says. `device_total_bytes` is what its GPU has in all; None on a CPU."""
+    """What a job takes, as its plan says. `device_total_bytes` is what its GPU has in all; None on a CPU.
+
+    `common_bytes` of it are taken once by all that share its base and its process.
+    """
 
     device_bytes: int
     device_total_bytes: int | None
+    common_bytes: int = 0
 
     @classmethod
     def of(cls, plan: dict[str, Any] | None) -> Need | None:
         """What a plan says; None without one."""
         if plan is None:
             return None
-        tensors, total = int(plan["expected_peak_bytes"]), plan["device_total_bytes"]
-        return cls(tensors if total is not None else tensors + PROCESS_BYTES, total)
+        total, process = plan["device_total_bytes"], 0 if plan["device_total_bytes"] is not None else PROCESS_BYTES
+        return cls(int(plan["expected_peak_bytes"]) + process, total, int(plan.get("base_bytes", 0)) + process)
+
+    @classmethod
+    def together(cls, needs: Sequence[Need]) -> Need | None:
+        """What jobs take that share a base; None if there are none."""
+        if not needs:
+            return None
+        own = sum(need.device_bytes - need.common_bytes for need in needs)
+        common = max(need.common_bytes for need in needs)
+        return cls(common + own, needs[0].device_total_bytes, common)
 
 
 @dataclass(frozen=True)
@@ -46,14 +60,20 @@ class Room:
 
 
 def needs_here(home: Home, queue: JobQueue, *, besides: Job) -> list[tuple[Need, ProcessIdentity | None]]:
-    """What the other jobs that run on this machine need, whichever worker watches them, and the process of each."""
-    found = []
+    """What the other jobs that run on this machine need, whichever worker watches them, and the process of each.
+
+    Those that share a base are one. `besides` is a job that is not meant, nor those that share its base.
+    """
+    processes: dict[str, ProcessIdentity | None] = {}
+    needs: dict[str, list[Need]] = defaultdict(list)
     for job in queue.ls(states=("running",)):
         owner, files = job.lease.owner, JobFiles.of(home, job)
-        need = Need.of(files.plan())
-        if job.id != besides.id and owner is not None and owner.is_here and need is not None:
-            found.append((need, files.process()))
-    return found
+        need, group = Need.of(files.plan()), job.group_id or job.id
+        if group != (besides.group_id or besides.id) and owner is not None and owner.is_here and need is not None:
+            needs[group].append(need)
+            processes[group] = files.process()
+    together = {group: Need.together(those) for group, those in needs.items()}
+    return [(need, processes[group]) for group, need in together.items() if need is not None]
 
 
 def room_for(need: Need | None, running: Sequence[tuple[Need, ProcessIdentity | None]], limit: int | None) -> Room:

@@ -27,6 +27,15 @@ class JobProcess(Protocol):
         """Another worker has its job now. End it, unless that worker finds it and watches it on."""
 
 
+class StartTogether(Protocol):
+    """Starts one process for several jobs."""
+
+    def __call__(
+        self, command_line: Sequence[str], group: JobFiles, members: Sequence[JobFiles]
+    ) -> Sequence[JobProcess]:
+        """What each of the members has of the process, in their order. Its own log is that of the `group`."""
+
+
 class Executor(Protocol):
     """Starts the processes of jobs, and finds those that an earlier worker has started."""
 
@@ -35,6 +44,10 @@ class Executor(Protocol):
 
     def start(self, command_line: Sequence[str], files: JobFiles, need: Need | None) -> JobProcess:
         """Start the process of a job; `find` finds it from then on. `need` is None if there is no plan."""
+
+    @property
+    def start_together(self) -> StartTogether | None:
+        """Starts one process for several jobs; None where each needs its own."""
 
     def find(self, files: JobFiles) -> JobProcess | None:
         """The living process of a job, whoever started it; None if there is none, or it cannot be told who it is."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nightschool.errors import Interrupted
 from nightschool.jobs.outcome import root_of
@@ -38,13 +39,20 @@ POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
 Machine = Literal["alone", "shared"]
 
 
+class Trainer(Protocol):
+    """Trains a run and waits for it, as `run_training` does."""
+
+    def __call__(self, run: Run, around: CycleContext, *, resume: str | None) -> int: ...
+
+
 @dataclass(frozen=True)
 class CycleContext:
     """Where the processes of a cycle run, and who watches them.
 
     `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
     `shared` where a server may run beside it. `stop` notes signals and hands them to the processes. `ahead` begins
-    the gate while the run still trains.
+    the gate while the run still trains. `trainer` trains in place of `run_training`, and `examining` is entered while
+    the gate works.
     """
 
     on_line: OnLine | None = None
@@ -52,6 +60,8 @@ class CycleContext:
     stop: Stop = field(default_factory=Stop)
     machine: Machine = "alone"
     ahead: GateAhead | None = None
+    trainer: Trainer | None = None
+    examining: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def say(self, text: str) -> None:
         if self.on_news is not None:

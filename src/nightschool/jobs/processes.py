@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import time
 
+import psutil
+
 from nightschool.errors import Conflict, NightschoolError
 from nightschool.store.locks import is_held
 from nightschool.store.runs import Run
@@ -16,7 +18,7 @@ class Killed(NightschoolError):
 
 
 def ask_to_stop(run: Run) -> int:
-    """Send SIGTERM to the process that trains `run`: it finishes its step, saves and ends. Returns its pid.
+    """Have the process that trains `run` finish its step, save and end it: by SIGTERM, if it trains no other. Returns its pid.
 
     Raises:
         Conflict: If no process trains it.
@@ -26,13 +28,22 @@ def ask_to_stop(run: Run) -> int:
         raise Conflict(
             f"No process trains the run {run.id}; its state is {run.status.effective_state}. There is nothing to stop."
         )
-    process.send_signal(signal.SIGTERM)
+    _ask(run, process)
     return int(process.pid)
+
+
+def _ask(run: Run, process: psutil.Process) -> None:
+    if run.status.shares_process:
+        run.request_stop("somebody asked it to stop")
+    else:
+        process.send_signal(signal.SIGTERM)
 
 
 def is_trained(run: Run) -> bool:
     """Whether a process trains it, also one that has not said so in status.json yet."""
-    return is_held(run.lock_path) or run.status.find_process() is not None
+    status = run.status
+    # A process that trains others, too, lives on when this one has ended.
+    return is_held(run.lock_path) or (not status.shares_process and status.find_process() is not None)
 
 
 def wait_for_stranger(run: Run, stop: Stop) -> int:
@@ -45,7 +56,7 @@ def wait_for_stranger(run: Run, stop: Stop) -> int:
     while is_trained(run):
         process = run.status.find_process()
         if stop.wait(0.2 if not stop.requested else 0.0) and process is not None and not asked:
-            process.send_signal(signal.SIGTERM)
+            _ask(run, process)
             asked = True
         if stop.requested:
             time.sleep(0.2)

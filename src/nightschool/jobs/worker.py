@@ -14,7 +14,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nightschool.errors import Conflict, NightschoolError, NotFound
 from nightschool.events import now
-from nightschool.jobs.device_budget import Need
+from nightschool.jobs.device_budget import Need, Room
 from nightschool.jobs.executor import Executor, JobProcess
 from nightschool.jobs.local_process import LocalExecutor, LocalProcess
 from nightschool.jobs.worker_settings import WorkerSettings
@@ -57,6 +57,8 @@ class _Attempt:
     job: Job
     process: JobProcess
     stage: Literal["claimed", "plan", "work"]
+    beside: tuple[Job, ...] = ()
+    """The jobs that are planned with it, to share its base."""
     looked_at: float = 0.0
     kept_at: float = 0.0
     stopped_at: float | None = None
@@ -130,19 +132,33 @@ class Worker:
                 self._say(f"{error} Ending its process here.")
                 attempt.process.leave()
                 del self._attempts[attempt.job.id]
+                for job in self._kept(attempt.beside):
+                    self._queue.release(job, began=False)
                 return
-        wanted = attempt.job.phase in ("cancelling", "pausing") or self._stop.requested
-        if wanted and attempt.stopped_at is None:
+        # Who is planned beside others is only looked at afterwards, unless all shall stop.
+        wanted = not attempt.beside and attempt.job.phase in ("cancelling", "pausing")
+        if (wanted or self._stop.requested) and attempt.stopped_at is None:
             attempt.stopped_at = moment
             attempt.process.terminate()
         if attempt.stopped_at is not None and moment - attempt.stopped_at > self._settings.grace_seconds:
             self._say(f"{attempt.job.id} did not end in {self._settings.grace_seconds:.0f} s: killing it")
-            attempt.process.kill()
+            self._kill(attempt)
+
+    def _kill(self, attempt: _Attempt) -> None:
+        """End the process of a job now. Other jobs that it was at are not at fault, and go on from their checkpoints."""
+        files = JobFiles.of(self._home, attempt.job)
+        shared = files.process() if files.shares_process else None
+        attempt.process.kill()
+        for other in self._attempts.values():
+            theirs = JobFiles.of(self._home, other.job)
+            if other is not attempt and shared is not None and theirs.process() == shared and theirs.result() is None:
+                theirs.write_result(JobResult("interrupted", "Another job of its process did not end in time."))
 
     def _look(self, attempt: _Attempt, moment: float) -> None:
         """Learn what was asked for since, and give a sign of life now and then. Raises Conflict if it is ours no more."""
         if moment - attempt.kept_at >= _HEARTBEAT_SECONDS:
             attempt.kept_at = moment
+            attempt.beside = tuple(self._kept(attempt.beside))
             attempt.job = self._queue.heartbeat(attempt.job)
             return
         found = self._queue.get(attempt.job.id)
@@ -150,79 +166,157 @@ class Worker:
             raise Conflict(f"The job {found.id} was taken over by another worker.")
         attempt.job = found
 
-    def _begin_plan(self, job: Job, files: JobFiles) -> None:
-        make_folder(files.path)
-        write_json(files.recipe_path, job.recipe | {"name": job.full_name})
-        where = ("--home", str(self._home.path), "--root", job.root)
-        line = command("plan", *where, "--recipe", str(files.recipe_path), "--output", str(files.plan_path))
-        self._attempts[job.id] = _Attempt(job, self._executor.plan(line, files), "plan")
+    def _kept(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those of the jobs that are still this worker's, as the queue has them now, after a sign of life."""
+        kept = []
+        for job in jobs:
+            try:
+                kept.append(self._queue.heartbeat(job))
+            except (Conflict, NotFound) as error:
+                self._say(str(error))
+        return kept
 
-    def _place(self, job: Job, files: JobFiles) -> None:
-        """Begin the job if it fits beside what runs on this machine. One whose training goes on has its room already."""
-        if self._trainer(job) is not None:
-            self._begin(job, files)
-            return
-        room = self._executor.room(Need.of(files.plan()), besides=job)
+    def _begin_plan(self, jobs: Sequence[Job], unplanned: Sequence[Job]) -> None:
+        """Plan what was not planned of jobs that begin together, mostly one, one after the other in one process."""
+        line = command("plan", "--home", str(self._home.path))
+        for job in unplanned:
+            files = JobFiles.of(self._home, job)
+            make_folder(files.path)
+            write_json(files.recipe_path, job.recipe | {"name": job.full_name})
+            line += ["--root", job.root, "--recipe", str(files.recipe_path), "--output", str(files.plan_path)]
+        process = self._executor.plan(line, self._group_files(jobs))
+        self._attempts[jobs[0].id] = _Attempt(jobs[0], process, "plan", tuple(jobs[1:]))
+
+    def _group_files(self, jobs: Sequence[Job]) -> JobFiles:
+        """Where the log of what is done for several jobs lies: with the job if there is one, for others may not see it."""
+        if len(jobs) == 1:
+            return JobFiles.of(self._home, jobs[0])
+        assert jobs[0].group_id is not None
+        files = JobFiles(self._home.groups / jobs[0].group_id)
+        make_folder(files.path)
+        return files
+
+    def _place(self, jobs: Sequence[Job]) -> None:
+        """Begin jobs that share a base, mostly one, if they fit beside what runs on this machine: as many of them as do."""
+        first, *others = jobs
+        room = self._room([first])
         if room.verdict == "never":
-            self._say(f"{job.id} can never run here: {room.why}")
-            self._queue.finish(job, "failed", error=room.why)
+            self._say(f"{first.id} can never run here: {room.why}")
+            self._queue.finish(first, "failed", error=room.why)
         elif room.verdict == "waits":
             # What is behind it in the queue waits, too: else small jobs would keep it out for ever.
-            self._queue.release(job, began=False, detail=room.why)
+            self._queue.release(first, began=False, detail=room.why)
             self._claim_at = time.monotonic() + _WAIT_SECONDS
-        else:
-            self._begin(job, files)
+        together = [first] if room.verdict == "fits" else []
+        for job in others:
+            room = self._room([*together, job]) if together else room
+            if together and room.verdict == "fits":
+                together.append(job)
+            else:
+                self._queue.release(job, began=False, detail=room.why if together else None)
+        if together:
+            self._begin(together)
 
-    def _begin(self, job: Job, files: JobFiles) -> None:
-        make_folder(files.path)
-        line = command("job", "--home", str(self._home.path), "--job", job.id)
-        process = self._executor.start(line, files, Need.of(files.plan()))
-        self._attempts[job.id] = _Attempt(job, process, "work")
-        going_on = "" if job.run_id is None else f", going on with {job.run_id}"
-        self._say(f"{job.id} ({job.full_name}) began, attempt {job.attempts}{going_on}")
+    def _room(self, jobs: Sequence[Job]) -> Room:
+        plans = [Need.of(JobFiles.of(self._home, job).plan()) for job in jobs]
+        return self._executor.room(Need.together([need for need in plans if need is not None]), besides=jobs[0])
+
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        members = [JobFiles.of(self._home, job) for job in jobs]
+        for files in members:
+            make_folder(files.path)
+        line = command("job", "--home", str(self._home.path), *(word for job in jobs for word in ("--job", job.id)))
+        if len(jobs) == 1:
+            jobs = [self._queue.leave_group(jobs[0])] if jobs[0].group_id is not None else jobs
+            processes: Sequence[JobProcess] = [self._executor.start(line, members[0], Need.of(members[0].plan()))]
+        else:
+            assert jobs[0].group_id is not None
+            assert self._executor.start_together is not None
+            for files in members:
+                files.clear()
+            line += ["--group", jobs[0].group_id]
+            processes = self._executor.start_together(line, self._group_files(jobs), members)
+        for job, process in zip(jobs, processes, strict=True):
+            self._attempts[job.id] = _Attempt(job, process, "work")
+            going_on = "" if job.run_id is None else f", going on with {job.run_id}"
+            beside = "" if len(jobs) == 1 else f", on one base with {len(jobs) - 1} others"
+            self._say(f"{job.id} ({job.full_name}) began, attempt {job.attempts}{going_on}{beside}")
 
     def _ended(self, attempt: _Attempt) -> None:
         """Do what follows from the end of a process; it is tried again as a whole if the database cannot take it."""
         try:
-            job = self._queue.heartbeat(attempt.job)
-            files = JobFiles.of(self._home, job)
-            if attempt.stage == "claimed" or files.process_lives:
-                self._take(job, files)
-            elif attempt.stage == "work":
-                self._settle(job, files, files.result())
+            if attempt.stage == "plan":
+                self._set_off(self._kept([attempt.job, *attempt.beside]), planned=True)
             else:
-                self._go_on(job, files, planned=True)
+                self._go_on(attempt, self._queue.heartbeat(attempt.job))
         except (Conflict, NotFound) as error:
             self._say(str(error))
         if self._attempts.get(attempt.job.id) is attempt:
             del self._attempts[attempt.job.id]
 
-    def _take(self, job: Job, files: JobFiles) -> None:
-        """Go on with a job where it is: watch its process, read how that ended, or begin."""
+    def _go_on(self, attempt: _Attempt, job: Job) -> None:
+        """Do what follows from a claim, or from the end of the process of a job."""
+        files = JobFiles.of(self._home, job)
+        if attempt.stage == "work" and not files.process_lives:
+            self._settle(job, files, files.result())
+        elif self._take(job, files):
+            if not attempt.beside:
+                attempt.job, *beside = self._with_companions(job)
+                attempt.beside = tuple(beside)
+            self._set_off([attempt.job, *self._kept(attempt.beside)])
+
+    def _take(self, job: Job, files: JobFiles) -> bool:
+        """Go on with a job where it is: watch its process, or read how that ended. True if there is none, and it may begin."""
         process = self._executor.find(files)
         if process is not None:
             self._say(f"{job.id} is being worked on by {process} already: watching it")
             self._attempts[job.id] = _Attempt(job, process, "work")
-            return
-        if files.process_lives:  # it has not said yet who it is, or is out of reach
+        elif files.process_lives:  # it has not said yet who it is, or is out of reach
             self._queue.release(job, seconds=1.0, began=False)
-            return
-        result = files.result()  # now that nobody can write one any more
-        if (result is not None and result.is_final) or (result is None and files.process() is not None):
-            self._settle(job, files, result)
+        elif files.may_begin:  # nobody can write a result any more
+            return True
         else:
-            self._go_on(job, files, planned=files.plan() is not None or self._trainer(job) is not None)
+            self._settle(job, files, files.result())
+        return False
 
-    def _go_on(self, job: Job, files: JobFiles, *, planned: bool) -> None:
-        """Begin what comes next, unless the job is wanted no more, or not now."""
+    def _with_companions(self, job: Job) -> list[Job]:
+        """A job that may begin, and those that share its base from now on."""
+        if job.phase != "running" or self._executor.start_together is None or not self._may_share(job):
+            return [job]
+        found = self._queue.claim_beside(job, most=self._settings.most_together - 1, may_join=self._may_join)
+        if len(found) > 1:
+            self._say(f"{', '.join(one.id for one in found)} share a base")
+        return found
+
+    def _may_share(self, job: Job) -> bool:
+        """Whether a job may train beside others. The last try of one that has died is its own: others may have been at fault."""
+        return job.share_key is not None and job.deaths + 1 < self._settings.most_deaths
+
+    def _may_join(self, job: Job) -> bool:
+        return self._may_share(job) and JobFiles.of(self._home, job).may_begin
+
+    def _set_off(self, jobs: Sequence[Job], *, planned: bool = False) -> None:
+        """Begin what comes next for jobs that begin together, without those that are wanted no more, or not now."""
+        wanted = [job for job in jobs if self._is_wanted(job)]
+        # Whose training goes on has its room already, and no new process trains it.
+        trained = [job for job in wanted if self._trainer(job) is not None]
+        others = [job for job in wanted if job not in trained]
+        if trained:
+            self._begin(trained)
+        unplanned = [job for job in others if not planned and JobFiles.of(self._home, job).plan() is None]
+        if unplanned:
+            self._begin_plan(others, unplanned)
+        elif others:
+            self._place(others)
+
+    def _is_wanted(self, job: Job) -> bool:
         if job.phase == "cancelling":
             self._cancelled(job)
         elif job.phase == "pausing" or self._stop.requested:
             self._queue.release(job, began=False)
-        elif planned:
-            self._place(job, files)
         else:
-            self._begin_plan(job, files)
+            return True
+        return False
 
     def _settle(self, job: Job, files: JobFiles, result: JobResult | None) -> None:
         """Enter how the process of a job ended. `result` is None if it said nothing, because it was killed."""

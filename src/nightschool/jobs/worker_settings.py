@@ -10,13 +10,14 @@ from nightschool.errors import UsageError
 
 MOST_RUNNING_VARIABLE = "MAX_CONCURRENT_TRAININGS"
 DEVICE_GB_VARIABLE = "MAX_GPU_MEMORY_GB"
+MOST_TOGETHER_VARIABLE = "MAX_JOBS_PER_BASE"
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
     """`most_running` jobs at once on this machine, which together take at most `device_bytes`.
 
-    A job that is told to stop has `grace_seconds` to save. One whose process died `most_deaths` times in a row without
+    Of those that may share a base, `most_together` do, and count as one; 1 lets each train alone. A job that is told to stop has `grace_seconds` to save. One whose process died `most_deaths` times in a row without
     having come further has failed.
     """
 
@@ -24,6 +25,7 @@ class WorkerSettings:
     device_bytes: int | None = None
     grace_seconds: float = 60.0
     most_deaths: int = 3
+    most_together: int = 16
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None, **given: int | float | None) -> WorkerSettings:
@@ -36,6 +38,8 @@ class WorkerSettings:
         found: dict[str, int | float] = {}
         if env.get(MOST_RUNNING_VARIABLE):
             found["most_running"] = int(_number(env, MOST_RUNNING_VARIABLE, least=1))
+        if env.get(MOST_TOGETHER_VARIABLE):
+            found["most_together"] = int(_number(env, MOST_TOGETHER_VARIABLE, least=1))
         if env.get(DEVICE_GB_VARIABLE):
             found["device_bytes"] = int(_number(env, DEVICE_GB_VARIABLE, least=0) * 1e9)
         return cls(**found | {key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -48,6 +48,11 @@ class Home:
         return self.path / "jobs"
 
     @property
+    def groups(self) -> Path:
+        """A folder for each group of jobs that share a base: which runs it trains, and the log of its processes."""
+        return self.path / "groups"
+
+    @property
     def files(self) -> Path:
         """A folder for each file that was uploaded to be trained on."""
         return self.path / "files"

@@ -78,6 +78,10 @@ class JobFiles:
         return self.path / "process.json"
 
     @property
+    def _stop_path(self) -> Path:
+        return self.path / "stop.json"
+
+    @property
     def _result_path(self) -> Path:
         return self.path / "result.json"
 
@@ -98,10 +102,16 @@ class JobFiles:
         found = _read(self._process_path)
         return None if found is None else ProcessIdentity.parse(str(found.get("process")))
 
-    def enter_process(self) -> None:
+    @property
+    def shares_process(self) -> bool:
+        """Whether that process is at other jobs, too: then it gets no signal that is meant for this one alone."""
+        found = _read(self._process_path)
+        return found is not None and bool(found.get("shared", False))
+
+    def enter_process(self, *, shared: bool = False) -> None:
         """Say that this process is at the job now; what the one before it left unfinished counts no more."""
         self._result_path.unlink(missing_ok=True)
-        write_json(self._process_path, {"process": str(ProcessIdentity.mine())})
+        write_json(self._process_path, {"process": str(ProcessIdentity.mine()), "shared": shared})
 
     def forget_process(self) -> None:
         """The process that began last has ended, and what came of it is known."""
@@ -112,18 +122,41 @@ class JobFiles:
         """Whether any process is at the job, on this machine."""
         return is_held(self.lock_path)
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether no process is at the job, and there is nothing to be entered of the one before."""
+        if self.process_lives:
+            return False
+        result = self.result()
+        return self.process() is None if result is None else not result.is_final
+
+    def clear(self) -> None:
+        """Make ready for a process that shares itself among jobs: what was said and asked of the one before is gone."""
+        self.forget_process()
+        self._result_path.unlink(missing_ok=True)
+        self._stop_path.unlink(missing_ok=True)
+
+    def request_stop(self) -> None:
+        """Ask a process that is at several jobs to let this one save and end."""
+        write_json(self._stop_path, {})
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop_path.exists()
+
 
 def sweep(home: Home, queue: JobQueue) -> list[Path]:
-    """Remove the folders of jobs that were never submitted, once they are a day old; returns them."""
-    removed = []
-    for tenant in tenants_of(home):
-        folder = home_of(home, tenant).jobs
-        for path in folder.iterdir() if folder.is_dir() else ():
-            age = now().timestamp() - path.stat().st_mtime
-            if is_name(path.name) and age > _ABANDONED.total_seconds() and not _is_known(queue, path.name):
-                remove_folder(path)
-                removed.append(path)
+    """Remove the folders of jobs that were never submitted, and of groups, once they are a day old; returns them."""
+    jobs = [path for tenant in tenants_of(home) for path in _old_folders(home_of(home, tenant).jobs)]
+    removed = [path for path in jobs if not _is_known(queue, path.name)] + _old_folders(home.groups)
+    for path in removed:
+        remove_folder(path)
     return removed
+
+
+def _old_folders(folder: Path) -> list[Path]:
+    paths = [path for path in folder.iterdir() if is_name(path.name)] if folder.is_dir() else []
+    return [path for path in paths if now().timestamp() - path.stat().st_mtime > _ABANDONED.total_seconds()]
 
 
 def _is_known(queue: JobQueue, job_id: str) -> bool:

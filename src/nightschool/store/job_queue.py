@@ -7,10 +7,11 @@ A job is `queued`, `running` while a worker with a lease is at it, `paused`, or 
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from nightschool.config.shared_base import share_key
 from nightschool.errors import Conflict, NotFound, QuotaExceeded
 from nightschool.events import now
 from nightschool.store.database import Database
@@ -38,6 +40,8 @@ _Changes = dict[str, dict[str, Any]]
 # On another machine, a lease ends after this long without a sign of life.
 LEASE_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 3600.0
+# Of those that may share a base, the oldest; who is behind them has no hope yet.
+_MOST_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class Job(Leased):
     created_at: datetime = field(default_factory=now)
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    share_key: str | None = None
+    """What it has in common with those that it may share a base with; None for one that trains alone."""
+    group_id: str | None = None
+    """Where it trains beside others on one base: the same for all of them."""
 
     @property
     def full_name(self) -> str:
@@ -112,8 +120,13 @@ class JobQueue:
         self._db = database
         self._seen: dict[ProcessIdentity, tuple[float, bool]] = {}
 
+    @property
+    def home(self) -> Home:
+        """Whose jobs they are."""
+        return self._db.home
+
     def submit(self, job: Job) -> Job:
-        """Enter a job; its folder, with whatever data it needs, is there already.
+        """Enter a job, and with whom it may share a base; its folder, with whatever data it needs, is there already.
 
         Raises:
             NameRefused: If its id, tenant or name may not become a path.
@@ -123,6 +136,7 @@ class JobQueue:
         check_name(job.id, what="job")
         check_name(job.tenant, what="tenant")
         check_name(job.name)
+        job = replace(job, share_key=share_key(job.recipe, job.root))
         try:
             with self._db.write(alone_in=jobs) as connection:
                 _refuse_over_quota(connection, self._db.home, job.tenant)
@@ -211,20 +225,52 @@ class JobQueue:
         """Take a job for this process, for so long without a sign of life. None if there is nothing to do.
 
         A job whose worker is gone comes first, then the oldest of the tenant that has the fewest running. Of two
-        workers only one gets it; no two jobs of one name run at once, and no more than `most_running` on a machine.
+        workers only one gets it; no two jobs of one name run at once, and no more than `most_running` on a machine, where
+        those that share a base count as one.
         """
         moment = now()
         lease = Lease.begin(moment, seconds)
         with self._db.write(alone_in=jobs, durable=False) as connection:
             running = connection.execute(_RUNNING).all()
             held = [job for job in running if self._is_held(Lease.read(job.owner, job.lease_until), moment)]
-            if sum(_is_here(job.owner) for job in held) >= most_running:
+            at_work = {job.group_id or job.id for job in held if _is_here(job.owner)}
+            is_full = len(at_work) >= most_running
+            lapsed = [job.id for job in running if job not in held and (not is_full or job.group_id in at_work)]
+            if is_full and not lapsed:
                 return None
-            lapsed = [job.id for job in running if job not in held]
             chosen = lapsed[0] if lapsed else _next_queued(connection, running, moment)
             if chosen is None:
                 return None
             return Job(**connection.execute(_BEGIN, _beginning(chosen, moment, lease)).one()._mapping)
+
+    def claim_beside(
+        self, job: Job, *, most: int, may_join: Callable[[Job], bool], seconds: float = LEASE_SECONDS
+    ) -> list[Job]:
+        """Take further jobs for this process, at most so many, that share the base of one that it holds.
+
+        Whose turn it is among them, and who has to wait, is as in `claim`; the worker that had one of them may be gone.
+        Returns that one and them, oldest first, which are a group from now on, or it alone.
+        """
+        moment = now()
+        lease = Lease.begin(moment, seconds)
+        with self._db.write(alone_in=jobs, durable=False) as connection:
+            running = connection.execute(_RUNNING).all()
+            lapsed = [one.id for one in running if not self._is_held(Lease.read(one.owner, one.lease_until), moment)]
+            waits = sa.and_(jobs.c.state == "queued", _may_begin(jobs))
+            alike = jobs.c.share_key == job.share_key
+            query = sa.select(jobs).where(alike, sa.or_(waits, jobs.c.id.in_(lapsed))).order_by(*_OLDEST_FIRST)
+            rows = connection.execute(query.limit(_MOST_LOOKED_AT), _now_and_latest(moment))
+            found = [one for one in (Job(**row._mapping) for row in rows) if may_join(one)]
+            beside = _fairly(found, running, _bounds(connection), most)
+            group = {"group_id": new_id("group_") if beside else None}
+            mine = (jobs.c.id == job.id) & (jobs.c.state == "running") & (jobs.c.owner == job.owner)
+            first = _updated(connection, mine, group)
+            if first is None:
+                raise _not_ours(job)
+            others = [connection.execute(_BEGIN, _beginning(one.id, moment, lease)).one().id for one in beside]
+            is_other = jobs.c.id.in_(others)
+            connection.execute(jobs.update().where(is_other).values(group))
+            return [first, *reversed(_load(connection, is_other))]
 
     def _is_held(self, lease: Lease, moment: datetime) -> bool:
         """Whether a process is at a row; whether another one of this machine lives is asked once a second."""
@@ -237,6 +283,14 @@ class JobQueue:
             lives = lease.owner.lives
             self._seen[lease.owner] = (time.monotonic(), lives)
         return lives
+
+    def leave_group(self, job: Job) -> Job:
+        """Let a job of a group train alone.
+
+        Raises:
+            Conflict: If this process does not hold it any more.
+        """
+        return self._as_holder(job, {"group_id": None})
 
     def heartbeat(self, job: Job, *, seconds: float = LEASE_SECONDS) -> Job:
         """Keep a job, and return what the queue has of it now: somebody may have cancelled it.
@@ -291,9 +345,7 @@ class JobQueue:
         with self._db.write(durable=False) as connection:
             found = None if job.owner is None else _updated(connection, mine, values)
             if found is None:
-                raise Conflict(
-                    f"The job {job.id} is not this worker's any more: another worker has taken it over, or it ended."
-                )
+                raise _not_ours(job)
             return _told(connection, found)
 
     def _change(self, job_id: str, tenant: str | None, done: str, changes: _Changes) -> Job:
@@ -324,13 +376,18 @@ def _told(connection: sa.Connection, job: Job) -> Job:
     return job
 
 
-_NOBODY: dict[str, Any] = {"owner": None, "lease_until": None}
+def _not_ours(job: Job) -> Conflict:
+    return Conflict(f"The job {job.id} is not this worker's any more: another worker has taken it over, or it ended.")
+
+
+_NOBODY: dict[str, Any] = {"owner": None, "lease_until": None, "group_id": None}
+_OLDEST_FIRST = (jobs.c.created_at, jobs.c.id)
 
 
 _RUNNING = (
-    sa.select(jobs.c.id, jobs.c.tenant, jobs.c.name, jobs.c.owner, jobs.c.lease_until)
+    sa.select(jobs.c.id, jobs.c.tenant, jobs.c.name, jobs.c.owner, jobs.c.lease_until, jobs.c.group_id)
     .where(jobs.c.state == "running")
-    .order_by(jobs.c.created_at, jobs.c.id)
+    .order_by(*_OLDEST_FIRST)
 )
 
 
@@ -398,14 +455,42 @@ def _beginning(job_id: str, moment: datetime, lease: Lease) -> dict[str, Any]:
     return {"chosen": job_id, "now": moment, "new_owner": columns["owner"], "until": columns["lease_until"]}
 
 
+def _now_and_latest(moment: datetime) -> dict[str, datetime]:
+    """The parameters of `_may_begin`."""
+    return {"now": moment, "latest": moment + timedelta(seconds=LONGEST_PAUSE_SECONDS)}
+
+
+def _bounds(connection: sa.Connection) -> dict[str, int]:
+    """How many jobs of a tenant may run at once, of the tenants that have a bound."""
+    return {row.name: row.running_trainings for row in connection.execute(_BOUNDS)}
+
+
 def _next_queued(connection: sa.Connection, running: Sequence[Any], moment: datetime) -> str | None:
     """The oldest job that may begin, of the tenant that has the fewest running."""
-    counts = Counter(job.tenant for job in running)
-    full = {row.name for row in connection.execute(_BOUNDS) if counts[row.name] >= row.running_trainings}
-    now_and_latest = {"now": moment, "latest": moment + timedelta(seconds=LONGEST_PAUSE_SECONDS)}
-    heads = [job for job in connection.execute(_OLDEST_OF_EACH_TENANT, now_and_latest) if job.tenant not in full]
-    first = min(heads, key=lambda job: (counts[job.tenant], job.created_at, job.id), default=None)
+    counts, bounds = Counter(job.tenant for job in running), _bounds(connection)
+    heads = connection.execute(_OLDEST_OF_EACH_TENANT, _now_and_latest(moment))
+    may = [job for job in heads if counts[job.tenant] < bounds.get(job.tenant, sys.maxsize)]
+    first = min(may, key=lambda job: (counts[job.tenant], job.created_at, job.id), default=None)
     return None if first is None else first.id
+
+
+def _fairly(found: Sequence[Job], running: Sequence[Any], bounds: Mapping[str, int], most: int) -> list[Job]:
+    """At most so many of the jobs that were found, oldest first, chosen one after the other as `claim` would."""
+    known = {job.id for job in found}
+    others = [job for job in running if job.id not in known]
+    counts, names = Counter(job.tenant for job in others), {(job.tenant, job.name) for job in others}
+    left, chosen = list(found), list[Job]()
+    while len(chosen) < most:
+        may = [job for job in left if (job.tenant, job.name) not in names]
+        may = [job for job in may if counts[job.tenant] < bounds.get(job.tenant, sys.maxsize)]
+        if not may:
+            break
+        job = min(may, key=lambda job: counts[job.tenant])
+        left.remove(job)
+        chosen.append(job)
+        counts[job.tenant] += 1
+        names.add((job.tenant, job.name))
+    return chosen
 
 
 def _updated(connection: sa.Connection, condition: sa.ColumnElement[bool], values: dict[str, Any]) -> Job | None:

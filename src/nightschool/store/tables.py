@@ -216,6 +216,9 @@ jobs = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("started_at", UtcDateTime),
     sa.Column("finished_at", UtcDateTime),
+    # What jobs that may share a base have in common (`config/shared_base.py`), and which of them do so now.
+    sa.Column("share_key", sa.String(64)),
+    sa.Column("group_id", sa.String(64)),
     sa.Index("ix_jobs_state_tenant_created_at", "state", "tenant", "created_at"),
     sa.Index("ix_jobs_tenant_created_at", "tenant", "created_at"),
 )

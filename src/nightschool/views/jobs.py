@@ -6,7 +6,7 @@ A run that somebody started without the queue is shown as a job, too. Whoever as
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -53,6 +53,8 @@ class JobView:
     detail: str | None = None
     error: str | None = None
     attempts: int = 0
+    shares_base_with: tuple[str, ...] = ()
+    """Other jobs of the same tenant that train in its process, on the base that it has."""
     metadata: dict[str, Any] = field(default_factory=dict)
     created_by: str | None = None
     started_at: datetime | None = None
@@ -100,13 +102,20 @@ def find_job(home: Home, queue: JobQueue, job_id: str, tenant: str | None = None
         NameRefused: If the id could not be one.
     """
     try:
-        return job_view(home, queue.get(job_id, tenant=tenant))
+        return _found(home, queue, queue.get(job_id, tenant=tenant))
     except NotFound:
         run = RunStore(home).at(job_id)
         if not run.status_path.is_file() or (tenant is not None and split_name(run.name)[0] != tenant):
             raise
     mine = [job for job in queue.ls(tenant=split_name(run.name)[0]) if job.run_id == run.id]
-    return job_view(home, mine[0]) if mine else run_view(run)
+    return _found(home, queue, mine[0]) if mine else run_view(run)
+
+
+def _found(home: Home, queue: JobQueue, job: Job) -> JobView:
+    """One job, and who shares its base. Who does of other tenants is nobody's business."""
+    running = queue.ls(tenant=job.tenant, states=("running",)) if job.group_id is not None else []
+    beside = tuple(sorted(one.id for one in running if one.group_id == job.group_id and one.id != job.id))
+    return replace(job_view(home, job), shares_base_with=beside)
 
 
 def run_view(run: Run) -> JobView:

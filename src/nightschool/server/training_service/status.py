@@ -31,8 +31,13 @@ def job_status(training: TrainingService, job: JobView) -> dict[str, Any]:
         "started_at": _naive(job.started_at),
         "completed_at": _naive(job.finished_at),
         "error": job.error,
-        "metadata": {**job.metadata, "state": job.state, **figures, **_model(training, job)},
+        "metadata": {**job.metadata, "state": job.state, **figures, **_beside(job), **_model(training, job)},
     }
+
+
+def _beside(job: JobView) -> dict[str, Any]:
+    """The other jobs of the organisation that train on the same base at this moment, if any do."""
+    return {"shares_base_with": list(job.shares_base_with)} if job.shares_base_with else {}
 
 
 def _model(training: TrainingService, job: JobView) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`python -m nightschool.training.planning.peak_bytes --home H --root R --recipe FILE --output FILE`.
 
 Writes what a run will hold at its peak, and on which device, for whoever decides whether it may begin beside others.
-Loads the base and the data; computes nothing with them.
+Loads the base and the data; computes nothing with them. The last three options, given several times, are as many runs,
+planned one after the other.
 """
 
 from __future__ import annotations
@@ -23,26 +24,34 @@ from nightschool.training.planning.plan import SAMPLED_EXAMPLES
 from nightschool.units import printable
 from nightschool.work.processes import leave
 
+_OF_EACH_RUN = {
+    "--root": "where relative paths of the recipe begin",
+    "--recipe": "the recipe as JSON",
+    "--output": "where the figures are written",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Plan the recipe in one file, and write its figures into another."""
+    """Plan the recipe in each file, and write its figures into another. One that cannot be planned keeps no other back."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="where relative paths of the recipe begin")
-    parser.add_argument("--recipe", type=Path, required=True, help="the recipe as JSON")
-    parser.add_argument("--output", type=Path, required=True)
+    for option, text in _OF_EACH_RUN.items():
+        parser.add_argument(option, type=Path, required=True, action="append", help=text)
     given = parser.parse_args(arguments)
-    try:
-        recipe = Recipe.model_validate(read_json(given.recipe))
-        write_json(given.output, peak_bytes(recipe, Home(given.home), given.root))
-    except NightschoolError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    return 0
+    exit_code = 0
+    for root, recipe, output in zip(given.root, given.recipe, given.output, strict=True):
+        try:
+            write_json(output, peak_bytes(Recipe.model_validate(read_json(recipe)), Home(given.home), root))
+        except NightschoolError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201
+            exit_code = error.exit_code
+    return exit_code
 
 
 def peak_bytes(recipe: Recipe, home: Home, root: Path) -> dict[str, int | str | None]:
     """The bytes of tensors at a run's peak, its device, and what a GPU has in all (None for a CPU).
+
+    `base_bytes` of them are weights that do not learn.
 
     Raises:
         NightschoolError: As preparing the run would.
@@ -58,7 +67,13 @@ def peak_bytes(recipe: Recipe, home: Home, root: Path) -> dict[str, int | str | 
     )
     total = torch.cuda.mem_get_info(task.device)[1] if task.device.type == "cuda" else None
     processes = 1 if total is not None else method.processes
-    return {"device": task.device.type, "expected_peak_bytes": cost.total * processes, "device_total_bytes": total}
+    frozen = sum(p.numel() * p.element_size() for p in task.model.parameters() if not p.requires_grad)
+    return {
+        "device": task.device.type,
+        "expected_peak_bytes": cost.total * processes,
+        "base_bytes": frozen,
+        "device_total_bytes": total,
+    }
 
 
 if __name__ == "__main__":
