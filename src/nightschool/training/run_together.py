@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ def _members(home: Home, names: Sequence[Named], stop: Stop) -> list[Member]:
 
 
 def share_freed_memory() -> None:
-    """Have all threads allocate from one heap: by itself glibc gives each thread one, and what one frees no other gets."""
+    """Have one thread get what another one frees, before anything is computed.
+
+    By itself glibc gives each thread a heap of its own, and MKL buffers that it keeps: 24 MB a member.
+    """
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
     try:
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
     except (AttributeError, OSError, TypeError):
