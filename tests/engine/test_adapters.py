@@ -6,10 +6,12 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nightschool.engine import adapters, weights
 from nightschool.engine.adapter_kernel import MOST_RANK, KernelFactors, block_of
-from nightschool.engine.adapters import AdapterLinear, TorchFactors
+from nightschool.engine.adapter_torch import TorchFactors
+from nightschool.engine.adapters import AdapterLinear
 from nightschool.engine.binding import Binding
 from nightschool.engine.model_runner import ModelRunner
 from nightschool.engine.scheduler import Span, StepPlan
@@ -125,7 +127,7 @@ def test_a_token_has_the_same_numbers_whatever_stands_beside_it(tmp_path):
 
 def _added(layer, x_rc, whose):
     out_rc = torch.zeros(len(x_rc), layer.layer.out_features)
-    layer.factors.add(x_rc, out_rc, adapters._step_rows(whose, out_rc.device))
+    layer.factors.add(x_rc, out_rc, adapters._step_rows(whose, out_rc))
     return out_rc
 
 
@@ -141,7 +143,7 @@ def test_the_kernel_adds_what_torch_adds(columns, width, rank, threads):
         for factors in made:
             factors.put(number, down, up)
     x_rc, out_rc = (torch.randn(11, size, generator=generator) for size in (columns, width))
-    rows = adapters._step_rows([3, 0, 20, 20, 1, 7, 1, 1, 2, 0, 3], out_rc.device)
+    rows = adapters._step_rows([3, 0, 20, 20, 1, 7, 1, 1, 2, 0, 3], out_rc)
     outs = []
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -158,6 +160,50 @@ def test_the_kernel_adds_what_torch_adds(columns, width, rank, threads):
     assert torch.equal(outs[0][[1, 5, 9]], out_rc[[1, 5, 9]]), "the base's rows, and those of an adapter elsewhere"
     assert not torch.equal(outs[0][2], out_rc[2])
     assert torch.equal(outs[1][2:4], out_rc[2:4])
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked to compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += 1
+        return function(*arguments, **(named or {}))
+
+
+def test_torch_adds_to_each_row_what_its_own_adapter_gives_alone():
+    generator, dice = torch.Generator().manual_seed(1), random.Random(3)
+    factors, alone = TorchFactors(), {}
+    for number, rank in enumerate((4, 9, 1, 4, 16), start=1):
+        alone[number] = torch.randn(24, rank, generator=generator), torch.randn(rank, 40, generator=generator)
+        factors.put(number, *alone[number])
+    for count in (1, 3, 16, 200):
+        x_rc, out_rc = (torch.randn(count, size, generator=generator) for size in (24, 40))
+        # Number 7 reaches other layers only, and 0 is the base.
+        whose = [dice.choice([0, 7, *alone]) for _ in range(count)]
+        whose[count // 2 :] = [whose[0]] * (count - count // 2)
+        actual = out_rc.clone()
+        factors.add(x_rc, actual, adapters._step_rows(whose, x_rc))
+        for row, number in enumerate(whose):
+            down, up = alone.get(number, (torch.zeros(24, 1), torch.zeros(1, 40)))
+            torch.testing.assert_close(actual[row], out_rc[row] + x_rc[row] @ down @ up, atol=1e-4, rtol=1e-5)
+            assert number in alone or torch.equal(actual[row], out_rc[row])
+
+
+def test_torch_is_called_as_often_for_many_adapters_as_for_two():
+    counts = []
+    for adapters_of_step in (2, 16):
+        factors = TorchFactors()
+        for number in range(1, 17):
+            factors.put(number, torch.ones(8, 4), torch.ones(4, 8))
+        rows = adapters._step_rows([1 + place % adapters_of_step for place in range(32)], torch.zeros(1))
+        x_rc, out_rc = torch.ones(32, 8), torch.zeros(32, 8)
+        factors.add(x_rc, out_rc, rows)
+        with Calls() as calls:
+            factors.add(x_rc, out_rc, rows)
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
 
 
 def test_sizes_that_the_kernel_cannot_have_are_left_to_torch(tmp_path):

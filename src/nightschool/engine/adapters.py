@@ -9,7 +9,7 @@ reaches any more is unwrapped, so that a base alone is as fast as ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,17 +17,28 @@ from torch import Tensor, nn
 
 from nightschool.engine import kernels
 from nightschool.engine.adapter_kernel import MOST_RANK, KernelFactors, block_of, items
+from nightschool.engine.adapter_torch import Pieces, TorchFactors, pieces
 from nightschool.engine.step_context import StepContext
 from nightschool.engine.weights import LaidOutLinear
 from nightschool.models.unmerged import LoraWeights, NeedsMerging
 
 
-@dataclass(frozen=True)
 class StepRows:
-    """The rows of each adapter of a step, by its number: one by one, and as the kernel takes them."""
+    """The rows of each adapter of a step, by its number; made ready for those who compute with them, when they first ask."""
 
-    segments: list[tuple[int, slice | Tensor]]
-    items: Tensor
+    def __init__(self, rows_of: Sequence[tuple[int, Sequence[int]]], like: Tensor) -> None:
+        self._rows_of = rows_of
+        self._like = like
+
+    @cached_property
+    def items(self) -> Tensor:
+        """As the kernel takes them."""
+        return items(self._rows_of)
+
+    @cached_property
+    def pieces(self) -> Pieces | None:
+        """As torch takes them, where the adapters are."""
+        return pieces(self._rows_of, self._like)
 
 
 class Factors(Protocol):
@@ -48,33 +59,6 @@ class Factors(Protocol):
     def add(self, x_rc: Tensor, out_rc: Tensor, rows: StepRows) -> None:
         """Add to `out_rc` [rows, out] what the adapters give for `x_rc` [rows, in]."""
         ...
-
-
-class TorchFactors:
-    """Adapter after adapter, on any device and in any format."""
-
-    def __init__(self) -> None:
-        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def put(self, number: int, down: Tensor, up: Tensor) -> None:
-        self._factors[number] = down, up
-
-    def drop(self, number: int) -> None:
-        self._factors.pop(number, None)
-
-    def __len__(self) -> int:
-        return len(self._factors)
-
-    def add(self, x_rc: Tensor, out_rc: Tensor, rows: StepRows) -> None:
-        for number, some in rows.segments:
-            factors = self._factors.get(number)
-            if factors is None:
-                continue
-            down, up = factors
-            if isinstance(some, slice):
-                out_rc[some].addmm_(x_rc[some] @ down, up)
-            else:
-                out_rc.index_add_(0, some, (x_rc.index_select(0, some) @ down) @ up)
 
 
 class AdapterLinear(nn.Module):
@@ -165,7 +149,7 @@ class AdapterTable:
         ]
         # Behind the last layer only the tokens are left whose logits are wanted.
         for of_rows in ([numbers[place] for place in wanted] if wanted is not None else numbers, numbers):
-            self._rows[len(of_rows)] = _step_rows(of_rows, self._like.device)
+            self._rows[len(of_rows)] = _step_rows(of_rows, self._like)
 
     def rows(self, num_rows: int) -> StepRows:
         """Each adapter of the step with its rows among so many.
@@ -211,17 +195,9 @@ def _has_kernel(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype == torch.float32 and kernels.is_available()
 
 
-def _step_rows(numbers: Sequence[int], device: torch.device) -> StepRows:
-    """The rows of each adapter: a slice where they lie side by side."""
+def _step_rows(numbers: Sequence[int], like: Tensor) -> StepRows:
     places: dict[int, list[int]] = {}
     for place, number in enumerate(numbers):
         if number:
             places.setdefault(number, []).append(place)
-    segments = [
-        (
-            number,
-            slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows, device=device),
-        )
-        for number, rows in places.items()
-    ]
-    return StepRows(segments, items(list(places.items())))
+    return StepRows(list(places.items()), like)

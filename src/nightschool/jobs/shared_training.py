@@ -119,6 +119,8 @@ class SharedTraining:
                 return process_code if process_code < 0 else INTERRUPTED_EXIT_CODE
             if around.stop.requested and run.stop_request is None:
                 run.request_stop(around.stop.reason or "a request")
+            if around.ahead is not None:
+                around.ahead.look()
             time.sleep(_LOOK_SECONDS)
         code = run.status.exit_code
         return 1 if code is None else code
