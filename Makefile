@@ -60,7 +60,7 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml constraints.txt
 
 # What tests are skipped without. Of TRL only the templates are read, so none of what it needs is installed.
 $(VENV)/.installed-ci: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,emulators,postgres,gguf,redact,deploy]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,emulators,postgres,gguf,redact,deploy,ray]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps trl
 	@touch $@
 

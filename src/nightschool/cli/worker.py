@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from nightschool.cli.output import session
 from nightschool.errors import UsageError
@@ -21,6 +22,8 @@ def worker(
     max_per_base: int | None = None,
     grace: str = "60s",
     drain: bool = False,
+    executor: Literal["local", "ray"] | None = None,
+    ray_address: str | None = None,
 ) -> int:
     """Do the queued jobs, each in a process of its own, until SIGTERM or Ctrl-C.
 
@@ -36,6 +39,9 @@ def worker(
             alone.
         grace: How long a job that shall stop may take to save before it is killed.
         drain: End as soon as nothing is queued or running.
+        executor: Where jobs run: local, on this machine, or ray, on a Ray cluster (extra ray) whose nodes share the home;
+            NIGHTSCHOOL_EXECUTOR, or local, without it.
+        ray_address: The cluster's dashboard; RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265, without it.
     """
     for option, number in {"--max-running": max_running, "--max-per-base": max_per_base}.items():
         if number is not None and number < 1:
@@ -46,6 +52,8 @@ def worker(
             device_bytes=None if max_device_memory is None else parse_bytes(max_device_memory),
             grace_seconds=parse_seconds(grace),
             most_together=max_per_base,
+            executor=executor,
+            ray_address=ray_address,
         )
     except ValueError as error:
         raise UsageError(f"{error}. See nightschool worker --help.") from None

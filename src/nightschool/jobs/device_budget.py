@@ -19,6 +19,8 @@ from nightschool.work.identity import ProcessIdentity
 # What a process of training holds on the host beside its tensors: the interpreter and the libraries (measured: 440 MB).
 PROCESS_BYTES = 450_000_000
 
+_LIMIT = "MAX_GPU_MEMORY_GB"
+
 Verdict = Literal["fits", "waits", "never"]
 
 
@@ -26,20 +28,30 @@ Verdict = Literal["fits", "waits", "never"]
 class Need:
     """What a job takes, as its plan says. `device_total_bytes` is what its GPU has in all; None on a CPU.
 
-    `common_bytes` of it are taken once by all that share its base and its process.
+    `common_bytes` of it are taken once by all that share its base and its process. `cpus` and `gpus` are those that all its
+    processes keep busy.
     """
 
     device_bytes: int
     device_total_bytes: int | None
     common_bytes: int = 0
+    cpus: int = 1
+    gpus: int = 0
 
     @classmethod
     def of(cls, plan: dict[str, Any] | None) -> Need | None:
         """What a plan says; None without one."""
         if plan is None:
             return None
-        total, process = plan["device_total_bytes"], 0 if plan["device_total_bytes"] is not None else PROCESS_BYTES
-        return cls(int(plan["expected_peak_bytes"]) + process, total, int(plan.get("base_bytes", 0)) + process)
+        total, processes = plan["device_total_bytes"], int(plan.get("processes", 1))
+        host = 0 if total is not None else PROCESS_BYTES
+        return cls(
+            int(plan["expected_peak_bytes"]) + host,
+            total,
+            int(plan.get("base_bytes", 0)) + host,
+            cpus=int(plan.get("cpu_threads", 1)) if total is None else processes,
+            gpus=0 if total is None else processes,
+        )
 
     @classmethod
     def together(cls, needs: Sequence[Need]) -> Need | None:
@@ -48,7 +60,7 @@ class Need:
             return None
         own = sum(need.device_bytes - need.common_bytes for need in needs)
         common = max(need.common_bytes for need in needs)
-        return cls(common + own, needs[0].device_total_bytes, common)
+        return cls(common + own, needs[0].device_total_bytes, common, cpus=needs[0].cpus, gpus=needs[0].gpus)
 
 
 @dataclass(frozen=True)
@@ -86,24 +98,34 @@ def room_for(need: Need | None, running: Sequence[tuple[Need, ProcessIdentity | 
     on_gpu = need.device_total_bytes is not None
     host = host_bytes()
     total = need.device_total_bytes or host.total
-    owner = "this GPU" if on_gpu else "this machine"
     if limit is not None and limit < total:
-        total, owner = limit, "MAX_GPU_MEMORY_GB"
-    wanted = f"The job needs about {format_bytes(need.device_bytes)}"
+        total, owner = limit, _LIMIT
+    else:
+        owner = "this GPU" if on_gpu else "this machine"
     if need.device_bytes > total:
-        return Room(
-            "never",
-            f"{wanted}, and {owner} allows {format_bytes(total)} in all. Lower train.batch_size or train.max_seq_len, "
-            f"write train.gradient_checkpointing=true, or take a smaller base.",
-        )
+        return _never(need, owner, total)
     free = total - sum(other.device_bytes for other, _ in running)
     if not on_gpu:
         # What the others have not taken yet is not free either.
         coming = sum(max(0, other.device_bytes - _held_bytes(process)) for other, process in running)
         free = min(free, host.free - coming)
+    wanted = f"The job needs about {format_bytes(need.device_bytes)}"
     if need.device_bytes > free:
         return Room("waits", f"{wanted}, and {format_bytes(max(0, free))} are free now: it waits for its turn.")
     return Room("fits", f"{wanted} of {format_bytes(free)} that are free")
+
+
+def room_within(need: Need | None, limit: int | None) -> Room | None:
+    """The refusal of a job that is larger than `limit` by itself; None if it is not."""
+    return None if need is None or limit is None or need.device_bytes <= limit else _never(need, _LIMIT, limit)
+
+
+def _never(need: Need, owner: str, total: int) -> Room:
+    return Room(
+        "never",
+        f"The job needs about {format_bytes(need.device_bytes)}, and {owner} allows {format_bytes(total)} in all. Lower "
+        f"train.batch_size or train.max_seq_len, write train.gradient_checkpointing=true, or take a smaller base.",
+    )
 
 
 def _held_bytes(process: ProcessIdentity | None) -> int:

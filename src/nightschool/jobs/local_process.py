@@ -160,19 +160,25 @@ class LocalExecutor:
 
     def find(self, files: JobFiles) -> JobProcess | None:
         """The process that holds the lock of a job, once it has said who it is."""
-        process = _living(files.process()) if files.process_lives else None
+        process = living(files.process()) if files.process_lives else None
         return process if process is None or not files.shares_process else PartOfProcess(files, process)
 
     def find_trainer(self, run: Run) -> JobProcess | None:
-        status = run.status
-        process = _living(status.process)
-        if process is None or not status.shares_process:
-            return process
-        return SharedTrainer(run, process) if is_trained(run) else None
+        return trainer_here(run)
 
     def room(self, need: Need | None, *, besides: Job) -> Room:
         return room_for(need, needs_here(self._home, self._queue, besides=besides), self._device_bytes)
 
 
-def _living(identity: ProcessIdentity | None) -> LocalProcess | None:
+def trainer_here(run: Run) -> JobProcess | None:
+    """The living process of this machine that trains a run."""
+    status = run.status
+    process = living(status.process)
+    if process is None or not status.shares_process:
+        return process
+    return SharedTrainer(run, process) if is_trained(run) else None
+
+
+def living(identity: ProcessIdentity | None) -> LocalProcess | None:
+    """The process of this identity; None if it ended, or is not of this machine."""
     return None if identity is None or not identity.lives else LocalProcess(identity)

@@ -25,8 +25,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from nightschool.errors import Conflict, NightschoolError, NotFound
 from nightschool.events import now
 from nightschool.jobs.device_budget import Need, Room
-from nightschool.jobs.executor import Executor, JobProcess
-from nightschool.jobs.local_process import LocalExecutor, LocalProcess
+from nightschool.jobs.executor import JobProcess
+from nightschool.jobs.executors import EXECUTORS
+from nightschool.jobs.local_process import LocalProcess
 from nightschool.jobs.worker_settings import WorkerSettings
 from nightschool.store import checkpoints
 from nightschool.store.atomic import make_folder, write_json
@@ -73,7 +74,7 @@ class Worker:
         self._stop = stop
         self._say = say
         self._queue = JobQueue(home.database)
-        self._executor: Executor = LocalExecutor(home, self._queue, settings.device_bytes)
+        self._executor = EXECUTORS[settings.executor](home, self._queue, settings, say)
         self._attempts: dict[str, _Attempt] = {}
         self._claim_at = self._sweep_at = 0.0
 

@@ -74,6 +74,16 @@ class JobFiles:
         return self.path / "job.lock"
 
     @property
+    def submission_path(self) -> Path:
+        """The id under which a cluster has the job, if one does it."""
+        return self.path / "submission"
+
+    @property
+    def node_stop_path(self) -> Path:
+        """There while the process of the job on a node of a cluster shall save and end, which no signal reaches."""
+        return self.path / "stop-on-node"
+
+    @property
     def _process_path(self) -> Path:
         return self.path / "process.json"
 

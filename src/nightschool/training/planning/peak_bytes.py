@@ -16,6 +16,7 @@ import torch
 from nightschool.config.recipe import Recipe
 from nightschool.errors import NightschoolError
 from nightschool.models.cost import expected_peak_bytes
+from nightschool.models.dtype import num_threads_here
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def peak_bytes(recipe: Recipe, home: Home, root: Path) -> dict[str, int | str | None]:
-    """The bytes of tensors at a run's peak, its device, and what a GPU has in all (None for a CPU).
+    """The bytes of tensors at a run's peak, its device, what a GPU has in all (None for a CPU), processes, and CPU threads of all.
 
     `base_bytes` of them are weights that do not learn.
 
@@ -66,13 +67,16 @@ def peak_bytes(recipe: Recipe, home: Home, root: Path) -> dict[str, int | str | 
         compute=task.compute_dtype,
     )
     total = torch.cuda.mem_get_info(task.device)[1] if task.device.type == "cuda" else None
-    processes = 1 if total is not None else method.processes
+    on_one_device = 1 if total is not None else method.processes
     frozen = sum(p.numel() * p.element_size() for p in task.model.parameters() if not p.requires_grad)
+    threads = recipe.train.num_threads
     return {
         "device": task.device.type,
-        "expected_peak_bytes": cost.total * processes,
+        "expected_peak_bytes": cost.total * on_one_device,
         "base_bytes": frozen,
         "device_total_bytes": total,
+        "processes": method.processes,
+        "cpu_threads": num_threads_here() if threads is None else threads * method.processes,
     }
 
 
