@@ -300,6 +300,7 @@ CRON = {"schedule.cron": "0 3 * * *"}
 OBSERVED = {
     "name": (a_run, {}, {"name": "another"}),
     "base": (a_run, {}, {"base": "./other"}),
+    "start": "feedback/test_retraining.py::test_a_line_that_was_tainted_from_its_first_night_begins_with_its_base_again",
     "from_checkpoint": "training/test_early_stopping.py::test_a_new_run_begins_with_the_weights_of_a_checkpoint",
     "method": (a_run, {}, LORA),
     "data.path": (a_run, {}, {"data": [{"path": "fewer.json"}]}),

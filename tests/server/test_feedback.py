@@ -7,10 +7,14 @@ from pydantic import SecretStr
 
 from nightschool.errors import DiskFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.server.app import create_app
 from nightschool.server.settings import ApiKey, ServerSettings
+from nightschool.store.atomic import write_json
 from nightschool.store.database import Database
 from nightschool.store.home import Home
+from nightschool.store.job_queue import JobQueue
+from tests.support.cli_home import add_version, make_run
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of, server_log
 
@@ -44,6 +48,37 @@ def test_an_answer_is_kept_under_its_request_id_and_can_be_corrected(client, sto
     assert conversation.messages == CHAT["messages"]
     assert conversation.answer == "Hello, wörld!"
     assert (conversation.rating, conversation.correction) == ("bad", "Good morning!")
+
+
+def test_deleting_can_queue_a_clean_training_of_what_has_learned_it(store):
+    keys = [
+        ApiKey(key=SecretStr("key-that-may-not-train"), scopes=frozenset({"infer", "feedback"})),
+        ApiKey(key=SecretStr("key-that-may-train-too"), scopes=frozenset({"infer", "feedback", "train"})),
+    ]
+    without, with_train = ({"x-api-key": key.key.get_secret_value()} for key in keys)
+    home = store.home
+    with client_of(FakeSlot(), api_keys=keys, record_conversations=True, conversations=store) as client:
+        asked = [client.post("/generate", json={"query": "hi"}, headers=key) for key in (without, with_train)]
+        kept, request_id = (answer.headers["x-request-id"] for answer in asked)
+        assert client.get(f"/api/conversations/{request_id}/traces", headers=with_train).status_code == 200
+        run = make_run(home)
+        write_json(run.cycle_path, {"root": "/data"})
+        AcceptedExamples(home.database).add("bot", add_version(home, run_id=run.id).id, [learned(request_id)])
+        refused = client.delete(f"/api/conversations/{kept}?retrain=true", headers=without)
+        assert (refused.status_code, "lacks the scope 'train'" in refused.text) == (403, True)
+        assert store.get(kept).request_id == kept
+        assert client.delete(f"/api/conversations/{kept}?retrain=perhaps", headers=without).status_code == 422
+        answer = client.delete(f"/api/conversations/{request_id}?retrain=true", headers=with_train).json()
+    assert (answer["status"], answer["not_retrained"]) == ("forgotten", {})
+    [job] = JobQueue(home.database).ls()
+    assert answer["retrainings"] == {"bot": job.id}
+    assert (job.state, job.recipe["start"], job.recipe["base"], job.root) == ("queued", "base", "new:tiny", "/data")
+    assert job.created_by is not None
+
+
+def learned(request_id):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok", "weight": 1}]
+    return {"id": request_id, "source": "conversations", "messages": messages}
 
 
 @pytest.mark.parametrize("stream", [True, False])

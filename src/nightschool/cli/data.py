@@ -16,6 +16,7 @@ from nightschool.data.sources.load import Loaded, read_file
 from nightschool.errors import Damaged, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.erasure import erase, traces_of
+from nightschool.feedback.retraining import retrain as train_anew
 from nightschool.feedback.selection import select_loaded
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.starting_weights import starting_weights
@@ -111,14 +112,15 @@ def _check_shards(folder: Path) -> int:
     return 1 if damaged else 0
 
 
-def forget(request_id: str, /, *, yes: bool = False) -> None:
+def forget(request_id: str, /, *, retrain: bool = False, yes: bool = False) -> None:
     """Delete a kept conversation, its copies in the data of runs, and what later nights would replay of it.
 
     Versions that studied it, and those that grew from them, keep what they learned and are marked as tainted: roll back,
-    or train anew.
+    or train anew, which --retrain queues.
 
     Args:
         request_id: The id that the answer came with.
+        retrain: Queue a job for each tainted name that trains it without the conversation, from clean weights.
         yes: Do not ask.
     """
     home = Home.find()
@@ -132,8 +134,14 @@ def forget(request_id: str, /, *, yes: bool = False) -> None:
     text = f"Deleted {request_id}, and {replayed} examples that would have been replayed."
     if traces.versions:
         text += f" Tainted: {', '.join(traces.versions)}."
-    data = {"forgotten": request_id, "accepted_examples_deleted": replayed}
-    answer(data | {"runs": list(traces.runs), "tainted": list(traces.versions)}, text, quiet=request_id)
+    data: dict[str, Any] = {"forgotten": request_id, "accepted_examples_deleted": replayed}
+    data |= {"runs": list(traces.runs), "tainted": list(traces.versions)}
+    if retrain:
+        anew = train_anew(home, traces, source="cli")
+        data |= anew.to_json()
+        text += "".join(f"\n{name} is trained anew by {job}." for name, job in anew.jobs.items())
+        text += "".join(f"\n{name} is not trained anew: {why}" for name, why in anew.without.items())
+    answer(data, text, quiet=request_id)
 
 
 def _recipe(source: Path, overrides: tuple[str, ...]) -> Recipe | None:

@@ -302,6 +302,10 @@ class Recipe(Section):
         ...,
         description="Starting weights: a hub id, ./folder, ./file.gguf, name@version of the registry, or new:<preset>.",
     )
+    start: Literal["champion", "base"] = Field(
+        "champion",
+        description="champion: where the name has one that grew from `base`, begin with it; base: begin with `base` each time.",
+    )
     from_checkpoint: NotBlank | None = Field(
         None,
         description="Begin a new run with the weights of a checkpoint of another: a folder, RUN/CHECKPOINT, or RUN for its newest; "

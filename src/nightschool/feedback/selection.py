@@ -246,9 +246,11 @@ def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
 
 
 def fingerprint_of(recipe: Recipe, selection: Selection) -> str:
-    """A digest of all that the outcome depends on. When and how it is served changes nothing."""
+    """A digest of all that the outcome depends on. When and how it is served, or done as a job, changes nothing."""
     plain = recipe.as_plain()
-    settings = {key: value for key, value in plain.items() if key not in ("schedule", "serve", "data", "base")}
+    settings = {
+        key: value for key, value in plain.items() if key not in ("schedule", "serve", "jobs", "start", "data", "base")
+    }
     return _digest({"base": recipe.base, "settings": settings, "data": selection.fingerprint})
 
 

@@ -68,7 +68,7 @@ class CycleRecord:
 
     @staticmethod
     def path(run: Run) -> Path:
-        return run.path / "cycle.json"
+        return run.cycle_path
 
     @classmethod
     def read(cls, run: Run) -> CycleRecord:

@@ -21,7 +21,7 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     """
     champion = Registry(home).champion(recipe.name)
     # Some begin from scratch each time, unless the recipe's base says otherwise.
-    anew = not DATA_PLANS[recipe.method].continues or recipe.from_checkpoint is not None
+    anew = not DATA_PLANS[recipe.method].continues or recipe.from_checkpoint is not None or recipe.start == "base"
     if champion is None or anew or recipe.base.startswith(f"{recipe.name}@"):
         return recipe.base
     run = RunStore(home).which_made(champion)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from nightschool.feedback.conversations import ConversationStore, Rating
 from nightschool.feedback.erasure import Traces, erase, traces_of
+from nightschool.feedback.retraining import Retraining, retrain
 from nightschool.server.errors import Refusal
 from nightschool.server.metrics import Metrics
 from nightschool.store.principal import Principal
@@ -90,15 +91,23 @@ class Recorder:
         """Where an exchange went; the errors are those of `feedback`."""
         return await self._run(lambda kept: traces_of(kept.home, kept.get(request_id, **_whose(principal))))
 
-    async def forget(self, request_id: str, principal: Principal) -> Traces:
-        """Remove an exchange, its feedback and its copies, and mark the versions that may know it. Returns where it was.
+    async def forget(
+        self, request_id: str, principal: Principal, *, anew: bool = False
+    ) -> tuple[Traces, Retraining | None]:
+        """Remove an exchange, its feedback and its copies, and mark the versions that may know it.
+
+        Returns where it was, and with `anew` what was queued to train the marked names without it.
 
         Raises:
             NotFound, Refusal: As `feedback`.
             Conflict: If a run that holds it is at work.
         """
-        found, _ = await self._run(lambda kept: erase(kept.home, request_id, **_whose(principal)))
-        return found
+
+        def work(kept: ConversationStore) -> tuple[Traces, Retraining | None]:
+            found, _ = erase(kept.home, request_id, **_whose(principal))
+            return found, retrain(kept.home, found, source="api", created_by=principal.key) if anew else None
+
+        return await self._run(work)
 
     async def _run(self, what: Callable[[ConversationStore], Result]) -> Result:
         if self._conversations is None:

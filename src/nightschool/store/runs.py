@@ -134,6 +134,11 @@ class Run:
         return self.path / "run.lock"
 
     @property
+    def cycle_path(self) -> Path:
+        """What one stage of its cycle leaves for the next, if a cycle began it."""
+        return self.path / "cycle.json"
+
+    @property
     def stop_path(self) -> Path:
         """Here lies what somebody asked of this run, and of no other that its process trains: to stop."""
         return self.path / "stop.json"

@@ -67,7 +67,7 @@ class Guard:
         principal = await self._principal_of(sent, address) if sent else None
         if principal is not None:
             state["principal"] = principal
-            _check_scope(principal, rule_of(method, template))
+            check_scope(principal, rule_of(method, template))
         elif self._keyring.was_needed:
             raise _no_entry(
                 "The API key is not known, or was revoked, or has expired" if sent else "There is no API key"
@@ -133,7 +133,12 @@ def _key_of(headers: Headers) -> str:
     return headers.get("x-api-key") or (value.strip() if scheme.lower() == "bearer" else "")
 
 
-def _check_scope(principal: Principal, rule: Rule) -> None:
+def check_scope(principal: Principal, rule: Rule) -> None:
+    """Refuse a key that lacks what a rule asks for.
+
+    Raises:
+        Refusal: 403.
+    """
     if rule.operator and principal.tenant != DEFAULT_TENANT:
         message = "This tells of everybody's requests, so only keys of the default tenant may ask for it."
         raise Refusal(403, message, "operators_only")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
+from nightschool.server.middleware.auth import check_scope
+from nightschool.server.middleware.route_rules import Rule
 from nightschool.server.service import OwnerOf, PrincipalOf, ServiceOf
 
 router = APIRouter(prefix="/api", tags=["Feedback"], route_class=BodyRoute)
@@ -49,6 +51,12 @@ class Forgotten(Traces):
     """The exchange is gone, with its feedback and its copies; the versions are marked as tainted."""
 
     status: Literal["forgotten"]
+    retrainings: dict[str, str] = Field(
+        default_factory=dict, description="With `retrain`: the job that trains each marked name anew."
+    )
+    not_retrained: dict[str, str] = Field(
+        default_factory=dict, description="With `retrain`: why a marked name has no such job."
+    )
 
 
 @router.post("/feedback", response_model=FeedbackKept, responses=problems(400, 404, 408, 409, 413, 422))
@@ -68,11 +76,22 @@ async def traces(request_id: str, service: ServiceOf, principal: PrincipalOf) ->
     return JSONResponse((await service.recorder.traces(request_id, principal)).to_json())
 
 
-@router.delete("/conversations/{request_id}", response_model=Forgotten, responses=problems(404, 409))
-async def forget(request_id: str, service: ServiceOf, principal: PrincipalOf) -> Response:
+@router.delete("/conversations/{request_id}", response_model=Forgotten, responses=problems(403, 404, 409, 422))
+async def forget(
+    request_id: str,
+    service: ServiceOf,
+    principal: PrincipalOf,
+    *,
+    retrain: Annotated[
+        bool, Query(description="Queue a job for each marked name that trains it without the exchange.")
+    ] = False,
+) -> Response:
     """Forget one exchange, its feedback, and its copies in the data of runs. Versions that may know it are tainted.
 
-    With keys, the key that asked may, and one of its tenant with the scope `admin`. 409 while a run is learning it.
+    With keys, the key that asked may, and one of its tenant with the scope `admin`; with `retrain` it needs the scope `train`,
+    too. 409 while a run is learning it.
     """
-    found = await service.recorder.forget(request_id, principal)
-    return JSONResponse(found.to_json() | {"status": "forgotten"})
+    if retrain:
+        check_scope(principal, Rule("train"))
+    found, anew = await service.recorder.forget(request_id, principal, anew=retrain)
+    return JSONResponse(found.to_json() | {"status": "forgotten"} | (anew.to_json() if anew is not None else {}))
