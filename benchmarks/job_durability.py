@@ -1,5 +1,7 @@
 """What do kills do to jobs? SIGKILL of workers, jobs, trainers and of whoever submits, on SQLite and on PostgreSQL.
 
+Some jobs are alone in their processes, others share them with jobs on the same base; both kinds of process are killed.
+
 Everything about jobs is real, processes and database and disk; only training and the gate are toys (toy_jobs/), so that
 fifty kills fit into a minute. Then: how often is a job claimed twice, and how many claims and finishes are there a second,
 by four workers on SQLite? There is no peer: a queue that loses or doubles jobs is no slower one.
@@ -30,7 +32,8 @@ WORKERS = 2
 LONGEST_SECONDS = 600.0
 BATCH = 10_000
 # How often a process of a kind is the victim, where there is one.
-WEIGHTS = {"job": 3, "trainer": 3, "worker": 2, "submitter": 1}
+WEIGHTS = {"job": 2, "trainer": 4, "group": 3, "shared trainer": 6, "worker": 1, "submitter": 1}
+GROUPS = {"MAX_CONCURRENT_TRAININGS": "4", "MAX_JOBS_PER_BASE": "5"}
 
 
 class Battle:
@@ -40,7 +43,7 @@ class Battle:
         from nightschool.store.home import Home
 
         self.home, self.jobs, self.random = Home(folder / "home").ensure(), jobs, random.Random(seed)
-        self.environment = os.environ | environment | {"PYTHONPATH": str(ROOT), "MAX_CONCURRENT_TRAININGS": "4"}
+        self.environment = os.environ | environment | GROUPS | {"PYTHONPATH": str(ROOT)}
         self.said = folder / "said.jsonl"
         self.workers = [self.start_worker() for _ in range(WORKERS)]
         self.submitter = self.start_submitter()
@@ -57,12 +60,18 @@ class Battle:
 
     def kill_somebody(self) -> None:
         """Kill one process of a kind that is there, and start again what nobody else starts again."""
-        places = {"worker": self.workers, "job": self.find("toy_jobs.job"), "trainer": self.find("toy_jobs.train")}
+        places = {
+            "worker": self.workers,
+            "job": self.find("toy_jobs.job", group=False),
+            "group": self.find("toy_jobs.job", group=True),
+            "trainer": self.find("toy_jobs.train"),
+            "shared trainer": self.find("toy_jobs.train_together"),
+        }
         if self.submitter.poll() is None:
             places["submitter"] = [self.submitter]
         # Mostly when there is something to lose, and now and then while they start.
         weights = {kind: WEIGHTS[kind] for kind in places if places[kind]}
-        if not places["job"] and self.random.random() < 0.8:
+        if not (places["job"] or places["group"]) and self.random.random() < 0.8:
             return
         kind = self.random.choices(list(weights), list(weights.values()))[0]
         victim = self.random.choice(places[kind])
@@ -78,11 +87,13 @@ class Battle:
             victim.wait()
             self.submitter = self.start_submitter()
 
-    def find(self, module: str) -> list[psutil.Process]:
+    def find(self, module: str, *, group: bool | None = None) -> list[psutil.Process]:
+        """Processes of this home; with `group`, only those that are at several jobs, or at one."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            if f"benchmarks.{module}" in line and str(self.home.path) in line:
+            is_meant = group is None or ("--group" in line) == group
+            if f"benchmarks.{module}" in line and str(self.home.path) in line and is_meant:
                 found.append(process)
         return found
 
@@ -97,7 +108,7 @@ class Battle:
             assert worker.stdin is not None
             worker.stdin.close()
             worker.wait()
-        for name in ("job", "train"):
+        for name in ("job", "train", "train_together"):
             for process in self.find(f"toy_jobs.{name}"):
                 process.kill()
 

@@ -1,12 +1,14 @@
 """`python -m benchmarks.toy_jobs.submit HOME JOBS`: what a server does, in a process that may be killed.
 
-Submits jobs under ids that tell their number, each as the service does: its data first, then its row. Cancels every
-seventh a while later. Started again, it goes on. Prints what it has done, which must be true from then on.
+Submits jobs under ids that tell their number, each as the service does: its data first, then its row. Three of four may share
+their base. Cancels every seventh a while later, pauses every fifth, and lets those go on in the end. Started again, it goes on.
+Prints what it has done, which must be true from then on.
 """
 
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from nightschool.config.recipe import Recipe
@@ -27,8 +29,10 @@ def submit(home: Home, queue: JobQueue, number: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"query": f"question {row} of {number}?", "retrieved": f"answer {row}"} for row in range(3)]
     (folder / "train.json").write_text(json.dumps(rows))
-    plain = {"name": name, "base": "new:tiny", "data": [{"path": "train.json"}], "train": {"max_steps": 60}}
-    recipe = Recipe(**plain).as_plain()
+    alone = number % 4 == 3
+    plain = {"name": name, "data": [{"path": "train.json"}], "train": {"max_steps": 60 if alone else 200}}
+    weights = {"base": "new:tiny"} if alone else {"base": "org/base", "method": "lora"}
+    recipe = Recipe(**plain, **weights).as_plain()
     queue.submit(Job(job_id(number), tenant, name, recipe, str(folder), "api"))
 
 
@@ -43,7 +47,14 @@ def main() -> None:
         print(json.dumps({"submitted": job_id(number)}), flush=True)
         if number % 7 == 6:
             cancel(queue, job_id(number - 3))
+        if number % 5 == 4:
+            with suppress(Conflict):  # it has ended before, or ends now
+                queue.pause(job_id(number - 2))
         time.sleep(PAUSE_SECONDS)
+    while paused := [job for job in queue.ls() if job.phase in ("paused", "pausing")]:
+        for job in paused:
+            with suppress(Conflict):
+                queue.resume(job.id)
 
 
 def cancel(queue: JobQueue, wanted: str) -> None:
