@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from nightschool.layers import loss as loss_module
 from nightschool.layers.forward import document_loss, prepare
-from nightschool.layers.loss import chunked_cross_entropy
+from nightschool.layers.loss import chunked_cross_entropy, cross_entropy_of_parts
 from nightschool.models.build import build_model
 from tests.support.documents import documents_of
 from tests.support.training_setups import NUM_THREADS
@@ -227,3 +227,22 @@ def test_a_chunk_of_logits_stays_within_its_bytes():
         tokens = loss_module.chunk_tokens_for(vocab_size)
         assert 256 <= tokens <= 1024
         assert tokens * vocab_size * 4 <= max(loss_module.CHUNK_BYTES, 256 * vocab_size * 4)
+
+
+def test_parts_end_to_end_get_what_each_gets_alone():
+    """Also beside a part that is not a number."""
+    torch.manual_seed(0)
+    sizes, head = [5, 1, 9], nn.Linear(6, 11).requires_grad_(False)
+    hidden, labels, weights = torch.randn(15, 6), torch.randint(0, 11, (15,)), torch.rand(15).round(decimals=1)
+    hidden[5] = float("nan")
+    together, counters = hidden.clone().requires_grad_(), torch.zeros(3, dtype=torch.int64)
+    sums = cross_entropy_of_parts(together, head, labels, weights, sizes, counters)
+    sums.backward(torch.tensor([1.0, 1.0, 0.5]))
+    for number, (start, end) in enumerate([(0, 5), (6, 15)]):
+        alone, counter = hidden[start:end].clone().requires_grad_(), torch.zeros((), dtype=torch.int64)
+        wanted, _ = chunked_cross_entropy(alone, head, labels[start:end], weights[start:end], likeliest=counter)
+        (wanted * (1.0, 0.5)[number]).backward()
+        torch.testing.assert_close(sums[2 * number], wanted)
+        torch.testing.assert_close(together.grad[start:end], alone.grad)
+        assert counters[2 * number] == counter
+    assert sums[1].isnan()

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, DocumentLayout, lay_out, packed_arguments, side_by_side
-from nightschool.layers.loss import chunked_cross_entropy, chunked_token_losses, labels_likeliest, token_losses
+from nightschool.layers.loss import (
+    chunked_cross_entropy,
+    chunked_token_losses,
+    cross_entropy_of_parts,
+    labels_likeliest,
+    token_losses,
+)
 
 # Of each document of the probe: what a convolution over 4 tokens reaches, and what lies beyond a window.
 _BEGIN_TOKENS = 3
@@ -120,12 +126,12 @@ def document_loss(
     return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens, likeliest)
 
 
-def losses_of_batches(model: nn.Module, batches: Sequence[Documents], likeliest: Sequence[Tensor]) -> list[Tensor]:
-    """What `document_loss` says of each batch, a scalar for each, from one pass over all of them.
+def losses_of_batches(model: nn.Module, batches: Sequence[Documents], likeliest: Sequence[Tensor]) -> Tensor:
+    """What `document_loss` says of each batch, one number for each [P], from one pass over all of them.
 
     `likeliest` has the counter of each batch.
 
-    For a path that is packed and whose head is everything. No number of one batch reaches another one, not even a NaN, as
+    For a path that is packed, and a plain frozen head that is everything. No number of one batch reaches another one, not even a NaN, as
     long as no layer of the model mixes tokens but by attention; tokens run in the order of the batches, each in its own order.
     """
     device = batches[0].input_ids.device
@@ -136,13 +142,16 @@ def losses_of_batches(model: nn.Module, batches: Sequence[Documents], likeliest:
         for rows in ([batch.input_ids for batch in batches], [batch.position_ids for batch in batches])
     )
     hidden = _backbone(model)(**packed_arguments(whole, input_ids, position_ids)).last_hidden_state[0]
-    losses = []
-    parts = torch.split(hidden, [layout.num_tokens for layout in layouts])
-    for batch, layout, part, counter in zip(batches, layouts, parts, likeliest, strict=True):
-        labels, weights = batch.labels[0], batch.weights[0]
-        if layout.order is not None:
-            labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
-        losses.append(chunked_cross_entropy(part, _head(model), labels, weights, likeliest=counter)[0])
+    labels, weights = (
+        torch.cat(rows) for rows in ([batch.labels[0] for batch in batches], [batch.weights[0] for batch in batches])
+    )
+    if whole.order is not None:
+        labels, weights = labels.index_select(0, whole.order), weights.index_select(0, whole.order)
+    counted = torch.zeros(len(batches), dtype=torch.int64, device=device)
+    sizes = [layout.num_tokens for layout in layouts]
+    losses = cross_entropy_of_parts(hidden, cast(nn.Linear, _head(model)), labels, weights, sizes, counted)
+    for counter, number in zip(likeliest, counted, strict=True):
+        counter += number
     return losses
 
 

@@ -8,6 +8,7 @@ chunk of logits exists at a time, and only for tokens that carry loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,11 +53,29 @@ def chunked_cross_entropy(
     if type(head) is nn.Linear:
         chunk = chunk_tokens or chunk_tokens_for(head.out_features)
         total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled(), likeliest
+            hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled(), likeliest, None
         )
         return total, tokens
     losses_m = chunked_token_losses(hidden_nd[kept], head, labels, chunk_tokens, likeliest)
     return (losses_m * weights).sum(), tokens
+
+
+def cross_entropy_of_parts(
+    hidden_nd: Tensor, head: nn.Linear, labels_n: Tensor, weights_n: Tensor, sizes: Sequence[int], likeliest_p: Tensor
+) -> Tensor:
+    """What `chunked_cross_entropy` sums up, for each of the parts that lie end to end, of `sizes` tokens: [P].
+
+    The products run over all of them, and no number of one part reaches another one's sum or gradient. The head is frozen.
+    """
+    kept = ((weights_n > 0) & (labels_n >= 0)).nonzero().squeeze(1)
+    ends = torch.tensor(sizes, device=kept.device).cumsum(0)
+    parts_m = torch.searchsorted(ends, kept, right=True)
+    chunk = chunk_tokens_for(head.out_features)
+    sums: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_nd, head.weight, head.bias, kept, labels_n[kept], weights_n[kept], chunk, torch.is_grad_enabled(),
+        likeliest_p, parts_m,
+    )  # fmt: skip
+    return sums
 
 
 def chunked_token_losses(
@@ -109,7 +128,10 @@ def _softmax_dtype(x: Tensor) -> torch.dtype:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ weight · nll(hidden · Wᵀ + b) with gradients taken while the logits exist."""
+    """Σ weight · nll(hidden · Wᵀ + b) with gradients taken while the logits exist.
+
+    With `parts_m`, the part of each token, there is a sum for each part: as many as `likeliest` has counters.
+    """
 
     @staticmethod
     def forward(
@@ -123,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         with_gradient: bool,  # noqa: FBT001 - autograd functions take positions only
         likeliest: Tensor | None,
+        parts_m: Tensor | None,
     ) -> Tensor:
         device = hidden_nd.device.type
         accurate = _softmax_dtype(hidden_nd)
@@ -134,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden_md = torch.empty_like(hidden_md) if wants_hidden else None
             grad_weight = torch.zeros_like(weight_vd, dtype=accurate) if wants_weight else None
             grad_bias = torch.zeros_like(bias_v, dtype=accurate) if wants_bias and bias_v is not None else None
-            total = hidden_nd.new_zeros((), dtype=accurate)
+            total = hidden_nd.new_zeros(() if likeliest is None else likeliest.shape, dtype=accurate)
             for start in range(0, len(kept_m), chunk):
                 part = slice(start, start + chunk)
                 hidden, labels, scale = hidden_md[part], labels_m[part], weights_m[part].to(accurate)
@@ -144,10 +167,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chosen = logits.gather(1, labels[:, None])
                 peak = logits.amax(dim=1, keepdim=True)
                 if likeliest is not None:
-                    likeliest += (chosen >= peak).sum()
+                    _count(likeliest, (chosen >= peak).squeeze(1), None if parts_m is None else parts_m[part])
                 logits.sub_(peak).exp_()
                 partition = logits.sum(dim=1, keepdim=True)
-                total += ((partition.log() + peak - chosen).squeeze(1) * scale).sum()
+                losses = (partition.log() + peak - chosen).squeeze(1) * scale
+                _count(total, losses, None if parts_m is None else parts_m[part])
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
                 logits.mul_(scale[:, None] / partition)  # now the gradient of the logits, but for the labels' own part
@@ -162,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_weight += gradient.T @ hidden
                 if grad_bias is not None:
                     grad_bias += logits.sum(dim=0)
-        ctx.save_for_backward(grad_hidden_md, grad_weight, grad_bias, kept_m)
+        ctx.save_for_backward(grad_hidden_md, grad_weight, grad_bias, kept_m, parts_m)
         ctx.shape_and_dtypes = (
             hidden_nd.shape,
             hidden_nd.dtype,
@@ -174,15 +198,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_md, grad_weight, grad_bias, kept_m = ctx.saved_tensors
+        grad_hidden_md, grad_weight, grad_bias, kept_m, parts_m = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype, bias_dtype = ctx.shape_and_dtypes
         grad_hidden = None
         if grad_hidden_md is not None:
             grad_hidden = torch.zeros(shape, dtype=hidden_dtype, device=grad_hidden_md.device)
-            grad_hidden.index_copy_(0, kept_m, (grad_hidden_md * grad).to(hidden_dtype))
+            of_rows = grad if parts_m is None else grad[parts_m][:, None]
+            grad_hidden.index_copy_(0, kept_m, (grad_hidden_md * of_rows).to(hidden_dtype))
         return (
             grad_hidden,
             None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _count(sums: Tensor, values_k: Tensor, parts_k: Tensor | None) -> None:
+    """Add values to a scalar, or each to the sum of its part."""
+    if parts_k is None:
+        sums += values_k.sum()
+    else:
+        sums.index_add_(0, parts_k, values_k.to(sums.dtype))
