@@ -194,6 +194,27 @@ def test_beyond_the_bound_the_idle_name_that_was_asked_for_longest_ago_leaves(sc
     asyncio.run(story())
 
 
+def test_beyond_the_bytes_idle_names_leave_until_the_rest_fits(school):
+    sizes = {"a": 10, "b": 30, "c": 40, "d": 100}
+    for name in sizes:
+        school.publish(name)
+
+    def open_slot(key):
+        slot = school.open_slot(key)
+        slot.num_bytes = sizes[key]
+        return slot
+
+    async def story():
+        on_demand = OnDemand(open_slot, 8, most_bytes=80)
+        for name, expected in (("a", "a"), ("b", "ab"), ("c", "abc"), ("d", "d")):
+            await on_demand.load(name)
+            assert "".join(slot.name for slot in on_demand.slots()) == expected
+        assert on_demand.num_evicted == 3
+        await on_demand.close()
+
+    asyncio.run(story())
+
+
 def test_a_name_can_be_unloaded_and_is_loaded_again_when_it_is_asked_for(school):
     school.publish("bot")
 

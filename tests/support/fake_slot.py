@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nightschool.data.chat.render import ensure_template
 from nightschool.engine.binding import Binding
+from nightschool.engine.host_tier import HostTier
 from nightschool.engine.request import Chunk, GenerationRequest, TokenLogprob, Usage
 from nightschool.errors import NotLoaded, PromptTooLong, QueueFull
 from nightschool.store.versions import VersionMetadata
@@ -158,6 +159,8 @@ class FakeSlot:
         self.closed = False
         self.merged = False
         self.refreshes = 0
+        self.num_bytes = 0
+        self.host = HostTier(0)
         self.loading = threading.Event()
 
     @property
@@ -197,7 +200,7 @@ class FakeSlot:
         changed, self.merged = merged != self.merged, merged
         return changed
 
-    def close(self, *, drain: bool = False) -> None:
+    def close(self, *, drain: bool = False, keep: bool = False) -> None:
         self.closed = True
         if self.current is not None:
             self.current.engine.closed = True

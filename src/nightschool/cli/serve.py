@@ -52,6 +52,8 @@ def serve(
     file_timeout_seconds: float = 600.0,
     max_new_tokens_limit: int = 8192,
     max_loaded_names: int = 256,
+    max_loaded_bytes: int | None = None,
+    max_host_bytes: int = 512_000_000,
     drain_seconds: float = 30.0,
     with_worker: bool = False,
     log_level: str | None = None,
@@ -94,6 +96,8 @@ def serve(
         file_timeout_seconds: Longest time a client may take to send a file.
         max_new_tokens_limit: Most tokens that one answer may be asked to have.
         max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
+        max_loaded_bytes: What their weights may take, bases under adapters apart; over it, the same. Unbounded without it.
+        max_host_bytes: What adapters that left may take in host memory, until they are asked for again.
         drain_seconds: How long running answers may take to finish after SIGTERM.
         with_worker: Start nightschool worker beside the server, which does the queued jobs and ends with it.
         log_level: debug, info, warning or error; LOG_LEVEL, or info, without it.
@@ -136,6 +140,8 @@ def serve(
             file_timeout_seconds=file_timeout_seconds,
             max_new_tokens_limit=max_new_tokens_limit,
             max_loaded_names=max_loaded_names,
+            max_loaded_bytes=max_loaded_bytes,
+            max_host_bytes=max_host_bytes,
             drain_seconds=drain_seconds,
             training_service=TrainingServiceSettings.of_environment(),
             log_level=(log_level or os.environ.get("LOG_LEVEL") or "info").lower(),

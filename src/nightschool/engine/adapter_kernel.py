@@ -78,10 +78,14 @@ class KernelFactors:
             self._table = torch.cat([self._table, torch.zeros(number, _ENTRY, dtype=torch.int64)])
         self._table[number] = torch.tensor([down_rc.data_ptr(), up_blocks.data_ptr(), rank])
 
-    def drop(self, number: int) -> None:
-        """Forget an adapter, if it is there."""
-        if self._factors.pop(number, None) is not None:
-            self._table[number] = 0
+    def drop(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Forget an adapter, and return what was put; None if it is not there."""
+        found = self._factors.pop(number, None)
+        if found is None:
+            return None
+        self._table[number] = 0
+        down_rc, up_blocks = found
+        return down_rc.t(), up_blocks.transpose(0, 1).flatten(1)
 
     def __len__(self) -> int:
         return len(self._factors)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name under which everybody knows it
 from torch import Tensor
 
-_MOST_ROWS = 64
-"""Rows of a piece, at most: what is filled up is computed in vain."""
+# Rows of a piece; and as how many rows it counts to fetch the factors for one.
+_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+_PIECE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def pieces(rows_of: Sequence[tuple[int, Sequence[int]]], like: Tensor) -> Pieces
     if not rows_of:
         return None
     rows_of = sorted(rows_of)
-    mean = sum(len(rows) for _, rows in rows_of) / len(rows_of)
-    length = next(length for length in (1, 2, 4, 8, 16, 32, _MOST_ROWS) if length >= min(mean, _MOST_ROWS))
+    counts = [len(rows) for _, rows in rows_of]
+    length = min(_LENGTHS, key=lambda length: sum(-(-count // length) for count in counts) * (length + _PIECE_ROWS))
     whose, cut, filled = [], [], []
     for place, (_, rows) in enumerate(rows_of):
         for start in range(0, len(rows), length):
@@ -77,10 +78,10 @@ class TorchFactors:
         self._factors[number] = down, up
         self._stacked = None
 
-    def drop(self, number: int) -> None:
-        """Forget an adapter, if it is there."""
-        self._factors.pop(number, None)
+    def drop(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Forget an adapter, and return what was put; None if it is not there."""
         self._stacked = None
+        return self._factors.pop(number, None)
 
     def __len__(self) -> int:
         return len(self._factors)

@@ -48,8 +48,8 @@ class Factors(Protocol):
         """Keep [in, r] and [r, out]."""
         ...
 
-    def drop(self, number: int) -> None:
-        """Forget an adapter, if it is there."""
+    def drop(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Forget an adapter, and return what was put; None if it is not there."""
         ...
 
     def __len__(self) -> int:
@@ -129,14 +129,18 @@ class AdapterTable:
             layer.factors.put(number, down.to(self._like), up.to(self._like))
         return number
 
-    def remove(self, number: int) -> None:
-        """Let an adapter go."""
+    def remove(self, number: int) -> LoraWeights:
+        """Let an adapter go, and return what it was."""
         self._numbers.discard(number)
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
         for path, layer in list(self._layers.items()):
-            layer.factors.drop(number)
+            dropped = layer.factors.drop(number)
+            if dropped is not None:
+                factors[path] = dropped
             if not len(layer.factors):
                 self._replace(path, layer.layer)
                 del self._layers[path]
+        return LoraWeights(factors)
 
     def begin(self, context: StepContext | None, wanted: Sequence[int] | None) -> None:
         """Say whose the tokens of the next step are, and of which of them logits are wanted (None: of all)."""

@@ -54,6 +54,7 @@ class _Resident:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     stop_ids: Collection[int]
+    num_bytes: int
     is_open: bool = True
     num_holders: int = 0
     num_active: int = 0
@@ -126,7 +127,8 @@ class Engine:
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self._residents: dict[str | None, _Resident] = {}
-        self._residents[None] = self._resident(0, loaded.tokenizer)
+        weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+        self._residents[None] = self._resident(0, loaded.tokenizer, weights)
         free = free_bytes(next(loaded.model.parameters()).device)
         self._runner = ModelRunner(loaded.model, layout_bytes=int(free * _LAYOUT_SHARE), packed_folder=packed_folder)
         facts = {"base": base, "layers": self._runner.layouts}
@@ -178,16 +180,19 @@ class Engine:
                 self._answered.notify_all()
                 return binding
         assert adapter is not None, "the base alone is always known"
-        resident = self._resident(self._runner.add_adapter(adapter.weights), adapter.tokenizer)
+        number = self._runner.add_adapter(adapter.weights)
+        resident = self._resident(number, adapter.tokenizer, adapter.weights.num_bytes)
         resident.num_holders = 1
         with self._lock:
             self._residents[binding.adapter] = resident
         return binding
 
-    def retire(self, binding: Binding, *, drain: bool = True, timeout_seconds: float | None = None) -> None:
+    def retire(
+        self, binding: Binding, *, drain: bool = True, timeout_seconds: float | None = None
+    ) -> UnmergedAdapter | None:
         """Take no more requests of a binding, whoever the tenant, and let its adapter go once all are answered.
 
-        While others hold it open, nothing changes.
+        While others hold it open, nothing changes. Returns the adapter that has gone; None where none has.
 
         Args:
             binding: One that `open` returned.
@@ -198,7 +203,7 @@ class Engine:
             resident = self._residents[binding.adapter]
             resident.num_holders = max(0, resident.num_holders - 1)
             if resident.num_holders:
-                return
+                return None
             resident.is_open = False
 
             def is_over() -> bool:
@@ -211,18 +216,19 @@ class Engine:
         with self._lock:
             self._answered.wait_for(is_over)
             if resident.is_open or binding.adapter is None or self._residents.get(binding.adapter) is not resident:
-                return
+                return None
             del self._residents[binding.adapter]
-        self._runner.remove_adapter(resident.number)
+        weights = self._runner.remove_adapter(resident.number)
         if self._prefix is not None:
             COMPUTE.call(partial(self._prefix.drop, binding.adapter))
+        return UnmergedAdapter(binding.adapter, resident.tokenizer, weights)
 
-    def _resident(self, number: int, tokenizer: PreTrainedTokenizerBase) -> _Resident:
+    def _resident(self, number: int, tokenizer: PreTrainedTokenizerBase, num_bytes: int) -> _Resident:
         generation_config = getattr(self.loaded.model, "generation_config", None)
         # A copy, because others come and go meanwhile.
         alike = (one.vocabulary for one in list(self._residents.values()) if one.tokenizer is tokenizer)
         vocabulary = next(alike, None) or Vocabulary(tokenizer)
-        return _Resident(number, tokenizer, vocabulary, stop_token_ids(tokenizer, generation_config))
+        return _Resident(number, tokenizer, vocabulary, stop_token_ids(tokenizer, generation_config), num_bytes)
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.
@@ -266,6 +272,12 @@ class Engine:
         """How many requests wait, and how many are being answered."""
         with self._lock:
             return self._scheduler.num_waiting, self._scheduler.num_running
+
+    def num_bytes(self, binding: Binding) -> int:
+        """What the weights of a base, or of an adapter alone, take."""
+        with self._lock:
+            resident = self._residents.get(binding.adapter)
+            return resident.num_bytes if resident is not None else 0
 
     def num_active(self, binding: Binding) -> int:
         """How many requests to a base or an adapter are not yet answered, whoever the tenant."""

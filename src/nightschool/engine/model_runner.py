@@ -100,9 +100,9 @@ class ModelRunner:
         """
         return COMPUTE.call(lambda: self._add_adapter(weights))
 
-    def remove_adapter(self, number: int) -> None:
-        """Let an adapter go that no step names any more."""
-        COMPUTE.call(lambda: self._adapters.remove(number))
+    def remove_adapter(self, number: int) -> LoraWeights:
+        """Let an adapter go that no step names any more, and return what it was."""
+        return COMPUTE.call(lambda: self._adapters.remove(number))
 
     def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf, context: StepContext | None = None) -> Tensor:
         """Read the tokens of all spans, keep their keys and values, and return logits [S,V] of the spans that answer.

@@ -22,6 +22,7 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.capacity import needed_bytes
 from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
+from nightschool.engine.host_tier import HostTier
 from nightschool.engine.packed_cache import folder_of
 from nightschool.engine.proofs import Proofs
 from nightschool.engine.request import GenerationRequest, SamplingParams
@@ -84,6 +85,7 @@ class EnginePool:
         dtype: Of the parameters.
         device: Where they go.
         merge_adapters: Whether every adapter is merged into a copy of its base: as fast as a base, and as large.
+        host_bytes: What adapters that have left their engine may take in host memory, until they are asked for again.
         engine: Settings of every `Engine`, such as `num_rows`.
     """
 
@@ -94,6 +96,7 @@ class EnginePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         merge_adapters: bool = False,
+        host_bytes: int = 0,
         **engine: Any,
     ) -> None:
         self.home = home
@@ -104,6 +107,7 @@ class EnginePool:
         self._engines: dict[str, Engine] = {}
         self._holders: dict[str, int] = {}
         self.proofs = Proofs(home)
+        self.host = HostTier(host_bytes)
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
@@ -154,9 +158,16 @@ class EnginePool:
             with self._held(found.ref, load, stage) as engine:
                 return BoundEngine(engine.open(), engine, engine.loaded.tokenizer)
 
-    def close(self, bound: BoundEngine, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
-        """Let go of an engine, which ends if nothing else stands on it; `drain` answers first what was taken."""
-        bound.engine.retire(bound.binding, drain=drain, timeout_seconds=timeout_seconds)
+    def close(
+        self, bound: BoundEngine, *, drain: bool = False, timeout_seconds: float | None = None, keep: bool = False
+    ) -> None:
+        """Let go of an engine, which ends if nothing else stands on it; `drain` answers first what was taken.
+
+        `keep` leaves the adapter of a version in host memory, as far as there is room.
+        """
+        adapter = bound.engine.retire(bound.binding, drain=drain, timeout_seconds=timeout_seconds)
+        if keep and adapter is not None and isinstance(bound, Generation):
+            self.host.put(adapter)
         self._let_go(bound.engine)
 
     def _base_apart(self, found: Located, *, merged: bool) -> str | None:
@@ -171,7 +182,7 @@ class EnginePool:
         load = partial(load_base, base, self.home, dtype=self.dtype, device=self.device)
         with self._held(base, load, stage) as engine:
             with stage("load"):
-                adapter = load_unmerged(found, engine.loaded)
+                adapter = self.host.take(found.ref) or load_unmerged(found, engine.loaded)
             with stage("warm_up"):
                 return BoundEngine(engine.open(adapter), engine, adapter.tokenizer)
 

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from nightschool.engine.capacity import free_bytes
+from nightschool.engine.host_tier import HostTier
 from nightschool.engine.pool import EnginePool, Generation, Stage
 from nightschool.errors import Conflict, SwapFailed
 from nightschool.models.unmerged import NeedsMerging
@@ -83,6 +84,16 @@ class Slot:
     def is_idle(self) -> bool:
         """Whether everything that was asked of it is answered."""
         return all(g is None or not g.engine.num_active(g.binding) for g in (self._current, self._previous))
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weights take that leave with this slot: its adapters, or weights of its own; not a base under adapters."""
+        return sum(g.engine.num_bytes(g.binding) for g in (self._current, self._previous) if g is not None)
+
+    @property
+    def host(self) -> HostTier:
+        """Where its adapters go that leave it to be asked for again; shared with the other slots of its pool."""
+        return self._pool.host
 
     def swap(self, ref: str, *, commit: Callable[[], object] | None = None) -> SwapReport:
         """Serve another version.
@@ -152,15 +163,17 @@ class Slot:
             current = self._current
             return (current is None or current.version.ref != wanted.ref) and self._swap(wanted.ref).changed
 
-    def close(self, *, drain: bool = False, timeout_seconds: float | None = None) -> None:
-        """End all generations; `drain` answers first what was taken."""
+    def close(self, *, drain: bool = False, timeout_seconds: float | None = None, keep: bool = False) -> None:
+        """End all generations; `drain` answers first what was taken, `keep` leaves the present adapter in host memory."""
         with self._swapping:
             self._is_closed = True
             with self._pointer:
-                generations = [g for g in (self._current, self._previous) if g is not None]
+                current, previous = self._current, self._previous
                 self._current = self._previous = None
-            for generation in generations:
-                self._pool.close(generation, drain=drain, timeout_seconds=timeout_seconds)
+            for generation in (current, previous):
+                if generation is not None:
+                    kept = keep and generation is current
+                    self._pool.close(generation, drain=drain, timeout_seconds=timeout_seconds, keep=kept)
 
     def _swap(
         self, ref: str, *, is_trusted: bool = False, again: bool = False, commit: Callable[[], object] | None = None

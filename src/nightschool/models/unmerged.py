@@ -49,6 +49,10 @@ class LoraWeights:
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(down.nbytes + up.nbytes for down, up in self.factors.values())
+
 
 @dataclass(frozen=True)
 class UnmergedAdapter:

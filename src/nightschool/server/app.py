@@ -89,7 +89,9 @@ def create_app(
     if settings.record_conversations and conversations is None:
         raise UsageError("record_conversations is on, but there is no store of conversations. Serve from a home.")
     access = AccessStore(settings, None if registry is None else registry.home.database)
-    on_demand = OnDemand(open_slot, settings.max_loaded_names) if open_slot is not None else None
+    on_demand = (
+        OnDemand(open_slot, settings.max_loaded_names, settings.max_loaded_bytes) if open_slot is not None else None
+    )
     names = ServedNames(slots, on_demand, registry)
     metrics = Metrics(names)
     service = Service(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from nightschool.server.served_names import ServedNames
 
@@ -69,6 +69,23 @@ class _SlotGauges:
                 version.add_metric([], {"name": name, "version": generation.version.id})
         yield loaded
         yield version
+        loaded_bytes = sum(slot.num_bytes for slot in self._names)
+        on_demand = self._names.on_demand
+        num_host, host_bytes, num_dropped = self._names.first.host.load()
+        evicted = CounterMetricFamily(
+            "nightschool_evictions", "Names that left a tier because others needed the room.", labels=["tier"]
+        )
+        evicted.add_metric(["device"], 0 if on_demand is None else on_demand.num_evicted)
+        evicted.add_metric(["host"], num_dropped)
+        yield evicted
+        adapters = {(id(g.engine), g.binding.adapter) for _, g in serving if g is not None and g.binding.adapter}
+        for name, what, value in (
+            ("loaded_adapters", "Adapters that are served apart from their base.", len(adapters)),
+            ("loaded_bytes", "Weights of the names that are loaded, bases under adapters apart.", loaded_bytes),
+            ("host_adapters", "Adapters that left, and are kept in host memory.", num_host),
+            ("host_bytes", "What these take.", host_bytes),
+        ):
+            yield GaugeMetricFamily(f"nightschool_{name}", what, value=value)
         # Names on one base share an engine, which counts once.
         loads = [engine.load() for engine in {id(g.engine): g.engine for _, g in serving if g is not None}.values()]
         yield GaugeMetricFamily(

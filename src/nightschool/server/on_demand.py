@@ -28,11 +28,14 @@ class OnDemand:
     Args:
         open_slot: Makes the empty slot of a key.
         most: Slots that stay open; over it, the idle one that was asked for longest ago is closed. Busy ones stay.
+        most_bytes: What their weights may take; over it, the same. The newest one stays, whatever it takes.
     """
 
-    def __init__(self, open_slot: Callable[[str], Slot], most: int) -> None:
+    def __init__(self, open_slot: Callable[[str], Slot], most: int, most_bytes: int | None = None) -> None:
         self._open_slot = open_slot
         self._most = most
+        self._most_bytes = most_bytes
+        self.num_evicted = 0
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Slot]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -103,20 +106,24 @@ class OnDemand:
             log.error("a model could not be loaded", extra={"facts": {"model": key, "error": str(task.exception())}})
 
     def _close_idle(self) -> None:
+        num_bytes = {key: slot.num_bytes for key, slot in self._slots.items()}
         # The newest is what somebody waits for.
         for key in list(self._slots)[:-1]:
-            if len(self._slots) <= self._most:
+            fits = self._most_bytes is None or sum(num_bytes.values()) <= self._most_bytes
+            if len(self._slots) <= self._most and fits:
                 return
             if self._slots[key].is_idle:
-                self._later(self._close(self._slots.pop(key)))
+                del num_bytes[key]
+                self.num_evicted += 1
+                self._later(self._close(self._slots.pop(key), keep=True))
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _close(self, slot: Slot) -> None:
-        await self._on_thread(partial(slot.close, drain=True))
+    async def _close(self, slot: Slot, *, keep: bool = False) -> None:
+        await self._on_thread(partial(slot.close, drain=True, keep=keep))
 
     async def _on_thread(self, work: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -55,7 +55,7 @@ def serve(
         conversations = ConversationStore(home.database.connect()) if settings.record_conversations else None
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
-        pool = EnginePool(home, **chosen)
+        pool = EnginePool(home, host_bytes=settings.max_host_bytes, **chosen)
 
         def open_slot(key: str) -> Slot:
             name, _, version = key.partition("@")

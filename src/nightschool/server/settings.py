@@ -82,6 +82,17 @@ class ServerSettings(BaseModel):
         ge=1,
         description="Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.",
     )
+    max_loaded_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="What their weights may take where they are computed with, bases under adapters apart; over it, the same. "
+        "Null is unbounded.",
+    )
+    max_host_bytes: int = Field(
+        512_000_000,
+        ge=0,
+        description="What adapters that left in this way may take in host memory, until they are asked for again.",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
     training_service: TrainingServiceSettings = Field(
         default_factory=TrainingServiceSettings, description="What the training service allows, and its defaults."

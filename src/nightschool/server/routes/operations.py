@@ -46,6 +46,8 @@ class Settings(BaseModel):
     name: str = Field(..., description="The first of `models`, which answers where no model is named.")
     models: list[ServedModel] = Field(..., description="Those that are loaded, where names are loaded on demand.")
     max_loaded_names: int | None = Field(..., description="Null where nothing is loaded on demand.")
+    max_loaded_bytes: int | None
+    max_host_bytes: int
     record_conversations: bool
     model_check_interval_seconds: float
     max_body_bytes: int
@@ -102,6 +104,8 @@ async def settings(service: ServiceOf, principal: PrincipalOf) -> Response:
             "name": first.name,
             "models": models,
             "max_loaded_names": chosen.max_loaded_names if service.names.on_demand is not None else None,
+            "max_loaded_bytes": chosen.max_loaded_bytes,
+            "max_host_bytes": chosen.max_host_bytes,
             "record_conversations": service.recorder.on,
             "model_check_interval_seconds": chosen.model_check_interval,
             "max_body_bytes": chosen.max_body_bytes,
