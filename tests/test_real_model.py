@@ -1,6 +1,7 @@
 """A real pretrained model, from its GGUF file through serving, teaching, swapping and rolling back."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from nightschool.engine.pool import EnginePool
 from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.slot import Slot
 from nightschool.events import read_events
+from nightschool.layers.forward import prepare
 from nightschool.models.load import load_base
+from nightschool.models.quantize import compute_in
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
@@ -108,6 +111,14 @@ def test_training_it_resumes_bit_for_bit(lora, home, tmp_path):
     assert resumed.state.step == 3
     assert differing(straight, resumed.weights) == []
     assert differing(straight, stopped_at) != []
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra `qlora` is not installed")
+def test_the_rounding_of_quantised_layers_in_bf16_is_no_leak_between_documents(home):
+    model = load_base("smollm2[nf4-double]", home).model
+    compute_in(model, torch.bfloat16)
+    path = prepare(model)
+    assert (path.packed, path.fused_head) == (True, True), path
 
 
 def test_its_four_bits_are_served_and_give_the_logits_of_fp32(home, monkeypatch):

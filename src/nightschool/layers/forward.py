@@ -406,6 +406,8 @@ def _difference_of_documents(inner: Any, a_nv: Tensor, b_nv: Tensor, lengths: Se
 
 
 def _tolerance(inner: Any) -> float:
-    # Layers of 8 bits round what comes in, as 16-bit formats do.
-    rounds = any(parameter.dtype == torch.int8 for parameter in inner.parameters())
+    # Layers of 8 bits round what comes in, as 16-bit formats do, and those of 4 bits have a format of their own to compute in.
+    rounds = any(parameter.dtype == torch.int8 for parameter in inner.parameters()) or any(
+        getattr(layer, "compute_dtype", torch.float32) in (torch.bfloat16, torch.float16) for layer in inner.modules()
+    )
     return 1e-4 if not rounds and inner.get_input_embeddings().weight.dtype in (torch.float32, torch.float64) else 5e-2

@@ -32,7 +32,7 @@ from nightschool.server.middleware.quotas import Quotas
 from nightschool.server.middleware.request_log import Access
 from nightschool.server.middleware.route_rules import RouteTable
 from nightschool.server.on_demand import OnDemand
-from nightschool.server.openai import completions, files, fine_tuning, webhook_endpoints
+from nightschool.server.openai import checkpoint_permissions, completions, files, fine_tuning, webhook_endpoints
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest
 from nightschool.server.recording import Recorder
 from nightschool.server.refresher import Refresher
@@ -55,6 +55,7 @@ FAMILIES = (
     files.router,
     webhook_endpoints.router,
     fine_tuning.router,
+    checkpoint_permissions.router,
     feedback.router,
     versions.router,
     *training_service.ROUTERS,

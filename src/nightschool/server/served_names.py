@@ -7,6 +7,7 @@ name is loaded when it is first asked for (`on_demand`), and leaves when others 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import anyio.to_thread
 
@@ -132,14 +133,16 @@ class ServedNames:
             raise self._unknown(model, principal)
         return slot
 
-    async def resolve(self, model: str | None, principal: Principal) -> tuple[Generation, Binding]:
-        """What answers a request for `model`, bound to who asks.
+    async def resolve(
+        self, model: str | None, principal: Principal, owner: str | None = None
+    ) -> tuple[Generation, Binding]:
+        """What answers a request for `model`, bound to who asks. With `owner`, it is a name of that tenant.
 
         Raises:
             Refusal, NotLoaded, NightschoolError: As `find`.
             NotLoaded: If no version of the name is loaded.
         """
-        slot = await self.find(model, principal)
+        slot = await (self.find(model, principal) if owner is None else self._shared(model, principal, owner))
         generation = slot.current
         if generation is None:
             raise NotLoaded(f"No version of {slot.name!r} is served. Promote one, or wait until it is loaded.")
@@ -160,6 +163,15 @@ class ServedNames:
             await self.on_demand.close()
         for slot in self._given.values():
             await anyio.to_thread.run_sync(slot.close)
+
+    async def _shared(self, model: str | None, principal: Principal, owner: str) -> Slot:
+        """The slot of another tenant's name. Of what else that tenant has, no message tells."""
+        try:
+            return await self.find(model, replace(principal, tenant=owner))
+        except SwapFailed as error:
+            raise NotLoaded(f"The model {model!r} could not be loaded; its owner may hear why.") from error
+        except (Refusal, NotFound):
+            raise self._unknown(model, principal) from None
 
     def _open(self, model: str | None, principal: Principal) -> Slot | None:
         """The open slot that `model` means, without a look at the disk."""

@@ -33,6 +33,7 @@ class Ask:
     """What a client wants: `n` answers to each prompt by `model`, or by the first served name without it.
 
     `max_new_tokens` of None means `default_max_new_tokens`, or less where the context leaves less.
+    `owner` is whose model it is where that is another tenant, which lets this one ask it.
     Tenants never share cached prefixes, so that timing tells neither about the other.
     """
 
@@ -43,6 +44,7 @@ class Ask:
     model: str | None
     principal: Principal
     n: int = 1
+    owner: str | None = None
 
 
 class Answering:
@@ -64,14 +66,14 @@ class Answering:
             QueueFull: If too many requests wait.
             UsageError: If a prompt cannot be rendered or has no token.
         """
-        generation, binding = await self._names.resolve(ask.model, ask.principal)
+        generation, binding = await self._names.resolve(ask.model, ask.principal, ask.owner)
         while True:
             try:
                 return await anyio.to_thread.run_sync(self._start, generation, binding, ask, request_id)
             except NotLoaded:
                 # The version was swapped out while the prompt was rendered; the next one has its own tokenizer.
                 before = generation
-                generation, binding = await self._names.resolve(ask.model, ask.principal)
+                generation, binding = await self._names.resolve(ask.model, ask.principal, ask.owner)
                 if generation is before:
                     raise
 

@@ -307,6 +307,19 @@ webhook_endpoints = sa.Table(
     sa.Column("updated_at", UtcDateTime, nullable=False),
 )
 
+# That the tenant `project` may ask `name@pointer` of `tenant`.
+checkpoint_permissions = sa.Table(
+    "checkpoint_permissions",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("pointer", sa.String(64), nullable=False),
+    sa.Column("project", sa.String(64), nullable=False, index=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("tenant", "name", "pointer", "project"),
+)
+
 # One row per event and endpoint that wants it.
 webhook_deliveries = sa.Table(
     "webhook_deliveries",

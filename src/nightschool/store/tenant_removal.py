@@ -16,7 +16,7 @@ from nightschool.store.names import check_name, home_of, tenants_of
 from nightschool.store.principal import DEFAULT_TENANT
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
-from nightschool.store.tables import api_keys, tenants, uploads
+from nightschool.store.tables import api_keys, checkpoint_permissions, tenants, uploads
 from nightschool.store.tenants import Tenants, tables_of_tenants
 
 
@@ -102,6 +102,9 @@ def _refuse_used(home: Home, tenant: str) -> None:
 def _rows(tenant: str) -> list[tuple[str, sa.Table, sa.ColumnElement[bool]]]:
     """Where rows of a tenant are, those first that name others."""
     found = [(table.name, table, table.c.tenant == tenant) for table in reversed(tables_of_tenants())]
+    # What others let it do goes, too: who takes the name later on is somebody else.
+    granted = checkpoint_permissions.c.project == tenant
+    found.append((f"{checkpoint_permissions.name} from others", checkpoint_permissions, granted))
     found.append((uploads.name, uploads, uploads.c.run_id.startswith(f"{tenant}/", autoescape=True)))
     return [*found, (tenants.name, tenants, tenants.c.name == tenant)]
 

@@ -26,6 +26,8 @@ class Rule:
     operator: bool = False
 
 
+_PERMISSIONS = "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions"
+
 # Plain reading needs no row; whatever else has none needs the scope `admin`, and a test asks for its row.
 RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/generate"): Rule("infer"),
@@ -59,6 +61,9 @@ RULES: dict[tuple[str, str], Rule] = {
     ("DELETE", "/v1/webhook_endpoints/{endpoint_id}"): Rule("admin", "webhook.delete"),
     ("POST", "/v1/webhook_endpoints/{endpoint_id}/rotate_secret"): Rule("admin", "webhook.rotate_secret"),
     ("POST", "/v1/webhook_endpoints/{endpoint_id}/test"): Rule("admin", "webhook.test"),
+    ("GET", _PERMISSIONS): Rule("admin"),
+    ("POST", _PERMISSIONS): Rule("admin", "permission.create"),
+    ("DELETE", f"{_PERMISSIONS}/{{permission_id}}"): Rule("admin", "permission.delete"),
     ("POST", "/v1/fine_tuning/jobs"): Rule("train", "job.start"),
     ("GET", "/v1/fine_tuning/jobs"): Rule("train"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}"): Rule("train"),

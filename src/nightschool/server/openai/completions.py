@@ -16,7 +16,7 @@ from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Answer, Running, while_connected
-from nightschool.server.openai.model_names import fine_tuned_models, registry_name
+from nightschool.server.openai.model_names import fine_tuned, fine_tuned_models, registry_name
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
 from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sampling
@@ -25,6 +25,7 @@ from nightschool.server.service import PrincipalOf, RequestId, Service, ServiceO
 from nightschool.server.stream import EventStream
 from nightschool.server.submission import Ask
 from nightschool.server.token_text import TokenText
+from nightschool.store.checkpoint_permissions import CheckpointPermissions
 from nightschool.store.principal import Principal
 
 router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"], route_class=BodyRoute)
@@ -40,15 +41,17 @@ async def chat_completions(
 ) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events that end with `[DONE]`."""
     messages = [message.as_message() for message in body.messages]
+    model, owner = await _model_of(body.model, service, principal)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     ask = Ask(
         prompts=[messages],
         params=_params(body, logprobs),
         max_new_tokens=_length(body.max_completion_tokens or body.max_tokens, service),
         default_max_new_tokens=service.settings.max_new_tokens_limit,
-        model=registry_name(body.model, principal.tenant),
+        model=model,
         principal=principal,
         n=body.n or 1,
+        owner=owner,
     )
     kept = [{"role": message.role, "content": message.content} for message in messages]
     return await _answer(body, ask, ChatShape(with_logprobs=logprobs is not None), request, service, request_id, kept)
@@ -59,14 +62,16 @@ async def completions(
     body: CompletionRequest, request: Request, service: ServiceOf, request_id: RequestId, principal: PrincipalOf
 ) -> Response:
     """Continue a text as it is, without a chat template."""
+    model, owner = await _model_of(body.model, service, principal)
     ask = Ask(
         prompts=body.prompts,
         params=_params(body, body.logprobs),
         max_new_tokens=_length(body.max_tokens, service),
         default_max_new_tokens=_COMPLETION_DEFAULT_TOKENS,
-        model=registry_name(body.model, principal.tenant),
+        model=model,
         principal=principal,
         n=body.n or 1,
+        owner=owner,
     )
     if len(ask.prompts) * ask.n > _MOST_ANSWERS:
         raise Refusal(
@@ -78,6 +83,16 @@ async def completions(
         )
     shape = CompletionShape(with_logprobs=body.logprobs is not None)
     return await _answer(body, ask, shape, request, service, request_id, None)
+
+
+async def _model_of(model: str, service: Service, principal: Principal) -> tuple[str, str | None]:
+    """What is asked for, as the registry calls it; and whose it is where another tenant lets this one ask it."""
+    meant = fine_tuned(model)
+    if meant is None or meant.tenant == principal.tenant or service.registry is None:
+        return registry_name(model, principal.tenant), None
+    permissions = CheckpointPermissions(service.registry.home.database)
+    allowed = await anyio.to_thread.run_sync(permissions.allows, meant, principal.tenant)
+    return (registry_name(model, meant.tenant), meant.tenant) if allowed else (model, None)
 
 
 def _params(body: Sampling, logprobs: int | None) -> SamplingParams:
@@ -159,7 +174,8 @@ async def _answer(
 
     def keep(text: str) -> None:
         # Feedback names an answer by its request id alone, so only single answers can be rated, and are kept.
-        if kept_messages is not None and ask.n == 1:
+        # What others asked is nothing for the nights of the model's owner, nor is the model one of the asker's.
+        if kept_messages is not None and ask.n == 1 and ask.owner is None:
             service.recorder.keep(
                 Exchange(request_id, version.name, version.id, kept_messages, text, owner_of(request))
             )

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 
 from nightschool.server.training_service.parts import TrainingService
+from nightschool.store.checkpoint_permissions import FineTuned
 from nightschool.store.checkpoints import alias_of
 from nightschool.store.job_queue import Job
-from nightschool.store.names import full_name
+from nightschool.store.names import CHAMPION, full_name
 
 SOURCE = "openai"
 """The `source` of jobs that came through OpenAI's API."""
@@ -50,13 +51,21 @@ def fine_tuned_models(training: TrainingService, tenant: str) -> dict[str, tuple
     return {job.candidate: (fine_tuned_model(job),) for job in done if job.source == SOURCE and job.candidate}
 
 
+def fine_tuned(model: str) -> FineTuned | None:
+    """What an `ft:…` of any tenant means; None for other names."""
+    match = _FINE_TUNED.fullmatch(model)
+    if match is None:
+        return None
+    return FineTuned(match["tenant"], f"{match['suffix'] or _NO_SUFFIX}-{match['id']}", match["alias"] or CHAMPION)
+
+
 def registry_name(model: str, tenant: str) -> str:
     """What the registry calls a tenant's `ft:…`; any other name as it is."""
-    match = _FINE_TUNED.fullmatch(model)
-    if match is None or match["tenant"] != tenant:
+    meant = fine_tuned(model)
+    if meant is None or meant.tenant != tenant:
         return model
-    name = full_name(tenant, f"{match['suffix'] or _NO_SUFFIX}-{match['id']}")
-    return f"{name}@{match['alias']}" if match["alias"] else name
+    name = full_name(tenant, meant.name)
+    return name if meant.pointer == CHAMPION else f"{name}@{meant.pointer}"
 
 
 def _short(job_id: str) -> str:
