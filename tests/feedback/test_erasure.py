@@ -94,6 +94,22 @@ def test_deleting_cuts_the_copies_and_marks_the_versions(home, story):
     assert versions["before"].id not in taints_of(home.database, "acme/bot")
 
 
+def test_what_says_the_same_is_a_copy_in_the_data_of_runs_and_in_what_is_replayed(home, story):
+    _, runs, versions = story
+    plain = example("", "My secret is 4711.") | {"source": "train.jsonl"}
+    write(runs["clean"], "new_examples.jsonl", plain, example("req-2"))
+    (runs["clean"].path / "plan.json").write_text(json.dumps({"steps": 3, "loss_masks": [[{"text": "4711"}]]}))
+    AcceptedExamples(home.database).add("acme/bot", versions["before"].id, [plain])
+    by_id = traces_of(home, ConversationStore(home.database).get("req-1"), by_content=False)
+    assert runs["clean"].id not in by_id.runs
+    found, replayed = erase(home, "req-1")
+    assert runs["clean"].id in found.runs
+    assert versions["before"].ref in found.versions
+    assert replayed == 1
+    assert json.loads((runs["clean"].path / "new_examples.jsonl").read_text())["id"] == "req-2"
+    assert json.loads((runs["clean"].path / "plan.json").read_text()) == {"steps": 3, "loss_masks": []}
+
+
 def test_a_run_that_learns_it_now_comes_first(home, story):
     _, runs, _ = story
     runs["held"].update_status(state="running", pid=os.getpid())

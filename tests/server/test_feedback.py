@@ -1,10 +1,12 @@
 """Keeping conversations and what people say of them: only if it was asked for, and never in the way of an answer."""
 
+import json
 import threading
 
 import pytest
 from pydantic import SecretStr
 
+from nightschool.config.training_service import TrainingServiceSettings
 from nightschool.errors import DiskFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
@@ -13,7 +15,8 @@ from nightschool.server.settings import ApiKey, ServerSettings
 from nightschool.store.atomic import write_json
 from nightschool.store.database import Database
 from nightschool.store.home import Home
-from nightschool.store.job_queue import JobQueue
+from nightschool.store.job_queue import JobQueue, job_folder
+from nightschool.store.registry import Registry
 from tests.support.cli_home import add_version, make_run
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of, server_log
@@ -107,7 +110,7 @@ def test_what_cannot_be_rated_by_its_id_is_not_kept(client, store):
 
 def test_an_exchange_can_be_forgotten(client, store):
     identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
-    nowhere = {"request_id": identity, "runs": [], "versions": []}
+    nowhere = {"request_id": identity, "runs": [], "jobs": [], "files": [], "versions": []}
     assert client.get(f"/api/conversations/{identity}/traces").json() == nowhere
     assert client.delete(f"/api/conversations/{identity}").json() == nowhere | {"status": "forgotten"}
     assert store.select() == []
@@ -115,6 +118,70 @@ def test_an_exchange_can_be_forgotten(client, store):
     assert missing.status_code == 404
     assert missing.headers["content-type"] == "application/problem+json"
     assert missing.json()["code"] == "not_found"
+
+
+def test_its_copies_in_files_and_in_the_data_of_jobs_are_shown_and_go_with_it(store):
+    """Sent back as data, with other words of the system, inside of a longer one, and as the worse of two answers."""
+    keys = [
+        ApiKey(key=SecretStr("key-of-the-asker"), scopes=frozenset({"infer", "feedback"})),
+        ApiKey(key=SecretStr("key-of-the-admin")),
+        ApiKey(key=SecretStr("key-of-another"), tenant="acme"),
+    ]
+    asker, admin, foreign = ({"x-api-key": key.key.get_secret_value()} for key in keys)
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello, wörld!"}]
+    more = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Good night."}]
+    copy, longer, others = (
+        {"messages": said},
+        {"messages": [{"role": "system", "content": "x"}, *said, *more]},
+        {"messages": more},
+    )
+    alike = {"messages": [said[0], *more[1:]]}  # only the question is the same
+    worse = {"input": {"messages": said[:1]}, "preferred_output": more[1:], "non_preferred_output": said[1:]}
+    registry, queue = Registry(store.home), JobQueue(store.home.database)
+    settings = {"api_keys": keys, "record_conversations": True, "conversations": store, "registry": registry}
+    with client_of(
+        FakeSlot(), training_service=TrainingServiceSettings(default_base_model="b/c"), **settings
+    ) as client:
+
+        def upload(*rows, key=admin):
+            content = "".join(json.dumps(row) + "\n" for row in rows)
+            sent = {"file": ("train.jsonl", content)}
+            return client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}, headers=key).json()["id"]
+
+        def content(file):
+            return client.get(f"/v1/files/{file}/content", headers=admin)
+
+        identity = client.post("/v1/chat/completions", json=CHAT, headers=asker).json()["id"]
+        trained, held_out, only, clean = (
+            upload(others, copy, longer),
+            upload(copy, others),
+            upload(worse),
+            upload(alike),
+        )
+        of_another = upload(copy, key=foreign)
+        begun = {"model": "b/c", "training_file": trained, "validation_file": held_out}
+        job = queue.get(client.post("/v1/fine_tuning/jobs", json=begun, headers=admin).json()["id"])
+        where = {"request_id": identity, "runs": [], "versions": []}
+        path = f"/api/conversations/{identity}"
+        assert client.get(f"{path}/traces", headers=asker).json() == where | {"jobs": [], "files": []}
+        found = client.get(f"{path}/traces", headers=admin).json()
+        shown = found | {"files": sorted(found["files"])}
+        assert shown == where | {"jobs": [job.id], "files": sorted([trained, held_out, only])}
+
+        claimed = queue.claim(most_running=1)
+        refused = client.delete(path, headers=admin)
+        assert (refused.status_code, job.id in refused.json()["detail"]) == (409, True)
+        queue.release(claimed)
+        assert client.delete(path, headers=admin).json() == found | {"status": "forgotten"}
+
+        left = [
+            (job_folder(store.home, "default", job.id) / f"{name}.jsonl").read_text() for name in ("train", "heldout")
+        ]
+        for text in (*left, content(trained).text, content(held_out).text):
+            assert [json.loads(line) for line in text.splitlines()] == [others]
+        assert content(only).status_code == 404
+        assert json.loads(content(clean).text) == alike
+        assert client.get(f"/v1/files/{of_another}/content", headers=foreign).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def _check_shards(folder: Path) -> int:
 
 
 def forget(request_id: str, /, *, retrain: bool = False, yes: bool = False) -> None:
-    """Delete a kept conversation, its copies in the data of runs, and what later nights would replay of it.
+    """Delete a kept conversation, its copies in the data of runs, jobs and files, and what later nights would replay of it.
 
     Versions that studied it, and those that grew from them, keep what they learned and are marked as tainted: roll back,
     or train anew, which --retrain queues.
@@ -126,16 +126,18 @@ def forget(request_id: str, /, *, retrain: bool = False, yes: bool = False) -> N
     home = Home.find()
     kept = ConversationStore(home.database).get(request_id)
     traces = traces_of(home, kept)
-    where = [f"in the data of {', '.join(traces.runs)}"] if traces.runs else []
+    copies = [*traces.runs, *traces.jobs, *traces.files]
+    where = [f"in the data of {', '.join(copies)}"] if copies else []
     where += [f"known to {', '.join(traces.versions)}"] if traces.versions else []
-    note(f"{request_id} is {' and '.join(where) or 'in no run and no version'}.")
+    note(f"{request_id} is {' and '.join(where) or 'in no data and no version'}.")
     confirm(f"Delete the conversation {request_id} of {kept.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
     traces, replayed = erase(home, request_id)
     text = f"Deleted {request_id}, and {replayed} examples that would have been replayed."
     if traces.versions:
         text += f" Tainted: {', '.join(traces.versions)}."
     data: dict[str, Any] = {"forgotten": request_id, "accepted_examples_deleted": replayed}
-    data |= {"runs": list(traces.runs), "tainted": list(traces.versions)}
+    data |= {kind: list(getattr(traces, kind)) for kind in ("runs", "jobs", "files")}
+    data |= {"tainted": list(traces.versions)}
     if retrain:
         anew = train_anew(home, traces, source="cli")
         data |= anew.to_json()

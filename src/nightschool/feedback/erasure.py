@@ -1,14 +1,13 @@
 """Deleting a conversation: where it went, what learned it, and what is marked for it.
 
 A conversation is copied into the folders of the runs that selected it, and learned by the versions that they made; every
-version that grew from one of these may know it, too. Deleting takes the copies away and marks the versions as tainted;
-only training anew takes it out of weights.
+version that grew from one of these may know it, too. Its tenant may have sent it back as data of a job, or in a file. Deleting
+takes the copies away (`copies.py`) and marks the versions as tainted; only training anew takes it out of weights.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,73 +18,111 @@ from nightschool.data.example import Example
 from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
 from nightschool.feedback.conversations import Conversation, ConversationStore
-from nightschool.feedback.replay_pool import origin_of
-from nightschool.feedback.selection import HELD_OUT, NEW, REPLAYED
-from nightschool.store.atomic import write_bytes
+from nightschool.feedback.copies import Sought, cut, holds, rows_of_runs, rows_of_tenants
+from nightschool.feedback.selection import GENERAL, HELD_OUT, NEW, REPLAYED
+from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
+from nightschool.store.files import FileStore, StoredFile
 from nightschool.store.home import Home
-from nightschool.store.names import full_name, split_name
+from nightschool.store.job_queue import Job, JobQueue, job_folder
+from nightschool.store.names import full_name, home_of, is_name, split_name
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
 from nightschool.store.tables import accepted_examples, is_name_in, key_of, tainted_versions
 
-_LEARNED = (NEW, REPLAYED)
+_LEARNED = (NEW, REPLAYED, GENERAL)
 _COPIES = (*_LEARNED, HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Traces:
-    """Where a conversation went: runs whose data hold it, and versions that learned it or grew from one that did."""
+    """Where a conversation went: runs, jobs and uploaded files whose data hold it, and versions that learned it or grew from
+    one that did. `replayed` are the accepted examples made of it, by their numbers in the database.
+    """
 
     request_id: str
     tenant: str
     runs: tuple[str, ...]
+    jobs: tuple[str, ...]
+    files: tuple[str, ...]
     versions: tuple[str, ...]
+    replayed: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"request_id": self.request_id, "runs": list(self.runs), "versions": list(self.versions)}
+        shown = {"runs": self.runs, "jobs": self.jobs, "files": self.files, "versions": self.versions}
+        return {"request_id": self.request_id, **{kind: list(ids) for kind, ids in shown.items()}}
 
 
-def traces_of(home: Home, conversation: Conversation) -> Traces:
-    """Where a conversation went, of its tenant's runs and versions. Reads the data of every run: seconds, where there are many."""
-    tenant, request_id = split_name(conversation.model)[0], conversation.request_id
-    runs = [run for run in RunStore(home).ls(tenant) if any(_holds(run.path / file, request_id) for file in _COPIES)]
-    learned_in = {run.id for run in runs if any(_holds(run.path / file, request_id) for file in _LEARNED)}
-    with home.database.read() as connection:
-        query = sa.select(accepted_examples).where(accepted_examples.c.origin == request_id)
-        accepted = {f"{full_name(row.tenant, row.name)}@{row.version}" for row in connection.execute(query)}
-    versions = _grown_from(Registry(home), tenant, learned_in, accepted)
-    return Traces(request_id, tenant, tuple(run.id for run in runs), tuple(versions))
+def traces_of(home: Home, conversation: Conversation, *, by_content: bool = True) -> Traces:
+    """Where a conversation went, of its tenant's runs, jobs, files and versions. Reads the data of all: seconds, where there is much.
+
+    Without `by_content` only what was selected by its id counts as a copy, so that nobody can name data by repeating them.
+    """
+    tenant, sought = split_name(conversation.model)[0], Sought.of(conversation, by_content=by_content)
+    runs = [run for run in RunStore(home).ls(tenant) if _in_any(run, _COPIES, sought)]
+    learned_in = {run.id for run in runs if _in_any(run, _LEARNED, sought)}
+    accepted, numbers = _accepted(home.database, tenant, sought)
+    return Traces(
+        request_id=sought.request_id,
+        tenant=tenant,
+        runs=tuple(run.id for run in runs),
+        jobs=tuple(
+            folder.name
+            for folder in _job_folders(home, tenant)
+            if any(holds(file, sought, rows_of_tenants) for file in _data_of(folder))
+        ),
+        files=tuple(file.id for file in _files(home, tenant) if holds(file.path, sought, rows_of_tenants)),
+        versions=tuple(_grown_from(Registry(home), tenant, learned_in, accepted)),
+        replayed=numbers,
+    )
 
 
-def erase(home: Home, request_id: str, *, owner: str | None = None, tenant: str | None = None) -> tuple[Traces, int]:
-    """Delete a conversation, its feedback, and its copies in the data of runs, and mark what may know it.
+def erase(
+    home: Home, request_id: str, *, owner: str | None = None, tenant: str | None = None, by_content: bool = True
+) -> tuple[Traces, int]:
+    """Delete a conversation, its feedback, and its copies in the data of runs, jobs and files, and mark what may know it.
 
-    A run whose data were cut cannot be resumed or proven any more. Where it is cut off, it can be done again.
+    A run whose data were cut cannot be resumed or proven any more. A file that held nothing else is deleted. Where it is
+    cut off, it can be done again.
 
     Args:
         home: Where it is.
         request_id: Of the answer.
         owner: Who asks, if not everybody may; see `ConversationStore.feedback`.
         tenant: Whose it must be, if not anybody's.
+        by_content: As `traces_of` has it.
 
     Returns:
         Where it was, and how many accepted examples were deleted with it.
 
     Raises:
         NotFound: If there is no such conversation, or it is another's.
-        Conflict: If a run that holds it is at work.
+        Conflict: If a run or a job that holds it is at work.
     """
     store = ConversationStore(home.database)
-    found = traces_of(home, store.get(request_id, owner=owner, tenant=tenant))
+    conversation = store.get(request_id, owner=owner, tenant=tenant)
+    found = traces_of(home, conversation, by_content=by_content)
+    sought = Sought.of(conversation, by_content=by_content)
     runs = [RunStore(home).get(run_id) for run_id in found.runs]
     for run in runs:
         _refuse_living(run, request_id)
+    _refuse_running(JobQueue(home.database).ls(tenant=found.tenant, states=("running",)), found)
     _taint(home.database, found)
     for run in runs:
         for file in _COPIES:
-            _cut(run.path / file, request_id)
-    return found, store.forget(request_id, owner=owner)
+            cut(run.path / file, sought, rows_of_runs)
+        _cut_plan(run)
+    for job_id in found.jobs:
+        for path in _data_of(job_folder(home, found.tenant, job_id)):
+            cut(path, sought, rows_of_tenants)
+    files = FileStore(home, found.tenant)
+    for file_id in found.files:
+        left = cut(files.get(file_id).path, sought, rows_of_tenants)
+        files.recount(file_id, left)
+    with home.database.write() as connection:
+        connection.execute(accepted_examples.delete().where(accepted_examples.c.id.in_(found.replayed)))
+    store.forget(request_id, owner=owner)
+    return found, len(found.replayed)
 
 
 def taints_of(database: Database, name: str) -> dict[str, list[str]]:
@@ -119,26 +156,43 @@ def _fact(version: Version, field: str) -> str | None:
     return str(value) if value is not None else None
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file of examples with what they say; none where there is no such file."""
+def _in_any(run: Run, files: Sequence[str], sought: Sought) -> bool:
+    return any(holds(run.path / file, sought, rows_of_runs) for file in files)
+
+
+def _accepted(database: Database, tenant: str, sought: Sought) -> tuple[set[str], tuple[int, ...]]:
+    """The versions of a tenant that were promoted with a copy, and the numbers of these examples."""
+    versions, numbers = set(), []
+    with database.read() as connection:
+        query = (
+            sa.select(accepted_examples).where(accepted_examples.c.tenant == tenant).order_by(accepted_examples.c.id)
+        )
+        for row in connection.execute(query):
+            if sought.is_in(Example.from_json(row.example)):
+                versions.add(f"{full_name(row.tenant, row.name)}@{row.version}")
+                numbers.append(int(row.id))
+    return versions, tuple(numbers)
+
+
+def _job_folders(home: Home, tenant: str) -> list[Path]:
+    folder = home_of(home, tenant).jobs
+    return sorted(path for path in folder.iterdir() if is_name(path.name)) if folder.is_dir() else []
+
+
+def _data_of(folder: Path) -> list[Path]:
+    """What came with a job: what it trains, and what is held out."""
+    return sorted(folder.glob("*.jsonl"))
+
+
+def _files(home: Home, tenant: str) -> list[StoredFile]:
+    return [file for file in FileStore(home, tenant).ls() if file.purpose == "fine-tune"]
+
+
+def _cut_plan(run: Run) -> None:
+    """Take the examples that a plan shows out of it: they are the first ones, whatever they say."""
+    path = run.path / "plan.json"
     if path.is_file():
-        with path.open("rb") as file:
-            for line in file:
-                yield line, json.loads(line)
-
-
-def _is_of(row: dict[str, Any], request_id: str) -> bool:
-    return origin_of(Example.from_json(row)) == request_id
-
-
-def _holds(path: Path, request_id: str) -> bool:
-    needle = json.dumps(request_id).encode()
-    return any(needle in line and _is_of(row, request_id) for line, row in _rows(path))
-
-
-def _cut(path: Path, request_id: str) -> None:
-    if _holds(path, request_id):
-        write_bytes(path, b"".join(line for line, row in _rows(path) if not _is_of(row, request_id)))
+        write_json(path, read_json(path) | {"loss_masks": []})
 
 
 def _refuse_living(run: Run, request_id: str) -> None:
@@ -146,6 +200,14 @@ def _refuse_living(run: Run, request_id: str) -> None:
         raise Conflict(
             f"The run {run.id} is learning {request_id} now. Stop it with nightschool runs stop {run.id}, or wait."
         )
+
+
+def _refuse_running(running: Sequence[Job], found: Traces) -> None:
+    for job in running:
+        if job.id in found.jobs:
+            raise Conflict(
+                f"The job {job.id} is learning {found.request_id} now. Cancel it with nightschool jobs cancel {job.id}, or wait."
+            )
 
 
 def _taint(database: Database, found: Traces) -> None:

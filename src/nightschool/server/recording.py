@@ -89,7 +89,11 @@ class Recorder:
 
     async def traces(self, request_id: str, principal: Principal) -> Traces:
         """Where an exchange went; the errors are those of `feedback`."""
-        return await self._run(lambda kept: traces_of(kept.home, kept.get(request_id, **_whose(principal))))
+        return await self._run(
+            lambda kept: traces_of(
+                kept.home, kept.get(request_id, **_whose(principal)), by_content=_sees_data(principal)
+            )
+        )
 
     async def forget(
         self, request_id: str, principal: Principal, *, anew: bool = False
@@ -104,7 +108,7 @@ class Recorder:
         """
 
         def work(kept: ConversationStore) -> tuple[Traces, Retraining | None]:
-            found, _ = erase(kept.home, request_id, **_whose(principal))
+            found, _ = erase(kept.home, request_id, **_whose(principal), by_content=_sees_data(principal))
             return found, retrain(kept.home, found, source="api", created_by=principal.key) if anew else None
 
         return await self._run(work)
@@ -119,6 +123,11 @@ class Recorder:
     async def close(self) -> None:
         """Write what is pending."""
         await asyncio.to_thread(self._thread.shutdown)
+
+
+def _sees_data(principal: Principal) -> bool:
+    """Whether one may change the data of its tenant's jobs. Whoever may not could else cut them by asking for their words."""
+    return principal.key is None or bool(principal.scopes & {"train", "admin"})
 
 
 def _whose(principal: Principal) -> dict[str, str | None]:

@@ -124,6 +124,14 @@ class FileStore:
         else:
             file.path.unlink(missing_ok=True)
 
+    def recount(self, file_id: str, num_examples: int) -> None:
+        """Say how many examples an uploaded file has left, after some were taken out; one without any is deleted."""
+        facts_path = self._files / file_id / _FACTS
+        if num_examples:
+            write_json(facts_path, read_json(facts_path) | {"num_examples": num_examples})
+        else:
+            remove_folder(facts_path.parent)
+
     def _uploaded(self, file_id: str) -> StoredFile:
         path = self._files / file_id / _CONTENT
         facts = read_json(path.with_name(_FACTS))

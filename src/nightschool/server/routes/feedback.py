@@ -44,6 +44,8 @@ class Traces(BaseModel):
 
     request_id: str
     runs: list[str] = Field(..., description="Runs whose data hold a copy.")
+    jobs: list[str] = Field(..., description="Jobs whose data, or what they hold out, hold a copy.")
+    files: list[str] = Field(..., description="Uploaded files that hold a copy.")
     versions: list[str] = Field(..., description="Versions that learned it, or grew from one that did.")
 
 
@@ -72,7 +74,7 @@ async def feedback(body: Feedback, service: ServiceOf, owner: OwnerOf) -> Respon
 
 @router.get("/conversations/{request_id}/traces", response_model=Traces, responses=problems(404, 409))
 async def traces(request_id: str, service: ServiceOf, principal: PrincipalOf) -> Response:
-    """Which runs and versions contain an exchange: what deleting it would cut and mark."""
+    """Which runs, jobs, files and versions contain an exchange: what deleting it would cut and mark."""
     return JSONResponse((await service.recorder.traces(request_id, principal)).to_json())
 
 
@@ -86,10 +88,11 @@ async def forget(
         bool, Query(description="Queue a job for each marked name that trains it without the exchange.")
     ] = False,
 ) -> Response:
-    """Forget one exchange, its feedback, and its copies in the data of runs. Versions that may know it are tainted.
+    """Forget one exchange, its feedback, and its copies in the data of runs, jobs and files. Versions that may know it are tainted.
 
     With keys, the key that asked may, and one of its tenant with the scope `admin`; with `retrain` it needs the scope `train`,
-    too. 409 while a run is learning it.
+    too. A copy was selected by the id, or has the same turns one after the other; the latter are found for keys with the scope
+    `train` or `admin`. 409 while a run or a job is learning it.
     """
     if retrain:
         check_scope(principal, Rule("train"))
