@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from cyclopts import Parameter
 
 from nightschool.cli.formatting import figure
 from nightschool.cli.models import who
@@ -63,53 +65,67 @@ def show(tenant: str, /) -> None:
     answer(data, text, quiet=tenant)
 
 
-def add(
-    tenant: str,
-    /,
-    *,
-    requests_per_minute: str | None = None,
-    tokens_per_day: str | None = None,
-    running_trainings: str | None = None,
-    open_trainings: str | None = None,
-    stored_versions: str | None = None,
-) -> None:
-    """Write down a tenant with its bounds. Without bounds there is no need to: a tenant is there once it has anything.
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Bounds:
+    """What a tenant may use, as options. What is not named is None.
 
-    Args:
-        tenant: A new name.
-        requests_per_minute: Requests of all its keys together.
-        tokens_per_day: Tokens generated from midnight to midnight in UTC.
-        running_trainings: Jobs that may run at once.
-        open_trainings: Jobs that may wait, be paused or run.
-        stored_versions: Published versions of all its names.
-    """
-    given = _given(requests_per_minute, tokens_per_day, running_trainings, open_trainings, stored_versions)
-    quota = replace(UNBOUNDED, **given)
-    Tenants(Home.find().database).add(tenant, quota, by=f"cli:{who()}")
-    _told(f"Added {tenant}", tenant, quota)
-
-
-def set_(
-    tenant: str,
-    /,
-    *,
-    requests_per_minute: str | None = None,
-    tokens_per_day: str | None = None,
-    running_trainings: str | None = None,
-    open_trainings: str | None = None,
-    stored_versions: str | None = None,
-) -> None:
-    """Change what a tenant may use. Servers follow within two seconds. What is not named stays; none takes a bound away.
-
-    Args:
-        tenant: Its name; default means whoever names no tenant.
+    Attributes:
         requests_per_minute: Requests of all its keys together, or none.
         tokens_per_day: Tokens generated from midnight to midnight in UTC, or none.
         running_trainings: Jobs that may run at once, or none.
         open_trainings: Jobs that may wait, be paused or run, or none.
         stored_versions: Published versions of all its names, or none.
     """
-    given = _given(requests_per_minute, tokens_per_day, running_trainings, open_trainings, stored_versions)
+
+    requests_per_minute: str | None = None
+    tokens_per_day: str | None = None
+    running_trainings: str | None = None
+    open_trainings: str | None = None
+    stored_versions: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that were named, as numbers; `none` is no bound.
+
+        Raises:
+            UsageError: If one is no number.
+        """
+        found: dict[str, float | None] = {}
+        for name, text in vars(self).items():
+            if text is None:
+                continue
+            kind = float if name == "requests_per_minute" else int
+            try:
+                found[name] = None if text == "none" else kind(text)
+            except ValueError:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} is {text!r}. Write a number, or none for no bound.") from None
+        return found
+
+
+_NOT_NAMED = Bounds()
+
+
+def add(tenant: str, /, *, bounds: Bounds = _NOT_NAMED) -> None:
+    """Write down a tenant with its bounds. Without bounds there is no need to: a tenant is there once it has anything.
+
+    Args:
+        tenant: A new name.
+        bounds: What it may use.
+    """
+    quota = replace(UNBOUNDED, **bounds.given())
+    Tenants(Home.find().database).add(tenant, quota, by=f"cli:{who()}")
+    _told(f"Added {tenant}", tenant, quota)
+
+
+def set_(tenant: str, /, *, bounds: Bounds = _NOT_NAMED) -> None:
+    """Change what a tenant may use. Servers follow within two seconds. What is not named stays; none takes a bound away.
+
+    Args:
+        tenant: Its name; default means whoever names no tenant.
+        bounds: What changes.
+    """
+    given = bounds.given()
     if not given:
         raise UsageError(
             f"No bound is named. Write for example nightschool tenants set {tenant} --tokens-per-day 100000."
@@ -133,21 +149,6 @@ def rm(tenant: str, /, *, yes: bool = False) -> None:
 def _listed(found: Belongings) -> str:
     parts = [f"{format_bytes(found.size_bytes)} on disk", f"active keys: {found.active_keys}"]
     return ", ".join([*parts, *(f"{_worded(name)}: {count}" for name, count in found.rows.items())])
-
-
-def _given(*values: str | None) -> dict[str, Any]:
-    """The bounds that were named, in the order of `Quota`; `none` is no bound."""
-    given: dict[str, float | None] = {}
-    for field, text in zip(fields(Quota), values, strict=True):
-        if text is None:
-            continue
-        kind = float if field.name == "requests_per_minute" else int
-        try:
-            given[field.name] = None if text == "none" else kind(text)
-        except ValueError:
-            option = "--" + field.name.replace("_", "-")
-            raise UsageError(f"{option} is {text!r}. Write a number, or none for no bound.") from None
-    return given
 
 
 def _told(done: str, tenant: str, quota: Quota) -> None:
