@@ -42,6 +42,19 @@ def test_a_job_is_trained_examined_and_promoted(jobs):
     assert "promoted" in jobs.files(job).log_path.read_text()
 
 
+def test_tensorboard_finds_the_curves_of_a_job_in_its_folder(jobs):
+    from tensorboard.backend.event_processing.io_wrapper import GetLogdirSubdirectories
+
+    job = jobs.submit(steps=1)
+    jobs.drain()
+    written = jobs.run(job).path / "tensorboard"
+    written.mkdir()
+    (written / "events.out.tfevents.1").touch()
+    folder = jobs.files(job).path
+    assert (folder / "tensorboard").resolve() == written.resolve()
+    assert list(GetLogdirSubdirectories(str(folder))) == [str(folder / "tensorboard")]
+
+
 def test_jobs_of_one_name_follow_each_other_and_those_of_several_run_together(jobs):
     together = [jobs.submit(name=name, steps=200) for name in ("one", "two")]
     behind = jobs.submit(name="one", steps=1)

@@ -39,7 +39,9 @@ def do_job(queue: JobQueue, job: Job, around: CycleContext, *, say: OnLine, shar
             return True
         files.enter_process(shared=shared)
         try:
-            result = _result(home, queue, queue.get(job.id), around)  # a process before this one may have noted its run
+            result = _result(
+                queue, queue.get(job.id), files, around
+            )  # a process before this one may have noted its run
         except Exception as error:
             # Nobody sees how a thread ended. To its worker the job has died, as if its process had.
             files.write_result(JobResult("killed", f"its process failed: {error!r}"))
@@ -51,9 +53,11 @@ def do_job(queue: JobQueue, job: Job, around: CycleContext, *, say: OnLine, shar
         return result.is_final
 
 
-def _result(home: Home, queue: JobQueue, job: Job, around: CycleContext) -> JobResult:
+def _result(queue: JobQueue, job: Job, files: JobFiles, around: CycleContext) -> JobResult:
+    home = queue.home
     try:
         if job.run_id is not None:
+            files.show_curves_of(RunStore(home).get(job.run_id).path)
             ended = verdict_of(RunStore(home).get(job.run_id))
             if ended is None or ended.outcome == "failed":  # which may mean that a process was killed
                 ended = continue_cycle(home, job.run_id, around=around)
@@ -62,6 +66,7 @@ def _result(home: Home, queue: JobQueue, job: Job, around: CycleContext) -> JobR
         if isinstance(begun, CycleResult):
             return _of(begun)
         queue.note_run(job.id, begun)
+        files.show_curves_of(RunStore(home).get(begun).path)
         return _of(continue_cycle(home, begun, resume=None, around=around))
     except Interrupted as error:
         return JobResult("interrupted", str(error))

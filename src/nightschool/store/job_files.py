@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -122,6 +124,14 @@ class JobFiles:
         """Say that this process is at the job now; what the one before it left unfinished counts no more."""
         self._result_path.unlink(missing_ok=True)
         write_json(self._process_path, {"process": str(ProcessIdentity.mine()), "shared": shared})
+
+    def show_curves_of(self, run_path: Path) -> None:
+        """Let `tensorboard --logdir` on this folder find the curves of the job's run, by a link to them."""
+        link = self.path / "tensorboard"
+        if not link.is_symlink():
+            # Where a file system has no links, they are still in the folder of the run.
+            with contextlib.suppress(OSError):
+                link.symlink_to(os.path.relpath(run_path / "tensorboard", self.path), target_is_directory=True)
 
     def forget_process(self) -> None:
         """The process that began last has ended, and what came of it is known."""
