@@ -1,21 +1,32 @@
 """The training service's requests, as its quick start prints them; what trains is elsewhere."""
 
 import json
+import math
 import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import torch
 
-from nightschool.config.recipe import Recipe
+from nightschool.config.recipe import Gate, Recipe
 from nightschool.config.training_service import JobSettings, TrainingServiceSettings
+from nightschool.data.chat.render_examples import render_examples
+from nightschool.data.example import Example, Message
+from nightschool.evaluation.gate import decide
+from nightschool.evaluation.scores import ScoreSheet
+from nightschool.feedback.selection import Selection, write_selection
+from nightschool.models.export import save_version_folder
 from nightschool.server.training_service import new_job
 from nightschool.store.home import Home
 from nightschool.store.job_queue import JobQueue, job_folder
 from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
 from nightschool.store.tenants import Quota, Tenants
 from nightschool.store.versions import VersionMetadata
+from tests.support.engine_setups import lively_model
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of
+from tests.support.tokenizers_for_tests import byte_tokenizer
 
 BASE = "own/base"
 CONVERSATION = {
@@ -426,6 +437,51 @@ def test_a_model_that_never_was_is_not_found(office, model_id):
     assert answer.status_code == 404
     answer = office.client.post("/api/v1/training/evaluate", json={"org_id": "org_123", "model_id": model_id})
     assert (answer.status_code, answer.json()) == (404, {"detail": "No models found"})
+
+
+def heldout_loss_of(model, example):
+    """Nats a token, as transformers' own logits give it."""
+    [document] = render_examples(byte_tokenizer(), [example], 128)
+    ids, weights = torch.tensor([document.input_ids]), torch.tensor(document.weights[1:])
+    with torch.no_grad():
+        losses = -model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return float((losses * weights).sum() / weights.sum())
+
+
+def test_a_version_is_evaluated_beside_its_base_and_the_version_before(office, tmp_path):
+    registry, name = Registry(office.home), "org_123/assistant"
+    models = {which: lively_model("tiny-llama", seed=seed) for seed, which in enumerate(("base", "old", "new"))}
+    save_version_folder(models["base"], byte_tokenizer(), tmp_path / "base")
+    recipe = {"name": name, "base": str(tmp_path / "base"), "data": [{"path": "x.json"}], "train": {"max_seq_len": 128}}
+    run = RunStore(office.home).create(Recipe.model_validate(recipe).as_plain(), name=name)
+    example = Example((Message("user", "Who?"), Message("assistant", "Ada.")))
+    write_selection(run.path, Selection(held_out=[example]))
+    old, new = (
+        registry.publish(
+            name,
+            lambda folder, model=models[which]: save_version_folder(model, byte_tokenizer(), folder),
+            VersionMetadata(base=recipe["base"], run_id=run.id),
+        )
+        for which in ("old", "new")
+    )
+    registry.promote(name, old.id, by="test")
+    report = decide(ScoreSheet(new.ref, 1.0, 10), ScoreSheet(old.ref, 1.0, 10), Gate())
+    registry.save_report(name, new.id, report.to_json())
+    prompts = [{"instruction": "Who?", "expected_response": "Ada."}, {"instruction": "x" * 3000}]
+    body = {"org_id": "org_123", "model_id": new.id, "test_prompts": prompts}
+    answer = office.client.post("/api/v1/training/evaluate", json=body)
+    assert answer.status_code == 200, answer.text
+    metrics = answer.json()["metrics"]
+    expected = {which: heldout_loss_of(model, example) for which, model in models.items()}
+    assert metrics["heldout_loss"] == pytest.approx(expected["new"], rel=1e-3)
+    beside = metrics["compared_with"]
+    assert {which: other["model"] for which, other in beside.items()} == {"base": "base", "previous": old.ref}
+    assert beside["previous"]["heldout_loss"] == pytest.approx(expected["old"], rel=1e-3)
+    assert beside["base"]["perplexity"] == pytest.approx(math.exp(expected["base"]), rel=1e-2)
+    short, long = metrics["test_responses"]
+    assert len({short[f"{which}_response"] for which in ("generated", "base", "previous")}) == 3
+    assert "more than the context holds" in long["error"]
+    assert (metrics["gate"]["compared_with"], metrics["notes"]) == (old.ref, [])
 
 
 class Served:
