@@ -30,6 +30,8 @@ def whole(value: Any) -> Any:
 # JSON's own types and nothing that could be turned into them: true is not a number, and "5" is none either.
 Integer = Annotated[int, BeforeValidator(whole), Strict()]
 Number = Annotated[float, Strict()]
+# With the bound inside: outside of an `Integer` it would miss the OpenAPI document.
+AtLeastOne = Annotated[int, Field(ge=1), BeforeValidator(whole), Strict()]
 Flag = Annotated[bool, Strict()]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, Strict, WithJsonSchema
 
-from nightschool.server.bodies import Body, Integer, Number, bounded
+from nightschool.server.bodies import Body, Integer, Number, bounded, whole
 from nightschool.server.openai.schema import Metadata
 
 MOST_INTEGRATIONS = 5
@@ -31,6 +31,7 @@ BatchSize = Annotated[
 Epochs = Annotated[
     Annotated[Integer, Field(ge=1, le=50)] | None, BeforeValidator(_chosen), _or_auto("integer", minimum=1, maximum=50)
 ]
+JobSeed = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(whole), Strict()]
 Multiplier = Annotated[
     Annotated[Number, Field(gt=0, le=100)] | None,
     BeforeValidator(_chosen),
@@ -95,7 +96,7 @@ class CreateJob(Body):
     method: Method | None = Field(None, description="How it learns; `supervised` without it.")
     hyperparameters: Hyperparameters | None = Field(None, description="The older place of those of `supervised`.")
     suffix: str | None = Field(None, min_length=1, max_length=64, description="Becomes part of the model's name.")
-    seed: Integer | None = Field(None, ge=0, lt=2**31, description="Of order and dropout; a random one without it.")
+    seed: JobSeed | None = Field(None, description="Of order and dropout; a random one without it.")
     metadata: Metadata | None = Field(None, description="At most 16 texts by name, to find the job again.")
     integrations: Annotated[list[Unsupported], bounded(MOST_INTEGRATIONS, least=0)] | None = Field(
         None, description="None is supported."

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, model_v
 from pydantic_core import PydanticCustomError
 
 from nightschool.data.example import Message
-from nightschool.server.bodies import Body, Flag, Integer, Number, Only, bounded
+from nightschool.server.bodies import Body, Flag, Number, Only, bounded, whole
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 16
@@ -23,6 +23,13 @@ MAX_NEW_TOKENS = 65_536
 
 _NOT_ASKED = (None, False)
 Null = Annotated[None, Only(None)]
+# With the bounds inside, for `AtLeastOne`'s reason.
+AnswerTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(whole), Strict()]
+TopK = Annotated[int, Field(ge=0, le=1000), BeforeValidator(whole), Strict()]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(whole), Strict()]
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(whole), Strict()]
+TopLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS), BeforeValidator(whole), Strict()]
+Logprobs = Annotated[int, Field(ge=0, le=5), BeforeValidator(whole), Strict()]
 Stop = Annotated[str, Field(min_length=1, max_length=500)]
 
 
@@ -102,12 +109,12 @@ class Sampling(Body):
         max_length=200,
         description="The served name, name@champion, or name@version of the version that is served.",
     )
-    max_tokens: Integer | None = Field(
-        None, ge=1, le=MAX_NEW_TOKENS, description="Most tokens of an answer; without it, what the context leaves."
+    max_tokens: AnswerTokens | None = Field(
+        None, description="Most tokens of an answer; without it, what the context leaves."
     )
     temperature: Number | None = Field(None, ge=0, le=2, description="0 is greedy and repeats itself exactly.")
     top_p: Number | None = Field(None, gt=0, le=1, description="Sample from the smallest set of this probability.")
-    top_k: Integer | None = Field(None, ge=0, le=1000, description="Sample from this many tokens; 0 from all.")
+    top_k: TopK | None = Field(None, description="Sample from this many tokens; 0 from all.")
     min_p: Number | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one.")
     repetition_penalty: Number | None = Field(
         None, ge=0.01, le=10, description="Divides the scores of tokens seen in prompt or answer; 1 is none."
@@ -123,8 +130,8 @@ class Sampling(Body):
         ]
         | None
     ) = Field(None, description="Texts that end the answer; they are not part of it.")
-    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Makes sampling repeat itself.")
-    n: Integer | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    seed: Seed | None = Field(None, description="Makes sampling repeat itself.")
+    n: Choices | None = Field(None, description="Answers to each prompt.")
     stream: Flag | None = Field(None, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     user: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
@@ -146,12 +153,10 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], bounded(MOST_MESSAGES)] = Field(..., description="The conversation so far.")
-    max_completion_tokens: Integer | None = Field(
-        None, ge=1, le=MAX_NEW_TOKENS, description="The newer name of max_tokens; not both."
-    )
+    max_completion_tokens: AnswerTokens | None = Field(None, description="The newer name of max_tokens; not both.")
     logprobs: Flag | None = Field(None, description="Send the log-probability of every token of the answer.")
-    top_logprobs: Integer | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="With logprobs: this many likeliest tokens at each place."
+    top_logprobs: TopLogprobs | None = Field(
+        None, description="With logprobs: this many likeliest tokens at each place."
     )
     response_format: TextFormat | None = Field(None, description="Only text; JSON modes are not supported.")
     tools: Annotated[list[Any] | None, Only(None, [])] = Field(None, description="Not supported.")
@@ -193,8 +198,8 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenIds], bounded(MOST_PROMPTS), Tag("lists")],
         Discriminator(_kind_of_prompt),
     ] = Field(..., description="A text or token ids, or several of either; a text is not put into a chat template.")
-    logprobs: Integer | None = Field(
-        None, ge=0, le=5, description="Log-probabilities of the answer, with this many likeliest tokens."
+    logprobs: Logprobs | None = Field(
+        None, description="Log-probabilities of the answer, with this many likeliest tokens."
     )
     best_of: Annotated[int | None, Only(None, 1)] = Field(None, description="Not supported.")
     echo: Annotated[bool | None, Only(*_NOT_ASKED)] = Field(None, description="Not supported.")

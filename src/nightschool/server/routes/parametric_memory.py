@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from nightschool.data.example import Message
 from nightschool.engine.request import SamplingParams
 from nightschool.engine.slot import Slot
-from nightschool.server.bodies import Body, Integer, Number
+from nightschool.server.bodies import AtLeastOne, Body, Number
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
@@ -41,7 +41,7 @@ class GenerateRequest(Body):
     """A question and how to answer it."""
 
     query: str = Field(..., min_length=1, description="The question.")
-    max_new_tokens: Integer = Field(256, ge=1, description="Most tokens of the answer.")
+    max_new_tokens: AtLeastOne = Field(256, description="Most tokens of the answer.")
     temperature: Number = Field(0.7, ge=0, le=2, description="0 is greedy and deterministic; 1 is more creative.")
     top_p: Number = Field(0.9, gt=0, le=1, description="Sample from the smallest set of this probability.")
     model: str | None = Field(None, description="Which of the served names answers; the first one without it.")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, fiel
 from nightschool.config.training_service import JobSettings
 from nightschool.data.example import Message, Role
 from nightschool.data.sources.formats import role_named
-from nightschool.server.bodies import Body, Number, bounded, whole
+from nightschool.server.bodies import AtLeastOne, Body, Number, bounded, whole
 from nightschool.store.names import NAME_PATTERN
 
 MOST_CONVERSATIONS = 100_000
@@ -29,7 +29,6 @@ OrgId = Annotated[
 ]
 # With the bounds inside: outside of an `Integer | None` they would miss the OpenAPI document.
 Count = Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(whole), Strict()]
-AtLeastOne = Annotated[int, Field(ge=1), BeforeValidator(whole), Strict()]
 Speaker = Annotated[Role, BeforeValidator(lambda name: role_named(name) or name)]
 
 
