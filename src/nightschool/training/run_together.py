@@ -9,10 +9,15 @@ The exit code is 0 when all have ended, however each did, 75 after a signal, and
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":
+    # MKL keeps buffers for each thread that ever multiplied, 24 MB a member; it is asked before torch loads it.
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+
 import argparse
 import ctypes
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,11 +76,7 @@ def _members(home: Home, names: Sequence[Named], stop: Stop) -> list[Member]:
 
 
 def share_freed_memory() -> None:
-    """Have one thread get what another one frees, before anything is computed.
-
-    By itself glibc gives each thread a heap of its own, and MKL buffers that it keeps: 24 MB a member.
-    """
-    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+    """Have all threads allocate from one heap: by itself glibc gives each thread one, and what one frees no other gets."""
     try:
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
     except (AttributeError, OSError, TypeError):
