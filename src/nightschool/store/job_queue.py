@@ -7,10 +7,8 @@ A job is `queued`, `running` while a worker with a lease is at it, `paused`, or 
 from __future__ import annotations
 
 import secrets
-import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,10 +22,21 @@ from nightschool.errors import Conflict, NotFound, QuotaExceeded
 from nightschool.events import now
 from nightschool.store.database import Database
 from nightschool.store.home import Home
+from nightschool.store.job_turns import (
+    BEGIN,
+    OLDEST_FIRST,
+    RUNNING,
+    beginning,
+    bounds_of_tenants,
+    fairly,
+    may_begin,
+    next_queued,
+    now_and_latest,
+)
 from nightschool.store.names import check_name, full_name, home_of
 from nightschool.store.outbox import EventType, announce
 from nightschool.store.registry import Registry
-from nightschool.store.tables import jobs, tenants
+from nightschool.store.tables import jobs
 from nightschool.store.tenants import quota_of
 from nightschool.work.identity import ProcessIdentity
 from nightschool.work.lease import Lease, Leased
@@ -39,7 +48,6 @@ FINAL_STATES: tuple[FinalState, ...] = get_args(FinalState)
 _Changes = dict[str, dict[str, Any]]
 # On another machine, a lease ends after this long without a sign of life.
 LEASE_SECONDS = 60.0
-LONGEST_PAUSE_SECONDS = 3600.0
 # Of those that may share a base, the oldest; who is behind them has no hope yet.
 _MOST_LOOKED_AT = 1000
 
@@ -231,17 +239,17 @@ class JobQueue:
         moment = now()
         lease = Lease.begin(moment, seconds)
         with self._db.write(alone_in=jobs, durable=False) as connection:
-            running = connection.execute(_RUNNING).all()
+            running = connection.execute(RUNNING).all()
             held = [job for job in running if self._is_held(Lease.read(job.owner, job.lease_until), moment)]
             at_work = {job.group_id or job.id for job in held if _is_here(job.owner)}
             is_full = len(at_work) >= most_running
             lapsed = [job.id for job in running if job not in held and (not is_full or job.group_id in at_work)]
             if is_full and not lapsed:
                 return None
-            chosen = lapsed[0] if lapsed else _next_queued(connection, running, moment)
+            chosen = lapsed[0] if lapsed else next_queued(connection, running, moment)
             if chosen is None:
                 return None
-            return Job(**connection.execute(_BEGIN, _beginning(chosen, moment, lease)).one()._mapping)
+            return Job(**connection.execute(BEGIN, beginning(chosen, moment, lease)).one()._mapping)
 
     def claim_beside(
         self, job: Job, *, most: int, may_join: Callable[[Job], bool], seconds: float = LEASE_SECONDS
@@ -254,20 +262,20 @@ class JobQueue:
         moment = now()
         lease = Lease.begin(moment, seconds)
         with self._db.write(alone_in=jobs, durable=False) as connection:
-            running = connection.execute(_RUNNING).all()
+            running = connection.execute(RUNNING).all()
             lapsed = [one.id for one in running if not self._is_held(Lease.read(one.owner, one.lease_until), moment)]
-            waits = sa.and_(jobs.c.state == "queued", _may_begin(jobs))
+            waits = sa.and_(jobs.c.state == "queued", may_begin(jobs))
             alike = jobs.c.share_key == job.share_key
-            query = sa.select(jobs).where(alike, sa.or_(waits, jobs.c.id.in_(lapsed))).order_by(*_OLDEST_FIRST)
-            rows = connection.execute(query.limit(_MOST_LOOKED_AT), _now_and_latest(moment))
+            query = sa.select(jobs).where(alike, sa.or_(waits, jobs.c.id.in_(lapsed))).order_by(*OLDEST_FIRST)
+            rows = connection.execute(query.limit(_MOST_LOOKED_AT), now_and_latest(moment))
             found = [one for one in (Job(**row._mapping) for row in rows) if may_join(one)]
-            beside = _fairly(found, running, _bounds(connection), most)
+            beside = fairly(found, running, bounds_of_tenants(connection), most)
             group = {"group_id": new_id("group_") if beside else None}
             mine = (jobs.c.id == job.id) & (jobs.c.state == "running") & (jobs.c.owner == job.owner)
             first = _updated(connection, mine, group)
             if first is None:
                 raise _not_ours(job)
-            others = [connection.execute(_BEGIN, _beginning(one.id, moment, lease)).one().id for one in beside]
+            others = [connection.execute(BEGIN, beginning(one.id, moment, lease)).one().id for one in beside]
             is_other = jobs.c.id.in_(others)
             connection.execute(jobs.update().where(is_other).values(group))
             return [first, *reversed(_load(connection, is_other))]
@@ -381,116 +389,11 @@ def _not_ours(job: Job) -> Conflict:
 
 
 _NOBODY: dict[str, Any] = {"owner": None, "lease_until": None, "group_id": None}
-_OLDEST_FIRST = (jobs.c.created_at, jobs.c.id)
-
-
-_RUNNING = (
-    sa.select(jobs.c.id, jobs.c.tenant, jobs.c.name, jobs.c.owner, jobs.c.lease_until, jobs.c.group_id)
-    .where(jobs.c.state == "running")
-    .order_by(*_OLDEST_FIRST)
-)
 
 
 def _is_here(owner: str) -> bool:
     identity = ProcessIdentity.parse(owner)
     return identity is not None and identity.is_here
-
-
-def _of_each_tenant() -> sa.Select[Any]:
-    """The oldest job of each tenant that may begin now, whatever the number of those behind it.
-
-    From one tenant to the next, and to the oldest job of each, it goes by the index of states, tenants and moments.
-    """
-    queued, other, running = (jobs.alias(name) for name in ("queued", "other", "running"))
-    first = sa.select(sa.func.min(jobs.c.tenant).label("tenant")).where(jobs.c.state == "queued")
-    waiting = first.cte("waiting", recursive=True)
-    behind = sa.select(sa.func.min(other.c.tenant)).where(other.c.state == "queued", other.c.tenant > waiting.c.tenant)
-    waiting = waiting.union_all(sa.select(behind.scalar_subquery()).where(waiting.c.tenant.is_not(None)))
-    same_name = sa.select(running.c.id).where(
-        running.c.state == "running", running.c.tenant == queued.c.tenant, running.c.name == queued.c.name
-    )
-    oldest = (
-        sa.select(queued.c.id)
-        .where(queued.c.state == "queued", queued.c.tenant == waiting.c.tenant, _may_begin(queued), ~same_name.exists())
-        .order_by(queued.c.created_at, queued.c.id)
-        .limit(1)
-    )
-    heads = sa.select(oldest.correlate(waiting).scalar_subquery()).where(waiting.c.tenant.is_not(None))
-    return sa.select(jobs.c.id, jobs.c.tenant, jobs.c.created_at).where(jobs.c.id.in_(heads))
-
-
-def _may_begin(table: sa.FromClause) -> sa.ColumnElement[bool]:
-    """Whether a job does not wait for a moment; the parameters are `now` and `latest`, which is a pause later."""
-    # Longer than the longest pause is no pause: the clock was put back.
-    waits = table.c.not_before.between(_moment("now"), _moment("latest"))
-    return sa.or_(table.c.not_before.is_(None), sa.not_(waits))
-
-
-def _moment(name: str) -> sa.BindParameter[datetime]:
-    return sa.bindparam(name, type_=jobs.c.created_at.type)
-
-
-# Built once: building a statement takes longer than asking SQLite.
-_OLDEST_OF_EACH_TENANT = _of_each_tenant()
-_BOUNDS = sa.select(tenants.c.name, tenants.c.running_trainings).where(tenants.c.running_trainings.is_not(None))
-_BEGIN = (
-    jobs.update()
-    .where(jobs.c.id == sa.bindparam("chosen"))
-    .values(
-        state="running",
-        not_before=None,
-        detail=None,
-        attempts=jobs.c.attempts + 1,
-        started_at=sa.func.coalesce(jobs.c.started_at, _moment("now")),
-        owner=sa.bindparam("new_owner"),
-        lease_until=_moment("until"),
-    )
-    .returning(jobs)
-)
-
-
-def _beginning(job_id: str, moment: datetime, lease: Lease) -> dict[str, Any]:
-    """The parameters of `_BEGIN`."""
-    columns = lease.columns
-    return {"chosen": job_id, "now": moment, "new_owner": columns["owner"], "until": columns["lease_until"]}
-
-
-def _now_and_latest(moment: datetime) -> dict[str, datetime]:
-    """The parameters of `_may_begin`."""
-    return {"now": moment, "latest": moment + timedelta(seconds=LONGEST_PAUSE_SECONDS)}
-
-
-def _bounds(connection: sa.Connection) -> dict[str, int]:
-    """How many jobs of a tenant may run at once, of the tenants that have a bound."""
-    return {row.name: row.running_trainings for row in connection.execute(_BOUNDS)}
-
-
-def _next_queued(connection: sa.Connection, running: Sequence[Any], moment: datetime) -> str | None:
-    """The oldest job that may begin, of the tenant that has the fewest running."""
-    counts, bounds = Counter(job.tenant for job in running), _bounds(connection)
-    heads = connection.execute(_OLDEST_OF_EACH_TENANT, _now_and_latest(moment))
-    may = [job for job in heads if counts[job.tenant] < bounds.get(job.tenant, sys.maxsize)]
-    first = min(may, key=lambda job: (counts[job.tenant], job.created_at, job.id), default=None)
-    return None if first is None else first.id
-
-
-def _fairly(found: Sequence[Job], running: Sequence[Any], bounds: Mapping[str, int], most: int) -> list[Job]:
-    """At most so many of the jobs that were found, oldest first, chosen one after the other as `claim` would."""
-    known = {job.id for job in found}
-    others = [job for job in running if job.id not in known]
-    counts, names = Counter(job.tenant for job in others), {(job.tenant, job.name) for job in others}
-    left, chosen = list(found), list[Job]()
-    while len(chosen) < most:
-        may = [job for job in left if (job.tenant, job.name) not in names]
-        may = [job for job in may if counts[job.tenant] < bounds.get(job.tenant, sys.maxsize)]
-        if not may:
-            break
-        job = min(may, key=lambda job: counts[job.tenant])
-        left.remove(job)
-        chosen.append(job)
-        counts[job.tenant] += 1
-        names.add((job.tenant, job.name))
-    return chosen
 
 
 def _updated(connection: sa.Connection, condition: sa.ColumnElement[bool], values: dict[str, Any]) -> Job | None:
