@@ -39,6 +39,9 @@ def test_those_that_share_a_base_need_it_once_and_on_a_cpu_one_process():
     assert Need.together([one] * 16).device_bytes == (4 + 16) * GB + PROCESS_BYTES
     assert Need.together([Need.of(plan | {"device_total_bytes": 80 * GB})] * 16).device_bytes == 20 * GB
     assert Need.together([]) is None
+    passes = Need.of(plan | {"pass_bytes": GB // 2, "joint_pass_bytes": 2 * GB})
+    assert Need.together([passes]) == passes
+    assert Need.together([passes] * 16).device_bytes == (4 + 8 + 2) * GB + PROCESS_BYTES, "one pass takes some of them"
 
 
 def test_without_a_plan_a_job_begins_and_its_run_says_what_is_wrong():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import psutil
@@ -28,7 +28,8 @@ Verdict = Literal["fits", "waits", "never"]
 class Need:
     """What a job takes, as its plan says. `device_total_bytes` is what its GPU has in all; None on a CPU.
 
-    `common_bytes` of it are taken once by all that share its base and its process. `cpus` and `gpus` are those that all its
+    `common_bytes` of it are taken once by all that share its base and its process; `pass_bytes` of it are there during a pass
+    alone, and a pass that it has together with others takes `joint_pass_bytes`. `cpus` and `gpus` are those that all its
     processes keep busy.
     """
 
@@ -37,6 +38,8 @@ class Need:
     common_bytes: int = 0
     cpus: int = 1
     gpus: int = 0
+    pass_bytes: int = 0
+    joint_pass_bytes: int = 0
 
     @classmethod
     def of(cls, plan: dict[str, Any] | None) -> Need | None:
@@ -51,6 +54,8 @@ class Need:
             int(plan.get("base_bytes", 0)) + host,
             cpus=int(plan.get("cpu_threads", 1)) if total is None else processes,
             gpus=0 if total is None else processes,
+            pass_bytes=int(plan.get("pass_bytes", 0)),
+            joint_pass_bytes=int(plan.get("joint_pass_bytes", 0)),
         )
 
     @classmethod
@@ -58,9 +63,18 @@ class Need:
         """What jobs take that share a base; None if there are none."""
         if not needs:
             return None
-        own = sum(need.device_bytes - need.common_bytes for need in needs)
+        own = sum(need.device_bytes - need.common_bytes - need.pass_bytes for need in needs)
         common = max(need.common_bytes for need in needs)
-        return cls(common + own, needs[0].device_total_bytes, common, cpus=needs[0].cpus, gpus=needs[0].gpus)
+        # A pass takes some of their tokens, or all that they have.
+        joint = max(need.joint_pass_bytes for need in needs)
+        one_pass = min(joint, sum(need.pass_bytes for need in needs))
+        return replace(
+            needs[0],
+            device_bytes=common + own + one_pass,
+            common_bytes=common,
+            pass_bytes=one_pass,
+            joint_pass_bytes=joint,
+        )
 
 
 @dataclass(frozen=True)

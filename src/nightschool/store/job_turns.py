@@ -110,7 +110,8 @@ def fairly(found: Sequence[Job], running: Sequence[Any], bounds: Mapping[str, in
     known = {job.id for job in found}
     others = [job for job in running if job.id not in known]
     counts, names = Counter(job.tenant for job in others), {(job.tenant, job.name) for job in others}
-    left, chosen = list(found), list[Job]()
+    left: list[Job] = list(found)
+    chosen: list[Job] = []
     while len(chosen) < most:
         may = [job for job in left if (job.tenant, job.name) not in names]
         may = [job for job in may if counts[job.tenant] < bounds.get(job.tenant, sys.maxsize)]
