@@ -90,6 +90,7 @@ def test_overrides_alone_make_a_recipe():
         ("held_out.share=5%", lambda r: r.held_out.share, 0.05),
         ("schedule.cron=0 3 * * *", lambda r: r.schedule.cron, "0 3 * * *"),
         ("lora.target_modules=[q_proj, v_proj]", lambda r: r.lora.target_modules, ["q_proj", "v_proj"]),
+        ("lora.target_modules=[all-linear]", lambda r: r.lora.target_modules, "all-linear"),
         ("data.0.path=2024", lambda r: r.data[0].path, "2024"),
         ("data.0.path=[ab].json", lambda r: r.data[0].path, "[ab].json"),
         ("data.0.path=a=b.json", lambda r: r.data[0].path, "a=b.json"),

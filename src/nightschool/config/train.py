@@ -114,7 +114,9 @@ class Lora(Section):
     @field_validator("target_modules")
     @classmethod
     def _names(cls, targets: str | list[str]) -> str | list[str]:
-        if isinstance(targets, list) or targets == "all-linear":
+        if targets in ("all-linear", ["all-linear"]):  # the second where only lists can be written
+            return "all-linear"
+        if isinstance(targets, list):
             return targets
         names = [name.strip() for name in targets.split(",") if name.strip()]
         return names if names and all(re.fullmatch(r"[\w.]+", name) for name in names) else targets
