@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import argparse
 import ctypes
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from nightschool.store.runs import RunStore
 from nightschool.training.run import complain
 from nightschool.training.together.joint import JointPasses
 from nightschool.training.together.member import Member, work_together
+from nightschool.work.processes import leave
 from nightschool.work.stop import Stop
 
 # From glibc's malloc.h.
@@ -99,4 +99,4 @@ def read_members(path: Path) -> list[Named]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -25,7 +25,7 @@ from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import SAMPLED_EXAMPLES
-from nightschool.training.together.joint import MOST_TOKENS
+from nightschool.training.together.joint import pass_tokens
 from nightschool.units import printable
 from nightschool.work.processes import leave
 
@@ -76,7 +76,7 @@ def peak_bytes(
             gradient_checkpointing=recipe.train.gradient_checkpointing,
             compute=task.compute_dtype,
         )
-        for tokens in (method.largest_batch_tokens, max(MOST_TOKENS, method.largest_batch_tokens))
+        for tokens in (method.largest_batch_tokens, max(pass_tokens(task.model), method.largest_batch_tokens))
     )
     total = torch.cuda.mem_get_info(task.device)[1] if task.device.type == "cuda" else None
     on_one_device = 1 if total is not None else method.processes

@@ -31,12 +31,20 @@ from nightschool.training.together.member import Member, Window, serve, serve_on
 
 # A pass takes micro-batches up to so many tokens. Memory grows with them, and products gain little: sixteen adapters on 10
 # million weights, ms of CPU with 256 / 512 / 1,024 tokens a pass: 2,210 / 1,965 / 1,902 (one adapter, all in one pass: 1,767).
-MOST_TOKENS = 512
+# What fewer tokens cost are calls, which a model of more weights does not notice.
+_FEWEST_TOKENS, _MOST_TOKENS = 256, 512
+_TOKENS_TIMES_WEIGHTS = 5_000_000_000
 _NAME = "default"
 
 
 class CannotJoin(Exception):
     """Why a member has passes of its own."""
+
+
+def pass_tokens(model: nn.Module) -> int:
+    """Up to how many tokens several micro-batches go into one pass of this model."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, _TOKENS_TIMES_WEIGHTS // weights))
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class JointPasses:
                     for member in group
                     if turn < len((window := _asked(member)).batches)
                 }
-                for some in _bounded(parts):
+                for some in _bounded(parts, base.pass_tokens):
                     found = base.losses([parts[member] for member in some])
                     for member, loss in zip(some, found, strict=True):
                         losses[member] = losses[member] + loss if member in losses else loss
@@ -145,6 +153,7 @@ class JointBase:
         for name, layer in _adapted_layers(self._model).items():
             self._model.set_submodule(name, layer.base_layer)
         self._model.train()
+        self.pass_tokens = pass_tokens(self._model)
         self._parts: Sequence[Part] = ()
         self._draws = draws_at_random(self._model)
 
@@ -304,13 +313,14 @@ def _adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return layers
 
 
-def _bounded(parts: Mapping[Member, Part]) -> Iterator[list[Member]]:
-    """Members whose micro-batches go into one pass, as many as fit."""
+def _bounded(parts: Mapping[Member, Part], most_tokens: int) -> Iterator[list[Member]]:
+    """Members whose micro-batches go into one pass: as many as fit into that many tokens, or into the largest of them."""
+    sizes = {member: part.batch.input_ids.shape[1] for member, part in parts.items()}
+    most_tokens = max(most_tokens, *sizes.values())
     some: list[Member] = []
     tokens = 0
-    for member, part in parts.items():
-        size = part.batch.input_ids.shape[1]
-        if some and tokens + size > MOST_TOKENS:
+    for member, size in sizes.items():
+        if some and tokens + size > most_tokens:
             yield some
             some, tokens = [], 0
         some.append(member)
