@@ -25,6 +25,7 @@ from tests.support.training_setups import MiniRun, deterministic_threads, random
 
 pytestmark = pytest.mark.trains
 LORA = Lora(r=4, alpha=8, dropout=0.2)
+QUERIES_AND_VALUES = Lora(r=2, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"])
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,10 @@ def runs_of(folder, **settings):
     home = Home(folder / "home").ensure()
     return {
         name: MiniRun(
-            folder / name, lora=LORA, home=home, rows=random_rows(20, seed=ord(name[0])), **({"steps_total": 6} | given)
+            folder / name,
+            home=home,
+            rows=random_rows(20, seed=ord(name[0])),
+            **({"steps_total": 6, "lora": LORA} | given),
         )
         for name, given in settings.items()
     }
@@ -67,7 +71,7 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
     settings = {
         "short": {"steps_total": 3},
         "broken": {"learning_rate": 1e30},
-        "windows": {"accumulation_steps": 3, "batch_size": 1, "seed": 7},
+        "windows": {"accumulation_steps": 3, "batch_size": 1, "seed": 7, "lora": QUERIES_AND_VALUES},
         "poisoned": {"steps_total": 4},
     }
     together = runs_of(tmp_path / "together", **settings)
@@ -88,7 +92,7 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
     with monkeypatch.context() as patched:
         patched.setattr(FinetuneTask, "batch", batch_with_a_word_too_many)
         patched.setattr(JointBase, "losses", counted)
-        patched.setattr(joint, "MOST_TOKENS", 1000)
+        patched.setattr(joint, "pass_tokens", lambda _: 1000)
         assert train_together(together) == 0
     assert sys.stdout is out
     # Both batches of step 1 and the third one of `windows`; the NaN of `broken` is found after step 2; step 3 falls apart.

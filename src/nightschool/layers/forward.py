@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -126,10 +127,15 @@ def document_loss(
     return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens, likeliest)
 
 
-def losses_of_batches(model: nn.Module, batches: Sequence[Documents], likeliest: Sequence[Tensor]) -> Tensor:
+def losses_of_batches(
+    model: nn.Module,
+    batches: Sequence[Documents],
+    likeliest: Sequence[Tensor],
+    at_head: AbstractContextManager[None] | None = None,
+) -> Tensor:
     """What `document_loss` says of each batch, one number for each [P], from one pass over all of them.
 
-    `likeliest` has the counter of each batch.
+    `likeliest` has the counter of each batch; products with the head are computed within `at_head`.
 
     For a path that is packed, and a plain frozen head that is everything. No number of one batch reaches another one, not even a NaN, as
     long as no layer of the model mixes tokens but by attention; tokens run in the order of the batches, each in its own order.
@@ -149,7 +155,8 @@ def losses_of_batches(model: nn.Module, batches: Sequence[Documents], likeliest:
         labels, weights = labels.index_select(0, whole.order), weights.index_select(0, whole.order)
     counted = torch.zeros(len(batches), dtype=torch.int64, device=device)
     sizes = [layout.num_tokens for layout in layouts]
-    losses = cross_entropy_of_parts(hidden, cast(nn.Linear, _head(model)), labels, weights, sizes, counted)
+    with at_head or nullcontext():
+        losses = cross_entropy_of_parts(hidden, cast(nn.Linear, _head(model)), labels, weights, sizes, counted)
     for counter, number in zip(likeliest, counted, strict=True):
         counter += number
     return losses
