@@ -94,7 +94,7 @@ class JointPasses:
             return self._seats[member]
         try:
             seat = take_seat(_asked(member).task)
-            self._base_of(seat).make_room(seat)
+            self._base_of(seat).check(seat)
         except CannotJoin as why:
             _tell(member, why)
             return None
@@ -144,14 +144,10 @@ class JointPasses:
 
 
 class JointBase:
-    """A shell of a base of which some linear layers serve several adapters."""
+    """A shell of a base whose linear layers serve several adapters."""
 
     def __init__(self, task: CausalTask[Any]) -> None:
-        """Make it from the model of a task, without that task's adapter.
-
-        Raises:
-            CannotJoin: If the base draws at random by itself.
-        """
+        """Make it from the model of a task, without that task's adapter. Raises CannotJoin if that is one of another kind."""
         self.embedding = _embedding(task)  # whose identity is that of the base, as long as it is held
         self._model = shell_of(causal_lm(task.model))
         for name, layer in _adapted_layers(self._model).items():
@@ -166,8 +162,8 @@ class JointBase:
         self._parts: Sequence[Part] = ()
         self._draws = draws_at_random(self._model)
 
-    def make_room(self, seat: Seat) -> None:
-        """Look whether all layers that an adapter reaches can serve it. Raises CannotJoin if the base draws at random."""
+    def check(self, seat: Seat) -> None:
+        """Raise CannotJoin if the base draws at random, or an adapter reaches what is no linear layer of its own."""
         if self._draws:
             raise CannotJoin("the base has dropout of its own")
         for name in seat.layers:
