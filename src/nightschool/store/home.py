@@ -43,6 +43,11 @@ class Home:
         return self.path / "models"
 
     @property
+    def memories(self) -> Path:
+        """A folder for each explicit memory: its entries, and what is derived from them."""
+        return self.path / "memories"
+
+    @property
     def jobs(self) -> Path:
         """A folder for each job: its data, its log, and how it ended."""
         return self.path / "jobs"

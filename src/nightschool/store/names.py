@@ -185,6 +185,12 @@ def model_path(home: Home, name: str) -> Path:
     return home_of(home, tenant).models / bare
 
 
+def memory_path(home: Home, name: str) -> Path:
+    """The folder of an explicit memory. Raises NameRefused as `split_name` does."""
+    tenant, bare = split_name(name)
+    return home_of(home, tenant).memories / bare
+
+
 def version_path(home: Home, name: str, version: str) -> Path:
     """The folder of one version: the one function that joins names and versions into a path.
 

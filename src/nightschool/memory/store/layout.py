@@ -1,0 +1,80 @@
+"""The tables of a memory's file, and the digests by which a flipped bit is found.
+
+A row of `rows` is written once and then only ended (`died`, with a digest of its own) or purged. Everything that is kept
+carries a digest of what it was written with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import Any
+
+FORMAT = 1
+"""`PRAGMA user_version` of the files that this code writes."""
+APPLICATION_ID = 0x4E534D31
+"""`NSM1` in ASCII: by it a file is known to be a memory."""
+
+ROW_COLUMNS = (
+    "row", "entry", "text", "wording", "subject", "relation", "value", "subject_key", "relation_key", "source", "author",
+    "valid_from", "valid_to", "recorded_at", "born", "replaces",
+)  # fmt: skip
+"""What never changes in a row, in the order in which its digest takes it. `text_key` follows from `text`."""
+
+TABLES = """
+CREATE TABLE about (identity TEXT NOT NULL, made_at INTEGER NOT NULL);
+CREATE TABLE rows (
+  row INTEGER PRIMARY KEY,
+  entry INTEGER NOT NULL,
+  text TEXT NOT NULL,
+  wording TEXT,
+  subject TEXT,
+  relation TEXT,
+  value TEXT,
+  subject_key TEXT,
+  relation_key TEXT,
+  text_key INTEGER,
+  source TEXT NOT NULL,
+  author TEXT NOT NULL,
+  valid_from INTEGER,
+  valid_to INTEGER,
+  recorded_at INTEGER NOT NULL,
+  born INTEGER NOT NULL,
+  replaces INTEGER,
+  digest BLOB NOT NULL,
+  died INTEGER,
+  end_digest BLOB
+);
+CREATE INDEX rows_entry ON rows (entry, row);
+CREATE INDEX rows_died ON rows (died) WHERE died IS NOT NULL;
+CREATE INDEX rows_address ON rows (subject_key, relation_key) WHERE died IS NULL AND subject_key IS NOT NULL;
+CREATE INDEX rows_sentence ON rows (text_key) WHERE died IS NULL AND text_key IS NOT NULL;
+CREATE TABLE revisions (
+  revision INTEGER PRIMARY KEY,
+  at INTEGER NOT NULL,
+  author TEXT NOT NULL,
+  operation TEXT NOT NULL,
+  note TEXT NOT NULL,
+  restores INTEGER,
+  last_row INTEGER NOT NULL,
+  born INTEGER NOT NULL,
+  ended INTEGER NOT NULL,
+  digest BLOB NOT NULL
+);
+CREATE TABLE versions (
+  name TEXT PRIMARY KEY,
+  revision INTEGER NOT NULL,
+  at INTEGER NOT NULL,
+  author TEXT NOT NULL,
+  digest BLOB NOT NULL
+);
+CREATE TABLE purged (row INTEGER PRIMARY KEY, entry INTEGER NOT NULL, revision INTEGER NOT NULL);
+CREATE INDEX purged_revision ON purged (revision);
+CREATE TABLE relations (relation_key TEXT PRIMARY KEY, cardinality TEXT NOT NULL CHECK (cardinality IN ('single', 'multi')));
+CREATE TABLE settled (row_a INTEGER NOT NULL, row_b INTEGER NOT NULL, PRIMARY KEY (row_a, row_b)) WITHOUT ROWID;
+"""
+
+
+def digest_of(values: Iterable[Any]) -> bytes:
+    """Eight bytes of BLAKE2b over the values of a row."""
+    return blake2b("\x1f".join(map(str, values)).encode(), digest_size=8).digest()
