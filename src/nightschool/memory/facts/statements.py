@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from nightschool.errors import DataError
 from nightschool.memory.entry import NewEntry, micros_of
@@ -17,8 +17,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A new entry as it is stored. `text_key` stands for sentences whose subject and relation cannot be told."""
 
     text: str

@@ -33,6 +33,11 @@ class Connections:
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
 
+    @property
+    def mode(self) -> str:
+        """How the file is opened: to write, or as it is where that is not allowed."""
+        return _mode(self.file, is_ours=_is_ours(self.file))
+
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The connection to read, for a few queries. Each of them sees the newest commit; a revision pins what they show."""
@@ -74,10 +79,9 @@ class Connections:
     def _opened(self) -> sqlite3.Connection:
         if not self.file.is_file():
             raise NotFound(_not_there(self.file))
-        is_ours = os.access(self.file, os.W_OK) and os.access(self.file.parent, os.W_OK)
-        connection = connect(self.file, _mode(self.file, is_ours=is_ours), busy_seconds=self._busy_seconds)
+        connection = connect(self.file, self.mode, busy_seconds=self._busy_seconds)
         try:
-            if is_ours:
+            if _is_ours(self.file):
                 _prepare(connection, self._busy_seconds)
             _check_format(connection, self.file)
         except BaseException:
@@ -86,7 +90,7 @@ class Connections:
         return connection
 
     def _refuse_read_only(self) -> None:
-        if self.file.is_file() and not (os.access(self.file, os.W_OK) and os.access(self.file.parent, os.W_OK)):
+        if self.file.is_file() and not _is_ours(self.file):
             raise Conflict(
                 f"{self.file} cannot be written: it is read-only, or belongs to another user. Make it writable, or copy "
                 f"the home and name the copy in NIGHTSCHOOL_HOME."
@@ -96,7 +100,7 @@ class Connections:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise translated(error, self.file, self._busy_seconds) from error
 
 
@@ -129,8 +133,8 @@ def create(file: Path, script: str, busy_seconds: float = _BUSY_SECONDS) -> None
         connection.close()
 
 
-def translated(error: sqlite3.Error, file: Path, busy_seconds: float = _BUSY_SECONDS) -> Exception:
-    """What SQLite said, as an error of ours where it is one."""
+def translated(error: sqlite3.Error | UnicodeDecodeError, file: Path, busy_seconds: float = _BUSY_SECONDS) -> Exception:
+    """What SQLite said, as an error of ours where it is one. Of damage it says whatever it stumbled over."""
     said = str(error)
     if "is full" in said or "No space left" in said:
         return DiskFull(
@@ -146,12 +150,21 @@ def translated(error: sqlite3.Error, file: Path, busy_seconds: float = _BUSY_SEC
             f"{file} cannot be written ({said}): it is read-only, or belongs to another user. Make it writable, or copy "
             f"the home and name the copy in NIGHTSCHOOL_HOME."
         )
-    if "malformed" in said or "not a database" in said or "corrupt" in said or "disk I/O" in said:
+    # A syntax error alone would be a mistake of ours.
+    if not said.startswith("near ") and type(error) in (
+        sqlite3.OperationalError,
+        sqlite3.DatabaseError,
+        UnicodeDecodeError,
+    ):
         return Damaged(
             f"The memory {file} is damaged ({said}). nightschool memory check says what of it is whole; restore it from a "
             f"copy, or build it anew from its sources."
         )
     return error
+
+
+def _is_ours(file: Path) -> bool:
+    return os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
 
 
 def _mode(file: Path, *, is_ours: bool) -> str:

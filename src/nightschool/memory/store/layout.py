@@ -1,7 +1,7 @@
 """The tables of a memory's file, and the digests by which a flipped bit is found.
 
-A row of `rows` is written once and then only ended (`died`, with a digest of its own) or purged. Everything that is kept
-carries a digest of what it was written with.
+A row of `rows` is written once and then only ended (`died`) or purged. Everything that is kept carries a digest of what it
+was written with; how many rows a revision ended, and the sum of their numbers (`ended_rows`), are kept with the revision.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROW_COLUMNS = (
 """What never changes in a row, in the order in which its digest takes it. `text_key` follows from `text`."""
 
 TABLES = """
-CREATE TABLE about (identity TEXT NOT NULL, made_at INTEGER NOT NULL);
+CREATE TABLE about (identity TEXT NOT NULL, made_at INTEGER NOT NULL, purge_pending INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE rows (
   row INTEGER PRIMARY KEY,
   entry INTEGER NOT NULL,
@@ -42,8 +42,7 @@ CREATE TABLE rows (
   born INTEGER NOT NULL,
   replaces INTEGER,
   digest BLOB NOT NULL,
-  died INTEGER,
-  end_digest BLOB
+  died INTEGER
 );
 CREATE INDEX rows_entry ON rows (entry, row);
 CREATE INDEX rows_died ON rows (died) WHERE died IS NOT NULL;
@@ -59,6 +58,7 @@ CREATE TABLE revisions (
   last_row INTEGER NOT NULL,
   born INTEGER NOT NULL,
   ended INTEGER NOT NULL,
+  ended_rows INTEGER NOT NULL,
   digest BLOB NOT NULL
 );
 CREATE TABLE versions (
@@ -68,7 +68,14 @@ CREATE TABLE versions (
   author TEXT NOT NULL,
   digest BLOB NOT NULL
 );
-CREATE TABLE purged (row INTEGER PRIMARY KEY, entry INTEGER NOT NULL, revision INTEGER NOT NULL);
+CREATE TABLE purged (
+  row INTEGER PRIMARY KEY,
+  entry INTEGER NOT NULL,
+  born INTEGER NOT NULL,
+  died INTEGER NOT NULL,
+  revision INTEGER NOT NULL,
+  digest BLOB NOT NULL
+);
 CREATE INDEX purged_revision ON purged (revision);
 CREATE TABLE relations (relation_key TEXT PRIMARY KEY, cardinality TEXT NOT NULL CHECK (cardinality IN ('single', 'multi')));
 CREATE TABLE settled (row_a INTEGER NOT NULL, row_b INTEGER NOT NULL, PRIMARY KEY (row_a, row_b)) WITHOUT ROWID;

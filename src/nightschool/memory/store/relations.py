@@ -9,6 +9,9 @@ from __future__ import annotations
 import sqlite3
 from typing import Literal
 
+from nightschool.errors import UsageError
+from nightschool.memory.facts.normalise import relation_key_of
+
 Cardinality = Literal["single", "multi"]
 SINGLE: Cardinality = "single"
 MULTI: Cardinality = "multi"
@@ -93,8 +96,28 @@ class Relations:
             connection.execute("SELECT relation_key, cardinality FROM relations").fetchall()
         )
 
+    @property
+    def set_here(self) -> dict[str, Cardinality]:
+        """What was set, by the normalised relation."""
+        return dict(self._set)
+
     def of(self, relation_key: str) -> Cardinality:
         found = self._set.get(relation_key)
         if found is not None:
             return found
         return MULTI if relation_key in MULTI_VALUED else SINGLE
+
+
+def set_relation(connection: sqlite3.Connection, relation: str, cardinality: Cardinality | None) -> None:
+    """Set how many values a relation has at a time; None forgets what was set.
+
+    Raises:
+        UsageError: If the relation is empty, or the cardinality is neither `single` nor `multi`.
+    """
+    key = relation_key_of(relation)
+    if not key or cardinality not in (None, SINGLE, MULTI):
+        raise UsageError(f"Write a relation and single or multi, not {relation[:80]!r} and {cardinality!r}.")
+    if cardinality is None:
+        connection.execute("DELETE FROM relations WHERE relation_key = ?", (key,))
+    else:
+        connection.execute("INSERT OR REPLACE INTO relations VALUES (?, ?)", (key, cardinality))

@@ -6,7 +6,8 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from nightschool.memory.entry import MemoryEntry, moment_of
+from nightschool.errors import NotFound
+from nightschool.memory.entry import MemoryEntry, entry_id, entry_number, moment_of
 from nightschool.memory.store.layout import ROW_COLUMNS
 
 ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died"))
@@ -50,6 +51,40 @@ def alive_row(connection: sqlite3.Connection, entry: int, at: int) -> MemoryEntr
     return None if found is None else entry_of(found)
 
 
+def newest_revision(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT max(revision) FROM revisions").fetchone()[0])
+
+
+def required(connection: sqlite3.Connection, entry: str, at: int | None = None) -> MemoryEntry:
+    """An entry as a revision has it, the newest one unless it is given.
+
+    Raises:
+        NotFound: If it is not there, or is no more.
+        UsageError: If it is no id.
+    """
+    number, revision = entry_number(entry), newest_revision(connection) if at is None else at
+    found = alive_row(connection, number, revision)
+    if found is None:
+        raise NotFound(not_there(connection, number, revision))
+    return found
+
+
+def not_there(connection: sqlite3.Connection, entry: int, revision: int) -> str:
+    """Why an entry is not found."""
+    name, past = entry_id(entry), history_of(connection, entry)
+    if is_purged(connection, entry):
+        return f"{name} was purged: nothing of it is left but its number."
+    if not past:
+        return f"There is no entry {name}. nightschool memory ls and search show those that are there."
+    if past[0].born > revision:
+        return f"{name} is not there at revision {revision}: it was added at revision {past[0].born}."
+    ended = max(one.died for one in past if one.died is not None and one.died <= revision)
+    return (
+        f"{name} is no longer there at revision {revision}; it ended at revision {ended}. nightschool memory history "
+        f"shows what it said."
+    )
+
+
 def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:
     """All rows of an entry, oldest first."""
     query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE entry = ? ORDER BY row"  # noqa: S608
@@ -60,3 +95,16 @@ def found_by(connection: sqlite3.Connection, query: str, values: dict[str, Any])
     """The entries that a query over `rows` finds; `{columns}` in it stands for the columns of an entry."""
     for one in connection.execute(query.replace("{columns}", ENTRY_COLUMNS), values):
         yield entry_of(one)
+
+
+def is_purged(connection: sqlite3.Connection, entry: int) -> bool:
+    """Whether an entry was purged."""
+    return connection.execute("SELECT 1 FROM purged WHERE entry = ?", (entry,)).fetchone() is not None
+
+
+def count(connection: sqlite3.Connection, at: int) -> int:
+    """How many entries a revision has, counted by what each revision wrote and ended."""
+    totals = "SELECT sum(born) - sum(ended) FROM revisions WHERE revision <= ?"
+    gone = "SELECT count(*) FROM purged WHERE born <= :at AND died > :at"
+    total, purged = connection.execute(totals, (at,)).fetchone()[0], connection.execute(gone, {"at": at}).fetchone()[0]
+    return int(total) - int(purged)

@@ -4,155 +4,182 @@ from __future__ import annotations
 
 import sqlite3
 from array import array
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nightschool.events import now
 from nightschool.memory.entry import MemoryEntry, micros_of
 from nightschool.memory.facts import Fact, key_of
 from nightschool.memory.store.layout import ROW_COLUMNS, digest_of
 from nightschool.memory.store.relations import SINGLE, Relations
-from nightschool.memory.store.rows import ENTRY_COLUMNS, entry_of
 
 _INSERT_COLUMNS = (*ROW_COLUMNS, "text_key", "digest")
 _INSERT = f"INSERT INTO rows ({', '.join(_INSERT_COLUMNS)}) VALUES ({', '.join('?' * len(_INSERT_COLUMNS))})"  # noqa: S608
-_END = "UPDATE rows SET died = ?, end_digest = ? WHERE row = ?"
-_AT_ADDRESS = (
-    f"SELECT {ENTRY_COLUMNS} FROM rows WHERE subject_key = ? AND relation_key = ? AND died IS NULL ORDER BY row"  # noqa: S608
-)
-_OF_SENTENCE = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE text_key = ? AND died IS NULL ORDER BY row"  # noqa: S608
+_END = "UPDATE rows SET died = ? WHERE row = ?"
+_RIVAL = "SELECT row, entry, text, value, valid_from, valid_to FROM rows WHERE"
+_AT_ADDRESS = f"{_RIVAL} subject_key = ? AND relation_key = ? AND died IS NULL ORDER BY row"
+_OF_SENTENCE = f"{_RIVAL} text_key = ? AND died IS NULL ORDER BY row"
+# Rows wait for each other, because SQLite writes many at once in half the time.
+_MOST_WAITING = 1000
 
 
-@dataclass
+class Rival(NamedTuple):
+    """A living row that is about the same as something new. The period is in microseconds, as the file has it."""
+
+    row: int
+    entry: int
+    text: str
+    value: str | None
+    valid_from: int | None
+    valid_to: int | None
+
+
 class Write:
-    """A revision that is being written: it is there when the transaction ends, and not before."""
+    """A revision that is being written: it is there when the transaction ends, and not before.
 
-    connection: sqlite3.Connection
-    author: str
-    operation: str
-    relations: Relations
-    note: str = ""
-    restores: int | None = None
-    revision: int = 0
-    last_row: int = 0
-    moment: int = 0
-    born: int = 0
-    ended: int = 0
-    added: int = 0
-    superseded: int = 0
-    removed: int = 0
-    unchanged: int = 0
-    numbers: array[int] = field(default_factory=lambda: array("q"))
+    `added`, `superseded`, `removed` and `unchanged` count entries, `numbers` are those that the write was about.
+    """
 
-    def __post_init__(self) -> None:
-        newest = self.connection.execute("SELECT max(revision), last_row FROM revisions").fetchone()
+    def __init__(self, connection: sqlite3.Connection, author: str, operation: str, note: str = "") -> None:
+        self.connection, self.author, self.operation, self.note = connection, author, operation, note
+        self.restores: int | None = None
+        newest = connection.execute("SELECT max(revision), last_row FROM revisions").fetchone()
         self.revision, self.last_row = int(newest[0]) + 1, int(newest[1])
-        self.moment = micros_of(now()) or 0
+        self.added = self.superseded = self.removed = self.unchanged = 0
+        self.numbers: array[int] = array("q")
+        self._relations = Relations(connection)
+        self._moment = micros_of(now())
+        self._born = self._ended = self._ended_rows = 0
+        self._waiting: list[tuple[object, ...]] = []
+        self._waiting_keys: set[object] = set()
 
     def add(self, fact: Fact) -> None:
         """Remember a fact: as a new entry, or in the place of the entry that it supersedes, or not again."""
-        single = fact.relation_key is not None and self.relations.of(fact.relation_key) == SINGLE
-        rivals = [rival for rival in self._rivals(fact) if _overlap(rival, fact)]
+        rivals = [rival for rival in self._rivals(fact) if overlap(rival, fact)]
         same = next((rival for rival in rivals if _says_the_same(rival, fact)), None)
+        single = bool(rivals) and self._has_one_value(fact)
         if same is not None and not (single and len(rivals) > 1):
-            self.unchanged += 1
-            self.numbers.append(same.entry)
-        elif single and rivals:
-            self._supersede(rivals, fact)
+            self.leave(same.entry)
+        elif single:
+            # The newest goes on as the same entry with the new value; the others end.
+            *others, newest = rivals
+            for other in others:
+                self.end(other.row)
+            self.replace(newest.row, newest.entry, fact)
+            self.superseded += len(rivals)
         else:
-            self.numbers.append(self.insert(fact))
+            self._insert(fact, None, None)
             self.added += 1
 
     def edit(self, old: MemoryEntry, fact: Fact) -> None:
         """Let an entry say something else. Others that the new statement supersedes end."""
-        single = fact.relation_key is not None and self.relations.of(fact.relation_key) == SINGLE
-        others = [rival for rival in self._rivals(fact) if rival.entry != old.entry and _overlap(rival, fact)]
-        for other in others:
-            if single or _says_the_same(other, fact):
-                self.end(other)
+        single = self._has_one_value(fact)
+        for other in self._rivals(fact):
+            if other.entry != old.entry and overlap(other, fact) and (single or _says_the_same(other, fact)):
+                self.end(other.row)
                 self.superseded += 1
-        self.numbers.append(self.insert(fact, old))
+        self.replace(old.row, old.entry, fact)
         self.superseded += 1
 
+    def replace(self, row: int, entry: int, fact: Fact) -> None:
+        """End a row, and let a new one of the same entry stand in its place."""
+        self.end(row)
+        self._insert(fact, entry, row)
+
     def remove(self, old: MemoryEntry) -> None:
-        self.end(old)
+        self.end(old.row)
         self.removed += 1
         self.numbers.append(old.entry)
 
-    def insert(self, fact: Fact, old: MemoryEntry | None = None) -> int:
-        """Write a row, in the place of `old` if that is given. Returns the number of its entry."""
-        row = self.last_row + 1
-        entry = row if old is None else old.entry
-        if old is not None and old.died is None:
-            self.end(old)
-        kept = (
-            row, entry, fact.text, fact.wording, fact.subject, fact.relation, fact.value, fact.subject_key,
-            fact.relation_key, fact.source, self.author, fact.valid_from, fact.valid_to, self.moment, self.revision,
-            None if old is None else old.row,
-        )  # fmt: skip
-        self._write_row(kept, fact.text_key)
-        return entry
+    def leave(self, *entries: int) -> None:
+        """Note that entries stay as they are."""
+        self.unchanged += len(entries)
+        self.numbers.extend(entries)
 
-    def copy(self, old: MemoryEntry, text_key: int | None, replaces: int | None) -> None:
-        """Write an ended row again as a new one: what it says, by whom and when it was recorded stay."""
-        kept = (
-            self.last_row + 1, old.entry, old.text, old.wording, old.subject, old.relation, old.value, old.subject_key,
-            old.relation_key, old.source, old.author, micros_of(old.valid_from), micros_of(old.valid_to),
-            micros_of(old.recorded_at), self.revision, replaces,
-        )  # fmt: skip
-        self._write_row(kept, text_key)
+    def is_living(self, row: int) -> bool:
+        """Whether neither this write nor an earlier one has ended the row."""
+        return (
+            self.connection.execute("SELECT 1 FROM rows WHERE row = ? AND died IS NULL", (row,)).fetchone() is not None
+        )
 
-    def end(self, old: MemoryEntry) -> None:
-        self.end_row(old.row)
+    def end(self, row: int) -> None:
+        self.connection.execute(_END, (self.revision, row))
+        self.count_ended(1, row)
 
-    def end_row(self, row: int) -> None:
-        self.connection.execute(_END, (self.revision, digest_of((row, self.revision)), row))
-        self.ended += 1
+    def count_ended(self, count: int, rows: int) -> None:
+        """Count rows that were ended, and add up their numbers."""
+        self._ended += count
+        self._ended_rows += rows
+
+    def copy(self, kept: tuple[object, ...], text_key: int | None) -> None:
+        """Write a row again as a new one: `ROW_COLUMNS` between `row` and `born`, and what it replaces."""
+        *content, replaces = kept
+        self._write_row((self.last_row + 1, *content, self.revision, replaces), text_key, text_key)
+
+    def flush(self) -> None:
+        """Hand the rows that wait to SQLite."""
+        self.connection.executemany(_INSERT, self._waiting)
+        self._waiting.clear()
+        self._waiting_keys.clear()
 
     def finish(self, *, always: bool = False) -> int:
         """Enter the revision, if anything changed. Returns the newest revision."""
-        if not (self.born or self.ended or always):
+        self.flush()
+        if not (self._born or self._ended or always):
             return self.revision - 1
         kept = (
-            self.revision, self.moment, self.author, self.operation, self.note, self.restores, self.last_row, self.born,
-            self.ended,
+            self.revision, self._moment, self.author, self.operation, self.note, self.restores, self.last_row, self._born,
+            self._ended, self._ended_rows,
         )  # fmt: skip
-        self.connection.execute("INSERT INTO revisions VALUES (?,?,?,?,?,?,?,?,?,?)", (*kept, digest_of(kept)))
+        self.connection.execute("INSERT INTO revisions VALUES (?,?,?,?,?,?,?,?,?,?,?)", (*kept, digest_of(kept)))
         return self.revision
 
-    def _write_row(self, kept: tuple[object, ...], text_key: int | None) -> None:
-        self.connection.execute(_INSERT, (*kept, text_key, digest_of(kept)))
+    def _insert(self, fact: Fact, entry: int | None, replaces: int | None) -> None:
+        row = self.last_row + 1
+        entry = row if entry is None else entry
+        kept = (
+            row, entry, fact.text, fact.wording, fact.subject, fact.relation, fact.value, fact.subject_key,
+            fact.relation_key, fact.source, self.author, fact.valid_from, fact.valid_to, self._moment, self.revision,
+            replaces,
+        )  # fmt: skip
+        self._write_row(kept, fact.text_key, _key_of(fact))
+        self.numbers.append(entry)
+
+    def _write_row(self, kept: tuple[object, ...], text_key: int | None, key: object) -> None:
+        self._waiting.append((*kept, text_key, digest_of(kept)))
+        self._waiting_keys.add(key)
         self.last_row += 1
-        self.born += 1
+        self._born += 1
+        if len(self._waiting) >= _MOST_WAITING:
+            self.flush()
 
-    def _supersede(self, rivals: list[MemoryEntry], fact: Fact) -> None:
-        """The newest of the rivals goes on as the same entry with the new value; the others end."""
-        *others, newest = rivals
-        for other in others:
-            self.end(other)
-        self.insert(fact, newest)
-        self.numbers.append(newest.entry)
-        self.superseded += len(rivals)
+    def _has_one_value(self, fact: Fact) -> bool:
+        return fact.relation_key is not None and self._relations.of(fact.relation_key) == SINGLE
 
-    def _rivals(self, fact: Fact) -> list[MemoryEntry]:
-        """The entries that are about the same: by subject and relation, or by the sentence."""
+    def _rivals(self, fact: Fact) -> list[Rival]:
+        """The living rows that are about the same: by subject and relation, or by the sentence."""
+        if _key_of(fact) in self._waiting_keys:
+            self.flush()
         if fact.subject_key is not None:
             found = self.connection.execute(_AT_ADDRESS, (fact.subject_key, fact.relation_key))
         else:
             found = self.connection.execute(_OF_SENTENCE, (fact.text_key,))
-        return [entry_of(one) for one in found]
+        return [Rival(*one) for one in found]
 
 
-def _says_the_same(old: MemoryEntry, fact: Fact) -> bool:
+def _key_of(fact: Fact) -> object:
+    return fact.text_key if fact.subject_key is None else (fact.subject_key, fact.relation_key)
+
+
+def _says_the_same(old: Rival, fact: Fact) -> bool:
     if fact.value is not None:
         same = old.value is not None and key_of(old.value) == key_of(fact.value)
     else:
         same = key_of(old.text) == key_of(fact.text)
-    return same and micros_of(old.valid_from) == fact.valid_from and micros_of(old.valid_to) == fact.valid_to
+    return same and (old.valid_from, old.valid_to) == (fact.valid_from, fact.valid_to)
 
 
-def _overlap(old: MemoryEntry, fact: Fact) -> bool:
+def overlap(a: Rival | Fact, b: Rival | Fact) -> bool:
     """Whether there is a time at which both hold. What held only before or after the other contradicts nothing."""
-    old_from, old_to = micros_of(old.valid_from), micros_of(old.valid_to)
-    old_is_before = old_to is not None and fact.valid_from is not None and old_to <= fact.valid_from
-    old_is_after = old_from is not None and fact.valid_to is not None and fact.valid_to <= old_from
-    return not (old_is_before or old_is_after)
+    a_is_before = a.valid_to is not None and b.valid_from is not None and a.valid_to <= b.valid_from
+    a_is_after = a.valid_from is not None and b.valid_to is not None and b.valid_to <= a.valid_from
+    return not (a_is_before or a_is_after)

@@ -1,0 +1,101 @@
+"""Purging: nothing of an entry stays in the file, in no revision, and in no log beside it.
+
+Rows are deleted with all their versions, then the file is written anew (`VACUUM`): SQLite overwrites what it deletes, but
+a page that was split may still hold an old copy. Emptying the log ends it. A purge that was cut off before that is noted in the
+file, and goes on when it is called again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nightschool.errors import Locked, NotFound
+from nightschool.memory.entry import entry_id, entry_number
+from nightschool.memory.store import rows
+from nightschool.memory.store.connection import Connections
+from nightschool.memory.store.layout import digest_of
+from nightschool.memory.store.versions import versions_of
+from nightschool.memory.store.writing import Write
+
+_WAIT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Purge:
+    """What was purged: entries, how many rows they had, and which named versions had shown them."""
+
+    revision: int
+    entries: tuple[str, ...]
+    num_rows: int
+    versions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "revision": self.revision,
+            "entries": list(self.entries),
+            "rows": self.num_rows,
+            "versions": list(self.versions),
+        }
+
+
+def delete_rows(write: Write, entries: Sequence[str]) -> Purge:
+    """Delete all rows of entries, whether they ended or not, and note their numbers.
+
+    Raises:
+        NotFound: If one of them is not there at all.
+    """
+    connection, shown, num_rows = write.connection, set[str](), 0
+    versions = versions_of(connection)
+    for number in map(entry_number, entries):
+        past = rows.history_of(connection, number)
+        if not past:
+            raise NotFound(rows.not_there(connection, number, write.revision - 1))
+        for one in past:
+            died = write.revision if one.died is None else one.died
+            if one.died is None:
+                write.count_ended(1, one.row)
+            kept = (one.row, one.entry, one.born, died, write.revision)
+            connection.execute("INSERT INTO purged VALUES (?,?,?,?,?,?)", (*kept, digest_of(kept)))
+            connection.execute("DELETE FROM settled WHERE row_a = :row OR row_b = :row", {"row": one.row})
+            shown |= {version.name for version in versions if one.is_in(version.revision)}
+        connection.execute("DELETE FROM rows WHERE entry = ?", (number,))
+        write.numbers.append(number)
+        num_rows += len(past)
+    connection.execute("UPDATE about SET purge_pending = 1")
+    return Purge(write.revision, tuple(map(entry_id, write.numbers)), num_rows, tuple(sorted(shown)))
+
+
+def is_pending(connection: sqlite3.Connection) -> bool:
+    """Whether a purge was cut off before the file was written anew."""
+    return bool(connection.execute("SELECT purge_pending FROM about").fetchone()[0])
+
+
+def write_anew(connections: Connections) -> None:
+    """Write the file anew without what was deleted, and empty its log.
+
+    Raises:
+        Locked: If somebody reads or writes for so long that it cannot be finished; what was deleted is in no revision, but
+            its bytes may still be in the file.
+    """
+    with connections.alone() as connection:
+        connection.execute("VACUUM")
+        # After it the pages of before are still in the log, and the flag is still up.
+        _empty_log(connection, connections)
+        connection.execute("UPDATE about SET purge_pending = 0")
+
+
+def _empty_log(connection: sqlite3.Connection, connections: Connections) -> None:
+    before = connection.execute("PRAGMA busy_timeout").fetchone()[0]
+    connection.execute(f"PRAGMA busy_timeout = {_WAIT_SECONDS * 1000}")
+    try:
+        busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {before}")
+    if busy:
+        raise Locked(
+            f"What was purged is in no revision any more, but another process reads {connections.file}, so its bytes are "
+            f"still in the log. Purge again when that process has ended."
+        )

@@ -1,0 +1,110 @@
+"""Checking: a flipped bit is found, and the entry that has it is named."""
+
+import random
+import sqlite3
+
+import pytest
+
+from nightschool.errors import Damaged, MadeByNewer, NightschoolError
+from nightschool.memory.entry import NewEntry
+from nightschool.memory.store import MemoryStore
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with MemoryStore.create(tmp_path / "facts") as store:
+        store.add((NewEntry(f"Person {n} lives in Town{n}.", source=f"chat_{n}") for n in range(60)), author="ada")
+        store.add([NewEntry("Snow is expected, says Eve."), NewEntry("Person 7 lives in Oslo.")], author="ada")
+        store.name_version("monday", author="ada")
+        store.remove("m3", author="bob")
+        store.purge("m4", author="bob")  # leaves the log empty: all is in the file
+        assert store.check().is_whole
+    return tmp_path / "facts"
+
+
+def flip(path, place, bit):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def all_of(folder):
+    """Everything that readers can see."""
+    with MemoryStore.open(folder) as store:
+        rows = store.rows(range(1, 100))
+        seen = [[one.row for one in store.entries(at=at)] for at in range(store.revision + 1)]
+        return rows, seen, store.revisions(), store.versions(), [store.count(at=at) for at in range(store.revision + 1)]
+
+
+def test_a_flipped_bit_of_an_entry_is_found_and_the_entry_named(folder):
+    path = folder / "memory.db"
+    place = path.read_bytes().index(b"Person 7 lives in Town7")
+    flip(path, place + 20, 0)
+    with MemoryStore.open(folder) as store:
+        report = store.check()
+        assert not report.is_whole
+        assert "m8" in {one.entry for one in report.findings}
+
+
+def test_no_flipped_bit_changes_what_is_read_without_being_found(folder):
+    path = folder / "memory.db"
+    whole, true = path.read_bytes(), all_of(folder)
+    chance = random.Random(9)
+    found = 0
+    for _ in range(100):
+        flip(path, chance.randrange(len(whole)), chance.randrange(8))
+        try:
+            with MemoryStore.open(folder) as store:
+                is_found = not store.check().is_whole
+        except NightschoolError:
+            is_found = True
+        found += is_found
+        if not is_found:
+            assert all_of(folder) == true
+        for name in ("memory.db-wal", "memory.db-shm"):
+            (folder / name).unlink(missing_ok=True)
+        path.write_bytes(whole)
+    assert found > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DELETE FROM rows WHERE row = 5", "Revision 1 wrote 60 rows"),
+        ("UPDATE rows SET died = 2 WHERE row = 5", "m5 does not end at revision 2"),
+        ("UPDATE rows SET died = 2 WHERE row = 3", "m3 does not end at revision 3"),
+        ("UPDATE rows SET value = 'Rome' WHERE row = 5", "m5 is not what was written"),
+        ("UPDATE rows SET entry = 6 WHERE row = 5", "m6 is not what was written"),
+        ("UPDATE versions SET revision = 1", "versions 'monday' is not what was written"),
+        ("UPDATE revisions SET author = 'eve' WHERE revision = 2", "revisions 2 is not what was written"),
+        ("DELETE FROM revisions WHERE revision = 1", "Revision 1 is missing"),
+        ("UPDATE purged SET born = 2", "purged 4 is not what was written"),
+    ],
+)
+def test_what_was_changed_behind_its_back_is_found(folder, change, said):
+    with sqlite3.connect(folder / "memory.db") as connection:
+        connection.execute(change)
+    connection.close()
+    with MemoryStore.open(folder) as store:
+        assert said in " ".join(one.message for one in store.check().findings)
+
+
+def test_a_file_that_is_no_memory_is_refused(folder, tmp_path):
+    with sqlite3.connect(folder / "memory.db") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(MadeByNewer, match="form 99"):
+        MemoryStore.open(folder)
+    (folder / "memory.db").write_bytes(b"no database at all, whatever its name says" * 100)
+    with pytest.raises(Damaged, match="not a database"):
+        MemoryStore.open(folder)
+
+
+def test_a_memory_that_cannot_be_written_can_be_read(folder, monkeypatch):
+    # Permissions do not hold for root, who may run the tests.
+    monkeypatch.setattr("nightschool.memory.store.connection.os.access", lambda *_: False)
+    with MemoryStore.open(folder) as store:
+        assert store.get("m8").value == "Oslo"
+        assert store.check().is_whole
+        with pytest.raises(NightschoolError, match="cannot be written"):
+            store.remove("m8", author="ada")

@@ -1,0 +1,97 @@
+"""Relations with one value or several, entries that may contradict each other, and what people decide."""
+
+import pytest
+
+from nightschool.errors import NotFound, UsageError
+from nightschool.memory.entry import NewEntry
+from nightschool.memory.store import MemoryStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    with MemoryStore.create(tmp_path / "facts") as made:
+        yield made
+
+
+def say(store, *sentences):
+    return store.add([NewEntry(one) for one in sentences], author="ada")
+
+
+def texts(store):
+    return [one.text for one in store.entries()]
+
+
+def pairs(store):
+    return [(one.kind, one.a.id, one.b.id) for one in store.conflicts()]
+
+
+def two_homes(store):
+    store.set_relation("lives in", "multi")
+    say(store, "Ada lives in Oslo.", "Ada lives in Rome.")
+    store.set_relation("lives_in", "single")
+
+
+def test_a_relation_can_be_set_and_forgotten(store):
+    store.set_relation("Lives  in", "multi")
+    assert store.relations() == {"lives in": "multi"}
+    say(store, "Ada lives in Oslo.", "Ada lives in Rome.")
+    assert store.count() == 2
+    store.set_relation("lives in", None)
+    assert store.relations() == {}
+    with pytest.raises(UsageError, match="single or multi"):
+        store.set_relation(" ", "multi")
+
+
+def test_two_values_of_a_relation_that_has_one_are_a_conflict(store):
+    two_homes(store)
+    assert pairs(store) == [("values", "m1", "m2")]
+    change = say(store, "Ada lives in Bern.")
+    assert (change.superseded, texts(store), pairs(store)) == (2, ["Ada lives in Bern."], [])
+
+
+def test_close_sentences_are_shown_and_others_are_not(store):
+    say(store, "Rain is expected in Oslo tomorrow", "Snow is expected in Oslo tomorrow", "The cat sat there quietly")
+    assert pairs(store) == [("sentences", "m1", "m2")]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        ("a", ["Ada lives in Oslo."]),
+        ("b", ["Ada lives in Rome."]),
+        ("both", ["Ada lives in Oslo.", "Ada lives in Rome."]),
+        ("merge", ["Ada lives in Oslo and Rome."]),
+    ],
+)
+def test_a_conflict_is_settled_in_one_revision(store, keep, left):
+    two_homes(store)
+    before = store.revision
+    store.resolve("m1", "m2", keep, author="ada")
+    assert (texts(store), pairs(store)) == (left, [])
+    assert store.revision - before == (keep != "both")
+    assert store.check().is_whole
+
+
+def test_entries_that_were_kept_side_by_side_are_shown_again_when_one_changes(store):
+    say(store, "Rain is expected in Oslo tomorrow", "Snow is expected in Oslo tomorrow")
+    store.resolve("m1", "m2", "both", author="ada")
+    assert pairs(store) == []
+    store.edit("m2", author="ada", text="Hail is expected in Oslo tomorrow")
+    assert pairs(store) == [("sentences", "m1", "m2")]
+
+
+def test_a_merge_may_say_it_in_other_words(store):
+    say(store, "Rain is expected in Oslo tomorrow", "Snow is expected in Oslo tomorrow")
+    store.resolve("m1", "m2", "merge", author="ada", text="Rain or snow is expected in Oslo tomorrow")
+    assert texts(store) == ["Rain or snow is expected in Oslo tomorrow"]
+    assert store.history("m2")[0].died == 2
+
+
+def test_what_cannot_be_settled_is_refused(store):
+    two_homes(store)
+    with pytest.raises(UsageError, match="two different"):
+        store.resolve("m1", "m1", "a", author="ada")
+    with pytest.raises(UsageError, match="only where they are merged"):
+        store.resolve("m1", "m2", "a", author="ada", text="x")
+    with pytest.raises(NotFound):
+        store.resolve("m1", "m3", "a", author="ada")
