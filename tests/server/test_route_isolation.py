@@ -11,11 +11,14 @@ import pytest
 from starlette.routing import Route
 
 from nightschool.feedback.conversations import ConversationStore
+from nightschool.memory.entry import NewEntry
+from nightschool.memory.store import MemoryStore
 from nightschool.server.app import create_app, routes_of
 from nightschool.server.settings import ServerSettings
 from nightschool.store.api_keys import ApiKeys
 from nightschool.store.audit import AuditLog
 from nightschool.store.home import Home
+from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
 from tests.support.cli_home import add_version
 from tests.support.fake_slot import FakeSlot
@@ -38,6 +41,7 @@ PARAMETERS = {
     "checkpoint": ("zebra-bot", "absent-bot"),
     "fine_tuned_model_checkpoint": ("zebra-bot", "absent-bot"),
     "permission_id": ("cp_zebra", "cp_absent"),
+    "entry": ("m1", "m2"),
 }
 CHAT = [{"role": "user", "content": "hi"}]
 TRAIN = [{"messages": [*CHAT, {"role": "assistant", "content": "ho"}]}]
@@ -48,6 +52,9 @@ BODIES = {
     "/v1/completions": {"model": "$name", "prompt": "a"},
     "/api/feedback": {"request_id": "$request_id", "rating": "good"},
     "/api/models/{name}/promote": {"version": "20261121_023000"},
+    "/api/memories": {"name": "$name"},
+    "/api/memories/{name}/entries": {"entries": [{"text": "Ada lives in Oslo."}]},
+    "/api/memories/{name}/entries/{entry}": {"value": "Oslo"},
     "/api/v1/generate": {"message": "a"},
     "/api/v1/training/start": {"org_id": "$org_id", "conversations": TRAIN},
     "/api/v1/training/preview": {"org_id": "$org_id", "conversations": TRAIN},
@@ -80,6 +87,8 @@ def home(tmp_path):
     Registry(home).promote("acme/zebra-bot", version.id, by="test")
     chat = [{"role": "user", "content": "zebra"}]
     ApiKeys(home.database).create("default", by="test")
+    with MemoryStore.create(memory_path(home, "acme/zebra-bot")) as memory:
+        memory.add([NewEntry("The zebra lives in Oslo.")], author="test")
     ConversationStore(home.database).record("zebra-request", "acme/zebra-bot", version.id, chat, "zebra", "key")
     return home
 
@@ -131,6 +140,8 @@ def test_another_tenant_is_told_what_it_would_be_told_if_there_were_nothing(clie
     assert (stored.rating, stored.messages[0]["content"]) == (None, "zebra")
     assert [row.tenant for row in AuditLog(home.database).ls() if row.tenant == "acme"] == []
     assert Registry(home).champion("acme/zebra-bot") is not None
+    with MemoryStore.open(memory_path(home, "acme/zebra-bot")) as memory:
+        assert [entry.text for entry in memory.entries()] == ["The zebra lives in Oslo."]
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", "/metrics"])

@@ -24,7 +24,8 @@ def create(
     Args:
         tenant: Whose names it may ask for, and whose data it makes; a tenant needs no other preparation.
         scopes: What it may do, with commas: infer (ask models), feedback (rate, correct and delete answers), train
-            (start and cancel jobs), admin (promote, roll back, unload). All of them without it.
+            (start and cancel jobs), memory (read and change memories), admin (promote, roll back, unload). All of them
+            without it.
         expires: After how long it opens nothing any more: 12h, 90d. Never without it.
         label: A few words of your own, such as whom it is for.
     """

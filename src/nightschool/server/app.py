@@ -23,6 +23,8 @@ from nightschool.server import reference_page
 from nightschool.server.access_store import AccessStore
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
+from nightschool.server.memories import routes as memories
+from nightschool.server.memories.opened import Memories
 from nightschool.server.metrics import Metrics
 from nightschool.server.middleware import auth
 from nightschool.server.middleware.audit import Audit
@@ -58,6 +60,7 @@ FAMILIES = (
     checkpoint_permissions.router,
     feedback.router,
     versions.router,
+    memories.router,
     *training_service.ROUTERS,
     operations.router,
     reference_page.router,
@@ -117,6 +120,7 @@ def create_app(
     )
     app.state.service = service
     app.state.training = None if registry is None else TrainingService.of(registry, settings.training_service)
+    app.state.memories = None if registry is None else Memories(registry.home)
     for router in FAMILIES:
         app.include_router(router)
     install_handlers(app)
@@ -160,6 +164,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await service.recorder.close()
     await service.access.close()
     await service.names.close()
+    if app.state.memories is not None:
+        await anyio.to_thread.run_sync(app.state.memories.close)
     log.info("stopped")
 
 

@@ -9,10 +9,10 @@ from typing import Literal, cast, get_args
 DEFAULT_TENANT = "default"
 """The tenant of whatever names none. It is never shown."""
 
-Scope = Literal["infer", "feedback", "train", "admin"]
+Scope = Literal["infer", "feedback", "train", "memory", "admin"]
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
-"""`infer` asks models, `feedback` rates, corrects and deletes answers, `train` starts and cancels jobs, `admin` moves
-aliases and swaps what is served."""
+"""`infer` asks models, `feedback` rates, corrects and deletes answers, `train` starts and cancels jobs, `memory` changes
+memories, `admin` moves aliases and swaps what is served."""
 OLD_SCOPES: dict[str, Scope] = {"generate": "infer", "manage": "admin"}
 """What files of keys called two of them before."""
 

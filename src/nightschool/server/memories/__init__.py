@@ -1,0 +1,1 @@
+"""Explicit memories over HTTP."""

@@ -1,0 +1,154 @@
+"""What is sent to a memory over HTTP, and what it answers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from nightschool.errors import UsageError
+from nightschool.memory.entry import NewEntry
+from nightschool.server.bodies import Body, bounded
+from nightschool.store.names import NAME_PATTERN
+
+MOST_ENTRIES = 1000
+# At least one character that is seen.
+_Text = Annotated[str, Field(max_length=4000, pattern=r"\S")]
+_Name = Annotated[str, Field(max_length=500, pattern=r"\S")]
+_Source = Annotated[str, Field(max_length=500)]
+
+
+class NewMemory(Body):
+    """A memory to be made."""
+
+    name: str = Field(..., pattern=NAME_PATTERN, description="Such as facts.")
+
+
+class Fact(Body):
+    """A sentence, or subject, relation and value, or both."""
+
+    text: _Text | None = Field(None, description="Such as Ada lives in Oslo.")
+    subject: _Name | None = Field(None, description="Whom or what it is about.")
+    relation: _Name | None = Field(None, description="What is said of it, such as lives in.")
+    value: _Text | None = Field(None, description="What the relation leads to, such as Oslo.")
+    source: _Source = Field("", description="Where it comes from, such as chat_88.")
+    valid_from: datetime | None = Field(None, description="When it begins to hold in the world.")
+    valid_to: datetime | None = Field(None, description="When it no longer does.")
+
+    def as_entry(self) -> NewEntry:
+        """The fact as a memory takes it. Raises UsageError if it says nothing."""
+        if self.text is None and None in (self.subject, self.relation, self.value):
+            raise UsageError("A fact needs a text, or subject, relation and value. Send one of the two.")
+        return NewEntry(
+            self.text or "",
+            self.subject,
+            self.relation,
+            self.value,
+            self.source,
+            self.valid_from,
+            self.valid_to,
+        )
+
+
+class Facts(Body):
+    """Facts to be remembered, all or none."""
+
+    entries: Annotated[list[Fact], bounded(MOST_ENTRIES)] = Field(..., description="The facts.")
+
+
+class FactEdit(Body):
+    """What an entry says from now on; what is left out stays."""
+
+    text: _Text | None = Field(None, description="The new sentence.")
+    value: _Text | None = Field(None, description="The new value, in place of the text.")
+    source: _Source | None = Field(None, description="Where that comes from.")
+    valid_from: datetime | None = Field(None, description="When it begins to hold in the world; null leaves it open.")
+    valid_to: datetime | None = Field(None, description="When it no longer does; null leaves it open.")
+
+    def changes(self) -> dict[str, Any]:
+        """What was sent, by name. Raises UsageError if that is nothing, or both a text and a value."""
+        sent = self.model_dump(include=self.model_fields_set)
+        if self.text is not None and self.value is not None:
+            raise UsageError("An entry takes a new text or a new value, not both. Send one of them.")
+        if not sent:
+            raise UsageError("Nothing was sent. Send what the entry says from now on: a text, or a value.")
+        return sent
+
+
+class Entry(BaseModel):
+    """A fact, as one of its versions has it."""
+
+    id: str
+    row: int = Field(..., description="The number of this version among all versions of all entries.")
+    text: str
+    wording: str | None = Field(..., description="What was written, where the text is another form of it.")
+    subject: str | None
+    relation: str | None
+    value: str | None
+    source: str
+    author: str
+    valid_from: datetime | None
+    valid_to: datetime | None
+    recorded_at: datetime
+    revision: int = Field(..., description="The write that made this version.")
+    ended: int | None = Field(..., description="The write that ended it.")
+
+
+class Entries(BaseModel):
+    """One page of entries; `next` is the `after` of the page that follows."""
+
+    revision: int
+    entries: list[Entry]
+    next: int | None
+
+
+class History(BaseModel):
+    """All versions of an entry, oldest first."""
+
+    id: str
+    versions: list[Entry]
+
+
+class Changed(BaseModel):
+    """What a write did."""
+
+    revision: int
+    added: int
+    superseded: int
+    removed: int
+    unchanged: int
+    ids: list[str] = Field(..., description="The entries that it was about, in the order of what was sent.")
+
+
+class Memory(BaseModel):
+    """A memory."""
+
+    name: str
+    revision: int
+    entries: int
+
+
+class MemoryList(BaseModel):
+    """The memories of a tenant."""
+
+    memories: list[Memory]
+
+
+class Write(BaseModel):
+    """One committed write."""
+
+    revision: int
+    at: datetime
+    author: str
+    operation: str
+    note: str
+    restores: int | None = Field(..., description="The revision whose state it brought back.")
+    born: int = Field(..., description="Versions of entries that it made.")
+    ended: int = Field(..., description="Versions that it ended.")
+
+
+class Writes(BaseModel):
+    """Committed writes, oldest first."""
+
+    revisions: list[Write]

@@ -1,0 +1,156 @@
+"""Explicit memories over HTTP, on real stores."""
+
+import pytest
+
+from nightschool.memory.store import MemoryStore
+from nightschool.store.api_keys import ApiKeys
+from nightschool.store.audit import AuditLog
+from nightschool.store.home import Home
+from nightschool.store.names import memory_path
+from nightschool.store.registry import Registry
+from tests.support.fake_slot import FakeSlot
+from tests.support.live_server import client_of
+
+FACTS = "/api/memories/facts"
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path).ensure()
+
+
+@pytest.fixture
+def client(home):
+    with client_of(FakeSlot(), registry=Registry(home)) as client:
+        yield client
+
+
+@pytest.fixture
+def facts(client):
+    assert client.post("/api/memories", json={"name": "facts"}).status_code == 201
+    return client
+
+
+def add(client, *texts, **more):
+    answer = client.post(f"{FACTS}/entries", json={"entries": [{"text": text} | more for text in texts]})
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def texts(client, **query):
+    return [entry["text"] for entry in client.get(f"{FACTS}/entries", params=query).json()["entries"]]
+
+
+def test_a_fact_is_added_edited_ended_and_its_history_stays(facts):
+    added = add(facts, "Ada lives in Oslo.", source="chat_88")
+    (entry,) = added["ids"]
+    assert facts.get(f"{FACTS}/entries/{entry}").json()["source"] == "chat_88"
+    edited = facts.patch(f"{FACTS}/entries/{entry}", json={"value": "Rome"}).json()
+    assert edited["revision"] == added["revision"] + 1
+    assert texts(facts) == ["Ada lives in Rome."]
+    assert texts(facts, at=added["revision"]) == ["Ada lives in Oslo."]
+    assert facts.delete(f"{FACTS}/entries/{entry}").json()["removed"] == 1
+    assert texts(facts) == []
+    assert facts.get(f"{FACTS}/entries/{entry}").status_code == 404
+    assert facts.get(f"{FACTS}/entries/{entry}", params={"at": edited["revision"]}).status_code == 200
+    versions = facts.get(f"{FACTS}/entries/{entry}/history").json()["versions"]
+    assert [version["value"] for version in versions] == ["Oslo", "Rome"]
+    operations = [write["operation"] for write in facts.get(f"{FACTS}/revisions").json()["revisions"]]
+    assert operations == ["add", "edit", "remove"]
+
+
+def test_triples_supersede_and_unclear_sentences_stay_beside_each_other(facts):
+    triple = {"subject": "Ada", "relation": "lives in", "value": "Oslo"}
+    assert facts.post(f"{FACTS}/entries", json={"entries": [triple]}).json()["added"] == 1
+    again = facts.post(f"{FACTS}/entries", json={"entries": [triple | {"value": "Rome"}]}).json()
+    assert (again["superseded"], len(texts(facts))) == (1, 1)
+    add(facts, "It rained, as it often does.", "It rained, as it often did.")
+    assert len(texts(facts)) == 3
+
+
+def test_entries_are_read_page_by_page(facts):
+    add(facts, *(f"Person {number} lives in Oslo." for number in range(5)))
+    seen, after = [], 0
+    while after is not None:
+        page = facts.get(f"{FACTS}/entries", params={"after": after, "limit": 2}).json()
+        seen += [entry["text"] for entry in page["entries"]]
+        after = page["next"]
+    assert seen == texts(facts)
+    assert len(seen) == 5
+
+
+def test_what_another_process_writes_is_read_at_once(facts, home):
+    with MemoryStore.open(memory_path(home, "facts")) as other:
+        assert facts.get(FACTS).json()["entries"] == 0
+        other.add([_sentence("Ada lives in Oslo.")], author="cli")
+    assert texts(facts) == ["Ada lives in Oslo."]
+
+
+def _sentence(text):
+    from nightschool.memory.entry import NewEntry
+
+    return NewEntry(text)
+
+
+def test_memories_are_listed_and_a_name_is_taken_once(facts):
+    assert facts.get("/api/memories").json() == {"memories": [{"name": "facts", "revision": 0, "entries": 0}]}
+    assert facts.post("/api/memories", json={"name": "facts"}).status_code == 409
+    assert facts.post("/api/memories", json={"name": "../facts"}).status_code == 422
+    assert facts.get("/api/memories/absent").status_code == 404
+    assert facts.get("/api/memories/..%2f..%2fetc/entries").status_code in (400, 404)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {},
+        {"text": " "},
+        {"subject": "Ada", "relation": "lives in"},
+        {"text": "a", "colour": "red"},
+        {"text": "x" * 5000},
+    ],
+)
+def test_what_is_no_fact_is_refused_and_nothing_is_stored(facts, fact):
+    answer = facts.post(f"{FACTS}/entries", json={"entries": [{"text": "Ada lives in Oslo."}, fact]})
+    assert answer.status_code in (400, 422), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert texts(facts) == []
+
+
+@pytest.mark.parametrize("entry", ["m0", "m99", "x1", "m1'--", "%00", "m" + "9" * 60])
+def test_an_entry_that_is_not_there_is_told_so(facts, entry):
+    add(facts, "Ada lives in Oslo.")
+    for method, more in (("GET", {}), ("PATCH", {"json": {"value": "Rome"}}), ("DELETE", {})):
+        assert facts.request(method, f"{FACTS}/entries/{entry}", **more).status_code in (400, 404)
+    assert texts(facts) == ["Ada lives in Oslo."]
+
+
+def test_an_edit_says_one_thing(facts):
+    (entry,) = add(facts, "Ada lives in Oslo.")["ids"]
+    for body in ({}, {"text": "Ada lives in Rome.", "value": "Rome"}):
+        assert facts.patch(f"{FACTS}/entries/{entry}", json=body).status_code == 400
+
+
+def test_a_key_reads_and_writes_only_with_the_scope_and_in_its_own_tenant(home):
+    keys = ApiKeys(home.database)
+    acme = {"x-api-key": keys.create("acme", by="test")[1]}
+    other = {"x-api-key": keys.create("other", by="test")[1]}
+    weak = {"x-api-key": keys.create("acme", scopes=frozenset({"infer", "train"}), by="test")[1]}
+    with client_of(FakeSlot(), registry=Registry(home), host="0.0.0.0") as client:
+        client.headers["host"] = "127.0.0.1"
+        assert client.post("/api/memories", json={"name": "facts"}, headers=acme).status_code == 201
+        body = {"entries": [{"text": "Ada lives in Oslo."}]}
+        assert client.post(f"{FACTS}/entries", json=body, headers=acme).status_code == 201
+        for method, path in (("GET", f"{FACTS}/entries"), ("POST", f"{FACTS}/entries")):
+            refused = client.request(method, path, json=body, headers=weak)
+            assert (refused.status_code, "memory" in refused.json()["detail"]) == (403, True)
+        assert client.get(f"{FACTS}/entries", headers=other).status_code == 404
+        assert client.get("/api/memories", headers=other).json() == {"memories": []}
+    entry = MemoryStore.open(memory_path(home, "acme/facts")).get("m1")
+    assert entry.author.startswith("key:")
+    assert "memory.add" in [row.action for row in AuditLog(home.database).ls()]
+
+
+def test_a_server_without_a_home_says_so():
+    with client_of(FakeSlot()) as client:
+        assert client.get("/api/memories").status_code == 409
