@@ -1,0 +1,116 @@
+"""What a request, or a document of a batch, may read: the entries that were found for it, as tokens and as states.
+
+Shapes: k entries, L tokens of the longest, M tokens of all of them end to end, H width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Candidate(NamedTuple):
+    """One found entry: its id (`m123`), the row of the store that holds this version of it, its tokens, and how well it fits."""
+
+    entry: str
+    row: int
+    token_ids: Sequence[int]
+    score: float
+
+
+@dataclass(frozen=True)
+class EncodedEntries:
+    """The entries of a reading after the first layers of the base, end to end.
+
+    `before` [M, H] is the state of the token before each one, that of the anchor for the first of an entry: what the base knew when the
+    token was to come. `at` [M, H] is the token's own. `token_ids` [M]; `entry` [M] is its number among the candidates.
+    """
+
+    before: Tensor
+    at: Tensor
+    token_ids: Tensor
+    entry: Tensor
+
+
+@dataclass
+class MemoryReading:
+    """Entries in the order of their rows, so that the order in which they were found changes no bit.
+
+    `token_ids` [k, L] int64, `mask` [k, L], `scores` [k] fp32. `encoded` is filled by whoever encodes it first. With no entry it
+    is empty, and reading it changes nothing.
+    """
+
+    entries: tuple[str, ...]
+    rows: tuple[int, ...]
+    token_ids: Tensor
+    mask: Tensor
+    scores: Tensor
+    encoded: EncodedEntries | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, candidates: Iterable[Candidate], device: torch.device | str = "cpu") -> MemoryReading:
+        """A reading of what was found; entries without a token are left out."""
+        found = sorted((c for c in candidates if len(c.token_ids)), key=lambda c: c.row)
+        longest = max((len(c.token_ids) for c in found), default=0)
+        token_ids = torch.zeros(len(found), longest, dtype=torch.int64)
+        mask = torch.zeros(len(found), longest, dtype=torch.bool)
+        for number, candidate in enumerate(found):
+            token_ids[number, : len(candidate.token_ids)] = torch.tensor(candidate.token_ids)
+            mask[number, : len(candidate.token_ids)] = True
+        scores = torch.tensor([c.score for c in found], dtype=torch.float32)
+        return cls(
+            entries=tuple(c.entry for c in found),
+            rows=tuple(c.row for c in found),
+            token_ids=token_ids.to(device),
+            mask=mask.to(device),
+            scores=scores.to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def texts(self) -> list[tuple[int, ...]]:
+        """The tokens of each entry, without padding."""
+        pairs = zip(self.token_ids.tolist(), self.mask.sum(1).tolist(), strict=True)
+        return [tuple(ids[:length]) for ids, length in pairs]
+
+    def without(self, entry: str) -> MemoryReading:
+        """The same reading as if one entry were not there; what was encoded stays."""
+        kept = [number for number, name in enumerate(self.entries) if name != entry]
+        encoded = self.encoded
+        if encoded is not None:
+            number_of = torch.full((len(self.entries),), -1, device=encoded.entry.device)
+            number_of[kept] = torch.arange(len(kept), device=encoded.entry.device)
+            stays = number_of[encoded.entry] >= 0
+            encoded = EncodedEntries(
+                encoded.before[stays], encoded.at[stays], encoded.token_ids[stays], number_of[encoded.entry[stays]]
+            )
+        return MemoryReading(
+            tuple(self.entries[n] for n in kept), tuple(self.rows[n] for n in kept), self.token_ids[kept],
+            self.mask[kept], self.scores[kept], encoded,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EntryWeight:
+    """How much of a token came from an entry, from 0 to 1."""
+
+    entry: str
+    row: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Where a token came from: `copied` out of an entry, `fused` into what the base says, or from the `weights` of the base.
+
+    `entries` are those that were read, the heaviest first. `copied` is the share of the token's probability that the pointer gave.
+    """
+
+    kind: Literal["copied", "fused", "weights"]
+    entries: tuple[EntryWeight, ...]
+    copied: float

@@ -1,0 +1,409 @@
+"""A decoder of transformers that reads an explicit memory: its memory modules, and how they are attached to its layers.
+
+The base is never changed. With the memory off, or for tokens that nothing was found for, it computes to the bit what it does alone:
+the hooks then do nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nightschool.errors import ModelError
+from nightschool.layers.attention import PACKED_ATTENTION, lay_out, packed_arguments
+from nightschool.layers.forward import causal_lm
+from nightschool.layers.memory_fusion import Fused, MemoryReader, Pointed, Prepared, mix
+from nightschool.layers.memory_gate import MemoryGate
+from nightschool.layers.memory_reading import EncodedEntries, EntryWeight, MemoryReading, TokenSource
+
+Places = slice | Tensor
+"""Which tokens of a step belong to a reading."""
+
+# Below this share of a token an entry is not named.
+_LEAST_WEIGHT = 0.01
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """What the memory modules of a model are made from. A rank of 0 means the full width.
+
+    Entries are read as the states after the first `encoder_layers` layers of the base; `fusion_layers` are the layers, counted from 0,
+    whose output the fusion adds to. `anchor_id` is put before each entry: the first token of a text is a sink of attention, and
+    its state says little of it.
+    """
+
+    hidden_size: int
+    encoder_layers: int
+    fusion_layers: tuple[int, ...]
+    anchor_id: int
+    knowledge_dim: int = 1536
+    gate_rank: int = 128
+    fusion_rank: int = 128
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `MemoryShape(**values)` takes back."""
+        return asdict(self) | {"fusion_layers": list(self.fusion_layers)}
+
+
+def shape_for(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    encoder_layers: int | None = None,
+    fusion_layers: Sequence[int] | None = None,
+    knowledge_dim: int | None = None,
+    gate_rank: int = 128,
+    fusion_rank: int = 128,
+) -> MemoryShape:
+    """The shape for a base: entries are read after four fifths of its layers, and fused there and half-way from there to the end.
+
+    Without `knowledge_dim` it is 1536, or twice the width of a base where that is less.
+
+    Raises:
+        ModelError: If a layer does not exist, or a fusion layer lies before the entries are read.
+    """
+    count = len(decoder_layers(model))
+    depth = encoder_layers if encoder_layers is not None else max(1, round(0.8 * count))
+    if not 1 <= depth <= count:
+        raise ModelError(f"memory.encoder_layers is {depth}, and the base has {count} layers. Write 1 to {count}.")
+    fused = tuple(fusion_layers) if fusion_layers is not None else (depth - 1, (depth + count) // 2 - 1)
+    fused = tuple(sorted(set(fused)))
+    if not fused or fused[0] < depth - 1 or fused[-1] >= count:
+        raise ModelError(
+            f"memory.fusion_layers is {list(fused)}: entries are read after {depth} layers, so fusion layers lie from {depth - 1} to "
+            f"{count - 1}. Correct it, or leave it out."
+        )
+    anchors = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    width = int(causal_lm(model).config.get_text_config().hidden_size)
+    return MemoryShape(
+        hidden_size=width,
+        encoder_layers=depth,
+        fusion_layers=fused,
+        anchor_id=next((int(token) for token in anchors if token is not None), 0),
+        knowledge_dim=min(1536, 2 * width) if knowledge_dim is None else knowledge_dim,
+        gate_rank=gate_rank,
+        fusion_rank=fusion_rank,
+    )
+
+
+class MemoryModules(nn.Module):
+    """All that learns: the gate, which finds entries, and the reader. The same seed gives the same weights."""
+
+    def __init__(self, shape: MemoryShape, *, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.gate = MemoryGate(shape.hidden_size, shape.knowledge_dim, shape.gate_rank)
+            self.reader = MemoryReader(shape.hidden_size, shape.fusion_rank, len(shape.fusion_layers))
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model of transformers.
+
+    Raises:
+        ModelError: If it has no such list.
+    """
+    inner = causal_lm(model)
+    count = int(inner.config.get_text_config().num_hidden_layers)
+    for module in inner.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(inner).__name__} has no list of its {count} layers, so no memory can be attached to it.")
+
+
+class _DeepEnough(Exception):
+    """No error: ends a forward pass whose rest nobody needs. Carries the states after the layer that was asked for."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _states(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+class EntryEncoder:
+    """Entries through the first layers of a base, each alone, without gradients.
+
+    Args:
+        model: A base that `layers.forward.prepare` found able to keep packed documents apart.
+        shape: Where to stop.
+    """
+
+    def __init__(self, model: nn.Module, shape: MemoryShape) -> None:
+        self._model = causal_lm(model)
+        self._shape = shape
+        self._last = decoder_layers(model)[shape.encoder_layers - 1]
+        self.device: torch.device = next(model.parameters()).device
+
+    def encode(self, readings: Sequence[MemoryReading]) -> None:
+        """Fill `encoded` of the readings that lack it; an entry that is in several of them is computed once."""
+        waiting = [reading for reading in readings if len(reading) and reading.encoded is None]
+        texts = sorted({text for reading in waiting for text in reading.texts()})
+        if not texts:
+            return
+        states = dict(zip(texts, self._states_of(texts), strict=True))
+        for reading in waiting:
+            own = reading.texts()
+            parts = [states[text] for text in own]
+            counts = torch.tensor([len(text) for text in own], device=self.device)
+            reading.encoded = EncodedEntries(
+                before=torch.cat([part[:-1] for part in parts]),
+                at=torch.cat([part[1:] for part in parts]),
+                token_ids=torch.tensor([token for text in own for token in text], device=self.device),
+                entry=torch.repeat_interleave(torch.arange(len(own), device=self.device), counts),
+            )
+
+    @torch.no_grad()
+    def _states_of(self, texts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The states [tokens + 1, H] of each text and the anchor before it."""
+        lengths = [len(text) + 1 for text in texts]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        layout = lay_out(ends, self.device)
+        input_ids = torch.tensor([[t for text in texts for t in (self._shape.anchor_id, *text)]], device=self.device)
+        position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(self.device)
+        inner, before = self._model, self._model.config._attn_implementation
+        backbone = getattr(inner, inner.base_model_prefix)
+
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            raise _DeepEnough(_states(output)[0])
+
+        handle = self._last.register_forward_hook(stop)
+        try:
+            if before != PACKED_ATTENTION:
+                inner.set_attn_implementation(PACKED_ATTENTION)
+            backbone(**packed_arguments(layout, input_ids, position_ids))
+        except _DeepEnough as reached:
+            states = reached.states
+        finally:
+            handle.remove()
+            if before != PACKED_ATTENTION:
+                inner.set_attn_implementation(before)
+        states = states if layout.restore is None else states.index_select(0, layout.restore)
+        return list(torch.split(states, lengths))
+
+
+@dataclass
+class Trace:
+    """What was read at the tokens of one reading in one step."""
+
+    reading: MemoryReading
+    token_ids: Tensor
+    pointed: Pointed | None
+    fused: list[Tensor]
+
+    def source(self, place: int, token_id: int, log_prob: float) -> TokenSource:
+        """Where the token after `place` came from, which was chosen with this log-probability."""
+        assert self.pointed is not None
+        assert self.reading.encoded is not None
+        weights = self.pointed.tokens[place].exp()
+        copied = torch.where(self.token_ids == token_id, weights, 0.0)
+        share = min(1.0, float(copied.sum()) / max(float(torch.tensor(log_prob).exp()), 1e-9))
+        fused = torch.stack([layer[place] for layer in self.fused]).amax(0) if self.fused else torch.zeros_like(weights)
+        kind = "copied" if share >= 0.5 else "fused" if float(fused.sum()) >= 0.5 else "weights"
+        heavy = copied / copied.sum().clamp_min(1e-9) * share if kind == "copied" else fused
+        per_entry = heavy.new_zeros(len(self.reading)).index_add(0, self.reading.encoded.entry, heavy)
+        order = per_entry.argsort(descending=True, stable=True).tolist()
+        named = tuple(
+            EntryWeight(self.reading.entries[n], self.reading.rows[n], float(per_entry[n]))
+            for n in order
+            if float(per_entry[n]) >= _LEAST_WEIGHT
+        )
+        return TokenSource(cast(Any, kind), named if kind != "weights" else (), share)
+
+
+class MemoryAttachment:
+    """The memory modules on the layers of a model, until `remove` is called. Does nothing outside of `reading`.
+
+    Args:
+        model: A causal language model of transformers: the base, or a copy of it that shares the weights.
+        modules: What reads.
+    """
+
+    def __init__(self, model: nn.Module, modules: MemoryModules) -> None:
+        self._reader = modules.reader
+        shape = modules.shape
+        layers = decoder_layers(model)
+        if shape.hidden_size != int(causal_lm(model).config.get_text_config().hidden_size):
+            raise ModelError(
+                f"The memory modules are made for a base of width {shape.hidden_size}, and this one has "
+                f"{causal_lm(model).config.get_text_config().hidden_size}. Load them on the base that they were trained on."
+            )
+        if max(shape.encoder_layers - 1, *shape.fusion_layers) >= len(layers):
+            raise ModelError(
+                f"The memory modules read at layer {max(shape.fusion_layers)}, and this base has {len(layers)} layers. Load them on "
+                "the base that they were trained on."
+            )
+        self._spans: list[tuple[Places, MemoryReading, Prepared]] = []
+        self._wanted: Tensor | None = None
+        self.traces: list[Trace] = []
+        handles = [layers[shape.encoder_layers - 1].register_forward_hook(self._point)]
+        handles += [
+            layers[index].register_forward_hook(self._fuser(number)) for number, index in enumerate(shape.fusion_layers)
+        ]
+        handles.append(causal_lm(model).register_forward_hook(self._mix))
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take the modules off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def reading(
+        self, spans: Sequence[tuple[Places, MemoryReading]], wanted: Sequence[int] | None = None
+    ) -> Iterator[list[Trace]]:
+        """Let the tokens of one packed row [1, T] read, each the entries of its span; yields what was read, once it was.
+
+        Args:
+            spans: Which tokens read what. Tokens in no span, or with nothing found, are computed as by the base alone.
+            wanted: The tokens that logits are computed for, in their order; None for all.
+
+        Raises:
+            ModelError: If entries of a reading were not encoded.
+        """
+        spans = [(places, reading) for places, reading in spans if len(reading)]
+        if any(reading.encoded is None for _, reading in spans):
+            raise ModelError("Entries are read before they were encoded. Call EntryEncoder.encode first.")
+        self._spans = [
+            (places, reading, self._reader.prepare(cast(EncodedEntries, reading.encoded), reading.scores))
+            for places, reading in spans
+        ]
+        self._wanted = None if wanted is None else torch.tensor(wanted)
+        self.traces = [Trace(reading, entries.token_ids, None, []) for _, reading, entries in self._spans]
+        try:
+            yield self.traces
+        finally:
+            self._spans, self._wanted, self.traces = [], None, []
+
+    def _point(self, _: nn.Module, __: Any, output: Any) -> None:
+        states = _states(output)[0] if self._spans else None
+        for (places, _reading, entries), trace in zip(self._spans, self.traces, strict=True):
+            trace.pointed = self._reader.point(cast(Tensor, states)[places], entries)
+
+    def _fuser(self, number: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def fuse(_: nn.Module, __: Any, output: Any) -> Any:
+            if not self._spans:
+                return None
+            states = _states(output)
+            row = states[0].clone()
+            for (places, _reading, entries), trace in zip(self._spans, self.traces, strict=True):
+                fused: Fused = self._reader.fuse(number, states[0][places], entries)
+                trace.fused.append(fused.weights)
+                if isinstance(places, slice):
+                    row[places] = fused.states
+                else:
+                    row = row.index_copy(0, places, fused.states)
+            changed = row[None]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return fuse
+
+    def _mix(self, _: nn.Module, __: Any, output: Any) -> None:
+        if not self._spans:
+            return
+        logits = output.logits[0].clone()
+        total = int(logits.shape[0]) if self._wanted is None else int(self._wanted.max()) + 1
+        for (places, _reading, entries), trace in zip(self._spans, self.traces, strict=True):
+            tokens = torch.arange(max(total, 1))[places] if isinstance(places, slice) else places.cpu()
+            rows, own = self._rows_of(tokens)
+            if len(rows) == 0:
+                continue
+            rows, own = rows.to(logits.device), own.to(logits.device)
+            pointed = cast(Pointed, trace.pointed)
+            there = Pointed(pointed.sentinel[own], pointed.tokens[own])
+            logits = logits.index_copy(0, rows, mix(logits[rows], there, entries.token_ids).to(logits.dtype))
+        output.logits = logits[None]
+
+    def _rows_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the logits that belong to these tokens of the step, and which of the tokens each is."""
+        if self._wanted is None:
+            return tokens, torch.arange(len(tokens))
+        hits = (self._wanted[:, None] == tokens[None, :]).nonzero()
+        return hits[:, 0], hits[:, 1]
+
+
+class MemoryModel(nn.Module):
+    """A frozen base with memory modules, as it is trained and asked outside of an engine. Parameters of the base do not learn.
+
+    Calling it is calling the base; within `reading` it reads.
+    """
+
+    def __init__(self, base: PreTrainedModel, memory: MemoryModules) -> None:
+        super().__init__()
+        self.base = base
+        self.memory = memory.to(next(base.parameters()).device)
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)  # noqa: FBT003 - its only argument
+        self.attachment = MemoryAttachment(base, memory)
+        self.encoder = EntryEncoder(base, memory.shape)
+
+    @property
+    def config(self) -> Any:
+        """That of the base."""
+        return self.base.config
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, whose layers read while a reading is on."""
+        return self.base
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the base, which the gate reads."""
+        return cast(nn.Module, cast(Any, self.base).get_input_embeddings())
+
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        """As the base's."""
+        return self.base(*arguments, **settings)
+
+    @contextmanager
+    def reading(
+        self, spans: Sequence[tuple[Places, MemoryReading]], wanted: Sequence[int] | None = None
+    ) -> Iterator[list[Trace]]:
+        """Encode what is read, and read it: see `MemoryAttachment.reading`."""
+        self.encoder.encode([reading for _, reading in spans])
+        with self.attachment.reading(spans, wanted) as traces:
+            yield traces
+
+
+@torch.no_grad()
+def generate_greedily(
+    model: MemoryModel,
+    prompt_ids: Sequence[int],
+    reading: MemoryReading | None,
+    max_new_tokens: int,
+    *,
+    stop_ids: frozenset[int] = frozenset(),
+) -> tuple[list[int], list[TokenSource]]:
+    """What the model answers, and where each token came from. With a KV cache; the reading stays what it is to the end."""
+    model.eval()
+    cache = None
+    feed = list(prompt_ids)
+    answer: list[int] = []
+    sources: list[TokenSource] = []
+    device = next(model.parameters()).device
+    while len(answer) < max_new_tokens:
+        spans = [(slice(0, len(feed)), reading)] if reading is not None else []
+        with model.reading(spans, [len(feed) - 1]) as traces:
+            output = model(
+                input_ids=torch.tensor([feed], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            logits = output.logits[0, -1].float()
+            token = int(logits.argmax())
+            log_prob = float(logits.log_softmax(-1)[token])
+            sources.append(
+                traces[0].source(len(feed) - 1, token, log_prob) if traces else TokenSource("weights", (), 0.0)
+            )
+        if token in stop_ids:
+            sources.pop()
+            break
+        answer.append(token)
+        cache, feed = output.past_key_values, [token]
+    return answer, sources
