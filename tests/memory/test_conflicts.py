@@ -50,7 +50,12 @@ def test_two_values_of_a_relation_that_has_one_are_a_conflict(store):
 
 
 def test_close_sentences_are_shown_and_others_are_not(store):
-    say(store, "Rain is expected in Oslo tomorrow", "Snow is expected in Oslo tomorrow", "The cat sat there quietly")
+    say(
+        store,
+        "It may rain in Oslo tomorrow evening",
+        "It may snow in Oslo tomorrow evening",
+        "The cat sat there quietly",
+    )
     assert pairs(store) == [("sentences", "m1", "m2")]
 
 
@@ -73,17 +78,17 @@ def test_a_conflict_is_settled_in_one_revision(store, keep, left):
 
 
 def test_entries_that_were_kept_side_by_side_are_shown_again_when_one_changes(store):
-    say(store, "Rain is expected in Oslo tomorrow", "Snow is expected in Oslo tomorrow")
+    say(store, "It may rain in Oslo tomorrow evening", "It may snow in Oslo tomorrow evening")
     store.resolve("m1", "m2", "both", author="ada")
     assert pairs(store) == []
-    store.edit("m2", author="ada", text="Hail is expected in Oslo tomorrow")
+    store.edit("m2", author="ada", text="It may hail in Oslo tomorrow evening")
     assert pairs(store) == [("sentences", "m1", "m2")]
 
 
 def test_a_merge_may_say_it_in_other_words(store):
-    say(store, "Rain is expected in Oslo tomorrow", "Snow is expected in Oslo tomorrow")
-    store.resolve("m1", "m2", "merge", author="ada", text="Rain or snow is expected in Oslo tomorrow")
-    assert texts(store) == ["Rain or snow is expected in Oslo tomorrow"]
+    say(store, "It may rain in Oslo tomorrow evening", "It may snow in Oslo tomorrow evening")
+    store.resolve("m1", "m2", "merge", author="ada", text="It may rain or snow in Oslo tomorrow evening")
+    assert texts(store) == ["It may rain or snow in Oslo tomorrow evening"]
     assert store.history("m2")[0].died == 2
 
 

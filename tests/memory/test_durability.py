@@ -24,7 +24,7 @@ def write_and_say(folder, pipe, seed):
         number = store.revision
         while True:
             number += 1
-            store.add([NewEntry(subject=f"Person {n}", relation="has number", value=f"{number}") for n in range(3)],
+            store.add([NewEntry(subject=f"Person {n}", relation="number", value=f"{number}") for n in range(3)],
                       author=str(seed))  # fmt: skip
             os.write(pipe, b"%d\n" % number)
 
@@ -88,12 +88,12 @@ def test_a_writer_that_waits_too_long_says_so_and_changes_nothing(tmp_path):
 
 def test_readers_of_one_revision_see_one_state_while_others_write(tmp_path):
     with MemoryStore.create(tmp_path / "facts") as store:
-        store.add([NewEntry(subject=f"P{n}", relation="has number", value="0") for n in range(50)], author="ada")
+        store.add([NewEntry(subject=f"P{n}", relation="number", value="0") for n in range(50)], author="ada")
         done = threading.Event()
 
         def write():
             for number in range(1, 40):
-                store.add([NewEntry(subject=f"P{n}", relation="has number", value=f"{number}") for n in range(50)],
+                store.add([NewEntry(subject=f"P{n}", relation="number", value=f"{number}") for n in range(50)],
                           author="ada")  # fmt: skip
             done.set()
 

@@ -42,7 +42,8 @@ class NewEntry:
     """What is to be remembered: a sentence, or subject, relation and value, or both.
 
     Of a sentence alone the three are told by rules, where they can be (`facts.sentences`). `source` says where it comes from,
-    `valid_from` and `valid_to` when it holds in the world; the end is not included, and None is open.
+    `valid_from` and `valid_to` when it holds in the world; the end is not included, and None is open. `where` is the file and
+    line where it was read, for messages.
     """
 
     text: str = ""
@@ -52,6 +53,7 @@ class NewEntry:
     source: str = ""
     valid_from: datetime | None = None
     valid_to: datetime | None = None
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import unicodedata
 from functools import lru_cache
 from hashlib import blake2b
 
+from nightschool.memory.facts.words import SAME_RELATIONS
+
 _ARTICLE = re.compile(r"(?:the|an|a) (?=\S)")
 _SPACES = re.compile(r"[\s_]+")
 _ENDS = " .,;:!?\"'“”‘’«»`()[]"
@@ -28,8 +30,12 @@ def key_of(words: str) -> str:
 
 @lru_cache(maxsize=4096)
 def relation_key_of(relation: str) -> str:
-    """The normalised form of a relation: `placeOfBirth`, `place_of_birth` and `Place of birth` are one."""
-    return key_of(_CAMEL.sub(" ", relation))
+    """The normalised form of a relation: `placeOfBirth`, `place_of_birth` and `Place of birth` are one.
+
+    So are the few ways of saying the same that `SAME_RELATIONS` lists.
+    """
+    key = key_of(_CAMEL.sub(" ", relation))
+    return SAME_RELATIONS.get(key, key)
 
 
 def sentence_key_of(sentence: str) -> int:

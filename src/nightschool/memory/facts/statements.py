@@ -9,7 +9,7 @@ from typing import NamedTuple
 from nightschool.errors import DataError
 from nightschool.memory.entry import NewEntry, micros_of
 from nightschool.memory.facts.normalise import key_of, relation_key_of, sentence_key_of
-from nightschool.memory.facts.sentences import split_sentence, statement_of
+from nightschool.memory.facts.sentences import Triple, retracted, split_sentence, statement_of
 
 MOST_CHARACTERS = 4000
 """Of a statement. An entry is one fact; longer texts are documents."""
@@ -18,7 +18,10 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Fact(NamedTuple):
-    """A new entry as it is stored. `text_key` stands for sentences whose subject and relation cannot be told."""
+    """A new entry as it is stored. `text_key` stands for sentences whose subject and relation cannot be told.
+
+    `retracts` is the subject, relation and value, in their normalised forms, of what a sentence says is no longer so.
+    """
 
     text: str
     wording: str | None
@@ -31,6 +34,7 @@ class Fact(NamedTuple):
     source: str
     valid_from: int | None
     valid_to: int | None
+    retracts: tuple[str, str, str] | None = None
 
 
 def as_fact(new: NewEntry) -> Fact:
@@ -49,9 +53,12 @@ def as_fact(new: NewEntry) -> Fact:
         triple = _whole(new)
     valid_from, valid_to = _period(new.valid_from, new.valid_to)
     if triple is None:
-        return Fact(text, None, None, None, None, None, None, sentence_key_of(text), source, valid_from, valid_to)
+        key, gone = sentence_key_of(text), _retracted(text)
+        return Fact(text, None, None, None, None, None, None, key, source, valid_from, valid_to, gone)
     subject, relation, value = triple
     statement = statement_of(subject, relation, value)
+    if text and key_of(text) == key_of(statement):
+        statement = text
     if len(statement) > MOST_CHARACTERS:
         raise DataError(_too_long(statement))
     return Fact(
@@ -86,7 +93,12 @@ def clean(text: str, what: str) -> str:
     return text
 
 
-def _whole(new: NewEntry) -> tuple[str, str, str]:
+def _retracted(text: str) -> tuple[str, str, str] | None:
+    found = retracted(text)
+    return None if found is None else (key_of(found.subject), relation_key_of(found.relation), key_of(found.value))
+
+
+def _whole(new: NewEntry) -> Triple:
     parts = {"subject": new.subject, "relation": new.relation, "value": new.value}
     cleaned = {name: clean(part or "", name) for name, part in parts.items()}
     missing = [name for name, part in cleaned.items() if not part]
@@ -95,7 +107,7 @@ def _whole(new: NewEntry) -> tuple[str, str, str]:
             f"The fact has no {' and no '.join(missing)}: {', '.join(f'{n}={p!r}' for n, p in cleaned.items())}. "
             f"Give all three of subject, relation and value, or a sentence alone."
         )
-    return cleaned["subject"], cleaned["relation"], cleaned["value"]
+    return Triple(cleaned["subject"], cleaned["relation"], cleaned["value"])
 
 
 def _period(begin: datetime | None, end: datetime | None) -> tuple[int | None, int | None]:

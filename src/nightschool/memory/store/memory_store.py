@@ -137,7 +137,7 @@ class MemoryStore:
                 try:
                     write.add(as_fact(new))
                 except DataError as error:
-                    raise DataError(f"Fact {number}: {error} Nothing was stored.") from error
+                    raise DataError(f"{new.where or f'Fact {number}'}: {error} Nothing was stored.") from error
             return _finished(write)
 
     def edit(

@@ -1,91 +1,23 @@
 """Which relations have one value at a time, and which have several.
 
-A new value of a single-valued relation supersedes the old one; of a multi-valued one it stands beside it. A relation that
-nobody has set, and that is not in the list below, is single-valued: what is superseded stays in the history.
+A new value of a single-valued relation supersedes the old one; of a multi-valued one it stands beside it. Where nobody has
+set it, the lists of `facts/words.py` decide, and for what is in none of them: what people do has several values (`speaks`,
+`visited`), what things are and have has one (`capital`, `was born in`). What is superseded stays in the history.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from functools import lru_cache
 from typing import Literal
 
 from nightschool.errors import UsageError
 from nightschool.memory.facts.normalise import relation_key_of
+from nightschool.memory.facts.words import MULTI_VALUED, SINGLE_VALUED, VERBS
 
 Cardinality = Literal["single", "multi"]
 SINGLE: Cardinality = "single"
 MULTI: Cardinality = "multi"
-
-MULTI_VALUED = frozenset(
-    [
-        "speaks",
-        "speaks language",
-        "languages spoken",
-        "likes",
-        "loves",
-        "hates",
-        "dislikes",
-        "enjoys",
-        "knows",
-        "owns",
-        "has",
-        "has visited",
-        "visited",
-        "can",
-        "has child",
-        "child",
-        "children",
-        "son",
-        "daughter",
-        "has sibling",
-        "sibling",
-        "brother",
-        "sister",
-        "friend",
-        "friends",
-        "is a friend of",
-        "friend of",
-        "is allergic to",
-        "allergic to",
-        "member of",
-        "is a member of",
-        "is member of",
-        "belongs to",
-        "genre",
-        "instance of",
-        "is an instance of",
-        "is a",
-        "is an",
-        "subclass of",
-        "part of",
-        "is part of",
-        "has part",
-        "shares border with",
-        "borders",
-        "award received",
-        "won",
-        "cast member",
-        "wrote",
-        "author of",
-        "notable work",
-        "field of work",
-        "occupation",
-        "works as",
-        "hobby",
-        "uses",
-        "contains",
-        "includes",
-        "taught",
-        "studied at",
-        "educated at",
-        "played for",
-        "played with",
-        "official language",
-        "twinned administrative body",
-        "diplomatic relation",
-    ]
-)
-"""Relations that usually have several values at a time, in their normalised form."""
 
 
 class Relations:
@@ -102,10 +34,15 @@ class Relations:
         return dict(self._set)
 
     def of(self, relation_key: str) -> Cardinality:
-        found = self._set.get(relation_key)
-        if found is not None:
-            return found
-        return MULTI if relation_key in MULTI_VALUED else SINGLE
+        return self._set.get(relation_key) or _default(relation_key)
+
+
+@lru_cache(maxsize=4096)
+def _default(relation_key: str) -> Cardinality:
+    if relation_key in MULTI_VALUED:
+        return MULTI
+    verb = relation_key.partition(" ")[0]
+    return MULTI if verb in VERBS and relation_key not in SINGLE_VALUED else SINGLE
 
 
 def set_relation(connection: sqlite3.Connection, relation: str, cardinality: Cardinality | None) -> None:

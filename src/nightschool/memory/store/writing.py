@@ -67,6 +67,8 @@ class Write:
             self.replace(newest.row, newest.entry, fact)
             self.superseded += len(rivals)
         else:
+            if fact.retracts is not None:
+                self._retract(*fact.retracts)
             self._insert(fact, None, None)
             self.added += 1
 
@@ -151,6 +153,15 @@ class Write:
         self._born += 1
         if len(self._waiting) >= _MOST_WAITING:
             self.flush()
+
+    def _retract(self, subject_key: str, relation_key: str, value_key: str) -> None:
+        """End what a sentence says is no longer so: the same subject, relation and value, and nothing else."""
+        self.flush()
+        for one in self.connection.execute(_AT_ADDRESS, (subject_key, relation_key)).fetchall():
+            rival = Rival(*one)
+            if rival.value is not None and key_of(rival.value) == value_key:
+                self.end(rival.row)
+                self.removed += 1
 
     def _has_one_value(self, fact: Fact) -> bool:
         return fact.relation_key is not None and self._relations.of(fact.relation_key) == SINGLE
