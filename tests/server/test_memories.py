@@ -125,6 +125,50 @@ def test_an_entry_that_is_not_there_is_told_so(facts, entry):
     assert texts(facts) == ["Ada lives in Oslo."]
 
 
+def test_writes_are_undone_and_rolled_back_and_named_revisions_compared(facts):
+    (entry,) = add(facts, "Ada lives in Oslo.")["ids"]
+    named = facts.post(f"{FACTS}/versions", json={"name": "first"})
+    assert (named.status_code, named.json()["revision"]) == (201, 1)
+    assert facts.post(f"{FACTS}/versions", json={"name": "first"}).status_code == 409
+    facts.patch(f"{FACTS}/entries/{entry}", json={"value": "Rome"})
+    assert facts.post(f"{FACTS}/undo").json()["revision"] == 3
+    assert texts(facts) == ["Ada lives in Oslo."]
+    facts.delete(f"{FACTS}/entries/{entry}")
+    changed = facts.get(f"{FACTS}/diff", params={"before": "first"}).json()
+    assert (changed["total"], changed["entries"][0]["kind"], changed["entries"][0]["id"]) == (1, "removed", entry)
+    assert facts.post(f"{FACTS}/rollback", json={"to": "first"}).status_code == 200
+    assert texts(facts) == texts(facts, at="first") == texts(facts, at=1) == ["Ada lives in Oslo."]
+    assert facts.post(f"{FACTS}/rollback", json={"to": "absent"}).status_code == 404
+    assert facts.delete(f"{FACTS}/versions/first").status_code == 204
+    assert facts.get(f"{FACTS}/versions").json() == {"versions": []}
+
+
+def test_a_purged_entry_is_gone_for_good(facts, home):
+    (entry,) = add(facts, "Ada lives in Oslo.")["ids"]
+    facts.patch(f"{FACTS}/entries/{entry}", json={"value": "Rome"})
+    facts.post(f"{FACTS}/versions", json={"name": "before"})
+    purged = facts.delete(f"{FACTS}/entries/{entry}", params={"purge": True}).json()
+    assert (purged["entries"], purged["rows"], purged["versions"]) == ([entry], 2, ["before"])
+    assert facts.get(f"{FACTS}/entries/{entry}/history").status_code == 404
+    assert texts(facts, at="before") == []
+    held = b"".join(path.read_bytes() for path in memory_path(home, "facts").rglob("*") if path.is_file())
+    assert not any(word in held for word in (b"Oslo", b"Rome"))
+    assert facts.post(f"{FACTS}/check").json()["ok"]
+
+
+def test_conflicts_are_shown_and_settled(facts):
+    facts.post(f"{FACTS}/relations", json={"relation": "lives in", "values": "multi"})
+    one, other = add(facts, "Ada lives in Oslo.", "Ada lives in Rome.")["ids"]
+    assert facts.get(f"{FACTS}/conflicts").json()["total"] == 0
+    facts.post(f"{FACTS}/relations", json={"relation": "lives in", "values": "single"})
+    (conflict,) = facts.get(f"{FACTS}/conflicts").json()["conflicts"]
+    assert (conflict["kind"], conflict["a"]["id"], conflict["b"]["id"]) == ("values", one, other)
+    settled = facts.post(f"{FACTS}/conflicts/resolve", json={"a": one, "b": other, "keep": "b"}).json()
+    assert settled["removed"] == 1
+    assert texts(facts) == ["Ada lives in Rome."]
+    assert facts.get(f"{FACTS}/conflicts").json()["total"] == 0
+
+
 def test_an_edit_says_one_thing(facts):
     (entry,) = add(facts, "Ada lives in Oslo.")["ids"]
     for body in ({}, {"text": "Ada lives in Rome.", "value": "Rome"}):

@@ -42,6 +42,7 @@ PARAMETERS = {
     "fine_tuned_model_checkpoint": ("zebra-bot", "absent-bot"),
     "permission_id": ("cp_zebra", "cp_absent"),
     "entry": ("m1", "m2"),
+    "version": ("zebra", "absent"),
 }
 CHAT = [{"role": "user", "content": "hi"}]
 TRAIN = [{"messages": [*CHAT, {"role": "assistant", "content": "ho"}]}]
@@ -53,6 +54,10 @@ BODIES = {
     "/api/feedback": {"request_id": "$request_id", "rating": "good"},
     "/api/models/{name}/promote": {"version": "20261121_023000"},
     "/api/memories": {"name": "$name"},
+    "/api/memories/{name}/rollback": {"to": "$version"},
+    "/api/memories/{name}/versions": {"name": "$version"},
+    "/api/memories/{name}/conflicts/resolve": {"a": "m1", "b": "m2", "keep": "a"},
+    "/api/memories/{name}/relations": {"relation": "lives in", "values": "multi"},
     "/api/memories/{name}/entries": {"entries": [{"text": "Ada lives in Oslo."}]},
     "/api/memories/{name}/entries/{entry}": {"value": "Oslo"},
     "/api/v1/generate": {"message": "a"},
@@ -62,6 +67,7 @@ BODIES = {
 }
 # What is asked for beside the path.
 QUERIES = {
+    "/api/memories/{name}/diff": "?before=$version",
     "/model_info": "?model=$name",
     "/refresh_model": "?model=$name",
     "/api/v1/generate": "?org_id=$org_id",
@@ -89,6 +95,7 @@ def home(tmp_path):
     ApiKeys(home.database).create("default", by="test")
     with MemoryStore.create(memory_path(home, "acme/zebra-bot")) as memory:
         memory.add([NewEntry("The zebra lives in Oslo.")], author="test")
+        memory.name_version("zebra", author="test")
     ConversationStore(home.database).record("zebra-request", "acme/zebra-bot", version.id, chat, "zebra", "key")
     return home
 
@@ -141,7 +148,7 @@ def test_another_tenant_is_told_what_it_would_be_told_if_there_were_nothing(clie
     assert [row.tenant for row in AuditLog(home.database).ls() if row.tenant == "acme"] == []
     assert Registry(home).champion("acme/zebra-bot") is not None
     with MemoryStore.open(memory_path(home, "acme/zebra-bot")) as memory:
-        assert [entry.text for entry in memory.entries()] == ["The zebra lives in Oslo."]
+        assert (memory.revision, [entry.text for entry in memory.entries()]) == (1, ["The zebra lives in Oslo."])
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", "/metrics"])

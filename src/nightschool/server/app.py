@@ -23,6 +23,7 @@ from nightschool.server import reference_page
 from nightschool.server.access_store import AccessStore
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
+from nightschool.server.memories import conflict_routes, version_routes
 from nightschool.server.memories import routes as memories
 from nightschool.server.memories.opened import Memories
 from nightschool.server.metrics import Metrics
@@ -61,6 +62,8 @@ FAMILIES = (
     feedback.router,
     versions.router,
     memories.router,
+    version_routes.router,
+    conflict_routes.router,
     *training_service.ROUTERS,
     operations.router,
     reference_page.router,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -152,3 +152,110 @@ class Writes(BaseModel):
     """Committed writes, oldest first."""
 
     revisions: list[Write]
+
+
+class Purged(BaseModel):
+    """What is gone for good."""
+
+    revision: int
+    entries: list[str]
+    rows: int = Field(..., description="How many versions they had.")
+    versions: list[str] = Field(..., description="Named versions of the memory that had shown them.")
+
+
+class Rollback(Body):
+    """Where to go back to."""
+
+    to: str = Field(..., min_length=1, max_length=64, description="A revision, or its name.")
+
+
+class NewNamedRevision(Body):
+    """A name for a revision."""
+
+    name: str = Field(..., pattern=NAME_PATTERN, description="Such as before-import.")
+    at: str | None = Field(None, min_length=1, max_length=64, description="A revision; without it the newest.")
+
+
+class NamedRevision(BaseModel):
+    """A revision that has a name."""
+
+    name: str
+    revision: int
+    at: datetime
+    author: str
+
+
+class NamedRevisions(BaseModel):
+    """The revisions that have a name."""
+
+    versions: list[NamedRevision]
+
+
+class Difference(BaseModel):
+    """An entry before and after."""
+
+    id: str
+    kind: Literal["added", "removed", "changed"]
+    before: Entry | None
+    after: Entry | None
+
+
+class Differences(BaseModel):
+    """The first of the entries that differ, and how many do."""
+
+    total: int
+    entries: list[Difference]
+
+
+class Conflict(BaseModel):
+    """Two entries of which perhaps only one holds."""
+
+    kind: Literal["values", "sentences"] = Field(..., description="Two values of one relation, or two close sentences.")
+    a: Entry
+    b: Entry
+
+
+class Conflicts(BaseModel):
+    """The first of the conflicts that nobody has settled, and how many there are."""
+
+    total: int
+    conflicts: list[Conflict]
+
+
+class Resolution(Body):
+    """How two entries are settled."""
+
+    a: str = Field(..., max_length=64, description="The id of one entry.")
+    b: str = Field(..., max_length=64, description="The id of the other.")
+    keep: Literal["a", "b", "both", "merge"] = Field(..., description="What stays; `merge` makes one of both, in `a`.")
+    text: _Text | None = Field(None, description="What the merged entry says; without it, both.")
+
+
+class RelationSetting(Body):
+    """How many values a relation has."""
+
+    relation: _Name = Field(..., description="Such as speaks.")
+    values: Literal["single", "multi"] | None = Field(..., description="One at a time, or several; null forgets it.")
+
+
+class Cardinalities(BaseModel):
+    """The relations whose number of values was set here, in their normalised form."""
+
+    relations: dict[str, Literal["single", "multi"]]
+
+
+class CheckFinding(BaseModel):
+    """Something that is not as it was written."""
+
+    message: str
+    entry: str | None
+    row: int | None
+
+
+class CheckReport(BaseModel):
+    """What a check looked at, and the first hundred things that it found."""
+
+    ok: bool
+    rows: int
+    revisions: int
+    findings: list[CheckFinding]
