@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from nightschool.errors import DataError, NotFound
 from nightschool.memory.entry import NewEntry
-from nightschool.memory.facts import as_fact, key_of, read_facts
+from nightschool.memory.facts import as_fact, key_of
+from nightschool.memory.facts.files import read_facts
 from nightschool.memory.facts.sentences import retracted, split_sentence, statement_of
 from nightschool.memory.store import MemoryStore
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from nightschool.cli.formatting import moment
-from nightschool.cli.models import who
-from nightschool.cli.output import answer_rows, note
+from nightschool.cli.output import answer_rows, note, who
 from nightschool.errors import NameRefused, NightschoolError, UsageError
 from nightschool.events import now
 from nightschool.store.audit import AuditLog

@@ -6,8 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from nightschool.cli.formatting import moment
-from nightschool.cli.models import who
-from nightschool.cli.output import answer, answer_rows, confirm
+from nightschool.cli.output import answer, answer_rows, confirm, who
 from nightschool.errors import UsageError
 from nightschool.events import now
 from nightschool.store.api_keys import ApiKeys, StoredKey

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nightschool.cli.formatting import figure, moment
-from nightschool.cli.output import Columns, answer, answer_rows, bold, colour_wanted, confirm, note, rendered
+from nightschool.cli.output import Columns, answer, answer_rows, bold, colour_wanted, confirm, note, rendered, who
 from nightschool.errors import Damaged, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import figure_to_json
@@ -312,10 +311,6 @@ def _moved(before: Version | None, version: Version) -> None:
         f"The champion of {version.name} is {version.ref}{was}.",
         quiet=version.ref,
     )
-
-
-def who() -> str:
-    return os.environ.get("USER") or "user"
 
 
 def _count(number: int | None) -> str | None:

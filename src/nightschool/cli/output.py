@@ -39,6 +39,11 @@ def session() -> Session:
     return CURRENT.get() or Session()
 
 
+def who() -> str:
+    """Who types, for what is written down about who did what."""
+    return os.environ.get("USER") or "user"
+
+
 def answer(data: Any, text: Callable[[], str] | str, *, quiet: Callable[[], str] | str | None = None) -> None:
     """Print the answer of a verb: `data` with `--json`, `quiet` with `-q` where there is one, else `text`."""
     current = session()

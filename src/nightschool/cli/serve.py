@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from nightschool.cli.models import told, who
-from nightschool.cli.output import note
+from nightschool.cli.models import told
+from nightschool.cli.output import note, who
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.env_file import read_env_file
 from nightschool.config.recipe import Serve

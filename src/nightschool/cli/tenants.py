@@ -9,8 +9,7 @@ from typing import Any
 from cyclopts import Parameter
 
 from nightschool.cli.formatting import figure
-from nightschool.cli.models import who
-from nightschool.cli.output import answer, answer_rows, confirm
+from nightschool.cli.output import answer, answer_rows, confirm, who
 from nightschool.errors import NotFound, UsageError
 from nightschool.store.home import Home
 from nightschool.store.names import check_name

@@ -184,6 +184,16 @@ def moment_of(micros: int | None) -> datetime | None:
     return None if micros is None else _EPOCH + _MICROSECOND * micros
 
 
+def parse_moment(text: str) -> datetime:
+    """A date or a moment in ISO 8601; in UTC unless it says otherwise.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 

@@ -4,8 +4,7 @@ as_fact(new)                a new entry, cleaned, with its subject, relation and
 key_of(words)               the normalised form under which two ways of writing a name or a relation are one
 """
 
-from nightschool.memory.facts.files import read_facts
 from nightschool.memory.facts.normalise import key_of
 from nightschool.memory.facts.statements import Fact, as_fact
 
-__all__ = ["Fact", "as_fact", "key_of", "read_facts"]
+__all__ = ["Fact", "as_fact", "key_of"]

@@ -8,14 +8,14 @@ three parts with tabs between.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nightschool.data.sources.rows import read_rows
 from nightschool.data.sources.text_input import text_lines
 from nightschool.errors import DataError
-from nightschool.memory.entry import NewEntry
+from nightschool.memory.entry import NewEntry, parse_moment
 
 NAMES: dict[str, tuple[str, ...]] = {
     "text": ("wording", "text", "sentence", "fact", "statement", "content"),
@@ -72,16 +72,6 @@ def fact_of(fields: Mapping[str, Any], where: str, default_source: str = "") -> 
         valid_to=_moment(taken["valid_to"], "valid_to", where),
         where=where,
     )
-
-
-def parse_moment(text: str) -> datetime:
-    """A date or a moment in ISO 8601; in UTC unless it says otherwise.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _rows(path: Path, default: str) -> Iterator[NewEntry]:

@@ -32,6 +32,8 @@ class Connections:
         self._read_guard, self._write_guard = threading.RLock(), threading.RLock()
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
+        self._reader_inode: int | None = None
+        self._writer_inode: int | None = None
 
     @property
     def mode(self) -> str:
@@ -42,7 +44,9 @@ class Connections:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The connection to read, for a few queries. Each of them sees the newest commit; a revision pins what they show."""
         with self._read_guard, self._translated():
+            self._reader = self._still_of(self._reader, self._reader_inode)
             if self._reader is None:
+                self._reader_inode = _inode_of(self.file)
                 self._reader = self._opened()
             yield self._reader
 
@@ -63,10 +67,19 @@ class Connections:
     def alone(self) -> Iterator[sqlite3.Connection]:
         """The connection to write, outside of a transaction."""
         with self._write_guard, self._translated():
+            self._writer = self._still_of(self._writer, self._writer_inode)
             if self._writer is None:
+                self._writer_inode = _inode_of(self.file)
                 self._refuse_read_only()
                 self._writer = self._opened()
             yield self._writer
+
+    def _still_of(self, connection: sqlite3.Connection | None, inode: int | None) -> sqlite3.Connection | None:
+        """The connection, unless its file was deleted or replaced by another memory of the same name."""
+        if connection is not None and inode != _inode_of(self.file):
+            connection.close()
+            return None
+        return connection
 
     def close(self) -> None:
         """Give both back; the next use opens new ones."""
@@ -102,6 +115,13 @@ class Connections:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise translated(error, self.file, self._busy_seconds) from error
+
+
+def _inode_of(file: Path) -> int | None:
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def connect(file: Path, mode: str = "mode=rwc", *, busy_seconds: float = _BUSY_SECONDS) -> sqlite3.Connection:

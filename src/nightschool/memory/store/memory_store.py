@@ -30,6 +30,7 @@ from nightschool.memory.store.edits import KEEP, Keep, edited, is_unchanged
 from nightschool.memory.store.layout import TABLES, digest_of
 from nightschool.memory.store.purge import Purge
 from nightschool.memory.store.relations import Cardinality, Relations, set_relation
+from nightschool.memory.store.search import by_words
 from nightschool.memory.store.versions import Difference, NamedVersion
 from nightschool.memory.store.writing import Write
 from nightschool.store.atomic import make_folder
@@ -125,6 +126,11 @@ class MemoryStore:
             if not found:
                 raise NotFound(rows.not_there(connection, number, rows.newest_revision(connection)))
         return found
+
+    def search(self, query: str, *, at: int | str | None = None, limit: int = 20) -> list[MemoryEntry]:
+        """The entries that hold words of a query, those with most of them first. Likeness of meaning is the index's."""
+        with self._connections.reading() as connection:
+            return by_words(connection, query, versions.revision_at(connection, at), limit)
 
     def add(self, entries: Iterable[NewEntry], *, author: str, operation: str = "add") -> Change:
         """Remember facts as one revision. What says the same as an entry that is there changes nothing.

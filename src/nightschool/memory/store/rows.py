@@ -12,6 +12,7 @@ from nightschool.memory.store.layout import ROW_COLUMNS
 
 ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died"))
 ALIVE_AT = "born <= :at AND (died IS NULL OR died > :at)"
+_NUM_COLUMNS = len(ROW_COLUMNS) + 1
 _VARIABLES = 500
 
 
@@ -94,7 +95,7 @@ def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:
 def found_by(connection: sqlite3.Connection, query: str, values: dict[str, Any]) -> Iterator[MemoryEntry]:
     """The entries that a query over `rows` finds; `{columns}` in it stands for the columns of an entry."""
     for one in connection.execute(query.replace("{columns}", ENTRY_COLUMNS), values):
-        yield entry_of(one)
+        yield entry_of(one[:_NUM_COLUMNS])
 
 
 def is_purged(connection: sqlite3.Connection, entry: int) -> bool:

@@ -1,0 +1,185 @@
+"""`nightschool memory build, import, export, check`: memories and files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from nightschool.cli.memory import opened
+from nightschool.cli.output import answer, who
+from nightschool.errors import Conflict, UsageError
+from nightschool.memory.entry import Change, MemoryEntry, NewEntry
+from nightschool.memory.facts.files import read_facts
+from nightschool.memory.store import MemoryStore
+from nightschool.store.atomic import remove_folder, replacing
+from nightschool.store.home import Home
+from nightschool.store.names import memory_path
+from nightschool.units import format_bytes
+
+_FIELDS = (
+    "id",
+    "text",
+    "wording",
+    "subject",
+    "relation",
+    "value",
+    "source",
+    "author",
+    "valid_from",
+    "valid_to",
+    "recorded_at",
+)
+
+
+def build(name: str, /, *, from_: tuple[Path, ...] = (), source: str | None = None) -> None:
+    """Make a memory, empty or with the facts of files.
+
+    A file holds subject, relation and value, or sentences, or both: JSON Lines, JSON, CSV, Parquet or text.
+
+    Args:
+        name: How the memory is called: NAME, or TENANT/NAME.
+        from_: A file of facts. May be given several times.
+        source: Where the facts come from, for those that do not say; by default the name of their file.
+    """
+    folder = memory_path(Home.find(), name)
+    store = MemoryStore.create(folder)
+    try:
+        with store:
+            change = _read_into(store, from_, source, "build") if from_ else Change(0)
+    except BaseException:
+        # Nothing was stored: the name is free for the next attempt.
+        remove_folder(folder)
+        raise
+    _say(name, change, f"Made the memory {name}")
+
+
+def import_(name: str, /, *files: Path, source: str | None = None) -> None:
+    """Add the facts of files to a memory, all or none. New values take the place of old ones.
+
+    Args:
+        name: The memory.
+        files: Files of facts, as for build.
+        source: Where the facts come from, for those that do not say; by default the name of their file.
+    """
+    if not files:
+        raise UsageError("Name at least one file of facts.")
+    with opened(name) as store:
+        change = _read_into(store, files, source, "import")
+    _say(name, change, f"Read {', '.join(map(str, files))} into {name}")
+
+
+def export(name: str, file: Path, /, *, at: str | None = None, force: bool = False) -> None:
+    """Write the entries of a memory to a file, which import reads again: JSON Lines, JSON, CSV or text by its ending.
+
+    Args:
+        name: The memory.
+        file: A file that ends in .jsonl, .json, .csv or .txt. Text keeps the statements alone.
+        at: A revision or a named version; by default the newest.
+        force: Replace the file if it is there.
+    """
+    ending = file.suffix.lower()
+    if ending not in _WRITTEN:
+        raise UsageError(f"{file}: the ending {ending or '(none)'} is not known. Write {', '.join(_WRITTEN)}.")
+    if file.exists() and not force:
+        raise Conflict(f"{file} is there already. Choose another name, or add --force.")
+    with opened(name) as store:
+        revision = store.revision_at(at)
+        with replacing(file.absolute()) as handle, os.fdopen(os.dup(handle), "w", encoding="utf-8", newline="") as out:
+            count = 0
+            for count, line in enumerate(_WRITTEN[ending](store.entries(at=revision)), start=1):  # noqa: B007
+                out.write(line)
+    size = file.stat().st_size
+    answer(
+        {"name": name, "revision": revision, "path": str(file), "size_bytes": size},
+        f"Wrote revision {revision} of {name} to {file} ({format_bytes(size)}).",
+        quiet=str(file),
+    )
+
+
+def check(name: str, /) -> int:
+    """Compare every entry, revision and version of a memory with its digest, and name what was altered.
+
+    Args:
+        name: The memory.
+    """
+    with opened(name) as store:
+        report = store.check()
+    lines = [
+        f"{name}: {report.rows:,} rows of entries and {report.revisions:,} revisions were read.",
+        *(one.message for one in report.findings),
+        "All is as it was written." if report.is_whole else "Restore the memory from a copy, or build it anew.",
+    ]
+    answer(
+        {"name": name, **report.to_json()}, "\n".join(lines), quiet="" if report.is_whole else "\n".join(lines[1:-1])
+    )
+    return 0 if report.is_whole else 1
+
+
+def _read_into(store: MemoryStore, files: tuple[Path, ...], source: str | None, operation: str) -> Change:
+    facts: Iterator[NewEntry] = chain.from_iterable(read_facts(file, source=source) for file in files)
+    return store.add(facts, author=who(), operation=operation)
+
+
+def _say(name: str, change: Change, done: str) -> None:
+    counts = {
+        "added": change.added,
+        "replaced": change.superseded,
+        "ended": change.removed,
+        "known already": change.unchanged,
+    }
+    said = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count) or "nothing in it yet"
+    answer({"name": name, **change.to_json()}, f"{done}: {said}. It is at revision {change.revision}.", quiet=name)
+
+
+def _fields(entry: MemoryEntry) -> dict[str, Any]:
+    shown = entry.to_json()
+    return {field: shown[field] for field in _FIELDS if shown[field] not in (None, "")}
+
+
+def _as_lines(entries: Iterator[MemoryEntry]) -> Iterator[str]:
+    for entry in entries:
+        yield json.dumps(_fields(entry), ensure_ascii=False) + "\n"
+
+
+def _as_array(entries: Iterator[MemoryEntry]) -> Iterator[str]:
+    before = "[\n"
+    for entry in entries:
+        yield before + json.dumps(_fields(entry), ensure_ascii=False)
+        before = ",\n"
+    yield "\n]\n" if before.startswith(",") else "[]\n"
+
+
+def _as_table(entries: Iterator[MemoryEntry]) -> Iterator[str]:
+    # A writer that hands each line on: what it is given may be long.
+    line: list[str] = []
+    writer = csv.writer(_Lines(line), lineterminator="\n")
+    writer.writerow(_FIELDS)
+    yield line.pop()
+    for entry in entries:
+        fields = _fields(entry)
+        writer.writerow([fields.get(field, "") for field in _FIELDS])
+        yield line.pop()
+
+
+def _as_text(entries: Iterator[MemoryEntry]) -> Iterator[str]:
+    for entry in entries:
+        yield f"{entry.wording or entry.text}\n"
+
+
+class _Lines:
+    """What `csv` writes to."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def write(self, line: str) -> int:
+        self._lines.append(line)
+        return len(line)
+
+
+_WRITTEN = {".jsonl": _as_lines, ".json": _as_array, ".csv": _as_table, ".txt": _as_text}

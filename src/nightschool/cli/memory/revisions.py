@@ -1,0 +1,158 @@
+"""`nightschool memory undo, rollback, versions, diff, conflicts, resolve, relations`: what a memory was, and what it should be."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nightschool.cli.formatting import moment as shown_moment
+from nightschool.cli.memory import answer_change, opened
+from nightschool.cli.output import answer, answer_rows, who
+from nightschool.errors import UsageError
+
+
+def undo(name: str, /) -> None:
+    """Take back the newest write that was not taken back yet, as a new revision.
+
+    Args:
+        name: The memory.
+    """
+    with opened(name) as store:
+        change = store.undo(author=who())
+        note = store.revisions(after=change.revision - 1)[-1].note
+    answer(
+        {"name": name, **change.to_json(), "undone": int(note)},
+        f"Took back revision {note} of {name}, which is at revision {change.revision} now.",
+        quiet=str(change.revision),
+    )
+
+
+def rollback(name: str, to: str, /) -> None:
+    """Bring back the state of a revision or a named version, as a new revision. What was purged does not return.
+
+    Args:
+        name: The memory.
+        to: A revision or a named version.
+    """
+    with opened(name) as store:
+        before = store.revision
+        change = store.rollback(to, author=who())
+        count = store.count()
+    done = f"{name} was as {to} already." if change.revision == before else f"{name} is as {to} was."
+    answer(
+        {"name": name, "revision": change.revision, "to": to, "entries": count},
+        f"{done} It has {count:,} entries at revision {change.revision}.",
+        quiet=str(change.revision),
+    )
+
+
+def versions(name: str, version: str | None = None, /, *, at: str | None = None, rm: bool = False) -> None:
+    """List the named versions of a memory; with a name, give it to a revision.
+
+    Args:
+        name: The memory.
+        version: A name, as monday.
+        at: The revision that is named; by default the newest.
+        rm: Forget the name. The revision stays.
+    """
+    with opened(name) as store:
+        if version is not None and rm:
+            store.remove_version(version)
+            answer({"removed": version}, f"{version} is no version of {name} any more.", quiet=version)
+            return
+        if version is not None:
+            made = store.name_version(version, author=who(), at=at)
+            answer(made.to_json(), f"{version} is revision {made.revision} of {name}.", quiet=version)
+            return
+        if rm or at is not None:
+            raise UsageError("Name the version that --rm or --at are for.")
+        found = [one.to_json() for one in store.versions()]
+    answer_rows(
+        found,
+        {"VERSION": "name", "REVISION": "revision", "NAMED": lambda row: shown_moment(row["at"]), "BY": "author"},
+        none=f"{name} has no named versions. Name its newest revision with nightschool memory versions {name} VERSION.",
+        quiet="name",
+    )
+
+
+def diff(name: str, before: str, after: str | None = None, /) -> None:
+    """Show the entries that two revisions have differently.
+
+    Args:
+        name: The memory.
+        before: A revision or a named version.
+        after: Another; by default the newest revision.
+    """
+    with opened(name) as store:
+        found = store.diff(before, after)
+    lines = []
+    for one in found:
+        lines += [f"- {one.id}  {one.before.text}"] if one.before else []
+        lines += [f"+ {one.id}  {one.after.text}"] if one.after else []
+    answer(
+        [one.to_json() for one in found],
+        "\n".join(lines) or "They are the same.",
+        quiet="\n".join(one.id for one in found),
+    )
+
+
+def conflicts(name: str, /) -> None:
+    """List pairs of entries of which perhaps only one holds: two values where one is possible, or close sentences.
+
+    Args:
+        name: The memory.
+    """
+    with opened(name) as store:
+        found = store.conflicts()
+
+    def text() -> str:
+        shown = [f"{one.a.id}  {one.a.text}\n{one.b.id}  {one.b.text}" for one in found]
+        remedy = (
+            f"Settle each with nightschool memory resolve {name} {found[0].a.id} {found[0].b.id} --keep a|b|both|merge."
+        )
+        return "\n\n".join([*shown, remedy])
+
+    answer(
+        [one.to_json() for one in found],
+        text if found else f"{name} has no conflicts.",
+        quiet="\n".join(f"{one.a.id} {one.b.id}" for one in found),
+    )
+
+
+def resolve(name: str, a: str, b: str, /, *, keep: Literal["a", "b", "both", "merge"], text: str | None = None) -> None:
+    """Settle a conflict.
+
+    Args:
+        name: The memory.
+        a: An entry, as m12.
+        b: The other.
+        keep: a or b (the other ends), both (they are not shown again unless one changes), or merge (a says both, b ends).
+        text: What the merged entry says; by default both.
+    """
+    with opened(name) as store:
+        change = store.resolve(a, b, keep, author=who(), text=text)
+        left = {"a": [a], "b": [b], "both": [a, b], "merge": [a]}[keep]
+        answer_change(name, change, [store.get(one) for one in left])
+
+
+def relations(
+    name: str, relation: str | None = None, cardinality: Literal["single", "multi", "default"] | None = None, /
+) -> None:
+    """List or set how many values relations have at a time. It holds for what is written from now on.
+
+    Args:
+        name: The memory.
+        relation: A relation, as speaks.
+        cardinality: single (a new value takes the place of the old one), multi (it stands beside it), or default.
+    """
+    with opened(name) as store:
+        if relation is not None:
+            if cardinality is None:
+                raise UsageError(f"Say what {relation!r} is to be: single, multi or default.")
+            store.set_relation(relation, None if cardinality == "default" else cardinality)
+        found = [{"relation": key, "cardinality": value} for key, value in sorted(store.relations().items())]
+    answer_rows(
+        found,
+        {"RELATION": "relation", "VALUES": "cardinality"},
+        none=f"No relation was set in {name}; the defaults hold.",
+        quiet="relation",
+    )

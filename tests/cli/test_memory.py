@@ -1,0 +1,222 @@
+"""`nightschool memory`: facts from files and sentences, edited, taken back, purged."""
+
+import json
+import sqlite3
+
+import pytest
+
+from nightschool.cli.main import main
+from nightschool.memory.store import MemoryStore
+from nightschool.store.home import Home
+from nightschool.store.names import memory_path
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USER", "ada")
+    return tmp_path
+
+
+@pytest.fixture
+def ask(capsys):
+    """Run a verb; what it prints, as JSON."""
+
+    def run(*words, code=0):
+        capsys.readouterr()
+        assert main(["--json", "memory", *words]) == code
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def say(capsys):
+    """Run a verb; what it prints for people, and what it says beside it."""
+
+    def run(*words, code=0):
+        capsys.readouterr()
+        assert main(["memory", *words]) == code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return run
+
+
+def facts(folder, text, name="facts.txt"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_memory_is_built_read_edited_and_taken_back(folder, ask):
+    built = ask("build", "friends", "--from", facts(folder, "Ada lives in Oslo.\nBob speaks French.\n"))
+    assert (built["added"], built["revision"]) == (2, 1)
+    added = ask("add", "friends", "Ada lives in Rome.", "--source", "chat_88")
+    assert (added["superseded"], added["entries"][0]["id"], added["entries"][0]["source"]) == (1, "m1", "chat_88")
+    assert [one["text"] for one in ask("ls", "friends")] == ["Bob speaks French.", "Ada lives in Rome."]
+    assert [one["text"] for one in ask("ls", "friends", "--at", "1")] == ["Ada lives in Oslo.", "Bob speaks French."]
+    assert [one["text"] for one in ask("history", "friends", "m1")] == ["Ada lives in Oslo.", "Ada lives in Rome."]
+    assert ask("edit", "friends", "m1", "--value", "Bern")["entries"][0]["text"] == "Ada lives in Bern."
+    assert ask("undo", "friends")["undone"] == 3
+    assert [one["id"] for one in ask("search", "friends", "ROME ada")] == ["m1"]
+    assert ask("search", "friends", "nobody %") == []
+    assert [one["operation"] for one in ask("history", "friends")] == ["undo", "edit", "add", "build", "create"]
+    assert {one["author"] for one in ask("history", "friends")} == {"ada", ""}
+
+
+def test_memories_are_listed_with_what_they_hold(ask, say):
+    assert "There is no memory yet" in say("ls")
+    ask("build", "friends")
+    ask("build", "acme/staff")
+    ask("add", "acme/staff", "--subject", "Ada", "--relation", "works for", "--value", "Acme")
+    (memory_path(Home.find(), "friends") / "memory.db").write_bytes(b"x" * 5000)
+    rows = {row["name"]: row for row in ask("ls")}
+    assert (rows["acme/staff"]["entries"], rows["acme/staff"]["revision"]) == (1, 1)
+    assert "not a database" in rows["friends"]["problem"]
+
+
+def test_a_page_of_entries_says_how_to_go_on(folder, ask, say):
+    ask("build", "many", "--from", facts(folder, "".join(f"P{n} lives in Oslo.\n" for n in range(7))))
+    assert "3 of 7 entries; --after m3 goes on" in say("ls", "many", "--limit", "3")
+    assert [one["id"] for one in ask("ls", "many", "--limit", "3", "--after", "m3")] == ["m4", "m5", "m6"]
+    assert len(ask("ls", "many", "--limit", "0")) == 7
+
+
+def test_an_end_is_not_a_purge_and_a_purge_asks(folder, ask, say):
+    ask("build", "friends", "--from", facts(folder, "Ada lives in Oslo.\nZerlinda speaks French.\n"))
+    ask("versions", "friends", "monday")
+    assert ask("rm", "friends", "m1")["removed"] == 1
+    assert "Nobody can be asked here" in say("rm", "friends", "m2", "--purge", code=2)
+    done = ask("rm", "friends", "m2", "--purge", "--yes")
+    assert done == {"name": "friends", "revision": 3, "entries": ["m2"], "rows": 1, "versions": ["monday"]}
+    left = b"".join(path.read_bytes() for path in (folder / "home").rglob("*") if path.is_file())
+    assert b"erlinda" not in left
+    assert "was purged" in say("history", "friends", "m2", code=4)
+    assert "Nobody can be asked" in say("rm", "friends", code=2)
+    assert ask("rm", "friends", "--yes")["removed"] == "friends"
+    assert "no memory 'friends'" in say("ls", "friends", code=4)
+
+
+def test_versions_are_named_compared_and_brought_back(ask, say):
+    ask("build", "friends")
+    ask("add", "friends", "Ada lives in Oslo.")
+    assert ask("versions", "friends", "monday")["revision"] == 1
+    ask("add", "friends", "Ada lives in Rome.", "Bob lives in Bern.")
+    (changed, new) = ask("diff", "friends", "monday")
+    assert (changed["kind"], changed["before"]["value"], changed["after"]["value"]) == ("changed", "Oslo", "Rome")
+    assert (new["kind"], new["id"]) == ("added", "m3")
+    assert "- m1  Ada lives in Oslo.\n+ m1  Ada lives in Rome.\n+ m3" in say("diff", "friends", "monday")
+    assert ask("rollback", "friends", "monday")["entries"] == 1
+    assert "was as monday already" in say("rollback", "friends", "monday")
+    assert ask("versions", "friends")[0]["name"] == "monday"
+    ask("versions", "friends", "monday", "--rm")
+    assert "no version 'monday'" in say("rollback", "friends", "monday", code=4)
+
+
+def test_conflicts_are_shown_and_settled(ask, say):
+    ask("build", "friends")
+    assert "no conflicts" in say("conflicts", "friends")
+    ask("relations", "friends", "lives in", "multi")
+    ask("add", "friends", "Ada lives in Oslo.", "Ada lives in Rome.")
+    assert ask("relations", "friends", "lives in", "single") == [{"relation": "lives in", "cardinality": "single"}]
+    assert "resolve friends m1 m2 --keep" in say("conflicts", "friends")
+    assert [(one["kind"], one["a"]["id"], one["b"]["id"]) for one in ask("conflicts", "friends")] == [
+        ("values", "m1", "m2")
+    ]
+    settled = ask("resolve", "friends", "m1", "m2", "--keep", "a")
+    assert [one["text"] for one in settled["entries"]] == ["Ada lives in Oslo."]
+    assert ask("relations", "friends", "lives in", "default") == []
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json", "out.csv"])
+def test_what_is_exported_is_imported_again(ask, say, name):
+    ask("build", "friends")
+    ask("add", "friends", "Oslo is the capital of Norway.", "Rain, says Ada, is “wet”.", "--source", 'chat, "88"')
+    ask("add", "friends", "--subject", "Ada", "--relation", "wohnt in", "--value", "Köln", "--valid-from", "2020-01-01")
+    ask("export", "friends", name)
+    assert "is there already" in say("export", "friends", name, code=1)
+    ask("export", "friends", name, "--force")
+    ask("build", "again", "--from", name)
+    shown = ("text", "wording", "subject", "relation", "value", "source", "valid_from")
+    one, other = ([[row[key] for key in shown] for row in ask("ls", which)] for which in ("friends", "again"))
+    assert one[:2] == other[:2]
+    assert other[2] == [*one[2][:5], name, one[2][6]]
+
+
+def test_an_empty_memory_and_statements_are_exported_too(folder, ask, say):
+    ask("build", "friends")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.txt"):
+        ask("export", "friends", name)
+    assert json.loads((folder / "a.json").read_text()) == []
+    assert len((folder / "a.csv").read_text().splitlines()) == 1
+    ask("add", "friends", "Oslo is the capital of Norway.")
+    ask("export", "friends", "b.txt")
+    assert (folder / "b.txt").read_text() == "Oslo is the capital of Norway.\n"
+    assert "is not known" in say("export", "friends", "b.xml", code=2)
+
+
+def test_a_file_with_a_mistake_leaves_no_memory_behind(folder, ask, say):
+    path = facts(folder, '{"text": "Ada sings."}\n{"text": ""}\n', "facts.jsonl")
+    assert "facts.jsonl:2: the fact is empty" in say("build", "friends", "--from", path, code=1)
+    assert ask("ls") == []
+    ask("build", "friends")
+    assert "facts.jsonl:2" in say("import", "friends", path, code=1)
+    assert ask("ls", "friends") == []
+    assert "already" in say("build", "friends", code=1)
+    assert ask("import", "friends", facts(folder, "Ada sings."))["added"] == 1
+
+
+def test_a_check_names_what_was_altered(ask, say):
+    ask("build", "friends")
+    ask("add", "friends", "Ada lives in Oslo.")
+    assert "All is as it was written" in say("check", "friends")
+    with sqlite3.connect(memory_path(Home.find(), "friends") / "memory.db") as connection:
+        connection.execute("UPDATE rows SET value = 'Rome'")
+    connection.close()
+    report = ask("check", "friends", code=1)
+    assert (report["ok"], report["findings"][0]["entry"]) == (False, "m1")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["add", "friends"], "Give sentences, or --subject"),
+        (["add", "friends", "Ada sings.", "--subject", "Ada"], "Give sentences, or --subject"),
+        (["add", "friends", "Ada sings.", "--valid-from", "soon"], "'soon' is no date"),
+        (["add", "../x", "Ada sings."], "refused"),
+        (["edit", "friends", "7", "x"], "looks like m123"),
+        (["versions", "friends", "--rm"], "Name the version"),
+        (["relations", "friends", "speaks"], "single, multi or default"),
+        (["rm", "friends", "--purge"], "--purge needs entries"),
+        (["import", "friends"], "at least one file"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_remedy(ask, say, words, said):
+    ask("build", "friends")
+    assert said in say(*words, code=2)
+
+
+def test_the_audit_log_keeps_no_facts(ask, capsys):
+    ask("build", "friends")
+    ask("add", "friends", "Zerlinda lives in Oslo.")
+    ask("edit", "friends", "m1", "Zerlinda lives in Rome.")
+    ask("rm", "friends", "m1", "--purge", "--yes")
+    capsys.readouterr()
+    assert main(["--json", "audit", "ls"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["action"], row["target"]) for row in rows] == [
+        ("memory.delete", "friends m1"),
+        ("memory.build", "friends"),
+    ]
+
+
+def test_a_store_that_is_open_sees_that_its_memory_was_deleted_and_made_anew(ask):
+    ask("build", "friends")
+    ask("add", "friends", "Ada lives in Oslo.")
+    with MemoryStore.open(memory_path(Home.find(), "friends")) as store:
+        ask("rm", "friends", "--yes")
+        ask("build", "friends")
+        ask("add", "friends", "Bob lives in Rome.")
+        assert [one.text for one in store.entries()] == ["Bob lives in Rome."]
