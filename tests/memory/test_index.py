@@ -136,7 +136,7 @@ def test_ten_thousand_edits_of_one_fact_leave_one_answer():
 class Names:
     """Scores finalists by their first two tokens."""
 
-    certain = 0.9
+    certain, relation_weight = 0.9, 1.0
 
     def __call__(self, lines):
         return (lines.tokens[:, 0] == 43).astype(np.float32), (lines.tokens[:, 1] == 5002).astype(np.float32)

@@ -18,7 +18,7 @@ from nightschool.memory.index.columns import Columns, map_array
 from nightschool.memory.index.index import MemoryIndex
 from nightschool.memory.index.postings import Postings
 from nightschool.memory.index.quantiser import Quantiser
-from nightschool.store.atomic import publish_directory, read_json, write_json
+from nightschool.store.atomic import publish_directory, read_json, remove_folder, write_json
 
 META = "meta.json"
 # Raised when the arrays come out otherwise, so that none of an older nightschool is taken.
@@ -50,6 +50,7 @@ def save_index(index: MemoryIndex, folder: Path, made_of: dict[str, str]) -> Non
             "made_of": made_of,
             "revision": index.revision,
             "horizon": index.horizon,
+            "fitted_on": index.fitted_on,
             "length": columns.length,
             "knowledge_length": index.tokens_per_line,
             "knowledge_dim": 2 * index.quantiser.half,
@@ -90,17 +91,24 @@ def open_index(folder: Path, made_of: dict[str, str], *, verify: bool = False) -
             raise Damaged(f"{folder} has lists that are cut.")
         if verify and _checksums(folder) != meta["checksums"]:
             raise Damaged(f"{folder} is not what was written: a checksum differs.")
-        revision, horizon = int(meta["revision"]), int(meta["horizon"])
+        revision, horizon, fitted_on = (int(meta[name]) for name in ("revision", "horizon", "fitted_on"))
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{folder / META} lacks something, or holds nonsense ({error}).") from error
     cells = CellLists(size, order, starts)
-    return MemoryIndex(
-        quantiser, columns, cells, Postings(tokens, token_starts, slots), revision=revision, horizon=horizon
-    )
+    postings = Postings(tokens, token_starts, slots)
+    return MemoryIndex(quantiser, columns, cells, postings, revision=revision, horizon=horizon, fitted_on=fitted_on)
+
+
+def drop_index(folder: Path) -> bool:
+    """Remove an index, as a purge must that has no encoder at hand; whoever opens the memory next makes it anew."""
+    if not folder.is_dir():
+        return False
+    remove_folder(folder)
+    return True
 
 
 def _lists_of(index: MemoryIndex) -> dict[str, npt.NDArray[Any]]:
-    index.rebuild_lists()
+    index.tidy()
     cells, postings = index.cells, index.postings
     arrays = (cells.order, cells.starts, postings.tokens, postings.starts, postings.slots)
     return dict(zip(_LISTS, arrays, strict=True))

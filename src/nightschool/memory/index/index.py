@@ -34,7 +34,11 @@ _LEAST_BULK = 2048
 
 
 class MemoryIndex:
-    """Rows by address. Safe to use from several threads; one works at a time."""
+    """Rows by address. Safe to use from several threads; one works at a time.
+
+    `revision` is how far it has followed the store, `horizon` the oldest revision that can be asked for, `fitted_on` how many
+    entries there were when its quantiser was fitted.
+    """
 
     def __init__(
         self,
@@ -45,9 +49,10 @@ class MemoryIndex:
         *,
         revision: int = 0,
         horizon: int = 0,
+        fitted_on: int = 0,
     ) -> None:
         self.quantiser, self.columns, self.cells, self.postings = quantiser, columns, cells, postings
-        self.revision, self.horizon = revision, horizon
+        self.revision, self.horizon, self.fitted_on = revision, horizon, fitted_on
         self._lock = threading.RLock()
 
     @classmethod
@@ -75,10 +80,11 @@ class MemoryIndex:
         tokens: Slots,
         subjects: Floats,
         relations: Floats,
-        revision: int,
+        revision: int | npt.NDArray[np.integer],
         *,
         spans: npt.NDArray[np.integer] | None = None,
         lengths: npt.NDArray[np.integer] | None = None,
+        lists: bool = True,
     ) -> None:
         """Enter rows; the next search finds them.
 
@@ -87,9 +93,10 @@ class MemoryIndex:
             tokens: Of each entry, 0 behind its end. [n, L]
             subjects: Unit vectors of the subjects. [n, half]
             relations: Unit vectors of the relations. [n, half]
-            revision: The one that made them.
+            revision: The one that made them, or one for each, [n].
             spans: Where subject and relation end among the tokens, [n, 2]; all tokens, if it is not told.
             lengths: The tokens of the whole entry, which may be more than L; L, if it is not told. [n]
+            lists: False leaves the lists as they are, until `rebuild_lists`, for whoever adds many in parts.
 
         Raises:
             ValueError: If the rows do not ascend.
@@ -102,6 +109,7 @@ class MemoryIndex:
             if count and (numbers[0] <= newest or (np.diff(numbers) <= 0).any()):
                 raise ValueError(f"rows must ascend from {newest + 1}; these begin at {numbers[0]}")
             columns.reserve(count)
+            revisions = np.broadcast_to(np.asarray(revision, np.int64), count)
             for begin in range(0, count, _CHUNK):
                 part = slice(begin, min(begin + _CHUNK, count))
                 self._enter(
@@ -111,9 +119,10 @@ class MemoryIndex:
                     np.ascontiguousarray(relations[part], np.float32),
                     np.full((part.stop - begin, 2), width) if spans is None else spans[part],
                     np.full(part.stop - begin, width) if lengths is None else lengths[part],
-                    revision,
+                    revisions[part],
+                    lists=lists,
                 )
-            self.revision = max(self.revision, revision)
+            self.revision = max([self.revision, *revisions[-1:].tolist()])
 
     def replace(
         self,
@@ -154,7 +163,7 @@ class MemoryIndex:
             self.revision = max(self.revision, revision)
 
     def end(self, row: int, revision: int) -> None:
-        """A row is no more, from `revision` on. Raises KeyError if the index has no such row."""
+        """A row is no more, from `revision` on; that of one that has ended before stays. Raises KeyError if the index has no such row."""
         with self._lock:
             self._end(self._slot(row), revision)
             if self.cells.needs_merge:
@@ -171,7 +180,7 @@ class MemoryIndex:
             if slot < 0:
                 return False
             columns = self.columns
-            self.postings.remove(slot, columns.tokens[slot, : columns.spans[slot, 1]].tolist())
+            self.postings.remove(slot)
             columns.died[slot] = columns.born[slot]  # so that no revision sees it
             for array in (columns.tokens, columns.codes, columns.lengths, columns.spans):
                 array[slot] = 0
@@ -223,11 +232,13 @@ class MemoryIndex:
         relations: Floats,
         spans: npt.NDArray[np.integer],
         lengths: npt.NDArray[np.integer],
-        revision: int,
+        revisions: npt.NDArray[np.integer],
+        *,
+        lists: bool,
     ) -> None:
         columns, count = self.columns, len(numbers)
         used = slice(columns.length, columns.length + count)
-        columns.rows[used], columns.born[used], columns.died[used] = numbers, revision, 0
+        columns.rows[used], columns.born[used], columns.died[used] = numbers, revisions, 0
         columns.tokens[used], columns.spans[used], columns.lengths[used] = tokens, spans, lengths
         columns.cells[used] = self.quantiser.cells(subjects, relations)
         columns.codes[used] = self.quantiser.codes(subjects, relations)
@@ -236,9 +247,13 @@ class MemoryIndex:
             columns.keys[used, : self.quantiser.half] = subjects
             columns.keys[used, self.quantiser.half :] = relations
         columns.length = used.stop
+        if not lists:
+            return
         slots = np.arange(used.start, used.stop, dtype=np.int32)
         if count > max(_LEAST_BULK, used.start // 8):
-            self.rebuild_lists()
+            new = Postings.of(slots, columns.tokens[used], columns.spans[used, 1])
+            self.postings = self.postings.merged(new)
+            self._rebuild_cells()
             return
         for slot, cell, line, end in zip(
             slots.tolist(), columns.cells[used].tolist(), tokens, columns.spans[used, 1].tolist(), strict=True
@@ -254,13 +269,35 @@ class MemoryIndex:
         with self._lock:
             yield
 
+    def also_named(self, row: int, tokens: Sequence[int]) -> None:
+        """Let a row be found by tokens that its line has no room for. Raises KeyError if there is no such row."""
+        with self._lock:
+            self.postings.append(self._slot(row), tokens)
+
     def rebuild_lists(self) -> None:
-        """Make cells and postings anew from the columns."""
+        """Make the lists anew from the lines; what `also_named` said is forgotten."""
+        used = self.columns.length
+        every = np.arange(used, dtype=np.int32)
+        self.postings = Postings.of(every, self.columns.tokens[:used], self.columns.spans[:used, 1])
+        self._rebuild_cells()
+
+    def tidy(self) -> None:
+        """Put what came since into the lists, and what has ended out of those of the cells."""
+        self.postings = self.postings.merged()
+        self._rebuild_cells()
+
+    def _rebuild_cells(self) -> None:
         columns, used = self.columns, self.columns.length
         live = np.flatnonzero(columns.died[:used] == 0).astype(np.int32)
         self.cells = CellLists.of(self.quantiser.size, live, columns.cells[live])
-        every = np.arange(used, dtype=np.int32)
-        self.postings = Postings.of(every, columns.tokens[:used], columns.spans[:used, 1])
+
+    def address_of(self, row: int) -> tuple[list[int], tuple[int, int]] | None:
+        """The tokens of a row's subject and relation, and where the two end among them; None if there is no such row."""
+        slot = int(self.columns.slots_of(row))
+        if slot < 0:
+            return None
+        first, second = (int(end) for end in self.columns.spans[slot])
+        return self.columns.tokens[slot, :second].tolist(), (first, second)
 
     def _slot(self, row: int) -> int:
         slot = int(self.columns.slots_of(row))
@@ -269,8 +306,9 @@ class MemoryIndex:
         return slot
 
     def _end(self, slot: int, revision: int) -> None:
-        self.columns.died[slot] = revision
-        self.cells.ended += 1
+        if not self.columns.died[slot]:
+            self.columns.died[slot] = revision
+            self.cells.ended += 1
 
     def _merge(self) -> None:
         used = self.columns.length

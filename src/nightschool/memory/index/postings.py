@@ -17,13 +17,13 @@ Tokens = npt.NDArray[np.int32]
 
 # Tokens of a question that are looked up, the rarest first, and entries that are looked at in all: what is in every second
 # entry tells nothing.
-_MOST_TOKENS = 8
+_MOST_TOKENS = 24
 _MOST_ENTRIES = 1 << 16
 _CHUNK = 1 << 17
 
 
 class Postings:
-    """`tokens` [t] ascending, `starts` [t + 1], `slots` of each token ascending."""
+    """`tokens` [t] ascending, `starts` [t + 1], `slots` of each token."""
 
     def __init__(self, tokens: Tokens, starts: Slots, slots: Slots) -> None:
         self.tokens, self.starts, self.slots = tokens, starts, slots
@@ -38,16 +38,29 @@ class Postings:
         for begin in range(0, len(slots), _CHUNK):
             part = slice(begin, begin + _CHUNK)
             named = np.arange(width) < lengths[part][:, None]
-            owners = np.broadcast_to(slots[part][:, None], named.shape)[named].astype(np.int64)
-            pairs.append((tokens[part][named].astype(np.int64) << 32) | owners)
-        both = np.unique(np.concatenate(pairs))
+            owners = np.broadcast_to(slots[part][:, None], named.shape)[named]
+            pairs.append(_pairs(tokens[part][named], owners))
+        return cls._of_pairs(np.concatenate(pairs))
+
+    @classmethod
+    def _of_pairs(cls, pairs: npt.NDArray[np.int64]) -> Postings:
+        both = np.unique(pairs)
         names = (both >> 32).astype(np.int32)
         distinct, firsts = np.unique(names, return_index=True)
         starts = np.append(firsts, len(names)).astype(np.int32)
         return cls(distinct, starts, (both & 0xFFFFFFFF).astype(np.int32))
 
+    def merged(self, other: Postings | None = None) -> Postings:
+        """All of it, and of another, in lists without anything beside them."""
+        parts = [part for one in (self, other) if one is not None for part in one._all_pairs()]
+        return Postings._of_pairs(np.concatenate(parts))
+
+    def _all_pairs(self) -> list[npt.NDArray[np.int64]]:
+        listed = _pairs(np.repeat(self.tokens, np.diff(self.starts)), self.slots)
+        return [listed, *(_pairs(np.full(len(new), token), np.array(new)) for token, new in self._new.items())]
+
     def append(self, slot: int, tokens: Iterable[int]) -> None:
-        """Enter a new slot, higher than all before, under each of `tokens`."""
+        """Enter a slot under each of `tokens`."""
         new = self._new
         for token in set(tokens):
             found = new.get(token)
@@ -56,24 +69,19 @@ class Postings:
             else:
                 found.append(slot)
 
-    def remove(self, slot: int, tokens: Iterable[int]) -> None:
-        """Forget a slot under each of `tokens`, for good. Takes as long as copying the lists."""
-        doomed = []
-        for token in set(tokens):
-            if slot in self._new.get(token, ()):
-                self._new[token].remove(slot)
-            begin, end = self._range(token)
-            place = begin + int(np.searchsorted(self.slots[begin:end], slot))
-            if place < end and self.slots[place] == slot:
-                doomed.append(place)
-        if doomed:
-            removed = np.zeros(len(self.slots) + 1, np.int32)
-            removed[np.array(doomed) + 1] = 1
-            self.starts = self.starts - np.cumsum(removed)[self.starts].astype(np.int32)
-            self.slots = np.delete(self.slots, doomed)
+    def remove(self, slot: int) -> None:
+        """Forget a slot, for good. Takes as long as reading all lists."""
+        for token, new in list(self._new.items()):
+            if slot in new:
+                kept = array("i", (one for one in new if one != slot))
+                self._new[token] = kept
+        doomed = self.slots == slot
+        if doomed.any():
+            self.starts = self.starts - np.append(0, np.cumsum(doomed))[self.starts].astype(np.int32)
+            self.slots = self.slots[~doomed]
 
     def of_token(self, token: int) -> Slots:
-        """The slots that name a token, ascending."""
+        """The slots that name a token; one may stand there twice."""
         begin, end = self._range(token)
         listed = self.slots[begin:end]
         new = self._new.get(token)
@@ -122,3 +130,8 @@ class Postings:
         if place == len(self.tokens) or self.tokens[place] != token:
             return 0, 0
         return int(self.starts[place]), int(self.starts[place + 1])
+
+
+def _pairs(tokens: npt.NDArray[np.integer], slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    pairs: npt.NDArray[np.int64] = (tokens.astype(np.int64) << 32) | slots.astype(np.int64)
+    return pairs

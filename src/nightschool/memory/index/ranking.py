@@ -74,14 +74,14 @@ class Ranking:
         return [place for place, cosines in enumerate(self._subjects) if not len(cosines) or cosines.max() < bound]
 
     def hits(self, k: int) -> Hits:
-        """The `k` best of each question by the sum of its two cosines; of equals the newer row first."""
+        """The `k` best of each question by the weighted sum of its two cosines; of equals the newer row first."""
         shape = (len(self._slots), k)
         rows = np.zeros(shape, np.int64)
         scores, of_subjects, of_relations = (np.full(shape, -np.inf, np.float32) for _ in range(3))
         for question, (slots, subjects, relations) in enumerate(
             zip(self._slots, self._subjects, self._relations, strict=True)
         ):
-            total = subjects + relations
+            total = subjects + self._rescorer.relation_weight * relations
             best = np.lexsort((-slots, -total))[:k]
             count = len(best)
             rows[question, :count] = self._columns.rows[slots[best]]

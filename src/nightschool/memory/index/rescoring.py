@@ -28,9 +28,14 @@ class Lines:
 
 
 class Rescorer(Protocol):
-    """Scores finalists. `certain`: a question with a subject cosine of so much needs no other way of finding."""
+    """Scores finalists.
+
+    `certain`: a question with a subject cosine of so much needs no other way of finding. `relation_weight`: what the cosine of
+    relations counts, where that of subjects counts 1.
+    """
 
     certain: float
+    relation_weight: float
 
     def __call__(self, lines: Lines) -> tuple[Floats, Floats]:
         """The cosines of subject and relation of each finalist, [m] and [m]."""
@@ -38,6 +43,8 @@ class Rescorer(Protocol):
 
 class KeptKeys:
     """Scores by the addresses that the index keeps in half precision: for encoders that are slow, or read text alone."""
+
+    relation_weight = 1.0
 
     def __init__(self, subjects: Floats, relations: Floats, *, certain: float = 0.9) -> None:
         """`subjects` and `relations`: of the questions, [b, half] each."""

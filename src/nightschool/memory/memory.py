@@ -1,0 +1,301 @@
+"""A memory as those who ask it see it: the store, its index, and the encoder that leads from one to the other.
+
+    memory = Memory.open(memory_path(home, "facts"), encoder, vocabulary)
+    [finding] = memory.find(["Where does Ada live?"], k=4)
+
+An entry is data, whatever it says: it is found and shown, and never obeyed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nightschool.errors import Conflict, Damaged, Locked, NotFound
+from nightschool.events import now
+from nightschool.memory.encoders.encoder import AddressEncoder
+from nightschool.memory.encoders.names import ACCEPTED, Question, Vocabulary
+from nightschool.memory.entry import MemoryEntry
+from nightschool.memory.following import Follower
+from nightschool.memory.index.files import open_index, save_index
+from nightschool.memory.index.index import MemoryIndex
+from nightschool.memory.index.rescoring import Lines
+from nightschool.memory.lines import lines_of
+from nightschool.memory.store import MemoryStore
+
+log = logging.getLogger("nightschool.memory")
+
+Floats = npt.NDArray[np.float32]
+
+INDEX_FOLDER = "index"
+# A trained head's cosine of subjects that is as good as a name that stands in the question.
+_TRUSTED_COSINE = 0.9
+_RELATION_WEIGHT = 0.5
+# Rows beyond those of the files from which on the index is written again, as a share of them.
+_WORTH_WRITING = 0.25
+_TOKENS_KEPT = 65_536
+# Tokens of the longest entry: the store takes 4,000 characters.
+_WHOLE = 4096
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry that a question means. `tokens` are those of its text as it stands within a sentence; `memory` is whose it is."""
+
+    entry: MemoryEntry
+    score: float
+    subject_cosine: float
+    relation_cosine: float
+    tokens: tuple[int, ...]
+    memory: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found for a question at a revision, best first. Empty where the memory knows nothing of it."""
+
+    revision: int
+    found: tuple[Found, ...]
+
+    @property
+    def abstains(self) -> bool:
+        return not self.found
+
+
+class Memory:
+    """A memory that can be asked. For all threads of a process.
+
+    `rebuilt` says why the index was made anew when the memory was opened, or None.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        encoder: AddressEncoder,
+        vocabulary: Vocabulary,
+        *,
+        over: Memory | None = None,
+    ) -> None:
+        self.store, self.encoder, self.over = store, encoder, over
+        self.rebuilt: str | None = None
+        self._vocabulary = vocabulary
+        self._follower = Follower(store, encoder, vocabulary)
+        self._made_of = {"store": store.identity, "encoder": encoder.identity, "tokenizer": vocabulary.digest}
+        self._lock = threading.RLock()
+        self._tokens: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+        self._past: tuple[int, MemoryIndex] | None = None
+        self._own: tuple[int, frozenset[tuple[str | None, str | None]]] = (-1, frozenset())
+        self._index = self._opened()
+        self._written = self._index.columns.length
+        self.refresh()
+
+    @classmethod
+    def open(cls, folder: Path, encoder: AddressEncoder, vocabulary: Vocabulary, *, over: Memory | None = None) -> Self:
+        """Open a memory. Its index is made if it is not there, is damaged, or was made of something else.
+
+        Args:
+            folder: Of the memory.
+            encoder: What makes addresses.
+            vocabulary: Of the base that reads the entries.
+            over: A memory that this one lies over: what it says of a subject and a relation hides what that one says.
+
+        Raises:
+            NotFound: If there is no such memory.
+        """
+        return cls(MemoryStore.open(folder), encoder, vocabulary, over=over)
+
+    @property
+    def name(self) -> str:
+        return self.store.folder.name
+
+    @property
+    def revision(self) -> int:
+        """The revision that the next question sees."""
+        return self._index.revision
+
+    def refresh(self) -> int:
+        """Follow what was written, here or by other processes. Returns the newest revision."""
+        newest = self.store.revision
+        if newest == self._index.revision:
+            return newest
+        with self._lock:
+            if newest > self._index.revision:
+                purged = self._follower.follow(self._index, newest)
+                if self._follower.is_outgrown(self._index):
+                    self._index = self._follower.build(newest)
+                if purged:
+                    self._tokens.clear()
+                    self._past = None
+                grown = self._index.columns.length - self._written
+                if purged or grown > _WORTH_WRITING * max(self._written, 1024):
+                    self._write()
+        return self._index.revision
+
+    def find(
+        self,
+        texts: Sequence[str],
+        k: int = 16,
+        *,
+        at: int | None = None,
+        over_at: int | None = None,
+        moment: datetime | None = None,
+    ) -> list[Findings]:
+        """The entries that each question means; none where no entry is about what it names.
+
+        Args:
+            texts: Questions.
+            k: How many entries at most.
+            at: Look at this revision; None is the newest.
+            over_at: The same, of the memory that this one lies over.
+            moment: Leave out what does not hold at this time in the world; None is now.
+
+        Raises:
+            NotFound: If there is no revision `at`.
+        """
+        if not texts:
+            return []
+        revision = self.store.revision_at(at) if at is not None else self.refresh()
+        moment = moment or now()
+        questions = [self._vocabulary.question(text) for text in texts]
+        own = self._found(questions, k, revision, moment)
+        if self.over is None:
+            return [Findings(revision, tuple(found)) for found in own]
+        hidden = self._addresses(revision)
+        beneath = self.over.find(texts, k, at=over_at, moment=moment)
+        merged = []
+        for mine, theirs in zip(own, beneath, strict=True):
+            seen = [one for one in theirs.found if (one.entry.subject_key, one.entry.relation_key) not in hidden]
+            both = sorted([*mine, *seen], key=lambda one: -one.score)
+            merged.append(Findings(revision, tuple(both[:k])))
+        return merged
+
+    def save(self) -> None:
+        """Write the index, if it is not as it lies on the disk."""
+        with self._lock:
+            self._write()
+
+    def close(self) -> None:
+        """Write the index if it has grown much, and give the store's connections back."""
+        with self._lock:
+            if self._index.columns.length > self._written:
+                self._write()
+        self.store.close()
+
+    def _found(self, questions: list[Question], k: int, revision: int, moment: datetime) -> list[list[Found]]:
+        subjects, relations = self.encoder.encode_queries([question.text for question in questions])
+        rescorer = _Words(self.encoder, self._vocabulary, self.store, questions, subjects, relations)
+        index = self._index_of(revision)
+        tokens = [question.tokens for question in questions]
+        hits = index.search(subjects, relations, tokens, k, revision, rescorer=rescorer)
+        accepted = hits.subject_cosines >= ACCEPTED
+        entries = dict(zip(rows := hits.rows[accepted].tolist(), self.store.rows(rows), strict=True))
+        results = []
+        for question in range(len(questions)):
+            found = []
+            for place in np.flatnonzero(accepted[question]).tolist():
+                entry = entries[int(hits.rows[question, place])]
+                if entry is not None and _holds(entry, moment):
+                    numbers = (hits.scores, hits.subject_cosines, hits.relation_cosines)
+                    score, subject, relation = (float(one[question, place]) for one in numbers)
+                    found.append(Found(entry, score, subject, relation, self._tokens_of(entry), self.name))
+            results.append(found)
+        return results
+
+    def _index_of(self, revision: int) -> MemoryIndex:
+        """The index, or for what was before its horizon one that is made for that revision, and kept until another is asked for."""
+        with self._lock:
+            if revision >= self._index.horizon:
+                return self._index
+            if self._past is None or self._past[0] != revision:
+                self._past = (revision, self._follower.build(revision))
+            return self._past[1]
+
+    def _tokens_of(self, entry: MemoryEntry) -> tuple[int, ...]:
+        with self._lock:
+            tokens = self._tokens.get(entry.row)
+            if tokens is None:
+                tokens = self._tokens[entry.row] = tuple(self._vocabulary.tokens_of([entry.text])[0])
+                if len(self._tokens) > _TOKENS_KEPT:
+                    self._tokens.popitem(last=False)
+            return tokens
+
+    def _addresses(self, revision: int) -> frozenset[tuple[str | None, str | None]]:
+        """Subject and relation of each of our entries: those of the memory beneath do not show."""
+        with self._lock:
+            if self._own[0] != revision:
+                entries = self.store.entries(at=revision)
+                keys = frozenset((one.subject_key, one.relation_key) for one in entries if one.subject_key is not None)
+                self._own = (revision, keys)
+            return self._own[1]
+
+    def _opened(self) -> MemoryIndex:
+        folder = self.store.folder / INDEX_FOLDER
+        try:
+            index = open_index(folder, self._made_of)
+            if index.revision <= self.store.revision:
+                return index
+            self.rebuilt = f"the index is of revision {index.revision}, which the store does not have"
+        except NotFound:
+            self.rebuilt = "there was none"
+        except (Conflict, Damaged) as error:
+            self.rebuilt = str(error)
+        log.info("The index of the memory %r is made anew: %s", self.name, self.rebuilt)
+        self._index = self._follower.build(self.store.revision)
+        self._write()
+        return self._index
+
+    def _write(self) -> None:
+        try:
+            save_index(self._index, self.store.folder / INDEX_FOLDER, self._made_of)
+        except Locked:
+            log.info("Another process is writing the index of the memory %r; this one goes on with its own", self.name)
+        self._written = self._index.columns.length
+
+
+class _Words:
+    """Scores finalists by the words of a question, and by what the encoder says of them."""
+
+    certain, relation_weight = ACCEPTED, _RELATION_WEIGHT
+
+    def __init__(
+        self,
+        encoder: AddressEncoder,
+        vocabulary: Vocabulary,
+        store: MemoryStore,
+        questions: list[Question],
+        subjects: Floats,
+        relations: Floats,
+    ) -> None:
+        self._encoder, self._vocabulary, self._store = encoder, vocabulary, store
+        self._asked = (questions, subjects, relations)
+
+    def __call__(self, lines: Lines) -> tuple[Floats, Floats]:
+        questions, subjects, relations = self._asked
+        by_address, of_relations = self._encoder.cosines(lines, questions, subjects, relations)
+        named = np.zeros(len(lines.rows), np.float32)
+        for question in np.unique(lines.queries).tolist():
+            mine = lines.queries == question
+            named[mine] = self._vocabulary.named(questions[question], lines.tokens[mine], lines.spans[mine])
+        # What has no room in a line is told from its text.
+        for place in np.flatnonzero(lines.spans[:, 1] >= lines.tokens.shape[1]).tolist():
+            [entry] = self._store.rows([int(lines.rows[place])])
+            if entry is not None:
+                whole = lines_of([entry], self._vocabulary, _WHOLE)
+                named[place] = self._vocabulary.named(questions[lines.queries[place]], whole.tokens, whole.spans)[0]
+        if self._encoder.is_trained:
+            named = np.maximum(named, by_address * (ACCEPTED / _TRUSTED_COSINE))
+        return named, of_relations
+
+
+def _holds(entry: MemoryEntry, moment: datetime) -> bool:
+    begun = entry.valid_from is None or entry.valid_from <= moment
+    return begun and (entry.valid_to is None or moment < entry.valid_to)
