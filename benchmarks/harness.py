@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -35,9 +35,20 @@ PACKAGES = (
 
 
 class Benchmark:
-    """One question, its figures and its goals. `has_real`: it can be asked of a real pretrained model, too."""
+    """One question, its figures and its goals. `has_real`: it can be asked of a real pretrained model, too.
 
-    def __init__(self, name: str, question: str, goals: dict[str, dict[str, float]], *, has_real: bool = False) -> None:
+    `choices` are further options, and what each may be; the first is the default, and `chosen` what it is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        question: str,
+        goals: dict[str, dict[str, float]],
+        *,
+        has_real: bool = False,
+        choices: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         parser = argparse.ArgumentParser(description=question)
         parser.add_argument(
             "--quick", action="store_true", help="a smaller setting that answers within 50 s on 2 cores"
@@ -49,7 +60,10 @@ class Benchmark:
                 default="small",
                 help="real: SmolLM2-135M-Instruct, which make real-model-file fetches; takes minutes, --quick too",
             )
+        for option, values in (choices or {}).items():
+            parser.add_argument(f"--{option}", choices=values, default=values[0])
         chosen = parser.parse_args()
+        self.chosen: dict[str, str] = {option: getattr(chosen, option) for option in choices or {}}
         self.quick: bool = chosen.quick
         self.is_real: bool = has_real and chosen.model == "real"
         self.name, self.question, self.goals = name, question, goals
@@ -81,6 +95,7 @@ class Benchmark:
             "versions": versions(),
             "quick": self.quick,
             "model": "real" if self.is_real else "small",
+            **self.chosen,
             "seconds": round(time.monotonic() - self.started, 1),
         }
         print(json.dumps(record))

@@ -121,6 +121,23 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
         assert f"error: {failed.error}" in together[name].run.log_path.read_text()
 
 
+def test_only_the_gradients_of_one_pass_are_held_at_once(tmp_path, monkeypatch):
+    together = runs_of(tmp_path, one={"steps_total": 2}, two={"steps_total": 2}, three={"steps_total": 2})
+    losses, tasks, holding = JointBase.losses, {}, []
+
+    def counted(base, parts):
+        tasks.update({id(part.seat.task): part.seat.task for part in parts})
+        found = losses(base, parts)
+        holding.append(sum(any(one.grad is not None for one in t.trainable().values()) for t in tasks.values()))
+        return found
+
+    monkeypatch.setattr(JointBase, "losses", counted)
+    monkeypatch.setattr(joint, "pass_tokens", lambda _: 1)
+    assert train_together(together) == 0
+    assert len(tasks) == 3
+    assert holding == [1] * 12  # two micro-batches a step
+
+
 def test_one_is_stopped_alone_and_a_signal_stops_all(tmp_path, monkeypatch):
     """Neither has anybody to share passes with, so that both are what they are alone to the last bit."""
     settings = {"one": {"gradient_checkpointing": True}, "two": {"seed": 7}}
@@ -133,7 +150,7 @@ def test_one_is_stopped_alone_and_a_signal_stops_all(tmp_path, monkeypatch):
             together["one"].run.request_stop("A pause")
         if len(served) == 4:
             signal.raise_signal(signal.SIGTERM)
-        serve(passes, members)
+        yield from serve(passes, members)
 
     with monkeypatch.context() as patched:
         patched.setattr(JointPasses, "serve", serve_and_interrupt)

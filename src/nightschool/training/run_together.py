@@ -14,9 +14,11 @@ import os
 if __name__ == "__main__":
     # MKL keeps buffers for each thread that ever multiplied, 24 MB a member; it is asked before torch loads it.
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+    from nightschool.work.heap import share_one_heap
+
+    share_one_heap()  # before the first thread of numpy or torch has a heap of its own
 
 import argparse
-import ctypes
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +33,6 @@ from nightschool.training.together.joint import JointPasses
 from nightschool.training.together.member import Member, work_together
 from nightschool.work.processes import leave
 from nightschool.work.stop import Stop
-
-# From glibc's malloc.h.
-_ARENA_MAX = -8
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, required=True, help="the home that holds the runs")
     parser.add_argument("--members", type=Path, required=True, help="the file that names the runs")
     given = parser.parse_args(arguments)
-    share_freed_memory()
     with Stop() as stop:
         try:
             members = _members(Home(given.home.absolute()), read_members(given.members), stop)
@@ -73,14 +71,6 @@ def _members(home: Home, names: Sequence[Named], stop: Stop) -> list[Member]:
         except NightschoolError as error:
             complain(error, error.exit_code)
     return members
-
-
-def share_freed_memory() -> None:
-    """Have all threads allocate from one heap: by itself glibc gives each thread one, and what one frees no other gets."""
-    try:
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
-    except (AttributeError, OSError, TypeError):
-        return  # another C library, which has no such heaps
 
 
 def read_members(path: Path) -> list[Named]:

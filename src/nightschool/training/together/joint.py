@@ -76,8 +76,11 @@ class JointPasses:
         self._bases: dict[int, JointBase] = {}
         self._seats: dict[Member, Seat | None] = {}
 
-    def serve(self, members: Sequence[Member]) -> None:
-        """Find the gradients of all windows that are asked for."""
+    def serve(self, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
+        """Find the gradients of all windows that are asked for; yields members as soon as theirs are there.
+
+        Whoever goes on at once updates its weights and drops its gradients before those of the next ones are found.
+        """
         self._seats = {member: self._seat_of(member) for member in members}
         groups: dict[Any, list[Member]] = {}
         for member, seat in self._seats.items():
@@ -85,9 +88,9 @@ class JointPasses:
             groups.setdefault(kind, []).append(member)
         for group in groups.values():
             if len(group) == 1:
-                serve(group)
+                yield from serve(group)
             else:
-                self._serve_group(group)
+                yield from self._serve_group(group)
 
     def _seat_of(self, member: Member) -> Seat | None:
         if member in self._seats:
@@ -106,10 +109,16 @@ class JointPasses:
             self._bases[key] = JointBase(seat.task)
         return self._bases[key]
 
-    def _serve_group(self, group: Sequence[Member]) -> None:
+    def _serve_group(self, group: Sequence[Member]) -> Iterator[Sequence[Member]]:
+        """As many at once as fit into a pass."""
+        base = self._base_of(cast(Seat, self._seats[group[0]]))
+        for some in _bounded(group, base.pass_tokens):
+            self._serve_at_once(base, some)
+            yield some
+
+    def _serve_at_once(self, base: JointBase, group: Sequence[Member]) -> None:
         """All in joint passes; where one fails, each by itself, so that only whoever is to blame hears of it."""
         seats = {member: cast(Seat, self._seats[member]) for member in group}
-        base = self._base_of(seats[group[0]])
         generators = {member: _generator(member) for member in group}
         losses: dict[Member, Tensor] = {}
         for seat in seats.values():
@@ -121,10 +130,8 @@ class JointPasses:
                     for member in group
                     if turn < len((window := _asked(member)).batches)
                 }
-                for some in _bounded(parts, base.pass_tokens):
-                    found = base.losses([parts[member] for member in some])
-                    for member, loss in zip(some, found, strict=True):
-                        losses[member] = losses[member] + loss if member in losses else loss
+                for member, loss in zip(parts, base.losses(list(parts.values())), strict=True):
+                    losses[member] = losses[member] + loss if member in losses else loss
         except Exception as error:
             for member in group:
                 _asked(member).task.discard_gradients()
@@ -227,13 +234,28 @@ class _Piece:
     layer: LoraLinear
     generator: torch.Generator
 
-    def mask_like(self, x: Tensor) -> Tensor | None:
-        """What dropout multiplies by: exactly what torch's own would on a CPU, which takes no generator."""
-        dropout = self.layer.lora_dropout[_NAME]
-        if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
+    def input_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Its tokens of x [1,N,·]."""
+        return x[0, self.tokens].to(dtype)
+
+    def draw_like(self, x: Tensor) -> Tensor | None:
+        """Which numbers dropout keeps: exactly those that torch's own would on a CPU, which takes no generator."""
+        if self._kept_share == 1:
             return None
-        kept = 1 - dropout.p
-        return torch.empty_like(x).bernoulli_(kept, generator=self.generator).div_(kept)
+        return torch.empty_like(x).bernoulli_(self._kept_share, generator=self.generator).to(torch.bool)
+
+    def dropped(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        """dropout(x), of what was drawn."""
+        return x if drawn is None else x * self.mask(drawn, x.dtype)
+
+    def mask(self, drawn: Tensor, dtype: torch.dtype) -> Tensor:
+        """What dropout multiplies by."""
+        return drawn.to(dtype).div_(self._kept_share)
+
+    @property
+    def _kept_share(self) -> float:
+        dropout = self.layer.lora_dropout[_NAME]
+        return 1 - dropout.p if isinstance(dropout, nn.Dropout) else 1
 
     @property
     def scaling(self) -> float:
@@ -250,18 +272,18 @@ class _LinearWithAdapters(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, base: nn.Linear, threads: int, pieces: list[_Piece], *weights: Tensor) -> Tensor:
         device = x.device.type
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        saved: list[Tensor | None] = []
+        # Not what dropout left, but the input, which the layers beside this one hold too, and a byte for each number of it.
+        saved: list[Tensor | None] = [x] if pieces else []
         with torch.autocast(device, enabled=False):
             with _on_threads(threads):
                 bias = None if base.bias is None else base.bias.to(product)
                 out = nn.functional.linear(x.to(product), base.weight.to(product), bias)
             for piece, a, b in zip(pieces, weights[::2], weights[1::2], strict=True):
-                kept = x[0, piece.tokens].to(a.dtype)
-                mask = piece.mask_like(kept)
-                kept = (kept if mask is None else kept * mask).to(product)
-                low = kept @ a.to(product).T
+                part = piece.input_of(x, a.dtype)
+                drawn = piece.draw_like(part)
+                low = piece.dropped(part, drawn).to(product) @ a.to(product).T
                 out[0, piece.tokens].addmm_(low, b.to(product).T, alpha=piece.scaling)
-                saved += [kept, mask, low]
+                saved += [low, drawn]
         ctx.base, ctx.threads, ctx.pieces, ctx.x_dtype = base, threads, pieces, x.dtype
         ctx.save_for_backward(*weights, *saved)
         return out
@@ -275,7 +297,8 @@ class _LinearWithAdapters(torch.autograd.Function):
             grad_x = grad @ ctx.base.weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         of_weights: list[Tensor] = []
         for number, (piece, a, b) in enumerate(zip(pieces, weights[::2], weights[1::2], strict=True)):
-            kept, mask, low = saved[3 * number : 3 * number + 3]
+            x, (low, drawn) = saved[0], saved[1 + 2 * number : 3 + 2 * number]
+            kept = piece.dropped(piece.input_of(x, a.dtype), drawn).to(grad.dtype)
             of_piece = grad[0, piece.tokens]
             of_low = (of_piece @ b.to(grad.dtype)).mul_(piece.scaling)
             of_weights += [
@@ -284,7 +307,7 @@ class _LinearWithAdapters(torch.autograd.Function):
             ]
             if grad_x is not None:
                 of_kept = of_low @ a.to(grad.dtype)
-                grad_x[0, piece.tokens].add_(of_kept if mask is None else of_kept * mask)
+                grad_x[0, piece.tokens].add_(piece.dropped(of_kept, drawn))
         return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, *of_weights)
 
 
@@ -336,9 +359,9 @@ def _adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return layers
 
 
-def _bounded(parts: Mapping[Member, Part], most_tokens: int) -> Iterator[list[Member]]:
-    """Members whose micro-batches go into one pass: as many as fit into that many tokens, or into the largest of them."""
-    sizes = {member: part.batch.input_ids.shape[1] for member, part in parts.items()}
+def _bounded(group: Sequence[Member], most_tokens: int) -> Iterator[list[Member]]:
+    """Members whose largest micro-batches fit into that many tokens together, or into the largest of them."""
+    sizes = {member: max(batch.input_ids.shape[1] for batch in _asked(member).batches) for member in group}
     most_tokens = max(most_tokens, *sizes.values())
     some: list[Member] = []
     tokens = 0

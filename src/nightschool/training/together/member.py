@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,22 +166,25 @@ class Member:
             self._has_paused.release()
 
 
-def work_together(members: Sequence[Member], serve: Callable[[Sequence[Member]], None]) -> None:
-    """Let all members work until they have ended; `serve` answers those that ask, all at once."""
+def work_together(members: Sequence[Member], serve: Callable[[Sequence[Member]], Iterable[Sequence[Member]]]) -> None:
+    """Let all members work until they have ended; `serve` answers those that ask, some at a time, and these go on at once."""
+    for member in members:
+        member.go_on()
     working = list(members)
     while working:
-        for member in working:
-            member.go_on()
         if any(member.code is not None for member in working):
             gc.collect()  # models are full of cycles
         working = [member for member in working if member.code is None]
-        serve(working)
+        for answered in serve(working):
+            for member in answered:
+                member.go_on()
 
 
-def serve(members: Sequence[Member]) -> None:
+def serve(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
     """Answer each member by itself."""
     for member in members:
         serve_one(member)
+        yield [member]
 
 
 def serve_one(member: Member) -> bool:
