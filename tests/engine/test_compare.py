@@ -14,9 +14,9 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.chat.render import render_pieces, render_prompt
 from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
-from nightschool.engine import compare as comparing
+from nightschool.engine import comparison as comparing
 from nightschool.engine import pool
-from nightschool.engine.compare import compare
+from nightschool.engine.comparison import compare
 from nightschool.engine.engine import Engine
 from nightschool.engine.local_model import local_model
 from nightschool.errors import Damaged, NotFound

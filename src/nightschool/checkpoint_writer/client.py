@@ -100,9 +100,13 @@ class WriterProcess:
         except (EOFError, OSError):
             return None
 
+    def let_go(self) -> None:
+        """Let it finish and end by itself. Nothing can be handed over any more; `close` waits for its end."""
+        self._channel.close()
+
     def close(self) -> int:
         """Let it finish and end; returns its exit code, minus the number of the signal that killed it."""
-        self._channel.close()
+        self.let_go()
         try:
             return self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:

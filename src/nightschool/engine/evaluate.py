@@ -28,7 +28,7 @@ from nightschool.models.cost import count_parameters
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import RunStore
-from nightschool.work.processes import leave
+from nightschool.work.processes import live
 
 NUM_ROWS = 16
 # A loss above this has no perplexity that a float could hold.
@@ -158,4 +158,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    live(main)

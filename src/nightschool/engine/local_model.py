@@ -20,7 +20,7 @@ from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import PromptTooLong
 from nightschool.models.adapters import load_adapter
 from nightschool.models.dtype import probe_dtype, resolve_device
-from nightschool.models.load import LoadedModel, locate
+from nightschool.models.load import LoadedModel, Located, locate
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
@@ -34,15 +34,21 @@ def serving_dtype(device: torch.device) -> torch.dtype:
 class LocalModel:
     """A model, and the engine that answers with it as it would be served: an adapter stays apart from its base if it can.
 
-    `ref` is `name@version` for a version of the registry, else what was asked for.
+    `ref` is `name@version` for a version of the registry, else what was asked for; or the place where a model lies.
     """
 
     def __init__(
-        self, home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None, pool: EnginePool | None = None
+        self,
+        home: Home,
+        ref: str | Located,
+        *,
+        num_rows: int = 1,
+        root: Path | None = None,
+        pool: EnginePool | None = None,
     ) -> None:
         self._pool = pool or local_pool(home, num_rows=num_rows)
         with quiet_libraries():
-            self._found = locate(ref, home, root)
+            self._found = ref if isinstance(ref, Located) else locate(ref, home, root)
             self._bound = self._pool.bind(self._found, lambda _: nullcontext())
         self.ref = self._found.ref
         self.engine = self._bound.engine
@@ -56,6 +62,10 @@ class LocalModel:
         # The engine runs modules of its own, so that an adapter here is none there.
         model = load_adapter(cast(PreTrainedModel, loaded.model), self._found.folder, trainable=False).eval()
         return replace(loaded, model=model, tokenizer=self._bound.tokenizer, ref=self.ref, adapter=True)
+
+    def read(self) -> None:
+        """Read all that is needed of the model's folder, which may go away afterwards."""
+        _ = self.loaded
 
     @property
     def context_tokens(self) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from nightschool.engine.proofs import Proofs
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import Conflict
 from nightschool.events import now
-from nightschool.models.load import LoadedModel, Located, load_base, load_located, located_version
+from nightschool.models.load import LoadedModel, Located, load_base, load_located, locate, located_version
 from nightschool.models.unmerged import NeedsMerging, base_under, load_unmerged, why_merged
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
@@ -133,15 +134,30 @@ class EnginePool:
         """
         bound = self.bind(located_version(version), stage, merged=merged)
         generation = Generation(**vars(bound), version=version, loaded_at=now())
-        try:
-            with stage("warm_up"):
-                if not generation.engine.is_warm:
-                    length = min(8, generation.engine.context_tokens - 1)
-                    generation.answers([([0] * length, SamplingParams(max_new_tokens=1, temperature=0))])
-        except BaseException:
-            self.close(generation)
-            raise
+        with stage("warm_up"):
+            self._warm_up(generation)
         return generation
+
+    def open_base(self, ref: str, *, root: Path | None = None) -> BoundEngine:
+        """Load what adapters on `ref`, or beside the adapter `ref`, stand on, until it is closed; it answers once, as in `open`.
+
+        Raises:
+            NotFound, ModelError, Damaged: If it is not there, or cannot be read or served.
+        """
+        found = locate(ref, self.home, root)
+        base = base_under(found, self.home)
+        bound = self.bind(found if base is None else locate(base, self.home), lambda _: nullcontext())
+        self._warm_up(bound)
+        return bound
+
+    def _warm_up(self, bound: BoundEngine) -> None:
+        try:
+            if not bound.engine.is_warm:
+                length = min(8, bound.engine.context_tokens - 1)
+                bound.answers([([0] * length, SamplingParams(max_new_tokens=1, temperature=0))])
+        except BaseException:
+            self.close(bound)
+            raise
 
     def bind(self, found: Located, stage: Stage, *, merged: bool = False) -> BoundEngine:
         """Load what is missing of a model. An adapter is kept apart from its base if it can be, unless it is to be merged."""
@@ -157,6 +173,12 @@ class EnginePool:
             load = partial(load_located, found, self.home, dtype=self.dtype, device=self.device)
             with self._held(found.ref, load, stage) as engine:
                 return BoundEngine(engine.open(), engine, engine.loaded.tokenizer)
+
+    def hold(self, engine: Engine) -> BoundEngine:
+        """The base of an engine alone, which stays in memory until this is closed. The engine is one that was not let go."""
+        with self._lock:
+            self._holders[engine.base] += 1
+        return BoundEngine(engine.open(), engine, engine.loaded.tokenizer)
 
     def close(
         self, bound: BoundEngine, *, drain: bool = False, timeout_seconds: float | None = None, keep: bool = False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from nightschool.data.batches import Batches
 from nightschool.data.chat.render import Rendered, render_prompt
@@ -17,6 +18,8 @@ from nightschool.layers.forward import document_logits, prepare
 from nightschool.models.quiet import quiet_libraries
 
 MAX_ANSWER_TOKENS = 32
+# Logits of a pass, before those of the prompts are dropped: 64 MiB in fp32.
+_NUMBERS_PER_PASS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,35 @@ def drift(candidate: Examinee, champion: ChampionAnswers) -> tuple[float | None,
 
 
 def _log_probs(model: Examinee, said: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor]:
-    """For each prompt and answer: [tokens of the answer, vocabulary], without a cache, one document at a time."""
+    """For each prompt and answer: [tokens of the answer, vocabulary], without a cache, as many documents a pass as fit."""
     loaded = model.loaded
     device = next(loaded.model.parameters()).device
-    found = []
+    documents = [_document(loaded.tokenizer, *one) for one in said]
+    found: list[torch.Tensor] = []
     with quiet_libraries(), as_found(loaded.model), torch.no_grad():
         path = prepare(loaded.model)
-        for prompt, answer_ids in said:
-            prompt_ids = render_prompt(loaded.tokenizer, [Message("user", prompt)])
-            weights = [0.0] * len(prompt_ids) + [1.0] * len(answer_ids)
-            roles = ["user"] * len(prompt_ids) + ["assistant"] * len(answer_ids)
-            batch = Batches([Rendered([*prompt_ids, *answer_ids], weights, roles)], batch_size=1, seed=0).get(0, 0)
+        for packed in _in_passes(documents, _NUMBERS_PER_PASS // loaded.vocab_size):
+            batch = Batches(packed, batch_size=1, seed=0, documents_per_example=len(packed)).get(0, 0)
             logits_nv = document_logits(loaded.model, path, on_device(batch, device))
-            found.append(logits_nv[(batch.weights[0] > 0).to(device)].float().log_softmax(-1).cpu())
+            log_probs_tv = logits_nv[(batch.weights[0] > 0).to(device)].float().log_softmax(-1).cpu()
+            found += torch.split(log_probs_tv, [document.trained_tokens for document in packed])
     return found
+
+
+def _document(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_ids: Sequence[int]) -> Rendered:
+    prompt_ids = render_prompt(tokenizer, [Message("user", prompt)])
+    weights = [0.0] * len(prompt_ids) + [1.0] * len(answer_ids)
+    roles = ["user"] * len(prompt_ids) + ["assistant"] * len(answer_ids)
+    return Rendered([*prompt_ids, *answer_ids], weights, roles)
+
+
+def _in_passes(documents: Sequence[Rendered], most_tokens: int) -> Iterator[list[Rendered]]:
+    """The documents in their order, at most so many tokens together, or a single one."""
+    packed: list[Rendered] = []
+    for document in documents:
+        if packed and sum(len(one.input_ids) for one in [*packed, document]) > most_tokens:
+            yield packed
+            packed = []
+        packed.append(document)
+    if packed:
+        yield packed

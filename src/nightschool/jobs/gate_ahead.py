@@ -2,7 +2,7 @@
 
 Most of what a gate takes is there before the candidate: the interpreter, the libraries, the base, and what the champion
 answers. So its process begins early and waits for the candidate on its standard input. What it knows beforehand is only
-used if the very same would be asked afterwards (`engine/compare.py`), so the verdict is the one of a process that starts
+used if the very same would be asked afterwards (`engine/comparison.py`), so the verdict is the one of a process that starts
 late. It ends when its input does: with the process that started it.
 """
 
@@ -21,12 +21,9 @@ from nightschool.store.locks import lock
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run
 from nightschool.views.metrics_rows import RowsFollower
-from nightschool.views.runs import seconds_left
+from nightschool.views.runs import FAR_SECONDS, NEAR_SECONDS, seconds_left
 from nightschool.work.processes import command
 
-# It begins when the end is near, or when nobody knows yet how long the run takes, and ends again when that is far off:
-# an idle process holds a base for nothing.
-NEAR_SECONDS, FAR_SECONDS = 60.0, 180.0
 _LOOK_SECONDS = 0.5
 _END_SECONDS = 10.0
 _LOCK = "gate-ahead.lock"

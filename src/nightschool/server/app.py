@@ -21,6 +21,7 @@ from nightschool.errors import UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server import reference_page
 from nightschool.server.access_store import AccessStore
+from nightschool.server.bases_ahead import BasesAhead
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
 from nightschool.server.memories import conflict_routes, version_routes
@@ -78,6 +79,7 @@ def create_app(
     open_slot: Callable[[str], Slot] | None = None,
     conversations: ConversationStore | None = None,
     device: str | None = None,
+    bases_ahead: BasesAhead | None = None,
 ) -> FastAPI:
     """The server of one name or several.
 
@@ -89,6 +91,7 @@ def create_app(
         registry: Lists and moves versions; without it `/model_info` lists none, and `/api/models` says so.
         conversations: Where conversations are kept; needed if, and used only if, the settings ask for it.
         device: `cuda` or `cpu`, where the slots put their models; without it, what this machine has.
+        bases_ahead: Loads the bases of jobs while they train.
 
     Raises:
         UsageError: If the settings ask for recording and there is nowhere to record.
@@ -122,6 +125,7 @@ def create_app(
         lifespan=_lifespan,
     )
     app.state.service = service
+    app.state.bases_ahead = bases_ahead
     app.state.training = None if registry is None else TrainingService.of(registry, settings.training_service)
     app.state.memories = None if registry is None else Memories(registry.home)
     for router in FAMILIES:
@@ -158,11 +162,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     }
     log.info("serving", extra={"facts": facts})
     service.refresher.start()
+    bases_ahead = app.state.bases_ahead
+    if bases_ahead is not None:
+        bases_ahead.start()
     deliverer = Deliverer(service.registry.home.database).start() if service.registry is not None else None
     yield
     log.info("stopping")
     if deliverer is not None:
         await anyio.to_thread.run_sync(deliverer.stop)
+    if bases_ahead is not None:
+        await anyio.to_thread.run_sync(bases_ahead.stop)
     await service.refresher.stop()
     await service.recorder.close()
     await service.access.close()

@@ -21,12 +21,14 @@ from nightschool.engine.slot import Slot
 from nightschool.errors import Conflict, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.server.app import create_app
+from nightschool.server.bases_ahead import BasesAhead
 from nightschool.server.connections import Connections
 from nightschool.server.logs import configure_logs
 from nightschool.server.served_names import DEFAULT_NAME
 from nightschool.server.settings import ServerSettings
 from nightschool.store.api_keys import ApiKeys
 from nightschool.store.home import Home
+from nightschool.store.job_queue import JobQueue
 from nightschool.store.registry import Registry
 
 log = logging.getLogger("nightschool.server")
@@ -68,6 +70,7 @@ def serve(
             open_slot=None if names else open_slot,
             conversations=conversations,
             device=device,
+            bases_ahead=None if names else BasesAhead(pool, JobQueue(home.database)),
         )
         run_app(app, settings, listener)
 

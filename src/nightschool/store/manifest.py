@@ -55,6 +55,11 @@ def write_manifest(folder: Path, **facts: Any) -> Manifest:
     return seal(folder, files, facts)
 
 
+def digests_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below `folder`, as its manifest would have it. Raises Damaged as `write_manifest` does."""
+    return {name: file_sha256(folder / name) for name in _files_in(folder)}
+
+
 def seal(folder: Path, files: dict[str, FileInfo], facts: dict[str, Any]) -> Manifest:
     """Write `manifest.json` with digests that were computed from the bytes as they were written, durably.
 

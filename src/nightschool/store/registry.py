@@ -42,7 +42,7 @@ from nightschool.store.names import (
     version_path,
 )
 from nightschool.store.registry_entry import RegistryEntry
-from nightschool.store.versions import FACTS, Version, VersionMetadata
+from nightschool.store.versions import FACTS, Probe, Version, VersionMetadata
 
 __all__ = ["AliasMove", "Registry", "Version", "VersionMetadata"]
 
@@ -132,7 +132,14 @@ class Registry:
         """
         return self._shelf(name).issue()
 
-    def publish(self, name: str, fill: Callable[[Path], None], facts: VersionMetadata) -> Version:
+    def publish(
+        self,
+        name: str,
+        fill: Callable[[Path], None],
+        facts: VersionMetadata,
+        *,
+        probes: Callable[[], list[Probe]] = list,
+    ) -> Version:
         """Publish a version as a whole or not at all; `latest` then points to it.
 
         `fill` writes the Hugging Face folder into the (empty) folder that it is given. nightschool.json is added,
@@ -143,6 +150,7 @@ class Registry:
             fill: Called once, without any lock of the name.
             facts: `name` and `created_at` are filled in. With an empty `version` a new id is given out; else it
                 must be one that `new_version_id` gave out and that was not published yet.
+            probes: Asked for further ones after `fill`.
 
         Raises:
             Conflict: If the version exists, was removed, or was never given out.
@@ -156,9 +164,10 @@ class Registry:
             raise Conflict(f"{name}@{version} {why}, and ids are never used again. Publish without a version id.")
         path = version_path(self.home, name, version)
         self._shelf(name).sweep()
-        facts = facts.model_copy(update={"name": name, "version": version, "created_at": now()})
         with publish_directory(path) as folder:
             fill(folder)
+            known = {"name": name, "version": version, "created_at": now(), "probes": [*facts.probes, *probes()]}
+            facts = facts.model_copy(update=known)
             write_json(folder / FACTS, facts.model_dump(mode="json"))
             write_manifest(
                 folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nightschool.models.cost import count_parameters
 from nightschool.models.export import prove_export, save_version_folder
 from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
+from nightschool.store.candidate_files import CandidateFiles
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
@@ -64,9 +65,16 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
         step, heldout = best.step, best.heldout_loss()
         say(f"The held-out loss was lowest at step {step}: {heldout:.4f}, against {state.heldout_loss:.4f} at the end")
         full_state.load_weights(best.path, task)
-    facts = facts.model_copy(update={"heldout_loss": heldout})
+    facts = facts.model_copy(
+        update={"heldout_loss": heldout, "version": registry.new_version_id(recipe.name)},
+    )
     say(f"Publishing step {step} as a candidate of {recipe.name}")
-    version, difference = publish_candidate(registry, recipe.name, loaded, prepared.examples, facts)
+
+    def announce(folder: Path) -> None:
+        if loaded.adapter:  # weights in full are no sooner examined: the base is in memory already
+            CandidateFiles(f"{recipe.name}@{facts.version}", facts.base, folder).announce(run)
+
+    version, difference = publish_candidate(registry, recipe.name, loaded, prepared.examples, facts, announce)
     if recipe.checkpoints.publish:
         registry.set_alias(recipe.name, checkpoints.alias_of(step), version.id, by=f"run {run.id}")
     run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
@@ -112,7 +120,12 @@ def _is_version(home: Home, base: str) -> bool:
 
 
 def publish_candidate(
-    registry: Registry, name: str, loaded: LoadedModel, examples: Sequence[Example], facts: VersionMetadata
+    registry: Registry,
+    name: str,
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    facts: VersionMetadata,
+    on_written: Callable[[Path], None] | None = None,
 ) -> tuple[Version, float]:
     """Publish the model; return the version, and how far logits of the folder lie from those of the trained model.
 
@@ -122,24 +135,29 @@ def publish_candidate(
         loaded: The trained model, with or without adapter, and its tokenizer.
         examples: Of which some become probes.
         facts: Where the version comes from; the probes are added here.
+        on_written: Called with the folder when all files of the model are in it, before they are proved and sealed.
 
     Raises:
         ModelError: If the folder, loaded again by plain transformers and peft, is not the trained model.
         DiskFull: If there is no room. In both cases nothing is published.
     """
-    probes = list(make_probes(loaded.model, loaded.tokenizer, examples, loaded.context_tokens))
     difference = 0.0
 
     def fill(folder: Path) -> None:
         nonlocal difference
-        difference = write_version(loaded, folder)
+        difference = write_version(loaded, folder, on_written)
 
-    version = registry.publish(name, fill, facts.model_copy(update={"probes": probes}))
+    def probes() -> list[Probe]:
+        return list(make_probes(loaded.model, loaded.tokenizer, examples, loaded.context_tokens))
+
+    version = registry.publish(name, fill, facts, probes=probes)
     return version, difference
 
 
-def write_version(loaded: LoadedModel, folder: Path) -> float:
+def write_version(loaded: LoadedModel, folder: Path, on_written: Callable[[Path], None] | None = None) -> float:
     """Write the model as a plain folder; return how far the folder's logits lie from its own, relative to the largest.
+
+    `on_written` is called with the folder before it is loaded again.
 
     Raises:
         ModelError: If the folder, loaded again, is not the model.
@@ -147,6 +165,8 @@ def write_version(loaded: LoadedModel, folder: Path) -> float:
     base_path = loaded.base_location if loaded.adapter else None
     stop_ids = sorted(stop_token_ids(loaded.tokenizer))
     save_version_folder(loaded.model, loaded.tokenizer, folder, stop_ids=stop_ids, base_path=base_path)
+    if on_written is not None:
+        on_written(folder)
     return prove_export(loaded.model, folder, loaded.tokenizer)
 
 

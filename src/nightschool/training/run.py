@@ -34,6 +34,7 @@ from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, Night
 from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
 from nightschool.store.atomic import write_json
+from nightschool.store.candidate_files import CandidateFiles
 from nightschool.store.checkpoints import Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
@@ -51,7 +52,7 @@ from nightschool.training.publish import publish
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
 from nightschool.units import printable
-from nightschool.work.processes import leave
+from nightschool.work.processes import live
 from nightschool.work.stop import Stop
 
 
@@ -211,6 +212,7 @@ def execute(
     with _started(run, recipe, resume, stop, world, company) as start:
         if world.is_first:
             shares = company is not None
+            CandidateFiles.forget(run)
             run.update_status(state="running", pid=os.getpid(), shares_process=shares, error=None, exit_code=None)
             say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
         prepared = prepare(home, run, root=root, point=start.point, world=world, company=company)
@@ -219,10 +221,12 @@ def execute(
             _describe(home, run, prepared)
         prepared.begin(run.path)
         state = _train(run, prepared, start, stop, world, steps, company)
-    if world.is_first:
-        if prepared.task.is_sharded:
-            prepared = _whole_again(home, run, root, state.step)
-        publish(home, run, prepared, state)
+        if world.is_first:
+            if start.saver is not None:
+                start.saver.finish()
+            if prepared.task.is_sharded:
+                prepared = _whole_again(home, run, root, state.step)
+            publish(home, run, prepared, state)
 
 
 class Company(Protocol):
@@ -412,4 +416,4 @@ def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any
 
 
 if __name__ == "__main__":
-    leave(main())
+    live(main)

@@ -31,7 +31,7 @@ from nightschool.store.runs import RunStore
 from nightschool.training.run import complain
 from nightschool.training.together.joint import JointPasses
 from nightschool.training.together.member import Member, work_together
-from nightschool.work.processes import leave
+from nightschool.work.processes import live
 from nightschool.work.stop import Stop
 
 
@@ -89,4 +89,4 @@ def read_members(path: Path) -> list[Named]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    live(main)

@@ -80,6 +80,11 @@ def _newest(rows: list[Row], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if is_number(row.get(key))), None)
 
 
+# When what is wanted after a run is made ready: when its end is near, or nobody knows yet how long it takes; and no more when
+# that is far off.
+NEAR_SECONDS, FAR_SECONDS = 60.0, 180.0
+
+
 def seconds_left(rows: list[Row], total: int | None) -> float | None:
     """Until the run ends: what it says itself, else what its last rows say; None where neither does."""
     if not rows:

@@ -171,6 +171,18 @@ class Saver:
         self._wait()
         self._failed = None
 
+    def finish(self) -> None:
+        """Wait until all is written, as `settle` does, and give the memory of copies back. No save may follow.
+
+        The writer ends meanwhile; `close` waits for that.
+        """
+        self.settle()
+        if self._writer is not None:
+            self._writer.let_go()
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
+
     def close(self) -> None:
         """End the writer."""
         if self._writer is not None:

@@ -27,7 +27,7 @@ from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import SAMPLED_EXAMPLES
 from nightschool.training.together.joint import pass_tokens
 from nightschool.units import printable
-from nightschool.work.processes import leave
+from nightschool.work.processes import live
 
 _OF_EACH_RUN = {
     "--root": "where relative paths of the recipe begin",
@@ -95,4 +95,4 @@ def peak_bytes(
 
 
 if __name__ == "__main__":
-    leave(main())
+    live(main)
