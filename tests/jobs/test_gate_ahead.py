@@ -33,7 +33,7 @@ def started(monkeypatch):
         return found[-1][1]
 
     monkeypatch.setattr(gate_ahead, "start_process", fake)
-    monkeypatch.setattr(gate_ahead, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(gate_ahead, "LOOK_SECONDS", 0.0)
     return found
 
 

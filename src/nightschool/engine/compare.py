@@ -27,11 +27,12 @@ from pathlib import Path
 
 from nightschool.engine.comparison import Comparison
 from nightschool.errors import NightschoolError
+from nightschool.evaluation.verdict import GateReport
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.work.processes import live
 
-_LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NightschoolError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    say_decision(home, report)
+    return 0
+
+
+def say_decision(home: Home, report: GateReport) -> None:
+    """Write the last line of a comparison, for programs, on standard output."""
     candidate = Registry(home).resolve(report.candidate)
     last = {
         "decision": report.decision,
@@ -62,7 +69,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": str(Registry(home).report_path(candidate.name, candidate.id)),
     }
     sys.stdout.write(f"{json.dumps(last)}\n")
-    return 0
+
+
+def ask_ahead(comparison: Comparison, champion: str | None) -> None:
+    """Ask the champion; that it cannot be asked now is only said."""
+    try:
+        comparison.ask_ahead(champion)
+    except NightschoolError as error:  # what is wrong then as well fails the gate
+        sys.stderr.write(f"The champion was not asked ahead: {error}\n")
+
+
+def examine_ahead(comparison: Comparison) -> bool:
+    """Examine what is not published yet, if it is there. Returns whether to stop looking for it."""
+    try:
+        return comparison.examine_ahead()
+    except Exception as error:  # files that are not published may be anything
+        sys.stderr.write(f"The candidate was not examined ahead: {error}\n")
+        return True
 
 
 def _candidate_told(comparison: Comparison, champion: str | None) -> tuple[str, str | None]:
@@ -76,20 +99,13 @@ def _candidate_told(comparison: Comparison, champion: str | None) -> tuple[str, 
         lines.put(line)
 
     threading.Thread(target=listen, daemon=True).start()
-    try:
-        comparison.ask_ahead(champion)
-    except NightschoolError as error:  # what is wrong then as well fails the gate
-        sys.stderr.write(f"The champion was not asked ahead: {error}\n")
+    ask_ahead(comparison, champion)
     found = False
     while True:
         with suppress(queue.Empty):
-            told = json.loads(lines.get(timeout=None if found else _LOOK_SECONDS))
+            told = json.loads(lines.get(timeout=None if found else LOOK_SECONDS))
             return told["candidate"], told["champion"]
-        try:
-            found = comparison.examine_ahead()
-        except Exception as error:  # files that are not published may be anything
-            sys.stderr.write(f"The candidate was not examined ahead: {error}\n")
-            found = True
+        found = examine_ahead(comparison)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _refuse_beside_another(home: Home, name: str) -> None:
 
 def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:
     """Train, examine and decide, as far as that was not done yet."""
-    with GateAhead(run, around) as ahead:
+    with (around.gate_of or GateAhead)(run, around) as ahead:
         return _go_on(run, resume, replace(around, ahead=ahead))
 
 

@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 
 from nightschool.errors import Locked, NightschoolError
-from nightschool.jobs.launch import CycleContext, start_process
+from nightschool.jobs.launch import CycleContext, size_of, start_process, wait_for
 from nightschool.jobs.outcome import root_of
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry
@@ -24,9 +24,9 @@ from nightschool.views.metrics_rows import RowsFollower
 from nightschool.views.runs import FAR_SECONDS, NEAR_SECONDS, seconds_left
 from nightschool.work.processes import command
 
-_LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.5
 _END_SECONDS = 10.0
-_LOCK = "gate-ahead.lock"
+LOCK = "gate-ahead.lock"
 
 
 class GateAhead:
@@ -44,7 +44,7 @@ class GateAhead:
     def look(self) -> None:
         """Begin, or end, as far off as the end of the training is. Called again and again while it goes on."""
         moment = time.monotonic()
-        if self._is_given_up or moment - self._looked_at < _LOOK_SECONDS:
+        if self._is_given_up or moment - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = moment
         try:
@@ -67,21 +67,29 @@ class GateAhead:
             with process.stdin as stdin:
                 stdin.write(json.dumps({"candidate": candidate, "champion": champion}).encode() + b"\n")
         except BrokenPipeError:
-            _end(process)
+            end_process(process)
             return None
         return process
+
+    def examine(self, candidate: str, champion: str | None, around: CycleContext) -> int | None:
+        """Let the process that waits compare the two; its exit code, or None if there is none."""
+        log, from_byte = self._run.log_path, size_of(self._run.log_path)
+        waiting = self.tell(candidate, champion)
+        if waiting is None:
+            return None
+        return wait_for(waiting, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line)
 
     def close(self) -> None:
         """End the process, if it waits; nobody will name a candidate."""
         process, self._process = self._process, None
         if process is not None and process.stdin is not None:
             process.stdin.close()
-            _end(process)
+            end_process(process)
         self._turn.close()
 
     def _begin(self) -> None:
         try:
-            self._turn.enter_context(lock(self._run.home.locks / _LOCK, "a gate that waits for its candidate"))
+            self._turn.enter_context(lock(self._run.home.locks / LOCK, "a gate that waits for its candidate"))
         except Locked:  # by another run's: this one's gate begins when it is needed
             return
         champion = Registry(self._run.home).champion(self._run.name)
@@ -100,7 +108,7 @@ class GateAhead:
         self.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: subprocess.Popen[bytes]) -> None:
     """Wait until a process has ended whose input is closed."""
     try:
         process.wait(_END_SECONDS)

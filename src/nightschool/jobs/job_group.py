@@ -17,6 +17,7 @@ from nightschool.events import now
 from nightschool.jobs.job_work import do_job
 from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.processes import is_trained
+from nightschool.jobs.shared_gate import SharedGate
 from nightschool.jobs.shared_training import SharedTraining
 from nightschool.store.job_files import JobFiles
 from nightschool.store.job_queue import Job, JobQueue
@@ -32,9 +33,10 @@ def do_jobs_together(queue: JobQueue, jobs: Sequence[Job], group_id: str, stop: 
 
     A signal, which `stop` notes, lets all of them save and end.
     """
-    training = SharedTraining(queue.home, queue.home.groups / group_id, [job.id for job in jobs])
-    one_examines = threading.Lock()
-    members = [_Member(queue, job, training, one_examines) for job in jobs]
+    folder = queue.home.groups / group_id
+    training = SharedTraining(queue.home, folder, [job.id for job in jobs])
+    gate, one_examines = SharedGate(queue.home, folder), threading.Lock()
+    members = [_Member(queue, job, training, gate, one_examines) for job in jobs]
     for member in members:
         member.start()
     while any(member.is_alive() for member in members):
@@ -47,13 +49,16 @@ def do_jobs_together(queue: JobQueue, jobs: Sequence[Job], group_id: str, stop: 
 class _Member(threading.Thread):
     """One job of the group."""
 
-    def __init__(self, queue: JobQueue, job: Job, training: SharedTraining, one_examines: threading.Lock) -> None:
+    def __init__(
+        self, queue: JobQueue, job: Job, training: SharedTraining, gate: SharedGate, one_examines: threading.Lock
+    ) -> None:
         super().__init__(name=job.id, daemon=True)
         self.done = False
         self._queue = queue
         self._job = job
         self._files = JobFiles.of(queue.home, job)
         self._training = training
+        self._gate = gate
         self._one_examines = one_examines
         self._stop_of_mine = Stop()
         self._guard = threading.Lock()
@@ -73,6 +78,7 @@ class _Member(threading.Thread):
             stop=self._stop_of_mine,
             machine="shared",
             trainer=self._training.trainer_of(self._job.id),
+            gate_of=self._gate.of,
             examining=self._examining,
         )
         try:
@@ -95,7 +101,7 @@ class _Member(threading.Thread):
 
     @contextmanager
     def _examining(self) -> Iterator[None]:
-        """One member is examined at a time: each gate loads the base."""
+        """One member is examined at a time: a gate of its own loads the base, and the shared one has it once."""
         self._training.leave(self._job.id)
         with self._one_examines:
             yield

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from nightschool.errors import Interrupted
 from nightschool.jobs.outcome import root_of
@@ -20,9 +20,6 @@ from nightschool.jobs.processes import how_it_ended, is_trained
 from nightschool.store.runs import Run
 from nightschool.work.processes import ProcessName, command
 from nightschool.work.stop import Stop
-
-if TYPE_CHECKING:
-    from nightschool.jobs.gate_ahead import GateAhead
 
 OnLine = Callable[[str], None]
 
@@ -45,21 +42,34 @@ class Trainer(Protocol):
     def __call__(self, run: Run, around: CycleContext, *, resume: str | None) -> int: ...
 
 
+class Ahead(Protocol):
+    """A gate that may begin before there is a candidate."""
+
+    def look(self) -> None:
+        """Begin, or end, as far off as the end of the training is. Called again and again while it goes on."""
+        ...
+
+    def examine(self, candidate: str, champion: str | None, around: CycleContext) -> int | None:
+        """Compare the two, as `run_gate` does; None where nothing has begun, so that it begins now."""
+        ...
+
+
 @dataclass(frozen=True)
 class CycleContext:
     """Where the processes of a cycle run, and who watches them.
 
     `on_line` gets the lines that the processes print, `on_news` what the cycle itself has to say. `machine` is
-    `shared` where a server may run beside it. `stop` notes signals and hands them to the processes. `ahead` begins
-    the gate while the run still trains. `trainer` trains in place of `run_training`, and `examining` is entered while
-    the gate works.
+    `shared` where a server may run beside it. `stop` notes signals and hands them to the processes. `gate_of` makes what
+    begins the gate of a run while it still trains, in place of `GateAhead`; it becomes `ahead`. `trainer` trains in place of
+    `run_training`, and `examining` is entered while the gate works.
     """
 
     on_line: OnLine | None = None
     on_news: OnLine | None = None
     stop: Stop = field(default_factory=Stop)
     machine: Machine = "alone"
-    ahead: GateAhead | None = None
+    gate_of: Callable[[Run, CycleContext], AbstractContextManager[Ahead]] | None = None
+    ahead: Ahead | None = None
     trainer: Trainer | None = None
     examining: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -177,12 +187,13 @@ def run_child(
         The exit code; minus the number of the signal that killed it.
     """
     command_line = command(process, "--home", str(run.home.path), "--run", run.id, *arguments)
-    log, from_byte = run.log_path, _size(run.log_path)
+    log, from_byte = run.log_path, size_of(run.log_path)
     child = start_process(command_line, log=log, machine=around.machine, directory=root_of(run))
     return wait_for(child, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line, meanwhile=meanwhile)
 
 
-def _size(log: Path) -> int:
+def size_of(log: Path) -> int:
+    """Bytes of a log so far; none where there is no log."""
     return log.stat().st_size if log.exists() else 0
 
 
@@ -214,9 +225,8 @@ def run_gate(run: Run, around: CycleContext, *, candidate: str, champion: str | 
 
     `candidate` and `champion` are `name@version`. Returns the exit code, 0 when the gate could decide.
     """
-    log, from_byte = run.log_path, _size(run.log_path)
-    waiting = None if around.ahead is None else around.ahead.tell(candidate, champion)
-    if waiting is not None:
-        return wait_for(waiting, log=log, from_byte=from_byte, stop=around.stop, on_line=around.on_line)
+    begun = None if around.ahead is None else around.ahead.examine(candidate, champion, around)
+    if begun is not None:
+        return begun
     compared = () if champion is None else ("--champion", champion)
     return run_child(run, "compare", "--candidate", candidate, *compared, around=around)

@@ -143,6 +143,11 @@ class Run:
         """Here lies what somebody asked of this run, and of no other that its process trains: to stop."""
         return self.path / "stop.json"
 
+    @property
+    def gate_path(self) -> Path:
+        """Here lies how the comparison of its candidate ended, where a process made it that others share."""
+        return self.path / "gate.json"
+
     def writing_lock_path(self, rank: int = 0) -> Path:
         """Held by whoever writes its checkpoints, which may go on for a while after the training process died."""
         return self.path / (f"writing-rank{rank}.lock" if rank else "writing.lock")
