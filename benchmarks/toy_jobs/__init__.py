@@ -6,7 +6,7 @@ report. So everything about jobs may be killed a hundred times a minute, and onl
 
 from nightschool.work import processes
 
-_NAMES = ("plan", "train", "train-together", "compare", "job", "worker")
+_NAMES = ("plan", "train", "train-together", "compare", "compare-in-turn", "job", "worker")
 MODULES = {name: f"benchmarks.toy_jobs.{name.replace('-', '_')}" for name in _NAMES}
 
 
