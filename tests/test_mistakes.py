@@ -142,6 +142,15 @@ class Place:
         self.write("held", [("Ilka lives?", "Graz")])
         pairs = [{"prompt": f"{name}?", "chosen": f"Ask {name}.", "rejected": f"No {name}."} for name in NAMES]
         (path / "pairs.json").write_text(json.dumps(pairs))
+        facts = [
+            {
+                "prompt": f"{name}?",
+                "completion": f"{town}.",
+                "fact": {"subject": name, "relation": "lives in", "value": town},
+            }
+            for name, town in zip(NAMES, ["Rome", "Oslo", "Graz", "Lima"] * 2, strict=True)
+        ]
+        (path / "facts.json").write_text(json.dumps(facts))
         database = Database(self.home).connect()
         accepted = [
             Example((Message("user", f"Who is {n}?"), Message("assistant", f"Number {n}"))).to_json() for n in range(12)
@@ -257,6 +266,19 @@ def disk(place, recipe, monkeypatch):
     return plan_of(prepared, place.home).facts["disk_needed_bytes"]
 
 
+def reading(place, recipe, monkeypatch):
+    """What learns to read a memory, of which draws, and its first loss; or why it is refused."""
+    try:
+        prepared = METHODS[recipe.method].prepare(Setup(recipe, place.home, place.root))
+    except NightschoolError as error:
+        return str(error)
+    batches = [prepared.task.batch(0, index) for index in range(2)]
+    learns = {name: tuple(weight.shape) for name, weight in prepared.task.trainable().items()}
+    drawn = [(batch.input_ids.tolist(), batch.candidates, batch.right, batch.misled) for batch in batches]
+    loss = sum(float(prepared.task.loss(batch).sum.detach()) for batch in batches)
+    return learns, prepared.task.model.memory.shape, drawn, loss
+
+
 def judged(place, recipe, monkeypatch):
     """The rules that the gate applies, and their limits."""
     new = [Example((Message("user", "Bela?"), Message("assistant", "Rome")))]
@@ -293,6 +315,11 @@ def kept(**where):
 LORA = {"method": "lora"}
 QLORA = {"method": "qlora"}
 DPO = {"method": "dpo", "data": [{"path": "pairs.json"}]}
+MEMORY = {
+    "method": "memory", "data": [{"path": "facts.json"}], "train.batch_size": 8, "memory.knowledge_length": 30,
+    "memory.knowledge_dim": 16, "memory.gate_rank": 4, "memory.fusion_rank": 8, "memory.num_candidates": 4,
+    "memory.irrelevant_share": 0.5,
+}  # fmt: skip
 EVERY_STEP = {"train.evaluate_every": "1 steps"}
 CRON = {"schedule.cron": "0 3 * * *"}
 
@@ -365,6 +392,20 @@ OBSERVED = {
     "dpo.beta": (a_run, DPO, {"dpo.beta": 0.5}),
     "dpo.label_smoothing": (a_run, DPO, {"dpo.label_smoothing": 0.2}),
     "dpo.sft_weight": (a_run, DPO, {"dpo.sft_weight": 1.0}),
+    "memory.stage": (reading, MEMORY, {"memory.stage": "fusion"}),
+    "memory.name": "training/test_memory_method.py::test_stages_follow_each_other_and_publish_modules_on_the_base",
+    "memory.gate_rank": (reading, MEMORY, {"memory.gate_rank": 2}),
+    "memory.fusion_rank": (reading, MEMORY, {"memory.fusion_rank": 4}),
+    "memory.knowledge_dim": (reading, MEMORY, {"memory.knowledge_dim": 8}),
+    "memory.knowledge_length": (reading, MEMORY, {"memory.knowledge_length": 3}),
+    "memory.num_candidates": (reading, MEMORY, {"memory.num_candidates": 2}),
+    "memory.encoder_layers": (reading, MEMORY, {"memory.encoder_layers": 1}),
+    "memory.fusion_layers": (reading, MEMORY | {"memory.encoder_layers": 1}, {"memory.fusion_layers": [1]}),
+    "memory.similarity_loss_coef": (reading, MEMORY, {"memory.similarity_loss_coef": 1.0}),
+    "memory.diversity_loss_coef": (reading, MEMORY, {"memory.diversity_loss_coef": 1.0}),
+    "memory.irrelevant_share": (reading, MEMORY, {"memory.irrelevant_share": 0.0}),
+    "memory.misled_share": (reading, MEMORY, {"memory.misled_share": 1.0}),
+    "memory.redraw_values": (reading, MEMORY, {"memory.redraw_values": False}),
     "checkpoints.every": (a_run, {}, {"checkpoints.every": "1 steps"}),
     "checkpoints.keep.last": (disk, {}, {"checkpoints.keep.last": 1}),
     "checkpoints.keep.best": (disk, {}, {"checkpoints.keep.best": 0}),

@@ -130,6 +130,16 @@ ALIASES: Mapping[str, Alias] = {
     "lora_dropout": Alias(("lora", "dropout")),
     "lora_target_modules": Alias(("lora", "target_modules")),
     "target_modules": Alias(("lora", "target_modules")),
+    "gate_rank": Alias(("memory", "gate_rank")),
+    "fusion_rank": Alias(("memory", "fusion_rank")),
+    "knowledge_dim": Alias(("memory", "knowledge_dim")),
+    "knowledge_length": Alias(("memory", "knowledge_length")),
+    "num_candidates": Alias(("memory", "num_candidates")),
+    "similarity_loss_coef": Alias(("memory", "similarity_loss_coef")),
+    "diversity_loss_coef": Alias(("memory", "diversity_loss_coef")),
+    "sft_dataset_path": Alias(("data", 0, "path")),
+    "sft_val_dataset_path": Alias(("held_out", "path")),
+    "qwen3_model_path": Alias(("base",)),
     "data_path": Alias(("data", 0, "path")),
     "dataset_path": Alias(("data", 0, "path")),
     "train_file": Alias(("data", 0, "path")),
@@ -147,6 +157,8 @@ _HOME = (
 _RESUME = "is not a setting of a recipe; write nightschool train RECIPE --resume RUN"
 _SERVE_OPTION = "is not a setting of a recipe; write nightschool serve --port 8001 --host 127.0.0.1"
 
+_STAGE_BEFORE = "is not a setting; write base: NAME@VERSION, the version that the stage before has published"
+
 REFUSED: Mapping[str, str] = {
     "out_dir": _HOME,
     "output_dir": _HOME,
@@ -158,6 +170,9 @@ REFUSED: Mapping[str, str] = {
     "resume_from_checkpoint": _RESUME,
     "port": _SERVE_OPTION,
     "host": _SERVE_OPTION,
+    "pretrained_router_path": _STAGE_BEFORE,
+    "pretrained_fusion_path": _STAGE_BEFORE,
+    "knowledge_num": "is not a setting of a recipe: a memory grows as entries are written; take the line out",
     "trust_remote_code": "is not a setting: code that comes with a model is never run; remove the line",
     "warmup_ratio": "is not a setting; write train.warmup_steps, a count of steps",
 }

@@ -23,6 +23,7 @@ from pydantic import (
 
 from nightschool.config.checkpoints import Checkpoints, Keep, Upload
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
+from nightschool.config.memory import Memory
 from nightschool.config.rules import RuleName, parse_rule
 from nightschool.config.train import Dpo, Lora, Pretrain, Quantization, Shape, Train
 from nightschool.units import format_seconds
@@ -39,6 +40,7 @@ __all__ = [
     "Jobs",
     "Keep",
     "Lora",
+    "Memory",
     "Method",
     "PersonalData",
     "Pretrain",
@@ -52,7 +54,7 @@ __all__ = [
     "Upload",
 ]
 
-Method = Literal["full", "lora", "qlora", "dpo", "pretrain"]
+Method = Literal["full", "lora", "qlora", "dpo", "memory", "pretrain"]
 ADAPTER_METHODS: frozenset[Method] = frozenset({"lora", "qlora", "dpo"})
 """Those that train an adapter and leave the base as it is."""
 
@@ -60,9 +62,13 @@ ADAPTER_LEARNING_RATE = 2e-5
 """Of adapters where a recipe gives none: their best rates are about ten times those of full fine-tuning (Schulman 2025, LoRA
 without regret)."""
 
+MEMORY_LEARNING_RATE = 2e-3
+"""Of memory modules where a recipe gives none: they are small, new, and stand beside frozen weights."""
+
 DEFAULTS_OF_METHODS: dict[Method, dict[str, Any]] = {
     "lora": {"train.learning_rate": ADAPTER_LEARNING_RATE},
     "qlora": {"train.learning_rate": ADAPTER_LEARNING_RATE},
+    "memory": {"train.learning_rate": MEMORY_LEARNING_RATE},
     "dpo": {"train.learning_rate": ADAPTER_LEARNING_RATE, "gate.preferences": ">= 50%"},
 }
 """Where the default of a setting depends on the method."""
@@ -285,6 +291,7 @@ class Jobs(Section):
 _OF_ONE_METHOD: dict[str, tuple[Method, str]] = {
     "quantization": ("qlora", ""),
     "dpo": ("dpo", ""),
+    "memory": ("memory", ""),
     "pretrain": ("pretrain", ""),
     "tokenizer": ("pretrain", ", whose base brings its own"),
 }
@@ -314,7 +321,7 @@ class Recipe(Section):
     method: Method = Field(
         "full",
         description="full: all weights; lora: adapters on a frozen base; qlora: on a quantised one; dpo: adapters, from "
-        "preference pairs; pretrain: all weights, from token shards.",
+        "preference pairs; memory: what lets a frozen base read an explicit memory; pretrain: all weights, from token shards.",
     )
     shape: Shape = Field(default_factory=Shape, description="Where a new: base differs from its preset.")
     tokenizer: NotBlank | None = Field(
@@ -330,6 +337,7 @@ class Recipe(Section):
     lora: Lora = Field(default_factory=Lora, description="The adapters.")
     quantization: Quantization = Field(default_factory=Quantization, description="The base below an adapter.")
     dpo: Dpo = Field(default_factory=Dpo, description="Learning from preference pairs.")
+    memory: Memory = Field(default_factory=Memory, description="Reading an explicit memory.")
     pretrain: Pretrain = Field(default_factory=Pretrain, description="Learning from token shards.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
@@ -374,6 +382,8 @@ class Recipe(Section):
     def _shards_of_all_weights(self) -> Recipe:
         if self.train.zero_stage and self.method in ADAPTER_METHODS:
             raise ValueError("`train.zero_stage` shares out weights that learn, and an adapter has few; write 0")
+        if self.train.zero_stage and self.method == "memory":
+            raise ValueError("`train.zero_stage` shares out weights that learn, and memory modules have few; write 0")
         if self.train.zero_stage and self.train.optimizer != "adamw":
             raise ValueError(f"`train.optimizer: {self.train.optimizer}` cannot be shared out; write zero_stage: 0")
         return self

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 CONVERSATIONS = "conversations"
 """The `source` of what the server kept, in place of a file."""
@@ -24,6 +24,28 @@ class Message:
     weight: float = 1.0
 
 
+class NeededFact(NamedTuple):
+    """A fact that an answer needs: as it is written in a memory, and its parts; these are empty where only the text is known."""
+
+    text: str
+    subject: str = ""
+    relation: str = ""
+    value: str = ""
+
+    @property
+    def statement(self) -> str:
+        """What the text says before the value."""
+        return self.text[: self.text.rfind(self.value)] if self.value else self.text
+
+    def with_value(self, value: str) -> NeededFact:
+        """The same of another value."""
+        return self._replace(text=value.join(self.text.rsplit(self.value, 1)), value=value)
+
+    def with_subject(self, subject: str) -> NeededFact:
+        """The same said of another subject."""
+        return self._replace(text=self.text.replace(self.subject, subject, 1), subject=subject)
+
+
 @dataclass(frozen=True)
 class Example:
     """One thing to learn: a conversation (`messages`) or a plain text (`text`), never both.
@@ -33,6 +55,7 @@ class Example:
     `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning. `corrects` is the answer
     that a person replaced by this one, or the empty string. `repeat` is how often it is studied in an epoch while it is
     new. `rejected` makes it a preference pair: the answer that is worse than the last turn, or the empty string.
+    `fact` is what the answer needs of an explicit memory, or None.
     """
 
     messages: tuple[Message, ...] = ()
@@ -44,14 +67,16 @@ class Example:
     corrects: str = ""
     repeat: int = 1
     rejected: str = ""
+    fact: NeededFact | None = None
 
     digest: str = field(init=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         assert bool(self.messages) != (self.text is not None), "an example has messages or a text"
         content = [[m.role, m.content, m.weight] for m in self.messages] if self.messages else self.text
+        whole: Any = [content, self.rejected] if self.rejected else content
         canonical = json.dumps(
-            [content, self.rejected] if self.rejected else content, ensure_ascii=False, separators=(",", ":")
+            whole if self.fact is None else [whole, {"fact": self.fact}], ensure_ascii=False, separators=(",", ":")
         )
         object.__setattr__(self, "digest", hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
@@ -104,6 +129,8 @@ class Example:
             row["repeat"] = self.repeat
         if self.rejected:
             row["rejected"] = self.rejected
+        if self.fact is not None:
+            row["fact"] = self.fact._asdict()
         return row
 
     @classmethod
@@ -121,6 +148,7 @@ class Example:
             corrects=row.get("corrects", ""),
             repeat=int(row.get("repeat", 1)),
             rejected=row.get("rejected", ""),
+            fact=NeededFact(**row["fact"]) if row.get("fact") else None,
         )
 
 

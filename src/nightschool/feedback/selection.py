@@ -183,6 +183,7 @@ DATA_PLANS: Mapping[str, DataPlan] = {
     "lora": DataPlan(select_examples, adapter=True),
     "qlora": DataPlan(select_examples, adapter=True),
     "dpo": DataPlan(select_examples, adapter=True, learns=Example.as_pair),
+    "memory": DataPlan(select_examples, continues=False),
     "pretrain": DataPlan(select_shards, continues=False),
 }
 

@@ -45,8 +45,16 @@ class FolderInfo:
     quantized: bool
 
 
+MEMORY_CONFIG = "memory_config.json"
+
+
 def is_adapter_folder(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
+
+
+def is_memory_folder(folder: Path) -> bool:
+    """Whether it holds memory modules, whose base lies elsewhere."""
+    return (folder / MEMORY_CONFIG).is_file()
 
 
 def inspect_folder(folder: Path, ref: str) -> FolderInfo:

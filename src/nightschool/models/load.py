@@ -23,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base, load_adapter, merge_adapter
 from nightschool.models.build import build_model
-from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder
+from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder, is_memory_folder
 from nightschool.models.gguf_header import SUFFIX as GGUF
 from nightschool.models.hub import fetch_from_hub
+from nightschool.models.memory_model import MemoryModules
+from nightschool.models.memory_version import read_memory_folder
 from nightschool.models.quantize import dequantized, quantization_config, quantization_of, steady
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
@@ -54,6 +56,7 @@ class LoadedModel:
     is what its weights stand on: for an adapter that is kept apart its base, else `ref`. `path` is the folder of the full weights that an adapter can stand
     on; None where no folder holds them (`new:` models, merged adapters).
     `adapter` says whether `model` is a `PeftModel` whose adapter is kept apart.
+    `memory` has the memory modules of a version that is a base with an explicit memory; `model` is then the base alone.
     `vocab_size` counts rows of the embedding, `tokenizer_size` ids of the tokenizer; the former is never smaller.
     """
 
@@ -66,6 +69,7 @@ class LoadedModel:
     vocab_size: int
     tokenizer_size: int
     adapter: bool = False
+    memory: MemoryModules | None = None
 
     @property
     def adapter_base(self) -> str | None:
@@ -188,19 +192,26 @@ def locate(ref: str, home: Home, root: Path | None = None) -> Located:
 
 
 def located_version(version: Version) -> Located:
-    return Located(version.path, version.ref, version.facts.base if version.facts.kind == "adapter" else None)
+    return Located(version.path, version.ref, version.facts.base if version.facts.kind != "model" else None)
 
 
 def down_to_weights(found: Located, home: Home) -> list[Located]:
-    """What a reference stands on: itself, and below an adapter its base, down to a folder of full weights.
+    """What a reference stands on: itself, and below an adapter or memory modules its base, down to a folder of full weights.
 
     Raises:
-        ModelError: If an adapter names no base, or stands on itself.
+        ModelError: If an adapter names no base, or stands on itself or on memory modules.
     """
     chain = [found]
-    while is_adapter_folder(chain[-1].folder):
+    while is_adapter_folder(chain[-1].folder) or is_memory_folder(chain[-1].folder):
         last = chain[-1]
-        base = last.base or adapter_base(last.folder)
+        if len(chain) > 1 and is_memory_folder(last.folder):
+            raise ModelError(
+                f"{chain[-2].ref!r} stands on {last.ref!r}, which reads a memory, and nothing can stand on that. Train it on the "
+                "base of that version, and the memory on top."
+            )
+        base = last.base or (
+            read_memory_folder(last.folder)[1].base if is_memory_folder(last.folder) else adapter_base(last.folder)
+        )
         if base is None:
             raise ModelError(f"The adapter {last.ref!r} names no base. Publish it again with its base.")
         under = locate(base, home)
@@ -247,6 +258,10 @@ def load_located(
     if len(chain) == 1:
         weights, tokenizer = (read or read_folder)(folder, ref, dtype, device, found.quantization)
         return _finish(weights, tokenizer, ref, folder)
+    if is_memory_folder(folder):
+        modules, _ = read_memory_folder(folder)
+        base = load_located(chain[1], home, dtype=dtype, device=device, merge=True, read=read)
+        return replace(base, ref=ref, base_ref=base.ref, memory=modules.to(device))
     # A base that is an adapter itself has to become one set of weights before another adapter stands on it. Merging
     # changes weights in place, so those that others may hold too are never merged into.
     of_its_own = merge or len(chain) > 2

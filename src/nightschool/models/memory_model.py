@@ -46,6 +46,11 @@ class MemoryShape:
     gate_rank: int = 128
     fusion_rank: int = 128
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose output the memory looks at, or adds to."""
+        return tuple(sorted({self.encoder_layers - 1, *self.fusion_layers}))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values that `MemoryShape(**values)` takes back."""
         return asdict(self) | {"fusion_layers": list(self.fusion_layers)}
@@ -220,37 +225,113 @@ class Trace:
         return TokenSource(cast(Any, kind), named if kind != "weights" else (), share)
 
 
+class MemoryStep:
+    """One forward pass over a packed row of T tokens, some of which read. Hand it what comes out of layers, and the logits.
+
+    Args:
+        modules: What reads.
+        spans: Which tokens read what. Tokens in no span, or with nothing found, stay what the base alone makes of them.
+        wanted: The tokens that logits are computed for, in their order; None for all.
+
+    Raises:
+        ModelError: If entries of a reading were not encoded.
+    """
+
+    def __init__(
+        self,
+        modules: MemoryModules,
+        spans: Sequence[tuple[Places, MemoryReading]],
+        wanted: Sequence[int] | None = None,
+    ) -> None:
+        self._reader, self._shape = modules.reader, modules.shape
+        spans = [(places, reading) for places, reading in spans if len(reading)]
+        if any(reading.encoded is None for _, reading in spans):
+            raise ModelError("Entries are read before they were encoded. Call EntryEncoder.encode first.")
+        self._spans: list[tuple[Places, Prepared]] = [
+            (places, self._reader.prepare(cast(EncodedEntries, reading.encoded), reading.scores))
+            for places, reading in spans
+        ]
+        self._wanted = None if wanted is None else torch.tensor(wanted)
+        self.traces = [
+            Trace(reading, entries.token_ids, None, [])
+            for (_, reading), (_, entries) in zip(spans, self._spans, strict=True)
+        ]
+
+    def after_layer(self, index: int, states_th: Tensor) -> Tensor:
+        """What layer `index` gives to the next one [T, H]: call it with the output of each of `MemoryShape.layers`."""
+        if not self._spans:
+            return states_th
+        with torch.autocast(states_th.device.type, enabled=False):
+            if index == self._shape.encoder_layers - 1:
+                for (places, entries), trace in zip(self._spans, self.traces, strict=True):
+                    trace.pointed = self._reader.point(states_th[places], entries)
+            if index not in self._shape.fusion_layers:
+                return states_th
+            number = self._shape.fusion_layers.index(index)
+            changed = states_th.clone()
+            for (places, entries), trace in zip(self._spans, self.traces, strict=True):
+                fused: Fused = self._reader.fuse(number, states_th[places], entries)
+                trace.fused.append(fused.weights)
+                if isinstance(places, slice):
+                    changed[places] = fused.states
+                else:
+                    changed = changed.index_copy(0, places, fused.states)
+            return changed
+
+    def mix(self, logits_sv: Tensor) -> Tensor:
+        """Logits [S, V] of the wanted tokens, those that read as log-probabilities with what the pointer copies."""
+        if not self._spans:
+            return logits_sv
+        logits_sv = logits_sv.clone()
+        for (places, entries), trace in zip(self._spans, self.traces, strict=True):
+            rows, own = self._rows_of(places, len(logits_sv))
+            if len(rows) == 0:
+                continue
+            rows, own = rows.to(logits_sv.device), own.to(logits_sv.device)
+            pointed = cast(Pointed, trace.pointed)
+            there = Pointed(pointed.sentinel[own], pointed.tokens[own])
+            mixed = mix(logits_sv[rows], there, entries.token_ids).to(logits_sv.dtype)
+            logits_sv = logits_sv.index_copy(0, rows, mixed)
+        return logits_sv
+
+    def _rows_of(self, places: Places, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Rows of the logits that belong to these tokens of the step, and which of the tokens each is."""
+        total = num_rows if self._wanted is None else int(self._wanted.max()) + 1
+        tokens = torch.arange(total)[places] if isinstance(places, slice) else places.cpu()
+        if self._wanted is None:
+            return tokens, torch.arange(len(tokens))
+        hits = (self._wanted[:, None] == tokens[None, :]).nonzero()
+        return hits[:, 0], hits[:, 1]
+
+
 class MemoryAttachment:
     """The memory modules on the layers of a model, until `remove` is called. Does nothing outside of `reading`.
 
     Args:
         model: A causal language model of transformers: the base, or a copy of it that shares the weights.
         modules: What reads.
+
+    Raises:
+        ModelError: If they were made for another base.
     """
 
     def __init__(self, model: nn.Module, modules: MemoryModules) -> None:
-        self._reader = modules.reader
-        shape = modules.shape
+        self._modules, shape = modules, modules.shape
         layers = decoder_layers(model)
-        if shape.hidden_size != int(causal_lm(model).config.get_text_config().hidden_size):
+        width = int(causal_lm(model).config.get_text_config().hidden_size)
+        if shape.hidden_size != width:
             raise ModelError(
-                f"The memory modules are made for a base of width {shape.hidden_size}, and this one has "
-                f"{causal_lm(model).config.get_text_config().hidden_size}. Load them on the base that they were trained on."
+                f"The memory modules are made for a base of width {shape.hidden_size}, and this one has {width}. "
+                "Load them on the base that they were trained on."
             )
-        if max(shape.encoder_layers - 1, *shape.fusion_layers) >= len(layers):
+        if max(shape.layers) >= len(layers):
             raise ModelError(
-                f"The memory modules read at layer {max(shape.fusion_layers)}, and this base has {len(layers)} layers. Load them on "
-                "the base that they were trained on."
+                f"The memory modules read at layer {max(shape.layers)}, and this base has {len(layers)} layers. "
+                "Load them on the base that they were trained on."
             )
-        self._spans: list[tuple[Places, MemoryReading, Prepared]] = []
-        self._wanted: Tensor | None = None
-        self.traces: list[Trace] = []
-        handles = [layers[shape.encoder_layers - 1].register_forward_hook(self._point)]
-        handles += [
-            layers[index].register_forward_hook(self._fuser(number)) for number, index in enumerate(shape.fusion_layers)
-        ]
-        handles.append(causal_lm(model).register_forward_hook(self._mix))
-        self._handles = handles
+        self._step: MemoryStep | None = None
+        self._handles = [layers[index].register_forward_hook(self._hook(index)) for index in shape.layers]
+        self._handles.append(causal_lm(model).register_forward_hook(self._mix))
 
     def remove(self) -> None:
         """Take the modules off again."""
@@ -261,74 +342,30 @@ class MemoryAttachment:
     def reading(
         self, spans: Sequence[tuple[Places, MemoryReading]], wanted: Sequence[int] | None = None
     ) -> Iterator[list[Trace]]:
-        """Let the tokens of one packed row [1, T] read, each the entries of its span; yields what was read, once it was.
-
-        Args:
-            spans: Which tokens read what. Tokens in no span, or with nothing found, are computed as by the base alone.
-            wanted: The tokens that logits are computed for, in their order; None for all.
+        """Let the tokens of one packed row [1, T] read; yields what was read, once it was. See `MemoryStep`.
 
         Raises:
             ModelError: If entries of a reading were not encoded.
         """
-        spans = [(places, reading) for places, reading in spans if len(reading)]
-        if any(reading.encoded is None for _, reading in spans):
-            raise ModelError("Entries are read before they were encoded. Call EntryEncoder.encode first.")
-        self._spans = [
-            (places, reading, self._reader.prepare(cast(EncodedEntries, reading.encoded), reading.scores))
-            for places, reading in spans
-        ]
-        self._wanted = None if wanted is None else torch.tensor(wanted)
-        self.traces = [Trace(reading, entries.token_ids, None, []) for _, reading, entries in self._spans]
+        step = MemoryStep(self._modules, spans, wanted)
+        self._step = step if step.traces else None
         try:
-            yield self.traces
+            yield step.traces
         finally:
-            self._spans, self._wanted, self.traces = [], None, []
+            self._step = None
 
-    def _point(self, _: nn.Module, __: Any, output: Any) -> None:
-        states = _states(output)[0] if self._spans else None
-        for (places, _reading, entries), trace in zip(self._spans, self.traces, strict=True):
-            trace.pointed = self._reader.point(cast(Tensor, states)[places], entries)
-
-    def _fuser(self, number: int) -> Callable[[nn.Module, Any, Any], Any]:
-        def fuse(_: nn.Module, __: Any, output: Any) -> Any:
-            if not self._spans:
+    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            if self._step is None:
                 return None
-            states = _states(output)
-            row = states[0].clone()
-            for (places, _reading, entries), trace in zip(self._spans, self.traces, strict=True):
-                fused: Fused = self._reader.fuse(number, states[0][places], entries)
-                trace.fused.append(fused.weights)
-                if isinstance(places, slice):
-                    row[places] = fused.states
-                else:
-                    row = row.index_copy(0, places, fused.states)
-            changed = row[None]
+            changed = self._step.after_layer(index, _states(output)[0])[None]
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        return fuse
+        return after
 
     def _mix(self, _: nn.Module, __: Any, output: Any) -> None:
-        if not self._spans:
-            return
-        logits = output.logits[0].clone()
-        total = int(logits.shape[0]) if self._wanted is None else int(self._wanted.max()) + 1
-        for (places, _reading, entries), trace in zip(self._spans, self.traces, strict=True):
-            tokens = torch.arange(max(total, 1))[places] if isinstance(places, slice) else places.cpu()
-            rows, own = self._rows_of(tokens)
-            if len(rows) == 0:
-                continue
-            rows, own = rows.to(logits.device), own.to(logits.device)
-            pointed = cast(Pointed, trace.pointed)
-            there = Pointed(pointed.sentinel[own], pointed.tokens[own])
-            logits = logits.index_copy(0, rows, mix(logits[rows], there, entries.token_ids).to(logits.dtype))
-        output.logits = logits[None]
-
-    def _rows_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the logits that belong to these tokens of the step, and which of the tokens each is."""
-        if self._wanted is None:
-            return tokens, torch.arange(len(tokens))
-        hits = (self._wanted[:, None] == tokens[None, :]).nonzero()
-        return hits[:, 0], hits[:, 1]
+        if self._step is not None:
+            output.logits = self._step.mix(output.logits[0])[None]
 
 
 class MemoryModel(nn.Module):
@@ -382,7 +419,10 @@ def generate_greedily(
     *,
     stop_ids: frozenset[int] = frozenset(),
 ) -> tuple[list[int], list[TokenSource]]:
-    """What the model answers, and where each token came from. With a KV cache; the reading stays what it is to the end."""
+    """What the model answers, and where each token came from. With a KV cache; the reading stays what it is to the end.
+
+    Only what predicts the answer reads: keys and values of the prompt are the base's own.
+    """
     model.eval()
     cache = None
     feed = list(prompt_ids)
@@ -390,17 +430,16 @@ def generate_greedily(
     sources: list[TokenSource] = []
     device = next(model.parameters()).device
     while len(answer) < max_new_tokens:
-        spans = [(slice(0, len(feed)), reading)] if reading is not None else []
-        with model.reading(spans, [len(feed) - 1]) as traces:
+        last = len(feed) - 1
+        spans = [(slice(last, last + 1), reading)] if reading is not None else []
+        with model.reading(spans, [last]) as traces:
             output = model(
                 input_ids=torch.tensor([feed], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             logits = output.logits[0, -1].float()
             token = int(logits.argmax())
             log_prob = float(logits.log_softmax(-1)[token])
-            sources.append(
-                traces[0].source(len(feed) - 1, token, log_prob) if traces else TokenSource("weights", (), 0.0)
-            )
+            sources.append(traces[0].source(0, token, log_prob) if traces else TokenSource("weights", (), 0.0))
         if token in stop_ids:
             sources.pop()
             break

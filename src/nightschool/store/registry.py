@@ -352,7 +352,7 @@ def _aliases(book: AliasState, ids: list[str]) -> dict[str, str]:
 
 def _stands_on(version: Version, ref: str) -> bool:
     try:
-        return version.facts.kind == "adapter" and split_quantization(version.facts.base)[0] == ref
+        return version.facts.kind != "model" and split_quantization(version.facts.base)[0] == ref
     except (Damaged, NotFound):
         return False
 

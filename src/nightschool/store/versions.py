@@ -15,6 +15,7 @@ from nightschool.store.atomic import read_json
 from nightschool.store.manifest import Manifest, verify
 
 FACTS = "nightschool.json"
+VersionKind = Literal["model", "adapter", "memory"]
 
 
 class Probe(BaseModel):
@@ -34,7 +35,9 @@ class VersionMetadata(BaseModel):
     name: str = Field("", description="The name it is published under; filled by the registry.")
     version: str = Field("", description="Its id; filled by the registry when it is empty.")
     created_at: datetime | None = Field(None, description="When it was published; filled by the registry.")
-    kind: Literal["model", "adapter"] = Field("model", description="All weights, or an adapter on `base`.")
+    kind: VersionKind = Field(
+        "model", description="All weights, an adapter on `base`, or what lets `base` read an explicit memory."
+    )
     method: str = Field("full", description="How it was trained; `import` if it was not trained here.")
     base: str = Field("", description="The reference that the weights stand on, as load_base reads it.")
     parent: str | None = Field(None, description="The version that the run started from, as name@version.")

@@ -13,8 +13,8 @@ from torch import nn
 from nightschool.data.chat.render import render_prompt, stop_token_ids
 from nightschool.data.example import Example
 from nightschool.models.cost import count_parameters
-from nightschool.models.export import prove_export, save_version_folder
 from nightschool.models.load import LoadedModel
+from nightschool.models.version_folder import OnWritten, write_version
 from nightschool.store import checkpoints
 from nightschool.store.candidate_files import CandidateFiles
 from nightschool.store.checkpoints import Checkpoint
@@ -47,9 +47,9 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
     task.release()
     task.model.eval()
     facts = VersionMetadata(
-        kind="adapter" if loaded.adapter else "model",
+        kind=prepared.version_kind,
         method=recipe.method,
-        base=loaded.base_ref if loaded.adapter else recipe.base,
+        base=prepared.stands_on,
         parent=split_quantization(loaded.ref)[0] if _is_version(home, recipe.base) else None,
         run_id=run.id,
         recipe_digest=hashlib.sha256(json.dumps(recipe.as_plain(), sort_keys=True).encode()).hexdigest(),
@@ -74,7 +74,9 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
         if loaded.adapter:  # weights in full are no sooner examined: the base is in memory already
             CandidateFiles(f"{recipe.name}@{facts.version}", facts.base, folder).announce(run)
 
-    version, difference = publish_candidate(registry, recipe.name, loaded, prepared.examples, facts, announce)
+    version, difference = publish_candidate(
+        registry, recipe.name, loaded, prepared.examples, facts, announce, prepared.write_version
+    )
     if recipe.checkpoints.publish:
         registry.set_alias(recipe.name, checkpoints.alias_of(step), version.id, by=f"run {run.id}")
     run.events.write("published", candidate=version.ref, step=step, logits_difference=difference)
@@ -107,7 +109,9 @@ def _publish_others(
         if point.step != best_step and alias not in registry.aliases(name):
             full_state.load_weights(point.path, prepared.task)
             of_point = facts.model_copy(update={"heldout_loss": point.heldout_loss()})
-            version, _ = publish_candidate(registry, name, prepared.loaded, prepared.examples, of_point)
+            version, _ = publish_candidate(
+                registry, name, prepared.loaded, prepared.examples, of_point, None, prepared.write_version
+            )
             registry.set_alias(name, alias, version.id, by=f"run {run.id}")
             say(f"Published step {point.step} as {name}@{alias}")
     full_state.load_weights(points[-1].path, prepared.task)
@@ -125,7 +129,8 @@ def publish_candidate(
     loaded: LoadedModel,
     examples: Sequence[Example],
     facts: VersionMetadata,
-    on_written: Callable[[Path], None] | None = None,
+    on_written: OnWritten | None = None,
+    write: Callable[[Path, OnWritten | None], float] | None = None,
 ) -> tuple[Version, float]:
     """Publish the model; return the version, and how far logits of the folder lie from those of the trained model.
 
@@ -136,6 +141,7 @@ def publish_candidate(
         examples: Of which some become probes.
         facts: Where the version comes from; the probes are added here.
         on_written: Called with the folder when all files of the model are in it, before they are proved and sealed.
+        write: Writes what was trained into a folder, in place of `write_version`.
 
     Raises:
         ModelError: If the folder, loaded again by plain transformers and peft, is not the trained model.
@@ -145,29 +151,13 @@ def publish_candidate(
 
     def fill(folder: Path) -> None:
         nonlocal difference
-        difference = write_version(loaded, folder, on_written)
+        difference = write_version(loaded, folder, on_written) if write is None else write(folder, on_written)
 
     def probes() -> list[Probe]:
         return list(make_probes(loaded.model, loaded.tokenizer, examples, loaded.context_tokens))
 
     version = registry.publish(name, fill, facts, probes=probes)
     return version, difference
-
-
-def write_version(loaded: LoadedModel, folder: Path, on_written: Callable[[Path], None] | None = None) -> float:
-    """Write the model as a plain folder; return how far the folder's logits lie from its own, relative to the largest.
-
-    `on_written` is called with the folder before it is loaded again.
-
-    Raises:
-        ModelError: If the folder, loaded again, is not the model.
-    """
-    base_path = loaded.base_location if loaded.adapter else None
-    stop_ids = sorted(stop_token_ids(loaded.tokenizer))
-    save_version_folder(loaded.model, loaded.tokenizer, folder, stop_ids=stop_ids, base_path=base_path)
-    if on_written is not None:
-        on_written(folder)
-    return prove_export(loaded.model, folder, loaded.tokenizer)
 
 
 def make_probes(model: nn.Module, tokenizer: Any, examples: Sequence[Example], context_tokens: int) -> Iterator[Probe]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from nightschool.data.example import ROLES, Example, Message, Role
+from nightschool.data.example import ROLES, Example, Message, NeededFact, Role
 from nightschool.data.sources.rows import Row
 from nightschool.errors import DataError
 
@@ -67,7 +67,7 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
             raise _Wrong(
                 "'paraphrases' are other wordings of a question, but a plain text has none. Take the field out."
             )
-        own_id = _id(row.fields)
+        own_id, fact = _id(row.fields), _fact(row.fields)
         pairs = [content if isinstance(content, _Pair) else _Pair(content, "") for content in contents]
         return [
             Example(
@@ -75,6 +75,7 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
                 text=content if isinstance(content, str) else None,
                 rejected=rejected,
                 paraphrases=paraphrases,
+                fact=fact,
                 id=f"{own_id}.{index}" if own_id and len(contents) > 1 else own_id,
                 source=row.source,
                 line=row.line,
@@ -344,6 +345,25 @@ def _id(fields: Mapping[str, Any]) -> str:
     if isinstance(own_id, bool) or not isinstance(own_id, str | int):
         raise _Wrong(f"'id' is {_kind(own_id)}, but a text or a whole number is expected. Correct it.")
     return _encodable(str(own_id), "id")
+
+
+def _fact(fields: Mapping[str, Any]) -> NeededFact | None:
+    """What the answer needs of an explicit memory: a text, or subject, relation and value, with or without one."""
+    given = fields.get("fact")
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return NeededFact(_text(fields, "fact"))
+    if not isinstance(given, dict):
+        raise _Wrong(f"'fact' is {_kind(given)}, but a text, or subject + relation + value, is expected. Write it so.")
+    if not any(name in given for name in ("subject", "relation", "value")):
+        return NeededFact(_text(given, "text", "fact."))
+    subject, relation, value = (_text(given, name, "fact.").strip() for name in ("subject", "relation", "value"))
+    text = _text(given, "text", "fact.") if given.get("text") is not None else f"{subject} {relation} {value}."
+    missing = [name for name, part in (("subject", subject), ("value", value)) if part not in text]
+    if missing:
+        raise _Wrong(f"'fact.text' does not hold the {' and the '.join(missing)} of the fact. Write the same words.")
+    return NeededFact(text, subject, relation, value)
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.checkpoint.full_state import load_weights
-from nightschool.training.publish import write_version
 from nightschool.training.run import prepare
 
 
@@ -43,4 +42,4 @@ def export_checkpoint(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
         load_weights(point.path, prepared.task)
         prepared.task.release()
         prepared.task.model.eval()
-        return write_version(prepared.loaded, partial)
+        return prepared.write_version(partial)

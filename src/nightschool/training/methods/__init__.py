@@ -7,6 +7,7 @@ from typing import Any
 
 from nightschool.training.methods.dpo import DpoFinetune
 from nightschool.training.methods.finetune import Finetune, LoraFinetune
+from nightschool.training.methods.memory import MemoryTraining
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.methods.pretrain import Pretrain
 from nightschool.training.methods.qlora import QloraFinetune
@@ -16,5 +17,6 @@ METHODS: Mapping[str, type[PreparedRun[Any]]] = {
     "lora": LoraFinetune,
     "qlora": QloraFinetune,
     "dpo": DpoFinetune,
+    "memory": MemoryTraining,
     "pretrain": Pretrain,
 }

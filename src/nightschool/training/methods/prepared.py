@@ -19,10 +19,12 @@ from nightschool.models.dtype import DtypeChoice, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
 from nightschool.models.quantize import quantization_of
 from nightschool.models.stored import StoredWeights
+from nightschool.models.version_folder import OnWritten, write_version
 from nightschool.store import checkpoints
 from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
+from nightschool.store.versions import VersionKind
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.full_state import CheckpointContext, load_weights
 from nightschool.training.distributed.world import ALONE, World
@@ -254,6 +256,26 @@ class PreparedRun(ABC, Generic[Data]):
     def sample(self) -> tuple[str, str] | None:
         """A prompt and how the model goes on, to be read beside the held-out loss; None where none is wanted."""
         return None
+
+    @property
+    def version_kind(self) -> VersionKind:
+        """What the finished version is."""
+        return "adapter" if self.loaded.adapter else "model"
+
+    @property
+    def stands_on(self) -> str:
+        """The reference of the weights that the finished version stands on, or began with."""
+        return self.loaded.base_ref if self.loaded.adapter else self.recipe.base
+
+    def write_version(self, folder: Path, on_written: OnWritten | None = None) -> float:
+        """Write what was trained as the folder of a version; returns how far its logits, read again, lie from the model's.
+
+        `on_written` is called with the folder before it is read again.
+
+        Raises:
+            ModelError: If the folder, loaded again, is not what was trained.
+        """
+        return write_version(self.loaded, folder, on_written)
 
     def base_fingerprint(self) -> str | None:
         """The digest of weights that a checkpoint leaves out because they do not learn; None where there are none."""

@@ -1,0 +1,154 @@
+"""Examples with the facts that they need: drawn anew each time with other values, beside entries that mislead.
+
+Whoever learns to read must not be able to remember. So each time an example is seen, the value in its answer and in its entry is
+another one of the same relation, or any name of the data; and what may be read is the entry among others, among others alone, or
+the entry alone.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from nightschool.data.chat.render import Rendered, render_example
+from nightschool.data.example import Example, Message, NeededFact
+
+# Shares of what is drawn; the rest of the values are of the fact's own relation.
+_ANY_NAME = 0.2
+_NUMBER = 0.05
+# How often each kind of misleading entry stands among the candidates.
+_SAME_SUBJECT = 0.5
+_LIKE_NAMED = 0.5
+
+
+class Drawn(NamedTuple):
+    """An example as it is seen once: with another value, its own entry, and entries that are near to it but say something else."""
+
+    example: Example
+    entry: NeededFact | None
+    misleading: tuple[NeededFact, ...]
+
+
+@dataclass(frozen=True)
+class FactRanges:
+    """What facts of the data speak of: the values of each relation, the subjects, and facts to borrow statements from."""
+
+    values: Mapping[str, tuple[str, ...]]
+    names: tuple[str, ...]
+    facts: tuple[NeededFact, ...]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> FactRanges:
+        """Those of the examples; facts that are a text alone have neither subject nor value."""
+        facts = sorted({e.fact for e in examples if e.fact is not None and e.fact.value}, key=lambda fact: fact.text)
+        values: dict[str, set[str]] = defaultdict(set)
+        for fact in facts:
+            values[fact.relation].add(fact.value)
+        return cls(
+            {relation: tuple(sorted(of_it)) for relation, of_it in sorted(values.items())},
+            tuple(sorted({fact.subject for fact in facts})),
+            tuple(facts),
+        )
+
+    def draw(self, example: Example, chance: random.Random) -> Drawn:
+        """See the example once. Without a fact, or with one that has no value in the answer, it stays as it is."""
+        fact = example.fact
+        if fact is None:
+            return Drawn(example, None, ())
+        if fact.value and holds_value(example):
+            value = self._another(fact, chance)
+            example, fact = with_value(example, value), fact.with_value(value)
+        return Drawn(example, fact, tuple(self._misleading(fact, chance)))
+
+    def _another(self, fact: NeededFact, chance: random.Random) -> str:
+        share = chance.random()
+        if share < _ANY_NAME:
+            return chance.choice(self.names)
+        if share < _ANY_NAME + _NUMBER:
+            return str(chance.randint(1, 99_999) if chance.random() < 0.5 else chance.randint(1000, 2100))
+        return chance.choice(self.values[fact.relation])
+
+    def _misleading(self, fact: NeededFact, chance: random.Random) -> Iterable[NeededFact]:
+        """Another relation of the same subject, and the same relation of somebody whose name is partly the same."""
+        if not fact.value or len(self.facts) < 2:
+            return
+        if chance.random() < _SAME_SUBJECT:
+            other = chance.choice(self.facts)
+            moved = other.with_subject(fact.subject)
+            if other.relation != fact.relation and moved.statement != fact.statement:
+                yield moved.with_value(chance.choice(self.values[other.relation]))
+        if chance.random() < _LIKE_NAMED:
+            name = like_named(fact.subject, chance.choice(self.names), chance)
+            if name != fact.subject:
+                yield fact.with_subject(name).with_value(chance.choice(self.values[fact.relation]))
+
+
+def like_named(name: str, other: str, chance: random.Random) -> str:
+    """A name with one word of another one; of a single word, the other name."""
+    words, theirs = name.split(), other.split()
+    if len(words) < 2 or not theirs:
+        return other
+    words[chance.randrange(len(words))] = chance.choice(theirs)
+    return " ".join(words)
+
+
+def holds_value(example: Example) -> bool:
+    """Whether the answer, or the text, says the value of the fact."""
+    assert example.fact is not None
+    said = example.text if example.text is not None else example.answer
+    return bool(example.fact.value) and example.fact.value in (said or "")
+
+
+def with_value(example: Example, value: str) -> Example:
+    """The example with another value in its fact, and in its answer or at the end of its text."""
+    fact = example.fact
+    assert fact is not None
+    if example.text is not None:
+        text = value.join(example.text.rsplit(fact.value, 1))
+        return replace(example, text=text, fact=fact.with_value(value))
+    answer = example.messages[-1]
+    whole = re.compile(rf"(?<!\w){re.escape(fact.value)}(?!\w)")
+    said = Message(answer.role, whole.sub(lambda _: value, answer.content), answer.weight)
+    return replace(example, messages=(*example.messages[:-1], said), fact=fact.with_value(value))
+
+
+def question_of(example: Example) -> str:
+    """What is asked of the memory: the question, or the text before the value."""
+    if example.text is None:
+        return example.question or ""
+    value = example.fact.value if example.fact is not None else ""
+    return example.text[: example.text.rfind(value)].strip() if value and value in example.text else example.text
+
+
+def render_with_fact(tokenizer: Any, example: Example, max_seq_len: int) -> Rendered:
+    """Tokens and loss weights: of a conversation as always; of a text, loss lies on the value and what follows it."""
+    if example.text is None:
+        return render_example(tokenizer, example, max_seq_len)
+    encoded = tokenizer(example.text, add_special_tokens=True, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    value = example.fact.value if example.fact is not None else ""
+    start = example.text.rfind(value) if value and value in example.text else 0
+    weights = [1.0 if end > start else 0.0 for _, end in encoded["offset_mapping"]]
+    if weights:
+        weights[0] = 0.0
+    kept = Rendered(ids[:max_seq_len], weights[:max_seq_len], ["text"] * len(ids[:max_seq_len]))
+    return replace(
+        kept,
+        cut_tokens=len(ids) - len(kept.input_ids),
+        cut_trained=sum(weight > 0 for weight in weights[max_seq_len:]),
+    )
+
+
+def entry_ids(tokenizer: Any, fact: NeededFact) -> list[int]:
+    """The tokens of an entry, as they are read."""
+    return list(tokenizer(fact.text, add_special_tokens=False)["input_ids"])
+
+
+def count_of_candidates(most: int, chance: random.Random) -> int:
+    """How many entries there are to read: 1, 2, 4, … or all, so that no number of them is unheard of."""
+    counts: Sequence[int] = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
+    return chance.choice([*counts, most])

@@ -1,0 +1,264 @@
+"""Method memory: what is drawn, that a tiny base learns to read, resumes to the bit, and is published as modules on a base."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.example import Example, Message, NeededFact
+from nightschool.data.memory_batches import MemoryBatches, MemoryDraw
+from nightschool.data.memory_examples import FactRanges, question_of, render_with_fact
+from nightschool.errors import Damaged, DataError, ModelError, UsageError
+from nightschool.events import read_events
+from nightschool.models.load import load_base
+from nightschool.models.memory_version import WEIGHTS, gate_heads
+from nightschool.store.registry import Registry
+from tests.support.tokenizers_for_tests import byte_tokenizer
+from tests.support.training_setups import MiniRun, deterministic_threads
+from tests.training.test_resume import assert_equal_runs
+
+pytestmark = pytest.mark.trains
+SMALL = {"knowledge_dim": 16, "gate_rank": 4, "fusion_rank": 8, "num_candidates": 4, "knowledge_length": 40}
+DRAW = MemoryDraw(irrelevant_share=0.4, misled_share=0.5, num_candidates=4, redraw_values=True)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    with deterministic_threads():
+        yield
+
+
+def rows_of_facts(count, *, seed=0, texts=False):
+    chance = random.Random(seed)
+    rows = []
+    for number in range(count):
+        who = f"{chance.choice('ABCDE')}o {chance.choice('PQRST')}a{number}"
+        relation, wording = chance.choice([("lives in", "home of"), ("works as", "job of")])
+        value = chance.choice({"lives in": ["Oslo", "Rome", "Lima"], "works as": ["cook", "nurse"]}[relation])
+        fact = {"subject": who, "relation": relation, "value": value}
+        if texts and number % 2:
+            rows.append({"text": f"{who} {relation} {value}.", "fact": fact})
+        else:
+            rows.append({"prompt": f"{wording} {who}?", "completion": f"{value}.", "fact": fact})
+    return rows
+
+
+def examples_of(rows):
+    return [
+        Example(
+            text=row.get("text"),
+            messages=() if "text" in row else (Message("user", row["prompt"]), Message("assistant", row["completion"])),
+            fact=NeededFact(text="{subject} {relation} {value}.".format(**row["fact"]), **row["fact"]),
+        )
+        for row in rows
+    ]
+
+
+def a_run(folder, *, stage="joint", memory=None, rows=None, base=None, **train):
+    recipe = {"method": "memory", "memory": SMALL | {"stage": stage} | (memory or {})}
+    return MiniRun(
+        folder,
+        base=base,
+        rows=rows or rows_of_facts(20, texts=True),
+        held_out=rows_of_facts(6, seed=9),
+        recipe=recipe,
+        **train,
+    )
+
+
+# What is drawn.
+
+
+def batches_of(rows, draw=DRAW, **settings):
+    return MemoryBatches(examples_of(rows), byte_tokenizer(), draw, max_seq_len=128, seed=3, batch_size=8, **settings)
+
+
+def test_values_are_drawn_anew_and_the_entry_says_what_the_answer_says():
+    tokenizer, batches = byte_tokenizer(), batches_of(rows_of_facts(24, texts=True))
+    seen, found = {}, 0
+    for epoch in range(3):
+        for index in range(batches.num_batches(epoch)):
+            batch, again = batches.get(epoch, index), batches.get(epoch, index)
+            assert torch.equal(batch.input_ids, again.input_ids)
+            assert (batch.candidates, batch.right, batch.misled) == (again.candidates, again.right, again.misled)
+            bounds = batch.cu_seqlens.tolist()
+            for number, right in enumerate(batch.right[: len(batch.question_ids)]):
+                labels = batch.labels[0, bounds[number] : bounds[number + 1]]
+                assert (labels != -100).any() == (right >= 0)
+                if right >= 0:
+                    assert right in batch.candidates[number]
+                    start = batch.reads_from[number]
+                    assert labels[start] != -100
+                    assert not (labels[:start] != -100).any()
+                    answer = tokenizer.decode(labels[labels != -100].tolist()).split(".")[0].strip()
+                    entry = batch.entries[right]
+                    assert answer
+                    assert answer in tokenizer.decode(list(entry.ids))
+                    seen.setdefault(entry.keys, set()).add(answer)
+                    found += 1
+    assert found > 20
+    assert max(map(len, seen.values())) > 1
+    kept = batches_of(rows_of_facts(24), MemoryDraw(0.0, 0.0, 4, redraw_values=False))
+    values = {row["fact"]["value"] for row in rows_of_facts(24)}
+    for batch in (kept.get(epoch, 0) for epoch in range(2)):
+        for right in (r for r in batch.right if r >= 0):
+            assert any(value in tokenizer.decode(list(batch.entries[right].ids)) for value in values)
+
+
+def test_where_the_entry_is_missing_a_twin_says_what_the_base_would():
+    batches = batches_of(rows_of_facts(24, texts=True), MemoryDraw(1.0, 1.0, 4, redraw_values=True))
+    batch = batches.get(0, 0)
+    documents = len(batch.question_ids)
+    assert len(batch.candidates) == 2 * documents
+    assert batch.right == (-1,) * (2 * documents)
+    assert all(not found for found in batch.candidates[documents:])
+    assert all(wrong in found for wrong, found in zip(batch.misled, batch.candidates[:documents], strict=False))
+    assert torch.equal(batch.input_ids[0, batch.places], batch.input_ids[0, batch.twins])
+    assert (batch.labels == -100).all()
+    assert batch.tokens_trained == batch.loss_units == len(batch.places) > 0
+
+
+def test_misleading_entries_are_near_and_say_something_else():
+    examples = examples_of(rows_of_facts(24))
+    ranges, chance = FactRanges.of(examples), random.Random(1)
+    kinds = set()
+    for example in examples * 5:
+        drawn = ranges.draw(example, chance)
+        for fact in drawn.misleading:
+            same = (fact.subject == drawn.entry.subject, fact.relation == drawn.entry.relation)
+            assert same in {(True, False), (False, True)}
+            assert fact.subject in fact.text
+            assert fact.value in fact.text
+            kinds.add(same)
+    assert len(kinds) == 2
+
+
+def test_loss_of_a_text_lies_on_its_value_and_what_is_asked_ends_before_it():
+    (example,) = examples_of(
+        [{"text": "Bo lives in Oslo.", "fact": {"subject": "Bo", "relation": "lives in", "value": "Oslo"}}]
+    )
+    tokenizer = byte_tokenizer()
+    rendered = render_with_fact(tokenizer, example, 99)
+    trained = [token for token, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight > 0]
+    assert tokenizer.decode(trained) == "Oslo."
+    assert question_of(example) == "Bo lives in"
+    short = render_with_fact(tokenizer, example, len(rendered.input_ids) - 2)
+    assert (short.cut_tokens, short.cut_trained) == (2, 2)
+    assert Example.from_json(example.to_json()) == example
+
+
+# Training.
+
+
+@pytest.mark.parametrize("stage", ["router", "fusion", "joint"])
+def test_each_stage_learns_what_is_its_own_and_every_tensor_of_it(tmp_path, stage):
+    prepared = a_run(tmp_path / "run", stage=stage).prepared()
+    task = prepared.task
+    before = {name: p.detach().clone() for name, p in task.trainable().items()}
+    parts = {name.split(".")[1] for name in before}
+    assert parts == {"router": {"gate"}, "fusion": {"reader"}, "joint": {"gate", "reader"}}[stage]
+    frozen = {name: p.detach().clone() for name, p in task.model.named_parameters() if name not in before}
+    seen = set()
+    for step in range(2):
+        window = [task.batch(step, index) for index in range(4)]
+        task.accumulate(window, sum(batch.loss_units for batch in window))
+        seen |= {name for name, p in task.trainable().items() if p.grad is not None and p.grad.abs().max() > 0}
+        task.update(1e-2, 0.0, None, task.world)
+    assert seen == set(before)
+    assert all(not torch.equal(before[name], p) for name, p in task.trainable().items())
+    assert all(torch.equal(frozen[name], p) for name, p in task.model.named_parameters() if name not in before)
+
+
+@pytest.mark.parametrize("stage", ["router", "joint"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stage):
+    straight = a_run(tmp_path / "straight", stage=stage).go()
+    first = a_run(tmp_path / "parts", stage=stage).go(stop_after=3)
+    assert_equal_runs(straight, a_run(tmp_path / "parts", stage=stage).go(resume=first.saved[-1]))
+
+
+def test_stages_follow_each_other_and_publish_modules_on_the_base(tmp_path):
+    """A version carries the base by name; loading it gives the base and the modules, and the next stage begins with them."""
+    first = a_run(tmp_path / "router", stage="router", memory={"name": "facts"}).go()
+    registry = Registry(first.home)
+    version = registry.resolve(first.run.status.candidate)
+    assert (version.facts.kind, version.facts.method) == ("memory", "memory")
+    assert not (version.path / "model.safetensors").exists()
+    config = json.loads((version.path / "memory_config.json").read_text())
+    assert config["memory"] == "facts"
+    assert config["base"] == version.facts.base == first.run.recipe()["base"]
+    loaded = load_base(version.ref, first.home)
+    base = load_base(config["base"], first.home)
+    ids = torch.randint(0, 60, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(input_ids=ids).logits, base.model(input_ids=ids).logits)
+    heads = gate_heads(loaded.memory)
+    half = SMALL["knowledge_dim"] // 2
+    shapes = {name: tuple(tensor.shape) for name, tensor in heads.items()}
+    assert shapes == {
+        f"{head}.{name}": shape
+        for head in ("subject", "relation")
+        for name, shape in (("attention", (64,)), ("projection.a", (4, 64)), ("projection.b", (half, 4)))
+    }
+    assert heads["subject.projection.b"].abs().max() > 0
+    second = a_run(tmp_path / "next", stage="fusion", base=str(version.path)).prepared()
+    for name, tensor in gate_heads(second.loaded.memory).items():
+        assert torch.equal(tensor, heads[name]), name
+    with pytest.raises(ModelError, match=r"memory\.gate_rank=4"):
+        a_run(tmp_path / "other", base=str(version.path), memory={"gate_rank": 2}).prepared()
+    stored = load_file(version.path / WEIGHTS)
+    (version.path / WEIGHTS).write_bytes(b"broken")
+    with pytest.raises(Damaged, match="cannot be read"):
+        load_base(str(version.path), first.home)
+    assert stored
+
+
+def test_a_tiny_base_learns_to_read_what_it_never_saw(tmp_path):
+    """Held-out facts: the loss of what is read falls well below what the base says of it, and most is copied."""
+    run = a_run(
+        tmp_path / "run", stage="joint", rows=rows_of_facts(60, seed=2), steps_total=60, epochs=40, batch_size=8,
+        accumulation_steps=1, learning_rate=5e-3, evaluate_every="30 steps",
+    ).go()  # fmt: skip
+    held_out = [row for row in read_events(run.run.events.path) if row["event"] == "heldout"]
+    rows = list(read_events(run.run.metrics_path))
+    assert rows[-1]["loss_ce"] < 0.7 * rows[0]["loss_ce"]
+    assert rows[-1]["copied"] > 0.4
+    assert held_out[-1]["heldout_loss"] < held_out[0]["heldout_loss"]
+    assert {"loss_ce", "loss_similarity", "loss_diversity", "loss_kept", "loss_sentinel"} <= rows[-1].keys()
+
+
+# What is refused.
+
+
+def test_bad_facts_are_refused_with_their_lines(tmp_path):
+    with pytest.raises(DataError, match="which fact it needs"):
+        a_run(tmp_path / "none", rows=[{"query": "a?", "retrieved": "b"}] * 2).prepared()
+    with pytest.raises(DataError, match=r"data\.json:1: the entry .* memory\.knowledge_length is 3"):
+        a_run(tmp_path / "long", memory={"knowledge_length": 3}).prepared()
+    row = rows_of_facts(1)[0]
+    for number, (fact, said) in enumerate(
+        [
+            ({"subject": "A", "relation": "b"}, "'fact.value' is missing"),
+            (row["fact"] | {"text": "Nobody."}, "does not hold the subject and the value"),
+            ([], "'fact' is empty"),
+        ]
+    ):
+        with pytest.raises(DataError, match=said):
+            a_run(tmp_path / f"bad{number}", rows=[row | {"fact": fact}]).prepared()
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path):
+    plain = {"name": "bot", "base": "x", "method": "memory", "data": [{"path": "x"}]}
+    with pytest.raises(ValueError, match="an address has two halves; write 8"):
+        Recipe.model_validate(plain | {"memory": {"knowledge_dim": 7}})
+    with pytest.raises(ValueError, match="zero_stage"):
+        Recipe.model_validate(plain | {"train": {"zero_stage": 2}})
+    with pytest.raises(ValueError, match="belongs to `method: memory`"):
+        Recipe.model_validate(plain | {"method": "full", "memory": {"gate_rank": 3}})
+    assert Recipe.model_validate(plain).train.learning_rate == 2e-3
+    with pytest.raises(UsageError, match="needs a base that speaks"):
+        a_run(tmp_path / "new", base="new:tiny-qwen3").prepared()
+    with pytest.raises(UsageError, match="gradient_checkpointing"):
+        a_run(tmp_path / "again", gradient_checkpointing=True).prepared()
