@@ -31,6 +31,9 @@ PACKAGES = (
     "uvicorn",
     "llama-cpp-python",
     "openvino-genai",
+    "faiss-cpu",
+    "wordllama",
+    "sentence-transformers",
 )
 
 

@@ -54,14 +54,12 @@ class Columns:
     def capacity(self) -> int:
         return len(self.rows)
 
-    def slots_of(self, rows: npt.ArrayLike) -> Slots:
-        """The slots of rows [n], -1 where the index has none."""
-        wanted = np.asarray(rows, np.int64)
+    def slot_of(self, row: int) -> int:
+        """The slot of a row, -1 if the index has none."""
         used = self.rows[: self.length]
-        if not self.length:
-            return np.full(wanted.shape, -1, np.int32)
-        places = np.minimum(np.searchsorted(used, wanted), self.length - 1)
-        return np.where(used[places] == wanted, places, -1).astype(np.int32)
+        # Of the rows' own type: any other would have searchsorted copy all of them.
+        place = int(used.searchsorted(np.uint32(row))) if 0 <= row < 1 << 32 else self.length
+        return place if place < self.length and used[place] == row else -1
 
     def is_visible(self, slots: Slots, revision: int | None) -> npt.NDArray[np.bool_]:
         """Which of `slots` a reader of `revision` sees; None is the newest."""

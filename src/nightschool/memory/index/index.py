@@ -176,7 +176,7 @@ class MemoryIndex:
         Files that were written before still hold it until the index is saved again.
         """
         with self._lock:
-            slot = int(self.columns.slots_of(row))
+            slot = self.columns.slot_of(row)
             if slot < 0:
                 return False
             columns = self.columns
@@ -293,14 +293,14 @@ class MemoryIndex:
 
     def address_of(self, row: int) -> tuple[list[int], tuple[int, int]] | None:
         """The tokens of a row's subject and relation, and where the two end among them; None if there is no such row."""
-        slot = int(self.columns.slots_of(row))
+        slot = self.columns.slot_of(row)
         if slot < 0:
             return None
         first, second = (int(end) for end in self.columns.spans[slot])
         return self.columns.tokens[slot, :second].tolist(), (first, second)
 
     def _slot(self, row: int) -> int:
-        slot = int(self.columns.slots_of(row))
+        slot = self.columns.slot_of(row)
         if slot < 0:
             raise KeyError(row)
         return slot
