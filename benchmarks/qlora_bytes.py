@@ -110,7 +110,7 @@ def real_base(place: Path, quick: bool) -> str:
     """SmolLM2, and facts of people who do not exist."""
     from nightschool.data.synthetic import make_world
 
-    world = make_world(seed=3, num_people=40 if quick else 100)
+    world = make_world(seed=3, num_people=40 if quick else 96)
     rows = [{"query": one.question, "retrieved": one.answer} for one in world.examples()]
     (place / "train.json").write_text(json.dumps([row for n, row in enumerate(rows) if n % 5]))
     # Two dozen answers have some 200 tokens, and their loss differs by more than the goal from one dozen to the next.

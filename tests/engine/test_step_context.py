@@ -9,7 +9,6 @@ import torch
 
 from nightschool.engine.admission import FairByTenant, FirstCome
 from nightschool.engine.compute import COMPUTE
-from nightschool.engine.request import Attribution
 from nightschool.errors import ModelError
 from tests.support.engine_setups import BOUND, greedy, lively_model, loaded_model, random_prompt, request, running
 
@@ -79,28 +78,6 @@ def test_a_tenant_gets_no_more_turns_for_having_many_keys(model, admission, is_f
     # The tenant with one key asks 8 times; until it has been answered, each has had as many turns.
     last = [place for place, tenant in enumerate(order) if tenant == "one"][-1]
     assert (last + 1 <= 17) == is_fair
-
-
-def test_what_a_hook_says_of_a_token_goes_out_with_it_and_with_nobody_elses(model):
-    prompt = random_prompt(random.Random(4), 8)
-    source = Attribution("entry 7", 0.25)
-
-    def read_from_memory(context, hidden):
-        for span, binding, _ in context.tokens():
-            if span.answers and binding.tenant == "reader":
-                context.attribution[span.key] = (source,)
-
-    with running(loaded_model(model=model)) as engine:
-        engine.capture("model.layers.1", read_from_memory)
-        reader, other = (engine.submit(request(prompt, 4, binding=BOUND.of(name))) for name in ("reader", "other"))
-        assert reader.result(60).token_ids == other.result(60).token_ids == greedy(model, prompt, 4)
-        assert [chunk.attribution for chunk in reader.chunks()] == [(source,)] * 4
-        assert [chunk.attribution for chunk in other.chunks()] == [None] * 4
-
-
-def test_without_a_hook_no_chunk_says_what_it_was_read_from(model):
-    with running(loaded_model(model=model)) as engine:
-        assert {chunk.attribution for chunk in engine.submit(request([5, 6], 4)).chunks()} == {None}
 
 
 def test_a_hook_that_fails_ends_the_requests_of_its_steps_and_not_the_engine(model):

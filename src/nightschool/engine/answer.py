@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from nightschool.engine.detokenize import StopText, Vocabulary
-from nightschool.engine.request import Attribution, Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
+from nightschool.engine.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from nightschool.layers.memory_reading import TokenSource
 
 
 class Answer:
@@ -25,12 +29,7 @@ class Answer:
         self.num_tokens = 0
         self.cached_tokens = 0
 
-    def add(
-        self,
-        token_id: int,
-        logprob: TokenLogprob | None = None,
-        attribution: tuple[Attribution, ...] | None = None,
-    ) -> Chunk:
+    def add(self, token_id: int, logprob: TokenLogprob | None = None, source: TokenSource | None = None) -> Chunk:
         """The chunk that the next token settles; the last one has a `finish_reason`."""
         if token_id in self._stop_ids:
             return self.end("stop")
@@ -44,7 +43,7 @@ class Answer:
             reason = "stop" if self._stop_text.stopped else "length"
         logprobs = None if logprob is None else (logprob,)
         usage = self._usage() if reason else None
-        return Chunk(text, (token_id,), logprobs, reason, usage, attribution=attribution)
+        return Chunk(text, (token_id,), logprobs, reason, usage, source=source)
 
     def end(self, reason: FinishReason, error: str | None = None) -> Chunk:
         """The last chunk, when no further token comes: text that was held back, and why."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,15 @@ from nightschool.engine.capacity import free_bytes
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.detokenize import Vocabulary
 from nightschool.engine.handle import Handle, Sleeper, wake
+from nightschool.engine.memory_table import MemoryOnBase
 from nightschool.engine.model_runner import LayerHook, ModelRunner, exact_context
 from nightschool.engine.prefix import BLOCK, PrefixCache
-from nightschool.engine.request import Attribution, Chunk, GenerationRequest
+from nightschool.engine.request import Chunk, GenerationRequest
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
 from nightschool.engine.step_context import StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
+from nightschool.layers.memory_reading import MemoryReading, TokenSource
 from nightschool.models.load import LoadedModel
 from nightschool.models.unmerged import UnmergedAdapter
 
@@ -44,7 +46,7 @@ _PREFIX_BYTES = 256 << 20
 
 @dataclass(eq=False)
 class _Resident:
-    """What the engine can answer with: its base alone, or an adapter on it, by its number in the model runner.
+    """What the engine can answer with: its base alone, or an adapter or memory modules on it, by their numbers in the runner.
 
     `num_holders` are those who opened it and did not retire it since. One that is not open takes no requests; it still
     answers the `num_active` that it took.
@@ -55,6 +57,7 @@ class _Resident:
     vocabulary: Vocabulary
     stop_ids: Collection[int]
     num_bytes: int
+    memory: int | None = None
     is_open: bool = True
     num_holders: int = 0
     num_active: int = 0
@@ -74,6 +77,12 @@ class _Active:
     @property
     def binding(self) -> Binding:
         return self.handle.request.binding
+
+    @property
+    def reading(self) -> tuple[int, MemoryReading] | None:
+        """What it reads, with the number of the modules that do; None where nothing was found, or nothing can be read."""
+        reading, memory = self.handle.request.reading, self.resident.memory
+        return None if memory is None or reading is None or not len(reading) else (memory, reading)
 
 
 class Engine:
@@ -163,13 +172,14 @@ class Engine:
         """Of requests to the base alone, by the default tenant."""
         return Binding(self.base)
 
-    def open(self, adapter: UnmergedAdapter | None = None) -> Binding:
-        """Answer with an adapter from now on; without one, with the base alone, which an engine does when it starts.
+    def open(self, adapter: UnmergedAdapter | MemoryOnBase | None = None) -> Binding:
+        """Answer with an adapter, or with memory modules, from now on; without, with the base alone, as it does from the start.
 
         It does so until everybody who opened it has retired it.
 
         Raises:
             NeedsMerging: If the model has a layer that cannot have the adapter unmerged, with the reason.
+            ModelError: If the memory modules were made for another base.
         """
         binding = Binding(self.base, adapter.ref if adapter is not None else None)
         with self._lock:
@@ -180,8 +190,12 @@ class Engine:
                 self._answered.notify_all()
                 return binding
         assert adapter is not None, "the base alone is always known"
-        number = self._runner.add_adapter(adapter.weights)
-        resident = self._resident(number, adapter.tokenizer, adapter.weights.num_bytes)
+        if isinstance(adapter, MemoryOnBase):
+            memory = self._runner.add_memory(adapter.modules)
+            resident = self._resident(0, adapter.tokenizer, adapter.num_bytes, memory)
+        else:
+            number = self._runner.add_adapter(adapter.weights)
+            resident = self._resident(number, adapter.tokenizer, adapter.weights.num_bytes)
         resident.num_holders = 1
         with self._lock:
             self._residents[binding.adapter] = resident
@@ -189,7 +203,7 @@ class Engine:
 
     def retire(
         self, binding: Binding, *, drain: bool = True, timeout_seconds: float | None = None
-    ) -> UnmergedAdapter | None:
+    ) -> UnmergedAdapter | MemoryOnBase | None:
         """Take no more requests of a binding, whoever the tenant, and let its adapter go once all are answered.
 
         While others hold it open, nothing changes. Returns the adapter that has gone; None where none has.
@@ -218,17 +232,25 @@ class Engine:
             if resident.is_open or binding.adapter is None or self._residents.get(binding.adapter) is not resident:
                 return None
             del self._residents[binding.adapter]
-        weights = self._runner.remove_adapter(resident.number)
+        gone: UnmergedAdapter | MemoryOnBase
+        if resident.memory is not None:
+            gone = MemoryOnBase(binding.adapter, resident.tokenizer, self._runner.remove_memory(resident.memory))
+        else:
+            weights = self._runner.remove_adapter(resident.number)
+            gone = UnmergedAdapter(binding.adapter, resident.tokenizer, weights)
         if self._prefix is not None:
             COMPUTE.call(partial(self._prefix.drop, binding.adapter))
-        return UnmergedAdapter(binding.adapter, resident.tokenizer, weights)
+        return gone
 
-    def _resident(self, number: int, tokenizer: PreTrainedTokenizerBase, num_bytes: int) -> _Resident:
+    def _resident(
+        self, number: int, tokenizer: PreTrainedTokenizerBase, num_bytes: int, memory: int | None = None
+    ) -> _Resident:
         generation_config = getattr(self.loaded.model, "generation_config", None)
         # A copy, because others come and go meanwhile.
         alike = (one.vocabulary for one in list(self._residents.values()) if one.tokenizer is tokenizer)
         vocabulary = next(alike, None) or Vocabulary(tokenizer)
-        return _Resident(number, tokenizer, vocabulary, stop_token_ids(tokenizer, generation_config), num_bytes)
+        stop_ids = stop_token_ids(tokenizer, generation_config)
+        return _Resident(number, tokenizer, vocabulary, stop_ids, num_bytes, memory)
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.
@@ -348,6 +370,7 @@ class Engine:
         self._arrange(moves)
         for admission in admissions:
             self._reuse(admission.key, admission.row)
+        self._encode(self._active[admission.key] for admission in admissions)
         with self._lock:
             plan = self._scheduler.plan()
         if plan.spans:
@@ -363,9 +386,9 @@ class Engine:
 
     def _reuse(self, key: int, row: int) -> None:
         """Fill a new row with what is known of its prompt."""
-        if self._prefix is None:
-            return
         active = self._active[key]
+        if self._prefix is None or active.reading is not None:
+            return
         blocks = self._prefix.match(active.binding, active.token_ids)
         for index, pieces in enumerate(blocks):
             self._cache.write(row, index * BLOCK, pieces)
@@ -373,11 +396,21 @@ class Engine:
         with self._lock:
             self._scheduler.reuse(key, len(blocks) * BLOCK)
 
+    def _encode(self, admitted: Iterable[_Active]) -> None:
+        """Make what new requests read ready to be read; one whose entries cannot be ends."""
+        reading = [(active, active.reading) for active in admitted if active.reading is not None]
+        try:
+            self._runner.encode([found for _, found in reading])
+        except Exception as error:
+            log.exception("entries of a memory could not be read", extra={"facts": {"base": self.base}})
+            for active, _ in reading:
+                self._fail(active.key, error)
+
     def _answer(self, plan: StepPlan) -> None:
         """Run a planned step and hand out its tokens."""
         context = self._context_of(plan)
         try:
-            choices = self._choose(plan, context)
+            choices, sources = self._choose(plan, context)
         except Exception as error:
             if len(plan.spans) > 1:
                 # Keys and values are only written where they belong, so the step can be repeated one by one.
@@ -392,7 +425,7 @@ class Engine:
         answering = [span for span in plan.spans if span.answers]
         for span, choice in zip(answering, choices, strict=True):
             try:
-                self._hand_out(span, choice, context.attribution.get(span.key))
+                self._hand_out(span, choice, sources.get(span.key))
             except Exception as error:
                 log.exception("a request failed", extra={"facts": {"base": self.base}})
                 if span.key in self._active:
@@ -401,18 +434,28 @@ class Engine:
     def _context_of(self, plan: StepPlan) -> StepContext:
         active = [self._active[span.key] for span in plan.spans]
         return StepContext(
-            plan.spans, tuple(one.binding for one in active), tuple(one.resident.number for one in active)
+            plan.spans,
+            tuple(one.binding for one in active),
+            tuple(one.resident.number for one in active),
+            {one.key: one.reading for one in active if one.reading is not None},
         )
 
-    def _choose(self, plan: StepPlan, context: StepContext) -> list[Choice]:
+    def _choose(self, plan: StepPlan, context: StepContext) -> tuple[list[Choice], dict[int, TokenSource]]:
+        """The next token of each answer, and by its key where it came from, if that is wanted and known."""
         logits = self._runner.run(plan, self._cache, self._tokens_of, context)
-        rows = [self._active[span.key].sampling for span in plan.spans if span.answers]
-        return choose(logits, rows) if rows else []
+        keys = [span.key for span in plan.spans if span.answers]
+        choices = choose(logits, [self._active[key].sampling for key in keys]) if keys else []
+        sources = {}
+        for row, (key, choice) in enumerate(zip(keys, choices, strict=True)):
+            if key in context.sources and self._active[key].handle.request.wants_sources:
+                log_prob = float(logits[row].float().log_softmax(-1)[choice.token_id])
+                sources[key] = context.sources[key](choice.token_id, log_prob)
+        return choices, sources
 
     def _tokens_of(self, span: Span) -> Sequence[int]:
         return self._active[span.key].token_ids[span.start : span.start + span.length]
 
-    def _hand_out(self, span: Span, choice: Choice, attribution: tuple[Attribution, ...] | None) -> None:
+    def _hand_out(self, span: Span, choice: Choice, source: TokenSource | None) -> None:
         """Give one token to its request, and end the request if it was the last."""
         active = self._active[span.key]
         if not choice.is_finite:
@@ -426,7 +469,7 @@ class Engine:
             self._keep(active, span.row, span.start + span.length)
         active.token_ids.append(choice.token_id)
         active.sampling.note(choice.token_id)
-        chunk = active.answer.add(choice.token_id, choice.logprob, attribution)
+        chunk = active.answer.add(choice.token_id, choice.logprob, source)
         if chunk.finish_reason is not None:
             self._keep(active, span.row, span.start + span.length)
             self._leave(active, chunk)
@@ -434,8 +477,8 @@ class Engine:
             self._publish(active, chunk)
 
     def _keep(self, active: _Active, row: int, tokens: int) -> None:
-        """Put the first tokens of a row into the prefix cache."""
-        if self._prefix is not None and active.handle.request.keeps_prefix:
+        """Put the first tokens of a row into the prefix cache, unless what a memory said is in them."""
+        if self._prefix is not None and active.handle.request.keeps_prefix and active.reading is None:
             read = partial(self._cache.read, row)
             self._prefix.insert(active.binding, active.token_ids[:tokens], read)
 

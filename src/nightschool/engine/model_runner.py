@@ -21,10 +21,13 @@ from nightschool.engine.attention import ROW_ATTENTION, RowStep
 from nightschool.engine.binding import Binding
 from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.compute import COMPUTE
+from nightschool.engine.memory_table import MemoryTable
 from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.step_context import StepContext
 from nightschool.engine.weights import lay_out
 from nightschool.errors import ModelError
+from nightschool.layers.memory_reading import MemoryReading
+from nightschool.models.memory_model import MemoryModules
 from nightschool.models.unmerged import LoraWeights
 
 # Logits of one pass over packed prompts against those of the model's own attention, as a share of the largest.
@@ -60,6 +63,7 @@ class ModelRunner:
         self._context: StepContext | None = None
         self.layouts = lay_out(self._model, layout_bytes, packed_folder=packed_folder)
         self._adapters = AdapterTable(self._model)
+        self._memories = MemoryTable(self._model, model)
         self.shapes = self._check()
 
     @property
@@ -104,6 +108,22 @@ class ModelRunner:
         """Let an adapter go that no step names any more, and return what it was."""
         return COMPUTE.call(lambda: self._adapters.remove(number))
 
+    def add_memory(self, modules: MemoryModules) -> int:
+        """Take memory modules in; returns the number by which a `StepContext` names them.
+
+        Raises:
+            ModelError: If they were made for another base.
+        """
+        return COMPUTE.call(lambda: self._memories.add(modules))
+
+    def remove_memory(self, number: int) -> MemoryModules:
+        """Let memory modules go that no step names any more."""
+        return COMPUTE.call(lambda: self._memories.remove(number))
+
+    def encode(self, readings: Sequence[tuple[int, MemoryReading]]) -> None:
+        """Make entries ready to be read, each with the number of the modules that read them. On the compute thread."""
+        self._memories.encode(readings)
+
     def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf, context: StepContext | None = None) -> Tensor:
         """Read the tokens of all spans, keep their keys and values, and return logits [S,V] of the spans that answer.
 
@@ -140,9 +160,12 @@ class ModelRunner:
                 wanted.append(len(token_ids) - 1)
         step = RowStep(cache, plan.decode, plan.prefill, self.device, self.dtype)
         if not wanted:
-            self._forward(token_ids, places, step, [0])
+            with self._memories.reading(self._context, [0]):
+                self._forward(token_ids, places, step, [0])
             return torch.empty(0, self.vocab_size, device=self.device)
-        return self._forward(token_ids, places, step, None if len(wanted) == len(token_ids) else wanted)
+        asked = None if len(wanted) == len(token_ids) else wanted
+        with self._memories.reading(self._context, asked) as mix:
+            return mix(self._forward(token_ids, places, step, asked))
 
     def _forward(
         self, token_ids: Sequence[int], places: Sequence[int], step: RowStep, wanted: Sequence[int] | None

@@ -30,7 +30,7 @@ from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import Conflict
 from nightschool.events import now
 from nightschool.models.load import LoadedModel, Located, load_base, load_located, locate, located_version
-from nightschool.models.unmerged import NeedsMerging, base_under, load_unmerged, why_merged
+from nightschool.models.unmerged import NeedsMerging, UnmergedAdapter, base_under, load_unmerged, why_merged
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
 
@@ -188,7 +188,7 @@ class EnginePool:
         `keep` leaves the adapter of a version in host memory, as far as there is room.
         """
         adapter = bound.engine.retire(bound.binding, drain=drain, timeout_seconds=timeout_seconds)
-        if keep and adapter is not None and isinstance(bound, Generation):
+        if keep and isinstance(adapter, UnmergedAdapter) and isinstance(bound, Generation):
             self.host.put(adapter)
         self._let_go(bound.engine)
 

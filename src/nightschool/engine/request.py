@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nightschool.engine.binding import Binding
 from nightschool.errors import UsageError
+
+if TYPE_CHECKING:
+    from nightschool.layers.memory_reading import MemoryReading, TokenSource
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -80,7 +83,8 @@ class SamplingParams:
 class GenerationRequest:
     """One prompt in token ids, what answers it, and how. `id` is for logs; it need not be unique.
 
-    `keeps_prefix` is whether its keys and values are kept for others that begin alike.
+    `keeps_prefix` is whether its keys and values are kept for others that begin alike. `reading` are the entries of a memory that
+    were found for it, and `wants_sources` is whether its chunks say what was read.
     """
 
     id: str
@@ -88,6 +92,8 @@ class GenerationRequest:
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     keeps_prefix: bool = True
+    reading: MemoryReading | None = None
+    wants_sources: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -113,21 +119,13 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Attribution:
-    """Something that a token was read from: what it is called, and its share of the token from 0 to 1."""
-
-    source: str
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer.
 
     Texts of all chunks, one after the other, are the answer. Text may come later than its tokens: half characters and
     what may become a stop string are held back. `token_ids` never hold the end-of-text token. Only the last chunk has a
-    `finish_reason` and `usage`; with the reason `error` it has the message in `error`. `attribution` is that of its only
-    token, where a layer of the model said what it was read from (`engine.step_context`).
+    `finish_reason` and `usage`; with the reason `error` it has the message in `error`. `source` is where its only token
+    came from, if the request wants to know, and reads a memory.
     """
 
     text: str = ""
@@ -136,7 +134,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
-    attribution: tuple[Attribution, ...] | None = None
+    source: TokenSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,35 @@
-"""What the layers of a model may know of a step beside its tokens: whose each of them is."""
+"""What the layers of a model may know of a step beside its tokens: whose each of them is, and what it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nightschool.engine.binding import Binding
-from nightschool.engine.request import Attribution
 from nightschool.engine.scheduler import Span
+
+if TYPE_CHECKING:
+    from nightschool.layers.memory_reading import MemoryReading, TokenSource
+
+# Where the token with this id came from, which was chosen with this log-probability.
+SourceOf = Callable[[int, float], "TokenSource"]
 
 
 @dataclass
 class StepContext:
     """One step. Its tokens lie end to end in the order of `spans`; `bindings` and `adapters` have one entry per span.
 
-    `adapters` are the numbers that `ModelRunner` gave out; 0 is the base alone. Whoever knows what an answering token was
-    read from writes it into `attribution` under the key of its span, and it goes out with the token.
+    `adapters` are the numbers that `ModelRunner` gave out; 0 is the base alone. `readings` has, by the key of a span that reads
+    entries of a memory, the number of the modules that read them, and the entries. Whoever knows what an answering token was read
+    from writes into `sources` under the key of its span how to tell, and it goes out with the token.
     """
 
     spans: tuple[Span, ...]
     bindings: tuple[Binding, ...]
     adapters: tuple[int, ...]
-    attribution: dict[int, tuple[Attribution, ...]] = field(default_factory=dict)
+    readings: Mapping[int, tuple[int, MemoryReading]] = field(default_factory=dict)
+    sources: dict[int, SourceOf] = field(default_factory=dict)
 
     def tokens(self) -> Iterator[tuple[Span, Binding, slice]]:
         """Every span with its binding and the places of its tokens in the step."""

@@ -123,6 +123,22 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise ModelError(f"{type(inner).__name__} has no list of its {count} layers, so no memory can be attached to it.")
 
 
+def check_fits(model: nn.Module, shape: MemoryShape) -> None:
+    """Refuse a base that the modules were not made for. Raises ModelError with both sizes."""
+    layers = decoder_layers(model)
+    width = int(causal_lm(model).config.get_text_config().hidden_size)
+    if shape.hidden_size != width:
+        raise ModelError(
+            f"The memory modules are made for a base of width {shape.hidden_size}, and this one has {width}. "
+            "Load them on the base that they were trained on."
+        )
+    if max(shape.layers) >= len(layers):
+        raise ModelError(
+            f"The memory modules read at layer {max(shape.layers)}, and this base has {len(layers)} layers. "
+            "Load them on the base that they were trained on."
+        )
+
+
 class _DeepEnough(Exception):
     """No error: ends a forward pass whose rest nobody needs. Carries the states after the layer that was asked for."""
 
@@ -318,17 +334,7 @@ class MemoryAttachment:
     def __init__(self, model: nn.Module, modules: MemoryModules) -> None:
         self._modules, shape = modules, modules.shape
         layers = decoder_layers(model)
-        width = int(causal_lm(model).config.get_text_config().hidden_size)
-        if shape.hidden_size != width:
-            raise ModelError(
-                f"The memory modules are made for a base of width {shape.hidden_size}, and this one has {width}. "
-                "Load them on the base that they were trained on."
-            )
-        if max(shape.layers) >= len(layers):
-            raise ModelError(
-                f"The memory modules read at layer {max(shape.layers)}, and this base has {len(layers)} layers. "
-                "Load them on the base that they were trained on."
-            )
+        check_fits(model, shape)
         self._step: MemoryStep | None = None
         self._handles = [layers[index].register_forward_hook(self._hook(index)) for index in shape.layers]
         self._handles.append(causal_lm(model).register_forward_hook(self._mix))

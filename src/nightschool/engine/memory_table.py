@@ -1,0 +1,133 @@
+"""The memory modules that stand on one base: requests read their entries as the tokens of a step pass the layers.
+
+Any number of modules may stand on a base at once. In a step each request reads with those of its own version, or with none; what
+nobody reads is computed to the bit as without them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedTokenizerBase
+
+from nightschool.engine.scheduler import Span
+from nightschool.engine.step_context import StepContext
+from nightschool.layers.memory_reading import MemoryReading
+from nightschool.models.memory_model import EntryEncoder, MemoryModules, MemoryStep, check_fits, decoder_layers
+
+Mix = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MemoryOnBase:
+    """A version that is its base with memory modules, as an engine of that base takes it."""
+
+    ref: str
+    tokenizer: PreTrainedTokenizerBase
+    modules: MemoryModules
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.modules.parameters())
+
+
+@dataclass(eq=False)
+class _Standing:
+    modules: MemoryModules
+    encoder: EntryEncoder
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+
+class MemoryTable:
+    """Memory modules by number.
+
+    Args:
+        running: The model whose layers run the steps.
+        base: The same weights as transformers calls them; entries go through its first layers.
+    """
+
+    def __init__(self, running: nn.Module, base: nn.Module) -> None:
+        self._running, self._base = running, base
+        self._standing: dict[int, _Standing] = {}
+        self._numbers = itertools.count(1)
+        self._steps: dict[int, MemoryStep] = {}
+
+    def add(self, modules: MemoryModules) -> int:
+        """Let modules stand on the base. Raises ModelError if they were made for another one."""
+        check_fits(self._base, modules.shape)
+        number = next(self._numbers)
+        modules = modules.to(next(self._running.parameters()).device).eval().requires_grad_(requires_grad=False)
+        standing = _Standing(modules, EntryEncoder(self._base, modules.shape))
+        layers = decoder_layers(self._running)
+        for index in modules.shape.layers:
+            hook = partial(self._after_layer, number, index)
+            standing.handles.append(layers[index].register_forward_hook(hook))
+        self._standing[number] = standing
+        return number
+
+    def remove(self, number: int) -> MemoryModules:
+        """Take modules off the base again that no step reads with any more."""
+        standing = self._standing.pop(number)
+        for handle in standing.handles:
+            handle.remove()
+        return standing.modules
+
+    def encode(self, readings: Sequence[tuple[int, MemoryReading]]) -> None:
+        """Take the entries of new requests through the first layers, those of all requests together."""
+        of_number: dict[int, list[MemoryReading]] = defaultdict(list)
+        for number, reading in readings:
+            of_number[number].append(reading)
+        for number, own in of_number.items():
+            self._standing[number].encoder.encode(own)
+
+    @contextmanager
+    def reading(self, context: StepContext | None, wanted: Sequence[int] | None) -> Iterator[Mix]:
+        """Let the spans of a step read while the block computes it; yields what is to be made of its logits.
+
+        The context learns how to say where a token came from, for each span that reads and answers.
+        """
+        spans = [] if context is None else [one for one in context.tokens() if one[0].key in context.readings]
+        if context is None or not spans:
+            yield _as_it_is
+            return
+        of_number: dict[int, list[tuple[slice, MemoryReading]]] = defaultdict(list)
+        keys: dict[int, list[Span]] = defaultdict(list)
+        for span, _, places in spans:
+            number, reading = context.readings[span.key]
+            of_number[number].append((places, reading))
+            keys[number].append(span)
+        self._steps = {n: MemoryStep(self._standing[n].modules, own, wanted) for n, own in of_number.items()}
+        try:
+            yield self._mix
+            for number, step in self._steps.items():
+                for span, trace in zip(keys[number], step.traces, strict=True):
+                    context.sources[span.key] = partial(trace.source, span.length - 1)
+        finally:
+            self._steps = {}
+
+    def _mix(self, logits_sv: Tensor) -> Tensor:
+        for step in self._steps.values():
+            logits_sv = step.mix(logits_sv)
+        return logits_sv
+
+    def _after_layer(self, number: int, index: int, _: nn.Module, __: Any, output: Any) -> Any:
+        step = self._steps.get(number)
+        if step is None:
+            return None
+        states = output[0] if isinstance(output, tuple) else output
+        with torch.inference_mode():
+            changed = step.after_layer(index, states[0])[None]
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def _as_it_is(logits_sv: Tensor) -> Tensor:
+    return logits_sv
