@@ -54,6 +54,8 @@ def serve(
     max_loaded_names: int = 256,
     max_loaded_bytes: int | None = None,
     max_host_bytes: int = 512_000_000,
+    memory: str | None = None,
+    memory_read: Literal["layers", "prompt"] | None = None,
     drain_seconds: float = 30.0,
     with_worker: bool = False,
     log_level: str | None = None,
@@ -98,6 +100,9 @@ def serve(
         max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
         max_loaded_bytes: What their weights may take, bases under adapters apart; over it, the same. Unbounded without it.
         max_host_bytes: What adapters that left may take in host memory, until they are asked for again.
+        memory: A memory that requests read which name none, each tenant its own; see nightschool memory.
+        memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question; without
+            it, layers where the model was trained by method: memory.
         drain_seconds: How long running answers may take to finish after SIGTERM.
         with_worker: Start nightschool worker beside the server, which does the queued jobs and ends with it.
         log_level: debug, info, warning or error; LOG_LEVEL, or info, without it.
@@ -142,6 +147,8 @@ def serve(
             max_loaded_names=max_loaded_names,
             max_loaded_bytes=max_loaded_bytes,
             max_host_bytes=max_host_bytes,
+            memory=memory,
+            memory_read=memory_read,
             drain_seconds=drain_seconds,
             training_service=TrainingServiceSettings.of_environment(),
             log_level=(log_level or os.environ.get("LOG_LEVEL") or "info").lower(),

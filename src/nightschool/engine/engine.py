@@ -34,6 +34,7 @@ from nightschool.engine.step_context import StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.layers.memory_reading import MemoryReading, TokenSource
 from nightschool.models.load import LoadedModel
+from nightschool.models.memory_model import MemoryModules
 from nightschool.models.unmerged import UnmergedAdapter
 
 log = logging.getLogger("nightschool.engine")
@@ -285,6 +286,12 @@ class Engine:
             resident.num_active += 1
         COMPUTE.wake()
         return handle
+
+    def memory_modules(self, binding: Binding) -> MemoryModules | None:
+        """What a binding reads memories with; None if it reads none."""
+        with self._lock:
+            resident = self._residents.get(binding.adapter)
+            return None if resident is None or resident.memory is None else self._runner.memory(resident.memory)
 
     def capture(self, layer: str, hook: LayerHook) -> Callable[[], None]:
         """See what a layer computes in every step; see `ModelRunner.capture`. Returns how to stop that."""

@@ -89,6 +89,10 @@ class MemoryTable:
         for number, own in of_number.items():
             self._standing[number].encoder.encode(own)
 
+    def standing(self, number: int) -> MemoryModules:
+        """The modules of a number."""
+        return self._standing[number].modules
+
     @contextmanager
     def reading(self, context: StepContext | None, wanted: Sequence[int] | None) -> Iterator[Mix]:
         """Let the spans of a step read while the block computes it; yields what is to be made of its logits.

@@ -120,6 +120,10 @@ class ModelRunner:
         """Let memory modules go that no step names any more."""
         return COMPUTE.call(lambda: self._memories.remove(number))
 
+    def memory(self, number: int) -> MemoryModules:
+        """The memory modules of a number."""
+        return self._memories.standing(number)
+
     def encode(self, readings: Sequence[tuple[int, MemoryReading]]) -> None:
         """Make entries ready to be read, each with the number of the modules that read them. On the compute thread."""
         self._memories.encode(readings)

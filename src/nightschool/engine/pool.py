@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,15 @@ from nightschool.engine.capacity import needed_bytes
 from nightschool.engine.compute import apart
 from nightschool.engine.engine import Engine
 from nightschool.engine.host_tier import HostTier
+from nightschool.engine.memory_table import MemoryOnBase
 from nightschool.engine.packed_cache import folder_of
 from nightschool.engine.proofs import Proofs
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import Conflict
 from nightschool.events import now
+from nightschool.models.folder import is_memory_folder
 from nightschool.models.load import LoadedModel, Located, load_base, load_located, locate, located_version
+from nightschool.models.memory_version import MemoryVersion, read_memory_folder
 from nightschool.models.unmerged import NeedsMerging, UnmergedAdapter, base_under, load_unmerged, why_merged
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
@@ -46,11 +49,12 @@ Stage = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True, eq=False)
 class BoundEngine:
-    """An engine, and how it is asked for one model."""
+    """An engine, and how it is asked for one model; `memory` is what a model that reads one stands on."""
 
     binding: Binding
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
+    memory: MemoryVersion | None = field(default=None, kw_only=True)
 
     def answers(self, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[tuple[int, ...]]:
         """The tokens of answers that must come, made beside each other; they share no prefix with any client's.
@@ -193,8 +197,9 @@ class EnginePool:
         self._let_go(bound.engine)
 
     def _base_apart(self, found: Located, *, merged: bool) -> str | None:
-        """The base of an adapter, unless it is to be merged."""
-        return None if merged or self._merge_adapters else base_under(found, self.home)
+        """The base of an adapter, unless it is to be merged, and of memory modules, which cannot be."""
+        is_merged = (merged or self._merge_adapters) and not is_memory_folder(found.folder)
+        return None if is_merged else base_under(found, self.home)
 
     def _bind_unmerged(self, found: Located, base: str, stage: Stage) -> BoundEngine:
         with stage("load"):
@@ -203,6 +208,12 @@ class EnginePool:
                 raise NeedsMerging(reason)
         load = partial(load_base, base, self.home, dtype=self.dtype, device=self.device)
         with self._held(base, load, stage) as engine:
+            if is_memory_folder(found.folder):
+                with stage("load"):
+                    modules, stands_on = read_memory_folder(found.folder)
+                    reader = MemoryOnBase(found.ref, engine.loaded.tokenizer, modules)
+                with stage("warm_up"):
+                    return BoundEngine(engine.open(reader), engine, reader.tokenizer, memory=stands_on)
             with stage("load"):
                 adapter = self.host.take(found.ref) or load_unmerged(found, engine.loaded)
             with stage("warm_up"):

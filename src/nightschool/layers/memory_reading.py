@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,11 +106,17 @@ class EntryWeight:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where a token came from: `copied` out of an entry, `fused` into what the base says, or from the `weights` of the base.
+    """Where a token came from: `copied` out of an entry, `fused` into what the base says, read in the `prompt`, or from the
+    `weights` of the base.
 
     `entries` are those that were read, the heaviest first. `copied` is the share of the token's probability that the pointer gave.
     """
 
-    kind: Literal["copied", "fused", "weights"]
+    kind: Literal["copied", "fused", "prompt", "weights"]
     entries: tuple[EntryWeight, ...]
     copied: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        shares = [{"id": entry.entry, "weight": round(entry.weight, 6)} for entry in self.entries]
+        return {"from": self.kind, "copied": round(self.copied, 6), "entries": shares}

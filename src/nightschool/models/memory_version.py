@@ -57,6 +57,15 @@ def save_memory_folder(
         tokenizer.save_pretrained(str(folder))
 
 
+def memory_version(folder: Path) -> MemoryVersion:
+    """What the modules of a folder stand on, without reading them. Raises Damaged if its configuration is broken."""
+    config = read_json(folder / MEMORY_CONFIG, str(folder))
+    try:
+        return MemoryVersion(str(config["base"]), config.get("memory"), config.get("revision"))
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{folder / MEMORY_CONFIG} names no base ({error}). Publish the version again.") from None
+
+
 def read_memory_folder(folder: Path) -> tuple[MemoryModules, MemoryVersion]:
     """The modules on the CPU, and what they stand on.
 

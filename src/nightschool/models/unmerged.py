@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base
-from nightschool.models.folder import is_adapter_folder
+from nightschool.models.folder import is_adapter_folder, is_memory_folder
 from nightschool.models.load import LoadedModel, Located, as_path
+from nightschool.models.memory_version import memory_version
 from nightschool.models.shared_tokenizer import shared_tokenizer
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
@@ -64,10 +65,14 @@ class UnmergedAdapter:
 
 
 def base_under(found: Located, home: Home) -> str | None:
-    """The reference, resolved, of the base that an adapter stands on; None if it has all its weights itself."""
-    if not is_adapter_folder(found.folder):
+    """The reference, resolved, of the base that an adapter or memory modules stand on; None if it has all its weights itself."""
+    base: str | None
+    if is_memory_folder(found.folder):
+        base = found.base or memory_version(found.folder).base
+    elif is_adapter_folder(found.folder):
+        base = found.base or adapter_base(found.folder)
+    else:
         return None
-    base = found.base or adapter_base(found.folder)
     if not base:
         return None
     plain, quantization = split_quantization(base)
@@ -96,7 +101,9 @@ def load_unmerged(found: Located, under: LoadedModel) -> UnmergedAdapter:
 
 
 def why_merged(folder: Path) -> str | None:
-    """Why the adapter of a folder cannot stay apart from its base; None if it can."""
+    """Why the adapter of a folder cannot stay apart from its base; None if it can, as memory modules always can."""
+    if is_memory_folder(folder):
+        return None
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -27,6 +27,7 @@ from nightschool.server.errors import install_handlers
 from nightschool.server.memories import conflict_routes, version_routes
 from nightschool.server.memories import routes as memories
 from nightschool.server.memories.opened import Memories
+from nightschool.server.memories.recall import MemoryChoice
 from nightschool.server.metrics import Metrics
 from nightschool.server.middleware import auth
 from nightschool.server.middleware.audit import Audit
@@ -104,6 +105,8 @@ def create_app(
     )
     names = ServedNames(slots, on_demand, registry)
     metrics = Metrics(names)
+    opened = None if registry is None else Memories(registry.home)
+    default = None if settings.memory is None else MemoryChoice(settings.memory, settings.memory_read)
     service = Service(
         names=names,
         settings=settings,
@@ -111,7 +114,7 @@ def create_app(
         metrics=metrics,
         refresher=Refresher(names, metrics, settings.model_check_interval),
         recorder=Recorder(conversations if settings.record_conversations else None, metrics),
-        answering=Answering(names, metrics),
+        answering=Answering(names, metrics, opened, default),
         access=access,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
@@ -127,7 +130,7 @@ def create_app(
     app.state.service = service
     app.state.bases_ahead = bases_ahead
     app.state.training = None if registry is None else TrainingService.of(registry, settings.training_service)
-    app.state.memories = None if registry is None else Memories(registry.home)
+    app.state.memories = opened
     for router in FAMILIES:
         app.include_router(router)
     install_handlers(app)

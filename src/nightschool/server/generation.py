@@ -16,6 +16,7 @@ from nightschool.engine.pool import Generation
 from nightschool.engine.request import Chunk
 from nightschool.errors import NightschoolError
 from nightschool.server.errors import ClientGone, Refusal, log
+from nightschool.server.memories.recall import Recall
 from nightschool.server.metrics import Metrics
 
 Result = TypeVar("Result")
@@ -32,6 +33,10 @@ class Answer:
         return "".join(chunk.text for chunk in self.chunks)
 
     @property
+    def token_ids(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.token_ids]
+
+    @property
     def finish_reason(self) -> str | None:
         return self.chunks[-1].finish_reason if self.chunks else None
 
@@ -40,11 +45,18 @@ class Running:
     """The answers in the making of one request, all by the same version."""
 
     def __init__(
-        self, generation: Generation, prompts: list[list[int]], handles: list[Handle], metrics: Metrics
+        self,
+        generation: Generation,
+        prompts: list[list[int]],
+        handles: list[Handle],
+        metrics: Metrics,
+        recalls: Sequence[Recall | None] = (),
     ) -> None:
         self.version = generation.version
         self.binding = generation.binding
         self.tokenizer = generation.tokenizer
+        self.generation, self.prompts = generation, prompts
+        self.recalls = [found for found in recalls if found is not None]
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -67,6 +79,11 @@ class Running:
             "total_tokens": self.prompt_tokens + self.generated_tokens,
             "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
         }
+
+    def headers(self) -> dict[str, str]:
+        """What answered: the version, and the memory with the revision that was read."""
+        read = dict.fromkeys(found.label for found in self.recalls)
+        return {"x-model-version": self.binding.label} | ({"x-memory-revision": ",".join(read)} if read else {})
 
     def facts(self) -> dict[str, Any]:
         """What the access log says."""

@@ -6,7 +6,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
@@ -93,6 +93,12 @@ class ServerSettings(BaseModel):
         ge=0,
         description="What adapters that left in this way may take in host memory, until they are asked for again.",
     )
+    memory: str | None = Field(
+        None, description="The memory of its tenant that a request reads which names none; null reads none."
+    )
+    memory_read: Literal["layers", "prompt"] | None = Field(
+        None, description="How: by layers of the model, or put into the prompt; null is layers where the model can."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
     training_service: TrainingServiceSettings = Field(
         default_factory=TrainingServiceSettings, description="What the training service allows, and its defaults."
@@ -103,6 +109,11 @@ class ServerSettings(BaseModel):
     @classmethod
     def _plain_keys(cls, keys: Any) -> Any:
         return [{"key": key} if isinstance(key, str | SecretStr) else key for key in keys]
+
+    @field_validator("memory")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        return None if name is None else check_name(name, what="memory")
 
     @property
     def on_loopback(self) -> bool:

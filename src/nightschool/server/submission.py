@@ -13,16 +13,20 @@ from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
 from nightschool.engine.binding import Binding
 from nightschool.engine.handle import Handle
+from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import Generation
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
+from nightschool.models.memory_why import TokenWhy
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Running
+from nightschool.server.memories.opened import Memories
+from nightschool.server.memories.recall import MemoryChoice, Prompt, Read, Recall, question_in, recall, with_facts
+from nightschool.server.memories.why import explained, refuse_unknowable
 from nightschool.server.metrics import Metrics
 from nightschool.server.served_names import ServedNames
 from nightschool.store.principal import Principal
 
-Prompt = Sequence[Message] | str | list[int]
 Result = TypeVar("Result")
 _PIECE_CHARACTERS = 20_000
 _SPLIT_TOKENS = 16
@@ -45,16 +49,54 @@ class Ask:
     principal: Principal
     n: int = 1
     owner: str | None = None
+    memory: MemoryChoice | None = None
+    wants_why: bool = False
 
 
 class Answering:
-    """Turns prompts into token ids with the tokenizer of the version that will answer, and submits them to it."""
+    """Turns prompts into token ids with the tokenizer of the version that will answer, and submits them to it.
 
-    def __init__(self, names: ServedNames, metrics: Metrics) -> None:
+    Args:
+        names: What answers.
+        metrics: Where requests are counted.
+        memories: The home's, if there is one.
+        memory: Which memory is read by who names none, and how.
+    """
+
+    def __init__(
+        self,
+        names: ServedNames,
+        metrics: Metrics,
+        memories: Memories | None = None,
+        memory: MemoryChoice | None = None,
+    ) -> None:
         self._names = names
         self._metrics = metrics
+        self._memories, self._memory = memories, memory
         # A tokenizer is changed by encoding with other truncation settings; one at a time is safe.
         self._encoding = threading.Lock()
+
+    async def why(self, running: Running, ask: Ask, index: int, answer_ids: Sequence[int]) -> list[TokenWhy]:
+        """Why answer `index` says what it says.
+
+        Raises:
+            NotLoaded: If its version was swapped out meanwhile.
+        """
+        place = index // ask.n
+
+        def encode(prompt: Prompt) -> list[int]:
+            with self._encoding:
+                return _encode(running.tokenizer, prompt)
+
+        return await anyio.to_thread.run_sync(
+            explained,
+            running.generation,
+            running.recalls[place],
+            ask.prompts[place],
+            running.prompts[place],
+            answer_ids,
+            encode,
+        )
 
     async def start(self, ask: Ask, request_id: str) -> Running:
         """Begin to generate.
@@ -82,22 +124,64 @@ class Answering:
         with self._encoding:
             for prompt in ask.prompts:
                 _refuse_hopeless(tokenizer, prompt, context_tokens)
-            prompts = [_encode(tokenizer, prompt) for prompt in ask.prompts]
-        handles = self._submit(generation, binding, prompts, ask, request_id)
-        return Running(generation, prompts, handles, self._metrics)
+        recalls = self._recalls(generation, ask)
+        if ask.wants_why:
+            for found in recalls:
+                refuse_unknowable(generation, found)
+        asked = [
+            with_facts(prompt, found.found) if found is not None and found.read == "prompt" else prompt
+            for prompt, found in zip(ask.prompts, recalls, strict=True)
+        ]
+        with self._encoding:
+            prompts = [_encode(tokenizer, prompt) for prompt in asked]
+        handles = self._submit(generation, binding, prompts, recalls, ask, request_id)
+        return Running(generation, prompts, handles, self._metrics, recalls)
+
+    def _recalls(self, generation: Generation, ask: Ask) -> list[Recall | None]:
+        """What a memory has for each prompt; None where none is read."""
+        choice = ask.memory or self._memory
+        if choice is None and generation.memory is not None:
+            choice = MemoryChoice(None)
+        if choice is None or choice.read == "off":
+            return [None] * len(ask.prompts)
+        name = choice.name or (generation.memory.memory if generation.memory is not None else None)
+        if name is None or self._memories is None:
+            raise UsageError("No memory is named, and this model was trained with none. Name one in memory.name.")
+        read: Read = choice.read or ("prompt" if generation.memory is None else "layers")
+        if read == "layers" and generation.memory is None:
+            raise UsageError(
+                f"{generation.binding.label} has no layers that read a memory. Let memory.read be prompt, or train it with "
+                "method: memory."
+            )
+        memory = self._memories.asked(ask.principal.tenant, name, generation)
+        return [recall(memory, read, question_in(prompt, generation.tokenizer)) for prompt in ask.prompts]
 
     def _submit(
-        self, generation: Generation, binding: Binding, prompts: list[list[int]], ask: Ask, request_id: str
+        self,
+        generation: Generation,
+        binding: Binding,
+        prompts: list[list[int]],
+        recalls: Sequence[Recall | None],
+        ask: Ask,
+        request_id: str,
     ) -> list[Handle]:
         handles: list[Handle] = []
         try:
-            for prompt in prompts:
+            for prompt, found in zip(prompts, recalls, strict=True):
+                pinned = binding if found is None else replace(binding, memory_revision=found.label)
                 params = _with_length(ask, len(prompt), generation.engine.context_tokens)
                 for _ in range(ask.n):
                     index = len(handles)
                     seed = None if params.seed is None else (params.seed + index) % 2**63
                     seeded = replace(params, seed=seed)
-                    request = GenerationRequest(f"{request_id}-{index}", binding, prompt, seeded)
+                    request = GenerationRequest(
+                        f"{request_id}-{index}",
+                        pinned,
+                        prompt,
+                        seeded,
+                        reading=reading_of(found.found) if found is not None and found.read == "layers" else None,
+                        wants_sources=ask.wants_why,
+                    )
                     handles.append(generation.engine.submit(request))
         except BaseException:
             for handle in handles:

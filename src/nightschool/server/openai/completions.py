@@ -11,11 +11,12 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nightschool.engine.request import SamplingParams
+from nightschool.engine.request import Chunk, SamplingParams
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Answer, Running, while_connected
+from nightschool.server.memories.why import shown
 from nightschool.server.openai.model_names import fine_tuned, fine_tuned_models, registry_name
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
@@ -23,7 +24,7 @@ from nightschool.server.openai.schema import ChatRequest, CompletionRequest, Sam
 from nightschool.server.recording import Exchange
 from nightschool.server.service import PrincipalOf, RequestId, Service, ServiceOf, owner_of, published_at
 from nightschool.server.stream import EventStream
-from nightschool.server.submission import Ask
+from nightschool.server.submission import Answering, Ask
 from nightschool.server.token_text import TokenText
 from nightschool.store.checkpoint_permissions import CheckpointPermissions
 from nightschool.store.principal import Principal
@@ -52,6 +53,8 @@ async def chat_completions(
         principal=principal,
         n=body.n or 1,
         owner=owner,
+        memory=body.choice,
+        wants_why=bool(body.why),
     )
     kept = [{"role": message.role, "content": message.content} for message in messages]
     return await _answer(body, ask, ChatShape(with_logprobs=logprobs is not None), request, service, request_id, kept)
@@ -72,6 +75,8 @@ async def completions(
         principal=principal,
         n=body.n or 1,
         owner=owner,
+        memory=body.choice,
+        wants_why=bool(body.why),
     )
     if len(ask.prompts) * ask.n > _MOST_ANSWERS:
         raise Refusal(
@@ -122,8 +127,10 @@ def _length(asked: int | None, service: Service) -> int | None:
 class _Request:
     """One request that is being answered: what all its events and its record share."""
 
-    def __init__(self, body: Sampling, ask: Ask, shape: Shape, running: Running, request_id: str) -> None:
-        self.ask, self.shape, self.running = ask, shape, running
+    def __init__(
+        self, body: Sampling, ask: Ask, shape: Shape, running: Running, request_id: str, answering: Answering
+    ) -> None:
+        self.ask, self.shape, self.running, self.answering = ask, shape, running, answering
         self.words = TokenText(running.tokenizer)
         self.with_usage = body.stream_options is not None and body.stream_options.include_usage
         self.head = {
@@ -133,10 +140,22 @@ class _Request:
             "system_fingerprint": running.binding.label,
         }
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         choices = [self.shape.choice(index, answer, self.words) for index, answer in enumerate(answers)]
-        return self.head | {"object": self.shape.object, "choices": choices, "usage": self.running.usage()}
+        if self.ask.wants_why:
+            for index, answer in enumerate(answers):
+                choices[index]["why"] = await self.why(index, answer.token_ids)
+        return self.head | {"object": self.shape.object, "choices": choices, "usage": self.running.usage()} | self.read
+
+    async def why(self, index: int, answer_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """What each token of an answer was read from."""
+        return shown(await self.answering.why(self.running, self.ask, index, answer_ids), self.words.text)
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """What was read of a memory, for each prompt; nothing where none was."""
+        return {"memory": [found.to_json() for found in self.running.recalls]} if self.running.recalls else {}
 
     async def events(self, keep: Callable[[str], None]) -> AsyncIterator[dict[str, Any]]:
         """The events of a stream, all but `[DONE]`; `keep` gets the first answer when all are whole."""
@@ -144,6 +163,7 @@ class _Request:
         # OpenAI sends `usage: null` with every event but the last, if it was asked for at all.
         tail: dict[str, Any] = {"usage": None} if self.with_usage else {}
         sent = [""] * (len(self.ask.prompts) * self.ask.n)
+        answer_ids: list[list[int]] = [[] for _ in sent]
         for index in range(len(sent)):
             opening = self.shape.opening(index)
             if opening is not None:
@@ -151,10 +171,19 @@ class _Request:
         async with contextlib.aclosing(self.running.events()) as chunks:
             async for index, chunk in chunks:
                 piece = self.shape.piece(index, chunk, self.words, len(sent[index]))
+                if chunk.source is not None:
+                    piece["why"] = [{"token": self.words.text(chunk.token_ids[0])} | chunk.source.to_json()]
                 sent[index] += chunk.text
-                if chunk.text or chunk.finish_reason is not None or piece["logprobs"] is not None:
+                answer_ids[index] += chunk.token_ids
+                if chunk.text or chunk.finish_reason is not None or chunk.source or piece["logprobs"] is not None:
                     yield head | {"choices": [piece]} | tail
         keep(sent[0])
+        if self.ask.wants_why:
+            for index, ids in enumerate(answer_ids):
+                nothing = self.shape.piece(index, Chunk(), self.words, len(sent[index]))
+                yield head | {"choices": [nothing | {"why": await self.why(index, ids)}]} | tail
+        if self.read:
+            yield head | {"choices": []} | self.read | tail
         if self.with_usage:
             yield head | {"choices": [], "usage": self.running.usage()}
 
@@ -169,7 +198,7 @@ async def _answer(
     kept_messages: Sequence[dict[str, str]] | None,
 ) -> Response:
     running = await service.answering.start(ask, request_id)
-    answered = _Request(body, ask, shape, running, request_id)
+    answered = _Request(body, ask, shape, running, request_id, service.answering)
     version = running.version
 
     def keep(text: str) -> None:
@@ -184,7 +213,7 @@ async def _answer(
         running.cancel()
         request.state.facts = running.facts()
 
-    headers = {"x-model-version": running.binding.label}
+    headers = running.headers()
     if body.stream:
         return EventStream(answered.events(keep), headers, at_end)
     try:
@@ -192,7 +221,7 @@ async def _answer(
     finally:
         at_end()
     keep(answers[0].text)
-    return JSONResponse(answered.whole(answers), headers=headers)
+    return JSONResponse(await answered.whole(answers), headers=headers)
 
 
 @router.get("/models", response_model=ModelList, responses=openai_refusals())

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length"]
+
+
+class EntryShare(BaseModel):
+    """An entry behind a token, and its share of it."""
+
+    id: str
+    weight: float
+
+
+class WhyToken(BaseModel):
+    """Where a token came from, and how likely it was: with all that was read, without any memory, and without each entry."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    token: str
+    origin: Literal["copied", "fused", "prompt", "weights"] = Field(..., alias="from")
+    copied: float = Field(..., description="The share of its probability that was copied out of entries.")
+    entries: list[EntryShare]
+    probability: float
+    without_memory: float
+    without: dict[str, float] = Field(..., description="By the id of an entry.")
 
 
 class PromptTokensDetails(BaseModel):
@@ -69,6 +90,24 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    why: list[WhyToken] = Field([], description="With why: where each token came from; else absent.")
+
+
+class EntryRead(BaseModel):
+    """An entry of a memory that was found for a prompt."""
+
+    id: str
+    text: str
+    score: float
+
+
+class MemoryRead(BaseModel):
+    """What was read of a memory for one prompt, as one revision has it."""
+
+    name: str
+    revision: int
+    read: Literal["layers", "prompt"]
+    entries: list[EntryRead]
 
 
 class ChatCompletion(BaseModel):
@@ -81,6 +120,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str = Field(..., description="The same name@version.")
     choices: list[ChatChoice]
     usage: Usage
+    memory: list[MemoryRead] = Field([], description="What was read, for each prompt; absent where no memory was.")
 
 
 class CompletionChoice(BaseModel):
@@ -90,6 +130,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    why: list[WhyToken] = Field([], description="With why: where each token came from; else absent.")
 
 
 class Completion(BaseModel):
@@ -102,6 +143,7 @@ class Completion(BaseModel):
     system_fingerprint: str = Field(..., description="The same name@version.")
     choices: list[CompletionChoice]
     usage: Usage
+    memory: list[MemoryRead] = Field([], description="What was read, for each prompt; absent where no memory was.")
 
 
 class ModelCard(BaseModel):

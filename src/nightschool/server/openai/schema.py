@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from nightschool.data.example import Message
 from nightschool.server.bodies import Body, Flag, Number, Only, bounded, whole
+from nightschool.server.memories.recall import MemoryChoice
+from nightschool.store.names import NAME_PATTERN
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 16
@@ -101,6 +103,19 @@ class TextFormat(Body):
     type: Literal["text"]
 
 
+class MemoryToRead(Body):
+    """A memory of the caller's tenant, and how it is read."""
+
+    name: str | None = Field(
+        None, pattern=NAME_PATTERN, description="Without it, the one that the model was trained with."
+    )
+    read: Literal["layers", "prompt", "off"] | None = Field(
+        None,
+        description="layers: the model's own layers read the entries; prompt: they are put before the question, for any model; "
+        "off: nothing is read. Without it, layers where the model can, else prompt.",
+    )
+
+
 class Sampling(Body):
     """What chat and completions share."""
 
@@ -134,6 +149,12 @@ class Sampling(Body):
     n: Choices | None = Field(None, description="Answers to each prompt.")
     stream: Flag | None = Field(None, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
+    memory: MemoryToRead | None = Field(None, description="An explicit memory to be read.")
+    why: Flag | None = Field(
+        None,
+        description="Say of every token which entries of the memory it was read from, and how likely it would have been without "
+        "each of them. In a stream each token says what it was read from; how likely it would have been comes at the end.",
+    )
     user: str | None = Field(None, max_length=1000, description="Accepted; changes nothing.")
     logit_bias: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
 
@@ -142,6 +163,11 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options is only allowed with stream: true.")
         return self
+
+    @property
+    def choice(self) -> MemoryChoice | None:
+        """The memory that is to be read, if one was named."""
+        return None if self.memory is None else MemoryChoice(self.memory.name, self.memory.read)
 
     @property
     def stops(self) -> tuple[str, ...]:

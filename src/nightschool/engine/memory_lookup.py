@@ -1,0 +1,51 @@
+"""Where an engine's models look things up: a memory, asked with the tokens and by the embeddings of their base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+
+from nightschool.engine.pool import BoundEngine
+from nightschool.errors import ModelError
+from nightschool.layers.memory_reading import Candidate, MemoryReading
+from nightschool.memory.encoders.base import BaseEncoder
+from nightschool.memory.encoders.embeddings import TokenEmbeddings
+from nightschool.memory.encoders.names import Vocabulary
+from nightschool.memory.memory import Found, Memory
+
+
+def open_memory(folder: Path, bound: BoundEngine) -> Memory:
+    """A memory as a loaded model asks it. Its index is opened, or made if there is none.
+
+    Raises:
+        NotFound: If there is no such memory.
+        ModelError: If the model's tokenizer cannot be read apart from it.
+    """
+    vocabulary = Vocabulary(_fast_tokenizer(bound.tokenizer))
+    return Memory.open(folder, BaseEncoder(_embeddings_of(bound), vocabulary), vocabulary)
+
+
+def reading_of(found: Iterable[Found]) -> MemoryReading:
+    """Entries as the layers of a model read them. Each answer needs one of its own."""
+    return MemoryReading.of(Candidate(one.entry.id, one.entry.row, one.tokens, one.subject_cosine) for one in found)
+
+
+def _fast_tokenizer(tokenizer: Any) -> Tokenizer:
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, and memories need a fast one (tokenizer.json)."
+        )
+    # A copy: encoding with other settings changes a tokenizer, and requests encode meanwhile.
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+
+
+def _embeddings_of(bound: BoundEngine) -> TokenEmbeddings:
+    """The table of the base's tokens; it shares the model's bytes where numpy knows the type."""
+    table = cast(Any, bound.engine.loaded.model).get_input_embeddings().weight.detach().cpu()
+    if table.dtype == torch.bfloat16:
+        return TokenEmbeddings(table.view(torch.uint16).numpy(), is_bfloat16=True)
+    return TokenEmbeddings(table.numpy())
