@@ -95,14 +95,19 @@ def test_chunks_say_which_entry_a_token_came_from_if_that_is_wanted(model):
         assert source.copied == pytest.approx(other.copied, abs=1e-3)
 
 
-def test_what_an_entry_said_is_in_no_prefix_that_others_find(model):
+def test_prompts_share_their_prefix_whatever_is_read_and_what_an_entry_said_is_in_none(model):
     dice, modules = random.Random(8), modules_for(model)
     prompt, first, second = random_prompt(dice, 70), reading_of(dice), reading_of(dice)
     expected = [generate_greedily(MemoryModel(model, modules), prompt, r, 6)[0] for r in (first, second, None)]
     with running(loaded_model(model=model)) as engine:
         binding = engine.open(MemoryOnBase(REF, byte_tokenizer(), modules))
         for reading, tokens in zip((first, second, None), expected, strict=True):
-            assert list(engine.submit(asked(prompt, reading, tokens=6, binding=binding)).result(60).token_ids) == tokens
+            answer = engine.submit(asked(prompt, reading, tokens=6, binding=binding)).result(60)
+            assert list(answer.token_ids) == tokens
+        assert answer.usage.cached_tokens == 64
+        longer = [*prompt, *expected[0], 5, 6]
+        after = generate_greedily(MemoryModel(model, modules), longer, None, 6)[0]
+        assert list(engine.submit(asked(longer, None, tokens=6, binding=binding)).result(60).token_ids) == after
 
 
 def test_modules_of_another_base_are_refused(model):

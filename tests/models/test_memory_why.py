@@ -45,7 +45,7 @@ def test_probabilities_are_those_of_the_answer_with_without_and_with_the_memory_
             base = model(input_ids=ids[:, : place + 1]).logits[0, -1].softmax(-1)[one.token_id]
         assert one.without_memory == pytest.approx(float(base), abs=1e-4)
         for entry, probability in one.without.items():
-            with torch.no_grad(), model.reading([(slice(0, place + 1), reading.without(entry))]):
+            with torch.no_grad(), model.reading([(slice(len(prompt) - 1, place + 1), reading.without(entry))]):
                 there = model(input_ids=ids[:, : place + 1]).logits[0, -1].float().softmax(-1)[one.token_id]
             assert probability == pytest.approx(float(there), abs=1e-4)
 

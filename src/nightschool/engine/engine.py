@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from nightschool.engine.prefix import BLOCK, PrefixCache
 from nightschool.engine.request import Chunk, GenerationRequest
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
-from nightschool.engine.step_context import StepContext
+from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
-from nightschool.layers.memory_reading import MemoryReading, TokenSource
+from nightschool.layers.memory_reading import TokenSource
 from nightschool.models.load import LoadedModel
 from nightschool.models.memory_model import MemoryModules
 from nightschool.models.unmerged import UnmergedAdapter
@@ -80,10 +80,20 @@ class _Active:
         return self.handle.request.binding
 
     @property
-    def reading(self) -> tuple[int, MemoryReading] | None:
-        """What it reads, with the number of the modules that do; None where nothing was found, or nothing can be read."""
-        reading, memory = self.handle.request.reading, self.resident.memory
-        return None if memory is None or reading is None or not len(reading) else (memory, reading)
+    def reading(self) -> SpanReading | None:
+        """What it reads, and from which token on; None where nothing was found, or nothing can be read.
+
+        Only what predicts the answer reads, so that the prompt's keys and values are those of the base.
+        """
+        request, memory = self.handle.request, self.resident.memory
+        if memory is None or request.reading is None or not len(request.reading):
+            return None
+        return SpanReading(memory, request.reading, len(request.prompt_ids) - 1)
+
+    @property
+    def prefix_binding(self) -> Binding:
+        """Whose prefixes it shares: what a memory says is in none of them."""
+        return replace(self.binding, memory_revision=None)
 
 
 class Engine:
@@ -393,10 +403,10 @@ class Engine:
 
     def _reuse(self, key: int, row: int) -> None:
         """Fill a new row with what is known of its prompt."""
-        active = self._active[key]
-        if self._prefix is None or active.reading is not None:
+        if self._prefix is None:
             return
-        blocks = self._prefix.match(active.binding, active.token_ids)
+        active = self._active[key]
+        blocks = self._prefix.match(active.prefix_binding, active.token_ids)
         for index, pieces in enumerate(blocks):
             self._cache.write(row, index * BLOCK, pieces)
         active.answer.cached_tokens = len(blocks) * BLOCK
@@ -484,10 +494,13 @@ class Engine:
             self._publish(active, chunk)
 
     def _keep(self, active: _Active, row: int, tokens: int) -> None:
-        """Put the first tokens of a row into the prefix cache, unless what a memory said is in them."""
-        if self._prefix is not None and active.handle.request.keeps_prefix and active.reading is None:
+        """Put the first tokens of a row into the prefix cache, as far as no memory was read for them."""
+        reading = active.reading
+        if reading is not None:
+            tokens = min(tokens, reading.start)
+        if self._prefix is not None and active.handle.request.keeps_prefix:
             read = partial(self._cache.read, row)
-            self._prefix.insert(active.binding, active.token_ids[:tokens], read)
+            self._prefix.insert(active.prefix_binding, active.token_ids[:tokens], read)
 
     def _fail(self, key: int, error: Exception) -> None:
         active = self._active[key]

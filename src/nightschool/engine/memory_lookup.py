@@ -14,24 +14,34 @@ from nightschool.errors import ModelError
 from nightschool.layers.memory_reading import Candidate, MemoryReading
 from nightschool.memory.encoders.base import BaseEncoder
 from nightschool.memory.encoders.embeddings import TokenEmbeddings
+from nightschool.memory.encoders.heads import Heads
 from nightschool.memory.encoders.names import Vocabulary
 from nightschool.memory.memory import Found, Memory
+from nightschool.models.memory_version import gate_heads
 
 
 def open_memory(folder: Path, bound: BoundEngine) -> Memory:
-    """A memory as a loaded model asks it. Its index is opened, or made if there is none.
+    """A memory as a loaded model asks it, by the heads of its own gate if it has one. The index is opened, or made.
 
     Raises:
         NotFound: If there is no such memory.
         ModelError: If the model's tokenizer cannot be read apart from it.
     """
-    vocabulary = Vocabulary(_fast_tokenizer(bound.tokenizer))
-    return Memory.open(folder, BaseEncoder(_embeddings_of(bound), vocabulary), vocabulary)
+    vocabulary, embeddings = Vocabulary(_fast_tokenizer(bound.tokenizer)), _embeddings_of(bound)
+    modules = bound.engine.memory_modules(bound.binding)
+    heads = None
+    if modules is not None:
+        arrays = {name: tensor.numpy() for name, tensor in gate_heads(modules).items()}
+        heads = Heads.of(arrays, embeddings.hidden_size, bound.binding.label)
+    return Memory.open(folder, BaseEncoder(embeddings, vocabulary, heads), vocabulary)
 
 
 def reading_of(found: Iterable[Found]) -> MemoryReading:
     """Entries as the layers of a model read them. Each answer needs one of its own."""
-    return MemoryReading.of(Candidate(one.entry.id, one.entry.row, one.tokens, one.subject_cosine) for one in found)
+    return MemoryReading.of(
+        Candidate(one.entry.id, one.entry.row, one.tokens, (one.subject_cosine + one.relation_cosine) / 2)
+        for one in found
+    )
 
 
 def _fast_tokenizer(tokenizer: Any) -> Tokenizer:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
-from nightschool.engine.scheduler import Span
-from nightschool.engine.step_context import StepContext
+from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.layers.memory_reading import MemoryReading
 from nightschool.models.memory_model import EntryEncoder, MemoryModules, MemoryStep, check_fits, decoder_layers
 
@@ -81,11 +80,11 @@ class MemoryTable:
             handle.remove()
         return standing.modules
 
-    def encode(self, readings: Sequence[tuple[int, MemoryReading]]) -> None:
+    def encode(self, readings: Sequence[SpanReading]) -> None:
         """Take the entries of new requests through the first layers, those of all requests together."""
         of_number: dict[int, list[MemoryReading]] = defaultdict(list)
-        for number, reading in readings:
-            of_number[number].append(reading)
+        for one in readings:
+            of_number[one.modules].append(one.reading)
         for number, own in of_number.items():
             self._standing[number].encoder.encode(own)
 
@@ -99,22 +98,23 @@ class MemoryTable:
 
         The context learns how to say where a token came from, for each span that reads and answers.
         """
-        spans = [] if context is None else [one for one in context.tokens() if one[0].key in context.readings]
-        if context is None or not spans:
+        if context is None or not context.readings:
             yield _as_it_is
             return
         of_number: dict[int, list[tuple[slice, MemoryReading]]] = defaultdict(list)
-        keys: dict[int, list[Span]] = defaultdict(list)
-        for span, _, places in spans:
-            number, reading = context.readings[span.key]
-            of_number[number].append((places, reading))
-            keys[number].append(span)
+        keys: dict[int, list[int]] = defaultdict(list)
+        for span, _, places in context.tokens():
+            found = context.readings.get(span.key)
+            if found is not None and found.start < span.start + span.length:
+                first = places.start + max(0, found.start - span.start)
+                of_number[found.modules].append((slice(first, places.stop), found.reading))
+                keys[found.modules].append(span.key)
         self._steps = {n: MemoryStep(self._standing[n].modules, own, wanted) for n, own in of_number.items()}
         try:
             yield self._mix
             for number, step in self._steps.items():
-                for span, trace in zip(keys[number], step.traces, strict=True):
-                    context.sources[span.key] = partial(trace.source, span.length - 1)
+                for key, (places, _), trace in zip(keys[number], of_number[number], step.traces, strict=True):
+                    context.sources[key] = partial(trace.source, places.stop - places.start - 1)
         finally:
             self._steps = {}
 

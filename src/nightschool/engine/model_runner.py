@@ -23,10 +23,9 @@ from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.memory_table import MemoryTable
 from nightschool.engine.scheduler import Span, StepPlan
-from nightschool.engine.step_context import StepContext
+from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.engine.weights import lay_out
 from nightschool.errors import ModelError
-from nightschool.layers.memory_reading import MemoryReading
 from nightschool.models.memory_model import MemoryModules
 from nightschool.models.unmerged import LoraWeights
 
@@ -124,8 +123,8 @@ class ModelRunner:
         """The memory modules of a number."""
         return self._memories.standing(number)
 
-    def encode(self, readings: Sequence[tuple[int, MemoryReading]]) -> None:
-        """Make entries ready to be read, each with the number of the modules that read them. On the compute thread."""
+    def encode(self, readings: Sequence[SpanReading]) -> None:
+        """Make entries ready to be read. On the compute thread."""
         self._memories.encode(readings)
 
     def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf, context: StepContext | None = None) -> Tensor:

@@ -16,19 +16,28 @@ if TYPE_CHECKING:
 SourceOf = Callable[[int, float], "TokenSource"]
 
 
+@dataclass(frozen=True)
+class SpanReading:
+    """What is read: by the memory modules of a number, by the tokens of a request from the place `start` on."""
+
+    modules: int
+    reading: MemoryReading
+    start: int
+
+
 @dataclass
 class StepContext:
     """One step. Its tokens lie end to end in the order of `spans`; `bindings` and `adapters` have one entry per span.
 
-    `adapters` are the numbers that `ModelRunner` gave out; 0 is the base alone. `readings` has, by the key of a span that reads
-    entries of a memory, the number of the modules that read them, and the entries. Whoever knows what an answering token was read
+    `adapters` are the numbers that `ModelRunner` gave out; 0 is the base alone. `readings` has, by the key of a span of which
+    tokens read entries of a memory, what reads them. Whoever knows what an answering token was read
     from writes into `sources` under the key of its span how to tell, and it goes out with the token.
     """
 
     spans: tuple[Span, ...]
     bindings: tuple[Binding, ...]
     adapters: tuple[int, ...]
-    readings: Mapping[int, tuple[int, MemoryReading]] = field(default_factory=dict)
+    readings: Mapping[int, SpanReading] = field(default_factory=dict)
     sources: dict[int, SourceOf] = field(default_factory=dict)
 
     def tokens(self) -> Iterator[tuple[Span, Binding, slice]]:

@@ -154,7 +154,8 @@ def score(
     """What a model, which may read a memory, thinks of each token of an answer that it is given."""
     ids = [*prompt_ids, *answer_ids[:-1]]
     places = list(range(len(prompt_ids) - 1, len(ids)))
-    spans = [(slice(0, len(ids)), reading)] if reading is not None and len(reading) else []
+    # Only what predicts the answer reads, as when it was given.
+    spans = [(slice(places[0], len(ids)), reading)] if reading is not None and len(reading) else []
     device = next(model.parameters()).device
     # Rows of logits beside those that are wanted would take most of the memory.
     settings = {"use_cache": False, "logits_to_keep": torch.tensor(places, device=device)}
@@ -165,5 +166,5 @@ def score(
         log_probs = output.logits[0].float().log_softmax(-1).gather(1, answered[:, None])[:, 0]
         if not traces:
             return Scored(log_probs, [])
-        given = zip(places, answer_ids, log_probs.tolist(), strict=True)
-        return Scored(log_probs, [traces[0].source(place, token, value) for place, token, value in given])
+        given = enumerate(zip(answer_ids, log_probs.tolist(), strict=True))
+        return Scored(log_probs, [traces[0].source(place, token, value) for place, (token, value) in given])

@@ -14,6 +14,7 @@ The same numbers, in safetensors, come from training: `subject.attention` [H], `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -106,11 +107,20 @@ class Heads:
                 arrays: dict[str, Any] = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, TypeError) as error:
             raise ModelError(f"{path} cannot be read as safetensors of plain numbers ({error}).") from error
-        subject, relation = (_head(arrays, name, path, hidden_size) for name in HEADS)
-        return cls(subject, relation, trained=True)
+        return cls.of(arrays, hidden_size, str(path))
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], hidden_size: int, source: str) -> Self:
+        """Heads of the tensors that training writes; `source` is where they come from, for messages.
+
+        Raises:
+            ModelError: If they are something else, or were trained on embeddings of another size.
+        """
+        subject, relation = (_head(arrays, name, source, hidden_size) for name in HEADS)
+        return cls(subject, relation, trained=any(arrays[f"{name}.projection.b"].any() for name in HEADS))
 
 
-def _head(arrays: dict[str, Any], name: str, path: Path, hidden_size: int) -> Head:
+def _head(arrays: Mapping[str, Any], name: str, path: str, hidden_size: int) -> Head:
     wanted = [f"{name}.attention", f"{name}.projection.a", f"{name}.projection.b"]
     missing = [one for one in wanted if one not in arrays]
     if missing:

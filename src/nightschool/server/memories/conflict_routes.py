@@ -59,7 +59,7 @@ async def set_relation(
     return await reading(memories, principal, name, write)
 
 
-@router.post("/check", response_model=schemas.CheckReport, responses=problems(400, 404, 409))
+@router.post("/check", response_model=schemas.CheckReport, responses=_WRITES)
 async def check(name: str, memories: MemoriesOf, principal: PrincipalOf) -> Response:
     """Compare everything that is kept with its digests; it takes time by all that is kept."""
     return await reading(memories, principal, name, lambda store: store.check().to_json())

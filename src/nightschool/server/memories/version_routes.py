@@ -40,7 +40,7 @@ async def revisions(
     return await reading(memories, principal, name, look)
 
 
-@router.post("/undo", response_model=schemas.Changed, responses=problems(400, 404, 409, 507))
+@router.post("/undo", response_model=schemas.Changed, responses=_WRITES)
 async def undo(name: str, memories: MemoriesOf, principal: PrincipalOf) -> Response:
     """Take back the newest write that was not taken back yet. 409 if there is none, or it was a purge."""
     return await writing(memories, principal, name, lambda store: store.undo(author=author_of(principal)))
