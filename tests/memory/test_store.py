@@ -205,3 +205,12 @@ def test_revisions_say_who_did_what(store):
     store.remove("m1", author="bob")
     told = [(one.revision, one.author, one.operation, one.born, one.ended) for one in store.revisions(after=0)]
     assert told == [(1, "ada", "add", 1, 0), (2, "bob", "remove", 0, 1)]
+
+
+def test_entries_are_found_by_what_they_are_about(store):
+    say(store, "Ada lives in Oslo.", "Ada speaks French.", "Bob lives in Rome.", "Nothing is known of Ada, says Bob.")
+    say(store, "Ada lives in Rome.")
+    assert [one.text for one in store.about("the  ADA")] == ["Ada speaks French.", "Ada lives in Rome."]
+    assert [one.value for one in store.about("ada", "resides in")] == ["Rome"]
+    assert [one.value for one in store.about("Ada", "lives in", at=1)] == ["Oslo"]
+    assert store.about("Eve") == store.about("Ada", "") == []

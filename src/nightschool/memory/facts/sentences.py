@@ -25,6 +25,7 @@ from nightschool.memory.facts.words import (
     DOUBTS,
     KINDS,
     NO_SUBJECTS,
+    OPENINGS,
     PREPOSITIONS,
     VERBS,
 )
@@ -46,7 +47,7 @@ _STATES = DESCRIBING - {
 _MOST_SUBJECT_WORDS = 8
 _MOST_RELATION_WORDS = 4
 _MOST_VALUE_WORDS = 16
-_NAME = r"[^,;:?!\n]+?"
+_NAME = r"[^;:?!\n]+?"
 # In lower case but for abbreviations, so that titles (`The Lord of the Rings`) are none; `place of birth` is one.
 _RELATION = (
     r"(?:(?:place|date|country|cause|field|form|head|language|number|domain|area) of "
@@ -68,7 +69,7 @@ _IN = re.compile(r"\A(?:(?:located|based|situated) )?(?:in|at) (?=\S)")
 _DONE_BY = re.compile(r"\w+(?:ed|en|ten) (?:by|in|on|at|to|with) ")
 # What a value is, said before it: `the city of Oslo` is Oslo; `the position of goalkeeper` belongs to what is said.
 _SORT = re.compile(
-    r"the (?:(?P<place>city|town|village|country|state|county|province|continent|language|island)|"
+    r"the (?:(?P<place>city|town|village|country|state|county|province|continent|language|island|religion)|"
     r"(?P<more>position|sport|field|area|role|genre|office|post|rank)) of (?=\S)"
 )
 _NO_LONGER = re.compile(
@@ -87,14 +88,16 @@ class Triple(NamedTuple):
 
 def split_sentence(sentence: str) -> Triple | None:
     """Subject, relation and value, or None if the rules cannot tell them."""
-    bare = sentence.strip().rstrip(".!").rstrip()
+    bare = sentence.strip()
+    # One sign alone ends it: the other dot of `Acme Inc..` is of the name.
+    bare = (bare[:-1] if bare.endswith((".", "!")) else bare).rstrip()
     if len(bare) > 400 or sentence.rstrip().endswith("?"):
         return None
     for pattern in _PATTERNS:
         match = pattern.fullmatch(bare)
         if match is not None:
             value = _IN.sub("", match["value"].strip())
-            found = Triple(match["subject"].strip(), match["relation"].strip(), value)
+            found = Triple(match["subject"].strip(), match["relation"].strip(), _without_place(value))
             if _is_relation_noun(found.relation) and not _DONE_BY.match(value) and _is_plain(found):
                 return found
     return _split_at_verb(bare.split())
@@ -153,6 +156,11 @@ def _split_at_verb(words: list[str]) -> Triple | None:
     return None
 
 
+def _without_place(value: str) -> str:
+    match = _SORT.match(value)
+    return value[match.end() :] if match is not None and match["place"] else value
+
+
 def _without_sort(triple: Triple) -> Triple:
     match = _SORT.match(triple.value)
     if match is None:
@@ -171,6 +179,9 @@ def _end_of_relation(words: list[str], place: int) -> int | None:
     after = place + 1 + skipped
     if words[place].casefold() not in BEING:
         length = 1 if rest[0] in PREPOSITIONS else 0
+        is_done = rest[0] in VERBS or rest[0].endswith("ed")
+        if words[place].casefold() == "has" and is_done and len(rest) > 1 and rest[1] in PREPOSITIONS:
+            length = 2
     elif rest[0] in ("a", "an", "the", "part", "one"):
         kind = rest[1] if len(rest) > 1 and rest[0] in ("a", "an") else rest[0]
         of = rest[2:3] if rest[0] in ("a", "an") else rest[1:2]
@@ -203,13 +214,34 @@ def _is_plain(triple: Triple) -> bool:
         return False
     if len(subject) > _MOST_SUBJECT_WORDS or len(value) > _MOST_VALUE_WORDS:
         return False
-    if any(sign in triple.subject for sign in ',;:?!"') or any(sign in triple.value for sign in ";?\n"):
+    if any(sign in triple.subject for sign in ';:?!"') or any(sign in triple.value for sign in ";?\n"):
+        return False
+    if "," in triple.subject and not _is_name_with_comma(triple.subject):
         return False
     if DOUBTS & {*subject, *value} or DOUBTS & set(triple.relation.casefold().split()):
         return False
     # A second clause has a verb of its own: `Oslo and Bob lives in Rome`.
     second = value[value.index("and") + 1 :] if "and" in value else []
     return not (VERBS | BEING) & set(second)
+
+
+def _is_name_with_comma(subject: str) -> bool:
+    """Whether a comma is of the name, as in `Hasbro, Inc.`, and does not follow how, when or where: `Yesterday, Ada`."""
+    before, _, after = subject.partition(",")
+    words = [word for word in before.split() if word not in ("of", "the", "de", "von", "van", "and")]
+    is_name = all(not word[:1].islower() for word in words) and not set("'’") & set(subject)
+    return (
+        is_name
+        and bool(after.strip())
+        and "," not in after
+        and not after.strip()[0].islower()
+        and not _is_adverb(before)
+    )
+
+
+def _is_adverb(words: str) -> bool:
+    lower = words.casefold()
+    return lower in NO_SUBJECTS or lower in ADVERBS or lower in OPENINGS or (" " not in words and lower.endswith("ly"))
 
 
 def _third_person(verb: str) -> str:

@@ -81,6 +81,13 @@ DOUBTS = _words(
 )
 """Words after which a sentence does not plainly state what its verb says."""
 
+OPENINGS = _words(
+    """
+    again also however instead later meanwhile next once soon still therefore thus
+    """
+)
+"""Words that open a sentence before a comma."""
+
 # Ways of saying the same relation. What they mean is what decides which values contradict each other.
 SAME_RELATIONS = {
     "is an": "is a",

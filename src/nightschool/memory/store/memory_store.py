@@ -127,6 +127,11 @@ class MemoryStore:
                 raise NotFound(rows.not_there(connection, number, rows.newest_revision(connection)))
         return found
 
+    def about(self, subject: str, relation: str | None = None, *, at: int | str | None = None) -> list[MemoryEntry]:
+        """The entries about a subject, or about one relation of it, oldest first; both in any spelling that is the same."""
+        with self._connections.reading() as connection:
+            return rows.about(connection, subject, relation, versions.revision_at(connection, at))
+
     def search(self, query: str, *, at: int | str | None = None, limit: int = 20) -> list[MemoryEntry]:
         """The entries that hold words of a query, those with most of them first. Likeness of meaning is the index's."""
         with self._connections.reading() as connection:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nightschool.errors import NotFound
 from nightschool.memory.entry import MemoryEntry, entry_id, entry_number, moment_of
+from nightschool.memory.facts.normalise import key_of, relation_key_of
 from nightschool.memory.store.layout import ROW_COLUMNS
 
 ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died"))
@@ -84,6 +85,16 @@ def not_there(connection: sqlite3.Connection, entry: int, revision: int) -> str:
         f"{name} is no longer there at revision {revision}; it ended at revision {ended}. nightschool memory history "
         f"shows what it said."
     )
+
+
+def about(connection: sqlite3.Connection, subject: str, relation: str | None, at: int) -> list[MemoryEntry]:
+    """The entries of a revision about a subject, by normalised forms; about all of its relations, or one."""
+    condition = "subject_key = :subject" + ("" if relation is None else " AND relation_key = :relation")
+    values: dict[str, object] = {"subject": key_of(subject), "relation": relation_key_of(relation or ""), "at": at}
+    # The index has what is alive: the newest revision is read by it, older ones by reading all rows.
+    alive = "died IS NULL" if at == newest_revision(connection) else ALIVE_AT
+    query = f"SELECT {{columns}} FROM rows WHERE {condition} AND subject_key IS NOT NULL AND {alive} ORDER BY row"  # noqa: S608
+    return list(found_by(connection, query, values))
 
 
 def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:
