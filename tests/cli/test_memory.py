@@ -9,6 +9,7 @@ from nightschool.cli.main import main
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
+from tests.support.cli_home import add_version, make_run
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +91,51 @@ def test_an_end_is_not_a_purge_and_a_purge_asks(folder, ask, say):
     assert ask("rm", "friends", "m1")["removed"] == 1
     assert "Nobody can be asked here" in say("rm", "friends", "m2", "--purge", code=2)
     done = ask("rm", "friends", "m2", "--purge", "--yes")
-    assert done == {"name": "friends", "revision": 3, "entries": ["m2"], "rows": 1, "versions": ["monday"]}
+    assert done == {
+        "name": "friends",
+        "revision": 3,
+        "entries": ["m2"],
+        "rows": 1,
+        "versions": ["monday"],
+        "index_dropped": False,
+    }
     left = b"".join(path.read_bytes() for path in (folder / "home").rglob("*") if path.is_file())
     assert b"erlinda" not in left
     assert "was purged" in say("history", "friends", "m2", code=4)
     assert "Nobody can be asked" in say("rm", "friends", code=2)
     assert ask("rm", "friends", "--yes")["removed"] == "friends"
     assert "no memory 'friends'" in say("ls", "friends", code=4)
+
+
+def test_a_purge_takes_the_index_along(ask):
+    ask("build", "friends")
+    ask("add", "friends", "Ada lives in Oslo.")
+    index = memory_path(Home.find(), "friends") / "index"
+    index.mkdir()
+    (index / "tokens.npy").write_bytes(b"what Ada said")
+    assert ask("rm", "friends", "m1", "--purge", "--yes")["index_dropped"]
+    assert not index.exists()
+
+
+def test_a_write_says_which_versions_learned_what_it_ended(ask, say):
+    home = Home.find().ensure()
+    run = make_run(home, name="bot")
+    said = [
+        {"role": "user", "content": "Where does Ada live?"},
+        {"role": "assistant", "content": "In Oslo.", "weight": 1},
+    ]
+    (run.path / "new_examples.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    learned = add_version(home, name="bot", run_id=run.id)
+    ask("build", "friends")
+    assert ask("add", "friends", "Ada lives in Oslo.", "Bob lives in Oslo.")["stale"] == []
+    assert "No version learned" in say("stale", "friends")
+    change = ask("edit", "friends", "m1", "--value", "Rome")
+    assert change["stale"] == [{"id": "m1", "text": "Ada lives in Oslo.", "ended": 2, "versions": [learned.ref]}]
+    assert f"{learned.ref} learned what holds no longer" not in say("rm", "friends", "m2")
+    assert [one["id"] for one in ask("stale", "friends")] == ["m1"]
+    ask("add", "friends", "Ada lives in Oslo.")
+    assert ask("stale", "friends") == []
+    assert ask("undo", "friends")["stale"][0]["versions"] == [learned.ref]
 
 
 def test_versions_are_named_compared_and_brought_back(ask, say):

@@ -29,6 +29,7 @@ def test_a_rollback_is_a_new_revision_with_the_state_of_an_old_one(store):
     later = texts(store)
     change = store.rollback(1, author="bob")
     assert (change.revision, texts(store), texts(store, at=3)) == (4, before, later)
+    assert (change.superseded, change.added, change.removed) == (1, 1, 1)
     assert {one.id for one in store.entries()} == {"m1", "m2"}
     one = store.get("m1")
     assert (one.author, one.recorded_at, one.born) == ("ada", store.history("m1")[0].recorded_at, 4)

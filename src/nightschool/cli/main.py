@@ -150,6 +150,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "diff": ("nightschool.cli.memory.revisions:diff", "The entries that two revisions have differently."),
             "conflicts": ("nightschool.cli.memory.revisions:conflicts", "List entries that may contradict each other."),
             "resolve": ("nightschool.cli.memory.revisions:resolve", "Settle a conflict."),
+            "stale": ("nightschool.cli.memory.revisions:stale", "Versions that learned what a memory no longer says."),
             "relations": ("nightschool.cli.memory.revisions:relations", "How many values relations have at a time."),
             "import": ("nightschool.cli.memory.files:import_", "Add the facts of files."),
             "export": ("nightschool.cli.memory.files:export", "Write the entries to a file."),

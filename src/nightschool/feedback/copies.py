@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from nightschool.data.example import Example, Message
 from nightschool.data.sources.formats import parse_messages, to_examples
@@ -19,6 +20,15 @@ from nightschool.errors import DataError
 from nightschool.feedback.conversations import Conversation
 from nightschool.feedback.replay_pool import origin_of
 from nightschool.store.atomic import write_bytes
+
+
+class Wanted(Protocol):
+    """Something that is looked for in examples."""
+
+    def is_in(self, example: Example) -> bool:
+        """Whether an example has it."""
+        ...
+
 
 Turns = tuple[tuple[str, str], ...]
 ReadRow = Callable[[dict[str, object]], Sequence[Example]]
@@ -70,8 +80,8 @@ def rows_of_tenants(row: dict[str, object]) -> list[Example]:
         return []
 
 
-def holds(path: Path, sought: Sought, read: ReadRow) -> bool:
-    """Whether a file of JSON lines, if it is there, has a copy."""
+def holds(path: Path, sought: Wanted, read: ReadRow) -> bool:
+    """Whether a file of JSON lines, if it is there, has a copy, or whatever else is looked for."""
     return any(is_copy for _, is_copy in _lines(path, sought, read))
 
 
@@ -88,7 +98,7 @@ def cut(path: Path, sought: Sought, read: ReadRow) -> int:
     return sum(1 for line in kept if line.strip())
 
 
-def _lines(path: Path, sought: Sought, read: ReadRow) -> Iterator[tuple[bytes, bool]]:
+def _lines(path: Path, sought: Wanted, read: ReadRow) -> Iterator[tuple[bytes, bool]]:
     """The lines of a file, and whether each is a copy; none where there is no such file."""
     if path.is_file():
         with path.open("rb") as file:

@@ -18,7 +18,7 @@ from nightschool.data.example import Example
 from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
 from nightschool.feedback.conversations import Conversation, ConversationStore
-from nightschool.feedback.copies import Sought, cut, holds, rows_of_runs, rows_of_tenants
+from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
 from nightschool.feedback.selection import GENERAL, HELD_OUT, NEW, REPLAYED
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
@@ -75,6 +75,15 @@ def traces_of(home: Home, conversation: Conversation, *, by_content: bool = True
         versions=tuple(_grown_from(Registry(home), tenant, learned_in, accepted)),
         replayed=numbers,
     )
+
+
+def versions_that_learned(home: Home, tenant: str, sought: Wanted) -> list[str]:
+    """The versions of a tenant that learned an example which has what is looked for, or grew from one that did.
+
+    Reads the data of all its runs: seconds, where there is much.
+    """
+    learned_in = {run.id for run in RunStore(home).ls(tenant) if _in_any(run, _LEARNED, sought)}
+    return _grown_from(Registry(home), tenant, learned_in, _accepted(home.database, tenant, sought)[0])
 
 
 def erase(
@@ -156,11 +165,11 @@ def _fact(version: Version, field: str) -> str | None:
     return str(value) if value is not None else None
 
 
-def _in_any(run: Run, files: Sequence[str], sought: Sought) -> bool:
+def _in_any(run: Run, files: Sequence[str], sought: Wanted) -> bool:
     return any(holds(run.path / file, sought, rows_of_runs) for file in files)
 
 
-def _accepted(database: Database, tenant: str, sought: Sought) -> tuple[set[str], tuple[int, ...]]:
+def _accepted(database: Database, tenant: str, sought: Wanted) -> tuple[set[str], tuple[int, ...]]:
     """The versions of a tenant that were promoted with a copy, and the numbers of these examples."""
     versions, numbers = set(), []
     with database.read() as connection:

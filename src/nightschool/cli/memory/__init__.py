@@ -39,8 +39,23 @@ def changed_moment(text: str | None, option: str) -> datetime | Keep | None:
     return KEEP if text is None else moment(text, option)
 
 
-def answer_change(name: str, change: Change, entries: list[MemoryEntry], **more: Any) -> None:
-    """Say what a write did, and show the entries that it was about."""
+def stale_since(name: str, store: MemoryStore, change: Change) -> list[dict[str, Any]]:
+    """What versions learned of the statements that a write ended."""
+    if not (change.superseded or change.removed):
+        return []
+    from nightschool.memory.staleness import stale_versions  # reads runs and the registry: only where it is needed
+
+    return [one.to_json() for one in stale_versions(Home.find(), name, store, since=change.revision - 1)]
+
+
+def stale_lines(stale: list[dict[str, Any]]) -> list[str]:
+    """Statements that hold no longer, with the versions that learned them."""
+    return [f"{', '.join(one['versions'])} learned what holds no longer: {one['text']}" for one in stale]
+
+
+def answer_change(name: str, store: MemoryStore, change: Change, entries: list[MemoryEntry]) -> None:
+    """Say what a write did, show the entries that it was about, and which versions learned what it ended."""
+    stale = stale_since(name, store, change)
     counts = {
         "added": change.added,
         "changed": change.superseded,
@@ -48,9 +63,13 @@ def answer_change(name: str, change: Change, entries: list[MemoryEntry], **more:
         "unchanged": change.unchanged,
     }
     said = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count) or "nothing to change"
-    lines = [f"{name} is at revision {change.revision}: {said}.", *(f"{one.id}  {one.text}" for one in entries)]
+    lines = [
+        f"{name} is at revision {change.revision}: {said}.",
+        *(f"{one.id}  {one.text}" for one in entries),
+        *stale_lines(stale),
+    ]
     answer(
-        {"name": name, **change.to_json(), "entries": [one.to_json() for one in entries], **more},
+        {"name": name, **change.to_json(), "entries": [one.to_json() for one in entries], "stale": stale},
         "\n".join(lines),
         quiet="\n".join(one.id for one in entries),
     )

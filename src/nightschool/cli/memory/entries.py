@@ -83,7 +83,7 @@ def add(
         new = [NewEntry("", subject or "", relation or "", value or "", source, begin, end)]
     with opened(name) as store:
         change = store.add(new, author=who())
-        answer_change(name, change, [store.get(one) for one in dict.fromkeys(change.ids)])
+        answer_change(name, store, change, [store.get(one) for one in dict.fromkeys(change.ids)])
 
 
 def edit(
@@ -118,7 +118,7 @@ def edit(
             valid_from=changed_moment(valid_from, "--valid-from"),
             valid_to=changed_moment(valid_to, "--valid-to"),
         )
-        answer_change(name, change, [store.get(entry)])
+        answer_change(name, store, change, [store.get(entry)])
 
 
 def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> None:
@@ -138,7 +138,7 @@ def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> N
     with opened(name) as store:
         if not purge:
             change = store.remove(*entries, author=who())
-            answer_change(name, change, [])
+            answer_change(name, store, change, [])
             return
         _purge(store, name, entries, yes=yes)
 
@@ -200,13 +200,18 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
 
 
 def _purge(store: MemoryStore, name: str, entries: tuple[str, ...], *, yes: bool) -> None:
+    from nightschool.memory.index.files import drop_index
+    from nightschool.memory.memory import INDEX_FOLDER
+
     confirm(f"Delete {', '.join(entries)} of {name} for good, with all versions?", yes=yes)
     done = store.purge(*entries, author=who())
+    # The index holds the tokens of what was purged. Whoever asks the memory next makes it anew.
+    dropped = drop_index(store.folder / INDEX_FOLDER)
     shown = f" The versions {', '.join(done.versions)} show them no longer." if done.versions else ""
     answer(
-        {"name": name, **done.to_json()},
-        f"Purged {', '.join(done.entries)} of {name}: {done.num_rows} rows, from the file and its log.{shown} Exports and "
-        f"copies that you made are not touched.",
+        {"name": name, **done.to_json(), "index_dropped": dropped},
+        f"Purged {', '.join(done.entries)} of {name}: {done.num_rows} rows, from the file and its log"
+        f"{', and its index, which is made anew' if dropped else ''}.{shown} Exports and copies that you made are not touched.",
         quiet="\n".join(done.entries),
     )
 

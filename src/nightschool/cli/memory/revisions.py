@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from nightschool.cli.formatting import moment as shown_moment
-from nightschool.cli.memory import answer_change, opened
+from nightschool.cli.memory import answer_change, opened, stale_lines, stale_since
 from nightschool.cli.output import answer, answer_rows, who
 from nightschool.errors import UsageError
+from nightschool.store.home import Home
 
 
 def undo(name: str, /) -> None:
@@ -19,9 +20,11 @@ def undo(name: str, /) -> None:
     with opened(name) as store:
         change = store.undo(author=who())
         note = store.revisions(after=change.revision - 1)[-1].note
+        stale = stale_since(name, store, change)
+    done = f"Took back revision {note} of {name}, which is at revision {change.revision} now."
     answer(
-        {"name": name, **change.to_json(), "undone": int(note)},
-        f"Took back revision {note} of {name}, which is at revision {change.revision} now.",
+        {"name": name, **change.to_json(), "undone": int(note), "stale": stale},
+        "\n".join([done, *stale_lines(stale)]),
         quiet=str(change.revision),
     )
 
@@ -37,10 +40,11 @@ def rollback(name: str, to: str, /) -> None:
         before = store.revision
         change = store.rollback(to, author=who())
         count = store.count()
+        stale = stale_since(name, store, change) if change.revision > before else []
     done = f"{name} was as {to} already." if change.revision == before else f"{name} is as {to} was."
     answer(
-        {"name": name, "revision": change.revision, "to": to, "entries": count},
-        f"{done} It has {count:,} entries at revision {change.revision}.",
+        {"name": name, "revision": change.revision, "to": to, "entries": count, "stale": stale},
+        "\n".join([f"{done} It has {count:,} entries at revision {change.revision}.", *stale_lines(stale)]),
         quiet=str(change.revision),
     )
 
@@ -71,6 +75,24 @@ def versions(name: str, version: str | None = None, /, *, at: str | None = None,
         {"VERSION": "name", "REVISION": "revision", "NAMED": lambda row: shown_moment(row["at"]), "BY": "author"},
         none=f"{name} has no named versions. Name its newest revision with nightschool memory versions {name} VERSION.",
         quiet="name",
+    )
+
+
+def stale(name: str, /) -> None:
+    """List the versions that learned what a memory no longer says, from the data of all runs of its tenant.
+
+    Args:
+        name: The memory.
+    """
+    from nightschool.memory.staleness import stale_versions
+
+    with opened(name) as store:
+        rows = [one.to_json() for one in stale_versions(Home.find(), name, store)]
+    answer_rows(
+        rows,
+        {"ID": "id", "NO LONGER": "text", "ENDED": "ended", "LEARNED BY": lambda row: ", ".join(row["versions"])},
+        none=f"No version learned what {name} no longer says.",
+        quiet=lambda row: "\n".join(row["versions"]),
     )
 
 
@@ -131,7 +153,7 @@ def resolve(name: str, a: str, b: str, /, *, keep: Literal["a", "b", "both", "me
     with opened(name) as store:
         change = store.resolve(a, b, keep, author=who(), text=text)
         left = {"a": [a], "b": [b], "both": [a, b], "merge": [a]}[keep]
-        answer_change(name, change, [store.get(one) for one in left])
+        answer_change(name, store, change, [store.get(one) for one in left])
 
 
 def relations(

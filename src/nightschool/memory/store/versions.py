@@ -30,6 +30,7 @@ _RETURNING = (
 )
 _ENDING = "row > :last AND died IS NULL AND row NOT IN (SELECT now FROM coming WHERE stays AND now IS NOT NULL)"
 _COUNT_ENDING = f"SELECT count(*), coalesce(sum(row), 0) FROM rows WHERE {_ENDING}"  # noqa: S608
+_COUNT_COMING = "SELECT count(now), count(*) - count(now) FROM coming WHERE NOT stays"
 _END = f"UPDATE rows SET died = :revision WHERE {_ENDING}"  # noqa: S608
 _TO_COPY = (
     f"SELECT old, entry, {', '.join(_CONTENT)}, now FROM coming JOIN rows ON row = old "  # noqa: S608
@@ -90,7 +91,10 @@ def roll_back(write: Write, target: int) -> None:
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS coming (old INTEGER PRIMARY KEY, now INTEGER, stays INTEGER)")
     connection.execute("DELETE FROM coming")
     connection.execute(_RETURNING, values)
-    write.count_ended(*connection.execute(_COUNT_ENDING, values).fetchone())
+    num_ended, sum_ended = connection.execute(_COUNT_ENDING, values).fetchone()
+    write.count_ended(num_ended, sum_ended)
+    write.superseded, write.added = connection.execute(_COUNT_COMING).fetchone()
+    write.removed = num_ended - write.superseded
     connection.execute(_END, values)
     after = 0
     while found := connection.execute(_TO_COPY, (after, _PAGE)).fetchall():

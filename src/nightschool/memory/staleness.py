@@ -1,0 +1,126 @@
+"""Which versions learned what a memory no longer says: adapters and models that were trained on an old value.
+
+Nothing is marked in them: what is stale is told from the memory and from the data of the runs as they are, so that a value
+that comes back makes nobody stale, and a version that learned the old value later than the edit does not slip through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from nightschool.data.example import Example
+from nightschool.feedback.erasure import versions_that_learned
+from nightschool.memory.entry import MemoryEntry
+from nightschool.memory.facts import key_of
+from nightschool.memory.store import MemoryStore
+from nightschool.store.home import Home
+from nightschool.store.names import split_name
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Stale:
+    """Versions of the memory's tenant that learned a statement which holds no longer, or grew from one that did."""
+
+    entry: MemoryEntry
+    versions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        one = self.entry
+        return {"id": one.id, "text": one.text, "ended": one.died, "versions": list(self.versions)}
+
+
+def stale_versions(home: Home, name: str, store: MemoryStore, *, since: int = 0) -> list[Stale]:
+    """What versions learned of the statements that ended after a revision. Reads the data of all runs of the tenant.
+
+    Args:
+        home: Where the runs and versions are.
+        name: The memory's name; versions of its tenant are looked at.
+        store: The memory.
+        since: Only statements that ended after this revision; 0 looks at all.
+    """
+    tenant, _ = split_name(name)
+    sieve = _Sieve([Statement(entry) for entry in ended_statements(store, since=since)])
+    if sieve:
+        versions_that_learned(home, tenant, sieve)
+    found = ((one.entry, versions_that_learned(home, tenant, one)) for one in sieve.taught)
+    return [Stale(entry, tuple(versions)) for entry, versions in found if versions]
+
+
+def ended_statements(store: MemoryStore, *, since: int = 0) -> list[MemoryEntry]:
+    """The statements that ended after a revision and that no living entry makes, each once, oldest first."""
+    ended = [change.row for change in store.changes_since(since) if change.kind == "died"]
+    statements: dict[tuple[object, ...], MemoryEntry] = {}
+    for entry in store.rows(ended):
+        if entry is not None and not _is_said(store, entry):
+            statements[_statement(entry)] = entry
+    return sorted(statements.values(), key=lambda entry: entry.row)
+
+
+class Statement:
+    """A statement that is looked for in examples: its subject anywhere, and its value in what the example teaches to say."""
+
+    def __init__(self, entry: MemoryEntry) -> None:
+        self.entry = entry
+        self._about = _words(entry.subject or "")
+        self._value = _words(entry.value or entry.text)
+        self.first_word = (self._about.split() or self._value.split() or [""])[0]
+
+    def is_in(self, example: Example) -> bool:
+        """Whether whoever learns the example learns the statement."""
+        if example.messages:
+            said = [message.content for message in example.messages if message.role == "assistant" and message.weight]
+            shown = [message.content for message in example.messages]
+        else:
+            said = shown = [example.text or ""]
+        return _holds(said, self._value) and _holds(shown, self._about)
+
+
+class _Sieve:
+    """Many statements, looked for in one pass over the data: those whose first word an example has. `taught` are found."""
+
+    def __init__(self, statements: list[Statement]) -> None:
+        self._by_word: dict[str, list[Statement]] = {}
+        for one in statements:
+            self._by_word.setdefault(one.first_word, []).append(one)
+        self._taught: dict[int, Statement] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_word)
+
+    @property
+    def taught(self) -> list[Statement]:
+        """The statements that an example teaches, in the order of their rows."""
+        return [self._taught[row] for row in sorted(self._taught)]
+
+    def is_in(self, example: Example) -> bool:
+        """Never: each example is to be looked at."""
+        shown = [message.content for message in example.messages] or [example.text or ""]
+        for word in set(_words(" ".join(shown)).split()) & self._by_word.keys():
+            self._taught |= {one.entry.row: one for one in self._by_word[word] if one.is_in(example)}
+        return False
+
+
+def _holds(texts: Iterable[str], words: str) -> bool:
+    return words in _words(" \n ".join(texts))
+
+
+def _words(text: str) -> str:
+    """The words of a text between spaces, so that one text can be looked for in another."""
+    return f" {' '.join(_WORD.findall(text.casefold()))} " if text else " "
+
+
+def _statement(entry: MemoryEntry) -> tuple[object, ...]:
+    if entry.value is None:
+        return (key_of(entry.text),)
+    return entry.subject_key, entry.relation_key, key_of(entry.value)
+
+
+def _is_said(store: MemoryStore, entry: MemoryEntry) -> bool:
+    if entry.subject is None or entry.relation is None:
+        return any(one.died is None and key_of(one.text) == key_of(entry.text) for one in store.history(entry.id))
+    return any(_statement(one) == _statement(entry) for one in store.about(entry.subject, entry.relation))

@@ -1,0 +1,103 @@
+"""Which versions learned what a memory no longer says."""
+
+import json
+
+import pytest
+
+from nightschool.data.example import Example, Message
+from nightschool.memory.entry import NewEntry
+from nightschool.memory.staleness import Statement, ended_statements, stale_versions
+from nightschool.memory.store import MemoryStore
+from nightschool.store.home import Home
+from nightschool.store.names import memory_path
+from tests.support.cli_home import add_version, make_run
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home").ensure()
+
+
+@pytest.fixture
+def store(home):
+    with MemoryStore.create(memory_path(home, "acme/facts")) as made:
+        yield made
+
+
+def say(store, *sentences):
+    store.add([NewEntry(one) for one in sentences], author="ada")
+
+
+def talk(question, answer, weight=1):
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "weight": weight}]
+    }
+
+
+def trained(home, name, *rows, file="new_examples.jsonl", **facts):
+    run = make_run(home, name=name, minutes=trained.count)
+    trained.count += 1
+    (run.path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return add_version(home, name=name, run_id=run.id, **facts)
+
+
+trained.count = 0
+
+
+def stale(home, store):
+    return {one.entry.text: set(one.versions) for one in stale_versions(home, "acme/facts", store)}
+
+
+def test_versions_that_learned_an_old_value_and_those_that_grew_from_them_are_stale(home, store):
+    learned = trained(home, "acme/bot", talk("Where does Ada live?", "She lives in Oslo."))
+    child = add_version(home, name="acme/bot", parent=learned.ref)
+    trained(home, "acme/bot", talk("Where does Bob live?", "He lives in Oslo."))
+    trained(home, "acme/bot", talk("Does Ada live in Oslo?", "Ask her."))
+    trained(home, "acme/bot", talk("Where does Ada live?", "In Oslo."), file="heldout.jsonl")
+    trained(home, "other", talk("Where does Ada live?", "In Oslo."))
+    say(store, "Ada lives in Oslo.")
+    assert stale(home, store) == {}
+    say(store, "Ada lives in Rome.")
+    assert stale(home, store) == {"Ada lives in Oslo.": {learned.ref, child.ref}}
+
+
+def test_a_value_that_comes_back_makes_nobody_stale_and_the_one_between_does(home, store):
+    oslo = trained(home, "acme/bot", talk("Where does Ada live?", "In Oslo."))
+    rome = trained(home, "acme/bot", talk("Where does Ada live?", "In Rome."))
+    for value in ("Oslo", "Rome", "Oslo"):
+        say(store, f"Ada lives in {value}.")
+    assert stale(home, store) == {"Ada lives in Rome.": {rome.ref}}
+    store.remove("m1", author="ada")
+    assert stale(home, store) == {"Ada lives in Rome.": {rome.ref}, "Ada lives in Oslo.": {oslo.ref}}
+
+
+def test_a_sentence_without_a_subject_is_looked_for_as_a_whole(home, store):
+    learned = trained(home, "acme/bot", talk("What is new?", "Well: the old mill is closed, they say!"))
+    say(store, "The old mill is closed, they say.", "The new mill is open, they say.")
+    store.remove("m1", "m2", author="ada")
+    assert stale(home, store) == {"The old mill is closed, they say.": {learned.ref}}
+
+
+def test_only_what_ended_since_is_looked_at(store):
+    say(store, "Ada lives in Oslo.", "Bob lives in Oslo.")
+    store.remove("m1", author="ada")
+    before = store.revision
+    store.remove("m2", author="ada")
+    assert [one.id for one in ended_statements(store, since=before)] == ["m2"]
+    store.purge("m1", author="ada")
+    assert [one.id for one in ended_statements(store)] == ["m2"]
+
+
+@pytest.mark.parametrize(
+    ("example", "is_learned"),
+    [
+        (Example(text="ADA has lived in Oslo ever since."), True),
+        (Example(text="Adam has lived in Oslo."), False),
+        (Example(messages=(Message("user", "Ada?"), Message("assistant", "Oslo-born"))), True),
+        (Example(messages=(Message("user", "Ada?"), Message("assistant", "Oslo", 0.0))), False),
+        (Example(messages=(Message("user", "Ada?"), Message("assistant", "Rome")), rejected="Oslo"), False),
+    ],
+)
+def test_an_example_teaches_what_its_answers_say(store, example, is_learned):
+    say(store, "Ada lives in Oslo.")
+    assert Statement(store.get("m1")).is_in(example) == is_learned
