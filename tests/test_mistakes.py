@@ -272,7 +272,7 @@ def reading(place, recipe, monkeypatch):
         prepared = METHODS[recipe.method].prepare(Setup(recipe, place.home, place.root))
     except NightschoolError as error:
         return str(error)
-    batches = [prepared.task.batch(0, index) for index in range(2)]
+    batches = [prepared.task.batch(epoch, 0) for epoch in range(4)]
     learns = {name: tuple(weight.shape) for name, weight in prepared.task.trainable().items()}
     drawn = [(batch.input_ids.tolist(), batch.candidates, batch.right, batch.misled) for batch in batches]
     loss = sum(float(prepared.task.loss(batch).sum.detach()) for batch in batches)

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,8 +14,9 @@ from nightschool.data.memory_batches import MemoryBatches, MemoryDraw
 from nightschool.data.memory_examples import FactRanges, question_of, render_with_fact
 from nightschool.errors import Damaged, DataError, ModelError, UsageError
 from nightschool.events import read_events
+from nightschool.layers.memory_gate import GateFeatures
 from nightschool.models.load import load_base
-from nightschool.models.memory_version import WEIGHTS, gate_heads
+from nightschool.models.memory_version import GATE, WEIGHTS
 from nightschool.store.registry import Registry
 from tests.support.tokenizers_for_tests import byte_tokenizer
 from tests.support.training_setups import MiniRun, deterministic_threads
@@ -194,7 +196,7 @@ def test_stages_follow_each_other_and_publish_modules_on_the_base(tmp_path):
     ids = torch.randint(0, 60, (1, 9))
     with torch.no_grad():
         assert torch.equal(loaded.model(input_ids=ids).logits, base.model(input_ids=ids).logits)
-    heads = gate_heads(loaded.memory)
+    heads = load_file(version.path / GATE)
     half = SMALL["knowledge_dim"] // 2
     shapes = {name: tuple(tensor.shape) for name, tensor in heads.items()}
     assert shapes == {
@@ -204,7 +206,7 @@ def test_stages_follow_each_other_and_publish_modules_on_the_base(tmp_path):
     }
     assert heads["subject.projection.b"].abs().max() > 0
     second = a_run(tmp_path / "next", stage="fusion", base=str(version.path)).prepared()
-    for name, tensor in gate_heads(second.loaded.memory).items():
+    for name, tensor in second.loaded.memory.gate.state_dict().items():
         assert torch.equal(tensor, heads[name]), name
     with pytest.raises(ModelError, match=r"memory\.gate_rank=4"):
         a_run(tmp_path / "other", base=str(version.path), memory={"gate_rank": 2}).prepared()
@@ -227,6 +229,22 @@ def test_a_tiny_base_learns_to_read_what_it_never_saw(tmp_path):
     assert rows[-1]["copied"] > 0.4
     assert held_out[-1]["heldout_loss"] < held_out[0]["heldout_loss"]
     assert {"loss_ce", "loss_similarity", "loss_diversity", "loss_kept", "loss_sentinel"} <= rows[-1].keys()
+
+
+def test_an_encoder_without_torch_gives_the_addresses_of_the_gate(tmp_path):
+    from nightschool.memory.encoders.heads import Heads, normalised, token_priors
+
+    run = a_run(tmp_path / "run", stage="router").go()
+    version = Registry(run.home).resolve(run.run.status.candidate)
+    loaded = load_base(version.ref, run.home)
+    table = loaded.model.get_input_embeddings().weight.detach()
+    token_ids = torch.randint(0, len(table), (7,))
+    heads = Heads.read(version.path / GATE, table.shape[1])
+    features = normalised((table - table.mean(0))[token_ids].numpy())[None]
+    for name in ("subject", "relation"):
+        ours = getattr(loaded.memory.gate, name)(*GateFeatures(table)(token_ids), [7]).detach()
+        theirs = getattr(heads, name).pooled(features, token_priors(len(table))[token_ids.numpy()][None], np.array([7]))
+        assert np.allclose(ours.numpy(), theirs, atol=1e-5)
 
 
 # What is refused.

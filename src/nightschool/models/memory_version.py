@@ -1,6 +1,7 @@
 """A version that is a base with an explicit memory: its memory modules in safetensors, and the names of both.
 
-The folder holds `memory_model.safetensors`, `memory_config.json` and the tokenizer; the base lies elsewhere and is never copied.
+The folder holds what reads (`memory_model.safetensors`), what finds (`memory_gate.safetensors`, which encoders without torch read,
+too), `memory_config.json` and the tokenizer; the base lies elsewhere and is never copied.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
@@ -20,7 +21,7 @@ from nightschool.models.folder import MEMORY_CONFIG, read_json
 from nightschool.models.memory_model import MemoryModules, MemoryShape
 from nightschool.store.atomic import room_needed
 
-WEIGHTS = "memory_model.safetensors"
+WEIGHTS, GATE = "memory_model.safetensors", "memory_gate.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def save_memory_folder(
     """
     with room_needed(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in modules.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        save_file(_plain(modules.reader), folder / WEIGHTS, {"format": "pt"})
+        facts = {"format": "pt", "encoder": "base", "knowledge_dim": str(modules.shape.knowledge_dim)}
+        save_file(gate_heads(modules), folder / GATE, facts)
         config = {
             "base": version.base,
             "memory": version.memory,
@@ -81,16 +83,16 @@ def read_memory_folder(folder: Path) -> tuple[MemoryModules, MemoryVersion]:
         raise Damaged(
             f"{folder / MEMORY_CONFIG} describes no memory modules ({error}). Publish the version again."
         ) from None
-    stored = _tensors(folder / WEIGHTS)
-    here = modules.state_dict()
-    wrong = sorted(set(stored) ^ set(here))
-    wrong += [name for name, tensor in stored.items() if name in here and tensor.shape != here[name].shape]
-    if wrong:
-        raise Damaged(
-            f"{folder / WEIGHTS} does not fit its configuration: {len(wrong)} tensors differ, such as {wrong[0]}. "
-            "Publish the version again."
-        )
-    modules.load_state_dict(stored)
+    for part, name in ((modules.reader, WEIGHTS), (modules.gate, GATE)):
+        stored, here = _tensors(folder / name), part.state_dict()
+        wrong = sorted(set(stored) ^ set(here))
+        wrong += [key for key, tensor in stored.items() if key in here and tensor.shape != here[key].shape]
+        if wrong:
+            raise Damaged(
+                f"{folder / name} does not fit its configuration: {len(wrong)} tensors differ, such as {wrong[0]}. "
+                "Publish the version again."
+            )
+        part.load_state_dict(stored)
     return modules, version
 
 
@@ -113,9 +115,13 @@ def prove_memory_folder(modules: MemoryModules, version: MemoryVersion, folder: 
     return 0.0
 
 
-def gate_heads(modules: MemoryModules) -> dict[str, Any]:
-    """The tensors of the gate under the names that encoders without torch read: `subject.attention` and so on, fp32."""
-    return {name: tensor.detach().cpu().float().contiguous() for name, tensor in modules.gate.state_dict().items()}
+def gate_heads(modules: MemoryModules) -> dict[str, torch.Tensor]:
+    """The tensors of the gate under the names that encoders without torch know: `subject.attention` and so on."""
+    return _plain(modules.gate)
+
+
+def _plain(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

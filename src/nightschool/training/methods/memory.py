@@ -103,7 +103,9 @@ class MemoryTask(FinetuneTask):
     def _cosines(self, batch: MemoryBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Subject and relation cosines [d, e] of questions and entries, and the addresses of these [e, 2·half]."""
         gate = self._reads.memory.gate
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._memory.stage != "fusion"):
+        # In fp32: the contrast divides cosines by a small temperature, and 16 bits would be seen.
+        learns = torch.is_grad_enabled() and self._memory.stage != "fusion"
+        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
             asked = self._texts(batch.question_ids)
             subjects = gate.subject(*self._texts([entry.subject_ids for entry in batch.entries]))
             relations = gate.relation(*self._texts([entry.relation_ids for entry in batch.entries]))
@@ -208,18 +210,17 @@ class MemoryTask(FinetuneTask):
 
 def _diversity(batch: MemoryBatch, scores_de: Tensor, addresses_ef: Tensor) -> Tensor:
     """How alike the addresses of candidates are, in pairs, each pair as heavy as the gate finds both likely; 0 where there are none."""
-    unit = F.normalize(addresses_ef, dim=1)
-    total, count = scores_de.sum() * 0.0, 0
+    alike = addresses_ef @ addresses_ef.T / 2  # of two unit vectors each
+    alike = alike - torch.diag(alike.diagonal())
+    found_de = torch.zeros(scores_de.shape, dtype=torch.bool, device=scores_de.device)
     for number in range(len(batch.question_ids)):
-        found = list(batch.candidates[number])
-        if len(found) < 2:
-            continue
-        weights = (scores_de[number, found] / _TEMPERATURE).softmax(dim=0)
-        pairs = weights[:, None] * weights[None, :]
-        others = 1.0 - torch.eye(len(found), device=pairs.device)
-        total = total + (pairs * others * (unit[found] @ unit[found].T)).sum()
-        count += 1
-    return total / max(1, count)
+        found_de[number, list(batch.candidates[number])] = True
+    several = found_de.sum(dim=1) > 1
+    if not bool(several.any()):
+        return scores_de.sum() * 0.0
+    logits = (scores_de / _TEMPERATURE).masked_fill(~found_de, -torch.inf)[several]
+    weights = logits.softmax(dim=1)
+    return ((weights @ alike) * weights).sum(dim=1).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
