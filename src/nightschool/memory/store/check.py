@@ -11,12 +11,19 @@ from typing import Any
 
 from nightschool.memory.entry import entry_id
 from nightschool.memory.store.connection import connect
-from nightschool.memory.store.layout import ROW_COLUMNS, digest_of
+from nightschool.memory.store.layout import CONTENT_COLUMNS, digest_of
 from nightschool.memory.store.purge import is_pending
 
 _MOST_FINDINGS = 100
-_ROWS = f"SELECT {', '.join(ROW_COLUMNS)}, digest FROM rows WHERE row > ? ORDER BY row LIMIT ?"  # noqa: S608
-_ENTRY, _BORN = ROW_COLUMNS.index("entry"), ROW_COLUMNS.index("born")
+_ROWS = f"SELECT row, {', '.join(CONTENT_COLUMNS)}, text_key, digest FROM rows WHERE row > ? ORDER BY row LIMIT ?"  # noqa: S608
+_BORN_ELSEWHERE = (
+    "SELECT row, entry, rows.born FROM rows JOIN revisions ON revision = rows.born WHERE row > last_row OR row <= coalesce("
+    "(SELECT last_row FROM revisions before WHERE before.revision = rows.born - 1), 0)"
+)
+_REPLACES_ANOTHER = (
+    "SELECT one.row, one.entry FROM rows one LEFT JOIN rows old ON old.row = one.replaces WHERE one.replaces IS NOT NULL "
+    "AND (old.entry IS NOT one.entry OR old.died IS NOT one.born)"
+)
 _PAGE = 1000
 _DIGESTED = {
     "revisions": "revision, at, author, operation, note, restores, last_row, born, ended, ended_rows, digest",
@@ -66,7 +73,7 @@ def check(file: Path, mode: str) -> Report:
     connection.text_factory = lambda text: text.decode(errors="replace")
     try:
         connection.execute("BEGIN")
-        for part in (_rows, _tables, _counts, _file):
+        for part in (_rows, _tables, _counts, _places, _file):
             try:
                 for finding in part(connection, report):
                     if len(report.findings) < _MOST_FINDINGS:
@@ -82,9 +89,9 @@ def _rows(connection: sqlite3.Connection, report: Report) -> Iterator[Finding]:
     after = 0
     while found := connection.execute(_ROWS, (after, _PAGE)).fetchall():
         for one in found:
-            *kept, digest = one
+            row, *kept, digest = one
             if digest != digest_of(kept):
-                yield _altered(kept[0], kept[_ENTRY], "is not what was written")
+                yield _altered(row, kept[0], "is not what was written")
         report.rows += len(found)
         after = found[-1][0]
 
@@ -121,6 +128,14 @@ def _counts(connection: sqlite3.Connection, _: Report) -> Iterator[Finding]:
             yield _ended_elsewhere(connection, revision, ended[revision] - num_ended, ended_rows[revision] - sum_ended)
     for revision in (born.keys() | ended.keys()) - {one[0] for one in expected}:
         yield Finding(f"Rows name the revision {revision}, which is missing.")
+
+
+def _places(connection: sqlite3.Connection, _: Report) -> Iterator[Finding]:
+    """Each row was written by the revision that its number belongs to, and replaces a row of its own entry."""
+    for row, entry, born in connection.execute(_BORN_ELSEWHERE):
+        yield _altered(row, entry, f"says that it was written by revision {born}, which has other rows")
+    for row, entry in connection.execute(_REPLACES_ANOTHER):
+        yield _altered(row, entry, "replaces a row that is not of its entry, or did not end then")
 
 
 def _ended_elsewhere(connection: sqlite3.Connection, revision: int, too_many: int, row: int) -> Finding:

@@ -19,7 +19,12 @@ ROW_COLUMNS = (
     "row", "entry", "text", "wording", "subject", "relation", "value", "subject_key", "relation_key", "source", "author",
     "valid_from", "valid_to", "recorded_at", "born", "replaces",
 )  # fmt: skip
-"""What never changes in a row, in the order in which its digest takes it. `text_key` follows from `text`."""
+"""What never changes in a row."""
+CONTENT_COLUMNS = ROW_COLUMNS[1:-2]
+"""What an entry says, which a row that brings it back has as well: with `text_key` it is what the digest is of.
+
+Which revision wrote a row is told by its number, because those of a revision follow each other.
+"""
 
 TABLES = """
 CREATE TABLE about (identity TEXT NOT NULL, made_at INTEGER NOT NULL, purge_pending INTEGER NOT NULL DEFAULT 0);

@@ -13,18 +13,16 @@ from typing import Any, Literal
 
 from nightschool.errors import Conflict, NameRefused, NotFound
 from nightschool.memory.entry import MemoryEntry, micros_of, moment_of
-from nightschool.memory.facts.normalise import sentence_key_of
 from nightschool.memory.store import rows
-from nightschool.memory.store.layout import ROW_COLUMNS, digest_of
+from nightschool.memory.store.layout import CONTENT_COLUMNS, digest_of
 from nightschool.memory.store.writing import Write
 from nightschool.store.names import check_name
 
 UNDO, PURGE = "undo", "purge"
-_PAGE = 1000
-_CONTENT = tuple(column for column in ROW_COLUMNS if column not in ("row", "entry", "born", "replaces"))
-_SUBJECT = 1 + _CONTENT.index("subject")
+_SAME = " AND ".join(f"now.{one} IS old.{one}" for one in CONTENT_COLUMNS)
+_COPIED = ", ".join(CONTENT_COLUMNS)
 _RETURNING = (
-    f"INSERT INTO coming SELECT old.row, now.row, {' AND '.join(f'now.{one} IS old.{one}' for one in _CONTENT)} "  # noqa: S608
+    f"INSERT INTO coming SELECT old.row, now.row, {_SAME} "  # noqa: S608
     "FROM rows old LEFT JOIN rows now ON now.entry = old.entry AND now.row > :last AND now.died IS NULL "
     "WHERE old.died > :at AND old.row <= :last"
 )
@@ -32,9 +30,10 @@ _ENDING = "row > :last AND died IS NULL AND row NOT IN (SELECT now FROM coming W
 _COUNT_ENDING = f"SELECT count(*), coalesce(sum(row), 0) FROM rows WHERE {_ENDING}"  # noqa: S608
 _COUNT_COMING = "SELECT count(now), count(*) - count(now) FROM coming WHERE NOT stays"
 _END = f"UPDATE rows SET died = :revision WHERE {_ENDING}"  # noqa: S608
-_TO_COPY = (
-    f"SELECT old, entry, {', '.join(_CONTENT)}, now FROM coming JOIN rows ON row = old "  # noqa: S608
-    "WHERE old > ? AND NOT stays ORDER BY old LIMIT ?"
+_COPY = (
+    f"INSERT INTO rows (row, {_COPIED}, born, replaces, text_key, digest) "  # noqa: S608
+    f"SELECT :from + row_number() OVER (ORDER BY old), {_COPIED}, :revision, now, text_key, digest "
+    "FROM coming JOIN rows ON row = old WHERE NOT stays ORDER BY old"
 )
 _IN_NEWER = (
     "SELECT {columns} FROM rows WHERE row > :last AND row <= :end AND (died IS NULL OR died > :newer) ORDER BY row"
@@ -83,8 +82,8 @@ class Difference:
 def roll_back(write: Write, target: int) -> None:
     """End what was born after `target`, and write again what ended after it, as a new revision. Purged rows do not return.
 
-    What says the same again already stays as it is. SQLite keeps the numbers of the rows, so that bringing back a million
-    of them takes no more memory than a thousand.
+    What says the same again already stays as it is. SQLite does it all, so that bringing back a million rows takes no more memory
+    than a thousand; a row that comes back keeps its digest.
     """
     connection = write.connection
     values = {"at": target, "last": rows.last_row(connection, target), "revision": write.revision}
@@ -96,13 +95,7 @@ def roll_back(write: Write, target: int) -> None:
     write.superseded, write.added = connection.execute(_COUNT_COMING).fetchone()
     write.removed = num_ended - write.superseded
     connection.execute(_END, values)
-    after = 0
-    while found := connection.execute(_TO_COPY, (after, _PAGE)).fetchall():
-        for _, *kept in found:
-            # The number that stands for a sentence is no part of the row's digest, so it is found out again.
-            write.copy(tuple(kept), sentence_key_of(kept[1]) if kept[_SUBJECT] is None else None)
-        after = found[-1][0]
-    write.flush()
+    write.count_copied(connection.execute(_COPY, values | {"from": write.last_row}).rowcount)
     connection.execute("DELETE FROM coming")
 
 

@@ -112,10 +112,10 @@ class Write:
         self._ended += count
         self._ended_rows += rows
 
-    def copy(self, kept: tuple[object, ...], text_key: int | None) -> None:
-        """Write a row again as a new one: `ROW_COLUMNS` between `row` and `born`, and what it replaces."""
-        *content, replaces = kept
-        self._write_row((self.last_row + 1, *content, self.revision, replaces), text_key, text_key)
+    def count_copied(self, count: int) -> None:
+        """Count rows that were written behind the last one."""
+        self.last_row += count
+        self._born += count
 
     def flush(self) -> None:
         """Hand the rows that wait to SQLite."""
@@ -147,7 +147,7 @@ class Write:
         self.numbers.append(entry)
 
     def _write_row(self, kept: tuple[object, ...], text_key: int | None, key: object) -> None:
-        self._waiting.append((*kept, text_key, digest_of(kept)))
+        self._waiting.append((*kept, text_key, digest_of((*kept[1:-2], text_key))))
         self._waiting_keys.add(key)
         self.last_row += 1
         self._born += 1
