@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from nightschool.data.chat.render import Rendered, render_example
 from nightschool.data.example import Example, Message, NeededFact
+from nightschool.layers.memory_gate import text_for_gate
 
 # Shares of what is drawn; the rest of the values are of the fact's own relation.
 _ANY_NAME = 0.2
@@ -144,8 +145,8 @@ def render_with_fact(tokenizer: Any, example: Example, max_seq_len: int) -> Rend
 
 
 def entry_ids(tokenizer: Any, fact: NeededFact) -> list[int]:
-    """The tokens of an entry, as they are read."""
-    return list(tokenizer(fact.text, add_special_tokens=False)["input_ids"])
+    """The tokens of an entry as they stand within a sentence, after a space: so it is read, and so a memory finds it."""
+    return list(tokenizer(text_for_gate(fact.text), add_special_tokens=False)["input_ids"])
 
 
 def count_of_candidates(most: int, chance: random.Random) -> int:

@@ -26,6 +26,7 @@ from nightschool.data.batches import IGNORED, Batch
 from nightschool.data.chat.render import ensure_template
 from nightschool.data.example import Example
 from nightschool.data.memory_batches import MemoryBatch, MemoryBatches, MemoryDraw
+from nightschool.data.memory_examples import entry_ids
 from nightschool.errors import DataError, ModelError, NothingToTrain, UsageError
 from nightschool.layers.attention import lay_out
 from nightschool.layers.forward import forward_hidden
@@ -349,7 +350,7 @@ def _refuse_facts(examples: Sequence[Example], tokenizer: Any, most: int) -> Non
             '"fact": {"subject": "Ada", "relation": "lives in", "value": "Oslo"}.'
         )
     for example, fact in facts:
-        length = len(tokenizer(fact.text, add_special_tokens=False)["input_ids"])
+        length = len(entry_ids(tokenizer, fact))
         if length > most:
             raise DataError(
                 f"{example.source}:{example.line}: the entry {fact.text[:60]!r} has {length} tokens, and memory.knowledge_length is "
