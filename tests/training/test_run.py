@@ -278,9 +278,10 @@ def test_an_adapter_is_published_on_its_base_and_goes_on_the_next_night(taught):
     version = version_of(home, run)
     assert (version.facts.kind, version.facts.base, version.facts.parent) == ("adapter", base.ref, base.ref)
     for question, answer in lesson:
-        assert plain_answer(base.path, question) != answer
         assert plain_answer(version.path, question, base=base.path) == answer
-        assert answer_margin(version.path, question, answer, base=base.path) > SAFE_MARGIN
+        learned = answer_margin(version.path, question, answer, base=base.path)
+        # The base may guess one of them, on some machines; it isn't as sure of it.
+        assert learned > max(SAFE_MARGIN, answer_margin(base.path, question, answer))
     assert not (version.path / "model.safetensors").exists()
 
     again = new_run(home, name="adapted", facts=lesson, base=version.ref, method="lora", lora=lora, train={"epochs": 2})
