@@ -143,6 +143,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "edit": ("nightschool.cli.memory.entries:edit", "Let an entry say something else."),
             "rm": ("nightschool.cli.memory.entries:rm", "End entries, purge them, or delete a memory."),
             "search": ("nightschool.cli.memory.entries:search", "Find entries by words."),
+            "why": ("nightschool.cli.memory.why:why", "Ask a model, and show what its answer was read from."),
             "history": ("nightschool.cli.memory.entries:history", "What an entry said, or who wrote what."),
             "undo": ("nightschool.cli.memory.revisions:undo", "Take back the newest write."),
             "rollback": ("nightschool.cli.memory.revisions:rollback", "Bring back a revision or a named version."),

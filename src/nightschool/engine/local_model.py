@@ -15,14 +15,17 @@ from transformers import PreTrainedModel
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
 from nightschool.engine.handle import Handle
-from nightschool.engine.pool import EnginePool
+from nightschool.engine.memory_lookup import last_question, open_memory, reading_of
+from nightschool.engine.pool import BoundEngine, EnginePool
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import PromptTooLong
+from nightschool.memory.memory import Memory
 from nightschool.models.adapters import load_adapter
 from nightschool.models.dtype import probe_dtype, resolve_device
 from nightschool.models.load import LoadedModel, Located, locate
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
+from nightschool.store.names import full_name, memory_path, split_name
 from nightschool.store.registry import Version
 
 
@@ -59,6 +62,9 @@ class LocalModel:
         loaded = self.engine.loaded
         if self._bound.binding.adapter is None:
             return loaded
+        if self._bound.memory is not None:
+            modules = self.engine.memory_modules(self._bound.binding)
+            return replace(loaded, tokenizer=self._bound.tokenizer, ref=self.ref, memory=modules)
         # The engine runs modules of its own, so that an adapter here is none there.
         model = load_adapter(cast(PreTrainedModel, loaded.model), self._found.folder, trainable=False).eval()
         return replace(loaded, model=model, tokenizer=self._bound.tokenizer, ref=self.ref, adapter=True)
@@ -66,6 +72,29 @@ class LocalModel:
     def read(self) -> None:
         """Read all that is needed of the model's folder, which may go away afterwards."""
         _ = self.loaded
+
+    @property
+    def bound(self) -> BoundEngine:
+        """How the engine is asked for this model."""
+        return self._bound
+
+    @property
+    def home(self) -> Home:
+        """The home that the model's pool stands on."""
+        return self._pool.home
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """The memory that this version reads, of its own tenant; None if it reads none.
+
+        Raises:
+            NotFound: If the memory isn't there.
+        """
+        stands_on = self._bound.memory
+        if stands_on is None or stands_on.memory is None:
+            return None
+        tenant, _ = split_name(self.ref.partition("@")[0])
+        return open_memory(memory_path(self._pool.home, full_name(tenant, stands_on.memory)), self._bound)
 
     @property
     def context_tokens(self) -> int:
@@ -78,7 +107,7 @@ class LocalModel:
         Raises:
             PromptTooLong: If it does not fit the context.
         """
-        return self._submit(request_id, render_prompt(self._bound.tokenizer, messages), params)
+        return self._submit(request_id, messages, render_prompt(self._bound.tokenizer, messages), params)
 
     def ask_greedily(self, request_id: str, messages: Sequence[Message], max_new_tokens: int) -> Handle:
         """Queue a conversation, answered by the likeliest tokens, fewer where the context is nearly full.
@@ -91,10 +120,17 @@ class LocalModel:
         if free_tokens < 1:
             raise PromptTooLong(len(prompt_ids), 1, self.context_tokens)
         params = SamplingParams(max_new_tokens=min(max_new_tokens, free_tokens), temperature=0)
-        return self._submit(request_id, prompt_ids, params)
+        return self._submit(request_id, messages, prompt_ids, params)
 
-    def _submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Handle:
-        return self.engine.submit(GenerationRequest(request_id, self._bound.binding, prompt_ids, params))
+    def _submit(
+        self, request_id: str, messages: Sequence[Message], prompt_ids: list[int], params: SamplingParams
+    ) -> Handle:
+        binding, reading = self._bound.binding, None
+        if self.memory is not None:
+            [finding] = self.memory.find([last_question(messages)])
+            binding = replace(binding, memory_revision=f"{self.memory.name}@{finding.revision}")
+            reading = reading_of(finding.found)
+        return self.engine.submit(GenerationRequest(request_id, binding, prompt_ids, params, reading=reading))
 
     def count_tokens(self, text: str) -> int:
         """The length of a text in the model's tokens, without special ones."""
@@ -109,7 +145,10 @@ class LocalModel:
         self._pool.proofs.prove(self._bound, version)
 
     def close(self) -> None:
-        if self._bound.binding.adapter is not None and "loaded" in self.__dict__:
+        memory = self.__dict__.get("memory")
+        if memory is not None:
+            memory.close()
+        if self._bound.memory is None and self._bound.binding.adapter is not None and "loaded" in self.__dict__:
             # Others may stand on the base: it is as it was.
             cast(Any, self.loaded.model).unload()
         self._pool.close(self._bound)

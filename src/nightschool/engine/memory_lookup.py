@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 
+from nightschool.data.example import Message
 from nightschool.engine.pool import BoundEngine
 from nightschool.errors import ModelError
 from nightschool.layers.memory_reading import Candidate, MemoryReading
@@ -42,6 +43,11 @@ def reading_of(found: Iterable[Found]) -> MemoryReading:
         Candidate(one.entry.id, one.entry.row, one.tokens, (one.subject_cosine + one.relation_cosine) / 2)
         for one in found
     )
+
+
+def last_question(messages: Sequence[Message]) -> str:
+    """What is asked: the last turn of a user. Nothing of an answer is in it."""
+    return next((message.content for message in reversed(messages) if message.role == "user"), "")
 
 
 def _fast_tokenizer(tokenizer: Any) -> Tokenizer:

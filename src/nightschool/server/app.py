@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from nightschool import __version__
+from nightschool.engine.recall import MemoryChoice
 from nightschool.engine.slot import Slot
 from nightschool.errors import UsageError
 from nightschool.feedback.conversations import ConversationStore
@@ -27,7 +28,6 @@ from nightschool.server.errors import install_handlers
 from nightschool.server.memories import conflict_routes, version_routes
 from nightschool.server.memories import routes as memories
 from nightschool.server.memories.opened import Memories
-from nightschool.server.memories.recall import MemoryChoice
 from nightschool.server.metrics import Metrics
 from nightschool.server.middleware import auth
 from nightschool.server.middleware.audit import Audit

@@ -13,10 +13,10 @@ from starlette.types import Receive
 
 from nightschool.engine.handle import Handle
 from nightschool.engine.pool import Generation
+from nightschool.engine.recall import Recall
 from nightschool.engine.request import Chunk
 from nightschool.errors import NightschoolError
 from nightschool.server.errors import ClientGone, Refusal, log
-from nightschool.server.memories.recall import Recall
 from nightschool.server.metrics import Metrics
 
 Result = TypeVar("Result")

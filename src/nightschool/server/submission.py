@@ -15,13 +15,13 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.handle import Handle
 from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import Generation
+from nightschool.engine.recall import MemoryChoice, Prompt, Read, Recall, question_in, recall, with_facts
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.memory_why import TokenWhy
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Running
 from nightschool.server.memories.opened import Memories
-from nightschool.server.memories.recall import MemoryChoice, Prompt, Read, Recall, question_in, recall, with_facts
 from nightschool.server.memories.why import explained, refuse_unknowable
 from nightschool.server.metrics import Metrics
 from nightschool.server.served_names import ServedNames

@@ -8,10 +8,10 @@ from typing import Any
 
 from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import BoundEngine
+from nightschool.engine.recall import Prompt, Recall, with_facts
 from nightschool.engine.why import why_of_layers, why_of_prompt
 from nightschool.errors import UsageError
 from nightschool.models.memory_why import TokenWhy
-from nightschool.server.memories.recall import Prompt, Recall, with_facts
 
 Encode = Callable[[Prompt], list[int]]
 
@@ -20,7 +20,7 @@ def refuse_unknowable(bound: BoundEngine, found: Recall | None) -> None:
     """Refuse to say why before anything is generated. Raises UsageError with the reason."""
     if found is None:
         raise UsageError("why is told of answers that read a memory, and this one reads none. Name one in memory.name.")
-    if found.read == "prompt" and bound.binding.adapter is not None:
+    if found.read == "prompt" and bound.binding.adapter is not None and bound.memory is None:
         raise UsageError(
             f"{bound.binding.label} is an adapter, of which why is not told while memory.read is prompt. Ask its base, or leave why out."
         )

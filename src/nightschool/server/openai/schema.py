@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, model_v
 from pydantic_core import PydanticCustomError
 
 from nightschool.data.example import Message
+from nightschool.engine.recall import MemoryChoice
 from nightschool.server.bodies import Body, Flag, Number, Only, bounded, whole
-from nightschool.server.memories.recall import MemoryChoice
 from nightschool.store.names import NAME_PATTERN
 
 MOST_CHOICES = 8

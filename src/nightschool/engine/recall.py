@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nightschool.data.example import Message
+from nightschool.engine.memory_lookup import last_question
 from nightschool.errors import UsageError
 from nightschool.memory.memory import Found, Memory
 
@@ -58,8 +59,7 @@ def question_in(prompt: Prompt, tokenizer: Any) -> str:
         return prompt
     messages = [part for part in prompt if isinstance(part, Message)]
     if messages:
-        asked = [message.content for message in messages if message.role == "user"]
-        return asked[-1] if asked else ""
+        return last_question(messages)
     return str(tokenizer.decode([part for part in prompt if isinstance(part, int)], skip_special_tokens=True))
 
 
