@@ -6,6 +6,7 @@ import pytest
 
 from nightschool.errors import Locked, NotFound
 from nightschool.memory.entry import NewEntry
+from nightschool.memory.memory import INDEX_FOLDER
 from nightschool.memory.store import MemoryStore, purge
 
 SECRET = "Zerlinda Quux"
@@ -72,6 +73,16 @@ def test_an_entry_that_ended_is_purged_and_told(store):
     store.remove("m1", author="ada")
     assert store.purge("m1", author="ada").revision == store.revision == 3
     assert [(one.kind, one.row) for one in store.changes_since(2)] == [("purged", 1)]
+
+
+def test_the_index_goes_with_what_it_was_made_of(store):
+    assert purge.INDEX_FOLDER == INDEX_FOLDER  # where those who ask a memory keep it
+    store.add([NewEntry("Ada lives in Oslo."), NewEntry("Bob lives in Rome.")], author="ada")
+    (store.folder / INDEX_FOLDER).mkdir()
+    (store.folder / INDEX_FOLDER / "tokens.npy").write_bytes(b"what Ada said")
+    assert store.purge("m1", author="ada").index_dropped
+    assert not (store.folder / INDEX_FOLDER).exists()
+    assert not store.purge("m2", author="ada").index_dropped
 
 
 def test_an_unknown_entry_purges_nothing(store):

@@ -200,18 +200,13 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
 
 
 def _purge(store: MemoryStore, name: str, entries: tuple[str, ...], *, yes: bool) -> None:
-    from nightschool.memory.index.files import drop_index
-    from nightschool.memory.memory import INDEX_FOLDER
-
     confirm(f"Delete {', '.join(entries)} of {name} for good, with all versions?", yes=yes)
     done = store.purge(*entries, author=who())
-    # The index holds the tokens of what was purged. Whoever asks the memory next makes it anew.
-    dropped = drop_index(store.folder / INDEX_FOLDER)
     shown = f" The versions {', '.join(done.versions)} show them no longer." if done.versions else ""
     answer(
-        {"name": name, **done.to_json(), "index_dropped": dropped},
+        {"name": name, **done.to_json(), "index_dropped": done.index_dropped},
         f"Purged {', '.join(done.entries)} of {name}: {done.num_rows} rows, from the file and its log"
-        f"{', and its index, which is made anew' if dropped else ''}.{shown} Exports and copies that you made are not touched.",
+        f"{', and its index, which is made anew' if done.index_dropped else ''}.{shown} Exports and copies that you made are not touched.",
         quiet="\n".join(done.entries),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -197,13 +198,15 @@ class MemoryStore:
         with self._connections.alone() as connection:
             wanted = [one for one in dict.fromkeys(entries) if not rows.is_purged(connection, entry_number(one))]
             if not wanted and purge.is_pending(connection):
+                dropped = purge.drop_index(self.folder)
                 purge.write_anew(self._connections)
-                return Purge(rows.newest_revision(connection), tuple(entries), 0, ())
+                return Purge(rows.newest_revision(connection), tuple(entries), 0, (), dropped)
         with self._writing(versions.PURGE, author, note=_named(entries)) as write:
             done = purge.delete_rows(write, wanted or entries)
             write.finish(always=True)
+        dropped = purge.drop_index(self.folder)
         purge.write_anew(self._connections)
-        return done
+        return replace(done, index_dropped=dropped)
 
     # --- revisions and versions
 

@@ -1,8 +1,9 @@
 """Purging: nothing of an entry stays in the file, in no revision, and in no log beside it.
 
-Rows are deleted with all their versions, then the file is written anew (`VACUUM`): SQLite overwrites what it deletes, but
-a page that was split may still hold an old copy. Emptying the log ends it. A purge that was cut off before that is noted in the
-file, and goes on when it is called again.
+Rows are deleted with all their versions, then the file is written anew (`VACUUM`) and its log emptied, so that nothing depends on
+what SQLite leaves in pages that it has rearranged. (It overwrites what it deletes; in twenty files nothing was left.) A purge that
+was cut off before that is noted in the file, and goes on when it is called again. The index holds tokens of what was purged: it
+is dropped, and whoever asks the memory next makes it anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nightschool.errors import Locked, NotFound
@@ -19,18 +21,22 @@ from nightschool.memory.store.connection import Connections
 from nightschool.memory.store.layout import digest_of
 from nightschool.memory.store.versions import versions_of
 from nightschool.memory.store.writing import Write
+from nightschool.store.atomic import remove_folder
 
+INDEX_FOLDER = "index"
+"""Below the memory's folder: where its index lies."""
 _WAIT_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Purge:
-    """What was purged: entries, how many rows they had, and which named versions had shown them."""
+    """What was purged: entries, how many rows they had, which named versions had shown them, and whether an index was dropped."""
 
     revision: int
     entries: tuple[str, ...]
     num_rows: int
     versions: tuple[str, ...]
+    index_dropped: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -71,6 +77,15 @@ def delete_rows(write: Write, entries: Sequence[str]) -> Purge:
 def is_pending(connection: sqlite3.Connection) -> bool:
     """Whether a purge was cut off before the file was written anew."""
     return bool(connection.execute("SELECT purge_pending FROM about").fetchone()[0])
+
+
+def drop_index(folder: Path) -> bool:
+    """Remove what was derived from a memory's entries. Returns whether there was anything."""
+    index = folder / INDEX_FOLDER
+    if not index.is_dir():
+        return False
+    remove_folder(index)
+    return True
 
 
 def write_anew(connections: Connections) -> None:

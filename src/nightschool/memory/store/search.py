@@ -14,7 +14,7 @@ _MOST_WORDS = 16
 def by_words(connection: sqlite3.Connection, query: str, at: int, limit: int) -> list[MemoryEntry]:
     """The entries of a revision that hold words of the query, or begin words with them; most of them first, then newest first.
 
-    It reads all entries, whatever they say, and so needs no index that a purge could forget: 0.6 s where there are a million.
+    It reads all entries, whatever they say, and so needs no index that a purge could forget: 4 s where there are a million.
     """
     words = [word for word in dict.fromkeys(map(key_of, query.split())) if word][:_MOST_WORDS]
     if not words:
