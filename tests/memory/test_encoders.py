@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from nightschool.errors import ModelError, NotFound, UsageError
 from nightschool.layers.memory_gate import GateFeatures, MemoryGate, text_for_gate
@@ -15,6 +17,7 @@ from nightschool.memory.encoders.base import BaseEncoder
 from nightschool.memory.encoders.embeddings import TokenEmbeddings
 from nightschool.memory.encoders.encoder import TextEncoder
 from nightschool.memory.encoders.heads import Heads
+from nightschool.memory.encoders.names import Vocabulary
 from nightschool.memory.encoders.table import make_encoder
 from tests.support.memory_parts import HIDDEN, encoder, table, tokenizer, vocabulary
 
@@ -169,3 +172,12 @@ def test_a_name_is_whole_part_of_a_longer_one_or_scattered():
     assert named[4] < 0.84
     assert words.named(words.question("where does paris hilton live?"), tokens, spans)[1] > 0.9
     assert not words.named(words.question(""), tokens, spans).any()
+
+
+def test_forms_of_a_word_have_one_stem_and_other_words_their_own():
+    pieces = ["Ġlive", "Ġlives", "Lived", "Ġliving", "Ġlever", "Ġis", "Ġas", "Ġ1990", "lives"]
+    words = Tokenizer(WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="Ġis"))
+    stems = Vocabulary(words).stems.tolist()
+    assert len({stems[pieces.index(one)] for one in ("Ġlive", "Ġlives", "Lived", "Ġliving", "lives")}) == 1
+    others = [stems[pieces.index(one)] for one in ("Ġlive", "Ġlever", "Ġis", "Ġas", "Ġ1990")]
+    assert len(set(others)) == 5

@@ -135,6 +135,8 @@ class FakeGeneration:
     version: FakeVersion
     engine: FakeEngine
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    # Of those that read a memory in their layers, what they stand on.
+    memory: None = None
 
     @property
     def binding(self) -> Binding:

@@ -94,6 +94,9 @@ class BaseEncoder:
         counts = np.arange(tokens.shape[1]) < lengths[:, None]
         distinct, places = np.unique(np.where(counts, tokens, 0), return_inverse=True)
         nearest = np.clip((self._unit(distinct) @ self._unit(asked).T).max(axis=1), 0, 1)
+        # Another form of a word that stands in the question is as good as the word: "live" and "lives in".
+        stems = self._vocabulary.stems
+        nearest = np.where(np.isin(stems[distinct], stems[asked]), 1.0, nearest)
         weights = np.where(counts, self._vocabulary.rarity[tokens], 0)
         total = (weights * nearest[places.reshape(tokens.shape)]).sum(axis=1)
         mean: Floats = total / np.maximum(weights.sum(axis=1), 1e-6)

@@ -24,6 +24,9 @@ _WHOLE, _PART_OF_A_NAME, _SCATTERED = 1.0, 0.75, 0.85
 _EXPLAINS = 0.03
 # Words that are less than this as rare as the rarest tell nothing. A sentence with half of the others is accepted, one with fewer is not.
 _ORDINARY, _ALL_ELSE = 0.4, 0.68
+# What English words take on; a stem is no shorter than this.
+_ENDINGS = ("ing", "ed", "es", "s", "e")
+_LEAST_STEM = 3
 _WORD_STARTS = ("Ġ", "▁")
 _PIECE = "##"
 _NOTHING = -1
@@ -55,6 +58,9 @@ class Vocabulary:
         # Byte pair encoding numbers tokens by how common they are.
         self.rarity: Floats = np.log1p(np.arange(size) / 100).astype(np.float32) + 1e-3
         self._continues, self._is_name = np.zeros(size + 1, bool), np.zeros(size + 1, bool)
+        self._stem_numbers: dict[str, int] = {}
+        # Tokens of one word in another form (live, lives, lived) have the same number; those of other words their own.
+        self.stems: Tokens = np.arange(-size, 0, dtype=np.int32)
         pieces = tokenizer.get_vocab(with_added_tokens=False)
         marks_starts = any(piece.startswith(_WORD_STARTS) for piece in pieces)
         for piece, number in pieces.items():
@@ -62,6 +68,7 @@ class Vocabulary:
                 bare, starts = piece.lstrip("".join(_WORD_STARTS)), piece.startswith(_WORD_STARTS)
             else:
                 bare, starts = piece.removeprefix(_PIECE), not piece.startswith(_PIECE)
+            self._note_stem(bare, number)
             self._continues[number] = not starts and bare[:1].isalnum()
             self._is_name[number] = starts and bare[:1].isupper()
 
@@ -69,6 +76,13 @@ class Vocabulary:
     def digest(self) -> str:
         """What tells this tokenizer from another."""
         return sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
+
+    def _note_stem(self, bare: str, number: int) -> None:
+        stem = bare.lower()
+        ending = next((one for one in _ENDINGS if stem.endswith(one) and len(stem) - len(one) >= _LEAST_STEM), "")
+        stem = stem.removesuffix(ending)
+        if len(stem) >= _LEAST_STEM and stem.isalpha():
+            self.stems[number] = self._stem_numbers.setdefault(stem, len(self._stem_numbers))
 
     @property
     def size(self) -> int:
