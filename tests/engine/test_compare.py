@@ -16,6 +16,7 @@ from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
 from nightschool.engine import comparison as comparing
 from nightschool.engine import pool
+from nightschool.engine.compare import main as compare_main
 from nightschool.engine.comparison import compare
 from nightschool.engine.engine import Engine
 from nightschool.engine.local_model import local_model
@@ -423,7 +424,7 @@ def test_an_answer_that_fails_is_no_wrong_answer_but_the_end(room, monkeypatch, 
 
     monkeypatch.setattr(Engine, "_choose", broken)
     words = ["--home", str(room.home.path), "--run", room.run.id, "--candidate", room.refs["both"]]
-    assert comparing.main(words) == 1
+    assert compare_main(words) == 1
     assert "a broken expert" in capsys.readouterr().err
     with pytest.raises(NotFound):
         room.kept("both")
@@ -432,7 +433,7 @@ def test_an_answer_that_fails_is_no_wrong_answer_but_the_end(room, monkeypatch, 
 @pytest.mark.parametrize(("candidate", "decision"), [("both", "promote"), ("forgetful", "refuse")])
 def test_the_command_ends_with_one_line_of_json_whatever_it_decides(room, capsys, candidate, decision):
     words = ["--home", str(room.home.path), "--run", room.run.id, "--candidate", room.refs[candidate]]
-    assert comparing.main([*words, "--champion", room.refs["old"]]) == 0
+    assert compare_main([*words, "--champion", room.refs["old"]]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["decision"], last["candidate"], last["champion"]) == (decision, room.refs[candidate], room.refs["old"])
     assert json.loads(Path(last["report"]).read_text())["decision"] == decision
@@ -440,8 +441,8 @@ def test_the_command_ends_with_one_line_of_json_whatever_it_decides(room, capsys
 
 def test_what_is_not_there_is_said_with_its_exit_code(room, capsys):
     words = ["--home", str(room.home.path), "--candidate", room.refs["both"]]
-    assert comparing.main([*words, "--run", "bot-20000101_000000"]) == 4
-    assert comparing.main([*words, "--run", room.run.id, "--champion", "bot@20000101_000000"]) == 4
+    assert compare_main([*words, "--run", "bot-20000101_000000"]) == 4
+    assert compare_main([*words, "--run", room.run.id, "--champion", "bot@20000101_000000"]) == 4
     assert capsys.readouterr().out == ""
 
 

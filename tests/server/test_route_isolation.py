@@ -42,7 +42,7 @@ PARAMETERS = {
     "fine_tuned_model_checkpoint": ("zebra-bot", "absent-bot"),
     "permission_id": ("cp_zebra", "cp_absent"),
     "entry": ("m1", "m2"),
-    "version": ("zebra", "absent"),
+    "version": ("zebra-version", "absent-version"),
 }
 CHAT = [{"role": "user", "content": "hi"}]
 TRAIN = [{"messages": [*CHAT, {"role": "assistant", "content": "ho"}]}]
@@ -95,7 +95,7 @@ def home(tmp_path):
     ApiKeys(home.database).create("default", by="test")
     with MemoryStore.create(memory_path(home, "acme/zebra-bot")) as memory:
         memory.add([NewEntry("The zebra lives in Oslo.")], author="test")
-        memory.name_version("zebra", author="test")
+        memory.name_version("zebra-version", author="test")
     ConversationStore(home.database).record("zebra-request", "acme/zebra-bot", version.id, chat, "zebra", "key")
     return home
 
@@ -121,7 +121,7 @@ def told(answer, which):
     """What an answer says, without what was asked for and what differs from one request to the next."""
     text = answer.text
     for values in PARAMETERS.values():
-        text = text.replace(values[(MINE, NOBODYS).index(which)], "ASKED")
+        text = re.sub(rf"\b{re.escape(values[(MINE, NOBODYS).index(which)])}\b", "ASKED", text)
     return answer.status_code, re.sub(
         r"(chatcmpl|cmpl|gen|req)-[0-9a-f]{24}|\d{4}-\d\d-\d\dT[\d:.+]+|\d+\.\d+", "", text
     )

@@ -21,6 +21,7 @@ from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Example, Message
 from nightschool.events import read_events
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.models import version_folder
 from nightschool.models.load import load_base
 from nightschool.store import checkpoints
 from nightschool.store.database import Database
@@ -538,7 +539,7 @@ def test_a_full_disk_while_saving_says_so_and_keeps_what_was_committed(home, mon
 def test_a_full_disk_while_publishing_publishes_nothing(home, monkeypatch, capsys):
     run = new_run(home, train={"epochs": 2})
     monkeypatch.setattr(
-        publish,
+        version_folder,
         "save_version_folder",
         lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
     )
@@ -552,7 +553,7 @@ def test_a_full_disk_while_publishing_publishes_nothing(home, monkeypatch, capsy
 
 def test_a_folder_that_is_not_the_trained_model_is_not_published(home, monkeypatch, capsys):
     run = new_run(home, train={"epochs": 2})
-    save = publish.save_version_folder
+    save = version_folder.save_version_folder
 
     def spoiled(model, tokenizer, folder, **more):
         weight = model.get_input_embeddings().weight
@@ -562,7 +563,7 @@ def test_a_folder_that_is_not_the_trained_model_is_not_published(home, monkeypat
             save(model, tokenizer, folder, **more)
             weight[0, 0] = before
 
-    monkeypatch.setattr(publish, "save_version_folder", spoiled)
+    monkeypatch.setattr(version_folder, "save_version_folder", spoiled)
     assert train(home, run) == 1
     assert "lost 1 of" in capsys.readouterr().err
     assert Registry(home).versions("bot") == []
