@@ -1,5 +1,7 @@
 """Explicit memories over HTTP, on real stores."""
 
+import shutil
+
 import pytest
 
 from nightschool.memory.store import MemoryStore
@@ -198,3 +200,17 @@ def test_a_key_reads_and_writes_only_with_the_scope_and_in_its_own_tenant(home):
 def test_a_server_without_a_home_says_so():
     with client_of(FakeSlot()) as client:
         assert client.get("/api/memories").status_code == 409
+
+
+def test_a_memory_that_was_deleted_is_gone_and_one_of_the_same_name_is_another(facts, home):
+    add(facts, "Ada lives in Oslo.")
+    folder = memory_path(home, "facts")
+    shutil.rmtree(folder)
+    assert facts.get(FACTS).status_code == 404
+    assert facts.get(f"{FACTS}/entries").status_code == 404
+    assert facts.post("/api/memories", json={"name": "facts"}).status_code == 201
+    assert texts(facts) == []
+    shutil.rmtree(folder)
+    with MemoryStore.create(folder) as other:
+        other.add([_sentence("Bob likes tea.")], author="cli")
+    assert texts(facts) == ["Bob likes tea."]

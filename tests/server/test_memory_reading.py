@@ -83,6 +83,19 @@ def test_the_server_may_name_the_memory_that_is_read_without_asking(bot):
         assert said(off) == bot.greedy(QUESTION)
         plain = httpx2.post(f"{server.url}/generate", json={"query": QUESTION, "max_new_tokens": 12, "temperature": 0})
         assert plain.json()["response"] == said(answer)
+        assert plain.headers["x-memory-revision"] == answer.headers["x-memory-revision"]
+        ids = bot.tokenizer("Ada lives in")["input_ids"]
+        body = {"model": "bot", "prompt": ids, "max_tokens": 4, "temperature": 0}
+        untouched = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert (untouched.status_code, "memory" in untouched.json()) == (200, False)
+
+
+def test_a_tenant_without_the_memory_that_the_server_names_is_answered_without_it(bot):
+    with live(Slot("bot", EnginePool(bot.home)), registry=bot.registry, memory="absent") as server:
+        answer = chat(server)
+        assert said(answer) == bot.greedy(QUESTION)
+        assert "x-memory-revision" not in answer.headers
+        assert chat(server, memory={"name": "absent"}).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -181,6 +194,14 @@ def test_a_stream_tells_why_as_it_goes_and_the_rest_at_its_end(both):
     early, last = [one for one in told if "probability" not in one], [one for one in told if "probability" in one]
     assert [one["token"] for one in early] == [one["token"] for one in last]
     assert [one["from"] for one in early] == [one["from"] for one in last]
+
+
+def test_modules_that_were_trained_for_no_memory_answer_as_the_base_until_one_is_named(bot):
+    bot.publish_reader("anything", memory=None)
+    with live(Slot("anything", EnginePool(bot.home)), registry=bot.registry) as server:
+        assert said(chat(server, model="anything")) == bot.greedy(QUESTION)
+        named = chat(server, model="anything", memory={"name": "facts"})
+        assert named.json()["memory"][0]["read"] == "layers"
 
 
 def test_why_is_refused_where_nothing_is_read(both):

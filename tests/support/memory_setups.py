@@ -43,8 +43,8 @@ class MemoryBot:
             out = self.model.generate(ids, max_new_tokens=tokens, do_sample=False)
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
-    def publish_reader(self):
-        """A version `reader` whose layers read the memory, on the same base; returns its modules."""
+    def publish_reader(self, name="reader", memory="facts"):
+        """A version whose layers read the memory, on the same base; returns its modules."""
         base = self.registry.resolve("bot").ref
         modules = MemoryModules(shape_for(self.model, self.tokenizer, fusion_rank=16, gate_rank=4), seed=3)
         with torch.no_grad():
@@ -52,9 +52,9 @@ class MemoryBot:
                 layer.out += torch.randn_like(layer.out) * 0.5
             modules.reader.pointer.sentinel_bias.fill_(6.0)
         version = self.registry.publish(
-            "reader",
-            lambda folder: save_memory_folder(modules, MemoryVersion(base, "facts", 1), self.tokenizer, folder),
+            name,
+            lambda folder: save_memory_folder(modules, MemoryVersion(base, memory), self.tokenizer, folder),
             VersionMetadata(kind="memory", base=base, method="memory"),
         )
-        self.registry.promote("reader", version.id, by="test")
+        self.registry.promote(name, version.id, by="test")
         return modules

@@ -53,6 +53,11 @@ def recall(memory: Memory, read: Read, question: str) -> Recall:
     return Recall(memory.name, finding.revision, read, finding.found)
 
 
+def is_token_ids(prompt: Prompt) -> bool:
+    """Whether a prompt is tokens already, so that no words can be put into it."""
+    return not isinstance(prompt, str) and any(isinstance(part, int) for part in prompt)
+
+
 def question_in(prompt: Prompt, tokenizer: Any) -> str:
     """What is asked: the last turn of a user, or the text. Nothing of an answer is in it."""
     if isinstance(prompt, str):
@@ -74,9 +79,9 @@ def with_facts(prompt: Prompt, found: Sequence[Found]) -> Prompt:
     facts = "\n".join([_HEADING, *(f"- {one.entry.text}" for one in found)])
     if isinstance(prompt, str):
         return f"{facts}\n\n{prompt}"
-    messages = [part for part in prompt if isinstance(part, Message)]
-    if len(messages) < len(prompt):
+    if is_token_ids(prompt):
         raise UsageError("Facts of a memory cannot be put into a prompt of token ids. Send text, or messages.")
+    messages = [part for part in prompt if isinstance(part, Message)]
     last = max((place for place, message in enumerate(messages) if message.role == "user"), default=None)
     if last is None:
         return [Message("system", facts), *messages]

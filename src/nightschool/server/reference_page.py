@@ -18,7 +18,8 @@ _HEAD = """# HTTP reference
 
 `nightschool serve` listens on `http://127.0.0.1:8001`. `/openapi.json` has the same facts for programs.
 
-- Every answer has `x-request-id`; an answer of a model also has `x-model-version`, the `name@version` that gave it.
+- Every answer has `x-request-id`; an answer of a model also has `x-model-version`, the `name@version` that gave it, and
+  `x-memory-revision` where a memory was read.
 - Where there are API keys, send `Authorization: Bearer KEY` or `x-api-key: KEY`; `/healthz`, `/readyz` and `/health` are open.
 - Errors are `{"error": {"message", "type", "param", "code"}}` under `/v1`, `application/problem+json` under `/api`,
   and `{"detail": …}` elsewhere, `/api/v1` included. An unknown field is an error that names the nearest known one.

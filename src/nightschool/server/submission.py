@@ -15,9 +15,9 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.handle import Handle
 from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import Generation
-from nightschool.engine.recall import MemoryChoice, Prompt, Read, Recall, question_in, recall, with_facts
+from nightschool.engine.recall import MemoryChoice, Prompt, Read, Recall, is_token_ids, question_in, recall, with_facts
 from nightschool.engine.request import GenerationRequest, SamplingParams
-from nightschool.errors import DataError, NotLoaded, PromptTooLong, UsageError
+from nightschool.errors import DataError, NotFound, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.memory_why import TokenWhy
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Running
@@ -138,13 +138,17 @@ class Answering:
         return Running(generation, prompts, handles, self._metrics, recalls)
 
     def _recalls(self, generation: Generation, ask: Ask) -> list[Recall | None]:
-        """What a memory has for each prompt; None where none is read."""
-        choice = ask.memory or self._memory
-        if choice is None and generation.memory is not None:
-            choice = MemoryChoice(None)
-        if choice is None or choice.read == "off":
-            return [None] * len(ask.prompts)
-        name = choice.name or (generation.memory.memory if generation.memory is not None else None)
+        """What a memory has for each prompt; None where none is read.
+
+        A memory that the request itself names must be there. The server's own choice is every tenant's that has such a memory, and
+        leaves prompts of token ids, into which no words can be put, as they are.
+        """
+        nothing: list[Recall | None] = [None] * len(ask.prompts)
+        choice = ask.memory or self._memory or MemoryChoice(None)
+        own = generation.memory.memory if generation.memory is not None else None
+        name = choice.name or own
+        if choice.read == "off" or (name is None and ask.memory is None):
+            return nothing
         if name is None or self._memories is None:
             raise UsageError("No memory is named, and this model was trained with none. Name one in memory.name.")
         read: Read = choice.read or ("prompt" if generation.memory is None else "layers")
@@ -153,7 +157,15 @@ class Answering:
                 f"{generation.binding.label} has no layers that read a memory. Let memory.read be prompt, or train it with "
                 "method: memory."
             )
-        memory = self._memories.asked(ask.principal.tenant, name, generation)
+        is_by_default = ask.memory is None and self._memory is not None
+        if is_by_default and read == "prompt" and any(is_token_ids(prompt) for prompt in ask.prompts):
+            return nothing
+        try:
+            memory = self._memories.asked(ask.principal.tenant, name, generation)
+        except NotFound:
+            if is_by_default:
+                return nothing
+            raise
         return [recall(memory, read, question_in(prompt, generation.tokenizer)) for prompt in ask.prompts]
 
     def _submit(

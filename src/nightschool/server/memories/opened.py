@@ -6,11 +6,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from nightschool.engine.memory_lookup import open_memory
 from nightschool.engine.pool import BoundEngine
 from nightschool.memory.memory import Memory
 from nightschool.memory.store import MemoryStore
+from nightschool.memory.store.connection import FILE_NAME
 from nightschool.store.home import Home
 from nightschool.store.names import full_name, home_of, is_name, memory_path
 
@@ -20,6 +22,8 @@ _MOST_OPEN = 64
 class Memories:
     """The stores of a home's memories, opened when they are first asked for. All methods may block.
 
+    A memory that was deleted, or made anew under its name, is never answered from what is still open of the old one.
+
     Args:
         home: Where the memories lie.
         most_open: Over it, the one that was asked for longest ago gives its connections back; its next use makes new ones.
@@ -27,11 +31,8 @@ class Memories:
 
     def __init__(self, home: Home, most_open: int = _MOST_OPEN) -> None:
         self._home = home
-        self._most_open = most_open
-        self._stores: OrderedDict[str, MemoryStore] = OrderedDict()
-        self._asked: OrderedDict[tuple[str, str], Memory] = OrderedDict()
-        self._opening = threading.Lock()
-        self._lock = threading.Lock()
+        self._stores: _Recent[MemoryStore] = _Recent(most_open)
+        self._asked: _Recent[Memory] = _Recent(most_open)
 
     def names(self, tenant: str) -> list[str]:
         """What a tenant's memories are called, without the tenant."""
@@ -40,61 +41,94 @@ class Memories:
 
     def create(self, tenant: str, name: str) -> MemoryStore:
         """Make an empty memory. Raises Conflict if there is one of that name."""
-        return self._kept(full_name(tenant, name), MemoryStore.create)
+        folder = memory_path(self._home, full_name(tenant, name))
+        MemoryStore.create(folder).close()
+        return self.store(tenant, name)
 
     def store(self, tenant: str, name: str) -> MemoryStore:
         """A memory of a tenant. Raises NotFound if it has none of that name."""
-        key = full_name(tenant, name)
-        with self._lock:
-            store = self._stores.get(key)
-            if store is not None:
-                self._stores.move_to_end(key)
-        return store or self._kept(key, MemoryStore.open)
+        folder = memory_path(self._home, full_name(tenant, name))
+        return self._stores.get((folder, _file_of(folder), ""), lambda: MemoryStore.open(folder))
 
-    def asked(self, tenant: str, name: str, generation: BoundEngine) -> Memory:
+    def asked(self, tenant: str, name: str, bound: BoundEngine) -> Memory:
         """A memory of a tenant as a model asks it: with the tokens, and by the embeddings, of the model's base.
 
-        The first time its index is opened, or made if there is none, while others wait.
+        All adapters on a base ask as the base does; memory modules ask by heads of their own. The first time its index is opened, or
+        made if there is none, while others who ask this very memory wait.
 
         Raises:
             NotFound: If the tenant has no memory of that name.
             ModelError: If the model's tokenizer cannot be read apart from it.
         """
-        key = (full_name(tenant, name), generation.binding.label)
-        with self._lock:
-            memory = self._asked.get(key)
-            if memory is not None:
-                self._asked.move_to_end(key)
-                return memory
-        with self._opening:
-            with self._lock:
-                memory = self._asked.get(key)
-            if memory is None:
-                memory = self._opened(key, generation)
-        return memory
-
-    def _opened(self, key: tuple[str, str], generation: BoundEngine) -> Memory:
-        memory = open_memory(memory_path(self._home, key[0]), generation)
-        with self._lock:
-            self._asked[key] = memory
-            idle = [self._asked.popitem(last=False)[1] for _ in range(len(self._asked) - self._most_open)]
-        for one in idle:
-            one.close()
-        return memory
+        folder = memory_path(self._home, full_name(tenant, name))
+        who = bound.binding.base if bound.memory is None else bound.binding.label
+        return self._asked.get((folder, _file_of(folder), who), lambda: open_memory(folder, bound))
 
     def close(self) -> None:
         """Give all connections back."""
+        self._stores.close()
+        self._asked.close()
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Opened = TypeVar("Opened", bound=_Closes)
+
+
+# The folder, what tells its file from another of the same name, and who asks.
+Key = tuple[Path, tuple[int, int] | None, str]
+
+
+class _Recent(Generic[Opened]):
+    """What was opened last, by its key. Each is opened once, whoever else is opened meanwhile."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: OrderedDict[Key, Opened] = OrderedDict()
+        self._opening: dict[Key, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Key, make: Callable[[], Opened]) -> Opened:
         with self._lock:
-            opened: list[MemoryStore | Memory] = [*self._stores.values(), *self._asked.values()]
-            self._stores, self._asked = OrderedDict(), OrderedDict()
+            # A file that is open keeps its number, so that another file of this name has another.
+            gone = [self._open.pop(one) for one in list(self._open) if one[0] == key[0] and one[1] != key[1]]
+            opening = self._opening.setdefault(key, threading.Lock())
+        for one in gone:
+            one.close()
+        try:
+            with opening:
+                return self._found_or_made(key, make)
+        finally:
+            with self._lock:
+                self._opening.pop(key, None)
+
+    def _found_or_made(self, key: Key, make: Callable[[], Opened]) -> Opened:
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+                return found
+        made = make()
+        with self._lock:
+            self._open[key] = made
+            idle = [self._open.popitem(last=False)[1] for _ in range(len(self._open) - self._most)]
+        for one in idle:
+            one.close()
+        return made
+
+    def close(self) -> None:
+        with self._lock:
+            opened, self._open = list(self._open.values()), OrderedDict()
         for one in opened:
             one.close()
 
-    def _kept(self, key: str, made: Callable[[Path], MemoryStore]) -> MemoryStore:
-        store = made(memory_path(self._home, key))
-        with self._lock:
-            store = self._stores.setdefault(key, store)
-            idle = [self._stores.popitem(last=False)[1] for _ in range(len(self._stores) - self._most_open)]
-        for one in idle:
-            one.close()
-        return store
+
+def _file_of(folder: Path) -> tuple[int, int] | None:
+    """What tells a memory's file from another of the same name; None if there is none."""
+    try:
+        found = (folder / FILE_NAME).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

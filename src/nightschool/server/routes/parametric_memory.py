@@ -129,7 +129,7 @@ async def generate(
         "model_version": version.id,
         "timestamp": timestamp(),
     }
-    return JSONResponse(content, headers={"x-model-version": running.binding.label})
+    return JSONResponse(content, headers=running.headers())
 
 
 @router.get("/health", response_model=Health)

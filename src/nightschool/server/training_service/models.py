@@ -86,7 +86,7 @@ async def generate(
     service.recorder.keep(Exchange(request_id, version.name, version.id, turns, answer.text, asker.key))
     info = await anyio.to_thread.run_sync(_described, training, version, org_id)
     content = {"response": answer.text, "model_info": info}
-    return JSONResponse(content, headers={"x-model-version": running.binding.label})
+    return JSONResponse(content, headers=running.headers())
 
 
 @router.post("/models/load", response_model=Loaded, responses=refusals(400, 404, 408, 409, 413, 422, 500))
