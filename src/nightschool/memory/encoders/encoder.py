@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class AddressEncoder(Protocol):
         """How near finalists are to the questions that they were found for: see `Rescorer`."""
 
 
-class TextEncoder:
+class TextEncoder(ABC):
     """An encoder of whole texts, the same for subjects, relations and questions: a subclass says how."""
 
     keeps_keys = True
@@ -73,9 +74,9 @@ class TextEncoder:
         """See `AddressEncoder`: from the addresses that the index keeps."""
         return KeptKeys(subjects, relations)(lines)
 
+    @abstractmethod
     def embed(self, texts: list[str]) -> Floats:
         """Unit vectors of texts, [n, half]."""
-        raise NotImplementedError
 
     def _each_once(self, texts: Sequence[str]) -> Floats:
         distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}

@@ -9,7 +9,7 @@ P  pairs of a micro-batch or of all data
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -30,7 +30,8 @@ from nightschool.evaluation.preferences import pair_log_probs
 from nightschool.layers.forward import document_log_probs
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import write_bytes
-from nightschool.training.methods.finetune import FinetuneTask, LoraFinetune
+from nightschool.training.methods.figures_task import FiguresTask
+from nightschool.training.methods.finetune import LoraFinetune
 from nightschool.training.metrics import say
 
 REFERENCE = "reference.safetensors"
@@ -50,13 +51,14 @@ def preference_losses(log_probs_p2: Tensor, reference_p2: Tensor, dpo: Dpo) -> t
     return losses, figures_p4.detach()
 
 
-class DpoTask(FinetuneTask):
+class DpoTask(FiguresTask):
     """Preference pairs, two neighbouring documents each. A loss is a mean over pairs."""
+
+    names: ClassVar[tuple[str, ...]] = FIGURES
 
     def __init__(self, dpo: Dpo, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._dpo = dpo
-        self._seen: list[Tensor] = []
 
     def _forward(self, batch: Batch) -> tuple[Tensor, int]:
         pairs = cast(PairBatch, batch)
@@ -69,24 +71,8 @@ class DpoTask(FinetuneTask):
             losses = losses - self._dpo.sft_weight * log_probs_p2[:, 0] / tokens_p.clamp_min(1)
         if pairs.is_idle:
             return losses.sum() * 0.0, 0
-        self._seen.append(figures_p4.sum(dim=0))
+        self._note(figures_p4.sum(dim=0))
         return losses.sum(), pairs.loss_units
-
-    def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        self._seen.clear()
-        loss = super().accumulate(window, units, scaler)
-        sums = torch.stack(self._seen).sum(dim=0) if self._seen else loss.new_zeros(len(FIGURES))
-        self._figures = dict(zip(FIGURES, (sums / units).unbind(), strict=True))
-        return loss
-
-    def heldout_loss(self, batches: Any) -> tuple[float, int]:
-        """Loss in nats per pair, and the pairs; the figures of these are then in `heldout_figures`."""
-        self._seen.clear()
-        loss, pairs = super().heldout_loss(batches)
-        mine = torch.stack(self._seen).double().sum(dim=0).tolist() if self._seen else [0.0] * len(FIGURES)
-        sums = self.world.float_sums(*mine)
-        self.heldout_figures = {f"heldout_{name}": total / pairs for name, total in zip(FIGURES, sums, strict=True)}
-        return loss, pairs
 
     def reference_of(self, batches: PairBatches) -> Tensor:
         """The log-likelihoods [P, 2] of all pairs, on the CPU, of the base with the adapter off."""

@@ -40,11 +40,11 @@ from nightschool.models.memory_version import MemoryVersion, prove_memory_folder
 from nightschool.models.version_folder import OnWritten
 from nightschool.store.versions import VersionKind
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
+from nightschool.training.methods.figures_task import FiguresTask
 from nightschool.training.methods.finetune import (
     HELD_OUT_TOKENS_PER_BATCH,
     Finetune,
     FinetuneData,
-    FinetuneTask,
     RenderedData,
     refuse_nothing_to_train,
 )
@@ -57,15 +57,16 @@ _TEMPERATURE = 0.05
 _SENTINEL_COEF = 0.5
 
 
-class MemoryTask(FinetuneTask):
+class MemoryTask(FiguresTask):
     """Examples with what they may read. A loss is a mean over places that are learned or are to stay."""
+
+    names: ClassVar[tuple[str, ...]] = FIGURES
 
     def __init__(self, memory: Memory, model: MemoryModel, *arguments: Any, **settings: Any) -> None:
         super().__init__(model, *arguments, **settings)
         self._memory = memory
         self._reads = model
         self._features = GateFeatures(cast(Any, model.get_input_embeddings()).weight)
-        self._seen: list[Tensor] = []
         if self.path.why_padded:
             raise ModelError(
                 f"method: memory reads in packed rows, and this base cannot keep documents apart: {self.path.why_padded}."
@@ -96,7 +97,7 @@ class MemoryTask(FinetuneTask):
         if batch.is_idle:
             return total * 0.0, 0
         figures = torch.stack([part.detach() for part in (*parts, similarity, diversity, copied)])
-        self._seen.append(figures * units)
+        self._note(figures * units)
         return total * units, units
 
     # --- the gate -----------------------------------------------------------------------------------------------------
@@ -189,24 +190,6 @@ class MemoryTask(FinetuneTask):
             scores = torch.where(wrong, 1.0, scores)
         reading.scores = scores
         return reading
-
-    # --- figures --------------------------------------------------------------------------------------------------------
-
-    def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        self._seen.clear()
-        loss = super().accumulate(window, units, scaler)
-        sums = torch.stack(self._seen).sum(dim=0) if self._seen else loss.new_zeros(len(FIGURES))
-        self._figures = dict(zip(FIGURES, (sums / units).unbind(), strict=True))
-        return loss
-
-    def heldout_loss(self, batches: Any) -> tuple[float, int]:
-        """Loss in nats per place, and the places; the figures of these are then in `heldout_figures`."""
-        self._seen.clear()
-        loss, places = super().heldout_loss(batches)
-        mine = torch.stack(self._seen).double().sum(dim=0).tolist() if self._seen else [0.0] * len(FIGURES)
-        sums = self.world.float_sums(*mine)
-        self.heldout_figures = {f"heldout_{name}": total / places for name, total in zip(FIGURES, sums, strict=True)}
-        return loss, places
 
 
 def _diversity(batch: MemoryBatch, scores_de: Tensor, addresses_ef: Tensor) -> Tensor:
