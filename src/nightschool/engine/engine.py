@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.data.chat.render import stop_token_ids
+from nightschool.engine.active import Active, Resident
 from nightschool.engine.admission import AdmissionPolicy, FairByTenant
 from nightschool.engine.answer import Answer
 from nightschool.engine.binding import Binding
@@ -30,7 +30,7 @@ from nightschool.engine.prefix import BLOCK, PrefixCache
 from nightschool.engine.request import Chunk, GenerationRequest
 from nightschool.engine.sampling import Choice, RowSampling, choose
 from nightschool.engine.scheduler import Move, Scheduler, Span, StepPlan
-from nightschool.engine.step_context import SpanReading, StepContext
+from nightschool.engine.step_context import StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.layers.memory_reading import TokenSource
 from nightschool.models.load import LoadedModel
@@ -43,57 +43,6 @@ log = logging.getLogger("nightschool.engine")
 _CACHE_SHARE = 0.25
 _LAYOUT_SHARE = 0.125
 _PREFIX_BYTES = 256 << 20
-
-
-@dataclass(eq=False)
-class _Resident:
-    """What the engine can answer with: its base alone, or an adapter or memory modules on it, by their numbers in the runner.
-
-    `num_holders` are those who opened it and did not retire it since. One that is not open takes no requests; it still
-    answers the `num_active` that it took.
-    """
-
-    number: int
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: Vocabulary
-    stop_ids: Collection[int]
-    num_bytes: int
-    memory: int | None = None
-    is_open: bool = True
-    num_holders: int = 0
-    num_active: int = 0
-
-
-@dataclass(eq=False)
-class _Active:
-    """A request with everything that its answer needs. `token_ids` are prompt and answer."""
-
-    key: int
-    resident: _Resident
-    handle: Handle
-    token_ids: list[int]
-    answer: Answer
-    sampling: RowSampling
-
-    @property
-    def binding(self) -> Binding:
-        return self.handle.request.binding
-
-    @property
-    def reading(self) -> SpanReading | None:
-        """What it reads, and from which token on; None where nothing was found, or nothing can be read.
-
-        Only what predicts the answer reads, so that the prompt's keys and values are those of the base.
-        """
-        request, memory = self.handle.request, self.resident.memory
-        if memory is None or request.reading is None or not len(request.reading):
-            return None
-        return SpanReading(memory, request.reading, len(request.prompt_ids) - 1)
-
-    @property
-    def prefix_binding(self) -> Binding:
-        """Whose prefixes it shares: what a memory says is in none of them."""
-        return replace(self.binding, memory_revision=None)
 
 
 class Engine:
@@ -146,7 +95,7 @@ class Engine:
         self.base = base
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
-        self._residents: dict[str | None, _Resident] = {}
+        self._residents: dict[str | None, Resident] = {}
         weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
         self._residents[None] = self._resident(0, loaded.tokenizer, weights)
         free = free_bytes(next(loaded.model.parameters()).device)
@@ -167,7 +116,7 @@ class Engine:
             admission=admission(),
         )
         self._keys = itertools.count()
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
         self._cancelled: list[int] = []
         self._sleepers: list[Sleeper] = []
         self._state = "open"
@@ -255,13 +204,13 @@ class Engine:
 
     def _resident(
         self, number: int, tokenizer: PreTrainedTokenizerBase, num_bytes: int, memory: int | None = None
-    ) -> _Resident:
+    ) -> Resident:
         generation_config = getattr(self.loaded.model, "generation_config", None)
         # A copy, because others come and go meanwhile.
         alike = (one.vocabulary for one in list(self._residents.values()) if one.tokenizer is tokenizer)
         vocabulary = next(alike, None) or Vocabulary(tokenizer)
         stop_ids = stop_token_ids(tokenizer, generation_config)
-        return _Resident(number, tokenizer, vocabulary, stop_ids, num_bytes, memory)
+        return Resident(number, tokenizer, vocabulary, stop_ids, num_bytes, memory)
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request. May be called from any thread.
@@ -292,7 +241,7 @@ class Engine:
                 raise NotLoaded(f"{label} takes no more requests. Send this one to the version that is served.")
             answer = Answer(request, resident.vocabulary, resident.stop_ids)
             self._scheduler.submit(key, prompt_tokens, most, tenant=binding.tenant, adapter=binding.adapter)
-            self._active[key] = _Active(key, resident, handle, list(request.prompt_ids), answer, sampling)
+            self._active[key] = Active(key, resident, handle, list(request.prompt_ids), answer, sampling)
             resident.num_active += 1
         COMPUTE.wake()
         return handle
@@ -413,7 +362,7 @@ class Engine:
         with self._lock:
             self._scheduler.reuse(key, len(blocks) * BLOCK)
 
-    def _encode(self, admitted: Iterable[_Active]) -> None:
+    def _encode(self, admitted: Iterable[Active]) -> None:
         """Make what new requests read ready to be read; one whose entries cannot be ends."""
         reading = [(active, active.reading) for active in admitted if active.reading is not None]
         try:
@@ -493,7 +442,7 @@ class Engine:
         else:
             self._publish(active, chunk)
 
-    def _keep(self, active: _Active, row: int, tokens: int) -> None:
+    def _keep(self, active: Active, row: int, tokens: int) -> None:
         """Put the first tokens of a row into the prefix cache, as far as no memory was read for them."""
         reading = active.reading
         if reading is not None:
@@ -510,15 +459,15 @@ class Engine:
         for key in list(self._active):
             self._fail(key, error)
 
-    def _publish(self, active: _Active, chunk: Chunk) -> None:
+    def _publish(self, active: Active, chunk: Chunk) -> None:
         self._sleepers += active.handle.publish(chunk)
 
-    def _leave(self, active: _Active, chunk: Chunk) -> None:
+    def _leave(self, active: Active, chunk: Chunk) -> None:
         with self._lock:
             self._forget(active)
         self._publish(active, chunk)
 
-    def _forget(self, active: _Active) -> _Active:
+    def _forget(self, active: Active) -> Active:
         """Free what a request holds; the lock is held."""
         self._scheduler.finish(active.key)
         del self._active[active.key]
