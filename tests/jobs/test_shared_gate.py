@@ -58,7 +58,7 @@ def started(group, monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(shared_gate, "start_process", fake)
-    monkeypatch.setattr(shared_gate, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("nightschool.jobs.head_start.LOOK_SECONDS", 0.0)
     return found
 
 

@@ -11,51 +11,28 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import time
 from types import TracebackType
 
-from nightschool.errors import Locked, NightschoolError
+from nightschool.errors import Locked
+from nightschool.jobs.head_start import HeadStart
 from nightschool.jobs.launch import CycleContext, size_of, start_process, wait_for
 from nightschool.jobs.outcome import root_of
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run
-from nightschool.views.metrics_rows import RowsFollower
-from nightschool.views.runs import FAR_SECONDS, NEAR_SECONDS, seconds_left
 from nightschool.work.processes import command
 
-LOOK_SECONDS = 0.5
 _END_SECONDS = 10.0
 LOCK = "gate-ahead.lock"
 
 
-class GateAhead:
+class GateAhead(HeadStart):
     """At most one process that waits for the candidate of `run`; at most one of a home at a time. A context manager."""
 
     def __init__(self, run: Run, around: CycleContext) -> None:
-        self._run = run
-        self._around = around
-        self._rows = RowsFollower(run.metrics_path)
-        self._looked_at = 0.0
-        self._is_given_up = False
+        super().__init__(run, around)
         self._process: subprocess.Popen[bytes] | None = None
         self._turn = contextlib.ExitStack()
-
-    def look(self) -> None:
-        """Begin, or end, as far off as the end of the training is. Called again and again while it goes on."""
-        moment = time.monotonic()
-        if self._is_given_up or moment - self._looked_at < LOOK_SECONDS:
-            return
-        self._looked_at = moment
-        try:
-            left = seconds_left(self._rows.update(), self._run.status.steps_total)
-            if self._process is None and (left is None or left < NEAR_SECONDS):
-                self._begin()
-            elif left is not None and left > FAR_SECONDS:
-                self.close()
-        except (NightschoolError, OSError) as error:  # the training is worth more than a head start
-            self._around.say(f"The gate will begin when it is needed: {error}")
-            self._is_given_up = True
 
     def tell(self, candidate: str, champion: str | None) -> subprocess.Popen[bytes] | None:
         """Name the candidate to the process that waits, and hand it over; None if there is none, or it has ended."""
@@ -87,7 +64,12 @@ class GateAhead:
             end_process(process)
         self._turn.close()
 
-    def _begin(self) -> None:
+    def _far(self) -> None:
+        self.close()
+
+    def _near(self) -> None:
+        if self._process is not None:
+            return
         try:
             self._turn.enter_context(lock(self._run.home.locks / LOCK, "a gate that waits for its candidate"))
         except Locked:  # by another run's: this one's gate begins when it is needed

@@ -11,13 +11,13 @@ import contextlib
 import json
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nightschool.errors import Locked, NightschoolError
-from nightschool.jobs.gate_ahead import LOCK, LOOK_SECONDS, end_process
+from nightschool.errors import Locked
+from nightschool.jobs.gate_ahead import LOCK, end_process
+from nightschool.jobs.head_start import HeadStart
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, start_process
 from nightschool.jobs.outcome import root_of
 from nightschool.store.atomic import make_folder, read_json
@@ -25,8 +25,6 @@ from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run
-from nightschool.views.metrics_rows import RowsFollower
-from nightschool.views.runs import FAR_SECONDS, NEAR_SECONDS, seconds_left
 from nightschool.work.processes import command
 
 _WAIT_SECONDS = 0.05
@@ -130,33 +128,19 @@ class SharedGate:
         self._turn.close()
 
 
-class MemberGate:
+class MemberGate(HeadStart):
     """The gate of a group, as the cycle of one of its runs sees it."""
 
     def __init__(self, shared: SharedGate, run: Run, around: CycleContext) -> None:
+        super().__init__(run, around)
         self._shared = shared
-        self._run = run
-        self._around = around
-        self._rows = RowsFollower(run.metrics_path)
-        self._looked_at = 0.0
-        self._is_given_up = False
 
-    def look(self) -> None:
-        """Name the run to the process when its end is near. Called again and again while it trains."""
-        moment = time.monotonic()
-        if self._is_given_up or moment - self._looked_at < LOOK_SECONDS:
-            return
-        self._looked_at = moment
-        try:
-            left = seconds_left(self._rows.update(), self._run.status.steps_total)
-            if left is None or left < NEAR_SECONDS:
-                champion = Registry(self._run.home).champion(self._run.name)
-                self._shared.expect(self._run, None if champion is None else champion.ref)
-            elif left > FAR_SECONDS:
-                self._shared.leave(self._run)
-        except (NightschoolError, OSError) as error:  # the training is worth more than a head start
-            self._around.say(f"The gate will begin when it is needed: {error}")
-            self._is_given_up = True
+    def _near(self) -> None:
+        champion = Registry(self._run.home).champion(self._run.name)
+        self._shared.expect(self._run, None if champion is None else champion.ref)
+
+    def _far(self) -> None:
+        self._shared.leave(self._run)
 
     def examine(self, candidate: str, champion: str | None, around: CycleContext) -> int | None:
         """Let the process compare the two; None if there is none."""
