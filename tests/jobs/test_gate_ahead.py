@@ -6,10 +6,11 @@ import sys
 import pytest
 
 from nightschool.jobs import gate_ahead, launch
-from nightschool.jobs.gate_ahead import FAR_SECONDS, NEAR_SECONDS, GateAhead
+from nightschool.jobs.gate_ahead import GateAhead
 from nightschool.jobs.launch import CycleContext, run_gate
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
+from nightschool.views.runs import FAR_SECONDS, NEAR_SECONDS
 
 # Writes what it is told, and ends when there is nothing more to hear.
 GATE = "import sys; line = sys.stdin.readline(); print('told', line, end='', flush=True); sys.exit(0 if line else 7)"
@@ -33,7 +34,7 @@ def started(monkeypatch):
         return found[-1][1]
 
     monkeypatch.setattr(gate_ahead, "start_process", fake)
-    monkeypatch.setattr(gate_ahead, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("nightschool.jobs.head_start.LOOK_SECONDS", 0.0)
     return found
 
 
