@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nightschool.data.example import Message
 from nightschool.engine.memory_lookup import last_question
+from nightschool.engine.pool import BoundEngine
 from nightschool.errors import UsageError
 from nightschool.memory.memory import Found, Memory
 
@@ -41,10 +42,29 @@ class Recall:
         """The memory and the revision, as the header `x-memory-revision` names them."""
         return f"{self.memory}@{self.revision}"
 
+    @property
+    def in_prompt(self) -> tuple[Found, ...]:
+        """What comes to the model as words of its prompt."""
+        return self.found if self.read == "prompt" else ()
+
     def to_json(self) -> dict[str, Any]:
         """What a client is shown."""
         shown = [{"id": one.entry.id, "text": one.entry.text, "score": round(one.score, 4)} for one in self.found]
         return {"name": self.memory, "revision": self.revision, "read": self.read, "entries": shown}
+
+
+def way_of_reading(bound: BoundEngine, asked: Read | None) -> Read:
+    """How a model reads its memory: as it is asked, or else through its layers if it has such.
+
+    Raises:
+        UsageError: If its layers are to read, and it has none that do.
+    """
+    if asked == "layers" and bound.memory is None:
+        raise UsageError(
+            f"{bound.binding.label} has no layers that read a memory. Let it read the prompt (memory.read is prompt, or "
+            "--read prompt), or train it with method: memory."
+        )
+    return asked or ("prompt" if bound.memory is None else "layers")
 
 
 def recall(memory: Memory, read: Read, question: str) -> Recall:

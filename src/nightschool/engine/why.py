@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -14,72 +14,98 @@ from nightschool.engine.compute import COMPUTE
 from nightschool.engine.local_model import LocalModel
 from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import BoundEngine
-from nightschool.engine.recall import Read, Recall, recall, with_facts
+from nightschool.engine.recall import Prompt, Read, Recall, recall, way_of_reading, with_facts
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import NotLoaded, UsageError
 from nightschool.layers.memory_reading import MemoryReading
-from nightschool.memory.memory import Found, Memory
+from nightschool.memory.memory import Memory
 from nightschool.models.memory_model import MemoryModel
 from nightschool.models.memory_why import TokenWhy, explain, explain_prompt
 
 _ANSWER_SECONDS = 600.0
 
+Encode = Callable[[Prompt], list[int]]
+
 
 @dataclass(frozen=True)
 class Explained:
-    """An answer, what was read for it, and each of its tokens with where it came from."""
+    """An answer, what was read for it, and each of its tokens with where it came from, as `shown` shows them."""
 
     text: str
     recall: Recall
-    why: list[TokenWhy]
-    tokens: list[str]
+    why: list[dict[str, Any]]
 
 
-def explained_answer(model: LocalModel, memory: Memory, read: Read, question: str, max_new_tokens: int) -> Explained:
-    """Ask a model greedily, and why it says what it says.
+def refuse_unknowable(bound: BoundEngine, found: Recall | None) -> None:
+    """Refuse to say why before anything is generated. Raises UsageError with the reason."""
+    if found is None:
+        raise UsageError("why is told of answers that read a memory, and this one reads none. Name one in memory.name.")
+    if found.read == "prompt" and bound.binding.adapter is not None and bound.memory is None:
+        raise UsageError(
+            f"{bound.binding.label} is an adapter, of which why is not told while its prompt has the entries "
+            "(memory.read is prompt). Ask its base, or leave why out."
+        )
+
+
+def explained_answer(
+    model: LocalModel, memory: Memory, read: Read | None, question: str, max_new_tokens: int
+) -> Explained:
+    """Ask a model greedily, and why it says what it says. `read` of None is through its layers, where it has such.
 
     Raises:
         UsageError: If it cannot read in that way, or is an adapter, of which why is not told while the prompt is read.
         PromptTooLong: If prompt and answer do not fit the context.
     """
     bound = model.bound
-    if read == "layers" and bound.memory is None:
-        raise UsageError(
-            f"{model.ref} has no layers that read a memory. Read the prompt, or train it with method: memory."
-        )
-    if read == "prompt" and bound.binding.adapter is not None and bound.memory is None:
-        raise UsageError(f"{model.ref} is an adapter, of which why is not told while the prompt is read. Ask its base.")
-    found = recall(memory, read, question)
-    asked = [Message("user", question)]
+    found = recall(memory, way_of_reading(bound, read), question)
+    refuse_unknowable(bound, found)
+    asked: Prompt = [Message("user", question)]
 
-    def encode(entries: Sequence[Found]) -> list[int]:
-        told = with_facts(asked, entries)
-        return render_prompt(bound.tokenizer, [part for part in told if isinstance(part, Message)])
+    def encode(prompt: Prompt) -> list[int]:
+        return render_prompt(bound.tokenizer, [part for part in prompt if isinstance(part, Message)])
 
-    prompt_ids = encode(found.found if read == "prompt" else ())
+    prompt_ids = encode(with_facts(asked, found.in_prompt))
     params = SamplingParams(max_new_tokens, temperature=0)
     binding = replace(bound.binding, memory_revision=found.label)
-    reading = reading_of(found.found) if read == "layers" else None
+    reading = reading_of(found.found) if found.read == "layers" else None
     handle = bound.engine.submit(GenerationRequest("why", binding, prompt_ids, params, reading=reading))
     answer = handle.result(_ANSWER_SECONDS)
-    if reading is not None:
-        why = why_of_layers(bound, prompt_ids, answer.token_ids, reading)
-    else:
-        prompts: dict[str | None, Sequence[int]] = {None: prompt_ids}
-        for one in found.found:
-            prompts[one.entry.id] = encode([other for other in found.found if other is not one])
-        why = why_of_prompt(bound, prompts, encode(()), answer.token_ids)
-    return Explained(answer.text, found, why, [str(bound.tokenizer.decode([token])) for token in answer.token_ids])
+    why = reasons(bound, found, asked, prompt_ids, answer.token_ids, encode)
+    return Explained(answer.text, found, shown(why, lambda token: str(bound.tokenizer.decode([token]))))
 
 
-def why_of_layers(
-    bound: BoundEngine, prompt_ids: Sequence[int], answer_ids: Sequence[int], reading: MemoryReading
+def reasons(
+    bound: BoundEngine, found: Recall, prompt: Prompt, prompt_ids: list[int], answer_ids: Sequence[int], encode: Encode
 ) -> list[TokenWhy]:
-    """Of an answer whose entries were read by the model's layers.
+    """Each token of an answer with what it was read from, and its probability without that. Blocks while it is computed.
+
+    Args:
+        bound: What answered.
+        found: What it read.
+        prompt: What was asked, without entries.
+        prompt_ids: The tokens that were answered.
+        answer_ids: The answer.
+        encode: Turns a prompt into tokens.
 
     Raises:
         NotLoaded: If the model was swapped out meanwhile.
     """
+    if found.read == "layers":
+        return _of_layers(bound, prompt_ids, answer_ids, reading_of(found.found))
+    prompts: dict[str | None, Sequence[int]] = {None: prompt_ids}
+    for one in found.found:
+        prompts[one.entry.id] = encode(with_facts(prompt, [other for other in found.found if other is not one]))
+    return explain_prompt(bound.engine.loaded.model, prompts, encode(prompt), answer_ids, COMPUTE.call)
+
+
+def shown(why: Sequence[TokenWhy], text_of: Callable[[int], str]) -> list[dict[str, Any]]:
+    """As people and clients get it."""
+    return [{"token": text_of(one.token_id)} | one.to_json() for one in why]
+
+
+def _of_layers(
+    bound: BoundEngine, prompt_ids: Sequence[int], answer_ids: Sequence[int], reading: MemoryReading
+) -> list[TokenWhy]:
     modules = bound.engine.memory_modules(bound.binding)
     if modules is None:
         raise NotLoaded(f"{bound.binding.label} is no longer served, so it cannot say why. Ask again.")
@@ -89,13 +115,3 @@ def why_of_layers(
         return explain(model, prompt_ids, answer_ids, reading, COMPUTE.call)
     finally:
         COMPUTE.call(model.attachment.remove)
-
-
-def why_of_prompt(
-    bound: BoundEngine,
-    prompts: Mapping[str | None, Sequence[int]],
-    plain_ids: Sequence[int],
-    answer_ids: Sequence[int],
-) -> list[TokenWhy]:
-    """Of an answer whose entries stood in the prompt; see `models.memory_why.explain_prompt`."""
-    return explain_prompt(bound.engine.loaded.model, prompts, plain_ids, answer_ids, COMPUTE.call)

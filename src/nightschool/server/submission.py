@@ -15,14 +15,23 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.handle import Handle
 from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import Generation
-from nightschool.engine.recall import MemoryChoice, Prompt, Read, Recall, is_token_ids, question_in, recall, with_facts
+from nightschool.engine.recall import (
+    MemoryChoice,
+    Prompt,
+    Recall,
+    is_token_ids,
+    question_in,
+    recall,
+    way_of_reading,
+    with_facts,
+)
 from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.engine.why import reasons, refuse_unknowable
 from nightschool.errors import DataError, NotFound, NotLoaded, PromptTooLong, UsageError
 from nightschool.models.memory_why import TokenWhy
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Running
 from nightschool.server.memories.opened import Memories
-from nightschool.server.memories.why import explained, refuse_unknowable
 from nightschool.server.metrics import Metrics
 from nightschool.server.served_names import ServedNames
 from nightschool.store.principal import Principal
@@ -89,7 +98,7 @@ class Answering:
                 return _encode(running.tokenizer, prompt)
 
         return await anyio.to_thread.run_sync(
-            explained,
+            reasons,
             running.generation,
             running.recalls[place],
             ask.prompts[place],
@@ -129,7 +138,7 @@ class Answering:
             for found in recalls:
                 refuse_unknowable(generation, found)
         asked = [
-            with_facts(prompt, found.found) if found is not None and found.read == "prompt" else prompt
+            prompt if found is None else with_facts(prompt, found.in_prompt)
             for prompt, found in zip(ask.prompts, recalls, strict=True)
         ]
         with self._encoding:
@@ -151,12 +160,7 @@ class Answering:
             return nothing
         if name is None or self._memories is None:
             raise UsageError("No memory is named, and this model was trained with none. Name one in memory.name.")
-        read: Read = choice.read or ("prompt" if generation.memory is None else "layers")
-        if read == "layers" and generation.memory is None:
-            raise UsageError(
-                f"{generation.binding.label} has no layers that read a memory. Let memory.read be prompt, or train it with "
-                "method: memory."
-            )
+        read = way_of_reading(generation, choice.read)
         is_by_default = ask.memory is None and self._memory is not None
         if is_by_default and read == "prompt" and any(is_token_ids(prompt) for prompt in ask.prompts):
             return nothing

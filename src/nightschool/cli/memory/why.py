@@ -41,14 +41,18 @@ def why(
     with local_model(home, model) as local:
         memory = open_memory(memory_path(home, name), local.bound)
         try:
-            way = read or ("prompt" if local.bound.memory is None else "layers")
-            told = explained_answer(local, memory, way, question, max_new_tokens)
+            told = explained_answer(local, memory, read, question, max_new_tokens)
         finally:
             memory.close()
-    rows = [{"token": token} | one.to_json() for token, one in zip(told.tokens, told.why, strict=True)]
     answer(
-        {"model": local.ref, "question": question, "answer": told.text, "memory": told.recall.to_json(), "why": rows},
-        "\n".join([told.text, "", *_found(told.recall.to_json()), "", *_table(rows)]),
+        {
+            "model": local.ref,
+            "question": question,
+            "answer": told.text,
+            "memory": told.recall.to_json(),
+            "why": told.why,
+        },
+        "\n".join([told.text, "", *_found(told.recall.to_json()), "", *_table(told.why)]),
         quiet=told.text,
     )
 

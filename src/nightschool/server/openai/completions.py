@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nightschool.engine.request import Chunk, SamplingParams
+from nightschool.engine.why import shown
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import openai_refusals
 from nightschool.server.errors import Refusal
 from nightschool.server.generation import Answer, Running, while_connected
-from nightschool.server.memories.why import shown
 from nightschool.server.openai.model_names import fine_tuned, fine_tuned_models, registry_name
 from nightschool.server.openai.models import ChatCompletion, Completion, ModelCard, ModelList
 from nightschool.server.openai.responses import ChatShape, CompletionShape, Shape
