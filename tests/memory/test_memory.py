@@ -7,9 +7,11 @@ import pytest
 
 from nightschool.errors import NotFound
 from nightschool.memory.entry import NewEntry
-from nightschool.memory.index.files import META, drop_index
-from nightschool.memory.memory import INDEX_FOLDER, Memory
+from nightschool.memory.index.files import META
+from nightschool.memory.index.folders import MOST_KEPT
+from nightschool.memory.memory import Memory
 from nightschool.memory.store import MemoryStore
+from nightschool.memory.store.purge import INDEX_FOLDER, drop_index
 from tests.support.memory_parts import encoder, vocabulary
 
 FACTS = [
@@ -125,38 +127,71 @@ def test_an_index_that_lags_follows_and_one_that_is_damaged_is_made_anew_and_sai
     assert behind.rebuilt is None
     assert values(behind, "Where does Kurt Goedel live?") == ["Vienna"]
     behind.close()
-    (folder / INDEX_FOLDER / "codes.npy").write_bytes(b"nothing")
+    (behind.index_folder / "codes.npy").write_bytes(b"nothing")
     damaged = Memory.open(folder, encoder(), vocabulary())
     assert "codes.npy" in damaged.rebuilt
     assert values(damaged, "Where does Kurt Goedel live?") == ["Vienna"]
     damaged.close()
 
 
-def test_another_encoder_or_another_store_makes_the_index_anew(memory, folder):
+def test_two_encoders_that_ask_in_turn_keep_an_index_each(memory, folder):
     memory.close()
-    other = Memory.open(folder, encoder(seed=1), vocabulary())
-    assert "encoder" in other.rebuilt
-    assert values(other, "Where does Ada Byron live?")[0] == "Oslo"
-    other.close()
-    again = Memory.open(folder, encoder(seed=1), vocabulary())
-    assert again.rebuilt is None
-    again.close()
+    for seed, rebuilt in ((1, "there was none"), (0, None), (1, None), (0, None)):
+        asked = Memory.open(folder, encoder(seed), vocabulary())
+        assert asked.rebuilt == rebuilt
+        assert values(asked, "Where does Ada Byron live?")[0] == "Oslo"
+        asked.close()
+
+
+def test_the_indexes_that_were_written_last_are_kept(memory, folder):
+    memory.close()
+    (folder / INDEX_FOLDER / "codes.npy").write_bytes(b"of an older nightschool")
+    kept = [memory.index_folder]
+    for seed in range(1, MOST_KEPT + 1):
+        other = Memory.open(folder, encoder(seed), vocabulary())
+        kept.append(other.index_folder)
+        other.close()
+    assert sorted((folder / INDEX_FOLDER).iterdir()) == sorted(kept[1:])
+
+
+def test_another_store_makes_the_index_anew(memory, folder):
+    memory.close()
     for path in folder.glob("memory.db*"):
         path.unlink()
     MemoryStore.create(folder).close()
-    empty = Memory.open(folder, encoder(seed=1), vocabulary())
+    empty = Memory.open(folder, encoder(), vocabulary())
     assert "store" in empty.rebuilt
     assert values(empty, "Where does Ada Byron live?") == []
     empty.close()
 
 
+def test_what_was_purged_by_another_does_not_come_back_when_a_memory_is_closed(memory, folder):
+    memory.store.add(facts([("Kurt Goedel", "lives in", "Vienna")]), author="bob")
+    assert values(memory, "Where does Kurt Goedel live?") == ["Vienna"]
+    with MemoryStore.open(folder) as other:
+        other.purge("m3", author="bob")
+    memory.close()
+    again = Memory.open(folder, encoder(), vocabulary())
+    assert again.rebuilt is None
+    assert not (again._index.columns.tokens == vocabulary().tokens_of(["Grace Hopper"])[0][0]).any()
+    again.close()
+
+
+def test_a_memory_that_was_deleted_leaves_no_index_when_it_is_closed(memory, folder):
+    memory.store.add(facts([("Kurt Goedel", "lives in", "Vienna")]), author="bob")
+    assert values(memory, "Where does Kurt Goedel live?") == ["Vienna"]
+    shutil.rmtree(folder)
+    memory.close()
+    assert not folder.exists()
+
+
 def test_a_dropped_index_comes_back(memory, folder):
     memory.close()
-    assert drop_index(folder / INDEX_FOLDER)
-    assert not drop_index(folder / INDEX_FOLDER)
+    assert drop_index(folder)
+    assert not drop_index(folder)
     again = Memory.open(folder, encoder(), vocabulary())
     assert again.rebuilt == "there was none"
-    assert (folder / INDEX_FOLDER / META).is_file()
+    assert (again.index_folder / META).is_file()
     again.close()
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from nightschool.errors import Locked, NotFound
 from nightschool.memory.entry import NewEntry
-from nightschool.memory.memory import INDEX_FOLDER
 from nightschool.memory.store import MemoryStore, purge
 
 SECRET = "Zerlinda Quux"
@@ -76,12 +75,12 @@ def test_an_entry_that_ended_is_purged_and_told(store):
 
 
 def test_the_index_goes_with_what_it_was_made_of(store):
-    assert purge.INDEX_FOLDER == INDEX_FOLDER  # where those who ask a memory keep it
     store.add([NewEntry("Ada lives in Oslo."), NewEntry("Bob lives in Rome.")], author="ada")
-    (store.folder / INDEX_FOLDER).mkdir()
-    (store.folder / INDEX_FOLDER / "tokens.npy").write_bytes(b"what Ada said")
+    for each in ("0123456789abcdef", "fedcba9876543210"):
+        (store.folder / purge.INDEX_FOLDER / each).mkdir(parents=True)
+        (store.folder / purge.INDEX_FOLDER / each / "tokens.npy").write_bytes(b"what Ada said")
     assert store.purge("m1", author="ada").index_dropped
-    assert not (store.folder / INDEX_FOLDER).exists()
+    assert not (store.folder / purge.INDEX_FOLDER).exists()
     assert not store.purge("m2", author="ada").index_dropped
 
 

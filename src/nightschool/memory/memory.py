@@ -27,16 +27,17 @@ from nightschool.memory.encoders.names import ACCEPTED, Question, Vocabulary
 from nightschool.memory.entry import MemoryEntry
 from nightschool.memory.following import Follower
 from nightschool.memory.index.files import open_index, save_index
+from nightschool.memory.index.folders import index_folder, keep_newest
 from nightschool.memory.index.index import MemoryIndex
 from nightschool.memory.index.rescoring import Lines
 from nightschool.memory.lines import lines_of
 from nightschool.memory.store import MemoryStore
+from nightschool.memory.store.purge import INDEX_FOLDER
 
 log = logging.getLogger("nightschool.memory")
 
 Floats = npt.NDArray[np.float32]
 
-INDEX_FOLDER = "index"
 # A trained head's cosine of subjects that is as good as a name that stands in the question.
 _TRUSTED_COSINE = 0.9
 _RELATION_WEIGHT = 0.5
@@ -118,6 +119,11 @@ class Memory:
         return self.store.folder.name
 
     @property
+    def index_folder(self) -> Path:
+        """Where the index lies that this encoder makes with this tokenizer."""
+        return index_folder(self.store.folder / INDEX_FOLDER, self.encoder.identity, self._vocabulary.digest)
+
+    @property
     def revision(self) -> int:
         """The revision that the next question sees."""
         return self._index.revision
@@ -186,9 +192,19 @@ class Memory:
     def close(self) -> None:
         """Write the index if it has grown much, and give the store's connections back."""
         with self._lock:
-            if self._index.columns.length > self._written:
+            if self._index.columns.length > self._written and self._is_there():
+                # What was purged meanwhile, or while it is written, must not come back with it.
+                self.refresh()
                 self._write()
+                self.refresh()
         self.store.close()
+
+    def _is_there(self) -> bool:
+        """Whether the memory was neither deleted nor made anew under its name."""
+        try:
+            return self.store.identity == self._made_of["store"]
+        except NotFound:
+            return False
 
     def _found(self, questions: list[Question], k: int, revision: int, moment: datetime) -> list[list[Found]]:
         subjects, relations = self.encoder.encode_queries([question.text for question in questions])
@@ -238,9 +254,8 @@ class Memory:
             return self._own[1]
 
     def _opened(self) -> MemoryIndex:
-        folder = self.store.folder / INDEX_FOLDER
         try:
-            index = open_index(folder, self._made_of)
+            index = open_index(self.index_folder, self._made_of)
             if index.revision <= self.store.revision:
                 return index
             self.rebuilt = f"the index is of revision {index.revision}, which the store does not have"
@@ -255,7 +270,8 @@ class Memory:
 
     def _write(self) -> None:
         try:
-            save_index(self._index, self.store.folder / INDEX_FOLDER, self._made_of)
+            save_index(self._index, self.index_folder, self._made_of)
+            keep_newest(self.index_folder.parent)
         except Locked:
             log.info("Another process is writing the index of the memory %r; this one goes on with its own", self.name)
         self._written = self._index.columns.length

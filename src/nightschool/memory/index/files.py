@@ -18,7 +18,7 @@ from nightschool.memory.index.columns import Columns, map_array
 from nightschool.memory.index.index import MemoryIndex
 from nightschool.memory.index.postings import Postings
 from nightschool.memory.index.quantiser import Quantiser
-from nightschool.store.atomic import publish_directory, read_json, remove_folder, write_json
+from nightschool.store.atomic import publish_directory, read_json, write_json
 
 META = "meta.json"
 # Raised when the arrays come out otherwise, so that none of an older nightschool is taken.
@@ -97,14 +97,6 @@ def open_index(folder: Path, made_of: dict[str, str], *, verify: bool = False) -
     cells = CellLists(size, order, starts)
     postings = Postings(tokens, token_starts, slots)
     return MemoryIndex(quantiser, columns, cells, postings, revision=revision, horizon=horizon, fitted_on=fitted_on)
-
-
-def drop_index(folder: Path) -> bool:
-    """Remove an index, as a purge must that has no encoder at hand; whoever opens the memory next makes it anew."""
-    if not folder.is_dir():
-        return False
-    remove_folder(folder)
-    return True
 
 
 def _lists_of(index: MemoryIndex) -> dict[str, npt.NDArray[Any]]:

@@ -80,7 +80,7 @@ def is_pending(connection: sqlite3.Connection) -> bool:
 
 
 def drop_index(folder: Path) -> bool:
-    """Remove what was derived from a memory's entries. Returns whether there was anything."""
+    """Remove all that was derived from a memory's entries. Returns whether there was anything."""
     index = folder / INDEX_FOLDER
     if not index.is_dir():
         return False
