@@ -1,6 +1,7 @@
 """Requests that read a memory, on real weights: what was found stands in the prompt, and an edit counts for the next request."""
 
 import json
+import logging
 
 import httpx2
 import pytest
@@ -10,6 +11,8 @@ from nightschool.data.example import Message
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.memory.entry import NewEntry
+from nightschool.memory.store import MemoryStore
+from nightschool.store.names import memory_path
 from tests.support.live_server import live
 from tests.support.memory_setups import MemoryBot
 
@@ -96,6 +99,25 @@ def test_a_tenant_without_the_memory_that_the_server_names_is_answered_without_i
         assert said(answer) == bot.greedy(QUESTION)
         assert "x-memory-revision" not in answer.headers
         assert chat(server, memory={"name": "absent"}).status_code == 404
+
+
+def warnings_at_start(bot, memory):
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lines.append
+    logging.getLogger("nightschool.server").addHandler(handler)
+    try:
+        with live(Slot("bot", EnginePool(bot.home)), registry=bot.registry, memory=memory):
+            return [line.facts["memory"] for line in lines if line.levelno == logging.WARNING]
+    finally:
+        logging.getLogger("nightschool.server").removeHandler(handler)
+
+
+def test_a_memory_that_nobody_has_is_said_when_the_server_starts(bot):
+    assert warnings_at_start(bot, "of-acme") == ["of-acme"]
+    MemoryStore.create(memory_path(bot.home, "acme/of-acme")).close()
+    assert warnings_at_start(bot, "of-acme") == []
+    assert warnings_at_start(bot, "facts") == []
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         "access": list(await auth.describe(service.settings, service.access.keyring)),
     }
     log.info("serving", extra={"facts": facts})
+    if service.settings.memory is not None:
+        await anyio.to_thread.run_sync(_warn_of_absent_memory, service.settings.memory, app.state.memories)
     service.refresher.start()
     bases_ahead = app.state.bases_ahead
     if bases_ahead is not None:
@@ -182,6 +184,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if app.state.memories is not None:
         await anyio.to_thread.run_sync(app.state.memories.close)
     log.info("stopped")
+
+
+def _warn_of_absent_memory(name: str, memories: Memories | None) -> None:
+    """Say that requests are answered without the memory that they are to read, because nobody has it."""
+    if memories is None or not memories.owners(name):
+        made_by = f"nightschool memory build {name} --from FILE, or POST /api/memories; it counts from then on"
+        facts = {"memory": name, "until then": "requests are answered without it", "make it": made_by}
+        log.warning("there is no memory of the name that requests are to read", extra={"facts": facts})
 
 
 def routes_of(app: FastAPI) -> list[Route]:

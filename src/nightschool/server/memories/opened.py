@@ -14,7 +14,7 @@ from nightschool.memory.memory import Memory
 from nightschool.memory.store import MemoryStore
 from nightschool.memory.store.connection import FILE_NAME
 from nightschool.store.home import Home
-from nightschool.store.names import full_name, home_of, is_name, memory_path
+from nightschool.store.names import full_name, home_of, is_name, memory_path, tenants_of
 
 _MOST_OPEN = 64
 
@@ -38,6 +38,11 @@ class Memories:
         """What a tenant's memories are called, without the tenant."""
         folder = home_of(self._home, tenant).memories
         return sorted(path.name for path in folder.iterdir() if is_name(path.name)) if folder.is_dir() else []
+
+    def owners(self, name: str) -> list[str]:
+        """The tenants that have a memory of that name."""
+        of_tenants = ((tenant, memory_path(self._home, full_name(tenant, name))) for tenant in tenants_of(self._home))
+        return [tenant for tenant, folder in of_tenants if _file_of(folder) is not None]
 
     def create(self, tenant: str, name: str) -> MemoryStore:
         """Make an empty memory. Raises Conflict if there is one of that name."""
