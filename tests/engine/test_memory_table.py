@@ -63,6 +63,23 @@ def test_each_request_of_a_batch_reads_its_own_entries_and_the_others_are_the_ba
     assert tuple(answers[3]) == greedy(model, prompts[3], 8)
 
 
+def test_who_joins_and_leaves_a_batch_changes_nobody_elses_entries(model):
+    dice, modules, lengths = random.Random(9), modules_for(model), (2, 9, 5, 7)
+    prompts = [random_prompt(dice, length) for length in (5, 11, 30, 8)]
+    readings = [reading_of(dice, entries) for entries in (6, 2, 4, 1)]
+    expected = [
+        generate_greedily(MemoryModel(model, modules), *one)[0] for one in zip(prompts, readings, lengths, strict=True)
+    ]
+    # Two rows for four requests: each that ends makes room for the next, beside one that goes on.
+    with running(loaded_model(model=model), num_rows=2, tokens_per_step=16) as engine:
+        binding = engine.open(MemoryOnBase(REF, byte_tokenizer(), modules))
+        handles = [
+            engine.submit(asked(prompt, reading, tokens=count, binding=binding))
+            for prompt, reading, count in zip(prompts, readings, lengths, strict=True)
+        ]
+        assert [list(handle.result(60).token_ids) for handle in handles] == expected
+
+
 def test_two_versions_with_memories_on_one_base_keep_apart(model):
     dice = random.Random(6)
     prompt, reading, made = random_prompt(dice, 20), reading_of(dice), [modules_for(model, seed=s) for s in (3, 4)]

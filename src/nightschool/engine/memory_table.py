@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.engine.step_context import SpanReading, StepContext
-from nightschool.layers.memory_reading import MemoryReading
+from nightschool.layers.memory_fusion import side_by_side
+from nightschool.layers.memory_reading import MemoryReading, Prepared
 from nightschool.models.memory_model import EntryEncoder, MemoryModules, MemoryStep, check_fits, decoder_layers
 
 Mix = Callable[[Tensor], Tensor]
@@ -44,6 +46,20 @@ class _Standing:
     modules: MemoryModules
     encoder: EntryEncoder
     handles: list[RemovableHandle] = field(default_factory=list)
+    prepared: WeakKeyDictionary[MemoryReading, Prepared] = field(default_factory=WeakKeyDictionary)
+    latest: tuple[Sequence[Prepared], Prepared] | None = None
+
+    def prepare(self, readings: Sequence[MemoryReading]) -> Prepared:
+        """What those who read together compare themselves with. From one token to the next it is mostly the same."""
+        parts = [self.prepared[reading] for reading in readings]
+        known = self.latest
+        if (
+            known is None
+            or len(known[0]) != len(parts)
+            or any(a is not b for a, b in zip(known[0], parts, strict=True))
+        ):
+            known = self.latest = (parts, side_by_side(parts))
+        return known[1]
 
 
 class MemoryTable:
@@ -81,12 +97,15 @@ class MemoryTable:
         return standing.modules
 
     def encode(self, readings: Sequence[SpanReading]) -> None:
-        """Take the entries of new requests through the first layers, those of all requests together."""
+        """Take the entries of new requests through the first layers, those of all requests together, and prepare them once."""
         of_number: dict[int, list[MemoryReading]] = defaultdict(list)
         for one in readings:
             of_number[one.modules].append(one.reading)
         for number, own in of_number.items():
-            self._standing[number].encoder.encode(own)
+            standing = self._standing[number]
+            standing.encoder.encode(own)
+            with torch.inference_mode():
+                standing.prepared.update((one, standing.modules.reader.prepare(one)) for one in own)
 
     def standing(self, number: int) -> MemoryModules:
         """The modules of a number."""
@@ -99,6 +118,8 @@ class MemoryTable:
         The context learns how to say where a token came from, for each span that reads and answers.
         """
         if context is None or not context.readings:
+            for one in self._standing.values():
+                one.latest = None
             yield _as_it_is
             return
         of_number: dict[int, list[tuple[slice, MemoryReading]]] = defaultdict(list)
@@ -109,7 +130,11 @@ class MemoryTable:
                 first = places.start + max(0, found.start - span.start)
                 of_number[found.modules].append((slice(first, places.stop), found.reading))
                 keys[found.modules].append(span.key)
-        self._steps = {n: MemoryStep(self._standing[n].modules, own, wanted) for n, own in of_number.items()}
+        standing = self._standing
+        with torch.inference_mode():
+            self._steps = {
+                n: MemoryStep(standing[n].modules, own, wanted, standing[n].prepare) for n, own in of_number.items()
+            }
         try:
             yield self._mix
             for number, step in self._steps.items():

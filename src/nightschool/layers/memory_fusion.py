@@ -1,6 +1,8 @@
 """The layers that read found entries: attention over their tokens into the residual stream, and a pointer that copies them.
 
-Shapes: T tokens of a request, M tokens of its entries, k entries, H width of the model, R rank, V vocabulary.
+Shapes: B requests (or documents), each with T tokens that read, M tokens of its entries, k entries; H width of the model, R rank,
+V vocabulary, N tokens that logits are wanted for. Requests of a step are padded to the longest, so that a step takes the same few
+operations however many read.
 
 Both compare what the base thinks at a token with what it thought inside an entry. The pointer is an induction head over entries:
 its key for an entry's token is the state of the token BEFORE, made by the same frozen layers as the query. After "Ada lives in" the
@@ -16,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from nightschool.layers.memory_reading import EncodedEntries
+from nightschool.layers.memory_reading import NO_TOKEN, FusedEntries, MemoryReading, Prepared
 
 _POINTER_SCALE = 12.0
 _SCORE_WEIGHT = 4.0
@@ -41,12 +43,11 @@ class MemoryNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[…, H] → […, H] in fp32."""
-        x = states.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPSILON) * self.weight
+        return F.rms_norm(states.float(), self.weight.shape, self.weight, _EPSILON)
 
 
 class Pointed(NamedTuple):
-    """What the pointer says at each token: log-probabilities of the sentinel [T] and of the entries' tokens [T, M]."""
+    """What the pointer says at each token: log-probabilities of the sentinel […] and of the entries' tokens […, M]."""
 
     sentinel: Tensor
     tokens: Tensor
@@ -69,21 +70,30 @@ class PointerHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(_POINTER_SCALE)))
         self.weigh = nn.Parameter(torch.tensor(_SCORE_WEIGHT))
 
-    def forward(self, states_th: Tensor, before_mh: Tensor, at_mh: Tensor, scores_m: Tensor) -> Pointed:
-        """Of normed states: those of the request, and of the entries' tokens before and at each place."""
-        queries = F.normalize(F.linear(states_th, self.query), dim=-1, eps=_EPSILON)
-        keys = F.normalize(F.linear(before_mh, self.key), dim=-1, eps=_EPSILON)
-        logits = queries @ keys.T * self.log_scale.exp() + at_mh @ self.value + self.weigh * scores_m
-        nothing = states_th @ self.sentinel + self.sentinel_bias
-        both = torch.cat([nothing[:, None], logits], dim=1).log_softmax(dim=1)
-        return Pointed(both[:, 0], both[:, 1:])
+    def keys_and_bias(self, before_mh: Tensor, at_mh: Tensor, scores_m: Tensor) -> tuple[Tensor, Tensor]:
+        """Of normed states of the entries' tokens, before and at each place: keys [R, M], and what each begins with [1, M]."""
+        keys = F.normalize(F.linear(before_mh, self.key), dim=-1, eps=_EPSILON) * self.log_scale.exp()
+        return keys.T.contiguous(), (at_mh @ self.value + self.weigh * scores_m)[None]
+
+    def forward(self, states_bth: Tensor, keys_brm: Tensor, bias_b1m: Tensor) -> Pointed:
+        """Of normed states of those who read."""
+        queries = F.normalize(F.linear(states_bth, self.query), dim=-1, eps=_EPSILON)
+        nothing = F.linear(states_bth, self.sentinel[None], self.sentinel_bias[None])
+        both = torch.cat([nothing, torch.baddbmm(bias_b1m, queries, keys_brm)], dim=-1).log_softmax(dim=-1)
+        return Pointed(both[..., 0], both[..., 1:])
 
 
 class Fused(NamedTuple):
-    """What a fusion layer gives on: states [T, H], and how much of each entry token went in [T, M], the gate counted."""
+    """What a fusion layer gives on: states [B, T, H], and what it looked at: attention [B, heads, T, 1 + M], gate [B, T, 1]."""
 
     states: Tensor
-    weights: Tensor
+    attention: Tensor
+    gate: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """How much of each entry token went in [B, T, M], the gate counted."""
+        return self.gate * self.attention[..., 1:].mean(1)
 
 
 class FusionLayer(nn.Module):
@@ -103,25 +113,24 @@ class FusionLayer(nn.Module):
         self.null_bias = nn.Parameter(torch.zeros(()))
         self.weigh = nn.Parameter(torch.ones(()))
 
-    def forward(self, states_th: Tensor, keys_mr: Tensor, values_mr: Tensor, scores_m: Tensor) -> Fused:
-        """Of the residual stream, and of the keys and values that all fusion layers share."""
-        x = self.norm(states_th)
-        heads = self.heads
-
-        def split(rows: Tensor) -> Tensor:
-            return rows.view(rows.shape[0], heads, -1).transpose(0, 1)
-
-        queries = split(F.linear(x, self.query))
-        keys, values = (
-            split(torch.cat([self.null_key[None], keys_mr])),
-            split(torch.cat([self.null_value[None], values_mr])),
-        )
+    def entries(self, keys_mr: Tensor, values_mr: Tensor, scores_m: Tensor) -> FusedEntries:
+        """What this layer compares itself with, the null entry first; B is 1."""
+        keys = torch.cat([self.null_key[None], keys_mr]).view(1 + len(keys_mr), self.heads, -1)
+        values = torch.cat([self.null_value[None], values_mr]).view(1 + len(values_mr), self.heads, -1)
+        keys = keys.permute(1, 2, 0) / math.sqrt(keys.shape[-1])
         bias = torch.cat([self.null_bias[None], self.weigh * scores_m])
-        attention = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1]) + bias).softmax(-1)
-        read = (attention @ values).transpose(0, 1).flatten(1)
-        gate = torch.sigmoid(x @ self.gate_state + read @ self.gate_read + self.gate_bias)
-        fused = states_th + (gate[:, None] * F.linear(read, self.out)).to(states_th.dtype)
-        return Fused(fused, gate[:, None] * attention[:, :, 1:].mean(0))
+        return FusedEntries(keys.contiguous()[None], values.transpose(0, 1).contiguous()[None], bias[None, None, None])
+
+    def forward(self, states_bth: Tensor, entries: FusedEntries) -> Fused:
+        """Of the residual stream."""
+        x = self.norm(states_bth)
+        queries = F.linear(x, self.query).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        attention = (queries @ entries.keys + entries.bias).softmax(-1)
+        read = (attention @ entries.values).transpose(1, 2).flatten(2)
+        open_by = F.linear(x, self.gate_state[None], self.gate_bias[None]) + F.linear(read, self.gate_read[None])
+        gate = torch.sigmoid(open_by)
+        fused = states_bth + (gate * F.linear(read, self.out)).to(states_bth.dtype)
+        return Fused(fused, attention, gate)
 
 
 class GatedMemoryFusion(nn.Module):
@@ -138,17 +147,6 @@ class GatedMemoryFusion(nn.Module):
         return F.linear(torch.cat([before_mh, at_mh], dim=1), self.key), F.linear(at_mh, self.value)
 
 
-class Prepared(NamedTuple):
-    """Entries as the layers compare them: normed states [M, H], keys and values [M, R], the score of each token's entry [M]."""
-
-    before: Tensor
-    at: Tensor
-    keys: Tensor
-    values: Tensor
-    scores: Tensor
-    token_ids: Tensor
-
-
 class MemoryReader(nn.Module):
     """All that reads: the norm, the fusion layers, the pointer. A rank of 0 means the full width."""
 
@@ -159,29 +157,77 @@ class MemoryReader(nn.Module):
         self.fusion = GatedMemoryFusion(hidden_size, rank, num_layers)
         self.pointer = PointerHead(hidden_size, rank)
 
-    def prepare(self, encoded: EncodedEntries, scores_k: Tensor) -> Prepared:
-        """What all tokens of a request compare themselves with."""
+    def prepare(self, reading: MemoryReading) -> Prepared:
+        """What all tokens of a request compare themselves with, of entries that were encoded; B is 1."""
+        encoded = reading.encoded
+        assert encoded is not None, "entries are encoded before they are prepared"
         before, at = self.norm(encoded.before), self.norm(encoded.at)
+        scores = reading.scores[encoded.entry]
+        pointer_keys, pointer_bias = self.pointer.keys_and_bias(before, at, scores)
         keys, values = self.fusion.keys_and_values(before, at)
-        return Prepared(before, at, keys, values, scores_k[encoded.entry], encoded.token_ids)
+        layers = tuple(cast(FusionLayer, layer).entries(keys, values, scores) for layer in self.fusion.layers)
+        ids, place = torch.unique(encoded.token_ids, return_inverse=True)
+        return Prepared(pointer_keys[None], pointer_bias[None], layers, ids[None], place[None])
 
-    def point(self, states_th: Tensor, entries: Prepared) -> Pointed:
+    def prepare_all(self, readings: Sequence[MemoryReading]) -> Prepared:
+        """The same of several requests, side by side."""
+        return side_by_side([self.prepare(reading) for reading in readings])
+
+    def point(self, states_bth: Tensor, entries: Prepared) -> Pointed:
         """Where the pointer looks from these states of the residual stream."""
-        pointed: Pointed = self.pointer(self.norm(states_th), entries.before, entries.at, entries.scores)
+        pointed: Pointed = self.pointer(self.norm(states_bth), entries.pointer_keys, entries.pointer_bias)
         return pointed
 
-    def fuse(self, number: int, states_th: Tensor, entries: Prepared) -> Fused:
+    def fuse(self, number: int, states_bth: Tensor, entries: Prepared) -> Fused:
         """What fusion layer `number` makes of the residual stream."""
-        fused: Fused = self.fusion.layers[number](states_th, entries.keys, entries.values, entries.scores)
+        fused: Fused = self.fusion.layers[number](states_bth, entries.layers[number])
         return fused
 
 
-def mix(logits_tv: Tensor, pointed: Pointed, token_ids_m: Tensor) -> Tensor:
-    """Log-probabilities [T, V]: the base's, times what the sentinel leaves to it, and what the pointer copies. In fp32."""
-    base = logits_tv.float().log_softmax(-1) + pointed.sentinel[:, None]
-    ids, place_m = torch.unique(token_ids_m, return_inverse=True)
-    copied = pointed.tokens.new_zeros(len(logits_tv), len(ids)).index_add(1, place_m, pointed.tokens.exp())
-    return base.index_copy(1, ids, torch.logaddexp(base[:, ids], copied.clamp_min(1e-38).log()))
+def side_by_side(parts: Sequence[Prepared]) -> Prepared:
+    """Entries of several requests as one, padded: what is not there gets no weight."""
+    if len(parts) == 1:
+        return parts[0]
+    layers = tuple(
+        FusedEntries(
+            _padded([one.keys for one in own]),
+            _padded([one.values for one in own], dim=-2),
+            _padded([one.bias for one in own], fill=-math.inf),
+        )
+        for own in zip(*(part.layers for part in parts), strict=True)
+    )
+    return Prepared(
+        _padded([part.pointer_keys for part in parts]),
+        _padded([part.pointer_bias for part in parts], fill=-math.inf),
+        layers,
+        _padded([part.ids for part in parts], fill=NO_TOKEN),
+        _padded([part.place for part in parts]),
+    )
+
+
+def _padded(rows: Sequence[Tensor], *, dim: int = -1, fill: float = 0) -> Tensor:
+    """Rows one after the other along the first dimension, each filled up along `dim` to the longest."""
+    longest = max(row.shape[dim] for row in rows)
+    after = (0,) * (-2 * dim - 1)
+    return torch.cat([F.pad(row, (*after, longest - row.shape[dim]), value=fill) for row in rows])
+
+
+def mix(logits_nv: Tensor, pointed: Pointed, ids_nu: Tensor, place_nm: Tensor) -> Tensor:
+    """Log-probabilities [N, V]: the base's, times what the sentinel leaves to it, and what the pointer copies. In fp32.
+
+    Args:
+        logits_nv: Of the base.
+        pointed: Of the same tokens, [N] and [N, M].
+        ids_nu: The tokens of the vocabulary that may be copied at each, once each; `NO_TOKEN` where a row has fewer.
+        place_nm: Which of them each token of the entries is.
+    """
+    base = logits_nv.float().log_softmax(-1) + pointed.sentinel[:, None]
+    copied = pointed.tokens.new_zeros(ids_nu.shape).scatter_add(1, place_nm, pointed.tokens.exp())
+    ids = ids_nu.clamp_min(0)
+    there = base.gather(1, ids)
+    # log(e^a + e^b) = a + softplus(b - a), which adds up: what only pads adds 0 to token 0.
+    more = F.softplus(copied.clamp_min(1e-38).log() - there).masked_fill(ids_nu == NO_TOKEN, 0)
+    return base.scatter_add(1, ids, more)
 
 
 def copied_log_probs(pointed: Pointed, token_ids_m: Tensor, labels: Tensor | Sequence[int]) -> Tensor:

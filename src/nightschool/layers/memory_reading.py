@@ -1,6 +1,6 @@
 """What a request, or a document of a batch, may read: the entries that were found for it, as tokens and as states.
 
-Shapes: k entries, L tokens of the longest, M tokens of all of them end to end, H width of the model.
+Shapes: B requests, k entries, L tokens of the longest, M tokens of all of them end to end, H width of the model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+NO_TOKEN = -1
+"""Where fewer tokens are there than in the longest row."""
 
 
 class Candidate(NamedTuple):
@@ -36,7 +39,34 @@ class EncodedEntries:
     entry: Tensor
 
 
-@dataclass
+class FusedEntries(NamedTuple):
+    """Entries as one fusion layer compares itself with them, the null entry first; of D = R / heads numbers a head.
+
+    `keys` [B, heads, D, 1 + M], divided by √D already; `values` [B, heads, 1 + M, D]; `bias` [B, 1, 1, 1 + M], -inf for what only
+    pads. They lie as a product takes them, because nothing of that size may be copied for each token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+
+class Prepared(NamedTuple):
+    """Entries as the layers of a reader compare them, of one request or of several side by side, padded to the longest.
+
+    `pointer_keys` [B, R, M] and `pointer_bias` [B, 1, M] of the pointer, -inf for what only pads; `layers` of the fusion layers.
+    `ids` [B, U] are the tokens of the vocabulary that are there, each once, `NO_TOKEN` behind the last, and `place` [B, M] is which
+    of them each token is.
+    """
+
+    pointer_keys: Tensor
+    pointer_bias: Tensor
+    layers: tuple[FusedEntries, ...]
+    ids: Tensor
+    place: Tensor
+
+
+@dataclass(eq=False)
 class MemoryReading:
     """Entries in the order of their rows, so that the order in which they were found changes no bit.
 

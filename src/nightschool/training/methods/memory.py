@@ -158,7 +158,6 @@ class MemoryTask(FiguresTask):
         copied = sentinel.new_full((len(labels),), -torch.inf)
         reads = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
         for number, start, trace in zip(documents, starts, traces, strict=True):
-            assert trace.pointed is not None, "the layer that points has run"
             places = torch.arange(start, bounds[number + 1], device=self.device)
             sentinel = sentinel.index_copy(0, places, trace.pointed.sentinel)
             copied = copied.index_copy(0, places, copied_log_probs(trace.pointed, trace.token_ids, labels[places]))
