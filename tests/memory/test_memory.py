@@ -80,6 +80,23 @@ def test_a_longer_name_is_another_name(memory):
     assert "Malibu" not in values(memory, "What is Paris the capital of?")
 
 
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [
+        ("Porsche 911 GT1", "Who makes the Porsche 911 GT2?"),
+        ("Bundesautobahn 111", "Who owns the Bundesautobahn 100?"),
+        ("Windows Phone", "Who made Windows Phone 8.1?"),
+        ("House of Representatives", "Where is the Louisiana House of Representatives?"),
+        ("Chevrolet Chevette", "Who makes the Chevrolet Corvette?"),
+        ("Netherlands", "When was the Constitution of the Netherlands written?"),
+    ],
+)
+def test_what_only_resembles_a_known_name_is_another(memory, known, asked):
+    memory.store.add([NewEntry(subject=known, relation="is a", value="thing")], author="me")
+    assert values(memory, asked) == []
+    assert values(memory, f"What is {known}?") == ["thing"]
+
+
 def test_the_next_question_sees_what_was_written_by_others(memory, folder):
     with MemoryStore.open(folder) as other:
         other.add(facts([("Ada Byron", "lives in", "Rome"), ("Kurt Goedel", "lives in", "Vienna")]), author="bob")

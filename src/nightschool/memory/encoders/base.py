@@ -83,7 +83,7 @@ class BaseEncoder:
         found = np.zeros(len(lines.queries), np.float32)
         for question in np.unique(lines.queries).tolist():
             mine = np.flatnonzero(lines.queries == question)
-            asked = questions[question].spellings[0]
+            asked = questions[question].spellings[0].tokens
             if len(asked):
                 found[mine] = self._nearness(asked, of_relations[mine], lengths[mine])
         return np.zeros_like(found), found

@@ -1,4 +1,4 @@
-"""Whether a question names a subject, told from tokens alone: no training, and the same for every encoder.
+"""Whether a question names a subject, told from its words alone: no training, and the same for every encoder.
 
 Addresses of whole questions are near to whatever they mention; they do not tell "Paris" from "Paris Hilton", nor say that
 nobody of that name is known. The words do.
@@ -6,20 +6,25 @@ nobody of that name is known. The words do.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from nightschool.memory.encoders.phrases import Standing, standing
+
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
 
-# The words stand together; they are a part of a longer name; they stand apart.
-_WHOLE, _PART_OF_A_NAME, _SCATTERED = 1.0, 0.75, 0.85
+# How surely a name is meant that stands in the question as a whole or as a part, or whose words stand apart.
+_SURETIES = {Standing.WHOLE: 1.0, Standing.PART_OF_A_NAME: 0.75, Standing.PART_OF_A_WORD: 0.0}
+_SCATTERED = 0.85
 # Of two subjects that are both named, the one that explains more of the question wins by so much.
 _EXPLAINS = 0.03
 # Words that are less than this as rare as the rarest tell nothing. A sentence with half of the others is accepted, one with fewer is not.
@@ -30,6 +35,17 @@ _LEAST_STEM = 3
 _WORD_STARTS = ("Ġ", "▁")
 _PIECE = "##"
 _NOTHING = -1
+_FIRST_LETTERS = re.compile(r"(?<![\w'’])[^\W\d_]")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A text and its tokens, with the characters that each stands for. `has_capitals`: they are those of its author."""
+
+    text: str
+    tokens: Tokens
+    places: tuple[tuple[int, int], ...]
+    has_capitals: bool
 
 
 @dataclass(frozen=True)
@@ -37,12 +53,12 @@ class Question:
     """A question as token ids. `spellings`: as it was typed, and in the cases that names are written in."""
 
     text: str
-    spellings: tuple[Tokens, ...]
+    spellings: tuple[Spelling, ...]
 
     @property
     def tokens(self) -> list[int]:
         """Every token of every spelling once."""
-        return sorted({token for spelling in self.spellings for token in spelling.tolist()})
+        return sorted({token for spelling in self.spellings for token in spelling.tokens.tolist()})
 
 
 ACCEPTED = 0.84
@@ -57,7 +73,8 @@ class Vocabulary:
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         # Byte pair encoding numbers tokens by how common they are.
         self.rarity: Floats = np.log1p(np.arange(size) / 100).astype(np.float32) + 1e-3
-        self._continues, self._is_name = np.zeros(size + 1, bool), np.zeros(size + 1, bool)
+        # Whether a token begins a name; and whether it is letters or digits that go on with a word, or begin one.
+        self._is_name, self._continues, self._is_word = (np.zeros(size + 1, bool) for _ in range(3))
         self._stem_numbers: dict[str, int] = {}
         # Tokens of one word in another form (live, lives, lived) have the same number; those of other words their own.
         self.stems: Tokens = np.arange(-size, 0, dtype=np.int32)
@@ -69,8 +86,9 @@ class Vocabulary:
             else:
                 bare, starts = piece.removeprefix(_PIECE), not piece.startswith(_PIECE)
             self._note_stem(bare, number)
-            self._continues[number] = not starts and bare[:1].isalnum()
             self._is_name[number] = starts and bare[:1].isupper()
+            self._is_word[number] = starts or bare[:1].isalnum()
+            self._continues[number] = not starts and bare[:1].isalnum()
 
     @cached_property
     def digest(self) -> str:
@@ -90,13 +108,27 @@ class Vocabulary:
 
     def question(self, text: str) -> Question:
         """Tokens of a question. Names in another case than theirs are other tokens, so a few spellings are tried."""
-        spellings = (text, text.title(), text.upper()) if text.islower() else (text,)
-        return Question(text, tuple(np.array(ids, np.int32) for ids in self.tokens_of(spellings)))
+        if not (text.islower() or text.isupper()):
+            return Question(text, (self._spelling(text, has_capitals=True),))
+        lower = text.lower()
+        typed = (lower, _FIRST_LETTERS.sub(lambda found: found[0].upper(), lower), text.upper())
+        return Question(text, tuple(self._spelling(one, has_capitals=False) for one in typed))
+
+    def _spelling(self, text: str, *, has_capitals: bool) -> Spelling:
+        spaced = _spaced(text)
+        encoded = self._tokenizer.encode(spaced, add_special_tokens=False)
+        places = tuple((end - len(spaced[start:end].lstrip()), end) for start, end in encoded.offsets)
+        return Spelling(spaced, np.array(encoded.ids, np.int32), places, has_capitals)
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts as they stand within a sentence, after a space."""
-        spaced = [f" {' '.join(text.split())}".rstrip() for text in texts]
+        spaced = [_spaced(text) for text in texts]
         return [one.ids for one in self._tokenizer.encode_batch(spaced, add_special_tokens=False)]
+
+    def is_usually_capital(self, word: str) -> bool:
+        """Whether a word with a capital is rarer, or in more pieces, without it. Of words that are no names it is not."""
+        as_is, lower = self.tokens_of([word, word.lower()])
+        return float(self.rarity[as_is].sum()) < float(self.rarity[lower].sum())
 
     def named(self, question: Question, tokens: Tokens, spans: npt.NDArray[np.integer]) -> Floats:
         """How surely a question is about each entry, [m].
@@ -118,12 +150,11 @@ class Vocabulary:
         total = np.maximum(weights.sum(axis=1), 1e-6)
         asked = np.zeros(self.size, bool)
         asked[question.tokens] = True
-        share = np.where(asked[tokens], weights, 0).sum(axis=1) / total
-        surety = _SCATTERED * share
-        for spelling in question.spellings:
-            if len(spelling):
-                surety = np.maximum(surety, self._standing(spelling, tokens, counts))
-        explained = np.minimum(total / max(float(self.rarity[question.spellings[0]].sum()), 1e-6), 1)
+        surety = _SCATTERED * np.where(asked[tokens], weights, 0).sum(axis=1) / total
+        self._forget_split_words(question, tokens, counts, surety)
+        for line, found in self._standing(question, tokens, ends, counts).items():
+            surety[line] = found
+        explained = np.minimum(total / max(float(self.rarity[question.spellings[0].tokens].sum()), 1e-6), 1)
         surety = surety * (1 - _EXPLAINS + _EXPLAINS * explained)
         for line in np.flatnonzero(ends[:, 0] == ends[:, 1]).tolist():
             surety[line] = self._told_by(question, tokens[line, : ends[line, 0]])
@@ -132,28 +163,63 @@ class Vocabulary:
     def _told_by(self, question: Question, sentence: Tokens) -> float:
         """How surely a sentence answers: by the share of the question's rare words in it, the best spelling's."""
         best = 0.0
-        for spelling in question.spellings:
+        for spelling in (one.tokens for one in question.spellings):
             weights = np.maximum(self.rarity[spelling] - _ORDINARY * self.rarity[-1], 0)
             stands = np.isin(spelling, sentence)
             if weights.sum() > 0 and not (self._is_name[spelling[1:]] & ~stands[1:]).any():
                 best = max(best, float((weights * stands).sum() / weights.sum()))
         return _ALL_ELSE + (1 - _ALL_ELSE) * best if best else 0.0
 
-    def _standing(self, spelling: Tokens, tokens: Tokens, counts: npt.NDArray[np.bool_]) -> Floats:
-        """How each subject stands in one spelling, token for token: [m]."""
+    def _forget_split_words(
+        self, question: Question, tokens: Tokens, counts: npt.NDArray[np.bool_], surety: Floats
+    ) -> None:
+        """No surety of a subject all of whose tokens stand in the question, but not all of its words: of "GT1" in "911 GT2" for 1."""
+        asked = [Counter(self._words(spelling.tokens)) for spelling in question.spellings]
+        for line in np.flatnonzero(surety >= ACCEPTED * (1 - _EXPLAINS)).tolist():
+            named = Counter(self._words(tokens[line, counts[line]]))
+            if not any(named <= words for words in asked):
+                surety[line] = 0
+
+    def _words(self, tokens: Tokens) -> list[tuple[int, ...]]:
+        """The tokens of each word; signs are none."""
+        starts = np.flatnonzero(~self._continues[tokens])
+        words = (tuple(one.tolist()) for one in np.split(tokens, starts) if len(one))
+        return [word for word in words if self._is_word[word[0]]]
+
+    def _standing(
+        self, question: Question, tokens: Tokens, ends: npt.NDArray[np.int64], counts: npt.NDArray[np.bool_]
+    ) -> dict[int, float]:
+        """How surely those subjects are meant that stand in a spelling token for token, where the words beside them tell."""
+        found: dict[int, float] = {}
         length = tokens.shape[1]
-        padded = np.concatenate([spelling, np.full(length + 1, _NOTHING, np.int32)])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, length)[: len(spelling)]
-        starts = windows[None, :, 0] == tokens[:, None, 0]
-        lines, places = np.nonzero(starts)
-        result = np.zeros(len(tokens), np.float32)
-        stands = ((windows[places] == tokens[lines]) | ~counts[lines]).all(axis=1)
-        lines, places = lines[stands], places[stands]
-        behind = padded[places + counts[lines].sum(axis=1)]
-        before = np.where(
-            places > 1, spelling[places - 1], _NOTHING
-        )  # the first word of a sentence is always a capital
-        is_part = self._is_name[behind] | self._is_name[before]
-        surety = np.where(self._continues[behind], 0, np.where(is_part, _PART_OF_A_NAME, _WHOLE))
-        np.maximum.at(result, lines, surety.astype(np.float32))
-        return result
+        for spelling in question.spellings:
+            padded = np.concatenate([spelling.tokens, np.full(length, _NOTHING, np.int32)])
+            windows = np.lib.stride_tricks.sliding_window_view(padded, length)[: len(spelling.tokens)]
+            lines, places = np.nonzero(windows[None, :, 0] == tokens[:, None, 0])
+            stands = ((windows[places] == tokens[lines]) | ~counts[lines]).all(axis=1)
+            for line, place in zip(lines[stands].tolist(), places[stands].tolist(), strict=True):
+                first, last = place, place + int(ends[line, 0]) - 1
+                if last < first:
+                    continue
+                relation = set(self.stems[tokens[line, ends[line, 0] : ends[line, 1]]].tolist())
+                how = standing(
+                    spelling.text,
+                    spelling.places[first][0],
+                    spelling.places[last][1],
+                    has_capitals=spelling.has_capitals,
+                    writing=self.is_usually_capital,
+                    explained=partial(self._is_told, spelling, relation),
+                )
+                if how in _SURETIES:
+                    found[line] = max(found.get(line, 0.0), _SURETIES[how])
+        return found
+
+    def _is_told(self, spelling: Spelling, relation: set[int], start: int, end: int) -> bool:
+        """Whether what stands at some characters of a spelling is a form of words of a relation."""
+        inside = [place for place, (begin, stop) in enumerate(spelling.places) if begin < end and stop > start]
+        return set(self.stems[spelling.tokens[inside]].tolist()) <= relation
+
+
+def _spaced(text: str) -> str:
+    """A text as it stands within a sentence, after a space."""
+    return f" {' '.join(text.split())}".rstrip()
