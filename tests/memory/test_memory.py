@@ -7,6 +7,7 @@ import pytest
 
 from nightschool.errors import NotFound
 from nightschool.memory.entry import NewEntry
+from nightschool.memory.following import KNOWLEDGE_LENGTH
 from nightschool.memory.index.files import META
 from nightschool.memory.index.folders import MOST_KEPT
 from nightschool.memory.memory import Memory
@@ -268,6 +269,49 @@ def test_a_fact_longer_than_a_line_is_found_and_its_tokens_are_whole(memory):
     memory.store.add(facts([("Grand Lodge", "motto", value)]), author="me")
     [finding] = memory.find(["What is the motto of Grand Lodge?"], k=1)
     assert len(finding.found[0].tokens) > 100
+
+
+LONG = (
+    "It was said on a cold and dark evening, when the quick brown fox of the house was in, that {} met Boris in Malibu."
+)
+
+
+def ask_long(memory):
+    [finding] = memory.find(["Was it Quentin Quux that met Boris in Malibu?"], k=1)
+    return [one.entry.text for one in finding.found]
+
+
+def test_a_fact_is_found_by_what_stands_behind_the_tokens_of_its_line(memory, folder):
+    text = LONG.format("Quentin Quux")
+    before = vocabulary().tokens_of([text[: text.index("Quentin")]])[0]
+    assert len(before) > KNOWLEDGE_LENGTH
+    assert ask_long(memory) == []
+    memory.store.add([NewEntry(LONG.format("Zelda")), NewEntry(text)], author="me")
+    assert memory.store.get("m9").subject is None
+    assert ask_long(memory) == [text]
+    memory.close()
+    again = Memory.open(folder, encoder(), vocabulary())
+    assert (again.rebuilt, ask_long(again)) == (None, [text])
+    again.store.add([NewEntry(LONG.format(f"Person {n}")) for n in range(300)], author="me")
+    assert ask_long(again) == [text]
+    again.close()
+    drop_index(folder)
+    anew = Memory.open(folder, encoder(), vocabulary())
+    assert ask_long(anew) == [text]
+    anew.store.edit("m9", author="me", text=LONG.format("Grace Hopper"))
+    assert ask_long(anew) == []
+    anew.store.edit("m8", author="me", text=text)
+    assert ask_long(anew) == [text]
+    anew.close()
+
+
+def test_a_subject_that_is_longer_than_a_line_is_found_and_its_relation_told(memory):
+    name = "The Honourable Society of the quick brown fox, the lively marmalade and the native language of Ada Byron in Oslo"
+    memory.store.add(facts([(name, "employer", "Navy"), (name, "capital of", "nothing")]), author="me")
+    assert len(vocabulary().tokens_of([name])[0]) > KNOWLEDGE_LENGTH
+    assert values(memory, f"What is {name} the capital of?")[0] == "nothing"
+    assert values(memory, f"Who is the employer of {name}?")[0] == "Navy"
+    assert values(memory, f"What is {name.replace('Oslo', 'Rome')} the capital of?") != ["nothing"]
 
 
 def test_a_memory_that_grows_far_beyond_its_index_gets_a_new_one(tmp_path):

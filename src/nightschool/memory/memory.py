@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -296,20 +296,34 @@ class _Words:
 
     def __call__(self, lines: Lines) -> tuple[Floats, Floats]:
         questions, subjects, relations = self._asked
+        lines = self._whole(lines)
         by_address, of_relations = self._encoder.cosines(lines, questions, subjects, relations)
         named = np.zeros(len(lines.rows), np.float32)
         for question in np.unique(lines.queries).tolist():
             mine = lines.queries == question
             named[mine] = self._vocabulary.named(questions[question], lines.tokens[mine], lines.spans[mine])
-        # What has no room in a line is told from its text.
-        for place in np.flatnonzero(lines.spans[:, 1] >= lines.tokens.shape[1]).tolist():
-            [entry] = self._store.rows([int(lines.rows[place])])
-            if entry is not None:
-                whole = lines_of([entry], self._vocabulary, _WHOLE)
-                named[place] = self._vocabulary.named(questions[lines.queries[place]], whole.tokens, whole.spans)[0]
         if self._encoder.is_trained:
             named = np.maximum(named, by_address * (ACCEPTED / _TRUSTED_COSINE))
         return named, of_relations
+
+    def _whole(self, lines: Lines) -> Lines:
+        """The lines, with those of which subject and relation had no room in the index made anew from their texts."""
+        full = np.flatnonzero(lines.spans[:, 1] >= lines.tokens.shape[1])
+        known = [
+            (place, entry)
+            for place, entry in zip(full.tolist(), self._store.rows(lines.rows[full].tolist()), strict=True)
+            if entry is not None
+        ]
+        if not known:
+            return lines
+        whole = lines_of([entry for _, entry in known], self._vocabulary, _WHOLE)
+        width = max(lines.tokens.shape[1], int(whole.spans.max()))
+        tokens = np.zeros((len(lines.rows), width), np.int32)
+        tokens[:, : lines.tokens.shape[1]] = lines.tokens
+        spans = lines.spans.astype(np.int64)
+        places = [place for place, _ in known]
+        tokens[places], spans[places] = whole.tokens[:, :width], whole.spans
+        return replace(lines, tokens=tokens, spans=spans)
 
 
 def _holds(entry: MemoryEntry, moment: datetime) -> bool:

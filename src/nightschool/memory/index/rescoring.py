@@ -23,7 +23,7 @@ class Lines:
     queries: Numbers
     rows: Numbers
     tokens: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.uint8]
+    spans: npt.NDArray[np.integer]
     keys: Floats | None
 
 
