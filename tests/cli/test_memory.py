@@ -117,7 +117,7 @@ def test_a_purge_takes_the_index_along(ask):
     assert not index.exists()
 
 
-def test_a_write_says_which_versions_learned_what_it_ended(ask, say):
+def test_a_write_says_which_versions_learned_what_it_ended(ask, say, capsys):
     home = Home.find().ensure()
     run = make_run(home, name="bot")
     said = [
@@ -133,6 +133,13 @@ def test_a_write_says_which_versions_learned_what_it_ended(ask, say):
     assert change["stale"] == [{"id": "m1", "text": "Ada lives in Oslo.", "ended": 2, "versions": [learned.ref]}]
     assert f"{learned.ref} learned what holds no longer" not in say("rm", "friends", "m2")
     assert [one["id"] for one in ask("stale", "friends")] == ["m1"]
+    capsys.readouterr()
+    assert main(["--json", "models", "ls"]) == 0
+    assert [row["stale"] for row in json.loads(capsys.readouterr().out)] == [
+        [{"memory": "friends", "id": "m1", "text": "Ada lives in Oslo.", "ended": 2}]
+    ]
+    assert main(["models", "show", learned.ref]) == 0
+    assert "friends no longer says: Ada lives in Oslo." in capsys.readouterr().out
     ask("add", "friends", "Ada lives in Oslo.")
     assert ask("stale", "friends") == []
     assert ask("undo", "friends")["stale"][0]["versions"] == [learned.ref]

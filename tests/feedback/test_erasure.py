@@ -89,8 +89,8 @@ def test_deleting_cuts_the_copies_and_marks_the_versions(home, story):
     registry = Registry(home)
     for name, version in versions.items():
         tainted = ["req-1"] if version.ref in found.versions else []
-        assert version_summary(registry, version)["tainted"] == tainted, name
-        assert version_story(registry, version)["tainted"] == tainted
+        assert version_summary(registry, version, {})["tainted"] == tainted, name
+        assert version_story(registry, version, {})["tainted"] == tainted
     assert versions["before"].id not in taints_of(home.database, "acme/bot")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from nightschool.data.example import Example, Message
 from nightschool.memory.entry import NewEntry
-from nightschool.memory.staleness import Statement, ended_statements, stale_versions
+from nightschool.memory.staleness import StaleVersions, Statement, ended_statements, stale_versions
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
@@ -76,6 +76,41 @@ def test_a_sentence_without_a_subject_is_looked_for_as_a_whole(home, store):
     say(store, "The old mill is closed, they say.", "The new mill is open, they say.")
     store.remove("m1", "m2", author="ada")
     assert stale(home, store) == {"The old mill is closed, they say.": {learned.ref}}
+
+
+def by_version(known, tenant="acme"):
+    return {ref: [(one.memory, one.entry.text) for one in facts] for ref, facts in known.of(tenant).items()}
+
+
+def test_each_version_is_told_with_what_it_learned_of_any_memory_of_its_tenant(home, store):
+    known = StaleVersions(home)
+    learned = trained(
+        home, "acme/bot", talk("Where does Ada live?", "In Oslo."), talk("Who has a dog?", "Rex is a dog.")
+    )
+    say(store, "Ada lives in Oslo.")
+    assert by_version(known) == {}
+    say(store, "Ada lives in Rome.")
+    assert by_version(known) == {learned.ref: [("acme/facts", "Ada lives in Oslo.")]}
+    later = trained(home, "acme/bot", talk("Where does Ada live?", "In Oslo."))
+    assert set(by_version(known)) == {learned.ref, later.ref}
+    with MemoryStore.create(memory_path(home, "acme/pets")) as pets:
+        pets.add([NewEntry("Rex is a dog.")], author="ada")
+        pets.remove("m1", author="ada")
+    assert by_version(known)[learned.ref] == [("acme/facts", "Ada lives in Oslo."), ("acme/pets", "Rex is a dog.")]
+    say(store, "Ada lives in Oslo.")
+    assert by_version(known) == {learned.ref: [("acme/pets", "Rex is a dog.")]}
+    assert by_version(known, "other") == {}
+
+
+def test_a_memory_that_cannot_be_read_is_left_out_of_what_is_stale(home, store, caplog):
+    learned = trained(home, "acme/bot", talk("Where does Ada live?", "In Oslo."))
+    say(store, "Ada lives in Oslo.")
+    say(store, "Ada lives in Rome.")
+    broken = memory_path(home, "acme/broken")
+    broken.mkdir()
+    (broken / "memory.db").write_bytes(b"no database" * 200)
+    assert list(by_version(StaleVersions(home))) == [learned.ref]
+    assert "acme/broken" in caplog.text
 
 
 def test_only_what_ended_since_is_looked_at(store):

@@ -1,5 +1,6 @@
 """Explicit memories over HTTP, on real stores."""
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from nightschool.store.audit import AuditLog
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
+from tests.support.cli_home import add_version, make_run
 from tests.support.fake_slot import FakeSlot
 from tests.support.live_server import client_of
 
@@ -214,3 +216,18 @@ def test_a_memory_that_was_deleted_is_gone_and_one_of_the_same_name_is_another(f
     with MemoryStore.create(folder) as other:
         other.add([_sentence("Bob likes tea.")], author="cli")
     assert texts(facts) == ["Bob likes tea."]
+
+
+def test_a_write_and_the_list_of_versions_say_what_versions_learned_and_holds_no_longer(facts, home):
+    run = make_run(home, name="bot")
+    said = [{"role": "user", "content": "Where is Ada?"}, {"role": "assistant", "content": "In Oslo.", "weight": 1}]
+    (run.path / "new_examples.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    learned = add_version(home, name="bot", run_id=run.id)
+    assert add(facts, "Ada lives in Oslo.", "Bob lives in Oslo.")["stale"] == []
+    edited = facts.patch(f"{FACTS}/entries/m1", json={"value": "Rome"}).json()
+    assert edited["stale"] == [{"id": "m1", "text": "Ada lives in Oslo.", "ended": 2, "versions": [learned.ref]}]
+    assert facts.delete(f"{FACTS}/entries/m2").json()["stale"] == []
+    for answer in (facts.get("/api/models/bot").json(), facts.get("/api/models").json()["models"][0]):
+        assert [version["stale"] for version in answer["versions"]] == [[{"memory": "facts", "id": "m1"}]]
+    assert facts.post(f"{FACTS}/rollback", json={"to": "1"}).json()["stale"] == []
+    assert facts.get("/api/models/bot").json()["versions"][0]["stale"] == []

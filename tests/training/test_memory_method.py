@@ -15,9 +15,13 @@ from nightschool.data.memory_examples import FactRanges, question_of, render_wit
 from nightschool.errors import Damaged, DataError, ModelError, UsageError
 from nightschool.events import read_events
 from nightschool.layers.memory_gate import GateFeatures
+from nightschool.memory.entry import NewEntry
+from nightschool.memory.store import MemoryStore
 from nightschool.models.load import load_base
 from nightschool.models.memory_version import GATE, WEIGHTS
+from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
+from nightschool.views.versions import version_story
 from tests.support.tokenizers_for_tests import byte_tokenizer
 from tests.support.training_setups import MiniRun, deterministic_threads
 from tests.training.test_resume import assert_equal_runs
@@ -183,13 +187,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stage):
 
 def test_stages_follow_each_other_and_publish_modules_on_the_base(tmp_path):
     """A version carries the base by name; loading it gives the base and the modules, and the next stage begins with them."""
-    first = a_run(tmp_path / "router", stage="router", memory={"name": "facts"}).go()
+    first = a_run(tmp_path / "router", stage="router", memory={"name": "facts"})
+    with MemoryStore.create(memory_path(first.home, "facts")) as store:
+        store.add([NewEntry("Ada lives in Oslo.")], author="ada")
+        store.add([NewEntry("Ada lives in Rome.")], author="ada")
+    first = first.go()
     registry = Registry(first.home)
     version = registry.resolve(first.run.status.candidate)
     assert (version.facts.kind, version.facts.method) == ("memory", "memory")
     assert not (version.path / "model.safetensors").exists()
     config = json.loads((version.path / "memory_config.json").read_text())
-    assert config["memory"] == "facts"
+    assert (config["memory"], config["revision"]) == ("facts", 2)
+    story = version_story(registry, version, {})
+    assert (story["memory"], story["memory_revision"]) == ("facts", 2)
     assert config["base"] == version.facts.base == first.run.recipe()["base"]
     loaded = load_base(version.ref, first.home)
     base = load_base(config["base"], first.home)

@@ -16,6 +16,7 @@ from nightschool.evaluation.verdict import GateReport
 from nightschool.feedback.promotion import pin as pin_champion
 from nightschool.feedback.promotion import promote as promote_version
 from nightschool.feedback.promotion import roll_back
+from nightschool.memory.staleness import StaleVersions
 from nightschool.store.atomic import folder_bytes, publish_directory
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
 def ls(name: str | None = None, /) -> None:
     """List versions, newest first, with the aliases that point to them.
 
+    TAINTED counts deleted conversations that a version may know, STALE the facts that it learned and a memory no longer says.
+
     Args:
         name: Only versions of this name.
     """
     registry = Registry(Home.find())
     names = registry.names() if name is None else [parse_ref(name).name]
-    rows = []
+    rows, stale = [], StaleVersions(registry.home)
     for one in names:
         try:
-            rows += [version_summary(registry, version) for version in registry.versions(one)]
+            learned = stale.of(parse_ref(one).tenant)
+            rows += [version_summary(registry, version, learned) for version in registry.versions(one)]
         except Damaged as error:
             if name is not None:
                 raise
@@ -53,6 +57,7 @@ def ls(name: str | None = None, /) -> None:
         "ALIASES": lambda row: ", ".join(row["aliases"]) or None,
         "GATE": "gate",
         "TAINTED": lambda row: len(row["tainted"]) or None,
+        "STALE": lambda row: len(row["stale"]) or None,
         "HELD-OUT": lambda row: figure(row["heldout_loss"]),
         "PARAMETERS": lambda row: _count(row["num_parameters"]),
         "KIND": "kind",
@@ -70,12 +75,13 @@ def show(model: str, /) -> None:
     """
     registry = Registry(Home.find())
     version = registry.resolve(model)
-    data = version_story(registry, version)
+    data = version_story(registry, version, StaleVersions(registry.home).of(parse_ref(version.name).tenant))
 
     def text() -> str:
-        hidden = ("files", "history", "aliases", "size_bytes", "name", "version")
+        hidden = ("files", "history", "aliases", "size_bytes", "name", "version", "stale")
         lines = [f"{'version':<18} {version.ref}", f"{'aliases':<18} {', '.join(data['aliases']) or '-'}"]
         lines += [f"{k:<18} {figure(v, 6)}" for k, v in data.items() if k not in (*hidden, "ref") and v is not None]
+        lines += [f"{'stale':<18} {one['memory']} no longer says: {one['text']}" for one in data["stale"]]
         lines.append(f"{'size':<18} {format_bytes(data['size_bytes'])} in {len(data['files'])} files")
         lines += [
             f"{'history':<18} {moment(move['at'])}  {move['action']} {move['alias']}: "

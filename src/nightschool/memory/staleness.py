@@ -6,18 +6,26 @@ that comes back makes nobody stale, and a version that learned the old value lat
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from nightschool.data.example import Example
+from nightschool.errors import NightschoolError
 from nightschool.feedback.erasure import versions_that_learned
 from nightschool.memory.entry import MemoryEntry
 from nightschool.memory.facts import key_of
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
-from nightschool.store.names import split_name
+from nightschool.store.names import full_name, home_of, is_name, split_name
+from nightschool.store.registry import Registry
+from nightschool.store.runs import RunStore
+
+log = logging.getLogger("nightschool.memory")
 
 _WORD = re.compile(r"\w+")
 
@@ -32,6 +40,17 @@ class Stale:
     def to_json(self) -> dict[str, Any]:
         one = self.entry
         return {"id": one.id, "text": one.text, "ended": one.died, "versions": list(self.versions)}
+
+
+@dataclass(frozen=True)
+class StaleFact:
+    """A statement that a version learned, and that its memory no longer makes."""
+
+    memory: str
+    entry: MemoryEntry
+
+    def to_json(self) -> dict[str, Any]:
+        return {"memory": self.memory, "id": self.entry.id, "text": self.entry.text, "ended": self.entry.died}
 
 
 def stale_versions(home: Home, name: str, store: MemoryStore, *, since: int = 0) -> list[Stale]:
@@ -49,6 +68,61 @@ def stale_versions(home: Home, name: str, store: MemoryStore, *, since: int = 0)
         versions_that_learned(home, tenant, sieve)
     found = ((one.entry, versions_that_learned(home, tenant, one)) for one in sieve.taught)
     return [Stale(entry, tuple(versions)) for entry, versions in found if versions]
+
+
+class StaleVersions:
+    """What each version of a tenant learned that a memory of the tenant no longer says.
+
+    It reads the data of all runs of the tenant, where it has memories, and again only when a memory, a run or a version is another.
+    For all threads.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[object, dict[str, list[StaleFact]]]] = {}
+
+    def of(self, tenant: str) -> dict[str, list[StaleFact]]:
+        """By the reference of the version. A memory that cannot be read is left out, and logged."""
+        with self._lock, ExitStack() as open_stores:
+            stores = self._stores(tenant, open_stores)
+            if not stores:
+                return {}
+            seen = (_seen(stores), *self._runs_and_versions(tenant))
+            known = self._known.get(tenant)
+            if known is None or known[0] != seen:
+                known = self._known[tenant] = (seen, self._looked_up(stores))
+            return known[1]
+
+    def _stores(self, tenant: str, open_stores: ExitStack) -> dict[str, MemoryStore]:
+        folder = home_of(self._home, tenant).memories
+        names = sorted(path.name for path in folder.iterdir() if is_name(path.name)) if folder.is_dir() else []
+        stores = {}
+        for name in names:
+            try:
+                stores[full_name(tenant, name)] = open_stores.enter_context(MemoryStore.open(folder / name))
+            except NightschoolError as error:
+                log.warning("The memory %s is left out of what is stale: %s", full_name(tenant, name), error)
+        return stores
+
+    def _runs_and_versions(self, tenant: str) -> tuple[object, object]:
+        registry = Registry(self._home)
+        refs = [version.ref for name in registry.names(tenant) for version in registry.versions(name)]
+        # A folder changes when a file in it is written anew, as deleting a conversation does.
+        return [(run.id, run.path.stat().st_mtime_ns) for run in RunStore(self._home).ls(tenant)], refs
+
+    def _looked_up(self, stores: dict[str, MemoryStore]) -> dict[str, list[StaleFact]]:
+        found: dict[str, list[StaleFact]] = {}
+        for name, store in stores.items():
+            for one in stale_versions(self._home, name, store):
+                for ref in one.versions:
+                    found.setdefault(ref, []).append(StaleFact(name, one.entry))
+        return found
+
+
+def _seen(stores: dict[str, MemoryStore]) -> list[tuple[str, str, int]]:
+    """What tells these memories, as they are, from what they were."""
+    return [(name, store.identity, store.revision) for name, store in stores.items()]
 
 
 def ended_statements(store: MemoryStore, *, since: int = 0) -> list[MemoryEntry]:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from nightschool.errors import Damaged, ModelError, NotFound
 from nightschool.store.atomic import json_fault
+from nightschool.store.versions import MEMORY_CONFIG
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -43,9 +44,6 @@ class FolderInfo:
     architecture: str | None
     tensors: tuple[TensorFact, ...]
     quantized: bool
-
-
-MEMORY_CONFIG = "memory_config.json"
 
 
 def is_adapter_folder(folder: Path) -> bool:

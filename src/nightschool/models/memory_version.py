@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
-from nightschool.models.folder import MEMORY_CONFIG, read_json
+from nightschool.models.folder import read_json
 from nightschool.models.memory_model import MemoryModules, MemoryShape
 from nightschool.store.atomic import room_needed
+from nightschool.store.versions import MEMORY_CONFIG
 
 WEIGHTS, GATE = "memory_model.safetensors", "memory_gate.safetensors"
 

@@ -15,6 +15,9 @@ from nightschool.store.atomic import read_json
 from nightschool.store.manifest import Manifest, verify
 
 FACTS = "nightschool.json"
+MEMORY_CONFIG = "memory_config.json"
+"""In the folder of a version of the kind `memory`: its base, the name and the revision of its memory."""
+
 VersionKind = Literal["model", "adapter", "memory"]
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nightschool.errors import Damaged, NotFound
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.feedback.erasure import taints_of
+from nightschool.memory.staleness import StaleFact
+from nightschool.store.atomic import read_json
 from nightschool.store.registry import Registry, Version, VersionMetadata
+from nightschool.store.versions import MEMORY_CONFIG
+
+Stale = Mapping[str, Sequence[StaleFact]]
 
 
-def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
+def version_summary(registry: Registry, version: Version, stale: Stale) -> dict[str, Any]:
     """One line of a list of versions. `gate` is the decision of its report, None where there is none,
-    `tainted` the deleted conversations that the version may know.
+    `tainted` the deleted conversations that the version may know, `stale` what it learned and a memory no longer says.
 
     `damaged` says what is wrong where nightschool.json or the report cannot be read; other versions are listed as usual.
     """
@@ -36,6 +42,7 @@ def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
         "aliases": aliases + (["pinned"] if pinned is not None and pinned.id == version.id else []),
         "gate": gate,
         "tainted": taints_of(registry.home.database, version.name).get(version.id, []),
+        "stale": [one.to_json() for one in stale.get(version.ref, ())],
         "heldout_loss": facts.heldout_loss,
         "num_parameters": facts.num_parameters,
         "kind": "damaged" if damaged else facts.kind,
@@ -45,22 +52,32 @@ def version_summary(registry: Registry, version: Version) -> dict[str, Any]:
     }
 
 
-def version_story(registry: Registry, version: Version) -> dict[str, Any]:
+def version_story(registry: Registry, version: Version, stale: Stale) -> dict[str, Any]:
     """All of one version: where it comes from, its files with their sizes in bytes, every move of its name's aliases.
+
+    One that reads an explicit memory says which, and its revision when it was trained.
 
     Raises:
         Damaged: If a file is missing or has another size than its manifest says.
     """
     manifest = version.verify(digests=False)
     return {
-        **version_summary(registry, version),
+        **version_summary(registry, version, stale),
         **version.facts.model_dump(mode="json", exclude={"probes"}),
+        **_memory_of(version),
         "num_probes": len(version.facts.probes),
         "path": str(version.path),
         "size_bytes": manifest.size_bytes,
         "files": {file: facts.size_bytes for file, facts in manifest.files.items()},
         "history": [move.model_dump() | {"at": move.at.isoformat()} for move in registry.history(version.name)],
     }
+
+
+def _memory_of(version: Version) -> dict[str, Any]:
+    if version.facts.kind != "memory":
+        return {}
+    config = read_json(version.path / MEMORY_CONFIG)
+    return {"memory": config.get("memory"), "memory_revision": config.get("revision")}
 
 
 def score_sheets(registry: Registry, before: Version, after: Version) -> tuple[ScoreSheet, ScoreSheet]:

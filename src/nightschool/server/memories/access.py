@@ -10,6 +10,7 @@ from fastapi import Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from nightschool.memory.entry import Change
+from nightschool.memory.staleness import StaleVersions
 from nightschool.memory.store import MemoryStore
 from nightschool.server.errors import Refusal
 from nightschool.server.memories.opened import Memories
@@ -34,6 +35,15 @@ def _memories(request: Request) -> Memories:
 
 
 MemoriesOf = Annotated[Memories, Depends(_memories)]
+
+
+def _stale_versions(request: Request) -> StaleVersions | None:
+    memories = request.app.state.memories
+    assert memories is None or isinstance(memories, Memories)
+    return None if memories is None else memories.stale_versions
+
+
+StaleVersionsOf = Annotated[StaleVersions | None, Depends(_stale_versions)]
 
 
 def revision_of(at: str | None) -> int | str | None:
@@ -70,10 +80,11 @@ async def reading(
 async def writing(
     memories: Memories, principal: Principal, name: str, write: Callable[[MemoryStore], Change], status: int = 200
 ) -> Response:
-    """What a write did to a memory."""
+    """What a write did to a memory, and which versions learned what it ended."""
 
     def shown(store: MemoryStore) -> dict[str, Any]:
         change = write(store)
-        return change.to_json() | {"ids": change.ids}
+        stale = memories.made_stale(principal.tenant, name, store, change)
+        return change.to_json() | {"ids": change.ids, "stale": [one.to_json() for one in stale]}
 
     return await reading(memories, principal, name, shown, status)

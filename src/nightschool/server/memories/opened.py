@@ -10,7 +10,9 @@ from typing import Generic, Protocol, TypeVar
 
 from nightschool.engine.memory_lookup import open_memory
 from nightschool.engine.pool import BoundEngine
+from nightschool.memory.entry import Change
 from nightschool.memory.memory import Memory
+from nightschool.memory.staleness import Stale, StaleVersions, stale_versions
 from nightschool.memory.store import MemoryStore
 from nightschool.memory.store.connection import FILE_NAME
 from nightschool.store.home import Home
@@ -31,6 +33,7 @@ class Memories:
 
     def __init__(self, home: Home, most_open: int = _MOST_OPEN) -> None:
         self._home = home
+        self.stale_versions = StaleVersions(home)
         self._stores: _Recent[MemoryStore] = _Recent(most_open)
         self._asked: _Recent[Memory] = _Recent(most_open)
 
@@ -54,6 +57,12 @@ class Memories:
         """A memory of a tenant. Raises NotFound if it has none of that name."""
         folder = memory_path(self._home, full_name(tenant, name))
         return self._stores.get((folder, _file_of(folder), ""), lambda: MemoryStore.open(folder))
+
+    def made_stale(self, tenant: str, name: str, store: MemoryStore, change: Change) -> list[Stale]:
+        """What versions of the tenant learned of the statements that a write ended. Reads the data of the tenant's runs."""
+        if not (change.superseded or change.removed):
+            return []
+        return stale_versions(self._home, full_name(tenant, name), store, since=change.revision - 1)
 
     def asked(self, tenant: str, name: str, bound: BoundEngine) -> Memory:
         """A memory of a tenant as a model asks it: with the tokens, and by the embeddings, of the model's base.

@@ -110,6 +110,15 @@ class History(BaseModel):
     versions: list[Entry]
 
 
+class MadeStale(BaseModel):
+    """A statement that was ended, and the versions that learned it or grew from one that did."""
+
+    id: str
+    text: str
+    ended: int
+    versions: list[str]
+
+
 class Changed(BaseModel):
     """What a write did."""
 
@@ -119,6 +128,7 @@ class Changed(BaseModel):
     removed: int
     unchanged: int
     ids: list[str] = Field(..., description="The entries that it was about, in the order of what was sent.")
+    stale: list[MadeStale] = Field(..., description="What versions learned of the statements that it ended.")
 
 
 class Memory(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -16,15 +16,24 @@ from nightschool.engine.slot import Slot
 from nightschool.errors import NotFound, SwapFailed
 from nightschool.feedback import promotion
 from nightschool.feedback.erasure import taints_of
+from nightschool.memory.staleness import StaleFact, StaleVersions
 from nightschool.server.bodies import Body
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
 from nightschool.server.errors import Refusal
+from nightschool.server.memories.access import StaleVersionsOf
 from nightschool.server.service import PrincipalOf, Service, ServiceOf, published_at, shown_path, timestamp
 from nightschool.store.names import PREVIOUS, full_name, parse_ref
 from nightschool.store.registry import Registry
 
 router = APIRouter(prefix="/api/models", tags=["Versions"], route_class=BodyRoute)
+
+
+class StaleEntry(BaseModel):
+    """An entry of a memory that a version learned as it said before."""
+
+    memory: str
+    id: str
 
 
 class PublishedVersion(BaseModel):
@@ -34,6 +43,9 @@ class PublishedVersion(BaseModel):
     path: str
     created_at: datetime
     tainted: list[str] = Field(..., description="Conversations that were deleted and that it may know.")
+    stale: list[StaleEntry] = Field(
+        ..., description="What it learned of memories' entries that say something else now."
+    )
 
 
 class NamedModel(BaseModel):
@@ -81,21 +93,27 @@ class Moved(BaseModel):
 
 
 @router.get("", response_model=NamedModels, responses=problems())
-async def every_model(service: ServiceOf, principal: PrincipalOf) -> Response:
+async def every_model(service: ServiceOf, principal: PrincipalOf, stale_versions: StaleVersionsOf) -> Response:
     """Every name with its versions and aliases."""
     registry = _registry(service)
 
     def look() -> list[dict[str, Any]]:
-        return [_described(service, registry, name) for name in registry.names(principal.tenant)]
+        stale = _stale_of(stale_versions, principal.tenant)
+        return [_described(service, registry, name, stale) for name in registry.names(principal.tenant)]
 
     return JSONResponse({"models": await anyio.to_thread.run_sync(look)})
 
 
 @router.get("/{name}", response_model=NamedModel, responses=problems(400, 404))
-async def one_model(name: str, service: ServiceOf, principal: PrincipalOf) -> Response:
+async def one_model(name: str, service: ServiceOf, principal: PrincipalOf, stale_versions: StaleVersionsOf) -> Response:
     """One name with its versions and aliases."""
-    name = full_name(principal.tenant, name)
-    return JSONResponse(await anyio.to_thread.run_sync(_described, service, _registry(service), name))
+    registry = _registry(service)
+
+    def look() -> dict[str, Any]:
+        stale = _stale_of(stale_versions, principal.tenant)
+        return _described(service, registry, full_name(principal.tenant, name), stale)
+
+    return JSONResponse(await anyio.to_thread.run_sync(look))
 
 
 @router.post("/{name}/promote", response_model=Moved, responses=problems(400, 404, 408, 409, 413, 422))
@@ -186,11 +204,19 @@ def _registry(service: Service) -> Registry:
     return service.registry
 
 
-def _described(service: Service, registry: Registry, name: str) -> dict[str, Any]:
+def _stale_of(stale_versions: StaleVersions | None, tenant: str) -> Mapping[str, Sequence[StaleFact]]:
+    return {} if stale_versions is None else stale_versions.of(tenant)
+
+
+def _described(
+    service: Service, registry: Registry, name: str, stale: Mapping[str, Sequence[StaleFact]]
+) -> dict[str, Any]:
     tainted = taints_of(registry.home.database, name)
     versions = [
         {
             "tainted": tainted.get(version.id, []),
+            # Without the texts: who may list versions need not be one who may read memories.
+            "stale": [{"memory": one.memory, "id": one.entry.id} for one in stale.get(version.ref, ())],
             "version": version.id,
             "path": shown_path(version),
             "created_at": timestamp(published_at(version)),

@@ -27,17 +27,19 @@ from nightschool.data.chat.render import ensure_template
 from nightschool.data.example import Example
 from nightschool.data.memory_batches import MemoryBatch, MemoryBatches, MemoryDraw
 from nightschool.data.memory_examples import entry_ids
-from nightschool.errors import DataError, ModelError, NothingToTrain, UsageError
+from nightschool.errors import DataError, ModelError, NotFound, NothingToTrain, UsageError
 from nightschool.layers.attention import lay_out
 from nightschool.layers.forward import forward_hidden
 from nightschool.layers.loss import chunked_token_losses
 from nightschool.layers.memory_fusion import copied_log_probs
 from nightschool.layers.memory_gate import GateFeatures, reading_scores
 from nightschool.layers.memory_reading import Candidate, MemoryReading
+from nightschool.memory.store import MemoryStore
 from nightschool.models.load import LoadedModel
 from nightschool.models.memory_model import MemoryModel, MemoryModules, shape_for
 from nightschool.models.memory_version import MemoryVersion, prove_memory_folder, save_memory_folder
 from nightschool.models.version_folder import OnWritten
+from nightschool.store.names import check_name, full_name, memory_path, split_name
 from nightschool.store.versions import VersionKind
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.methods.figures_task import FiguresTask
@@ -64,6 +66,7 @@ class MemoryTask(FiguresTask):
 
     def __init__(self, memory: Memory, model: MemoryModel, *arguments: Any, **settings: Any) -> None:
         super().__init__(model, *arguments, **settings)
+        self.memory_revision: int | None = None
         self._memory = memory
         self._reads = model
         self._features = GateFeatures(cast(Any, model.get_input_embeddings()).weight)
@@ -206,6 +209,19 @@ def _diversity(batch: MemoryBatch, scores_de: Tensor, addresses_ef: Tensor) -> T
     return ((weights @ alike) * weights).sum(dim=1).mean()
 
 
+def _revision_of(setup: Setup) -> int | None:
+    """The revision of the memory that a run is for, as it begins or goes on; None where there is no such memory yet."""
+    name = setup.recipe.memory.name
+    if name is None:
+        return None
+    tenant, _ = split_name(setup.recipe.name)
+    try:
+        with MemoryStore.open(memory_path(setup.home, full_name(tenant, check_name(name, what="memory")))) as store:
+            return store.revision
+    except NotFound:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryTraining(Finetune):
     """Training of memory modules that is ready to start."""
@@ -274,6 +290,7 @@ class MemoryTraining(Finetune):
         task = MemoryTask(
             memory, cast(Any, loaded.model), batches, train, compute_dtype=compute_dtype, world=setup.world
         )
+        task.memory_revision = _revision_of(setup)
         held_out = None
         if data.selection.held_out:
             try:
@@ -315,7 +332,7 @@ class MemoryTraining(Finetune):
         return self.loaded.base_ref
 
     def write_version(self, folder: Path, on_written: OnWritten | None = None) -> float:
-        version = MemoryVersion(self.loaded.base_ref, self.recipe.memory.name)
+        version = MemoryVersion(self.loaded.base_ref, self.recipe.memory.name, self.task.memory_revision)
         modules = cast(MemoryModel, self.task.model).memory
         save_memory_folder(modules, version, self.loaded.tokenizer, folder)
         if on_written is not None:
