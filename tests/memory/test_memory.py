@@ -68,6 +68,9 @@ def test_the_tokens_of_what_is_found_are_those_of_its_text(memory):
     [finding] = memory.find(["Where does Ada Byron live?"], k=1)
     [found] = finding.found
     assert list(found.tokens) == vocabulary().tokens_of([found.entry.text])[0]
+    known = [found.entry.subject, found.entry.relation]
+    assert [list(part) for part in found.address] == vocabulary().tokens_of(known)
+    assert [list(one) for one in found.asked] == vocabulary().tokens_of(["Where does Ada Byron live?"])
 
 
 @pytest.mark.parametrize("question", ["Where does Ada Lovelace live?", "What is the time?", "Wo wohnt Gauß?", "", "?"])
@@ -260,6 +263,7 @@ def test_a_sentence_without_subject_and_relation_is_found_by_its_words(memory):
     )
     [finding] = memory.find(["What did Zelda do with Quentin and marmalade yesterday?"], k=2)
     assert "marmalade" in finding.found[0].entry.text
+    assert finding.found[0].address is None
     [other] = memory.find(["What did Zelda and Boris say?"], k=2)
     assert other.abstains
 

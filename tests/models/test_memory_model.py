@@ -8,6 +8,7 @@ import torch
 
 from nightschool.errors import ModelError
 from nightschool.layers.forward import prepare
+from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_fusion import Pointed, copied_log_probs, mix
 from nightschool.layers.memory_gate import GateFeatures, MemoryGate, fixed_projection, reading_scores
 from nightschool.layers.memory_reading import NO_TOKEN, Candidate, MemoryReading
@@ -152,6 +153,9 @@ def test_every_tensor_has_a_gradient_by_the_second_step():
         )
         reading = MemoryReading.of(CANDIDATES)
         reading.scores = scores
+        asked_of = PaddedTexts.of(features, [(5, 40, 6, 41, 7, 8)], "cpu")
+        told = PaddedTexts.of(features, [candidate.token_ids for candidate in CANDIDATES], "cpu")
+        reading.fits = model.memory.reader.fit(asked_of, told, told)[0]
         with model.reading([(slice(0, 9), reading)]):
             logits = model(input_ids=ids, use_cache=False).logits[0]
         torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).backward()

@@ -21,6 +21,7 @@ from nightschool.models.load import load_base
 from nightschool.models.memory_version import GATE, WEIGHTS
 from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
+from nightschool.training.nearest_facts import nearest_facts
 from nightschool.views.versions import version_story
 from tests.support.tokenizers_for_tests import byte_tokenizer
 from tests.support.training_setups import MiniRun, deterministic_threads
@@ -142,6 +143,25 @@ def test_misleading_entries_are_near_and_say_something_else():
     assert len(kinds) == 2
 
 
+def test_what_a_gate_finds_nearest_misleads_and_is_the_same_for_the_same_gate(tmp_path):
+    task = a_run(tmp_path / "run", stage="fusion").prepared().task
+    tokenizer, examples = byte_tokenizer(), [*examples_of(rows_of_facts(12)), Example(text="It rained in Oslo.")]
+    ranges = FactRanges.of(examples)
+    found, again = (nearest_facts(task.model, tokenizer, ranges, examples) for _ in range(2))
+    assert found == again
+    for example, facts in zip(examples, found, strict=True):
+        assert facts
+        assert all(example.fact is None or fact.statement != example.fact.statement for fact in facts)
+    drawn = {
+        fact.statement
+        for seed in range(9)
+        for fact in ranges.draw(examples[-1], random.Random(seed), found[-1]).misleading
+    }
+    assert drawn
+    assert drawn <= {fact.statement for fact in found[-1]}
+    assert ranges.draw(examples[-1], random.Random(0)).misleading == ()
+
+
 def test_loss_of_a_text_lies_on_its_value_and_what_is_asked_ends_before_it():
     (example,) = examples_of(
         [{"text": "Bo lives in Oslo.", "fact": {"subject": "Bo", "relation": "lives in", "value": "Oslo"}}]
@@ -176,6 +196,15 @@ def test_each_stage_learns_what_is_its_own_and_every_tensor_of_it(tmp_path, stag
     assert seen == set(before)
     assert all(not torch.equal(before[name], p) for name, p in task.trainable().items())
     assert all(torch.equal(frozen[name], p) for name, p in task.model.named_parameters() if name not in before)
+
+
+def test_a_base_that_computes_in_16_bits_is_read_in_32(tmp_path):
+    task = a_run(tmp_path / "run", dtype="bf16").prepared().task
+    batch = task.batch(0, 0)
+    task.accumulate([batch], batch.loss_units)
+    grads = [p.grad for p in task.trainable().values() if p.grad is not None]
+    assert grads
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in grads)
 
 
 @pytest.mark.parametrize("stage", ["router", "joint"])

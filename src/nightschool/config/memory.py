@@ -45,10 +45,13 @@ class Memory(Section):
         0.05, ge=0, description="Weight of how alike the addresses of candidates are (stages router and joint)."
     )
     irrelevant_share: Share = Field(
-        0.35, description="Share of the examples that do not find their entry, and are to say what the base would."
+        0.4, description="Share of the examples that do not find their entry, and are to say what the base would."
     )
     misled_share: Share = Field(
-        0.3, description="Of those, the share in which the gate is made to be sure of a wrong entry."
+        0.5, description="Of those, the share in which the gate is made to be sure of a wrong entry."
+    )
+    closed_below: Share = Field(
+        0.25, description="An entry that is less likely than this to fit the question is not read at all."
     )
     redraw_values: bool = Field(
         default=True, description="Draw other values in each epoch, so that nothing can be remembered in place of read."

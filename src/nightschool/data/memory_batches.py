@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,12 +33,16 @@ _COMPARED_PLACES = 4
 
 
 class EntryTokens(NamedTuple):
-    """An entry of a micro-batch: as it is read, and its subject and relation as the gate sees them. `keys` say who is alike."""
+    """An entry of a micro-batch: as it is read, and its subject and relation as the gate sees them. `keys` say who is alike.
+
+    `has_address` is whether it says which of its words are the subject.
+    """
 
     ids: tuple[int, ...]
     subject_ids: tuple[int, ...]
     relation_ids: tuple[int, ...]
     keys: tuple[str, str]
+    has_address: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +50,14 @@ class MemoryBatch(Batch):
     """A micro-batch, with what each of its documents may read.
 
     `entries` are those of all documents; `candidates` has their numbers for each document, none for a twin; `right` is the number of
-    the entry that answers, or -1. `misled` is the number of one that the gate is to be wrong about, or -1. `question_ids` [documents]
+    the entry that answers, or -1; `own` is the same, also where it is not among the candidates. `misled` is the number of one that the gate is to be wrong about, or -1. `question_ids` [documents]
     are what the gate is asked. A document reads from the place `reads_from` on, which predicts the first token of its answer. At `places` [m] of the row, what is predicted is to be what is predicted at `twins` [m]; these places carry loss, too.
     """
 
     entries: tuple[EntryTokens, ...]
     candidates: tuple[tuple[int, ...], ...]
     right: tuple[int, ...]
+    own: tuple[int, ...]
     misled: tuple[int, ...]
     question_ids: tuple[tuple[int, ...], ...]
     reads_from: tuple[int, ...]
@@ -79,6 +84,7 @@ class MemoryBatches(Batches):
         draw: How they are drawn.
         max_seq_len: In tokens.
         ranges: What values are drawn from; without it, those of the examples.
+        nearest: For each example that is kept, facts that a gate finds for it and that do not answer it.
         settings: As for `Batches`.
 
     Raises:
@@ -93,6 +99,7 @@ class MemoryBatches(Batches):
         *,
         max_seq_len: int,
         ranges: FactRanges | None = None,
+        nearest: Callable[[Sequence[Example]], Sequence[Sequence[NeededFact]]] | None = None,
         **settings: Any,
     ) -> None:
         self.rendered = [render_with_fact(tokenizer, example, max_seq_len) for example in examples]
@@ -101,6 +108,7 @@ class MemoryBatches(Batches):
         self._tokenizer, self._draw, self._max_seq_len = tokenizer, draw, max_seq_len
         self.ranges = FactRanges.of(self._examples) if ranges is None else ranges
         self._order_seed = settings["seed"]
+        self._nearest = [()] * len(self._examples) if nearest is None else nearest(self._examples)
         facts = [None if e.fact is None else [*e.fact] for e in self._examples]
         whole = json.dumps([self.fingerprint, vars(draw), facts], ensure_ascii=False).encode("utf-8", "surrogatepass")
         self.fingerprint = hashlib.sha256(whole).hexdigest()
@@ -109,7 +117,7 @@ class MemoryBatches(Batches):
         """Micro-batch number `index` of an epoch. Raises IndexError if there is none."""
         members = self.examples_of(epoch, index)
         chances = [random.Random(f"{self._order_seed} {epoch} {member}") for member in members]
-        drawn = [self._drawn(self._examples[m], chance) for m, chance in zip(members, chances, strict=True)]
+        drawn = [self._drawn(m, chance) for m, chance in zip(members, chances, strict=True)]
         return _Assembly(self._tokenizer, self._draw, self._max_seq_len).put_together(drawn, chances)
 
     def examples_of(self, epoch: int, index: int) -> list[int]:
@@ -120,8 +128,9 @@ class MemoryBatches(Batches):
             )
         return super().examples_of(epoch, index)
 
-    def _drawn(self, example: Example, chance: random.Random) -> Drawn:
-        drawn = self.ranges.draw(example, chance)
+    def _drawn(self, member: int, chance: random.Random) -> Drawn:
+        example = self._examples[member]
+        drawn = self.ranges.draw(example, chance, self._nearest[member])
         return drawn if self._draw.redraw_values else Drawn(example, example.fact, drawn.misleading)
 
 
@@ -150,7 +159,8 @@ class _Assembly:
             questions.append(self._gate_ids(question_of(one.example)))
             if answer < 0:
                 twins_of.append(number)
-        return self._batch(rows, twins_of, candidates, right, misled, questions)
+        own = [-1 if one.entry is None else self._entries[one.entry] for one in drawn]
+        return self._batch(rows, twins_of, candidates, right, own, misled, questions)
 
     def _candidates(self, one: Drawn, chance: random.Random) -> tuple[tuple[int, ...], int, int]:
         """Numbers of what a document may read, which of them answers, and which the gate is wrong about."""
@@ -181,6 +191,7 @@ class _Assembly:
             self._gate_ids(fact.subject or fact.text),
             self._gate_ids(fact.relation or fact.text),
             (fact.subject or fact.text, fact.relation or fact.text),
+            bool(fact.subject),
         )
 
     def _batch(
@@ -189,6 +200,7 @@ class _Assembly:
         twins_of: list[int],
         candidates: list[tuple[int, ...]],
         right: list[int],
+        own: list[int],
         misled: list[int],
         questions: list[tuple[int, ...]],
     ) -> MemoryBatch:
@@ -225,6 +237,7 @@ class _Assembly:
             entries=tuple(self._entry(fact) for fact in self._entries),
             candidates=(*candidates, *(() for _ in twins_of)),
             right=(*right, *(-1 for _ in twins_of)),
+            own=(*own, *(-1 for _ in twins_of)),
             misled=(*misled, *(-1 for _ in twins_of)),
             question_ids=tuple(questions),
             reads_from=tuple(reads_from),

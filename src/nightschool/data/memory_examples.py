@@ -24,6 +24,9 @@ _NUMBER = 0.05
 # How often each kind of misleading entry stands among the candidates.
 _SAME_SUBJECT = 0.5
 _LIKE_NAMED = 0.5
+_NEAREST = 0.6
+# Of the facts that the gate finds nearest, so many are drawn at once.
+_DRAWN_NEAREST = 2
 
 
 class Drawn(NamedTuple):
@@ -55,15 +58,22 @@ class FactRanges:
             tuple(facts),
         )
 
-    def draw(self, example: Example, chance: random.Random) -> Drawn:
-        """See the example once. Without a fact, or with one that has no value in the answer, it stays as it is."""
+    def draw(self, example: Example, chance: random.Random, nearest: Sequence[NeededFact] = ()) -> Drawn:
+        """See the example once. Without a fact, or with one that has no value in the answer, it stays as it is.
+
+        Args:
+            example: With or without a fact.
+            chance: What is drawn with.
+            nearest: What a gate finds for its question that does not answer it; some of it misleads.
+        """
         fact = example.fact
+        found = self._of_nearest(nearest, chance)
         if fact is None:
-            return Drawn(example, None, ())
+            return Drawn(example, None, tuple(found))
         if fact.value and holds_value(example):
             value = self._another(fact, chance)
             example, fact = with_value(example, value), fact.with_value(value)
-        return Drawn(example, fact, tuple(self._misleading(fact, chance)))
+        return Drawn(example, fact, (*self._misleading(fact, chance), *found))
 
     def _another(self, fact: NeededFact, chance: random.Random) -> str:
         share = chance.random()
@@ -72,6 +82,12 @@ class FactRanges:
         if share < _ANY_NAME + _NUMBER:
             return str(chance.randint(1, 99_999) if chance.random() < 0.5 else chance.randint(1000, 2100))
         return chance.choice(self.values[fact.relation])
+
+    def _of_nearest(self, nearest: Sequence[NeededFact], chance: random.Random) -> list[NeededFact]:
+        if not nearest or chance.random() >= _NEAREST:
+            return []
+        drawn = chance.sample(nearest, min(_DRAWN_NEAREST, len(nearest)))
+        return [fact.with_value(chance.choice(self.values[fact.relation])) for fact in drawn]
 
     def _misleading(self, fact: NeededFact, chance: random.Random) -> Iterable[NeededFact]:
         """Another relation of the same subject, and the same relation of somebody whose name is partly the same."""

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from nightschool.data.example import Message
 from nightschool.engine.pool import BoundEngine
 from nightschool.errors import ModelError
-from nightschool.layers.memory_reading import Candidate, MemoryReading
+from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
 from nightschool.memory.encoders.base import BaseEncoder
 from nightschool.memory.encoders.embeddings import TokenEmbeddings
 from nightschool.memory.encoders.heads import Heads
@@ -40,7 +40,13 @@ def open_memory(folder: Path, bound: BoundEngine) -> Memory:
 def reading_of(found: Iterable[Found]) -> MemoryReading:
     """Entries as the layers of a model read them. Each answer needs one of its own."""
     return MemoryReading.of(
-        Candidate(one.entry.id, one.entry.row, one.tokens, (one.subject_cosine + one.relation_cosine) / 2)
+        Candidate(
+            one.entry.id,
+            one.entry.row,
+            one.tokens,
+            (one.subject_cosine + one.relation_cosine) / 2,
+            None if one.address is None else Address(*one.address, one.asked),
+        )
         for one in found
     )
 

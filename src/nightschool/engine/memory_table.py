@@ -81,7 +81,7 @@ class MemoryTable:
         check_fits(self._base, modules.shape)
         number = next(self._numbers)
         modules = modules.to(next(self._running.parameters()).device).eval().requires_grad_(requires_grad=False)
-        standing = _Standing(modules, EntryEncoder(self._base, modules.shape))
+        standing = _Standing(modules, EntryEncoder(self._base, modules))
         layers = decoder_layers(self._running)
         for index in modules.shape.layers:
             hook = partial(self._after_layer, number, index)
@@ -105,7 +105,8 @@ class MemoryTable:
             standing = self._standing[number]
             standing.encoder.encode(own)
             with torch.inference_mode():
-                standing.prepared.update((one, standing.modules.reader.prepare(one)) for one in own)
+                prepare = standing.modules.reader.prepare
+                standing.prepared.update((one, prepare(one)) for one in own if not one.is_closed)
 
     def standing(self, number: int) -> MemoryModules:
         """The modules of a number."""
@@ -126,7 +127,7 @@ class MemoryTable:
         keys: dict[int, list[int]] = defaultdict(list)
         for span, _, places in context.tokens():
             found = context.readings.get(span.key)
-            if found is not None and found.start < span.start + span.length:
+            if found is not None and not found.reading.is_closed and found.start < span.start + span.length:
                 first = places.start + max(0, found.start - span.start)
                 of_number[found.modules].append((slice(first, places.stop), found.reading))
                 keys[found.modules].append(span.key)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from nightschool.layers.memory_fit import EntryFit
 from nightschool.layers.memory_reading import NO_TOKEN, FusedEntries, MemoryReading, Prepared
 
 _POINTER_SCALE = 12.0
@@ -70,10 +71,12 @@ class PointerHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(_POINTER_SCALE)))
         self.weigh = nn.Parameter(torch.tensor(_SCORE_WEIGHT))
 
-    def keys_and_bias(self, before_mh: Tensor, at_mh: Tensor, scores_m: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_bias(
+        self, before_mh: Tensor, at_mh: Tensor, scores_m: Tensor, fits_m: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Of normed states of the entries' tokens, before and at each place: keys [R, M], and what each begins with [1, M]."""
         keys = F.normalize(F.linear(before_mh, self.key), dim=-1, eps=_EPSILON) * self.log_scale.exp()
-        return keys.T.contiguous(), (at_mh @ self.value + self.weigh * scores_m)[None]
+        return keys.T.contiguous(), (at_mh @ self.value + self.weigh * scores_m + fits_m)[None]
 
     def forward(self, states_bth: Tensor, keys_brm: Tensor, bias_b1m: Tensor) -> Pointed:
         """Of normed states of those who read."""
@@ -113,12 +116,12 @@ class FusionLayer(nn.Module):
         self.null_bias = nn.Parameter(torch.zeros(()))
         self.weigh = nn.Parameter(torch.ones(()))
 
-    def entries(self, keys_mr: Tensor, values_mr: Tensor, scores_m: Tensor) -> FusedEntries:
+    def entries(self, keys_mr: Tensor, values_mr: Tensor, scores_m: Tensor, fits_m: Tensor) -> FusedEntries:
         """What this layer compares itself with, the null entry first; B is 1."""
         keys = torch.cat([self.null_key[None], keys_mr]).view(1 + len(keys_mr), self.heads, -1)
         values = torch.cat([self.null_value[None], values_mr]).view(1 + len(values_mr), self.heads, -1)
         keys = keys.permute(1, 2, 0) / math.sqrt(keys.shape[-1])
-        bias = torch.cat([self.null_bias[None], self.weigh * scores_m])
+        bias = torch.cat([self.null_bias[None], self.weigh * scores_m + fits_m])
         return FusedEntries(keys.contiguous()[None], values.transpose(0, 1).contiguous()[None], bias[None, None, None])
 
     def forward(self, states_bth: Tensor, entries: FusedEntries) -> Fused:
@@ -148,7 +151,7 @@ class GatedMemoryFusion(nn.Module):
 
 
 class MemoryReader(nn.Module):
-    """All that reads: the norm, the fusion layers, the pointer. A rank of 0 means the full width."""
+    """All that reads: the fit of entries, the norm, the fusion layers, the pointer. A rank of 0 means the full width."""
 
     def __init__(self, hidden_size: int, rank: int, num_layers: int) -> None:
         super().__init__()
@@ -156,16 +159,20 @@ class MemoryReader(nn.Module):
         self.norm = MemoryNorm(hidden_size)
         self.fusion = GatedMemoryFusion(hidden_size, rank, num_layers)
         self.pointer = PointerHead(hidden_size, rank)
+        self.fit = EntryFit(hidden_size, rank)
 
     def prepare(self, reading: MemoryReading) -> Prepared:
         """What all tokens of a request compare themselves with, of entries that were encoded; B is 1."""
         encoded = reading.encoded
         assert encoded is not None, "entries are encoded before they are prepared"
-        before, at = self.norm(encoded.before), self.norm(encoded.at)
-        scores = reading.scores[encoded.entry]
-        pointer_keys, pointer_bias = self.pointer.keys_and_bias(before, at, scores)
-        keys, values = self.fusion.keys_and_values(before, at)
-        layers = tuple(cast(FusionLayer, layer).entries(keys, values, scores) for layer in self.fusion.layers)
+        assert reading.fits is not None, "whoever encodes entries tells how they fit"
+        # As what reads them: in fp32, also where the base computes in 16 bits.
+        with torch.autocast(encoded.at.device.type, enabled=False):
+            before, at = self.norm(encoded.before), self.norm(encoded.at)
+            scores, fits = reading.scores[encoded.entry], reading.fits[encoded.entry]
+            pointer_keys, pointer_bias = self.pointer.keys_and_bias(before, at, scores, fits)
+            keys, values = self.fusion.keys_and_values(before, at)
+            layers = tuple(cast(FusionLayer, layer).entries(keys, values, scores, fits) for layer in self.fusion.layers)
         ids, place = torch.unique(encoded.token_ids, return_inverse=True)
         return Prepared(pointer_keys[None], pointer_bias[None], layers, ids[None], place[None])
 

@@ -49,6 +49,11 @@ class GateFeatures:
         self._table = table_vh.detach()
         self._mean = self._table.float().mean(dim=0)
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are to lie."""
+        return self._table.device
+
     def __call__(self, token_ids_n: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, H] and logarithms of the priors [n]."""
         features = F.normalize(self._table[token_ids_n].float() - self._mean, dim=-1, eps=_EPSILON)

@@ -16,13 +16,25 @@ NO_TOKEN = -1
 """Where fewer tokens are there than in the longest row."""
 
 
+class Address(NamedTuple):
+    """What an entry and a question say of each other, as token ids: the subject, the relation, and the question in its spellings."""
+
+    subject: tuple[int, ...]
+    relation: tuple[int, ...]
+    questions: tuple[tuple[int, ...], ...]
+
+
 class Candidate(NamedTuple):
-    """One found entry: its id (`m123`), the row of the store that holds this version of it, its tokens, and how well it fits."""
+    """One found entry: its id (`m123`), the row of the store that holds this version of it, its tokens, and the score of the finder.
+
+    Without an address, which a sentence has not whose subject cannot be told, nobody looks whether it fits.
+    """
 
     entry: str
     row: int
     token_ids: Sequence[int]
     score: float
+    address: Address | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,9 @@ class Prepared(NamedTuple):
 class MemoryReading:
     """Entries in the order of their rows, so that the order in which they were found changes no bit.
 
-    `token_ids` [k, L] int64, `mask` [k, L], `scores` [k] fp32. `encoded` is filled by whoever encodes it first. With no entry it
-    is empty, and reading it changes nothing.
+    `token_ids` [k, L] int64, `mask` [k, L], `scores` [k] fp32. `fits` [k], logarithms of how likely each entry fits the question, and
+    `encoded`, which has no token of those that do not, are filled by whoever encodes it first. With no entry to read,
+    reading it changes nothing.
     """
 
     entries: tuple[str, ...]
@@ -79,6 +92,8 @@ class MemoryReading:
     token_ids: Tensor
     mask: Tensor
     scores: Tensor
+    addresses: tuple[Address | None, ...] = ()
+    fits: Tensor | None = field(default=None, repr=False)
     encoded: EncodedEntries | None = field(default=None, repr=False)
 
     @classmethod
@@ -98,7 +113,13 @@ class MemoryReading:
             token_ids=token_ids.to(device),
             mask=mask.to(device),
             scores=scores.to(device),
+            addresses=tuple(c.address for c in found),
         )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether there is nothing to read: nothing was found, or nothing that fits."""
+        return len(self) == 0 or (self.encoded is not None and len(self.encoded.token_ids) == 0)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -121,7 +142,8 @@ class MemoryReading:
             )
         return MemoryReading(
             tuple(self.entries[n] for n in kept), tuple(self.rows[n] for n in kept), self.token_ids[kept],
-            self.mask[kept], self.scores[kept], encoded,
+            self.mask[kept], self.scores[kept], tuple(self.addresses[n] for n in kept),
+            None if self.fits is None else self.fits[kept], encoded,
         )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from nightschool.memory.store.purge import INDEX_FOLDER
 log = logging.getLogger("nightschool.memory")
 
 Floats = npt.NDArray[np.float32]
+_TokensOfEntry = tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]] | None]
 
 # A trained head's cosine of subjects that is as good as a name that stands in the question.
 _TRUSTED_COSINE = 0.9
@@ -50,7 +51,11 @@ _WHOLE = 4096
 
 @dataclass(frozen=True)
 class Found:
-    """An entry that a question means. `tokens` are those of its text as it stands within a sentence; `memory` is whose it is."""
+    """An entry that a question means. `tokens` are those of its text as it stands within a sentence; `memory` is whose it is.
+
+    `address` are the tokens of its subject and of its relation, None where these cannot be told; `asked` are those of the
+    question, in the spellings in which it was looked for.
+    """
 
     entry: MemoryEntry
     score: float
@@ -58,6 +63,8 @@ class Found:
     relation_cosine: float
     tokens: tuple[int, ...]
     memory: str
+    address: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    asked: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Memory:
         self._follower = Follower(store, encoder, vocabulary)
         self._made_of = {"store": store.identity, "encoder": encoder.identity, "tokenizer": vocabulary.digest}
         self._lock = threading.RLock()
-        self._tokens: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+        self._tokens: OrderedDict[int, _TokensOfEntry] = OrderedDict()
         self._past: tuple[int, MemoryIndex] | None = None
         self._own: tuple[int, frozenset[tuple[str | None, str | None]]] = (-1, frozenset())
         self._index = self._opened()
@@ -217,12 +224,14 @@ class Memory:
         results = []
         for question in range(len(questions)):
             found = []
+            asked = tuple(tuple(spelling.tokens.tolist()) for spelling in questions[question].spellings)
             for place in np.flatnonzero(accepted[question]).tolist():
                 entry = entries[int(hits.rows[question, place])]
                 if entry is not None and _holds(entry, moment):
                     numbers = (hits.scores, hits.subject_cosines, hits.relation_cosines)
                     score, subject, relation = (float(one[question, place]) for one in numbers)
-                    found.append(Found(entry, score, subject, relation, self._tokens_of(entry), self.name))
+                    text, address = self._tokens_of(entry)
+                    found.append(Found(entry, score, subject, relation, text, self.name, address, asked))
             results.append(found)
         return results
 
@@ -235,11 +244,14 @@ class Memory:
                 self._past = (revision, self._follower.build(revision))
             return self._past[1]
 
-    def _tokens_of(self, entry: MemoryEntry) -> tuple[int, ...]:
+    def _tokens_of(self, entry: MemoryEntry) -> _TokensOfEntry:
+        """Of the text, and of subject and relation if they are known."""
         with self._lock:
             tokens = self._tokens.get(entry.row)
             if tokens is None:
-                tokens = self._tokens[entry.row] = tuple(self._vocabulary.tokens_of([entry.text])[0])
+                known = [] if entry.subject is None else [entry.subject, entry.relation or ""]
+                text, *address = (tuple(ids) for ids in self._vocabulary.tokens_of([entry.text, *known]))
+                tokens = self._tokens[entry.row] = text, (address[0], address[1]) if address else None
                 if len(self._tokens) > _TOKENS_KEPT:
                     self._tokens.popitem(last=False)
             return tokens

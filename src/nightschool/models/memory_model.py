@@ -6,24 +6,31 @@ the hooks then do nothing at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nightschool.errors import ModelError
 from nightschool.layers.attention import PACKED_ATTENTION, lay_out, packed_arguments
 from nightschool.layers.forward import causal_lm
+from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_fusion import Fused, MemoryReader, Pointed, mix
-from nightschool.layers.memory_gate import MemoryGate
+from nightschool.layers.memory_gate import GateFeatures, MemoryGate
 from nightschool.layers.memory_reading import EncodedEntries, EntryWeight, MemoryReading, Prepared, TokenSource
 
 Places = slice | Tensor
 """Which tokens of a step belong to a reading."""
+
+CLOSED_BELOW = 0.25
+"""An entry that is less likely than this to fit its question is not read, unless a shape says otherwise."""
 
 # Below this share of a token an entry is not named.
 _LEAST_WEIGHT = 0.01
@@ -35,7 +42,7 @@ class MemoryShape:
 
     Entries are read as the states after the first `encoder_layers` layers of the base; `fusion_layers` are the layers, counted from 0,
     whose output the fusion adds to. `anchor_id` is put before each entry: the first token of a text is a sink of attention, and
-    its state says little of it.
+    its state says little of it. An entry that fits the question with a probability below `closed_below` is not read.
     """
 
     hidden_size: int
@@ -45,6 +52,7 @@ class MemoryShape:
     knowledge_dim: int = 1536
     gate_rank: int = 128
     fusion_rank: int = 128
+    closed_below: float = CLOSED_BELOW
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,36 +160,65 @@ def _states(output: Any) -> Tensor:
 
 
 class EntryEncoder:
-    """Entries through the first layers of a base, each alone, without gradients.
+    """Entries through the first layers of a base, each alone, without gradients: those that fit their question.
 
     Args:
         model: A base that `layers.forward.prepare` found able to keep packed documents apart.
-        shape: Where to stop.
+        modules: What reads; says where to stop, and what fits.
     """
 
-    def __init__(self, model: nn.Module, shape: MemoryShape) -> None:
+    def __init__(self, model: nn.Module, modules: MemoryModules) -> None:
         self._model = causal_lm(model)
-        self._shape = shape
-        self._last = decoder_layers(model)[shape.encoder_layers - 1]
+        self._fit, self._shape = modules.reader.fit, modules.shape
+        self._last = decoder_layers(model)[self._shape.encoder_layers - 1]
         self.device: torch.device = next(model.parameters()).device
 
+    @cached_property
+    def _features(self) -> GateFeatures:
+        return GateFeatures(cast(Any, self._model).get_input_embeddings().weight)
+
     def encode(self, readings: Sequence[MemoryReading]) -> None:
-        """Fill `encoded` of the readings that lack it; an entry that is in several of them is computed once."""
+        """Fill `encoded` of the readings that lack it; an entry that is in several of them is computed once.
+
+        Those that lack `fits`, too, get them, and then hold nothing of entries that do not fit.
+        """
         waiting = [reading for reading in readings if len(reading) and reading.encoded is None]
-        texts = sorted({text for reading in waiting for text in reading.texts()})
-        if not texts:
-            return
-        states = dict(zip(texts, self._states_of(texts), strict=True))
-        for reading in waiting:
-            own = reading.texts()
-            parts = [states[text] for text in own]
-            counts = torch.tensor([len(text) for text in own], device=self.device)
+        opened = [self._opened(reading) for reading in waiting]
+        own = [
+            [text for text, is_open in zip(r.texts(), o, strict=True) if is_open]
+            for r, o in zip(waiting, opened, strict=True)
+        ]
+        texts = sorted({text for texts in own for text in texts})
+        states = dict(zip(texts, self._states_of(texts), strict=True)) if texts else {}
+        nothing = torch.empty(0, self._shape.hidden_size, device=self.device)
+        for reading, open_k, mine in zip(waiting, opened, own, strict=True):
+            parts = [states[text] for text in mine]
+            numbers = torch.tensor([n for n, is_open in enumerate(open_k) if is_open], dtype=torch.int64)
+            counts = torch.tensor([len(text) for text in mine], dtype=torch.int64)
             reading.encoded = EncodedEntries(
-                before=torch.cat([part[:-1] for part in parts]),
-                at=torch.cat([part[1:] for part in parts]),
-                token_ids=torch.tensor([token for text in own for token in text], device=self.device),
-                entry=torch.repeat_interleave(torch.arange(len(own), device=self.device), counts),
+                before=torch.cat([part[:-1] for part in parts]) if parts else nothing,
+                at=torch.cat([part[1:] for part in parts]) if parts else nothing,
+                token_ids=torch.tensor([token for text in mine for token in text], dtype=torch.int64).to(self.device),
+                entry=torch.repeat_interleave(numbers, counts).to(self.device),
             )
+
+    def _opened(self, reading: MemoryReading) -> list[bool]:
+        """Which entries are read. Fills `fits` if it was not: an entry without an address fits as far as anybody knows."""
+        if reading.fits is not None:
+            return [True] * len(reading)
+        reading.fits = torch.zeros(len(reading), device=self.device)
+        asked = {address.questions: None for address in reading.addresses if address is not None}
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for questions in asked:
+                known = [(n, a) for n, a in enumerate(reading.addresses) if a is not None and a.questions == questions]
+                texts = (
+                    questions,
+                    [address.subject for _, address in known],
+                    [address.relation for _, address in known],
+                )
+                padded = [PaddedTexts.of(self._features, one, self.device) for one in texts]
+                reading.fits[[n for n, _ in known]] = F.logsigmoid(self._fit(*padded).amax(0))
+        return [fit >= math.log(max(self._shape.closed_below, 1e-30)) for fit in reading.fits.tolist()]
 
     @torch.no_grad()
     def _states_of(self, texts: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -277,7 +314,7 @@ class MemoryStep:
         prepare: Callable[[Sequence[MemoryReading]], Prepared] | None = None,
     ) -> None:
         self._reader, self._shape = modules.reader, modules.shape
-        spans = [(places, reading) for places, reading in spans if len(reading)]
+        spans = [(places, reading) for places, reading in spans if not reading.is_closed]
         if any(reading.encoded is None for _, reading in spans):
             raise ModelError("Entries are read before they were encoded. Call EntryEncoder.encode first.")
         self.pointed: Pointed | None = None
@@ -420,7 +457,7 @@ class MemoryModel(nn.Module):
         for parameter in base.parameters():
             parameter.requires_grad_(False)  # noqa: FBT003 - its only argument
         self.attachment = MemoryAttachment(base, memory)
-        self.encoder = EntryEncoder(base, memory.shape)
+        self.encoder = EntryEncoder(base, memory)
 
     @property
     def config(self) -> Any:

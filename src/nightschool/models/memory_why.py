@@ -165,6 +165,6 @@ def score(
         answered = torch.tensor(list(answer_ids), device=device)
         log_probs = output.logits[0].float().log_softmax(-1).gather(1, answered[:, None])[:, 0]
         if not traces:
-            return Scored(log_probs, [])
+            return Scored(log_probs, [TokenSource("weights", (), 0.0)] * len(answer_ids))
         given = enumerate(zip(answer_ids, log_probs.tolist(), strict=True))
         return Scored(log_probs, [traces[0].source(place, token, value) for place, (token, value) in given])

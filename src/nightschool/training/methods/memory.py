@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,11 +27,12 @@ from nightschool.data.batches import IGNORED, Batch
 from nightschool.data.chat.render import ensure_template
 from nightschool.data.example import Example
 from nightschool.data.memory_batches import MemoryBatch, MemoryBatches, MemoryDraw
-from nightschool.data.memory_examples import entry_ids
+from nightschool.data.memory_examples import FactRanges, entry_ids
 from nightschool.errors import DataError, ModelError, NotFound, NothingToTrain, UsageError
 from nightschool.layers.attention import lay_out
 from nightschool.layers.forward import forward_hidden
 from nightschool.layers.loss import chunked_token_losses
+from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_fusion import copied_log_probs
 from nightschool.layers.memory_gate import GateFeatures, reading_scores
 from nightschool.layers.memory_reading import Candidate, MemoryReading
@@ -51,12 +53,15 @@ from nightschool.training.methods.finetune import (
     refuse_nothing_to_train,
 )
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
+from nightschool.training.nearest_facts import nearest_facts
 
-FIGURES = ("loss_ce", "loss_sentinel", "loss_kept", "loss_similarity", "loss_diversity", "copied")
+FIGURES = ("loss_ce", "loss_sentinel", "loss_kept", "loss_similarity", "loss_diversity", "copied", "loss_fit")
 # Of the contrast between candidates.
 _TEMPERATURE = 0.05
 # What is said with the sentinel at places where there is nothing to read counts half as much as what is read.
 _SENTINEL_COEF = 0.5
+# Of the entries that a question does not mean, so many that seem to fit it best.
+_HARDEST = 4
 
 
 class MemoryTask(FiguresTask):
@@ -83,13 +88,15 @@ class MemoryTask(FiguresTask):
         diversity = _diversity(batch, scores_de, addresses)
         nothing = scores_de.sum() * 0.0
         parts = [nothing] * 3
-        copied = nothing
+        copied = fit = nothing
         stage = self._memory.stage
         total = similarity + self._memory.diversity_loss_coef * diversity
         if stage != "router":
-            ce, sentinel, kept, copied = self._read(batch, scores_de)
+            fits_de = self._fits(batch)
+            fit = self._fit_loss(batch, fits_de)
+            ce, sentinel, kept, copied = self._read(batch, scores_de, F.logsigmoid(fits_de))
             parts = [ce, sentinel, kept]
-            total = ce + _SENTINEL_COEF * sentinel + kept
+            total = ce + _SENTINEL_COEF * sentinel + kept + fit
             if stage == "joint":
                 total = (
                     total
@@ -99,7 +106,7 @@ class MemoryTask(FiguresTask):
         units = batch.loss_units
         if batch.is_idle:
             return total * 0.0, 0
-        figures = torch.stack([part.detach() for part in (*parts, similarity, diversity, copied)])
+        figures = torch.stack([part.detach() for part in (*parts, similarity, diversity, copied, fit)])
         self._note(figures * units)
         return total * units, units
 
@@ -141,7 +148,37 @@ class MemoryTask(FiguresTask):
 
     # --- the reader ---------------------------------------------------------------------------------------------------
 
-    def _read(self, batch: MemoryBatch, scores_de: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _fits(self, batch: MemoryBatch) -> Tensor:
+        """Log-odds [d, e] that entries fit questions."""
+        with torch.autocast(self.device.type, enabled=False):
+            texts = (
+                batch.question_ids,
+                [entry.subject_ids for entry in batch.entries],
+                [entry.relation_ids for entry in batch.entries],
+            )
+            padded = [PaddedTexts.of(self._features, one, self.device) for one in texts]
+            logits: Tensor = self._reads.memory.reader.fit(*padded)
+            return logits
+
+    def _fit_loss(self, batch: MemoryBatch, fits_de: Tensor) -> Tensor:
+        """Of each question the entry that is its own, and those that seem to fit best of the others; each half as heavy.
+
+        Halves, so that words that tell nothing make all entries as likely as not, and close none.
+        """
+        addressed = torch.tensor([entry.has_address for entry in batch.entries], device=self.device)
+        keys = [entry.keys for entry in batch.entries]
+        own = list(batch.own[: len(batch.question_ids)])
+        alike = torch.tensor([[n >= 0 and key == keys[n] for key in keys] for n in own], device=self.device)
+        loss = fits_de.sum() * 0.0
+        answered = [row for row, n in enumerate(own) if n >= 0 and batch.entries[n].has_address]
+        if answered:
+            loss = loss + F.softplus(-fits_de[answered, [own[row] for row in answered]]).mean() / 2
+        others = fits_de.masked_fill(alike | ~addressed, -torch.inf)
+        hardest = others.topk(min(_HARDEST, len(keys)), dim=1).values
+        hardest = hardest[hardest.isfinite()]
+        return loss + F.softplus(hardest).mean() / 2 if len(hardest) else loss
+
+    def _read(self, batch: MemoryBatch, scores_de: Tensor, fits_de: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The means of: loss of what is read; of the sentinel where nothing is; of what is to stay; the share that was copied."""
         layout = lay_out(batch.cu_seqlens, self.device)
         order = torch.arange(layout.num_tokens, device=self.device) if layout.restore is None else layout.restore
@@ -150,7 +187,7 @@ class MemoryTask(FiguresTask):
         # Keys and values of a prompt stay the base's own: only what predicts the answer reads.
         starts = [bounds[number] + batch.reads_from[number] for number in documents]
         spans = [
-            (order[start : bounds[number + 1]], self._reading(batch, number, scores_de))
+            (order[start : bounds[number + 1]], self._reading(batch, number, scores_de, fits_de))
             for number, start in zip(documents, starts, strict=True)
         ]
         with self._reads.reading(spans) as traces:
@@ -183,14 +220,17 @@ class MemoryTask(FiguresTask):
             kept = F.kl_div(read, own, reduction="batchmean", log_target=True) - sentinel[batch.places].mean()
         return ce, closed, kept, share
 
-    def _reading(self, batch: MemoryBatch, number: int, scores_de: Tensor) -> MemoryReading:
+    def _reading(self, batch: MemoryBatch, number: int, scores_de: Tensor, fits_de: Tensor) -> MemoryReading:
         found = batch.candidates[number]
         reading = MemoryReading.of((Candidate(str(n), n, batch.entries[n].ids, 0.0) for n in found), self.device)
         scores = scores_de[number, list(reading.rows)]
+        addressed = torch.tensor([batch.entries[row].has_address for row in reading.rows], device=self.device)
+        fits = torch.where(addressed, fits_de[number, list(reading.rows)], 0.0)
         if batch.misled[number] >= 0:
+            # Neither score nor fit warns: what reads has to see for itself.
             wrong = torch.tensor([row == batch.misled[number] for row in reading.rows], device=self.device)
-            scores = torch.where(wrong, 1.0, scores)
-        reading.scores = scores
+            scores, fits = torch.where(wrong, 1.0, scores), torch.where(wrong, 0.0, fits)
+        reading.scores, reading.fits = scores, fits
         return reading
 
 
@@ -261,6 +301,7 @@ class MemoryTraining(Finetune):
                     + ", ".join(f"memory.{name}={json.dumps(has[name])}" for name in differing)
                     + ". Write the same, or start from its base."
                 )
+        modules.shape = replace(modules.shape, closed_below=memory.closed_below)
         model = MemoryModel(base, modules)
         model.memory.gate.requires_grad_(memory.stage != "fusion")
         model.memory.reader.requires_grad_(memory.stage != "router")
@@ -285,7 +326,21 @@ class MemoryTraining(Finetune):
         if train.tokens_per_batch is not None:
             size = {"batch_size": None, "tokens_per_batch": train.tokens_per_batch}
         draw = MemoryDraw(memory.irrelevant_share, memory.misled_share, memory.num_candidates, memory.redraw_values)
-        batches = MemoryBatches(examples, tokenizer, draw, max_seq_len=train.max_seq_len, seed=train.seed, **size)
+        ranges = FactRanges.of(examples)
+        # Where the gate begins, so that a run that goes on draws the same.
+        nearest = None
+        if memory.stage != "router":
+            nearest = partial(nearest_facts, cast(Any, loaded.model), tokenizer, ranges)
+        batches = MemoryBatches(
+            examples,
+            tokenizer,
+            draw,
+            max_seq_len=train.max_seq_len,
+            ranges=ranges,
+            nearest=nearest,
+            seed=train.seed,
+            **size,
+        )
         refuse_nothing_to_train(batches.rendered, train.max_seq_len, train.max_cut_share)
         task = MemoryTask(
             memory, cast(Any, loaded.model), batches, train, compute_dtype=compute_dtype, world=setup.world
