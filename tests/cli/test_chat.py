@@ -23,7 +23,7 @@ from tests.support.live_server import live
 class Parrot:
     """Repeats the last question, in two pieces; with `stops_at` somebody presses Ctrl-C after so many pieces."""
 
-    def __init__(self, home, model, *, record, stops_at=None):
+    def __init__(self, home, model, *, record, memory=None, stops_at=None):
         self.model, self.record, self.marks, self.asked, self.params = model, record, [], [], []
         self.stops_at, self.closed = stops_at, False
 
@@ -60,8 +60,8 @@ def talk(tmp_path, monkeypatch, capsys):
     made = []
 
     def type_lines(*lines, stops_at=None, options=()):
-        def backend(home, model, *, record):
-            made.append(Parrot(home, model, record=record, stops_at=stops_at))
+        def backend(home, model, *, record, memory=None):
+            made.append(Parrot(home, model, record=record, memory=memory, stops_at=stops_at))
             return made[-1]
 
         monkeypatch.setattr(chat_module, "LocalBackend", backend)
@@ -253,10 +253,11 @@ def test_no_server_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):
 def test_a_local_answer_is_kept_with_the_version_as_a_server_keeps_it(model, ref, kept, tmp_path, monkeypatch):
     def answer_hello(request_id, messages, params):
         chunk = SimpleNamespace(error=None, finish_reason="stop", text="Hello.")
-        return SimpleNamespace(chunks=lambda: iter([chunk]), cancel=lambda: None)
+        handle = SimpleNamespace(chunks=lambda: iter([chunk]), cancel=lambda: None)
+        return SimpleNamespace(handle=handle, found=None)
 
-    loaded = SimpleNamespace(ref=ref, ask=answer_hello, close=lambda: None)
-    monkeypatch.setattr("nightschool.engine.local_model.LocalModel", lambda home, model: loaded)
+    loaded = SimpleNamespace(ref=ref, begin=answer_hello, reads=None, close=lambda: None)
+    monkeypatch.setattr("nightschool.engine.local_model.LocalModel", lambda home, model, memory: loaded)
     home = Home(tmp_path).ensure()
     backend, reply = LocalBackend(home, model, record=True), Reply()
     assert list(backend.stream([Message("user", "hi")], Params(), reply)) == ["Hello."]

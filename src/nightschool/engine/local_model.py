@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from nightschool.data.example import Message
 from nightschool.engine.handle import Handle
 from nightschool.engine.memory_lookup import last_question, open_memory, reading_of
 from nightschool.engine.pool import BoundEngine, EnginePool
+from nightschool.engine.recall import MemoryChoice, Read, Recall, recall, way_of_reading, with_facts
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import PromptTooLong
 from nightschool.memory.memory import Memory
@@ -34,10 +35,21 @@ def serving_dtype(device: torch.device) -> torch.dtype:
     return probe_dtype(device) if device.type == "cuda" else torch.float32
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An answer in the making: what was asked, without entries, what a memory had for it, and the tokens that are answered."""
+
+    handle: Handle
+    messages: Sequence[Message]
+    found: Recall | None
+    prompt_ids: list[int]
+
+
 class LocalModel:
     """A model, and the engine that answers with it as it would be served: an adapter stays apart from its base if it can.
 
-    `ref` is `name@version` for a version of the registry, else what was asked for; or the place where a model lies.
+    `ref` is `name@version` for a version of the registry, else what was asked for; or the place where a model lies. `memory` says
+    which memory is read, and how; without it, the one that a version was trained with, in its layers.
     """
 
     def __init__(
@@ -48,7 +60,9 @@ class LocalModel:
         num_rows: int = 1,
         root: Path | None = None,
         pool: EnginePool | None = None,
+        memory: MemoryChoice | None = None,
     ) -> None:
+        self._choice = memory or MemoryChoice(None)
         self._pool = pool or local_pool(home, num_rows=num_rows)
         with quiet_libraries():
             self._found = ref if isinstance(ref, Located) else locate(ref, home, root)
@@ -83,18 +97,26 @@ class LocalModel:
         """The home that the model's pool stands on."""
         return self._pool.home
 
-    @cached_property
-    def memory(self) -> Memory | None:
-        """The memory that this version reads, of its own tenant; None if it reads none.
-
-        Raises:
-            NotFound: If the memory isn't there.
-        """
+    @property
+    def memory_name(self) -> str | None:
+        """The memory that is read, with its tenant: the one that was chosen, or that of the version; None if none is."""
+        if self._choice.read == "off" or self._choice.name is not None:
+            return None if self._choice.read == "off" else self._choice.name
         stands_on = self._bound.memory
         if stands_on is None or stands_on.memory is None:
             return None
         tenant, _ = split_name(self.ref.partition("@")[0])
-        return open_memory(memory_path(self._pool.home, full_name(tenant, stands_on.memory)), self._bound)
+        return full_name(tenant, stands_on.memory)
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """The memory of `memory_name`; None if none is read.
+
+        Raises:
+            NotFound: If the memory isn't there.
+        """
+        name = self.memory_name
+        return None if name is None else open_memory(memory_path(self._pool.home, name), self._bound)
 
     @property
     def context_tokens(self) -> int:
@@ -107,7 +129,23 @@ class LocalModel:
         Raises:
             PromptTooLong: If it does not fit the context.
         """
-        return self._submit(request_id, messages, render_prompt(self._bound.tokenizer, messages), params)
+        return self.begin(request_id, messages, params).handle
+
+    def begin(self, request_id: str, messages: Sequence[Message], params: SamplingParams) -> Asked:
+        """Queue a conversation, and keep what a memory had for it.
+
+        Raises:
+            PromptTooLong: If it does not fit the context.
+            UsageError: If the memory is to be read in layers that do not read.
+            NotFound: If the memory isn't there.
+        """
+        found = self._recall(messages)
+        return self._submit(request_id, messages, found, self.encode(messages, found), params)
+
+    def encode(self, messages: Sequence[Message], found: Recall | None) -> list[int]:
+        """The tokens of a prompt, with the entries that are read there."""
+        told = messages if found is None else with_facts(messages, found.in_prompt)
+        return render_prompt(self._bound.tokenizer, [part for part in told if isinstance(part, Message)])
 
     def ask_greedily(self, request_id: str, messages: Sequence[Message], max_new_tokens: int) -> Handle:
         """Queue a conversation, answered by the likeliest tokens, fewer where the context is nearly full.
@@ -115,22 +153,43 @@ class LocalModel:
         Raises:
             PromptTooLong: If the context has no room for one token of an answer.
         """
-        prompt_ids = render_prompt(self._bound.tokenizer, messages)
+        found = self._recall(messages)
+        prompt_ids = self.encode(messages, found)
         free_tokens = self.context_tokens - len(prompt_ids)
         if free_tokens < 1:
             raise PromptTooLong(len(prompt_ids), 1, self.context_tokens)
         params = SamplingParams(max_new_tokens=min(max_new_tokens, free_tokens), temperature=0)
-        return self._submit(request_id, messages, prompt_ids, params)
+        return self._submit(request_id, messages, found, prompt_ids, params).handle
+
+    @property
+    def reads(self) -> Read | None:
+        """How a memory is read; None if none is.
+
+        Raises:
+            NotFound: If the memory isn't there.
+            UsageError: If it is to be read in layers that do not read.
+        """
+        asked = self._choice.read
+        return None if asked == "off" or self.memory is None else way_of_reading(self._bound, asked)
+
+    def _recall(self, messages: Sequence[Message]) -> Recall | None:
+        reads = self.reads
+        return None if reads is None or self.memory is None else recall(self.memory, reads, last_question(messages))
 
     def _submit(
-        self, request_id: str, messages: Sequence[Message], prompt_ids: list[int], params: SamplingParams
-    ) -> Handle:
+        self,
+        request_id: str,
+        messages: Sequence[Message],
+        found: Recall | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+    ) -> Asked:
         binding, reading = self._bound.binding, None
-        if self.memory is not None:
-            [finding] = self.memory.find([last_question(messages)])
-            binding = replace(binding, memory_revision=f"{self.memory.name}@{finding.revision}")
-            reading = reading_of(finding.found)
-        return self.engine.submit(GenerationRequest(request_id, binding, prompt_ids, params, reading=reading))
+        if found is not None:
+            binding = replace(binding, memory_revision=found.label)
+            reading = reading_of(found.found) if found.read == "layers" else None
+        request = GenerationRequest(request_id, binding, prompt_ids, params, reading=reading)
+        return Asked(self.engine.submit(request), messages, found, prompt_ids)
 
     def count_tokens(self, text: str) -> int:
         """The length of a text in the model's tokens, without special ones."""
@@ -162,10 +221,16 @@ def local_pool(home: Home, *, num_rows: int) -> EnginePool:
 
 @contextmanager
 def local_model(
-    home: Home, ref: str, *, num_rows: int = 1, root: Path | None = None, pool: EnginePool | None = None
+    home: Home,
+    ref: str,
+    *,
+    num_rows: int = 1,
+    root: Path | None = None,
+    pool: EnginePool | None = None,
+    memory: MemoryChoice | None = None,
 ) -> Iterator[LocalModel]:
     """Load a model for the time of a block; a relative folder is taken against `root`."""
-    model = LocalModel(home, ref, num_rows=num_rows, root=root, pool=pool)
+    model = LocalModel(home, ref, num_rows=num_rows, root=root, pool=pool, memory=memory)
     try:
         yield model
     finally:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
 from nightschool.engine.compute import COMPUTE
-from nightschool.engine.local_model import LocalModel
+from nightschool.engine.local_model import Asked, LocalModel
 from nightschool.engine.memory_lookup import reading_of
 from nightschool.engine.pool import BoundEngine
-from nightschool.engine.recall import Prompt, Read, Recall, recall, way_of_reading, with_facts
-from nightschool.engine.request import GenerationRequest, SamplingParams
+from nightschool.engine.recall import Prompt, Recall, with_facts
+from nightschool.engine.request import SamplingParams
 from nightschool.errors import NotLoaded, UsageError
 from nightschool.layers.memory_reading import MemoryReading
-from nightschool.memory.memory import Memory
 from nightschool.models.memory_model import MemoryModel
 from nightschool.models.memory_why import TokenWhy, explain, explain_prompt
 
@@ -47,31 +45,36 @@ def refuse_unknowable(bound: BoundEngine, found: Recall | None) -> None:
         )
 
 
-def explained_answer(
-    model: LocalModel, memory: Memory, read: Read | None, question: str, max_new_tokens: int
-) -> Explained:
-    """Ask a model greedily, and why it says what it says. `read` of None is through its layers, where it has such.
+def explained_answer(model: LocalModel, question: str, max_new_tokens: int) -> Explained:
+    """Ask a model greedily, and why it says what it says.
 
     Raises:
-        UsageError: If it cannot read in that way, or is an adapter, of which why is not told while the prompt is read.
+        UsageError: If it reads no memory, cannot read in the way that is wanted, or is an adapter, of which why is not told while the
+            prompt is read.
         PromptTooLong: If prompt and answer do not fit the context.
     """
-    bound = model.bound
-    found = recall(memory, way_of_reading(bound, read), question)
+    asked = model.begin("why", [Message("user", question)], SamplingParams(max_new_tokens, temperature=0))
+    answer = asked.handle.result(_ANSWER_SECONDS)
+    why = reasons_of(model, asked, answer.token_ids)
+    assert asked.found is not None, "it was refused otherwise"
+    return Explained(answer.text, asked.found, why)
+
+
+def reasons_of(model: LocalModel, asked: Asked, answer_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Why a model here said what it said, as `shown` shows it.
+
+    Raises:
+        UsageError: If the answer read no memory, or is an adapter's, of which why is not told while the prompt is read.
+    """
+    bound, found = model.bound, asked.found
     refuse_unknowable(bound, found)
-    asked: Prompt = [Message("user", question)]
+    assert found is not None, "it was refused otherwise"
 
     def encode(prompt: Prompt) -> list[int]:
-        return render_prompt(bound.tokenizer, [part for part in prompt if isinstance(part, Message)])
+        return model.encode([part for part in prompt if isinstance(part, Message)], None)
 
-    prompt_ids = encode(with_facts(asked, found.in_prompt))
-    params = SamplingParams(max_new_tokens, temperature=0)
-    binding = replace(bound.binding, memory_revision=found.label)
-    reading = reading_of(found.found) if found.read == "layers" else None
-    handle = bound.engine.submit(GenerationRequest("why", binding, prompt_ids, params, reading=reading))
-    answer = handle.result(_ANSWER_SECONDS)
-    why = reasons(bound, found, asked, prompt_ids, answer.token_ids, encode)
-    return Explained(answer.text, found, shown(why, lambda token: str(bound.tokenizer.decode([token]))))
+    why = reasons(bound, found, asked.messages, asked.prompt_ids, answer_ids, encode)
+    return shown(why, lambda token: str(bound.tokenizer.decode([token])))
 
 
 def reasons(

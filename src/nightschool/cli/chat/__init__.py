@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -18,6 +18,9 @@ from nightschool.errors import NightschoolError, UsageError
 from nightschool.store.home import Home
 from nightschool.units import printable
 
+if TYPE_CHECKING:
+    from nightschool.engine.recall import MemoryChoice
+
 DEFAULT_MODEL = "default"
 
 
@@ -27,6 +30,8 @@ def chat(
     *,
     url: str | None = None,
     record: bool = False,
+    memory: str | None = None,
+    memory_read: Literal["layers", "prompt", "off"] | None = None,
     system: str | None = None,
     temperature: Annotated[float, Parameter(name=["--temperature", "-t"])] = 0.7,
     top_p: float = 0.9,
@@ -41,6 +46,9 @@ def chat(
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id; with --url a served name.
         url: Ask a running server in place of loading the model here, as http://127.0.0.1:8001.
         record: Keep the answers in the home, so that /good, /bad and /fix can mark them for a later night.
+        memory: An explicit memory that answers read, and that /remember writes to; see nightschool memory.
+        memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question, off reads
+            nothing; without it, layers where the model was trained by method: memory.
         system: A system message.
         temperature: 0 always takes the likeliest token; 1 draws as the model says.
         top_p: Draw from the likeliest tokens that together have this probability.
@@ -49,8 +57,9 @@ def chat(
     """
     params = _params(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     home = Home.find()
-    with closing(_backend(home, model, url, record=record)) as backend:
-        state = Chat(home, backend, params, say=_say)
+    choice = _choice(memory, memory_read)
+    with closing(_backend(home, model, url, record=record, memory=choice)) as backend:
+        state = Chat(home, backend, params, say=_say, show=_show, memory=memory)
         if system is not None:
             state.system = system
         note(f"{bold(backend.model)}. /help lists commands, /exit leaves." + (" Answers are kept." if record else ""))
@@ -112,17 +121,35 @@ def _params(**values: float | None) -> Params:
     return params
 
 
-def _backend(home: Home, model: str | None, url: str | None, *, record: bool) -> Backend:
+def _choice(memory: str | None, read: Literal["layers", "prompt", "off"] | None) -> MemoryChoice | None:
+    if memory is None and read is None:
+        return None
+    from nightschool.engine.recall import MemoryChoice
+
+    return MemoryChoice(memory, read)
+
+
+def _backend(
+    home: Home, model: str | None, url: str | None, *, record: bool, memory: MemoryChoice | None = None
+) -> Backend:
     if url is not None:
         if record:
             raise UsageError("--record keeps answers of a model in this process; a server is told when it starts.")
-        return ServerBackend(url, model)
-    return LocalBackend(home, model or DEFAULT_MODEL, record=record)
+        return ServerBackend(url, model, memory)
+    return LocalBackend(home, model or DEFAULT_MODEL, record=record, memory=memory)
 
 
 def _say(text: str) -> None:
     """What a command has to say: on stdout where a person talks, beside the answers with --json."""
     print(printable(text), file=sys.stderr if session().json else sys.stdout, flush=True)
+
+
+def _show(data: dict[str, Any], text: str) -> None:
+    """What programs want to have as well: one object on a line with --json, else words."""
+    if session().json:
+        print(json.dumps(data, ensure_ascii=False), flush=True)
+    else:
+        _say(text)
 
 
 def _converse(chat: Chat) -> int:
@@ -180,7 +207,7 @@ def _answer(chat: Chat) -> bool:
             "version": reply.version,
             "answer": reply.text,
             "finish_reason": reply.finish_reason if whole else "cancelled",
-        }
+        } | ({} if reply.memory is None else {"memory": reply.memory})
         print(json.dumps(row, ensure_ascii=False), flush=True)
     return whole
 

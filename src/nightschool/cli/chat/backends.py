@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from nightschool.cli.chat.remembering import Remembered, remember_here, remembered
 from nightschool.data.example import Message
 from nightschool.errors import Conflict, NameRefused, NightschoolError, NotFound, NotLoaded, QueueFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
@@ -19,9 +21,11 @@ from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 
 if TYPE_CHECKING:
-    from nightschool.engine.local_model import LocalModel
+    from nightschool.engine.local_model import Asked, LocalModel
+    from nightschool.engine.recall import MemoryChoice
 
 TIMEOUT_SECONDS = 600.0
+NO_MEMORY = "The last answer read no memory, so all of it is from the weights. Start with nightschool chat --memory NAME to read one."
 LOCAL = "local"
 KEY_VARIABLE = "NIGHTSCHOOL_API_KEY"
 
@@ -57,16 +61,29 @@ class Params:
 
 @dataclass
 class Reply:
-    """One answer while it comes. The fields other than `text` are known when it has come to its end."""
+    """One answer while it comes. The fields other than `text` are known when it has come to its end.
+
+    `memory` is what was read for it: the memory's name and revision, `layers` or `prompt`, and the entries; None if nothing was.
+    """
 
     request_id: str = ""
     version: str = ""
     finish_reason: str | None = None
     parts: list[str] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.parts)
+
+
+@dataclass(frozen=True)
+class Why:
+    """What each token of an answer was read from, and what was read. `text` is the answer that this is told of."""
+
+    text: str
+    memory: dict[str, Any]
+    tokens: list[dict[str, Any]]
 
 
 class Backend(Protocol):
@@ -80,6 +97,12 @@ class Backend(Protocol):
     def feedback(self, request_id: str, rating: Literal["good", "bad"], correction: str | None) -> None:
         """Mark an answer."""
 
+    def why(self, reply: Reply) -> Why:
+        """Where the last answer came from. Raises UsageError if it read no memory."""
+
+    def remember(self, memory: str, text: str, source: str) -> Remembered:
+        """Write a fact into a memory; it counts for the next question."""
+
     def switch(self, model: str) -> None:
         """Answer with another model from now on."""
 
@@ -90,7 +113,9 @@ class Backend(Protocol):
 class ServerBackend:
     """A server at `url`, ours or any other that answers /v1/chat/completions. Marks go to POST /api/feedback."""
 
-    def __init__(self, url: str, model: str | None) -> None:
+    def __init__(self, url: str, model: str | None, memory: MemoryChoice | None = None) -> None:
+        self._memory = memory
+        self._asked: tuple[str, dict[str, Any]] | None = None
         self._url = url.rstrip("/").removesuffix("/v1")
         if urllib.parse.urlsplit(self._url).scheme not in ("http", "https"):
             raise UsageError(f"--url {url!r} is not an address of a server. Write http://127.0.0.1:8001.")
@@ -116,6 +141,11 @@ class ServerBackend:
             "top_p": params.top_p,
             "stream": True,
         } | ({} if params.seed is None else {"seed": params.seed})
+        if self._memory is not None:
+            body["memory"] = {key: value for key, value in vars(self._memory).items() if value is not None}
+        if params.seed is None and params.temperature > 0:
+            # So that the same can be asked again, when somebody wants to know why.
+            body["seed"] = secrets.randbits(31)
         with self._open("/v1/chat/completions", body) as response:
             reply.version = response.headers.get("x-model-version", "")
             for line in response:
@@ -128,6 +158,8 @@ class ServerBackend:
                 if "error" in event:
                     raise NightschoolError(f"The server ended the answer: {event['error'].get('message', event)}")
                 reply.request_id = event.get("id") or reply.request_id
+                self._asked = (reply.request_id, body)
+                reply.memory = (event.get("memory") or [reply.memory])[0]
                 for choice in event.get("choices", ())[:1]:
                     reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
                     text = (choice.get("delta") or {}).get("content")
@@ -138,6 +170,24 @@ class ServerBackend:
     def feedback(self, request_id: str, rating: Literal["good", "bad"], correction: str | None) -> None:
         body = {"request_id": request_id, "rating": rating} | ({"correction": correction} if correction else {})
         self._open("/api/feedback", body).close()
+
+    def why(self, reply: Reply) -> Why:
+        """Ask the same again, as it was drawn, and why."""
+        if self._asked is None or self._asked[0] != reply.request_id or reply.memory is None:
+            raise UsageError(NO_MEMORY)
+        with self._open("/v1/chat/completions", self._asked[1] | {"stream": False, "why": True}) as response:
+            told = json.load(response)
+        choice = told["choices"][0]
+        return Why(choice["message"]["content"] or "", told["memory"][0], choice["why"])
+
+    def remember(self, memory: str, text: str, source: str) -> Remembered:
+        entries = f"/api/memories/{urllib.parse.quote(memory, safe='')}/entries"
+        with self._open(entries, {"entries": [{"text": text, "source": source}]}) as response:
+            change = json.load(response)
+        entry = change["ids"][0]
+        versions = self.get(f"{entries}/{entry}/history")["versions"] if change["removed"] < 1 else []
+        undo = f"curl -X POST {self._url}/api/memories/{memory}/undo"
+        return remembered(memory, change, entry, versions, undo)
 
     def switch(self, model: str) -> None:
         self.model = model
@@ -187,8 +237,10 @@ def _refusal(status: int, body: bytes) -> NightschoolError:
 class LocalBackend:
     """A model in this process. With `record`, answers are kept in the home, so that they can be marked."""
 
-    def __init__(self, home: Home, model: str, *, record: bool) -> None:
+    def __init__(self, home: Home, model: str, *, record: bool, memory: MemoryChoice | None = None) -> None:
         self._home = home
+        self._memory = memory
+        self._asked: tuple[str, Asked] | None = None
         self._loaded: LocalModel | None = None
         self._conversations = ConversationStore(home.database) if record else None
         self.model = model
@@ -206,7 +258,9 @@ class LocalBackend:
         )
         reply.request_id = f"chat-{uuid.uuid4().hex}"
         reply.version = self._loaded.ref
-        handle = self._loaded.ask(reply.request_id, messages, sampling)
+        asked = self._loaded.begin(reply.request_id, messages, sampling)
+        handle, self._asked = asked.handle, (reply.request_id, asked)
+        reply.memory = None if asked.found is None else asked.found.to_json()
         try:
             for chunk in handle.chunks():
                 if chunk.error is not None:
@@ -224,11 +278,28 @@ class LocalBackend:
             raise UsageError("Answers are not kept here, so you cannot mark one. Start with nightschool chat --record.")
         self._conversations.feedback(request_id, rating, correction)
 
+    def why(self, reply: Reply) -> Why:
+        from nightschool.engine.why import reasons_of
+
+        if self._loaded is None or self._asked is None or self._asked[0] != reply.request_id or reply.memory is None:
+            raise UsageError(NO_MEMORY)
+        asked = self._asked[1]
+        answer_ids = [token for chunk in asked.handle.chunks() for token in chunk.token_ids]
+        return Why(reply.text, reply.memory, reasons_of(self._loaded, asked, answer_ids))
+
+    def remember(self, memory: str, text: str, source: str) -> Remembered:
+        return remember_here(self._home, memory, text, source)
+
     def switch(self, model: str) -> None:
         from nightschool.engine.local_model import LocalModel
 
         # The new one first: if it cannot be loaded, the old one goes on answering.
-        loaded = LocalModel(self._home, model)
+        loaded = LocalModel(self._home, model, memory=self._memory)
+        try:
+            _ = loaded.reads
+        except BaseException:
+            loaded.close()
+            raise
         self.close()
         self._loaded, self.model = loaded, model
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from nightschool.cli.chat.backends import Backend, Params, Reply
+from nightschool.cli.chat.backends import NO_MEMORY, Backend, Params, Reply
+from nightschool.cli.chat.remembering import fact_of
+from nightschool.cli.memory.shown_why import found_lines, word_lines
 from nightschool.data.example import Message
 from nightschool.errors import UsageError
 from nightschool.feedback.pins import Pins
@@ -21,13 +24,34 @@ class Leave(Exception):
 
 
 class Chat:
-    """The turns so far, who answers, and how."""
+    """The turns so far, who answers, and how.
 
-    def __init__(self, home: Home, backend: Backend, params: Params, *, say: Callable[[str], None]) -> None:
+    Args:
+        home: Where pins go.
+        backend: Who answers.
+        params: How answers are drawn.
+        say: Tells the person something.
+        show: Tells a program something, the person the same in words.
+        memory: The memory that the person named, to read and to write.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        backend: Backend,
+        params: Params,
+        *,
+        say: Callable[[str], None],
+        show: Callable[[dict[str, Any], str], None],
+        memory: str | None = None,
+    ) -> None:
         self.home = home
         self.backend = backend
         self.params = params
         self.say = say
+        self.show = show
+        self._memory = memory
+        self.correction: Correction | None = None
         self.system: str | None = None
         self.turns: list[Message] = []
         self.last: Reply | None = None
@@ -45,6 +69,7 @@ class Chat:
     def answer(self) -> Generator[str]:
         """Yield the answer to the last turn. What has come becomes a turn, also when the iterator is closed."""
         self.last = reply = Reply()
+        self.correction = None
         pieces = self.backend.stream(self.messages, self.params, reply)
         try:
             yield from pieces
@@ -61,6 +86,22 @@ class Chat:
         if self.last is None or len(self.turns) < 2 or self.turns[-1].role != "assistant":
             raise UsageError("There is no answer yet. Ask something first.")
         return self.turns[-2], self.turns[-1], self.last
+
+    @property
+    def memory(self) -> str | None:
+        """The memory that a correction can be written into: the one that was named, or that the last answer read."""
+        if self._memory is not None or self.last is None or self.last.memory is None:
+            return self._memory
+        return str(self.last.memory["name"])
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What the last answer should have been, and the fact that follows from it; None where no rule tells one."""
+
+    request_id: str
+    text: str
+    fact: str | None
 
 
 # True if an answer should follow.
@@ -152,9 +193,56 @@ def _fix(chat: Chat, rest: str) -> None:
     if not rest:
         raise UsageError("/fix needs the right answer. Write /fix The right answer.")
     _, _, reply = chat.answered()
-    chat.backend.feedback(reply.request_id, "bad", rest)
+    if chat.memory is None:
+        _learn_later(chat, reply.request_id, rest)
+        chat.turns[-1] = Message("assistant", rest)
+        return
+    read = [entry["text"] for entry in (reply.memory or {"entries": []})["entries"]]
+    chat.correction = Correction(reply.request_id, rest, fact_of(rest, reply.text, read))
     chat.turns[-1] = Message("assistant", rest)
+    fact = chat.correction.fact
+    now = (
+        f"/remember      {chat.memory} remembers it now: {fact}"
+        if fact
+        else (f"/remember FACT {chat.memory} remembers it now: say it as a sentence, such as Ada lives in Oslo.")
+    )
+    chat.say(
+        f"Corrected here. Nothing is kept yet:\n{now}\n/study         A night that studies conversations learns it."
+    )
+
+
+def _remember(chat: Chat, rest: str) -> None:
+    _, _, reply = chat.answered()
+    if chat.memory is None:
+        raise UsageError(NO_MEMORY)
+    fact = rest or (chat.correction.fact if chat.correction is not None else None)
+    if not fact:
+        raise UsageError(
+            "/remember needs a fact. Write /remember Ada lives in Oslo. or correct an answer first, with /fix."
+        )
+    done = chat.backend.remember(chat.memory, fact, reply.request_id)
+    chat.show({"remembered": done.to_json()}, "\n".join(done.lines()))
+
+
+def _study(chat: Chat, _rest: str) -> None:
+    if chat.correction is None:
+        raise UsageError("/study keeps what /fix corrected. Write /fix The right answer. first.")
+    _learn_later(chat, chat.correction.request_id, chat.correction.text)
+
+
+def _learn_later(chat: Chat, request_id: str, correction: str) -> None:
+    chat.backend.feedback(request_id, "bad", correction)
     chat.say("Kept as the right answer: a night that studies conversations learns it.")
+
+
+def _why(chat: Chat, _rest: str) -> None:
+    _, _, reply = chat.answered()
+    told = chat.backend.why(reply)
+    lines = [*found_lines(told.memory), "", *word_lines(told.tokens)]
+    if told.text != reply.text:
+        lines.insert(0, f"Asked again, it said something else, which this is told of: {told.text}")
+    data = {"request_id": reply.request_id, "answer": told.text, "memory": told.memory, "why": told.tokens}
+    chat.show(data, "\n".join(lines))
 
 
 def _pin(chat: Chat, _rest: str) -> None:
@@ -178,7 +266,18 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "save": (_save, "save FILE", "Append the conversation to a JSONL file that can be trained."),
     "good": (lambda chat, _: _mark(chat, "good"), "good", "Mark the answer as good."),
     "bad": (lambda chat, _: _mark(chat, "bad"), "bad", "Mark the answer as bad."),
-    "fix": (_fix, "fix TEXT", "Say what the answer should have been; a later night learns it."),
+    "fix": (
+        _fix,
+        "fix TEXT",
+        "Say what the answer should have been: to be remembered now, or learned in a later night.",
+    ),
+    "remember": (
+        _remember,
+        "remember [FACT]",
+        "Write a fact, or what /fix corrected, into the memory; it counts at once.",
+    ),
+    "study": (_study, "study", "Keep what /fix corrected, for a later night that learns it."),
+    "why": (_why, "why", "Show which entries of the memory the answer came from, and what it would be without them."),
     "pin": (_pin, "pin", "Pin the answer: the gate refuses candidates that lose it."),
 }
 ALIASES = {"?": "help", "bye": "exit", "quit": "exit", "q": "exit", "new": "clear", "temperature": "temp"}
