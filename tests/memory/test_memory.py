@@ -234,20 +234,6 @@ def test_an_index_of_a_lost_future_is_made_anew(memory, folder, tmp_path):
     restored.close()
 
 
-def test_an_overlay_hides_what_it_says_otherwise_and_shows_the_rest(memory, tmp_path):
-    with MemoryStore.create(tmp_path / "mine") as store:
-        store.add(facts([("Ada Byron", "lives in", "Bath"), ("Rex", "is a", "dog")]), author="me")
-    mine = Memory.open(tmp_path / "mine", encoder(), vocabulary(), over=memory)
-    assert values(mine, "Where does Ada Byron live?")[0] == "Bath"
-    assert "Oslo" not in values(mine, "Where does Ada Byron live?")
-    assert values(mine, "What is the native language of Ada Byron?")[0] == "English"
-    assert values(mine, "What is Rex?") == ["dog"]
-    [finding] = mine.find(["What is the native language of Ada Byron?"], k=4)
-    assert {one.memory for one in finding.found} == {"facts", "mine"}
-    assert values(memory, "Where does Ada Byron live?")[0] == "Oslo"
-    mine.close()
-
-
 def test_what_does_not_hold_now_is_not_found(memory):
     early, late = datetime(2020, 1, 1, tzinfo=UTC), datetime(2021, 1, 1, tzinfo=UTC)
     memory.store.add(

@@ -68,6 +68,7 @@ BODIES = {
 # What is asked for beside the path.
 QUERIES = {
     "/api/memories/{name}/diff": "?before=$version",
+    "/api/memories/{name}/search": "?q=zebra",
     "/model_info": "?model=$name",
     "/refresh_model": "?model=$name",
     "/api/v1/generate": "?org_id=$org_id",

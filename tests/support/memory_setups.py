@@ -30,12 +30,22 @@ class MemoryBot:
             for layer in model.model.layers:
                 layer.mlp.down_proj.weight *= 300
         self.model = model
-        version = self.registry.publish(
-            "bot", lambda folder: save_version_folder(model, self.tokenizer, folder), VersionMetadata()
-        )
-        self.registry.promote("bot", version.id, by="test")
+        self.publish("bot")
         self.facts = MemoryStore.create(memory_path(self.home, "facts"))
         self.facts.add([NewEntry("Ada lives in Oslo."), NewEntry("Bob likes tea.")], author="test")
+
+    def publish(self, name):
+        """The same weights as a version of a name, promoted; returns the name."""
+        version = self.registry.publish(
+            name, lambda folder: save_version_folder(self.model, self.tokenizer, folder), VersionMetadata()
+        )
+        self.registry.promote(name, version.id, by="test")
+        return name
+
+    def remember(self, name, *texts):
+        """A memory of these facts."""
+        with MemoryStore.create(memory_path(self.home, name)) as store:
+            store.add([NewEntry(text) for text in texts], author="test")
 
     def greedy(self, text, tokens=12):
         ids = torch.tensor([render_prompt(self.tokenizer, [Message("user", text)])])

@@ -56,6 +56,7 @@ def serve(
     max_host_bytes: int = 512_000_000,
     memory: str | None = None,
     memory_read: Literal["layers", "prompt"] | None = None,
+    shared_memories: list[str] | None = None,
     drain_seconds: float = 30.0,
     with_worker: bool = False,
     log_level: str | None = None,
@@ -103,6 +104,7 @@ def serve(
         memory: A memory that requests read which name none, each tenant its own; see nightschool memory.
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question; without
             it, layers where the model was trained by method: memory.
+        shared_memories: Memories of this home that every tenant reads, beneath its own of that name, and none writes.
         drain_seconds: How long running answers may take to finish after SIGTERM.
         with_worker: Start nightschool worker beside the server, which does the queued jobs and ends with it.
         log_level: debug, info, warning or error; LOG_LEVEL, or info, without it.
@@ -149,6 +151,7 @@ def serve(
             max_host_bytes=max_host_bytes,
             memory=memory,
             memory_read=memory_read,
+            shared_memories=tuple(shared_memories or ()),
             drain_seconds=drain_seconds,
             training_service=TrainingServiceSettings.of_environment(),
             log_level=(log_level or os.environ.get("LOG_LEVEL") or "info").lower(),

@@ -41,7 +41,7 @@ def reading_of(found: Iterable[Found]) -> MemoryReading:
     """Entries as the layers of a model read them. Each answer needs one of its own."""
     return MemoryReading.of(
         Candidate(
-            one.entry.id,
+            one.id,
             one.entry.row,
             one.tokens,
             (one.subject_cosine + one.relation_cosine) / 2,

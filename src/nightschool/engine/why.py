@@ -97,7 +97,7 @@ def reasons(
         return _of_layers(bound, prompt_ids, answer_ids, reading_of(found.found))
     prompts: dict[str | None, Sequence[int]] = {None: prompt_ids}
     for one in found.found:
-        prompts[one.entry.id] = encode(with_facts(prompt, [other for other in found.found if other is not one]))
+        prompts[one.id] = encode(with_facts(prompt, [other for other in found.found if other is not one]))
     return explain_prompt(bound.engine.loaded.model, prompts, encode(prompt), answer_ids, COMPUTE.call)
 
 

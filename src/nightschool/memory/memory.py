@@ -53,6 +53,7 @@ _WHOLE = 4096
 class Found:
     """An entry that a question means. `tokens` are those of its text as it stands within a sentence; `memory` is whose it is.
 
+    `id` is the entry's, with the name of its memory before it where that is not the one that was asked.
     `address` are the tokens of its subject and of its relation, None where these cannot be told; `asked` are those of the
     question, in the spellings in which it was looked for.
     """
@@ -63,16 +64,21 @@ class Found:
     relation_cosine: float
     tokens: tuple[int, ...]
     memory: str
+    id: str
     address: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     asked: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found for a question at a revision, best first. Empty where the memory knows nothing of it."""
+    """What was found for a question at a revision, best first. Empty where the memory knows nothing of it.
+
+    `revisions`: of each memory that was looked at, by its label, where several lie over one another.
+    """
 
     revision: int
     found: tuple[Found, ...]
+    revisions: tuple[tuple[str, int], ...]
 
     @property
     def abstains(self) -> bool:
@@ -85,15 +91,8 @@ class Memory:
     `rebuilt` says why the index was made anew when the memory was opened, or None.
     """
 
-    def __init__(
-        self,
-        store: MemoryStore,
-        encoder: AddressEncoder,
-        vocabulary: Vocabulary,
-        *,
-        over: Memory | None = None,
-    ) -> None:
-        self.store, self.encoder, self.over = store, encoder, over
+    def __init__(self, store: MemoryStore, encoder: AddressEncoder, vocabulary: Vocabulary) -> None:
+        self.store, self.encoder = store, encoder
         self.rebuilt: str | None = None
         self._vocabulary = vocabulary
         self._follower = Follower(store, encoder, vocabulary)
@@ -101,25 +100,23 @@ class Memory:
         self._lock = threading.RLock()
         self._tokens: OrderedDict[int, _TokensOfEntry] = OrderedDict()
         self._past: tuple[int, MemoryIndex] | None = None
-        self._own: tuple[int, frozenset[tuple[str | None, str | None]]] = (-1, frozenset())
         self._index = self._opened()
         self._written = self._index.columns.length
         self.refresh()
 
     @classmethod
-    def open(cls, folder: Path, encoder: AddressEncoder, vocabulary: Vocabulary, *, over: Memory | None = None) -> Self:
+    def open(cls, folder: Path, encoder: AddressEncoder, vocabulary: Vocabulary) -> Self:
         """Open a memory. Its index is made if it is not there, is damaged, or was made of something else.
 
         Args:
             folder: Of the memory.
             encoder: What makes addresses.
             vocabulary: Of the base that reads the entries.
-            over: A memory that this one lies over: what it says of a subject and a relation hides what that one says.
 
         Raises:
             NotFound: If there is no such memory.
         """
-        return cls(MemoryStore.open(folder), encoder, vocabulary, over=over)
+        return cls(MemoryStore.open(folder), encoder, vocabulary)
 
     @property
     def name(self) -> str:
@@ -159,7 +156,6 @@ class Memory:
         k: int = 16,
         *,
         at: int | None = None,
-        over_at: int | None = None,
         moment: datetime | None = None,
     ) -> list[Findings]:
         """The entries that each question means; none where no entry is about what it names.
@@ -168,7 +164,6 @@ class Memory:
             texts: Questions.
             k: How many entries at most.
             at: Look at this revision; None is the newest.
-            over_at: The same, of the memory that this one lies over.
             moment: Leave out what does not hold at this time in the world; None is now.
 
         Raises:
@@ -179,17 +174,8 @@ class Memory:
         revision = self.store.revision_at(at) if at is not None else self.refresh()
         moment = moment or now()
         questions = [self._vocabulary.question(text) for text in texts]
-        own = self._found(questions, k, revision, moment)
-        if self.over is None:
-            return [Findings(revision, tuple(found)) for found in own]
-        hidden = self._addresses(revision)
-        beneath = self.over.find(texts, k, at=over_at, moment=moment)
-        merged = []
-        for mine, theirs in zip(own, beneath, strict=True):
-            seen = [one for one in theirs.found if (one.entry.subject_key, one.entry.relation_key) not in hidden]
-            both = sorted([*mine, *seen], key=lambda one: -one.score)
-            merged.append(Findings(revision, tuple(both[:k])))
-        return merged
+        told = ((self.name, revision),)
+        return [Findings(revision, tuple(found), told) for found in self._found(questions, k, revision, moment)]
 
     def save(self) -> None:
         """Write the index, if it is not as it lies on the disk."""
@@ -231,7 +217,7 @@ class Memory:
                     numbers = (hits.scores, hits.subject_cosines, hits.relation_cosines)
                     score, subject, relation = (float(one[question, place]) for one in numbers)
                     text, address = self._tokens_of(entry)
-                    found.append(Found(entry, score, subject, relation, text, self.name, address, asked))
+                    found.append(Found(entry, score, subject, relation, text, self.name, entry.id, address, asked))
             results.append(found)
         return results
 
@@ -255,15 +241,6 @@ class Memory:
                 if len(self._tokens) > _TOKENS_KEPT:
                     self._tokens.popitem(last=False)
             return tokens
-
-    def _addresses(self, revision: int) -> frozenset[tuple[str | None, str | None]]:
-        """Subject and relation of each of our entries: those of the memory beneath do not show."""
-        with self._lock:
-            if self._own[0] != revision:
-                entries = self.store.entries(at=revision)
-                keys = frozenset((one.subject_key, one.relation_key) for one in entries if one.subject_key is not None)
-                self._own = (revision, keys)
-            return self._own[1]
 
     def _opened(self) -> MemoryIndex:
         try:

@@ -105,7 +105,7 @@ def create_app(
     )
     names = ServedNames(slots, on_demand, registry)
     metrics = Metrics(names)
-    opened = None if registry is None else Memories(registry.home)
+    opened = None if registry is None else Memories(registry.home, settings.shared_memories)
     default = None if settings.memory is None else MemoryChoice(settings.memory, settings.memory_read)
     service = Service(
         names=names,

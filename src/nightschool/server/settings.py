@@ -99,6 +99,10 @@ class ServerSettings(BaseModel):
     memory_read: Literal["layers", "prompt"] | None = Field(
         None, description="How: by layers of the model, or put into the prompt; null is layers where the model can."
     )
+    shared_memories: tuple[str, ...] = Field(
+        (),
+        description="Memories of the home itself that every tenant reads, beneath its own of that name; none writes them.",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long running answers may take to finish after SIGTERM.")
     training_service: TrainingServiceSettings = Field(
         default_factory=TrainingServiceSettings, description="What the training service allows, and its defaults."
@@ -114,6 +118,11 @@ class ServerSettings(BaseModel):
     @classmethod
     def _a_name(cls, name: str | None) -> str | None:
         return None if name is None else check_name(name, what="memory")
+
+    @field_validator("shared_memories")
+    @classmethod
+    def _names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_name(name, what="memory") for name in names)
 
     @property
     def on_loopback(self) -> bool:

@@ -155,7 +155,8 @@ class Answering:
         nothing: list[Recall | None] = [None] * len(ask.prompts)
         choice = ask.memory or self._memory or MemoryChoice(None)
         own = generation.memory.memory if generation.memory is not None else None
-        name = choice.name or own
+        by_default = self._memory.name if self._memory is not None and choice.overlay is not None else None
+        name = choice.name or own or by_default
         if choice.read == "off" or (name is None and ask.memory is None):
             return nothing
         if name is None or self._memories is None:
@@ -165,7 +166,7 @@ class Answering:
         if is_by_default and read == "prompt" and any(is_token_ids(prompt) for prompt in ask.prompts):
             return nothing
         try:
-            memory = self._memories.asked(ask.principal.tenant, name, generation)
+            memory = self._memories.asked(ask.principal.tenant, name, generation, choice.overlay)
         except NotFound:
             if is_by_default:
                 return nothing

@@ -30,7 +30,7 @@ from nightschool.memory.store.connection import FILE_NAME, Connections, create
 from nightschool.memory.store.edits import KEEP, Keep, edited, is_unchanged
 from nightschool.memory.store.layout import TABLES, digest_of
 from nightschool.memory.store.purge import Purge
-from nightschool.memory.store.relations import Cardinality, Relations, set_relation
+from nightschool.memory.store.relations import SINGLE, Cardinality, Relations, set_relation
 from nightschool.memory.store.search import by_words
 from nightschool.memory.store.versions import Difference, NamedVersion
 from nightschool.memory.store.writing import Write
@@ -132,6 +132,15 @@ class MemoryStore:
         """The entries about a subject, or about one relation of it, oldest first; both in any spelling that is the same."""
         with self._connections.reading() as connection:
             return rows.about(connection, subject, relation, versions.revision_at(connection, at))
+
+    def supersedes(self, entry: MemoryEntry, *, at: int | str | None = None) -> bool:
+        """Whether another memory's entry would be superseded here: by one of its subject and relation, if that has one value at a time."""
+        if entry.subject is None or entry.relation is None or entry.relation_key is None:
+            return False
+        with self._connections.reading() as connection:
+            if Relations(connection).of(entry.relation_key) != SINGLE:
+                return False
+            return bool(rows.about(connection, entry.subject, entry.relation, versions.revision_at(connection, at)))
 
     def search(self, query: str, *, at: int | str | None = None, limit: int = 20) -> list[MemoryEntry]:
         """The entries that hold words of a query, those with most of them first. Likeness of meaning is the index's."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from nightschool.engine.memory_lookup import open_memory
 from nightschool.engine.pool import BoundEngine
+from nightschool.errors import UsageError
 from nightschool.memory.entry import Change
+from nightschool.memory.layers import Layer, Layers
 from nightschool.memory.memory import Memory
 from nightschool.memory.staleness import Stale, StaleVersions, stale_versions
 from nightschool.memory.store import MemoryStore
 from nightschool.memory.store.connection import FILE_NAME
 from nightschool.store.home import Home
-from nightschool.store.names import full_name, home_of, is_name, memory_path, tenants_of
+from nightschool.store.names import full_name, home_of, is_name, memory_path, split_name, tenants_of
+from nightschool.store.principal import DEFAULT_TENANT
 
 _MOST_OPEN = 64
 
@@ -28,11 +31,12 @@ class Memories:
 
     Args:
         home: Where the memories lie.
+        shared: Names of memories of the home itself that every tenant reads, beneath its own of that name.
         most_open: Over it, the one that was asked for longest ago gives its connections back; its next use makes new ones.
     """
 
-    def __init__(self, home: Home, most_open: int = _MOST_OPEN) -> None:
-        self._home = home
+    def __init__(self, home: Home, shared: Collection[str] = (), most_open: int = _MOST_OPEN) -> None:
+        self._home, self._shared = home, frozenset(shared)
         self.stale_versions = StaleVersions(home)
         self._stores: _Recent[MemoryStore] = _Recent(most_open)
         self._asked: _Recent[Memory] = _Recent(most_open)
@@ -41,6 +45,12 @@ class Memories:
         """What a tenant's memories are called, without the tenant."""
         folder = home_of(self._home, tenant).memories
         return sorted(path.name for path in folder.iterdir() if is_name(path.name)) if folder.is_dir() else []
+
+    def shared_names(self, tenant: str) -> list[str]:
+        """The memories of the home itself that are there and that a tenant reads beneath its own; none for whoever owns them."""
+        if tenant == DEFAULT_TENANT:
+            return []
+        return sorted(name for name in self._shared if _file_of(memory_path(self._home, name)) is not None)
 
     def owners(self, name: str) -> list[str]:
         """The tenants that have a memory of that name."""
@@ -64,19 +74,60 @@ class Memories:
             return []
         return stale_versions(self._home, full_name(tenant, name), store, since=change.revision - 1)
 
-    def asked(self, tenant: str, name: str, bound: BoundEngine) -> Memory:
-        """A memory of a tenant as a model asks it: with the tokens, and by the embeddings, of the model's base.
+    def layers(self, tenant: str, name: str, overlay: str | None = None) -> list[tuple[str, str]]:
+        """The memories that a tenant reads under a name, the uppermost first: what each is called there, and its full name.
 
-        All adapters on a base ask as the base does; memory modules ask by heads of their own. The first time its index is opened, or
+        Raises:
+            NotFound: If the tenant has no memory of that name, and none is shared; or no `overlay`.
+            UsageError: If a memory is to lie over itself.
+        """
+        if overlay == name:
+            raise UsageError(f"The memory {name!r} cannot lie over itself. Name another one as the overlay.")
+        found = [] if overlay is None else [(overlay, full_name(tenant, overlay))]
+        shared = [(f"shared:{name}", name)] if name in self.shared_names(tenant) else []
+        own = full_name(tenant, name)
+        if not shared or _file_of(memory_path(self._home, own)) is not None:
+            found.append((name, own))
+        return found + shared
+
+    def asked(self, tenant: str, name: str, bound: BoundEngine, overlay: str | None = None) -> Layers:
+        """A memory of a tenant as a model asks it, with what lies over and beneath it: with the tokens, and by the embeddings, of the
+        model's base.
+
+        All adapters on a base ask as the base does; memory modules ask by heads of their own. The first time an index is opened, or
         made if there is none, while others who ask this very memory wait.
 
         Raises:
-            NotFound: If the tenant has no memory of that name.
+            NotFound, UsageError: As `layers` does.
             ModelError: If the model's tokenizer cannot be read apart from it.
         """
-        folder = memory_path(self._home, full_name(tenant, name))
         who = bound.binding.base if bound.memory is None else bound.binding.label
-        return self._asked.get((folder, _file_of(folder), who), lambda: open_memory(folder, bound))
+
+        def opened(full: str) -> Memory:
+            folder = memory_path(self._home, full)
+            return self._asked.get((folder, _file_of(folder), who), lambda: open_memory(folder, bound))
+
+        return Layers(name, [Layer(label, opened(full)) for label, full in self.layers(tenant, name, overlay)])
+
+    def search(self, tenant: str, name: str, query: str, limit: int, overlay: str | None = None) -> dict[str, Any]:
+        """The entries that hold words of a query, of all memories that a tenant reads under a name; those of the upper ones first.
+
+        Raises:
+            NotFound, UsageError: As `layers` does.
+        """
+        revisions: dict[str, int] = {}
+        found: list[dict[str, Any]] = []
+        above: list[tuple[MemoryStore, int]] = []
+        for label, full in self.layers(tenant, name, overlay):
+            store = self.store(*split_name(full))
+            revision = revisions[label] = store.revision
+            found += [
+                entry.to_json() | {"memory": label}
+                for entry in store.search(query, at=revision, limit=limit)
+                if not any(upper.supersedes(entry, at=at) for upper, at in above)
+            ]
+            above.append((store, revision))
+        return {"revisions": revisions, "entries": found[:limit]}
 
     def close(self) -> None:
         """Give all connections back."""

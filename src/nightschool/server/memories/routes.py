@@ -27,17 +27,21 @@ from nightschool.server.memories.access import (
     writing,
 )
 from nightschool.server.service import PrincipalOf
+from nightschool.store.names import NAME_PATTERN
+from nightschool.store.principal import DEFAULT_TENANT
 
 router = APIRouter(prefix="/api/memories", tags=["Explicit memory"], route_class=BodyRoute)
 
 
 @router.get("", response_model=schemas.MemoryList, responses=problems(409))
 async def every_memory(memories: MemoriesOf, principal: PrincipalOf) -> Response:
-    """The memories of the caller's tenant."""
+    """The memories of the caller's tenant, and those that are shared with it."""
 
     def look() -> list[dict[str, Any]]:
         tenant = principal.tenant
-        return [described(name, memories.store(tenant, name)) for name in memories.names(tenant)]
+        own = [described(name, memories.store(tenant, name)) for name in memories.names(tenant)]
+        shared = [described(name, memories.store(DEFAULT_TENANT, name)) for name in memories.shared_names(tenant)]
+        return [one | {"shared": False} for one in own] + [one | {"shared": True} for one in shared]
 
     return JSONResponse({"memories": await anyio.to_thread.run_sync(look)})
 
@@ -56,6 +60,26 @@ async def create(body: schemas.NewMemory, memories: MemoriesOf, principal: Princ
 async def one_memory(name: str, memories: MemoriesOf, principal: PrincipalOf) -> Response:
     """How many entries a memory has, and its newest revision."""
     return await reading(memories, principal, name, lambda store: described(name, store))
+
+
+@router.get("/{name}/search", response_model=schemas.FoundEntries, responses=problems(400, 404, 409, 422))
+async def search(
+    name: str,
+    memories: MemoriesOf,
+    principal: PrincipalOf,
+    *,
+    q: Annotated[str, Query(min_length=1, max_length=1000, description="Words that the entries hold.")],
+    limit: Limit = 20,
+    overlay: Annotated[
+        str | None, Query(pattern=NAME_PATTERN, description="Another memory of the tenant that lies over it.")
+    ] = None,
+) -> Response:
+    """The entries that hold words of a query, those with most of them first, as a request that reads the memory sees them.
+
+    Those of the `overlay` come first, then those of the memory, then those of one that is shared under its name; what an upper one says of
+    a subject and a relation hides what is beneath.
+    """
+    return JSONResponse(await anyio.to_thread.run_sync(memories.search, principal.tenant, name, q, limit, overlay))
 
 
 @router.get("/{name}/entries", response_model=schemas.Entries, responses=problems(400, 404, 409, 422))

@@ -103,6 +103,21 @@ class Entries(BaseModel):
     next: int | None
 
 
+class FoundEntry(Entry):
+    """An entry with the memory that it is of."""
+
+    memory: str = Field(..., description="Which of `revisions`.")
+
+
+class FoundEntries(BaseModel):
+    """Entries of all memories that are read under a name."""
+
+    revisions: dict[str, int] = Field(
+        ..., description="Of each memory, the uppermost first: `shared:NAME` is one that all tenants read."
+    )
+    entries: list[FoundEntry]
+
+
 class History(BaseModel):
     """All versions of an entry, oldest first."""
 
@@ -137,6 +152,9 @@ class Memory(BaseModel):
     name: str
     revision: int
     entries: int
+    shared: bool = Field(
+        default=False, description="Whether all tenants read it, beneath their own of that name, and none writes it."
+    )
 
 
 class MemoryList(BaseModel):

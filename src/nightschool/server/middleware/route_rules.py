@@ -43,6 +43,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/api/models/{name}/rollback"): Rule("admin", "model.rollback"),
     ("POST", "/api/models/{name}/merge"): Rule("admin", "model.merge"),
     ("GET", "/api/memories/{name}/entries"): Rule("memory"),
+    ("GET", "/api/memories/{name}/search"): Rule("memory"),
     ("GET", "/api/memories/{name}/entries/{entry}"): Rule("memory"),
     ("GET", "/api/memories/{name}/entries/{entry}/history"): Rule("memory"),
     ("GET", "/api/memories/{name}/revisions"): Rule("memory"),

@@ -107,6 +107,10 @@ class MemoryRead(BaseModel):
     name: str
     revision: int
     read: Literal["layers", "prompt"]
+    revisions: dict[str, int] = Field(
+        ...,
+        description="Of each memory that was looked at, the uppermost first: `shared:NAME` is one that all tenants read.",
+    )
     entries: list[EntryRead]
 
 

@@ -109,6 +109,12 @@ class MemoryToRead(Body):
     name: str | None = Field(
         None, pattern=NAME_PATTERN, description="Without it, the one that the model was trained with."
     )
+    overlay: str | None = Field(
+        None,
+        pattern=NAME_PATTERN,
+        description="Another memory of the tenant, such as that of a user or a session, which lies over it for this request: what it "
+        "says of a subject and a relation hides what is beneath.",
+    )
     read: Literal["layers", "prompt", "off"] | None = Field(
         None,
         description="layers: the model's own layers read the entries; prompt: they are put before the question, for any model; "
@@ -167,7 +173,7 @@ class Sampling(Body):
     @property
     def choice(self) -> MemoryChoice | None:
         """The memory that is to be read, if one was named."""
-        return None if self.memory is None else MemoryChoice(self.memory.name, self.memory.read)
+        return None if self.memory is None else MemoryChoice(self.memory.name, self.memory.read, self.memory.overlay)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -1,0 +1,66 @@
+"""Memories that lie over one another: what the upper one says of a subject and a relation hides what those beneath say.
+
+A tenant's memory may lie over one that is shared with all tenants, and a user's or a session's over that. Each stays a memory of its own,
+with its own index; nothing is copied, and who reads other layers never sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol
+
+from nightschool.events import now
+from nightschool.memory.memory import Findings, Found, Memory
+
+
+class Asked(Protocol):
+    """What can be asked: one memory, or several that lie over one another."""
+
+    @property
+    def name(self) -> str: ...
+
+    def find(self, texts: Sequence[str], k: int = 16, *, moment: datetime | None = None) -> list[Findings]:
+        """See `Memory.find`."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of the memories. `label` tells it from the others; of the one that is asked for it is its name."""
+
+    label: str
+    memory: Memory
+
+
+class Layers:
+    """Memories, the uppermost first, that are asked as one. `name` is that of the one that was asked for."""
+
+    def __init__(self, name: str, layers: Sequence[Layer]) -> None:
+        self.name, self._layers = name, tuple(layers)
+
+    def find(self, texts: Sequence[str], k: int = 16, *, moment: datetime | None = None) -> list[Findings]:
+        """What all of them have for each question, best first; each as one revision of it has it."""
+        moment = moment or now()
+        by_layer = [layer.memory.find(texts, k, moment=moment) for layer in self._layers]
+        return [self._merged(findings, k) for findings in zip(*by_layer, strict=True)]
+
+    def _merged(self, findings: Sequence[Findings], k: int) -> Findings:
+        seen: list[Found] = []
+        for depth, (layer, finding) in enumerate(zip(self._layers, findings, strict=True)):
+            above = list(zip(self._layers[:depth], findings[:depth], strict=True))
+            seen += [
+                self._labelled(one, layer.label)
+                for one in finding.found
+                if not any(upper.memory.store.supersedes(one.entry, at=told.revision) for upper, told in above)
+            ]
+        revisions = tuple(
+            (layer.label, finding.revision) for layer, finding in zip(self._layers, findings, strict=True)
+        )
+        by_name = dict(revisions)
+        best = sorted(seen, key=lambda one: -one.score)[:k]
+        return Findings(by_name.get(self.name, revisions[-1][1]), tuple(best), revisions)
+
+    def _labelled(self, found: Found, label: str) -> Found:
+        # Each memory counts its entries from m1.
+        return found if label == self.name else replace(found, memory=label, id=f"{label}/{found.id}")

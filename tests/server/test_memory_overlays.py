@@ -1,0 +1,102 @@
+"""What a tenant reads of a memory that is shared, of its own over it, and of a session's over that; and what nobody else does."""
+
+import httpx2
+import pytest
+
+from nightschool.engine.pool import EnginePool
+from nightschool.engine.slot import Slot
+from nightschool.store.api_keys import ApiKeys
+from tests.support.live_server import live
+from tests.support.memory_setups import MemoryBot
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory):
+    return MemoryBot(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def tenants(bot):
+    """Asks as a tenant. One memory is shared with two of them, one of which has entries of its own over it, and those of a session."""
+    bot.remember("shared", "Ada lives in Oslo.", "Bob likes tea.")
+    bot.remember("acme/shared", "Zelda lives in Linz.", "Ada lives in Bath.")
+    bot.remember("acme/session-7", "Bob was born in Bonn.", "Ada lives in Rome.")
+    keys = ApiKeys(bot.home.database)
+    sent = {tenant: {"x-api-key": keys.create(tenant, by="test")[1]} for tenant in ("default", "acme", "other")}
+    names = ["bot", *(bot.publish(f"{tenant}/bot") for tenant in ("acme", "other"))]
+    pool = EnginePool(bot.home, num_rows=4)
+    slots = [Slot(name, pool) for name in names]
+    with live(slots, registry=bot.registry, shared_memories=("shared", "absent"), memory="shared") as server:
+
+        def ask(tenant, method, path, **sends):
+            return httpx2.request(method, server.url + path, headers=sent[tenant], timeout=60, **sends)
+
+        yield ask
+
+
+def read_by(ask, tenant, question, **memory):
+    body = {"model": "bot", "messages": [{"role": "user", "content": question}], "max_tokens": 2, "temperature": 0}
+    answer = ask(tenant, "POST", "/v1/chat/completions", json=body | ({"memory": memory} if memory else {}))
+    assert answer.status_code == 200, answer.text
+    [read] = answer.json()["memory"]
+    return {entry["id"]: entry["text"] for entry in read["entries"]}, answer.headers["x-memory-revision"]
+
+
+def test_a_tenant_reads_its_own_entries_over_those_that_are_shared_and_no_other_tenant_sees_them(tenants):
+    where, who = "Where does Ada live?", "What does Bob like?"
+    assert read_by(tenants, "default", where) == ({"m1": "Ada lives in Oslo."}, "shared@1")
+    assert read_by(tenants, "other", where) == ({"shared:shared/m1": "Ada lives in Oslo."}, "shared:shared@1")
+    label = "shared:shared@1+shared@1"
+    assert read_by(tenants, "acme", where) == ({"m2": "Ada lives in Bath."}, label)
+    assert read_by(tenants, "acme", who, name="shared") == ({"shared:shared/m2": "Bob likes tea."}, label)
+    assert read_by(tenants, "acme", "Where does Zelda live?") == ({"m1": "Zelda lives in Linz."}, label)
+    assert read_by(tenants, "other", "Where does Zelda live?") == ({}, "shared:shared@1")
+
+
+def test_an_overlay_that_a_request_names_lies_over_its_memory_for_that_request(tenants):
+    where = "Where does Ada live?"
+    label = "shared:shared@1+shared@1+session-7@1"
+    assert read_by(tenants, "acme", where, overlay="session-7") == ({"session-7/m2": "Ada lives in Rome."}, label)
+    found, _ = read_by(tenants, "acme", "Where was Bob born?", name="shared", overlay="session-7")
+    assert set(found) == {"session-7/m1", "shared:shared/m2"}
+    assert read_by(tenants, "acme", where)[0] == {"m2": "Ada lives in Bath."}
+    body = {"model": "bot", "messages": [{"role": "user", "content": where}], "max_tokens": 1}
+    for tenant, memory, status in (
+        ("other", {"name": "shared", "overlay": "session-7"}, 404),
+        ("acme", {"name": "shared", "overlay": "absent"}, 404),
+        ("acme", {"name": "shared", "overlay": "shared"}, 400),
+        ("acme", {"name": "shared", "overlay": "../shared"}, 400),
+    ):
+        assert tenants(tenant, "POST", "/v1/chat/completions", json=body | {"memory": memory}).status_code == status
+
+
+def test_a_search_shows_a_tenant_what_its_requests_read_and_nothing_of_others(tenants):
+    def found(tenant, query, **more):
+        answer = tenants(tenant, "GET", "/api/memories/shared/search", params={"q": query} | more)
+        assert answer.status_code == 200, answer.text
+        return [(entry["memory"], entry["text"]) for entry in answer.json()["entries"]]
+
+    assert found("acme", "ada") == [("shared", "Ada lives in Bath.")]
+    assert found("acme", "ada", overlay="session-7") == [("session-7", "Ada lives in Rome.")]
+    assert found("acme", "bob tea") == [("shared:shared", "Bob likes tea.")]
+    assert found("other", "ada") == [("shared:shared", "Ada lives in Oslo.")]
+    assert found("other", "zelda") == []
+    assert found("default", "zelda bath rome linz") == []
+    missing = {"q": "ada", "overlay": "session-7"}
+    assert tenants("other", "GET", "/api/memories/shared/search", params=missing).status_code == 404
+
+
+def test_a_shared_memory_is_listed_and_written_by_none_but_its_owner(tenants):
+    def listed(tenant):
+        memories = tenants(tenant, "GET", "/api/memories").json()["memories"]
+        return {(one["name"], one["shared"]): one["entries"] for one in memories}
+
+    assert listed("other") == {("shared", True): 2}
+    assert listed("acme") == {("session-7", False): 2, ("shared", False): 2, ("shared", True): 2}
+    assert ("shared", True) not in listed("default")
+    for path in ("/api/memories/shared/entries/m1", "/api/memories/session-7/entries/m1"):
+        assert tenants("other", "GET", path).status_code == 404
+        assert tenants("other", "PATCH", path, json={"value": "Nowhere"}).status_code == 404
+        assert tenants("other", "DELETE", path).status_code == 404
+    added = tenants("other", "POST", "/api/memories/shared/entries", json={"entries": [{"text": "Eve lives in Ulm."}]})
+    assert added.status_code == 404
