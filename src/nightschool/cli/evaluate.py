@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from nightschool.cli.eval_editing import evaluate_editing
 from nightschool.cli.formatting import figure
 from nightschool.cli.output import answer, bold, note
 from nightschool.data.example import Example
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # What --suite calls the kinds of questions.
 SUITES: Mapping[str, Kind] = {"new": "new", "old": "old", "pins": "pin", "general": "general"}
+# Suites that bring questions, figures and a table of their own.
+EXAMS = {"editing": evaluate_editing}
 NUM_ROWS = 16
 
 
@@ -41,6 +44,9 @@ def evaluate(
     max_seq_len: int | None = None,
     show_examples: int = 0,
     output_file: Path | None = None,
+    cases: Path | None = None,
+    memory: str | None = None,
+    memory_read: Literal["layers", "prompt", "off"] | None = None,
 ) -> None:
     """Ask a model questions, greedily, and take its loss on what it was never trained on.
 
@@ -48,18 +54,32 @@ def evaluate(
     (old), what is pinned (pins), what nobody taught (general); the loss is that of its run's held-out examples. A question that is longer than the
     model's context is listed as not asked, and counts as wrong.
 
+    --suite editing writes facts into a memory beside the model, asks for them, for what follows from them and for what is to stay, deletes them and
+    asks again. No memory of yours is written to.
+
     Args:
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
-        suite: A data file with questions and answers, or one of new, old, pins and general.
+        suite: A data file with questions and answers, or one of new, old, pins, general and editing.
         sample: At most this many questions of a kind; by default as its run's recipe says, else 200.
         max_new_tokens: Longest answer in tokens; by default as its run's recipe says, else 64.
         max_seq_len: Longest held-out example in tokens, by default as its run's recipe says, else 1024; the rest is cut.
         show_examples: Print this many answers, wrong ones first.
-        output_file: Write every question and answer there, one JSON object a line.
+        output_file: Write every question and answer there, one JSON object a line; of editing, what is not as it should be.
+        cases: Of editing: the file with edits and their questions (docs/memory.md); CounterFact, zsRE and MQuAKE, too.
+        memory: Of editing: the memory that the edits lie over; without it they stand alone.
+        memory_read: Of editing: how the model reads, through its layers or in its prompt, or off; without it as it can.
     """
     from nightschool.engine.local_model import local_model
     from nightschool.evaluation.examiner import examine
 
+    if suite in EXAMS:
+        EXAMS[suite](
+            model, cases=cases, memory=memory, memory_read=memory_read, sample=sample, max_new_tokens=max_new_tokens,
+            show_examples=show_examples, output_file=output_file,
+        )  # fmt: skip
+        return
+    if cases is not None or memory is not None or memory_read is not None:
+        raise UsageError("--cases, --memory and --memory-read belong to --suite editing. Name it, or leave them out.")
     home = Home.find()
     version = _version(home, model)
     examples = _examples_of(model, version, suite)
@@ -144,7 +164,7 @@ def _examples_of(model: str, version: Version | None, suite: str | None) -> list
     """What the file that --suite names holds; None where a version's own questions are meant."""
     if suite is not None and suite not in SUITES:
         if not Path(suite).exists():
-            raise NotFound(f"--suite {suite!r} is neither a file nor one of {', '.join(SUITES)}.")
+            raise NotFound(f"--suite {suite!r} is neither a file nor one of {', '.join([*SUITES, *EXAMS])}.")
         return read_file(Path(suite), root=Path.cwd()).examples
     if version is None and suite != "general":
         raise UsageError(
