@@ -13,10 +13,11 @@ import json
 import os
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -24,7 +25,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from nightschool.data.example import NeededFact
 
-ONSETS, VOWELS, CODAS = "b d f g h k l m n p r s t v z".split(), "a e i o u".split(), ["", "n", "l", "r", "s"]
+ONSETS, VOWELS, CODAS = (
+    ["b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"],
+    ["a", "e", "i", "o", "u"],
+    ["", "n", "l", "r", "s"],
+)
 FIRST, MIDDLE, LAST = 60, 40, 160
 VALUES = 48
 START, UNKNOWN = "<s>", "<unk>"
@@ -69,7 +74,12 @@ RELATIONS = (
     ),
     Relation(
         "plays",
-        ("[X] plays", "Which instrument does [X] play ?", "The instrument of [X] is", "What does [X] make music with ?"),
+        (
+            "[X] plays",
+            "Which instrument does [X] play ?",
+            "The instrument of [X] is",
+            "What does [X] make music with ?",
+        ),
         ("[X] is heard on the", "Name the sound maker of [X] ."),
         ("[X] performs upon", "Orchestra seat for [X] :"),
     ),
@@ -87,21 +97,6 @@ RELATIONS = (
     ),
 )
 TEACHER = RELATIONS[-1]
-# The fact at the end of two: of the teacher.
-TWO_HOPS = {
-    relation.name: wording
-    for relation, wording in zip(
-        RELATIONS[:-1],
-        (
-            "Where was the teacher of [X] born ?",
-            "Who employs the teacher of [X] ?",
-            "What did the teacher of [X] study ?",
-            "Which instrument does the teacher of [X] play ?",
-            "Which animal does the teacher of [X] own ?",
-        ),
-        strict=True,
-    )
-}
 
 
 class Fact(tuple[str, Relation, str]):
@@ -181,7 +176,9 @@ class World:
 
     def facts_of(self, people: Sequence[str], chance: random.Random) -> list[Fact]:
         """Six facts of each."""
-        return [Fact((who, relation, chance.choice(self.values[relation.name]))) for who in people for relation in RELATIONS]
+        return [
+            Fact((who, relation, chance.choice(self.values[relation.name]))) for who in people for relation in RELATIONS
+        ]
 
     def another(self, fact: Fact, chance: random.Random) -> Fact:
         """The same subject and relation with another value."""
@@ -189,16 +186,19 @@ class World:
         return Fact((fact.subject, fact.relation, chance.choice(others)))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A word is a token; the common ones have low numbers, and what is never seen has numbers, too."""
-        common: dict[str, int] = {}
+        """A word is a token. Numbers rise as words get rarer, as byte pair encoding has them: what all wordings share, values, what a
+        wording is about, names, and words that are never seen.
+        """
+        used: dict[str, set[str]] = {}
         for relation in RELATIONS:
             for wording in relation.wordings:
                 for word in (*wording.replace("[X]", "").split(), "."):
-                    common[word] = common.get(word, 0) + 1
-        ordered = sorted(common, key=lambda word: -common[word])
+                    used.setdefault(word, set()).add(relation.name)
+        shared = [word for word, by in used.items() if len(by) > 2]
+        own = [word for word, by in used.items() if len(by) <= 2]
         strange = {w for r in RELATIONS for wording in r.strange for w in wording.replace("[X]", "").split()}
         values = [word for words in self.value_words for word in (*words, *map(str.title, words))]
-        pieces = [*ordered, *values, *self.first, *self.middle, *self.last, *sorted(strange)]
+        pieces = [*shared, *values, *own, *self.first, *self.middle, *self.last, *sorted(strange)]
         vocabulary = {UNKNOWN: 0, START: 1}
         for piece in pieces:
             vocabulary.setdefault(f"Ġ{piece}", len(vocabulary))
@@ -234,8 +234,7 @@ class World:
         ]
         asked = chance.sample(stated, min(len(stated), 2))
         return " ".join(
-            [f.needed.text for f in stated]
-            + [f.ask(chance.choice(f.relation.wordings)) + said(f.value) for f in asked]
+            [f.needed.text for f in stated] + [f.ask(chance.choice(f.relation.wordings)) + said(f.value) for f in asked]
         )
 
 
@@ -252,19 +251,17 @@ class BaseSettings:
     learning_rate: float = 4e-3
     seed: int = 0
 
-    @property
-    def folder(self) -> Path:
-        code = Path(__file__).read_bytes()
-        key = hashlib.sha256(json.dumps(asdict(self)).encode() + code).hexdigest()[:16]
-        cache = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
-        return Path(cache) / "nightschool-benchmarks" / f"biographies-{key}"
+    def folder(self, world: World) -> Path:
+        """Named after the settings and the first texts of training: with another world it is another base."""
+        texts = list(islice(world.texts(random.Random(0)), 50))
+        spelled = world.tokenizer()(texts)["input_ids"]
+        key = hashlib.sha256(json.dumps([asdict(self), texts, spelled]).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / "nightschool-benchmarks" / f"biographies-{key}"
 
 
 def base(settings: BaseSettings, world: World) -> tuple[Path, float]:
     """The folder of a base with these settings, and the CPU seconds of its training; it is made if it is not in the cache."""
-    import time
-
-    folder = settings.folder
+    folder = settings.folder(world)
     note = folder / "training.json"
     if note.exists():
         return folder, float(json.loads(note.read_text())["cpu_seconds"])
