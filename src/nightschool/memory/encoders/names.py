@@ -25,6 +25,8 @@ Tokens = npt.NDArray[np.int32]
 # How surely a name is meant that stands in the question as a whole or as a part, or whose words stand apart.
 _SURETIES = {Standing.WHOLE: 1.0, Standing.PART_OF_A_NAME: 0.75, Standing.PART_OF_A_WORD: 0.0}
 _SCATTERED = 0.85
+# Of a name that stands in a text more often, the first ones are looked at.
+_MOST_PLACES = 16
 # Of two subjects that are both named, the one that explains more of the question wins by so much.
 _EXPLAINS = 0.03
 # Words that are less than this as rare as the rarest tell nothing. A sentence with half of the others is accepted, one with fewer is not.
@@ -197,9 +199,11 @@ class Vocabulary:
             windows = np.lib.stride_tricks.sliding_window_view(padded, length)[: len(spelling.tokens)]
             lines, places = np.nonzero(windows[None, :, 0] == tokens[:, None, 0])
             stands = ((windows[places] == tokens[lines]) | ~counts[lines]).all(axis=1)
+            looked_at: Counter[int] = Counter()
             for line, place in zip(lines[stands].tolist(), places[stands].tolist(), strict=True):
                 first, last = place, place + int(ends[line, 0]) - 1
-                if last < first:
+                looked_at[line] += 1
+                if last < first or looked_at[line] > _MOST_PLACES or found.get(line) == _SURETIES[Standing.WHOLE]:
                     continue
                 relation = set(self.stems[tokens[line, ends[line, 0] : ends[line, 1]]].tolist())
                 how = standing(

@@ -33,9 +33,9 @@ _WORD_BEFORE = re.compile(rf"(?P<word>(?<![\w.&'’-])[^\W_][\w.&'’-]*?){_LINK
 _WORD_AFTER = re.compile(rf"{_LINK}(?P<word>[^\W_][\w&-]*)")
 # A full stop or an apostrophe goes on with a word as in "L.F.C." and "L'Abbaye", but not in "Ada's".
 _GOES_ON = re.compile(r"(?:[.&]|['’](?!(?:s|re|ll|d|ve|m|t)\b))?(?P<next>[^\W_])")
-_ASKS = re.compile(r"\?\W*$")
+_SIGNS = " .!:;'’\"”»)…"
 _ARTICLE_OF_A_NAME = re.compile(r"(?:al|el|ad|as|ash|an|ar)-")
-_OPENS = re.compile(r"(?:^|[.?!:;\"“”«(])\s*$")
+_ENDS_BEFORE = frozenset('.?!:;"“”«(')
 _POSSESSIVE = ("'s", "’s", "s'", "s’")
 
 Writing = Callable[[str], bool]
@@ -80,15 +80,15 @@ def standing(
         if not any(map(str.isupper, _ARTICLE_OF_A_NAME.sub("", word).partition("-")[0])):
             return False
         # Nobody begins a sentence with two capitals in a word that is no name.
-        is_told = has_capitals and (not _OPENS.search(text, 0, at) or any(map(str.isupper, word[1:])))
+        is_told = has_capitals and (not _opens(text, at) or any(map(str.isupper, word[1:])))
         return is_told or writing(word)
 
     before = _WORD_BEFORE.search(text[max(0, start - _NEAR) : start])
     if before is not None:
         word, at = before["word"], max(0, start - _NEAR) + before.start("word")
-        opens, links = _OPENS.search(text, 0, at) is not None, before["link"] is not None
+        opens, links = _opens(text, at), before["link"] is not None
         is_part = is_capital(word, at) or (opens and word[0].isdigit())  # "2008 Oslo attack", but not "in 2008 Oslo"
-        if opens and not links and not _ASKS.search(text) and word.casefold() not in OPENERS:
+        if opens and not links and not text[-_NEAR:].rstrip(_SIGNS).endswith("?") and word.casefold() not in OPENERS:
             # A statement opens with what it is about, unless a common word comes before a name: "player Paul McCartney".
             is_part |= not is_name(text[start:end]) or (has_capitals and word[0].isupper())
         if is_part and not word.endswith(_POSSESSIVE) and not explained(at, at + len(word)):
@@ -97,6 +97,12 @@ def standing(
     if after is not None and (after["word"][0].isdigit() or is_capital(after["word"], after.start("word"))):
         return Standing.PART_OF_A_NAME
     return Standing.WHOLE
+
+
+def _opens(text: str, at: int) -> bool:
+    """Whether a sentence begins at `at`."""
+    before = text[max(0, at - _NEAR) : at].rstrip()
+    return not before or before[-1] in _ENDS_BEFORE
 
 
 def _tells(letter: str) -> bool:

@@ -27,6 +27,7 @@ _ADDRESSES = (
     "GROUP BY subject_key, relation_key HAVING count(*) > 1 ORDER BY min(row)"
 )
 _AT_ADDRESS = "SELECT {columns} FROM rows WHERE subject_key = :s AND relation_key = :r AND died IS NULL ORDER BY row"
+MOST_TOLD = 10_000
 _SENTENCES = "SELECT row, text FROM rows WHERE died IS NULL AND text_key IS NOT NULL ORDER BY row"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -293,9 +294,12 @@ class MemoryStore:
             set_relation(connection, relation, cardinality)
 
     def conflicts(self) -> list[Contradiction]:
-        """Pairs of entries of which perhaps only one holds, and which nobody has settled."""
+        """Pairs of entries of which perhaps only one holds, and which nobody has settled; the first 10,000 of them.
+
+        Of so many values of one relation there are half as many pairs as the square of their number.
+        """
         with self._connections.reading() as connection:
-            return list(conflicts.contradictions(connection))
+            return list(islice(conflicts.contradictions(connection), conflicts.MOST_TOLD))
 
     def resolve(self, a: str, b: str, keep: Decision, *, author: str, text: str | None = None) -> Change:
         """Settle two entries: keep `a`, `b` or `both`, or `merge` them into `a`, which then says `text`.

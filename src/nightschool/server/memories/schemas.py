@@ -244,7 +244,7 @@ class Conflict(BaseModel):
 
 
 class Conflicts(BaseModel):
-    """The first of the conflicts that nobody has settled, and how many there are."""
+    """The first of the conflicts that nobody has settled, and how many there are, counted up to 10,000."""
 
     total: int
     conflicts: list[Conflict]
