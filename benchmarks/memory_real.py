@@ -1,36 +1,46 @@
 """Does a real model that was never taught to read a memory read one, of facts that its weights cannot know?
 
 SmolLM2-135M-Instruct, frozen. Facts and patterns are those of ParaRel's T-REx, subjects split between training and test; every value of
-the test is counterfactual: drawn from the others of its relation. The memory holds all facts, and the gate that was trained finds the
-entries. Patterns that are held out were never trained, for no subject. Peers: the base alone, and the base with the same entries, or
-with the right one alone, in its prompt.
+the test is counterfactual: drawn from the others of its relation. The memory holds all facts, and entries are found as a server
+finds them. Patterns that are held out were never trained, for no subject. Answers are generated freely, greedily, by the engine
+that serves. Peers: the base alone; the base with what was found, or with the right entry alone, in its prompt; and LoRA,
+trained for as long as the memory, on the statements of the questions alone, which spares it all other facts.
+
+What is to stay is asked of facts that the memory had and no longer has, beside what the base says alone: as a server finds and reads
+(`locality`); made to read the eight nearest of all entries, the score of the nearest set to 1 (`locality_gate_sure_and_wrong`); and
+the same with the fit of that entry set to 1, too, so that only the states themselves can tell (`locality_states_alone`).
+
+What is done is kept (see `kept`): a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import gc
 import math
+import os
 import random
-import re
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import real_model
 import torch
 from harness import DATA, Benchmark
-from memory_reading import Asked, Entries, Memorised, continuations, said, stays
+from kept import Kept
+from memory_answers import Answering, half_interval, is_right, newest_version, seconds_per_step, share
+from memory_pararel import PLACE, Facts, kinds_of_data, plain_rows, training_rows
+from memory_reading import Entries, Memorised
 
-from nightschool.data.example import NeededFact
-from nightschool.layers.forward import prepare
+import nightschool
+from nightschool.layers.memory_gate import text_for_gate
+from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
 
-PLACE = DATA / "memory" / "pararel_trex"
 CANDIDATES = 8
+# As many as a server puts into a prompt.
+IN_PROMPT = 4
 MEMORY = {
     "knowledge_length": 64,
     "num_candidates": CANDIDATES,
@@ -38,116 +48,18 @@ MEMORY = {
     "gate_rank": 128,
     "fusion_rank": 128,
 }
-CONTINUED_TOKENS = 8
 THREADS = 2
-TEST_SHARE = 77  # of 256
+ROWS, PLAIN_ROWS = 12_000, 1_200
+COLUMNS = ("efficacy", "paraphrase_seen_patterns", "paraphrase_unseen_patterns")
+SOURCES = ("layers/memory_*.py", "models/memory_*.py", "data/memory_*.py", "training/methods/memory.py",
+           "training/nearest_facts.py", "config/memory.py")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A relation: its patterns, of which the first is how entries are written, and its facts as subject and value."""
+class Sizes:
+    """Of one run of the benchmark."""
 
-    patterns: tuple[str, ...]
-    held_out: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
-
-    @property
-    def values(self) -> list[str]:
-        return sorted({value for _, value in self.facts})
-
-
-def kinds_of_data() -> dict[str, Kind]:
-    """Relations with three patterns or more that end in the value; about a third of these are held out."""
-    kinds = {}
-    for path in sorted((PLACE / "patterns").iterdir()):
-        patterns: list[str] = []
-        for line in path.read_text().splitlines():
-            pattern = re.sub(r"\s+", " ", re.sub(r"\s*\.$", "", json.loads(line)["pattern"].strip())).replace(" ,", ",")
-            if pattern.endswith("[Y]") and pattern.count("[X]") == 1 and pattern[:-3].strip() not in patterns:
-                patterns.append(pattern[:-3].strip())
-        rows = (
-            [json.loads(line) for line in (PLACE / "trex" / path.name).read_text().splitlines()]
-            if (PLACE / "trex" / path.name).exists()
-            else []
-        )
-        facts = {}
-        for row in rows:
-            if 2 < len(row["sub_label"]) < 40 and 1 < len(row["obj_label"]) < 30:
-                facts.setdefault(row["sub_label"], row["obj_label"])
-        if len(patterns) >= 3 and facts:
-            rest = patterns[1:]
-            random.Random(path.stem).shuffle(rest)
-            held = max(1, round(len(patterns) / 3))
-            kinds[path.stem] = Kind((patterns[0], *rest[held:]), tuple(rest[:held]), tuple(sorted(facts.items())))
-    return kinds
-
-
-def is_test(subject: str) -> bool:
-    return hashlib.sha256(subject.encode()).digest()[0] < TEST_SHARE
-
-
-def fact_of(kind: Kind, subject: str, value: str) -> NeededFact:
-    pattern = kind.patterns[0]
-    return NeededFact(f"{pattern.replace('[X]', subject)} {value}.", subject, pattern.replace("[X]", "").strip(), value)
-
-
-def training_rows(kinds: dict[str, Kind], count: int, seed: int) -> list[dict[str, Any]]:
-    """Facts of training subjects in all training patterns, as texts with the fact that they need."""
-    chance, rows = random.Random(seed), []
-    everything = [(kind, s, v) for kind in kinds.values() for s, v in kind.facts if not is_test(s)]
-    for kind, subject, value in chance.sample(everything, min(count, len(everything))):
-        prompt = chance.choice(kind.patterns).replace("[X]", subject)
-        rows.append({"text": f"{prompt} {value}.", "fact": fact_of(kind, subject, value)._asdict()})
-    return rows
-
-
-def train(folder: Path, base: str, rows: list[dict[str, Any]], stage: str, seed: int, **settings: Any) -> str:
-    """One stage, as `nightschool train` runs it; returns the version."""
-    from nightschool.config.recipe import Recipe
-    from nightschool.store.home import Home
-    from nightschool.store.runs import RunStore
-    from nightschool.training.run import execute
-    from nightschool.work.stop import Stop
-
-    home = Home(folder / ".nightschool").ensure()
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    recipe = Recipe.model_validate(
-        {
-            "name": f"memory-{stage}", "base": base, "method": "memory", "memory": MEMORY | {"stage": stage},
-            "data": [{"path": "rows.jsonl"}], "held_out": {"share": 0.0},
-            "train": {"dtype": "auto", "num_threads": THREADS, "accumulation_steps": 1, "warmup_steps": 10, "seed": seed, "max_seq_len": 128,
-                      "epochs": 100, "log_every": 10} | settings,
-            "serve": {"promote": "never"}, "checkpoints": {"background": False},
-        }
-    )  # fmt: skip
-    run = RunStore(home).create(recipe.as_plain(), name=recipe.name)
-    execute(home, run, resume=None, root=folder, stop=Stop())
-    candidate = run.status.candidate
-    assert candidate is not None
-    return str(home.models / candidate.replace("@", "/"))
-
-
-def perplexities(model: Any, tokenizer: Any, finder: Any, windows: int) -> tuple[float, float]:
-    """Of plain English, with whatever is found for its first half read in the second, and without a memory."""
-    text = (DATA / "text" / "news-from-nowhere.txt").read_text("utf-8")[20_000:]
-    ids = tokenizer(text)["input_ids"]
-    losses = [0.0, 0.0]
-    with torch.no_grad():
-        for number in range(windows):
-            window = ids[number * 997 : number * 997 + 96]
-            question = tokenizer.decode(window[24:48])
-            reading = finder.reading(finder.find([question], CANDIDATES)[0])
-            for way, spans in enumerate(([(slice(47, 96), reading)], [])):
-                with model.reading(spans):
-                    logits = model(input_ids=torch.tensor([window]), use_cache=False).logits[0]
-                losses[way] += float(
-                    torch.nn.functional.cross_entropy(logits[47:-1].float(), torch.tensor(window[48:]))
-                )
-    return math.exp(losses[0] / windows), math.exp(losses[1] / windows)
-
-
-def share(flags: Sequence[bool]) -> float:
-    return sum(flags) / max(1, len(flags))
+    def __init__(self, *, quick: bool) -> None:
+        self.router_steps, self.steps, self.questions, self.windows = (60, 24, 16, 8) if quick else (150, 110, 300, 60)
 
 
 def main() -> None:
@@ -158,149 +70,299 @@ def main() -> None:
             "efficacy": {"min": 0.90},
             "paraphrase_unseen_patterns": {"min": 0.80},
             "locality": {"min": 0.98},
+            "locality_gate_sure_and_wrong": {"min": 0.90},
             "perplexity_ratio": {"max": 1.001},
             "training_cpu_minutes": {"max": 90},
         },
+        choices={"seeds": ("1", "2", "3")},
     )
     if real_model.find() is None or not PLACE.exists():
         sys.exit("This benchmark needs SmolLM2 (make real-model-file) and shared/data/memory.")
     torch.set_num_threads(THREADS)
-    from nightschool.models.dtype import resolve_dtype
-    from nightschool.models.load import load_base
-    from nightschool.models.memory_model import MemoryModel
+    per_seed = [of_seed(seed, Sizes(quick=bench.quick)) for seed in range(int(bench.chosen["seeds"]))]
+    figures = {name: fmean(one[name] for one in per_seed) for name in per_seed[0]}
+    figures |= {f"{name}_worst_seed": min(one[name] for one in per_seed) for name in COLUMNS if len(per_seed) > 1}
+    bench.finish(figures)
+
+
+def of_seed(seed: int, sizes: Sizes) -> dict[str, float]:
+    """All figures of one seed: of questions and values, of training, and of weights."""
+    package = Path(nightschool.__file__).parent
+    settings = {"seed": seed, "memory": MEMORY, "rows": [ROWS, PLAIN_ROWS], "base": real_model.SHA256} | vars(sizes)
+    kept = Kept("memory_real", settings, [path for pattern in SOURCES for path in package.glob(pattern)])
+    print(f"  seed {seed}: what is done is kept in {kept.folder}", flush=True)
+    kinds = kinds_of_data()
+    facts = Facts(kinds, sizes.questions, seed)
+    trained = trained_memory(kept, sizes, seed)
+    say(
+        f"trained in {trained['cpu_minutes']:.1f} CPU minutes, {trained['wall_minutes']:.1f} on the wall, load {trained['load']:.0f}"
+    )
+    memory = InMemory(kept, trained["version"], facts)
+    figures = memory.figures(sizes)
+    memory.close()
+    figures |= {"training_cpu_minutes": trained["cpu_minutes"], "training_wall_minutes": trained["wall_minutes"]}
+    return figures | by_lora(kept, facts, trained)
+
+
+def say(text: str) -> None:
+    print(f"    {text}", flush=True)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
+    """A run, as `nightschool train` runs it."""
+    import json
+
+    from nightschool.config.recipe import Recipe
+    from nightschool.store.home import Home
+    from nightschool.store.runs import RunStore
+    from nightschool.training.run import execute
+    from nightschool.work.stop import Stop
+
+    home = Home(folder / ".nightschool").ensure()
+    file = folder / f"{recipe['name']}.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    shared = {
+        "data": [{"path": file.name}],
+        "held_out": {"share": 0.0},
+        "serve": {"promote": "never"},
+        "checkpoints": {"background": False},
+    }
+    whole = Recipe.model_validate(recipe | shared)
+    run = RunStore(home).create(whole.as_plain(), name=whole.name)
+    execute(home, run, resume=None, root=folder, stop=Stop())
+    return run
+
+
+def settings_of(seed: int, **settings: Any) -> dict[str, Any]:
+    return {"dtype": "auto", "num_threads": THREADS, "accumulation_steps": 1, "warmup_steps": 10, "seed": seed,
+            "max_seq_len": 128, "epochs": 100, "log_every": 10} | settings  # fmt: skip
+
+
+def trained_memory(kept: Kept, sizes: Sizes, seed: int) -> dict[str, Any]:
+    """Gate, then gate and reader: the version, and what both took."""
     from nightschool.store.home import Home
 
-    steps, router_steps, questions = (40, 150, 48) if bench.quick else (110, 150, 100)
-    plain = real_model.load()
-    kinds, seed = kinds_of_data(), 0
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        rows = training_rows(kinds, 6000, seed)
-        began = time.process_time()
-        router = train(folder, str(plain.path), rows, "router", seed, max_steps=router_steps, batch_size=48)
-        router_minutes = (time.process_time() - began) / 60
-        version = train(folder, router, rows, "joint", seed, max_steps=steps, batch_size=24)
-        minutes = (time.process_time() - began) / 60
-        print(f"  trained: {minutes:.1f} CPU minutes, of them {router_minutes:.1f} on the gate", flush=True)
-        loaded = load_base(version, Home(folder / ".nightschool"))
-        model = MemoryModel(loaded.model, loaded.memory).eval()
-        assert prepare(model).packed, "packed rows keep questions apart"
-        compute = resolve_dtype("auto", torch.device("cpu"), hidden_size=plain.model.config.hidden_size).compute
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
-            figures = evaluate(model, loaded.tokenizer, kinds, questions, bench.quick)
-    print(f"  computed in {compute}", flush=True)
-    bench.finish(figures | {"training_cpu_minutes": minutes})
+    base, home = str(real_model.load().path), Home(kept.folder / ".nightschool")
+    rows = training_rows(kinds_of_data(), ROWS, seed) + plain_rows(PLAIN_ROWS)
+    random.Random(seed).shuffle(rows)
+
+    def stage(name: str, base: str, **settings: Any) -> dict[str, Any]:
+        recipe = {"name": name, "base": base, "method": "memory", "memory": MEMORY | {"stage": name}}
+        return timed(home, lambda: train(kept.folder, recipe | {"train": settings_of(seed, **settings)}, rows))
+
+    router = kept.once("router", lambda: stage("router", base, max_steps=sizes.router_steps, batch_size=48))
+    joint = kept.once("joint", lambda: stage("joint", router["version"], max_steps=sizes.steps, batch_size=24))
+    return joint | {name: router[name] + joint[name] for name in ("cpu_minutes", "wall_minutes")}
 
 
-def evaluate(model: Any, tokenizer: Any, kinds: dict[str, Kind], count: int, quick: bool) -> dict[str, float]:
-    """All columns, over `count` facts of test subjects."""
-    chance = random.Random(99)
-    # Patterns of different relations can be the same words; of a subject the first such fact is kept.
-    told: dict[tuple[str, str], tuple[Kind, str, str]] = {}
-    for kind in kinds.values():
-        for subject, value in kind.facts:
-            told.setdefault((subject, fact_of(kind, subject, value).relation), (kind, subject, value))
-    new = {
-        key: chance.choice([other for other in kind.values if other != value]) if is_test(subject) else value
-        for key, (kind, subject, value) in told.items()
+def timed(home: Any, run: Callable[[], Any]) -> dict[str, Any]:
+    """The version that a run publishes, and what it took."""
+    began, wall = time.process_time(), time.monotonic()
+    version = newest_version(home, run())
+    return {
+        "version": version,
+        "cpu_minutes": (time.process_time() - began) / 60,
+        "wall_minutes": (time.monotonic() - wall) / 60,
+        "load": os.getloadavg()[0],
     }
-    everything = [fact_of(kind, subject, new[key]) for key, (kind, subject, _) in told.items()]
-    keys = list(told)
-    own = chance.sample([n for n, (subject, _) in enumerate(keys) if is_test(subject)], count)
-    chosen = [told[keys[n]] for n in own]
-    entries = Memorised(model, tokenizer, everything, Path(tempfile.mkdtemp()) / "memory")
-    figures: dict[str, float] = {"entries": len(everything), "questions": count}
-    answers = [f" {new[keys[n]]}" for n in own]
-    columns = {
-        "efficacy": [k.patterns[0] for k, _, _ in chosen],
-        "paraphrase_seen_patterns": [chance.choice(k.patterns[1:] or k.patterns) for k, _, _ in chosen],
-        "paraphrase_unseen_patterns": [chance.choice(k.held_out) for k, _, _ in chosen],
-    }
-    for column, patterns in columns.items():
-        prompts = [pattern.replace("[X]", s) for pattern, (_, s, _) in zip(patterns, chosen, strict=True)]
-        asked = [Asked(p, a) for p, a in zip(prompts, answers, strict=True)]
-        found = entries.find(prompts, CANDIDATES)
-        readings = [entries.reading(one) for one in found]
-        results = said(model, tokenizer, asked, readings)
-        figures[column] = share([right for right, _ in results])
-        figures[f"{column}_found"] = share(
-            [str(n) in [f.entry.source for f in one] for n, one in zip(own, found, strict=True)]
-        )
-        figures[f"{column}_found_first"] = share(
-            [bool(one) and one[0].entry.source == str(n) for n, one in zip(own, found, strict=True)]
-        )
-        named = [
-            entry in [f.entry.id for f in one if f.entry.source == str(n)]
-            for (right, entry), n, one in zip(results, own, found, strict=True)
-            if right
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class InMemory:
+    """All facts in a memory, and a version that reads it, in an engine."""
+
+    def __init__(self, kept: Kept, version: str, facts: Facts) -> None:
+        from nightschool.models.load import load_base
+        from nightschool.models.memory_model import MemoryModel
+        from nightschool.store.home import Home
+
+        self.kept, self.facts = kept, facts
+        home = Home(kept.folder / ".nightschool")
+        loaded = load_base(version, home)
+        self.tokenizer = loaded.tokenizer
+        self.model = MemoryModel(loaded.model, loaded.memory).eval()
+        self.answering = Answering(version, home)
+        self.entries = Memorised(self.model, self.tokenizer, facts.all, fresh(kept.folder / "memory"))
+        absent = [question.number for question in facts.absent]
+        self.entries.remove(absent)
+        self.near = Entries(self.model, self.tokenizer, facts.all)
+        self.near.hide(absent)
+
+    def close(self) -> None:
+        self.answering.close()
+        self.model.attachment.remove()
+        gc.collect()
+
+    def figures(self, sizes: Sizes) -> dict[str, float]:
+        figures: dict[str, float] = {"entries": len(self.facts.all), "questions": sizes.questions}
+        figures |= self.stays() | self.kept.once("perplexity", lambda: self.perplexities(sizes.windows))
+        say(f"perplexity {figures['perplexity_ratio']:.5f} times that without a memory")
+        for column in COLUMNS:
+            figures |= self.column(column)
+        return figures
+
+    def answers(
+        self, part: str, prompts: Sequence[str], readings: Callable[[], Sequence[Any]] | None = None
+    ) -> list[str]:
+        return self.kept.once(part, lambda: self.answering(prompts, readings() if readings else None))
+
+    def column(self, column: str) -> dict[str, float]:
+        """How many questions get the value of their entry, read in each way."""
+        asked = self.facts.asked
+        prompts = [question.prompts[column] for question in asked]
+        found = self.entries.find(prompts, CANDIDATES)
+        texts = {
+            "": prompts,
+            "_base_alone": prompts,
+            "_prompt": ["\n".join([*(f.entry.text for f in reversed(one[:IN_PROMPT])), p]) for one, p in zip(found, prompts, strict=True)],
+            "_prompt_oracle": [f"{self.facts.all[q.number].text}\n{p}" for q, p in zip(asked, prompts, strict=True)],
+        }  # fmt: skip
+        figures = {}
+        for way, own in texts.items():
+            readings = None if way else lambda: [self.entries.reading(one) for one in found]
+            said = self.answers(column + way, own, readings)
+            figures[column + way] = share([is_right(text, q.value) for text, q in zip(said, asked, strict=True)])
+        figures[f"{column}_interval"] = half_interval(figures[column], len(asked))
+        of_right = [
+            [n for n, f in enumerate(one) if f.entry.source == str(q.number)]
+            for one, q in zip(found, asked, strict=True)
         ]
-        figures[f"{column}_named_right"] = share(named)
-        figures[f"{column}_base_alone"] = share([r for r, _ in said(model, tokenizer, asked, [None] * count)])
-        for name, texts in (
-            ("prompt", [" ".join(f.entry.text for f in reversed(one)) for one in found]),
-            ("prompt_oracle", [everything[n].text for n in own]),
-        ):
-            with_text = [Asked(f"{t}\n{a.prompt}", a.answer) for t, a in zip(texts, asked, strict=True)]
-            figures[f"{column}_{name}"] = share([r for r, _ in said(model, tokenizer, with_text, [None] * count)])
-        bench_row(figures, column)
-    # One token at a time, so in fp32: autocast would cast all weights for each.
-    with torch.autocast("cpu", enabled=False):
-        prompts = [pattern.replace("[X]", s) for pattern, (_, s, _) in zip(columns["efficacy"], chosen, strict=True)]
-        figures |= unread(model, tokenizer, everything, own, entries, prompts[: 24 if quick else 60], answers)
+        figures[f"{column}_found"] = share([bool(places) for places in of_right])
+        figures[f"{column}_found_first"] = share([places[:1] == [0] for places in of_right])
+        say(f"{column} {figures[column]:.3f} ± {figures[f'{column}_interval']:.3f}; base alone {figures[f'{column}_base_alone']:.3f}, "
+            f"in the prompt {figures[f'{column}_prompt']:.3f}, the right one alone {figures[f'{column}_prompt_oracle']:.3f}; "
+            f"found {figures[f'{column}_found']:.3f}, first {figures[f'{column}_found_first']:.3f}")  # fmt: skip
+        return figures
+
+    def stays(self) -> dict[str, float]:
+        """How many questions of what the memory no longer has get the base's own words."""
+        absent = self.facts.absent
+        prompts = [question.prompts["efficacy"] for question in absent]
+        alone = self.answers("absent_base_alone", prompts)
+        found = self.entries.find(prompts, CANDIDATES)
+        ways: dict[str, Callable[[], Sequence[MemoryReading]]] = {
+            "locality": lambda: [self.entries.reading(one) for one in found],
+            "locality_gate_sure_and_wrong": lambda: [self.sure_and_wrong(p, fits=False) for p in prompts],
+            "locality_states_alone": lambda: [self.sure_and_wrong(p, fits=True) for p in prompts],
+        }
+        figures = {}
+        for way, readings in ways.items():
+            said = self.answers(way, prompts, readings)
+            figures[way] = share([a == b for a, b in zip(said, alone, strict=True)])
+            if way == "locality":
+                figures["deletion_leak"] = share(
+                    [is_right(text, q.value) for text, q in zip(said, absent, strict=True)]
+                )
+        figures["abstained_without_entry"] = share([not one for one in found])
+        say(", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        return figures
+
+    def sure_and_wrong(self, prompt: str, *, fits: bool) -> MemoryReading:
+        """The nearest entries of all, though none answers, the first with a score of 1; with `fits`, as if it fitted, too."""
+        [found] = self.near.find([prompt], CANDIDATES)
+        candidates = []
+        for place, (number, score) in enumerate(found):
+            fact = self.facts.all[number]
+            address = Address(
+                *(self.gate_ids(text) for text in (fact.subject, fact.relation)), (self.gate_ids(prompt),)
+            )
+            # Without an address nobody judges whether it fits.
+            known = None if fits and place == 0 else address
+            candidates.append(
+                Candidate(f"m{number}", number, self.gate_ids(fact.text), 1.0 if place == 0 else score, known)
+            )
+        return MemoryReading.of(candidates)
+
+    def gate_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text_for_gate(text), add_special_tokens=False)["input_ids"])
+
+    def perplexities(self, windows: int) -> dict[str, float]:
+        """Of plain English, whose first half is the question of what is read in the second."""
+        text = (DATA / "text" / "news-from-nowhere.txt").read_text("utf-8")[20_000:]
+        ids = self.tokenizer(text)["input_ids"]
+        losses = {"on": 0.0, "never_abstaining": 0.0, "off": 0.0}
+        read = {"on": 0, "never_abstaining": 0}
+        for number in range(windows):
+            window = ids[number * 997 : number * 997 + 96]
+            question = self.tokenizer.decode(window[:48])
+            readings = {
+                "on": self.entries.reading(self.entries.find([question], CANDIDATES)[0]),
+                "never_abstaining": self.sure_and_wrong(question, fits=False),
+            }
+            off = self.loss(window, None)
+            losses["off"] += off
+            for way, reading in readings.items():
+                self.model.encoder.encode([reading])
+                # What is closed is the base to the bit.
+                losses[way] += off if reading.is_closed else self.loss(window, reading)
+                read[way] += not reading.is_closed
+        per_word = {way: math.exp(loss / windows) for way, loss in losses.items()}
+        figures = {f"perplexity_{way}": value for way, value in per_word.items()}
+        figures |= {f"windows_read_{way}": count / windows for way, count in read.items()}
+        figures["perplexity_ratio"] = per_word["on"] / per_word["off"]
+        figures["perplexity_ratio_never_abstaining"] = per_word["never_abstaining"] / per_word["off"]
+        return figures
+
+    @torch.no_grad()
+    def loss(self, window: Sequence[int], reading: MemoryReading | None) -> float:
+        spans = [] if reading is None else [(slice(47, 96), reading)]
+        with self.model.reading(spans):
+            logits = self.model(input_ids=torch.tensor([list(window)]), use_cache=False).logits[0]
+        return float(torch.nn.functional.cross_entropy(logits[47:-1].float(), torch.tensor(window[48:])))
+
+
+def fresh(folder: Path) -> Path:
+    """A name for a folder that is not there yet."""
+    number = sum(1 for _ in folder.parent.glob(f"{folder.name}-*"))
+    return folder.with_name(f"{folder.name}-{number}")
+
+
+# --- the peer that learns the facts by heart --------------------------------------------------------------------------
+
+
+def by_lora(kept: Kept, facts: Facts, memory: dict[str, Any]) -> dict[str, float]:
+    """LoRA for as long as the memory was trained, on the statements of the questions."""
+    from nightschool.store.home import Home
+
+    home = Home(kept.folder / ".nightschool")
+
+    def trained() -> dict[str, Any]:
+        rows = [{"text": facts.all[question.number].text} for question in facts.asked]
+        recipe = {"base": str(real_model.load().path), "method": "lora"}
+        settings = settings_of(0, batch_size=16)
+        began, wall = time.process_time(), time.monotonic()
+        pilot = train(
+            kept.folder,
+            recipe | {"name": "lora-pilot", "train": settings | {"max_steps": 6, "log_every": 3}},
+            rows,
+        )
+        busy = (time.process_time() - began) / (time.monotonic() - wall)
+        steps = max(10, round(memory["cpu_minutes"] * 60 / (seconds_per_step(pilot) * busy)))
+        whole = recipe | {"name": "lora-whole", "train": settings | {"max_steps": steps}}
+        return timed(home, lambda: train(kept.folder, whole, rows))
+
+    known = kept.once("lora", trained)
+    say(f"LoRA: {known['cpu_minutes']:.1f} CPU minutes")
+    figures = {"lora_cpu_minutes": known["cpu_minutes"], "lora_wall_minutes": known["wall_minutes"]}
+    answering = Answering(known["version"], home)
+    try:
+        for column in COLUMNS:
+            said = kept.once(
+                f"{column}_lora", lambda column=column: answering([q.prompts[column] for q in facts.asked])
+            )
+            figures[f"{column}_lora"] = share([is_right(t, q.value) for t, q in zip(said, facts.asked, strict=True)])
+        prompts = [question.prompts["efficacy"] for question in facts.absent]
+        said, alone = kept.once("locality_lora", lambda: answering(prompts)), kept.once("absent_base_alone", list)
+        figures["locality_lora"] = share([a == b for a, b in zip(said, alone, strict=True)])
+    finally:
+        answering.close()
+    say(", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name.endswith("_lora")))
     return figures
-
-
-def unread(
-    model: Any,
-    tokenizer: Any,
-    everything: list[NeededFact],
-    own: list[int],
-    entries: Memorised,
-    prompts: list[str],
-    answers: list[str],
-) -> dict[str, float]:
-    """What is to stay: answers of the base where a question has no entry, and its perplexity of plain English."""
-    figures: dict[str, float] = {}
-    # Without its entry a question is to be answered as by the base: what is found is then of others, or says something else.
-    entries.remove(own)
-    alone = continuations(model, tokenizer, prompts, CONTINUED_TOKENS)
-    found = entries.find(prompts, CANDIDATES)
-    figures["locality"] = share(stays(model, tokenizer, prompts, alone, [entries.reading(one) for one in found]))
-    # A finder that never abstains, and is sure of what is nearest.
-    near = Entries(model, tokenizer, everything)
-    near.hide(own)
-    figures["locality_never_abstaining"] = share(
-        stays(model, tokenizer, prompts, alone, [near.reading(one) for one in near.find(prompts, CANDIDATES)])
-    )
-    sure = [
-        [(n, 1.0 if place == 0 else score) for place, (n, score) in enumerate(one)]
-        for one in near.find(prompts, CANDIDATES)
-    ]
-    figures["locality_gate_sure_and_wrong"] = share(
-        stays(model, tokenizer, prompts, alone, [near.reading(one) for one in sure])
-    )
-    deleted = [Asked(p, a) for p, a in zip(prompts, answers, strict=False)]
-    figures["abstained_without_entry"] = share([not one for one in found])
-    figures["deletion_leak"] = share(
-        [r for r, _ in said(model, tokenizer, deleted, [entries.reading(o) for o in found])]
-    )
-    on, off = perplexities(model, tokenizer, entries, 24)
-    figures |= {"perplexity_on": on, "perplexity_off": off, "perplexity_ratio": on / off}
-    figures["perplexity_ratio_never_abstaining"] = perplexities(model, tokenizer, near, 24)[0] / off
-    print(
-        f"  locality {figures['locality']:.3f}, sure and wrong {figures['locality_gate_sure_and_wrong']:.3f}",
-        flush=True,
-    )
-    return figures
-
-
-def bench_row(figures: dict[str, float], column: str) -> None:
-    print(
-        f"  {column}: {figures[column]:.3f}; base alone {figures[column + '_base_alone']:.3f}, in the prompt "
-        f"{figures[column + '_prompt']:.3f}, the right one alone {figures[column + '_prompt_oracle']:.3f}; found "
-        f"{figures[column + '_found']:.3f}, first {figures[column + '_found_first']:.3f}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ OBSERVED = {
     "memory.diversity_loss_coef": (reading, MEMORY, {"memory.diversity_loss_coef": 1.0}),
     "memory.irrelevant_share": (reading, MEMORY, {"memory.irrelevant_share": 0.0}),
     "memory.misled_share": (reading, MEMORY, {"memory.misled_share": 1.0}),
-    "memory.closed_below": (reading, MEMORY, {"memory.closed_below": 0.5}),
+    "memory.closed_below": (reading, MEMORY, {"memory.closed_below": 0.2}),
     "memory.redraw_values": (reading, MEMORY, {"memory.redraw_values": False}),
     "checkpoints.every": (a_run, {}, {"checkpoints.every": "1 steps"}),
     "checkpoints.keep.last": (disk, {}, {"checkpoints.keep.last": 1}),

@@ -14,7 +14,7 @@ class Memory(Section):
 
     stage: Literal["router", "fusion", "joint"] = Field(
         "joint",
-        description="What learns: router: the memory gate, which finds entries; fusion: the layers that read them; joint: both.",
+        description="What learns: router: the memory gate, which finds entries, and what fits a question; fusion: the layers that read them; joint: both.",
     )
     name: NotBlank | None = Field(None, description="The memory that the finished version reads; any, without it.")
     gate_rank: int | None = Field(128, ge=0, description="Rank of what learns in the memory gate; 0 for all of it.")
@@ -51,7 +51,7 @@ class Memory(Section):
         0.5, description="Of those, the share in which the gate is made to be sure of a wrong entry."
     )
     closed_below: Share = Field(
-        0.25, description="An entry that is less likely than this to fit the question is not read at all."
+        0.5, description="An entry that is less likely than this to fit the question is not read at all."
     )
     redraw_values: bool = Field(
         default=True, description="Draw other values in each epoch, so that nothing can be remembered in place of read."

@@ -25,6 +25,10 @@ _NUMBER = 0.05
 _SAME_SUBJECT = 0.5
 _LIKE_NAMED = 0.5
 _NEAREST = 0.6
+# How a name is made that is like another one.
+_ANOTHER_NUMBER = 0.6
+_WORD_MORE, _WORD_LESS = 0.2, 0.3
+_DIGITS = "0123456789"
 # Of the facts that the gate finds nearest, so many are drawn at once.
 _DRAWN_NEAREST = 2
 
@@ -105,11 +109,29 @@ class FactRanges:
 
 
 def like_named(name: str, other: str, chance: random.Random) -> str:
-    """A name with one word of another one; of a single word, the other name."""
+    """A name with another number, with a word of another name in place of one of its own or beside them, or with a word less.
+
+    Of a single word it is the other name, or the word and one of that.
+    """
     words, theirs = name.split(), other.split()
-    if len(words) < 2 or not theirs:
+    numbers = [place for place, word in enumerate(words) if any(letter in _DIGITS for letter in word)]
+    if numbers and chance.random() < _ANOTHER_NUMBER:
+        place = chance.choice(numbers)
+        word = words[place]
+        at = chance.choice([n for n, letter in enumerate(word) if letter in _DIGITS])
+        words[place] = word[:at] + chance.choice(_DIGITS.replace(word[at], "")) + word[at + 1 :]
+        return " ".join(words)
+    if not theirs:
         return other
-    words[chance.randrange(len(words))] = chance.choice(theirs)
+    way = chance.random()
+    if way < _WORD_MORE:
+        words.insert(chance.randrange(len(words) + 1), chance.choice(theirs))
+    elif len(words) < 2:
+        return other
+    elif way < _WORD_MORE + _WORD_LESS:
+        words.pop(chance.choice([0, -1]))
+    else:
+        words[chance.randrange(len(words))] = chance.choice(theirs)
     return " ".join(words)
 
 

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from nightschool.layers.memory_gate import GateFeatures
 
 # Weights of the four signs and the bias before training: an entry that lacks nothing fits, one that lacks a word does not.
-_MISSING, _WORST, _BESIDE, _RELATION = 6.0, 3.0, 3.0, 4.0
+_MISSING, _WORST, _BESIDE, _RELATION = 6.0, 6.0, 6.0, 4.0
 _BIAS = 0.0
 # Cosine of a token with itself, up to rounding.
 _SAME_TOKEN = 0.99
 # A token beside the subject says, before training, that the name goes on with this log-odds.
 _NAME_GOES_ON = -1.0
+# What it counts before training that a token is another one, however near (1 and 2 are near, and other years): its inverse softplus.
+_ANOTHER = -2.0
 _EPSILON = 1e-6
 
 
@@ -60,6 +62,7 @@ class EntryFit(nn.Module):
         super().__init__()
         rank = rank or hidden_size
         self.of_subject = nn.Parameter(torch.zeros(hidden_size))
+        self.another = nn.Parameter(torch.zeros(hidden_size))
         self.goes_on = nn.Parameter(torch.zeros(hidden_size))
         self.of_relation = nn.Parameter(torch.zeros(hidden_size))
         self.of_question = nn.Parameter(torch.zeros(hidden_size))
@@ -73,7 +76,9 @@ class EntryFit(nn.Module):
         asked = questions.is_token
         cosines = torch.einsum("nqh,esh->nesq", questions.features, subjects.features)
         there = cosines.masked_fill(~asked[:, None, None, :], -1.0)
-        missing = (1 - there.amax(3)) * subjects.is_token
+        nearest = there.amax(3)
+        another = F.softplus(subjects.features @ self.another + _ANOTHER) * (nearest <= _SAME_TOKEN)
+        missing = (1 - nearest + another) * subjects.is_token
         share = (subjects.features @ self.of_subject + subjects.log_priors).masked_fill(~subjects.is_token, -torch.inf)
         weights = share.softmax(1).nan_to_num()
         named = (there.masked_fill(~subjects.is_token[None, :, :, None], -1.0).amax(2) > _SAME_TOKEN) & asked[:, None]

@@ -29,7 +29,7 @@ from nightschool.layers.memory_reading import EncodedEntries, EntryWeight, Memor
 Places = slice | Tensor
 """Which tokens of a step belong to a reading."""
 
-CLOSED_BELOW = 0.25
+CLOSED_BELOW = 0.5
 """An entry that is less likely than this to fit its question is not read, unless a shape says otherwise."""
 
 # Below this share of a token an entry is not named.

@@ -1,6 +1,6 @@
 """Method `memory`: a frozen base learns to find and to read the entries of an explicit memory.
 
-Three stages, one after the other or each for itself: `router` teaches the gate where entries lie, without the base; `fusion` teaches
+Three stages, one after the other or each for itself: `router` teaches the gate where entries lie, and what fits, without the base; `fusion` teaches
 the reader, with a gate that stays; `joint` teaches both, the gate also by what the reader makes of its scores.
 
 In each micro-batch the values are drawn anew (`data.memory_batches`), so that reading is the only way to lower the loss. Where the
@@ -88,12 +88,12 @@ class MemoryTask(FiguresTask):
         diversity = _diversity(batch, scores_de, addresses)
         nothing = scores_de.sum() * 0.0
         parts = [nothing] * 3
-        copied = fit = nothing
+        copied = nothing
         stage = self._memory.stage
-        total = similarity + self._memory.diversity_loss_coef * diversity
+        fits_de = self._fits(batch)
+        fit = self._fit_loss(batch, fits_de)
+        total = similarity + self._memory.diversity_loss_coef * diversity + fit
         if stage != "router":
-            fits_de = self._fits(batch)
-            fit = self._fit_loss(batch, fits_de)
             ce, sentinel, kept, copied = self._read(batch, scores_de, F.logsigmoid(fits_de))
             parts = [ce, sentinel, kept]
             total = ce + _SENTINEL_COEF * sentinel + kept + fit
@@ -305,6 +305,8 @@ class MemoryTraining(Finetune):
         model = MemoryModel(base, modules)
         model.memory.gate.requires_grad_(memory.stage != "fusion")
         model.memory.reader.requires_grad_(memory.stage != "router")
+        # What fits is told from words alone, so the stage without the base teaches it, too.
+        model.memory.reader.fit.requires_grad_(True)  # noqa: FBT003 - its only argument
         return replace(loaded, model=cast(Any, model), memory=modules)
 
     @classmethod
