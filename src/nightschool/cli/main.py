@@ -180,6 +180,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "preview": ("nightschool.cli.data:preview", "The first examples, as they are read."),
             "tokenize": ("nightschool.cli.tokenize:tokenize", "Turn text into token shards for pretraining."),
             "check": ("nightschool.cli.data:check", "Read everything; say what is wrong, and where."),
+            "convert": ("nightschool.cli.convert:convert", "Turn a file of another program into rows."),
             "forget": ("nightschool.cli.data:forget", "Delete a kept conversation."),
         },
     ),
