@@ -8,7 +8,8 @@ trained for as long as the memory, on the statements of the questions alone, whi
 
 What is to stay is asked of facts that the memory had and no longer has, beside what the base says alone: as a server finds and reads
 (`locality`); made to read the eight nearest of all entries, the score of the nearest set to 1 (`locality_gate_sure_and_wrong`); and
-the same with the fit of that entry set to 1, too, so that only the states themselves can tell (`locality_states_alone`).
+the same with the fit of that entry set to 1, too, so that only the states themselves can tell (`locality_states_alone`). Of those whose
+subject the memory knows nothing else of, the same under `…_absent_subject`: others may have an entry that means nearly the same.
 
 What is done is kept (see `kept`): a run that was cut off goes on.
 """
@@ -50,6 +51,8 @@ MEMORY = {
 }
 THREADS = 2
 ROWS, PLAIN_ROWS = 12_000, 1_200
+# A hundred times the default: at that so few steps learn nothing by heart.
+LORA_RATE = 2e-3
 COLUMNS = ("efficacy", "paraphrase_seen_patterns", "paraphrase_unseen_patterns")
 SOURCES = ("layers/memory_*.py", "models/memory_*.py", "data/memory_*.py", "training/methods/memory.py",
            "training/nearest_facts.py", "config/memory.py")  # fmt: skip
@@ -88,7 +91,13 @@ def main() -> None:
 def of_seed(seed: int, sizes: Sizes) -> dict[str, float]:
     """All figures of one seed: of questions and values, of training, and of weights."""
     package = Path(nightschool.__file__).parent
-    settings = {"seed": seed, "memory": MEMORY, "rows": [ROWS, PLAIN_ROWS], "base": real_model.SHA256} | vars(sizes)
+    settings = {
+        "seed": seed,
+        "memory": MEMORY,
+        "rows": [ROWS, PLAIN_ROWS],
+        "lora": LORA_RATE,
+        "base": real_model.SHA256,
+    } | vars(sizes)
     kept = Kept("memory_real", settings, [path for pattern in SOURCES for path in package.glob(pattern)])
     print(f"  seed {seed}: what is done is kept in {kept.folder}", flush=True)
     kinds = kinds_of_data()
@@ -250,10 +259,15 @@ class InMemory:
             "locality_gate_sure_and_wrong": lambda: [self.sure_and_wrong(p, fits=False) for p in prompts],
             "locality_states_alone": lambda: [self.sure_and_wrong(p, fits=True) for p in prompts],
         }
-        figures = {}
+        gone = {question.number for question in absent}
+        known = {fact.subject for number, fact in enumerate(self.facts.all) if number not in gone}
+        is_known = [self.facts.all[question.number].subject in known for question in absent]
+        figures = {"absent_subjects": float(is_known.count(False))}
         for way, readings in ways.items():
             said = self.answers(way, prompts, readings)
-            figures[way] = share([a == b for a, b in zip(said, alone, strict=True)])
+            same = [a == b for a, b in zip(said, alone, strict=True)]
+            figures[way] = share(same)
+            figures[f"{way}_absent_subject"] = share([one for one, k in zip(same, is_known, strict=True) if not k])
             if way == "locality":
                 figures["deletion_leak"] = share(
                     [is_right(text, q.value) for text, q in zip(said, absent, strict=True)]
@@ -334,7 +348,7 @@ def by_lora(kept: Kept, facts: Facts, memory: dict[str, Any]) -> dict[str, float
     def trained() -> dict[str, Any]:
         rows = [{"text": facts.all[question.number].text} for question in facts.asked]
         recipe = {"base": str(real_model.load().path), "method": "lora"}
-        settings = settings_of(0, batch_size=16)
+        settings = settings_of(0, batch_size=16, learning_rate=LORA_RATE)
         began, wall = time.process_time(), time.monotonic()
         pilot = train(
             kept.folder,
