@@ -25,16 +25,17 @@ from torch.autograd.function import once_differentiable
 from nightschool.data.batches import Batch
 from nightschool.evaluation.heldout import autocast, on_device
 from nightschool.layers.forward import causal_lm, draws_at_random, has_plain_head, losses_of_batches
+from nightschool.layers.gated_mlp import recompute_gates
 from nightschool.models.resident import shell_of
 from nightschool.training.metrics import say
 from nightschool.training.task import CausalTask, Task
 from nightschool.training.together.member import Member, Window, serve, serve_one
 
-# A pass takes micro-batches up to so many tokens. Memory grows with them, and products gain little: sixteen adapters on 10
-# million weights, ms of CPU with 256 / 512 / 1,024 tokens a pass: 2,210 / 1,965 / 1,902 (one adapter, all in one pass: 1,767).
-# What fewer tokens cost are calls, which a model of more weights does not notice.
-_FEWEST_TOKENS, _MOST_TOKENS = 256, 512
-_TOKENS_TIMES_WEIGHTS = 5_000_000_000
+# A pass takes micro-batches up to so many tokens. Memory grows with them, and so does speed: 135 million weights take 3.7 ms a token
+# where a pass has 193, 3.2 where it has 388; sixteen adapters on 10 million weights, ms of CPU with 256 / 512 / 1,024 tokens a
+# pass: 2,210 / 1,965 / 1,902 (one adapter, all in one pass: 1,767).
+_FEWEST_TOKENS, _MOST_TOKENS = 400, 1024
+_TOKENS_TIMES_WEIGHTS = 6_000_000_000
 # Threads that wait without spinning are woken for each operation. Where the hidden states of a pass are so many numbers or fewer,
 # that takes longer than they save, but in products with the base: sixteen adapters learn 1.6 times as fast.
 _NUMBERS_OF_ONE_THREAD = 300_000
@@ -167,6 +168,7 @@ class JointBase:
         self.pass_tokens = pass_tokens(self._model)
         self.threads = torch.get_num_threads()
         self._parts: Sequence[Part] = ()
+        recompute_gates(self._model)  # what they do not keep pays for passes of more tokens
         self._draws = draws_at_random(self._model)
 
     def check(self, seat: Seat) -> None:
