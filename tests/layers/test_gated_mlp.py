@@ -38,9 +38,7 @@ def _kept_bytes_and_gradients(model: nn.Module) -> tuple[int, dict[str, Tensor]]
     return sum(kept.values()), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
 
-@pytest.mark.parametrize(
-    ("config", "architecture"), [(LlamaConfig, LlamaForCausalLM), (GemmaConfig, GemmaForCausalLM)]
-)
+@pytest.mark.parametrize(("config", "architecture"), [(LlamaConfig, LlamaForCausalLM), (GemmaConfig, GemmaForCausalLM)])
 def test_gradients_stay_the_same_to_the_bit_and_one_tensor_a_layer_is_not_kept(config: Any, architecture: Any) -> None:
     model = architecture(config(**SIZES))
     kept, expected = _kept_bytes_and_gradients(model)

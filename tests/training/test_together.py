@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import threading
 from dataclasses import replace
 
 import pytest
@@ -80,7 +79,7 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
 
     def batch_with_a_word_too_many(task, epoch, place):
         found = batch(task, epoch, place)
-        if place == 5 and threading.current_thread().name.startswith("poisoned"):
+        if place == 5 and "poisoned" in sys.stdout.name:
             found = replace(found, input_ids=found.input_ids + 10**6)
         return found
 

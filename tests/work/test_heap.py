@@ -36,3 +36,24 @@ def test_threads_of_several_runs_share_one_heap(module, is_one):
     if not heaps:
         pytest.skip("another C library")
     assert (heaps == 1) is is_one
+
+
+_HOLES = """
+import numpy, psutil, sys
+from nightschool.work.heap import return_free_memory
+
+pieces = [numpy.ones(100_000, dtype=numpy.uint8) for _ in range(1000)]
+kept, pieces = pieces[::10], None
+rss = lambda: psutil.Process().memory_info().rss
+before = rss()
+return_free_memory()
+print(before - rss(), sum(int(piece.sum()) for piece in kept))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_holes_between_what_is_used_are_returned_and_what_is_used_stays():
+    done = subprocess.run([sys.executable, "-c", _HOLES], capture_output=True, text=True, timeout=120, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert returned > 50_000_000
+    assert kept == 100 * 100_000

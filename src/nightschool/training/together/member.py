@@ -1,8 +1,9 @@
 """A run among others of its process: it works like a coroutine, and believes that it is alone.
 
-Each run executes what a run with a process of its own executes, in a thread, but only one thread works at a time: `go_on`
-lets a member work until it asks for the gradients of a window, or ends. While it works, the random state of the process,
-its output and its errors are the member's own.
+Each run executes what a run with a process of its own executes, in a greenlet: `go_on` lets a member work until it asks for the
+gradients of a window, or ends. While it works, the random state of the process, its output and its errors are the member's own.
+
+All of them are one thread to the libraries beneath, which keep buffers and workers for each thread that ever computed: 34 MB a member.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import gc
 import random
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from nightschool.data.batches import Batch
@@ -29,6 +30,7 @@ from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.run import guarded
 from nightschool.training.task import Task
+from nightschool.work.heap import return_free_memory
 from nightschool.work.stop import Stop
 
 
@@ -81,7 +83,7 @@ class Window:
 
 
 class Member:
-    """One run, its thread, and what is swapped when it works.
+    """One run, and what is swapped when it works.
 
     `asked` is the window that it waits for; `code` its exit code, once it has ended.
     """
@@ -92,20 +94,15 @@ class Member:
         self.asked: Window | None = None
         self.code: int | None = None
         self._answer: Tensor | Exception | None = None
-        self._may_work, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._work, args=(resume, root), name=run.id, daemon=True)
+        self._work = greenlet(lambda: self._execute(resume, root))
 
     # --- from outside -------------------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
         """Let it work until it asks for a window (again), or has ended."""
         with self.at_work(), self.writing():
-            if self._thread.ident is None:
-                self._thread.start()
-            self._may_work.release()
-            self._has_paused.acquire()
-        if self.code is not None:
-            self._thread.join()
+            self._work.parent = getcurrent()
+            self._work.switch()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -133,7 +130,7 @@ class Member:
             finally:
                 sys.stdout, sys.stderr = before
 
-    # --- in its thread ------------------------------------------------------------------------------------------------
+    # --- in its greenlet ----------------------------------------------------------------------------------------------
 
     def load_base(self, ref: str, home: Home, **settings: Any) -> LoadedModel:
         """As `models.load.load_base`, of weights that are in memory once."""
@@ -144,36 +141,38 @@ class Member:
     ) -> Tensor:
         """As `task.accumulate`: wait until whoever serves the windows of all has found the gradients of this one."""
         self.asked = Window(task, window, units, scaler)
-        self._has_paused.release()
-        self._may_work.acquire()
+        assert self._work.parent is not None
+        self._work.parent.switch()
         found, self._answer = self._answer, None
         if isinstance(found, Exception):
             raise found
         assert found is not None
         return found
 
-    def _work(self, resume: str | None, root: Path) -> None:
-        self._may_work.acquire()
+    def _execute(self, resume: str | None, root: Path) -> None:
         code = 1
         try:
             code = guarded(self.run.home, self.run, resume, root, self.stop, company=self)
             self.run.clear_stop()  # it obeyed, or was asked too late
+        except GreenletExit:
+            raise  # nobody lets it go on, as when a process ends at once: to whoever looks it was killed
         except BaseException as error:
             traceback.print_exc()
             self.run.update_status(state="failed", error=repr(error), exit_code=code)
         finally:
             self.code = code
-            self._has_paused.release()
 
 
 def work_together(members: Sequence[Member], serve: Callable[[Sequence[Member]], Iterable[Sequence[Member]]]) -> None:
     """Let all members work until they have ended; `serve` answers those that ask, some at a time, and these go on at once."""
     for member in members:
         member.go_on()
+        return_free_memory()  # of what it planned and evaluated with, or each would add to the holes of those before it
     working = list(members)
     while working:
         if any(member.code is not None for member in working):
             gc.collect()  # models are full of cycles
+            return_free_memory()
         working = [member for member in working if member.code is None]
         for answered in serve(working):
             for member in answered:
