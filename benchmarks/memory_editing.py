@@ -32,7 +32,7 @@ from transformers import Qwen3ForCausalLM
 
 from nightschool.layers.attention import lay_out, packed_arguments
 from nightschool.layers.forward import prepare
-from nightschool.layers.memory_reading import MemoryReading
+from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
 from nightschool.memory.entry import NewEntry
 from nightschool.models.memory_model import MemoryModel
 
@@ -58,8 +58,8 @@ class Size:
     steps: int
 
 
-QUICK = Size((10, 100, 1000), 100, 2000, 60, 100, 150)
-FULL = Size((10, 100, 1000, 10_000, 100_000), 1000, 110_000, 300, 200, 500)
+QUICK = Size((10, 100, 1000), 100, 2000, 60, 100, 300)
+FULL = Size((10, 100, 1000, 10_000, 100_000), 1000, 110_000, 300, 100, 500)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Remembering:
     """The memory: in layers, or with what was found as the beginning of the prompt."""
 
     def __init__(self, speaker: Speaker, memory: Memorised, read: str) -> None:
-        self._speaker, self.memory, self._read = speaker, memory, read
+        self.speaker, self.memory, self._read = speaker, memory, read
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """The memory is written once, for both ways of reading it."""
@@ -158,9 +158,9 @@ class Remembering:
     def answers(self, prompts: Sequence[str]) -> list[str]:
         found = self.memory.find(prompts, CANDIDATES if self._read == "layers" else 4)
         if self._read == "layers":
-            return self._speaker.answers(prompts, [self.memory.reading(one) for one in found])
+            return self.speaker.answers(prompts, [self.memory.reading(one) for one in found])
         texts = [" ".join([*(f.entry.text for f in reversed(one)), p]) for one, p in zip(found, prompts, strict=True)]
-        return self._speaker.answers(texts)
+        return self.speaker.answers(texts)
 
 
 class Tuned:
@@ -536,6 +536,7 @@ def afterwards(
     own = alone.answers(prompts)
     figures["false_answers"] = share([a != b for a, b in zip(reader.answers(prompts), own, strict=True)])
     figures["locality_misled"] = misled(model, tokenizer, edits, alone, size.sample)
+    figures["misled_beside_edit"] = misled_beside(reader, edits, alone, size.sample)
     asked = chance.sample(edits.made, min(size.sample, len(edits.made)) // 2)
     first = [Fact((f.subject, f.relation, edits.originals[f.subject, f.relation.name])) for f in asked]
     write(reader.memory, first)
@@ -568,13 +569,32 @@ def two_hop(who: Editable, edits: Edits, count: int) -> float:
 
 def misled(model: MemoryModel, tokenizer: Any, edits: Edits, alone: Unedited, count: int) -> float:
     """How often facts that nobody edited are answered as before, where the gate finds the nearest of others and is sure of the first."""
-    near = Entries(model, tokenizer, [f.needed for f in edits.distractors[:2000]])
+    others = [f.needed for f in edits.distractors[:2000]]
+    near = Entries(model, tokenizer, others)
     prompts = [f.ask(random.Random(n).choice(f.relation.trained)) for n, f in enumerate(edits.kept[:count])]
-    sure = [
-        [(n, 1.0 if place == 0 else score) for place, (n, score) in enumerate(one)]
-        for one in near.find(prompts, CANDIDATES)
-    ]
-    answers = Speaker(model, tokenizer).answers(prompts, [near.reading(one) for one in sure])
+
+    def spelled(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    readings = []
+    for prompt, found in zip(prompts, near.find(prompts, CANDIDATES), strict=True):
+        candidates = []
+        for place, (n, score) in enumerate(found):
+            address = Address(spelled(others[n].subject), spelled(others[n].relation), (spelled(prompt),))
+            candidates.append(Candidate(f"m{n}", n, near.ids_of(n), score if place else 1.0, address))
+        readings.append(MemoryReading.of(candidates))
+    answers = Speaker(model, tokenizer).answers(prompts, readings)
+    return share([a == b for a, b in zip(answers, alone.answers(prompts), strict=True)])
+
+
+def misled_beside(reader: Remembering, edits: Edits, alone: Unedited, count: int) -> float:
+    """The same for other facts of people of whom one was edited: what is found is theirs, and the gate is sure of the first."""
+    prompts = [f.ask(random.Random(n).choice(f.relation.trained)) for n, f in enumerate(edits.beside[:count])]
+    readings = [reader.memory.reading(one) for one in reader.memory.find(prompts, CANDIDATES)]
+    for reading in readings:
+        if len(reading):
+            reading.scores[int(reading.scores.argmax())] = 1.0
+    answers = reader.speaker.answers(prompts, readings)
     return share([a == b for a, b in zip(answers, alone.answers(prompts), strict=True)])
 
 
