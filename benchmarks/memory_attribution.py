@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import memory_real
 import real_model
 import torch
 from harness import Benchmark
+from memory_pararel import PLACE
 from memory_readers import Reader, real_reader, small_reader
 
 from nightschool.engine.memory_lookup import open_memory, reading_of
@@ -150,7 +152,10 @@ def of_reader(reader: Reader, count: int) -> dict[str, float]:
         NewEntry(fact.text, fact.subject, fact.relation, fact.value, source=str(number))
         for number, fact in enumerate(reader.facts)
     ]
-    chosen = random.Random(3).sample(reader.asked, min(count, len(reader.asked)))
+    about = Counter(fact.subject for fact in reader.facts)
+    shuffled = random.Random(3).sample(reader.asked, len(reader.asked))
+    # Those first of whose subject there is more to be read.
+    chosen = sorted(shuffled, key=lambda number: about[reader.facts[number].subject] < 2)[:count]
     with tempfile.TemporaryDirectory() as scratch:
         asker = Asker(reader.folder, entries, Path(scratch))
         try:
@@ -174,10 +179,10 @@ def main() -> None:
         has_real=True,
     )
     torch.set_num_threads(memory_real.THREADS)
-    if bench.is_real and (real_model.find() is None or not memory_real.PLACE.exists()):
+    if bench.is_real and (real_model.find() is None or not PLACE.exists()):
         sys.exit("This benchmark needs SmolLM2 (make real-model-file) and shared/data/memory.")
     if bench.is_real:
-        reader = real_reader(steps=40) if bench.quick else real_reader()
+        reader = real_reader(quick=bench.quick)
     else:
         reader = small_reader(spoken=100, steps=80) if bench.quick else small_reader()
     torch.set_num_threads(1)

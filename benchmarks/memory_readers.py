@@ -1,30 +1,21 @@
-"""Versions that read a memory, trained once for each of their settings and kept beside the real model: what reads SmolLM2's and a tiny one.
-
-A reader that was trained before is taken as it is, if neither its settings, nor its data, nor the code that trains it changed since.
-"""
+"""Versions that read a memory, trained once for each of their settings and kept: one of SmolLM2, and one of a tiny model."""
 
 from __future__ import annotations
 
-import getpass
-import hashlib
 import json
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import memory_real
-import real_model
-import torch
+from kept import Kept
+from memory_pararel import Facts, kinds_of_data
 
 import nightschool
 from nightschool.data.example import NeededFact
 
-_CODE = ("layers/memory_*.py", "models/memory_model.py", "data/memory_*.py", "training/methods/memory.py")
 # A world that a tiny model can learn to speak of: names of two parts, three relations.
 _FIRST, _LAST = (
     ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ivy", "Jo"),
@@ -53,27 +44,12 @@ class Reader:
         return fact.text[: fact.text.rindex(fact.value)].strip()
 
 
-def real_reader(*, router_steps: int = 150, steps: int = 110, seed: int = 0) -> Reader:
-    """SmolLM2 with a reader that was trained as memory_real.py trains it; the memory has all facts, those of test subjects counterfactual."""
-    kinds = memory_real.kinds_of_data()
-    base = real_model.load().path
-
-    def train(folder: Path) -> str:
-        rows = memory_real.training_rows(kinds, 6000, seed)
-        router = memory_real.train(folder, str(base), rows, "router", seed, max_steps=router_steps, batch_size=48)
-        return memory_real.train(folder, router, rows, "joint", seed, max_steps=steps, batch_size=24)
-
-    key = ["real", router_steps, steps, seed, memory_real.MEMORY]
-    version, minutes = _kept(key, real_model.folder() / "readers", train)
-    chance = random.Random(99)
-    told: dict[tuple[str, str], tuple[bool, NeededFact]] = {}
-    for kind in kinds.values():
-        for subject, value in kind.facts:
-            is_test = memory_real.is_test(subject)
-            new = chance.choice([other for other in kind.values if other != value]) if is_test else value
-            fact = memory_real.fact_of(kind, subject, new)
-            told.setdefault((subject, fact.relation), (is_test, fact))
-    return _reader(version, minutes, list(told.values()))
+def real_reader(*, quick: bool, seed: int = 0) -> Reader:
+    """SmolLM2 with the reader that memory_real.py trains, and its facts, those of test subjects counterfactual."""
+    sizes = memory_real.Sizes(quick=quick)
+    trained = memory_real.trained_memory(memory_real.kept_of(seed, sizes), sizes, seed)
+    facts = Facts(kinds_of_data(), sizes.questions, seed)
+    return Reader(Path(trained["version"]), trained["cpu_minutes"], facts.all, [one.number for one in facts.asked])
 
 
 def small_reader(*, spoken: int = 200, steps: int = 200, seed: int = 0) -> Reader:
@@ -91,19 +67,28 @@ def small_reader(*, spoken: int = 200, steps: int = 200, seed: int = 0) -> Reade
         memory = {"method": "memory", "memory": _MEMORY | {"stage": "joint"}}
         return _trained(folder, "reader", speaker, rows, memory, steps, seed)
 
-    root = Path(tempfile.gettempdir()) / f"nightschool-readers-{getpass.getuser()}"
-    version, minutes = _kept(["small", spoken, steps, seed, _MEMORY, _TRAIN, known, RELATIONS], root, train)
+    settings = {
+        "steps": [spoken, steps],
+        "seed": seed,
+        "train": _TRAIN | {"memory": _MEMORY},
+        "said": [known, RELATIONS],
+    }
+    package = Path(nightschool.__file__).parent
+    kept = Kept("memory_readers", settings, [path for pattern in memory_real.SOURCES for path in package.glob(pattern)])
+
+    def made() -> dict[str, Any]:
+        began = time.process_time()
+        return {"version": train(kept.folder), "cpu_minutes": (time.process_time() - began) / 60}
+
+    trained = kept.once("reader", made)
     drawn = random.Random(99)
     told = []
     for who in people:
         for relation, values in RELATIONS.items():
             value = drawn.choice(values)
             told.append((who in new, NeededFact(f"{who} {relation} {value}.", who, relation, value)))
-    return _reader(version, minutes, told)
-
-
-def _reader(version: Path, minutes: float, told: list[tuple[bool, NeededFact]]) -> Reader:
-    return Reader(version, minutes, [fact for _, fact in told], [n for n, (is_test, _) in enumerate(told) if is_test])
+    asked = [number for number, (is_test, _) in enumerate(told) if is_test]
+    return Reader(Path(trained["version"]), trained["cpu_minutes"], [fact for _, fact in told], asked)
 
 
 def _row(who: str, relation: str, chance: random.Random) -> dict[str, Any]:
@@ -135,37 +120,3 @@ def _trained(
     execute(home, run, resume=None, root=folder, stop=Stop())
     assert run.status.candidate is not None
     return str(home.models / run.status.candidate.replace("@", "/"))
-
-
-def _kept(key: list[Any], root: Path, train: Callable[[Path], str]) -> tuple[Path, float]:
-    """The folder of a version that `train` makes, or made before under this key, and the minutes of the processor that it took."""
-    whole = hashlib.sha256(json.dumps([key, torch.__version__]).encode())
-    package = Path(nightschool.__file__).parent
-    for path in sorted(path for pattern in _CODE for path in package.glob(pattern)):
-        whole.update(path.read_bytes())
-    place = root / f"{key[0]}-{whole.hexdigest()[:16]}"
-    if not place.exists():
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
-            began = time.process_time()
-            version = train(Path(scratch) / "training")
-            minutes = (time.process_time() - began) / 60
-            made = Path(scratch) / "made"
-            shutil.copytree(version, made / "version")
-            _with_its_base(made, place)
-            (made / "minutes").write_text(f"{minutes}")
-            made.rename(place)
-    return place / "version", float((place / "minutes").read_text())
-
-
-def _with_its_base(made: Path, place: Path) -> None:
-    """Keep a base beside its reader, which will lie at `place`, where it would go with the folder of the training."""
-    from nightschool.models.folder import MEMORY_CONFIG
-
-    path = made / "version" / MEMORY_CONFIG
-    config = json.loads(path.read_text())
-    base = Path(config["base"])
-    if made.parent in base.parents:
-        shutil.copytree(base, made / "base")
-        config["base"] = str(place / "base")
-        path.write_text(json.dumps(config))

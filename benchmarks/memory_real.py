@@ -90,15 +90,7 @@ def main() -> None:
 
 def of_seed(seed: int, sizes: Sizes) -> dict[str, float]:
     """All figures of one seed: of questions and values, of training, and of weights."""
-    package = Path(nightschool.__file__).parent
-    settings = {
-        "seed": seed,
-        "memory": MEMORY,
-        "rows": [ROWS, PLAIN_ROWS],
-        "lora": LORA_RATE,
-        "base": real_model.SHA256,
-    } | vars(sizes)
-    kept = Kept("memory_real", settings, [path for pattern in SOURCES for path in package.glob(pattern)])
+    kept = kept_of(seed, sizes)
     print(f"  seed {seed}: what is done is kept in {kept.folder}", flush=True)
     kinds = kinds_of_data()
     facts = Facts(kinds, sizes.questions, seed)
@@ -111,6 +103,19 @@ def of_seed(seed: int, sizes: Sizes) -> dict[str, float]:
     memory.close()
     figures |= {"training_cpu_minutes": trained["cpu_minutes"], "training_wall_minutes": trained["wall_minutes"]}
     return figures | by_lora(kept, facts, trained)
+
+
+def kept_of(seed: int, sizes: Sizes) -> Kept:
+    """Where the parts of a seed are kept."""
+    package = Path(nightschool.__file__).parent
+    settings = {
+        "seed": seed,
+        "memory": MEMORY,
+        "rows": [ROWS, PLAIN_ROWS],
+        "lora": LORA_RATE,
+        "base": real_model.SHA256,
+    } | vars(sizes)
+    return Kept("memory_real", settings, [path for pattern in SOURCES for path in package.glob(pattern)])
 
 
 def say(text: str) -> None:

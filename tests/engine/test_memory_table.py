@@ -110,6 +110,7 @@ def test_chunks_say_which_entry_a_token_came_from_if_that_is_wanted(model):
     for source, other in zip(sources, expected, strict=True):
         assert [entry.entry for entry in source.entries] == [entry.entry for entry in other.entries]
         assert source.copied == pytest.approx(other.copied, abs=1e-3)
+        assert sum(entry.weight for entry in source.entries) <= 1 + 1e-5
 
 
 def test_prompts_share_their_prefix_whatever_is_read_and_what_an_entry_said_is_in_none(model):

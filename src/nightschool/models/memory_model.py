@@ -278,7 +278,8 @@ class Trace:
         copied = torch.where(self.token_ids == token_id, weights, 0.0)
         share = min(1.0, float(copied.sum()) / max(float(torch.tensor(log_prob).exp()), 1e-9))
         layers = [layer[place] for layer in self.fused]
-        fused = torch.stack(layers).amax(0) if layers else torch.zeros_like(weights)
+        # The layer that read most, whole: the most of each token over all layers would be more than all of it.
+        fused = max(layers, key=lambda layer: float(layer.sum()), default=torch.zeros_like(weights))
         kind = "copied" if share >= 0.5 else "fused" if float(fused.sum()) >= 0.5 else "weights"
         heavy = copied / copied.sum().clamp_min(1e-9) * share if kind == "copied" else fused
         per_entry = heavy.new_zeros(len(self.reading)).index_add(0, self.reading.encoded.entry, heavy)
