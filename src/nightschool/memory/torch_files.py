@@ -1,6 +1,6 @@
 """The documents' files: `knowledge_cache.pt`, `keys.pt` and `meta.json`, read as they were written, and written.
 
-`knowledge_cache.pt` holds the token ids of entries, [knowledge_num, knowledge_length], int32 here and int64 there. `keys.pt` holds
+`knowledge_cache.pt` holds the token ids of entries, int64 [knowledge_num, knowledge_length]; int32 is read as well. `keys.pt` holds
 codebooks, [2, √knowledge_num, knowledge_dim / 2], or a key for each entry, [knowledge_num, knowledge_dim]. The one module of this
 room that imports torch, and only when a file is read or written: `torch.load` takes plain tensors alone (`weights_only`) and
 maps them, so that the size is known before a byte is read.
@@ -114,12 +114,13 @@ def read_keys(path: Path, *, knowledge_num: int, knowledge_dim: int) -> Floats:
     return normalised(codebooks)
 
 
-def write_cache(path: Path, tokens: Tokens) -> None:
-    """Write token ids as `knowledge_cache.pt`, padded with empty entries up to the next perfect square."""
+def write_cache(path: Path, tokens: npt.NDArray[np.integer]) -> None:
+    """Write token ids as `knowledge_cache.pt`, in int64 and padded with empty entries up to the next perfect square."""
     root = isqrt(max(len(tokens) - 1, 0)) + 1
-    padded = np.zeros((root * root, tokens.shape[1]), np.int32)
-    padded[: len(tokens)] = tokens
-    _save(path, padded)
+    whole = tokens.astype(np.int64, copy=False)
+    if len(tokens) < root * root:
+        whole = np.concatenate([whole, np.zeros((root * root - len(tokens), tokens.shape[1]), np.int64)])
+    _save(path, whole)
 
 
 def write_keys(folder: Path, codebooks: Floats) -> None:

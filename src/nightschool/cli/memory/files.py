@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nightschool.cli.memory import opened
+from nightschool.cli.memory.bank_files import BANK_ENDING, export_bank, facts_of_bank
 from nightschool.cli.output import answer, who
 from nightschool.errors import Conflict, UsageError
 from nightschool.memory.entry import Change, MemoryEntry, NewEntry
 from nightschool.memory.facts.files import read_facts
+from nightschool.memory.following import KNOWLEDGE_LENGTH
 from nightschool.memory.store import MemoryStore
 from nightschool.store.atomic import remove_folder, replacing
 from nightschool.store.home import Home
@@ -36,21 +38,48 @@ _FIELDS = (
 )
 
 
-def build(name: str, /, *, from_: tuple[Path, ...] = (), source: str | None = None) -> None:
+def build(
+    name: str,
+    /,
+    *,
+    from_: tuple[Path, ...] = (),
+    source: str | None = None,
+    base: str | None = None,
+    cache: Path | None = None,
+    knowledge_num: int | None = None,
+    knowledge_length: int = KNOWLEDGE_LENGTH,
+) -> None:
     """Make a memory, empty or with the facts of files.
 
-    A file holds subject, relation and value, or sentences, or both: JSON Lines, JSON, CSV, Parquet or text.
+    A file holds subject, relation and value, or sentences, or both: JSON Lines, JSON, CSV, Parquet or text; or tokens, as
+    knowledge_cache.pt, of which the mapping beside it says the texts.
 
     Args:
         name: How the memory is called: NAME, or TENANT/NAME.
         from_: A file of facts. May be given several times.
         source: Where the facts come from, for those that do not say; by default the name of their file.
+        base: The model whose tokenizer reads and writes .pt files.
+        cache: Write the entries as knowledge_cache.pt too, with the mapping beside it.
+        knowledge_num: Rows of the cache, a perfect square; by default the next one.
+        knowledge_length: Tokens of a row of the cache.
     """
+    if cache is not None:
+        _refuse_cache(cache)
     folder = memory_path(Home.find(), name)
     store = MemoryStore.create(folder)
     try:
         with store:
-            change = _read_into(store, from_, source, "build") if from_ else Change(0)
+            change = _read_into(store, from_, source, "build", base) if from_ else Change(0)
+            if cache is not None:
+                export_bank(
+                    store,
+                    store.revision,
+                    cache,
+                    base=base,
+                    knowledge_num=knowledge_num,
+                    knowledge_length=knowledge_length,
+                    force=False,
+                )
     except BaseException:
         # Nothing was stored: the name is free for the next attempt.
         remove_folder(folder)
@@ -58,33 +87,68 @@ def build(name: str, /, *, from_: tuple[Path, ...] = (), source: str | None = No
     _say(name, change, f"Made the memory {name}")
 
 
-def import_(name: str, /, *files: Path, source: str | None = None) -> None:
+def import_(name: str, /, *files: Path, source: str | None = None, base: str | None = None) -> None:
     """Add the facts of files to a memory, all or none. New values take the place of old ones.
 
     Args:
         name: The memory.
         files: Files of facts, as for build.
         source: Where the facts come from, for those that do not say; by default the name of their file.
+        base: The model whose tokenizer reads .pt files.
     """
     if not files:
         raise UsageError("Name at least one file of facts.")
     with opened(name) as store:
-        change = _read_into(store, files, source, "import")
+        change = _read_into(store, files, source, "import", base)
     _say(name, change, f"Read {', '.join(map(str, files))} into {name}")
 
 
-def export(name: str, file: Path, /, *, at: str | None = None, force: bool = False) -> None:
-    """Write the entries of a memory to a file, which import reads again: JSON Lines, JSON, CSV or text by its ending.
+def export(
+    name: str,
+    file: Path,
+    /,
+    *,
+    at: str | None = None,
+    base: str | None = None,
+    knowledge_num: int | None = None,
+    knowledge_length: int = KNOWLEDGE_LENGTH,
+    force: bool = False,
+) -> None:
+    """Write the entries of a memory to a file, which import reads again: JSON Lines, JSON, CSV, text or tokens by its ending.
 
     Args:
         name: The memory.
-        file: A file that ends in .jsonl, .json, .csv or .txt. Text keeps the statements alone.
+        file: A file that ends in .jsonl, .json, .csv, .txt or .pt. Text keeps the statements alone. Tokens are int64
+            [knowledge_num, knowledge_length], and a mapping beside them has the texts.
         at: A revision or a named version; by default the newest.
+        base: The model whose tokenizer writes a .pt file.
+        knowledge_num: Rows of a .pt file, a perfect square; by default the next one.
+        knowledge_length: Tokens of a row of a .pt file.
         force: Replace the file if it is there.
     """
     ending = file.suffix.lower()
+    if ending == BANK_ENDING:
+        with opened(name) as store:
+            revision = store.revision_at(at)
+            written = export_bank(
+                store,
+                revision,
+                file,
+                base=base,
+                knowledge_num=knowledge_num,
+                knowledge_length=knowledge_length,
+                force=force,
+            )
+        shape = [written.knowledge_num, written.knowledge_length]
+        answer(
+            {"name": name, "revision": revision, "path": str(file), "shape": shape, "cut": written.cut},
+            f"Wrote revision {revision} of {name} to {file}: {written.entries:,} entries in {shape}.",
+            quiet=str(file),
+        )
+        return
     if ending not in _WRITTEN:
-        raise UsageError(f"{file}: the ending {ending or '(none)'} is not known. Write {', '.join(_WRITTEN)}.")
+        endings = ", ".join([*_WRITTEN, BANK_ENDING])
+        raise UsageError(f"{file}: the ending {ending or '(none)'} is not known. Write {endings}.")
     if file.exists() and not force:
         raise Conflict(f"{file} is there already. Choose another name, or add --force.")
     with opened(name) as store:
@@ -120,8 +184,18 @@ def check(name: str, /) -> int:
     return 0 if report.is_whole else 1
 
 
-def _read_into(store: MemoryStore, files: tuple[Path, ...], source: str | None, operation: str) -> Change:
-    facts: Iterator[NewEntry] = chain.from_iterable(read_facts(file, source=source) for file in files)
+def _refuse_cache(cache: Path) -> None:
+    if cache.suffix.lower() != BANK_ENDING:
+        raise UsageError(f"--cache {cache}: a file of tensors ends in {BANK_ENDING}. Write knowledge_cache.pt.")
+
+
+def _read_into(
+    store: MemoryStore, files: tuple[Path, ...], source: str | None, operation: str, base: str | None
+) -> Change:
+    facts: Iterator[NewEntry] = chain.from_iterable(
+        facts_of_bank(file, base, source) if file.suffix.lower() == BANK_ENDING else read_facts(file, source=source)
+        for file in files
+    )
     return store.add(facts, author=who(), operation=operation)
 
 
