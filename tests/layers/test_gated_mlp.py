@@ -51,6 +51,17 @@ def test_gradients_stay_the_same_to_the_bit_and_one_tensor_a_layer_is_not_kept(c
     assert kept - kept_now >= 2 * (2 * 9 * 48 * 4)
 
 
+def test_two_passes_at_once_are_refused_and_not_mixed_up() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    recompute_gates(model)
+    ids = torch.arange(9).view(1, 9)
+    first = model(ids, labels=ids).loss
+    model(ids + 1, labels=ids)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
+
+
 def test_a_layer_of_another_kind_stays() -> None:
     assert recompute_gates(Phi3ForCausalLM(Phi3Config(**SIZES))) == 0
 

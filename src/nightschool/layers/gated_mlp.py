@@ -3,7 +3,8 @@
 Shapes: N tokens, D hidden size, F size of the feed-forward layer.
 
 For `down(act(gate(x)) * up(x))` autograd keeps three tensors [N,F]: the gate, its activation and `up(x)`. The activation costs
-nothing beside the products, so the backward pass computes it again, by the same operations and so to the same bits.
+nothing beside the products, so the backward pass computes it again, by the same operations and so to the same bits. What is kept
+lies in a place that each layer has for good: kept among what comes and goes, it would leave holes of the size of half of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 def recompute_gates(model: nn.Module) -> int:
     """Replace the gated layers of `model` by ones that keep two tensors [N,F] instead of three; returns how many there were.
 
+    A pass forward is followed by its pass backward before the next one begins; autograd raises RuntimeError otherwise.
     A layer is replaced if it consists of `gate_proj`, `up_proj`, `down_proj` and `act_fn`, has no parameters of its own, and gives the very
     numbers that its replacement gives for one random input. Any other layer stays.
     """
@@ -52,27 +54,40 @@ class _GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             layer.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
         )
+        self._place: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        gated: Tensor = _Gate.apply(self.gate_proj(x), self.up_proj(x), self.act_fn)  # type: ignore[no-untyped-call]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gated: Tensor = _Gate.apply(gate, up, self.act_fn, self._place_for(gate))  # type: ignore[no-untyped-call]
         return cast(Tensor, self.down_proj(gated))
+
+    def _place_for(self, gate: Tensor) -> Tensor:
+        """Room for two tensors like this one [2,…]."""
+        wanted = 2 * gate.numel()
+        place = self._place
+        if place is None or place.numel() < wanted or place.dtype != gate.dtype or place.device != gate.device:
+            self._place = None  # before there is a second one
+            self._place = place = torch.empty(wanted, dtype=gate.dtype, device=gate.device)
+        return place[:wanted].view(2, *gate.shape)
 
 
 class _Gate(torch.autograd.Function):
     """act(gate) * up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor], place: Tensor) -> Tensor:
         ctx.act = act
-        ctx.save_for_backward(gate, up)
+        place[0].copy_(gate)
+        place[1].copy_(up)
+        ctx.save_for_backward(place)
         return act(gate) * up
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate, up = ctx.saved_tensors[0]
         with torch.enable_grad():
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
             out = ctx.act(gate) * up
         of_gate, of_up = torch.autograd.grad(out, (gate, up), grad)
-        return of_gate, of_up, None
+        return of_gate, of_up, None, None

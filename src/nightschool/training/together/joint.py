@@ -30,19 +30,16 @@ from nightschool.models.resident import shell_of
 from nightschool.training.metrics import say
 from nightschool.training.task import CausalTask, Task
 from nightschool.training.together.member import Member, Window, serve, serve_one
-from nightschool.work.heap import return_free_memory
 
-# A pass takes micro-batches up to so many tokens. Memory grows with them, and so does speed: 135 million weights take 3.7 ms a token
-# where a pass has 193, 3.2 where it has 388; sixteen adapters on 10 million weights, ms of CPU with 256 / 512 / 1,024 tokens a
-# pass: 2,210 / 1,965 / 1,902 (one adapter, all in one pass: 1,767).
-_FEWEST_TOKENS, _MOST_TOKENS = 400, 1024
+# A pass takes micro-batches up to so many tokens. Memory grows with them, and so does speed, because weights are read and packed for
+# each pass: SmolLM2 takes 3.7 ms a token where a pass has 193, 3.2 where it has 388; sixteen adapters on 10 million weights, ms of
+# CPU with 256 / 512 / 1,024 tokens a pass: 2,210 / 1,965 / 1,902 (one adapter, all in one pass: 1,767). With 388 tokens a pass
+# sixteen runs on SmolLM2 peak at 1.29 × one of them.
+_FEWEST_TOKENS, _MOST_TOKENS = 256, 1024
 _TOKENS_TIMES_WEIGHTS = 6_000_000_000
 # Threads that wait without spinning are woken for each operation. Where the hidden states of a pass are so many numbers or fewer,
 # that takes longer than they save, but in products with the base: sixteen adapters learn 1.6 times as fast.
 _NUMBERS_OF_ONE_THREAD = 300_000
-# What comes and goes in a layer leaves holes between what stays for the backward pass: 30 layers of SmolLM2 hold 315 MB of 390
-# tokens, and 180 MB of holes, if these are not returned every so many layers.
-_LAYERS_BETWEEN_RETURNS = 6
 _NAME = "default"
 
 
@@ -170,9 +167,6 @@ class JointBase:
         for name, layer in list(self._model.named_modules()):
             if type(layer) is nn.Linear and layer is not head:
                 self._model.set_submodule(name, _ServingLinear(layer, name, self))
-        for place, block in enumerate(_longest_list(self._model), start=1):
-            if place % _LAYERS_BETWEEN_RETURNS == 0:
-                block.register_forward_hook(lambda *_: return_free_memory())
         self.pass_tokens = pass_tokens(self._model)
         self.threads = torch.get_num_threads()
         self._parts: Sequence[Part] = ()
@@ -366,12 +360,6 @@ def _adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
             raise CannotJoin(f"{name} has an adapter of another kind")
         layers[name] = layer
     return layers
-
-
-def _longest_list(model: nn.Module) -> Sequence[nn.Module]:
-    """The layers of a model, which are the longest list in it."""
-    lists = [list(one) for one in model.modules() if isinstance(one, nn.ModuleList)]
-    return max(lists, key=len, default=[])
 
 
 def _bounded(group: Sequence[Member], most_tokens: int) -> Iterator[list[Member]]:
