@@ -256,7 +256,7 @@ class Codebook:
 
 def fresh_modules(model: Any, tokenizer: Any) -> Any:
     """Memory modules that nothing is read with."""
-    from nightschool.models.memory_model import MemoryModules, shape_for
+    from nightschool.models.memory_modules import MemoryModules, shape_for
 
     return MemoryModules(shape_for(model, tokenizer, gate_rank=4, fusion_rank=4))
 

@@ -59,7 +59,7 @@ class Contest:
     """A base with memory modules in one engine, a memory of facts, and the questions."""
 
     def __init__(self, folder: Path, *, is_real: bool, answer_tokens: int) -> None:
-        from nightschool.models.memory_model import MemoryModules, shape_for
+        from nightschool.models.memory_modules import MemoryModules, shape_for
         from nightschool.models.memory_version import MemoryVersion, save_memory_folder
         from nightschool.store.home import Home
         from nightschool.store.names import memory_path

@@ -9,7 +9,8 @@ from nightschool.engine.memory_table import MemoryOnBase
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import ModelError
 from nightschool.layers.memory_reading import Candidate, MemoryReading
-from nightschool.models.memory_model import MemoryModel, MemoryModules, generate_greedily, shape_for
+from nightschool.models.memory_model import MemoryModel, generate_greedily
+from nightschool.models.memory_modules import MemoryModules, shape_for
 from tests.support.engine_setups import BOUND, greedy, lively_model, loaded_model, random_prompt, request, running
 from tests.support.tokenizers_for_tests import byte_tokenizer
 

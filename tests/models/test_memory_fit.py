@@ -8,7 +8,8 @@ from nightschool.layers.memory_fit import EntryFit, PaddedTexts
 from nightschool.layers.memory_gate import GateFeatures
 from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
 from nightschool.models.build import build_model
-from nightschool.models.memory_model import MemoryModel, MemoryModules, generate_greedily, shape_for
+from nightschool.models.memory_model import MemoryModel, generate_greedily
+from nightschool.models.memory_modules import MemoryModules, shape_for
 from nightschool.models.memory_why import explain
 from tests.support.tokenizers_for_tests import byte_tokenizer
 

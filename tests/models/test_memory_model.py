@@ -13,13 +13,8 @@ from nightschool.layers.memory_fusion import Pointed, copied_log_probs, mix
 from nightschool.layers.memory_gate import GateFeatures, MemoryGate, fixed_projection, reading_scores
 from nightschool.layers.memory_reading import NO_TOKEN, Candidate, MemoryReading
 from nightschool.models.build import build_model
-from nightschool.models.memory_model import (
-    MemoryAttachment,
-    MemoryModel,
-    MemoryModules,
-    generate_greedily,
-    shape_for,
-)
+from nightschool.models.memory_model import MemoryAttachment, MemoryModel, generate_greedily
+from nightschool.models.memory_modules import MemoryModules, shape_for
 from tests.support.tokenizers_for_tests import byte_tokenizer
 
 VOCABULARY = 300

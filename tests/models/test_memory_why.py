@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nightschool.layers.memory_reading import Candidate, MemoryReading
-from nightschool.models.memory_model import MemoryModel, MemoryModules, generate_greedily, shape_for
+from nightschool.models.memory_model import MemoryModel, generate_greedily
+from nightschool.models.memory_modules import MemoryModules, shape_for
 from nightschool.models.memory_why import explain
 from tests.support.engine_setups import lively_model, random_prompt
 from tests.support.tokenizers_for_tests import byte_tokenizer

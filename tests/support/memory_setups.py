@@ -8,7 +8,7 @@ from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
 from nightschool.models.build import build_model
 from nightschool.models.export import save_version_folder
-from nightschool.models.memory_model import MemoryModules, shape_for
+from nightschool.models.memory_modules import MemoryModules, shape_for
 from nightschool.models.memory_version import MemoryVersion, save_memory_folder
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path

@@ -34,7 +34,7 @@ from nightschool.engine.step_context import StepContext
 from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.layers.memory_reading import TokenSource
 from nightschool.models.load import LoadedModel
-from nightschool.models.memory_model import MemoryModules
+from nightschool.models.memory_modules import MemoryModules
 from nightschool.models.unmerged import UnmergedAdapter
 
 log = logging.getLogger("nightschool.engine")

@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.layers.memory_fusion import side_by_side
 from nightschool.layers.memory_reading import MemoryReading, Prepared
-from nightschool.models.memory_model import EntryEncoder, MemoryModules, MemoryStep, check_fits, decoder_layers
+from nightschool.models.memory_encoder import EntryEncoder
+from nightschool.models.memory_modules import MemoryModules, check_fits, decoder_layers
+from nightschool.models.memory_step import MemoryStep
 
 Mix = Callable[[Tensor], Tensor]
 

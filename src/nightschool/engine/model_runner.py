@@ -26,7 +26,7 @@ from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.engine.weights import lay_out
 from nightschool.errors import ModelError
-from nightschool.models.memory_model import MemoryModules
+from nightschool.models.memory_modules import MemoryModules
 from nightschool.models.unmerged import LoraWeights
 
 # Logits of one pass over packed prompts against those of the model's own attention, as a share of the largest.

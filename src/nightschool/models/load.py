@@ -26,7 +26,7 @@ from nightschool.models.build import build_model
 from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder, is_memory_folder
 from nightschool.models.gguf_header import SUFFIX as GGUF
 from nightschool.models.hub import fetch_from_hub
-from nightschool.models.memory_model import MemoryModules
+from nightschool.models.memory_modules import MemoryModules
 from nightschool.models.memory_version import read_memory_folder
 from nightschool.models.quantize import dequantized, quantization_config, quantization_of, steady
 from nightschool.models.quiet import quiet_libraries

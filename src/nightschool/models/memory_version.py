@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.folder import read_json
-from nightschool.models.memory_model import MemoryModules, MemoryShape
+from nightschool.models.memory_modules import MemoryModules, MemoryShape
 from nightschool.store.atomic import room_needed
 from nightschool.store.versions import MEMORY_CONFIG
 

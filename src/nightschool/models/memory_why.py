@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.layers.memory_reading import EntryWeight, MemoryReading, TokenSource
-from nightschool.models.memory_model import MemoryModel, Trace
+from nightschool.models.memory_model import MemoryModel
+from nightschool.models.memory_step import Trace
 
 # Entries whose absence is tried, the heaviest first; each costs a pass over prompt and answer.
 _MOST_TRIED = 8

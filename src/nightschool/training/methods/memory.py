@@ -38,7 +38,8 @@ from nightschool.layers.memory_gate import GateFeatures, reading_scores
 from nightschool.layers.memory_reading import Candidate, MemoryReading
 from nightschool.memory.store import MemoryStore
 from nightschool.models.load import LoadedModel
-from nightschool.models.memory_model import MemoryModel, MemoryModules, shape_for
+from nightschool.models.memory_model import MemoryModel
+from nightschool.models.memory_modules import MemoryModules, shape_for
 from nightschool.models.memory_version import MemoryVersion, prove_memory_folder, save_memory_folder
 from nightschool.models.version_folder import OnWritten
 from nightschool.store.names import check_name, full_name, memory_path, split_name

@@ -1,0 +1,164 @@
+"""One pass over tokens of which some read entries, and what was read at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nightschool.errors import ModelError
+from nightschool.layers.memory_fusion import Fused, Pointed, mix
+from nightschool.layers.memory_reading import EntryWeight, MemoryReading, Prepared, TokenSource
+from nightschool.models.memory_modules import (
+    MemoryModules,
+)
+
+Places = slice | Tensor
+"""Which tokens of a step belong to a reading."""
+
+# Below this share of a token an entry is not named.
+_LEAST_WEIGHT = 0.01
+
+
+class Trace:
+    """What was read at the tokens of one reading in one step: the row `number` of the `step`, without what only pads."""
+
+    def __init__(self, step: MemoryStep, number: int, reading: MemoryReading, num_tokens: int) -> None:
+        assert reading.encoded is not None
+        self.reading = reading
+        self.token_ids = reading.encoded.token_ids
+        self._step, self._number = step, number
+        self._there = (number, slice(num_tokens), slice(len(self.token_ids)))
+
+    @property
+    def pointed(self) -> Pointed:
+        """Of T tokens of the reading: log-probabilities of the sentinel [T] and of the entries' tokens [T, M]."""
+        pointed = self._step.pointed
+        assert pointed is not None, "the layer that points has run"
+        return Pointed(pointed.sentinel[self._there[:2]], pointed.tokens[self._there])
+
+    @property
+    def fused(self) -> list[Tensor]:
+        """How much of each entry token went into each fusion layer [T, M]."""
+        return [fused.weights[self._there] for fused in self._step.fused]
+
+    def source(self, place: int, token_id: int, log_prob: float) -> TokenSource:
+        """Where the token after `place` came from, which was chosen with this log-probability."""
+        assert self.reading.encoded is not None
+        weights = self.pointed.tokens[place].exp()
+        copied = torch.where(self.token_ids == token_id, weights, 0.0)
+        share = min(1.0, float(copied.sum()) / max(float(torch.tensor(log_prob).exp()), 1e-9))
+        layers = [layer[place] for layer in self.fused]
+        # The layer that read most, whole: the most of each token over all layers would be more than all of it.
+        fused = max(layers, key=lambda layer: float(layer.sum()), default=torch.zeros_like(weights))
+        kind = "copied" if share >= 0.5 else "fused" if float(fused.sum()) >= 0.5 else "weights"
+        heavy = copied / copied.sum().clamp_min(1e-9) * share if kind == "copied" else fused
+        per_entry = heavy.new_zeros(len(self.reading)).index_add(0, self.reading.encoded.entry, heavy)
+        order = per_entry.argsort(descending=True, stable=True).tolist()
+        named = tuple(
+            EntryWeight(self.reading.entries[n], self.reading.rows[n], float(per_entry[n]))
+            for n in order
+            if float(per_entry[n]) >= _LEAST_WEIGHT
+        )
+        return TokenSource(cast(Any, kind), named if kind != "weights" else (), share)
+
+
+class MemoryStep:
+    """One forward pass over a packed row of tokens, some of which read. Hand it what comes out of layers, and the logits.
+
+    All that read are computed together: B spans of T tokens each, padded to the longest.
+
+    Args:
+        modules: What reads.
+        spans: Which tokens read what. Tokens in no span, or with nothing found, stay what the base alone makes of them.
+        wanted: The tokens that logits are computed for, in their order; None for all.
+        prepare: Makes of the readings what is compared with, side by side; without it, the reader does so anew.
+
+    Raises:
+        ModelError: If entries of a reading were not encoded.
+    """
+
+    def __init__(
+        self,
+        modules: MemoryModules,
+        spans: Sequence[tuple[Places, MemoryReading]],
+        wanted: Sequence[int] | None = None,
+        prepare: Callable[[Sequence[MemoryReading]], Prepared] | None = None,
+    ) -> None:
+        self._reader, self._shape = modules.reader, modules.shape
+        spans = [(places, reading) for places, reading in spans if not reading.is_closed]
+        if any(reading.encoded is None for _, reading in spans):
+            raise ModelError("Entries are read before they were encoded. Call EntryEncoder.encode first.")
+        self.pointed: Pointed | None = None
+        self.fused: list[Fused] = []
+        self.traces: list[Trace] = []
+        if not spans:
+            return
+        own = [
+            list(range(places.start, places.stop)) if isinstance(places, slice) else places.tolist()
+            for places, _ in spans
+        ]
+        self.traces = [
+            Trace(self, number, reading, len(places))
+            for number, ((_, reading), places) in enumerate(zip(spans, own, strict=True))
+        ]
+        self._entries = (prepare or self._reader.prepare_all)([reading for _, reading in spans])
+        self._lay_out(own, wanted)
+
+    def _lay_out(self, own: list[list[int]], wanted: Sequence[int] | None) -> None:
+        """Where each token of the spans lies among the padded ones, and which of the logits are its own."""
+        longest = max(map(len, own))
+        self._size = (len(own), longest)
+        padded = [token for places in own for token in (*places, *places[-1:] * (longest - len(places)))]
+        tokens = [token for places in own for token in places]
+        there = [number * longest + k for number, places in enumerate(own) for k in range(len(places))]
+        self._from = self._indices(padded)
+        # Without padding nothing needs to be left out again.
+        self._there = self._indices(there) if len(there) < len(padded) else None
+        self._to = self._from if self._there is None else self._indices(tokens)
+        if wanted is None:
+            rows, found = tokens, there
+        else:
+            place_of = dict(zip(tokens, there, strict=True))
+            rows = [row for row, token in enumerate(wanted) if token in place_of]
+            found = [place_of[wanted[row]] for row in rows]
+        self._has_rows = bool(rows)
+        self._rows, self._found = self._indices(rows), self._indices(found)
+        # As most steps of an engine are: one token of each, in their order, and all of them answer.
+        self._is_plain = longest == 1 and tokens == rows == found == list(range(len(own)))
+
+    def _indices(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.int64, device=self._entries.ids.device)
+
+    def after_layer(self, index: int, states_th: Tensor) -> Tensor:
+        """What layer `index` gives to the next one [tokens, H]: call it with the output of each of `MemoryShape.layers`."""
+        if not self.traces:
+            return states_th
+        with torch.autocast(states_th.device.type, enabled=False):
+            is_whole = self._is_plain and len(states_th) == len(self._rows)
+            states_bth = (states_th if is_whole else states_th.index_select(0, self._from)).view(*self._size, -1)
+            if index == self._shape.encoder_layers - 1:
+                self.pointed = self._reader.point(states_bth, self._entries)
+            if index not in self._shape.fusion_layers:
+                return states_th
+            fused = self._reader.fuse(self._shape.fusion_layers.index(index), states_bth, self._entries)
+            self.fused.append(fused)
+            changed = fused.states.flatten(0, 1)
+            if is_whole:
+                return changed
+            changed = changed if self._there is None else changed.index_select(0, self._there)
+            return states_th.index_copy(0, self._to, changed)
+
+    def mix(self, logits_sv: Tensor) -> Tensor:
+        """Logits [S, V] of the wanted tokens, those that read as log-probabilities with what the pointer copies."""
+        if not self.traces or not self._has_rows:
+            return logits_sv
+        pointed, entries = cast(Pointed, self.pointed), self._entries
+        there = Pointed(pointed.sentinel.flatten(), pointed.tokens.flatten(0, 1))
+        if self._is_plain and len(logits_sv) == len(self._rows):
+            return mix(logits_sv, there, entries.ids, entries.place).to(logits_sv.dtype)
+        there, whose = Pointed(*(one[self._found] for one in there)), self._found // self._size[1]
+        mixed = mix(logits_sv[self._rows], there, entries.ids[whose], entries.place[whose])
+        return logits_sv.index_copy(0, self._rows, mixed.to(logits_sv.dtype))
