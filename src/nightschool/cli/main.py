@@ -160,6 +160,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "relations": ("nightschool.cli.memory.revisions:relations", "How many values relations have at a time."),
             "import": ("nightschool.cli.memory.files:import_", "Add the facts of files."),
             "export": ("nightschool.cli.memory.files:export", "Write the entries to a file."),
+            "mcp": ("nightschool.cli.memory.mcp:mcp", "Serve a memory to a client of the Model Context Protocol."),
             "check": ("nightschool.cli.memory.files:check", "Compare everything with its digests."),
         },
     ),
