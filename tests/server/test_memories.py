@@ -97,7 +97,9 @@ def _sentence(text):
 
 
 def test_memories_are_listed_and_a_name_is_taken_once(facts):
-    assert facts.get("/api/memories").json() == {"memories": [{"name": "facts", "revision": 0, "entries": 0}]}
+    assert facts.get("/api/memories").json() == {
+        "memories": [{"name": "facts", "revision": 0, "entries": 0, "shared": False}]
+    }
     assert facts.post("/api/memories", json={"name": "facts"}).status_code == 409
     assert facts.post("/api/memories", json={"name": "../facts"}).status_code == 422
     assert facts.get("/api/memories/absent").status_code == 404
