@@ -104,13 +104,14 @@ def test_a_new_value_takes_the_place_of_the_old_one_and_history_says_who_wrote_b
 
 def test_what_cannot_be_done_is_told_and_changes_nothing(store):
     revision = store.revision
-    unknown, empty, wrong = ask(
+    unknown, empty, wrong, endless = ask(
         store,
         ("history", {"entry": "m99"}),
         ("add", {"facts": [""]}),
         ("create_entities", {"entities": [{"name": "Ada", "type": "person"}]}),
+        ("search", {"query": "Ada", "limit": -1}),
     )
-    assert unknown[0] == empty[0] == wrong[0] == "error"
+    assert unknown[0] == empty[0] == wrong[0] == endless[0] == "error"
     assert "m99" in unknown[1]
     assert "The fact is empty" in empty[1]
     assert store.revision == revision

@@ -13,7 +13,7 @@ from nightschool.cli.memory import opened
 from nightschool.cli.output import who
 from nightschool.errors import NightschoolError, UsageError
 from nightschool.memory.entry import NewEntry
-from nightschool.memory.graph import SOURCE, KnowledgeGraph
+from nightschool.memory.graph import MOST_ENTRIES, SOURCE, KnowledgeGraph
 
 if TYPE_CHECKING:
     from mcp.server import MCPServer
@@ -146,17 +146,19 @@ def _tools(graph: KnowledgeGraph) -> list[Callable[..., Any]]:
 
     def search(query: str, limit: int = 20) -> dict[str, Any]:
         """Find entries by words, with their ids."""
+        if not 1 <= limit <= MOST_ENTRIES:
+            raise UsageError(f"limit is {limit}; write a number from 1 to {MOST_ENTRIES:,}.")
         return {"entries": [one.to_json() for one in store.search(query, limit=limit)]}
 
     def add(facts: list[str]) -> dict[str, Any]:
         """Remember sentences, as "Ada lives in Oslo."."""
         change = store.add([NewEntry(one, source=SOURCE) for one in facts], author=graph.author)
-        return {**change.to_json(), "entries": [store.get(one).to_json() for one in dict.fromkeys(change.ids)]}
+        return {**change.to_json(), "entries": [store.history(one)[-1].to_json() for one in dict.fromkeys(change.ids)]}
 
     def edit(entry: str, text: str) -> dict[str, Any]:
         """Let an entry say something else, by its id."""
         change = store.edit(entry, author=graph.author, text=text)
-        return {**change.to_json(), "entries": [store.get(entry).to_json()]}
+        return {**change.to_json(), "entries": [store.history(entry)[-1].to_json()]}
 
     def remove(entries: list[str]) -> dict[str, Any]:
         """End entries by their ids. The history keeps them."""
