@@ -20,31 +20,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def ask(capsys):
-    """Run a verb; what it prints, as JSON."""
-
-    def run(*words, code=0):
-        capsys.readouterr()
-        assert main(["--json", "memory", *words]) == code
-        return json.loads(capsys.readouterr().out)
-
-    return run
-
-
-@pytest.fixture
-def say(capsys):
-    """Run a verb; what it prints for people, and what it says beside it."""
-
-    def run(*words, code=0):
-        capsys.readouterr()
-        assert main(["memory", *words]) == code
-        printed = capsys.readouterr()
-        return printed.out + printed.err
-
-    return run
-
-
 def facts(folder, text, name="facts.txt"):
     path = folder / name
     path.write_text(text, encoding="utf-8")

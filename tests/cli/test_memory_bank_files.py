@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from nightschool.cli.main import main
 from nightschool.memory.torch_files import read_keys, read_meta
 from tests.support.memory_parts import table, tokenizer
 
@@ -33,17 +32,6 @@ def folder(tmp_path, monkeypatch):
     rows = [{"target": [dict(zip(fields, fact, strict=True)) | {"sentence": " ".join(fact) + "."}]} for fact in FACTS]
     (tmp_path / "kb.json").write_text(json.dumps(rows))
     return tmp_path
-
-
-@pytest.fixture
-def ask(capsys):
-    def run(*words, code=0):
-        capsys.readouterr()
-        assert main(["--json", "memory", *words]) == code
-        printed = capsys.readouterr()
-        return json.loads(printed.out) if code == 0 else printed.out + printed.err
-
-    return run
 
 
 def texts(ask, name):
@@ -77,24 +65,24 @@ def test_entries_that_are_cut_are_told_and_lose_nothing(folder, base, ask):
     assert texts(ask, "again") == texts(ask, "facts")
 
 
-def test_what_cannot_be_is_refused_and_leaves_nothing(folder, base, ask):
+def test_what_cannot_be_is_refused_and_leaves_nothing(folder, base, ask, say):
     ask("build", "facts", "--from", "kb.json")
     for wanted, said in (("5", "The next one is 9"), ("1", "there are 3 entries")):
-        assert said in ask("export", "facts", "bank.pt", "--base", base, "--knowledge-num", wanted, code=1)
-    assert "--base" in ask("export", "facts", "bank.pt", code=2)
+        assert said in say("export", "facts", "bank.pt", "--base", base, "--knowledge-num", wanted, code=1)
+    assert "--base" in say("export", "facts", "bank.pt", code=2)
     assert not list(folder.glob("bank*"))
     torch.save(torch.zeros(4, 16, 8), "floats.pt")
-    assert "[4, 16, 8]" in ask("build", "other", "--from", "floats.pt", "--base", base, code=1)
+    assert "[4, 16, 8]" in say("build", "other", "--from", "floats.pt", "--base", base, code=1)
     ask("export", "facts", "bank.pt", "--base", base)
     bank = torch.load("bank.pt", weights_only=True)
     torch.save(bank.flip(0), "bank.pt")
-    assert "another tokenizer" in ask("build", "other", "--from", "bank.pt", "--base", base, code=1)
+    assert "another tokenizer" in say("build", "other", "--from", "bank.pt", "--base", base, code=1)
     torch.save(bank + 10_000, "bank.pt")
-    assert "another one wrote it" in ask("build", "other", "--from", "bank.pt", "--base", base, code=1)
-    assert "there already" in ask("export", "facts", "bank.pt", "--base", base, code=1)
+    assert "another one wrote it" in say("build", "other", "--from", "bank.pt", "--base", base, code=1)
+    assert "there already" in say("export", "facts", "bank.pt", "--base", base, code=1)
 
 
-def test_keys_and_labels_have_the_shapes_of_the_documents(folder, base, ask):
+def test_keys_and_labels_have_the_shapes_of_the_documents(folder, base, ask, say):
     ask("build", "facts", "--from", "kb.json", "--base", base, "--cache", "knowledge_cache.pt")
     shape = ask("keys", "facts", "--out", "data", "--base", base)["shape"]
     meta = read_meta(folder / "data" / "meta.json")
@@ -115,5 +103,5 @@ def test_keys_and_labels_have_the_shapes_of_the_documents(folder, base, ask):
     assert np.all(np.diff(row["target_scores"]) <= 0)
     ask(*words, "--top-k", "32", "--max-sentences", "1", "--force")
     assert json.loads((folder / "labeled.jsonl").read_text())["target_indices"] == [0]
-    assert "there already" in ask(*words, code=1)
-    assert "--top-k is 0" in ask(*words, "--top-k", "0", "--force", code=2)
+    assert "there already" in say(*words, code=1)
+    assert "--top-k is 0" in say(*words, "--top-k", "0", "--force", code=2)

@@ -102,6 +102,12 @@ def test_a_new_value_takes_the_place_of_the_old_one_and_history_says_who_wrote_b
     assert edited["entries"][0]["value"] == "Narvik"
 
 
+def test_what_a_later_fact_of_the_same_call_ends_was_written_all_the_same(store):
+    (both,) = ask(store, ("add", {"facts": ["Ada speaks French.", "Ada no longer speaks French."]}))
+    assert (both["added"], both["removed"]) == (2, 1)
+    assert [one.died for one in store.history("m1")] == [store.revision]
+
+
 def test_what_cannot_be_done_is_told_and_changes_nothing(store):
     revision = store.revision
     unknown, empty, wrong, endless = ask(

@@ -18,7 +18,7 @@ from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import NightschoolError, PromptTooLong
 from nightschool.evaluation.editing import Said
 from nightschool.evaluation.editing_cases import is_question
-from nightschool.memory.layers import Asked, Layer, Layers
+from nightschool.memory.layers import Layer, Layers, Searched
 from nightschool.memory.store import MemoryStore
 
 _ASKED_AT_ONCE = 64
@@ -30,7 +30,7 @@ class EditedModel:
     `memory` is what it reads, and `read` how; without a memory it is the base that says everything.
     """
 
-    def __init__(self, model: LocalModel, memory: Asked | None, read: Read, max_new_tokens: int) -> None:
+    def __init__(self, model: LocalModel, memory: Searched | None, read: Read, max_new_tokens: int) -> None:
         self._model, self._memory, self._read = model, memory, read
         self._params = SamplingParams(max_new_tokens, temperature=0)
 

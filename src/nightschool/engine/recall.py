@@ -10,7 +10,7 @@ from nightschool.data.example import Message
 from nightschool.engine.memory_lookup import last_question
 from nightschool.engine.pool import BoundEngine
 from nightschool.errors import UsageError
-from nightschool.memory.layers import Asked
+from nightschool.memory.layers import Searched
 from nightschool.memory.memory import Found
 
 Read = Literal["layers", "prompt"]
@@ -80,7 +80,7 @@ def way_of_reading(bound: BoundEngine, asked: Read | None) -> Read:
     return asked or ("prompt" if bound.memory is None else "layers")
 
 
-def recall(memory: Asked, read: Read, question: str) -> Recall:
+def recall(memory: Searched, read: Read, question: str) -> Recall:
     """Look for what a question means. The revision is that of the moment, whoever wrote it."""
     [finding] = memory.find([question], _IN_PROMPT if read == "prompt" else MOST_ENTRIES)
     return Recall(memory.name, finding.revision, read, finding.found, finding.revisions)

@@ -256,17 +256,37 @@ def labels_of(
     """The `top_k` nearest entries of each question among all.
 
     Raises:
-        DataError: If there are no entries.
+        DataError: If there are no entries, or their addresses would take more than half of the free RAM.
     """
     _refuse_empty(entries)
-    keys = [np.concatenate(addresses_of(part, encoder), axis=1) for part in _batches(entries)]
-    addresses, iterator, k = np.concatenate(keys), iter(queries), min(top_k, len(entries))
+    addresses = _all_addresses(entries, encoder)
+    iterator, k = iter(queries), min(top_k, len(entries))
     while batch := list(islice(iterator, batch_size)):
         scores = np.concatenate(encoder.encode_queries(batch), axis=1) @ addresses.T / 2
         nearest = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         for query, row, places in zip(batch, scores, nearest, strict=True):
             best = places[np.lexsort((places, -row[places]))]
             yield Label(query, best.tolist(), [round(score, 6) for score in row[best].tolist()])
+
+
+def _all_addresses(entries: Sequence[MemoryEntry], encoder: AddressEncoder) -> Floats:
+    """Subject and relation side by side [entries, 2 · size]."""
+    addresses: Floats | None = None
+    place = 0
+    for part in _batches(entries):
+        found = np.concatenate(addresses_of(part, encoder), axis=1)
+        if addresses is None:
+            size, free = 4 * len(entries) * found.shape[1], psutil.virtual_memory().available
+            if 2 * size > free:
+                raise DataError(
+                    f"The addresses of {len(entries):,} entries take {size / 2**30:.1f} GiB, more than half of the "
+                    f"{free / 2**30:.1f} GiB free. Look at fewer with --max-sentences."
+                )
+            addresses = np.empty((len(entries), found.shape[1]), np.float32)
+        addresses[place : place + len(part)] = found
+        place += len(part)
+    assert addresses is not None, "who has no entries was refused"
+    return addresses
 
 
 def _refuse_empty(entries: Sequence[MemoryEntry]) -> None:

@@ -15,8 +15,8 @@ from nightschool.events import now
 from nightschool.memory.memory import Findings, Found, Memory
 
 
-class Asked(Protocol):
-    """What can be asked: one memory, or several that lie over one another."""
+class Searched(Protocol):
+    """What is searched for a question: one memory, or several that lie over one another."""
 
     @property
     def name(self) -> str: ...
