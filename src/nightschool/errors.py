@@ -4,6 +4,7 @@
     ├── UsageError                       exit 2    HTTP 400
     │   ├── RecipeError                  exit 2    HTTP 422
     │   ├── NameRefused                  exit 2    HTTP 400
+    │   ├── NotInstalled                 exit 2    HTTP 501
     │   └── PromptTooLong                exit 2    HTTP 400
     ├── DataError                        exit 1    HTTP 422
     │   └── NothingToTrain               exit 1    HTTP 422
@@ -57,6 +58,10 @@ class NightschoolError(Exception):
 
 class UsageError(NightschoolError, exit_code=2, http_status=400):
     """The request or the command makes no sense."""
+
+
+class NotInstalled(UsageError, http_status=501):
+    """It takes a package of an extra that is not installed."""
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from contextlib import closing
 
 import pytest
 from mcp import Client, StdioServerParameters, stdio_client
 
-from nightschool.cli.memory.mcp import server_of
+from nightschool.cli.memory.explaining import Explaining
+from nightschool.errors import UsageError
 from nightschool.memory.graph import KnowledgeGraph
+from nightschool.memory.mcp import Served, server_of
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
+from tests.support.memory_setups import MemoryBot
 
 ADA = {"name": "Ada_Lovelace", "entityType": "person", "observations": ["lives in Oslo", "Up at six!"]}
 ACME = {"name": "Acme", "entityType": "company", "observations": []}
@@ -25,12 +29,16 @@ def store(tmp_path):
         yield made
 
 
-def ask(store, *calls):
+def no_model(question, model, max_new_tokens):
+    raise UsageError("There is no model.")
+
+
+def ask(store, *calls, why=no_model):
     """The answers of one session: what each tool says, or ("error", its message)."""
 
     async def session():
         answers = []
-        async with Client(server_of(KnowledgeGraph(store, author="test"), "facts")) as client:
+        async with Client(server_of(Served(KnowledgeGraph(store, author="test"), why))) as client:
             for tool, arguments in calls:
                 result = await client.call_tool(tool, arguments)
                 text = result.content[0].text
@@ -42,13 +50,13 @@ def ask(store, *calls):
 
 def test_the_tools_of_the_reference_server_and_ours_are_there(store):
     async def names():
-        async with Client(server_of(KnowledgeGraph(store, author="test"), "facts")) as client:
+        async with Client(server_of(Served(KnowledgeGraph(store, author="test"), no_model))) as client:
             return {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
 
     tools = asyncio.run(names())
     assert set(tools) == {
         "create_entities", "create_relations", "add_observations", "delete_entities", "delete_observations",
-        "delete_relations", "read_graph", "search_nodes", "open_nodes", "search", "add", "edit", "remove", "history",
+        "delete_relations", "read_graph", "search_nodes", "open_nodes", "search", "add", "edit", "remove", "history", "why",
     }  # fmt: skip
     assert set(tools["delete_entities"]["properties"]) == {"entityNames"}
     assert set(tools["create_relations"]["$defs"]["Relation"]["properties"]) == {"from", "to", "relationType"}
@@ -134,6 +142,31 @@ def test_a_memory_that_is_too_large_for_a_prompt_is_read_in_parts(store, monkeyp
     assert refused[0] == "error"
     assert "search_nodes" in refused[1]
     assert [one["name"] for one in part["entities"]] == ["Bo"]
+
+
+def test_why_over_a_pipe_asks_a_model_of_this_home_or_says_what_to_do(tmp_path_factory):
+    bot = MemoryBot(tmp_path_factory.mktemp("home"))
+    question = ("why", {"question": "Where does Ada live?", "max_new_tokens": 4})
+    with closing(Explaining(bot.home, "facts", None)) as explaining:
+        none, absent, told, again = ask(
+            bot.facts,
+            question,
+            ("why", question[1] | {"model": str(tmp_path_factory.getbasetemp())}),
+            ("why", question[1] | {"model": "bot"}),
+            ("why", question[1] | {"model": "bot@champion"}),
+            why=explaining,
+        )
+    assert "--model NAME" in none[1]
+    assert "There is bot." in none[1]
+    assert "There is no model" in absent[1], "a client loads nothing but versions of this home"
+    assert (told["model"].split("@")[0], len(told["why"])) == ("bot", 4)
+    assert [entry["text"] for entry in told["memory"]["entries"]] == ["Ada lives in Oslo."]
+    assert again == told
+    with closing(Explaining(bot.home, "facts", "bot")) as explaining:
+        assert explaining("Where does Ada live?", None, 4) == told
+    empty = Explaining(Home(tmp_path_factory.mktemp("empty")).ensure(), "acme/facts", None)
+    with pytest.raises(UsageError, match="nightschool models add"):
+        empty("Where does Ada live?", None, 4)
 
 
 def test_a_client_starts_the_command_and_speaks_over_its_pipe(tmp_path):

@@ -60,6 +60,7 @@ BODIES = {
     "/api/memories/{name}/relations": {"relation": "lives in", "values": "multi"},
     "/api/memories/{name}/entries": {"entries": [{"text": "Ada lives in Oslo."}]},
     "/api/memories/{name}/entries/{entry}": {"value": "Oslo"},
+    "/mcp/{name}": {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
     "/api/v1/generate": {"message": "a"},
     "/api/v1/training/start": {"org_id": "$org_id", "conversations": TRAIN},
     "/api/v1/training/preview": {"org_id": "$org_id", "conversations": TRAIN},

@@ -27,11 +27,22 @@ Encode = Callable[[Prompt], list[int]]
 
 @dataclass(frozen=True)
 class Explained:
-    """An answer, what was read for it, and each of its tokens with where it came from, as `shown` shows them."""
+    """What a model answered, what was read for it, and each of its tokens with where it came from, as `shown` shows them."""
 
+    model: str
+    question: str
     text: str
     recall: Recall
     why: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "question": self.question,
+            "answer": self.text,
+            "memory": self.recall.to_json(),
+            "why": self.why,
+        }
 
 
 def refuse_unknowable(bound: BoundEngine, found: Recall | None) -> None:
@@ -57,7 +68,7 @@ def explained_answer(model: LocalModel, question: str, max_new_tokens: int) -> E
     answer = asked.handle.result(_ANSWER_SECONDS)
     why = reasons_of(model, asked, answer.token_ids)
     assert asked.found is not None, "it was refused otherwise"
-    return Explained(answer.text, asked.found, why)
+    return Explained(model.ref, question, answer.text, asked.found, why)
 
 
 def reasons_of(model: LocalModel, asked: Asked, answer_ids: Sequence[int]) -> list[dict[str, Any]]:

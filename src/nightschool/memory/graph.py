@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nightschool.errors import UsageError
-from nightschool.memory.entry import MemoryEntry, NewEntry
+from nightschool.memory.entry import Change, MemoryEntry, NewEntry
 from nightschool.memory.facts import as_fact, key_of
 from nightschool.memory.facts.normalise import relation_key_of
 from nightschool.memory.store import MemoryStore
@@ -26,7 +26,9 @@ Graph = dict[str, list[dict[str, Any]]]
 
 
 class KnowledgeGraph:
-    """What is read from a store and written to it as a graph. Raises what the store raises.
+    """What is read from a store and written to it as a graph, or entry by entry. Raises what the store raises.
+
+    `changed` says whether anything was written through it so far that was not there already.
 
     Args:
         store: The memory.
@@ -35,6 +37,7 @@ class KnowledgeGraph:
 
     def __init__(self, store: MemoryStore, author: str) -> None:
         self.store, self.author = store, author
+        self.changed = False
 
     # --- reading
 
@@ -121,13 +124,31 @@ class KnowledgeGraph:
         found = self.store.about(one["from"], one["relationType"])
         return [entry for entry in found if _value_key(entry) == key_of(one["to"])]
 
+    # --- entry by entry
+
+    def add(self, new: Sequence[NewEntry]) -> Change:
+        """Remember facts, all or none."""
+        return self._noted(self.store.add(new, author=self.author))
+
+    def edit(self, entry: str, text: str) -> Change:
+        """Let an entry say something else."""
+        return self._noted(self.store.edit(entry, author=self.author, text=text))
+
+    def remove(self, ids: Sequence[str]) -> Change:
+        """End entries."""
+        return self._noted(self.store.remove(*ids, author=self.author))
+
     def _add(self, new: Sequence[NewEntry]) -> None:
         if new:
-            self.store.add(new, author=self.author)
+            self.add(new)
 
     def _remove(self, entries: Sequence[MemoryEntry]) -> int:
         ids = list(dict.fromkeys(one.id for one in entries))
-        return self.store.remove(*ids, author=self.author).removed if ids else 0
+        return self.remove(ids).removed if ids else 0
+
+    def _noted(self, change: Change) -> Change:
+        self.changed = self.changed or bool(change.added or change.superseded or change.removed)
+        return change
 
 
 def _observation(name: str, content: str) -> NewEntry:

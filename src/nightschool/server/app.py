@@ -25,7 +25,7 @@ from nightschool.server.access_store import AccessStore
 from nightschool.server.bases_ahead import BasesAhead
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
-from nightschool.server.memories import conflict_routes, version_routes
+from nightschool.server.memories import conflict_routes, mcp_routes, version_routes
 from nightschool.server.memories import routes as memories
 from nightschool.server.memories.opened import Memories
 from nightschool.server.metrics import Metrics
@@ -66,6 +66,7 @@ FAMILIES = (
     memories.router,
     version_routes.router,
     conflict_routes.router,
+    mcp_routes.router,
     *training_service.ROUTERS,
     operations.router,
     reference_page.router,
@@ -131,6 +132,7 @@ def create_app(
     app.state.bases_ahead = bases_ahead
     app.state.training = None if registry is None else TrainingService.of(registry, settings.training_service)
     app.state.memories = opened
+    app.state.mcp_threads = mcp_routes.threads()
     for router in FAMILIES:
         app.include_router(router)
     install_handlers(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -12,12 +12,14 @@ _WHEN = {
     403: "A page of another origin, or another host name, sent this.",
     404: "It is not there.",
     405: "This method is not allowed here.",
+    406: "The client accepts no JSON.",
     408: "The body did not arrive in time.",
     409: "The present state forbids it.",
     413: "The body is larger than what is accepted.",
     422: "A field is missing, unknown or out of bounds.",
     429: "Too many requests wait, or came from this caller; `Retry-After` says when to come again.",
     500: "It failed; the message says why.",
+    501: "It takes a package that is not installed on the server.",
     503: "No model is loaded.",
     507: "The disk is full.",
 }
@@ -58,6 +60,22 @@ class OpenAIError(BaseModel):
     error: OpenAIErrorObject
 
 
+class JsonRpcErrorObject(BaseModel):
+    """The error as clients of the Model Context Protocol show it."""
+
+    code: int
+    message: str
+    data: Any = None
+
+
+class JsonRpcError(BaseModel):
+    """An error of the Model Context Protocol's route."""
+
+    jsonrpc: Literal["2.0"]
+    id: int | str | None
+    error: JsonRpcErrorObject
+
+
 class Problem(BaseModel):
     """RFC 9457."""
 
@@ -78,6 +96,11 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def openai_refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Error responses in OpenAI's spelling."""
     return {status: {"description": _WHEN[status], "model": OpenAIError} for status in _with_common(statuses)}
+
+
+def json_rpc_refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Error responses as JSON-RPC."""
+    return {status: {"description": _WHEN[status], "model": JsonRpcError} for status in _with_common(statuses)}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""What a client sees when something goes wrong: one table, three spellings.
+"""What a client sees when something goes wrong: one table, four spellings.
 
 /v1/…            {"error": {"message", "type", "param", "code"}}      as OpenAI's clients expect
 /api/…           application/problem+json                             RFC 9457
 /api/v1/…        {"detail": …}                                        as the training service's users know it
+/mcp/…           {"jsonrpc", "id": null, "error": {"code", …}}        JSON-RPC, as clients of MCP show it
 and all others   {"detail": …}                                        as the parametric-memory API promises
 """
 
@@ -23,6 +24,9 @@ from nightschool.errors import Interrupted, NightschoolError, NotLoaded, QueueFu
 from nightschool.store.atomic import refusal_of as disk_refusal_of
 
 log = logging.getLogger("nightschool.server")
+
+# Of JSON-RPC 2.0.
+_INVALID_REQUEST, _INTERNAL_ERROR = -32600, -32603
 
 
 class ClientGone(Exception):
@@ -67,12 +71,12 @@ def refusal_of(error: NightschoolError) -> Refusal:
 
 
 def family(path: str) -> str:
-    """`openai`, `api` or `plain`: which spelling of errors a path has."""
+    """`openai`, `api`, `mcp` or `plain`: which spelling of errors a path has."""
     if path == "/v1" or path.startswith("/v1/"):
         return "openai"
     if path == "/api" or (path.startswith("/api/") and not path.startswith("/api/v1/")):
         return "api"
-    return "plain"
+    return "mcp" if path.startswith("/mcp/") else "plain"
 
 
 def error_body(path: str, refusal: Refusal) -> tuple[dict[str, Any], str]:
@@ -89,7 +93,15 @@ def error_body(path: str, refusal: Refusal) -> tuple[dict[str, Any], str]:
             "code": refusal.code,
         }
         return problem | ({"param": refusal.param} if refusal.param else {}), "application/problem+json"
+    if kind == "mcp":
+        return {"jsonrpc": "2.0", "id": None, "error": json_rpc_error(refusal)}, "application/json"
     return {"detail": refusal.message}, "application/json"
+
+
+def json_rpc_error(refusal: Refusal) -> dict[str, Any]:
+    """The object under `error`; what our own code is stands in its `data`."""
+    code = _INVALID_REQUEST if refusal.status < 500 else _INTERNAL_ERROR
+    return {"code": code, "message": refusal.message, "data": {"status": refusal.status, "code": refusal.code}}
 
 
 def openai_error(refusal: Refusal) -> dict[str, Any]:

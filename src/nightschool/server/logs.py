@@ -58,14 +58,14 @@ class Throttle(logging.Filter):
 
 
 def configure_logs(level: str) -> None:
-    """Write our lines, uvicorn's and asyncio's to stdout as JSON; whoever redirects stdout has the whole log."""
+    """Write our lines, and those of uvicorn, asyncio and mcp, to stdout as JSON; whoever redirects stdout has the whole log."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     throttled = logging.StreamHandler(sys.stdout)
     throttled.setFormatter(JsonLines())
     throttled.addFilter(Throttle())
-    loggers = (("nightschool", level, handler), ("uvicorn", "warning", throttled), ("asyncio", "warning", throttled))
-    for name, least, its_handler in loggers:
+    others = [(name, "warning", throttled) for name in ("uvicorn", "asyncio", "mcp")]
+    for name, least, its_handler in [("nightschool", level, handler), *others]:
         logger = logging.getLogger(name)
         logger.handlers[:] = [its_handler]
         logger.setLevel(least.upper())

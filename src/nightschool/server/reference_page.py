@@ -21,8 +21,8 @@ _HEAD = """# HTTP reference
 - Every answer has `x-request-id`; an answer of a model also has `x-model-version`, the `name@version` that gave it, and
   `x-memory-revision` where a memory was read.
 - Where there are API keys, send `Authorization: Bearer KEY` or `x-api-key: KEY`; `/healthz`, `/readyz` and `/health` are open.
-- Errors are `{"error": {"message", "type", "param", "code"}}` under `/v1`, `application/problem+json` under `/api`,
-  and `{"detail": …}` elsewhere, `/api/v1` included. An unknown field is an error that names the nearest known one.
+- Errors are `{"error": {"message", "type", "param", "code"}}` under `/v1`, `application/problem+json` under `/api`, JSON-RPC's under
+  `/mcp`, and `{"detail": …}` elsewhere, `/api/v1` included. An unknown field is an error that names the nearest known one.
 """
 
 
@@ -58,14 +58,16 @@ def _operation(path: str, method: str, operation: dict[str, Any], schemas: dict[
     for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
         kind = "" if media_type == "application/json" else f" ({media_type})"
         lines += [f"Body{kind}:", "", *_table(_resolved(body["schema"], schemas), schemas), ""]
-    good = operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema")
-    if good:
-        lines += ["Answer:", "", *_table(_resolved(good, schemas), schemas), ""]
-    errors = [
-        f"- {status}: {answer['description']}"
-        for status, answer in sorted(operation["responses"].items())
-        if status != "200"
-    ]
+    errors = []
+    for status, answer in sorted(operation["responses"].items()):
+        schema = answer.get("content", {}).get("application/json", {}).get("schema")
+        kind = "" if status == "200" else f" ({status})"
+        if status >= "400":
+            errors.append(f"- {status}: {answer['description']}")
+        elif schema:
+            lines += [f"Answer{kind}:", "", *_table(_resolved(schema, schemas), schemas), ""]
+        elif kind:
+            lines += [f"Answer{kind}: {answer['description']}.".replace("..", "."), ""]
     return "\n".join(lines + (["Errors:", "", *errors, ""] if errors else []))
 
 

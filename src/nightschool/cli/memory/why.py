@@ -41,13 +41,7 @@ def why(
     with local_model(home, model, memory=MemoryChoice(name, read)) as local:
         told = explained_answer(local, question, max_new_tokens)
     answer(
-        {
-            "model": local.ref,
-            "question": question,
-            "answer": told.text,
-            "memory": told.recall.to_json(),
-            "why": told.why,
-        },
+        told.to_json(),
         "\n".join([told.text, "", *found_lines(told.recall.to_json()), "", *token_lines(told.why)]),
         quiet=told.text,
     )

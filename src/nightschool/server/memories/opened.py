@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from nightschool.engine.memory_lookup import open_memory
 from nightschool.engine.pool import BoundEngine
-from nightschool.errors import UsageError
+from nightschool.errors import NotFound, UsageError
 from nightschool.memory.entry import Change
 from nightschool.memory.layers import Layer, Layers
 from nightschool.memory.memory import Memory
@@ -66,7 +66,10 @@ class Memories:
     def store(self, tenant: str, name: str) -> MemoryStore:
         """A memory of a tenant. Raises NotFound if it has none of that name."""
         folder = memory_path(self._home, full_name(tenant, name))
-        return self._stores.get((folder, _file_of(folder), ""), lambda: MemoryStore.open(folder))
+        file = _file_of(folder)
+        if file is None:
+            raise _none_of(name)
+        return self._stores.get((folder, file, ""), lambda: MemoryStore.open(folder))
 
     def made_stale(self, tenant: str, name: str, store: MemoryStore, change: Change) -> list[Stale]:
         """What versions of the tenant learned of the statements that a write ended. Reads the data of the tenant's runs."""
@@ -88,6 +91,9 @@ class Memories:
         own = full_name(tenant, name)
         if not shared or _file_of(memory_path(self._home, own)) is not None:
             found.append((name, own))
+        for label, full in found:
+            if _file_of(memory_path(self._home, full)) is None:
+                raise _none_of(label)
         return found + shared
 
     def asked(self, tenant: str, name: str, bound: BoundEngine, overlay: str | None = None) -> Layers:
@@ -188,6 +194,13 @@ class _Recent(Generic[Opened]):
             opened, self._open = list(self._open.values()), OrderedDict()
         for one in opened:
             one.close()
+
+
+def _none_of(name: str) -> NotFound:
+    # Without the folder: where the home lies is nobody's business over HTTP.
+    return NotFound(
+        f"There is no memory {name!r}. GET /api/memories lists those that are there; POST /api/memories makes one."
+    )
 
 
 def _file_of(folder: Path) -> tuple[int, int] | None:

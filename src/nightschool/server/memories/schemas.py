@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, Strict
 
 from nightschool.errors import UsageError
 from nightschool.memory.entry import NewEntry
 from nightschool.server.bodies import Body, bounded
+from nightschool.server.error_schemas import JsonRpcErrorObject
 from nightschool.store.names import NAME_PATTERN
 
 MOST_ENTRIES = 1000
@@ -144,6 +145,26 @@ class Changed(BaseModel):
     unchanged: int
     ids: list[str] = Field(..., description="The entries that it was about, in the order of what was sent.")
     stale: list[MadeStale] = Field(..., description="What versions learned of the statements that it ended.")
+
+
+class McpMessage(Body):
+    """A request or a notification of the Model Context Protocol."""
+
+    jsonrpc: Literal["2.0"] = Field(..., description="The version of JSON-RPC.")
+    id: Annotated[int, Strict()] | Annotated[str, Field(max_length=200)] | None = Field(
+        None, description="Stands in the answer; a notification has none."
+    )
+    method: str = Field(..., max_length=200, description="Such as initialize, tools/list or tools/call.")
+    params: dict[str, Any] | None = Field(None, description="What the method takes.")
+
+
+class McpAnswer(BaseModel):
+    """What the Model Context Protocol says to a request."""
+
+    jsonrpc: Literal["2.0"]
+    id: int | str
+    result: dict[str, Any] | None = Field(None, description="As the method has it.")
+    error: JsonRpcErrorObject | None = Field(None, description="In place of a result.")
 
 
 class Memory(BaseModel):

@@ -11,7 +11,8 @@ from nightschool.server.middleware.route_rules import rule_of
 class Audit:
     """Notes every request that changed something, once it is known that it did, and before its answer goes out.
 
-    What it changed are the parameters of its path, unless its handler says more in `request.state.target`.
+    What it changed are the parameters of its path, unless its handler says more in `request.state.target`. Where the handler says that
+    it changed nothing, in `request.state.changed`, it is not noted.
     """
 
     def __init__(self, app: ASGIApp, *, access: AccessStore) -> None:
@@ -25,8 +26,8 @@ class Audit:
             return
 
         async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] < 400:
-                state = scope["state"]
+            state = scope["state"]
+            if message["type"] == "http.response.start" and message["status"] < 400 and state.get("changed", True):
                 named = "/".join(str(value) for value in scope.get("path_params", {}).values())
                 await self._access.audit(action, state.get("target", named), state["principal"], state["request_id"])
             await send(message)

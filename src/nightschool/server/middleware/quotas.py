@@ -100,23 +100,42 @@ class Quotas:
             )
 
     async def _check_tokens(self, scope: Scope, principal: Principal, quota: Quota, headers: dict[str, str]) -> None:
-        most = quota.tokens_per_day
-        if most is None or rule_of(scope["method"], scope["state"]["template"]).scope != "infer":
-            return
-        used = await self._access.generated_today(principal.tenant)
-        moment = now()
-        midnight = (moment + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-        seconds = (midnight - moment).total_seconds()
+        if rule_of(scope["method"], scope["state"]["template"]).scope == "infer":
+            await check_tokens(self._access, principal, quota, headers)
+
+
+async def check_tokens(
+    access: AccessStore, principal: Principal, quota: Quota, headers: dict[str, str] | None = None
+) -> None:
+    """Refuse to generate for a tenant that has had its tokens of the day.
+
+    Args:
+        access: Knows what was used.
+        principal: Who asks.
+        quota: What its tenant may use.
+        headers: Gets what the answer says of the tokens that are left.
+
+    Raises:
+        Refusal: 429.
+    """
+    most = quota.tokens_per_day
+    if most is None:
+        return
+    used = await access.generated_today(principal.tenant)
+    moment = now()
+    midnight = (moment + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    seconds = (midnight - moment).total_seconds()
+    if headers is not None:
         headers["x-ratelimit-limit-tokens"] = str(most)
         headers["x-ratelimit-remaining-tokens"] = str(max(0, most - used))
         headers["x-ratelimit-reset-tokens"] = written_duration(seconds)
-        if used >= most:
-            raise Refusal(
-                429,
-                f"This tenant may have {most} tokens generated a day, and has had {used}. Come again after midnight UTC.",
-                "quota_exceeded",
-                headers={"Retry-After": str(math.ceil(seconds))},
-            )
+    if used >= most:
+        raise Refusal(
+            429,
+            f"This tenant may have {most} tokens generated a day, and has had {used}. Come again after midnight UTC.",
+            "quota_exceeded",
+            headers={"Retry-After": str(math.ceil(seconds))},
+        )
 
 
 def written_duration(seconds: float) -> str:

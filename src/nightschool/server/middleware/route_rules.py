@@ -62,6 +62,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/api/memories/{name}/entries"): Rule("memory", "memory.add"),
     ("PATCH", "/api/memories/{name}/entries/{entry}"): Rule("memory", "memory.edit"),
     ("DELETE", "/api/memories/{name}/entries/{entry}"): Rule("memory", "memory.remove"),
+    ("POST", "/mcp/{name}"): Rule("memory", "memory.mcp"),
     ("POST", "/api/v1/generate"): Rule("infer"),
     ("POST", "/api/v1/models/load"): Rule("infer", "model.load"),
     ("POST", "/api/v1/models/unload"): Rule("infer", "model.unload"),
