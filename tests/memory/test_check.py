@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from nightschool.errors import Damaged, MadeByNewer, NightschoolError
+from nightschool.errors import Conflict, Damaged, MadeByNewer, NightschoolError
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
 
@@ -82,6 +82,8 @@ def test_no_flipped_bit_changes_what_is_read_without_being_found(folder):
         ("UPDATE revisions SET author = 'eve' WHERE revision = 2", "revisions 2 is not what was written"),
         ("DELETE FROM revisions WHERE revision = 1", "Revision 1 is missing"),
         ("UPDATE purged SET born = 2", "purged 4 is not what was written"),
+        ("DELETE FROM addresses WHERE entry = 5", "m5 is not found by its subject and relation"),
+        ("UPDATE addresses SET address = address + 1 WHERE entry = 61", "m61 is not found by its subject and relation"),
     ],
 )
 def test_what_was_changed_behind_its_back_is_found(folder, change, said):
@@ -100,6 +102,35 @@ def test_a_file_that_is_no_memory_is_refused(folder, tmp_path):
         MemoryStore.open(folder)
     (folder / "memory.db").write_bytes(b"no database at all, whatever its name says" * 100)
     with pytest.raises(Damaged, match="not a database"):
+        MemoryStore.open(folder)
+
+
+def of_form_1(folder):
+    """Make a memory what it would have been before there were addresses."""
+    with sqlite3.connect(folder / "memory.db") as connection:
+        connection.executescript(
+            "DROP TABLE addresses; DROP INDEX rows_entry; PRAGMA user_version = 1;"
+            "CREATE INDEX rows_entry ON rows (entry, row);"
+            "CREATE INDEX rows_address ON rows (subject_key, relation_key) WHERE died IS NULL AND subject_key IS NOT NULL;"
+            "CREATE INDEX rows_sentence ON rows (text_key) WHERE died IS NULL AND text_key IS NOT NULL;"
+        )
+    connection.close()
+
+
+def test_a_file_of_the_form_before_is_brought_to_this_one(folder):
+    true = all_of(folder)
+    of_form_1(folder)
+    assert all_of(folder) == true
+    with MemoryStore.open(folder) as store:
+        assert store.check().is_whole
+        assert [one.id for one in store.about("person 7")] == ["m8"]
+        assert store.add([NewEntry("Snow is expected, says Eve.")], author="ada").ids == ["m61"]
+
+
+def test_a_file_of_the_form_before_that_cannot_be_written_is_refused(folder, monkeypatch):
+    of_form_1(folder)
+    monkeypatch.setattr("nightschool.memory.store.connection.os.access", lambda *_: False)
+    with pytest.raises(Conflict, match="older nightschool"):
         MemoryStore.open(folder)
 
 

@@ -46,6 +46,10 @@ def test_a_purged_entry_is_in_no_byte_of_the_file_or_its_log(store):
     left = bytes_of(store.folder)
     for word in (b"Zerlinda", b"zerlinda", b"Quux", b"Hyde"):
         assert word not in left
+    with sqlite3.connect(store.folder / "memory.db") as connection:
+        numbers = [int(secret[1:]) for secret in secrets]
+        assert not connection.execute("SELECT * FROM addresses WHERE entry IN (?, ?)", numbers).fetchall()
+    connection.close()
     assert store.count() == store.count(at="before") == 400
     assert store.check().is_whole
     with pytest.raises(NotFound, match="was purged: nothing of it is left"):

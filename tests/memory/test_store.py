@@ -214,3 +214,20 @@ def test_entries_are_found_by_what_they_are_about(store):
     assert [one.value for one in store.about("ada", "resides in")] == ["Rome"]
     assert [one.value for one in store.about("Ada", "lives in", at=1)] == ["Oslo"]
     assert store.about("Eve") == store.about("Ada", "") == []
+
+
+def test_what_was_said_of_a_subject_is_found_as_each_revision_has_it(store):
+    store.add([NewEntry("Ada lives in Oslo."), NewEntry("Ada speaks English.")], author="ada")
+    store.edit("m1", author="ada", text="Bob lives in Rome.")
+    store.edit("m1", author="ada", text="Ada is a painter.")
+    store.remove("m2", author="ada")
+    said = [[one.text for one in store.about("ada", at=at)] for at in range(5)]
+    assert said == [
+        [],
+        ["Ada lives in Oslo.", "Ada speaks English."],
+        ["Ada speaks English."],
+        ["Ada speaks English.", "Ada is a painter."],
+        ["Ada is a painter."],
+    ]
+    assert [one.row for one in store.about("Bob", "lives in", at=2)] == [3]
+    assert store.about("Ada", "lives in", at=4) == []

@@ -24,6 +24,10 @@ _REPLACES_ANOTHER = (
     "SELECT one.row, one.entry FROM rows one LEFT JOIN rows old ON old.row = one.replaces WHERE one.replaces IS NOT NULL "
     "AND (old.entry IS NOT one.entry OR old.died IS NOT one.born)"
 )
+_NOT_FOUND_AGAIN = (
+    "SELECT row, entry FROM rows WHERE NOT EXISTS (SELECT 1 FROM addresses "
+    "WHERE address = address_of(subject_key, relation_key, text_key) AND addresses.entry = rows.entry)"
+)
 _PAGE = 1000
 _DIGESTED = {
     "revisions": "revision, at, author, operation, note, restores, last_row, born, ended, ended_rows, digest",
@@ -136,6 +140,8 @@ def _places(connection: sqlite3.Connection, _: Report) -> Iterator[Finding]:
         yield _altered(row, entry, f"says that it was written by revision {born}, which has other rows")
     for row, entry in connection.execute(_REPLACES_ANOTHER):
         yield _altered(row, entry, "replaces a row that is not of its entry, or did not end then")
+    for row, entry in connection.execute(_NOT_FOUND_AGAIN):
+        yield _altered(row, entry, "is not found by its subject and relation, or its sentence")
 
 
 def _ended_elsewhere(connection: sqlite3.Connection, revision: int, too_many: int, row: int) -> Finding:

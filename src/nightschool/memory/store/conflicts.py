@@ -15,6 +15,7 @@ from typing import Any, Literal
 from nightschool.memory.entry import MemoryEntry, NewEntry, micros_of
 from nightschool.memory.facts import key_of
 from nightschool.memory.store import rows
+from nightschool.memory.store.addresses import EVERY_ROW, SENTENCES, at_addresses
 from nightschool.memory.store.relations import SINGLE, Relations
 from nightschool.memory.store.writing import Rival, overlap
 
@@ -22,13 +23,17 @@ Decision = Literal["a", "b", "both", "merge"]
 CLOSE = 0.6
 """Shared words ÷ all words, from which on two sentences are shown as close."""
 _MOST_SHARING = 32
-_ADDRESSES = (
-    "SELECT subject_key, relation_key FROM rows WHERE died IS NULL AND subject_key IS NOT NULL "
+_SHARED = "(SELECT address FROM addresses WHERE address >= 0 GROUP BY address HAVING count(*) > 1)"
+_SEVERAL = (
+    f"SELECT subject_key, relation_key FROM {at_addresses(f'address IN {_SHARED}')} "  # noqa: S608
+    "WHERE died IS NULL AND subject_key IS NOT NULL "
     "GROUP BY subject_key, relation_key HAVING count(*) > 1 ORDER BY min(row)"
 )
-_AT_ADDRESS = "SELECT {columns} FROM rows WHERE subject_key = :s AND relation_key = :r AND died IS NULL ORDER BY row"
 MOST_TOLD = 10_000
-_SENTENCES = "SELECT row, text FROM rows WHERE died IS NULL AND text_key IS NOT NULL ORDER BY row"
+_SENTENCES = (
+    f"SELECT row, text FROM {at_addresses('address BETWEEN :first AND :last')} "  # noqa: S608
+    "WHERE died IS NULL AND text_key IS NOT NULL ORDER BY row"
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,10 @@ class Contradiction:
 def contradictions(connection: sqlite3.Connection) -> Iterator[Contradiction]:
     """All pairs that nobody has settled: values first, each kind by the entries' rows."""
     settled = set(connection.execute("SELECT row_a, row_b FROM settled").fetchall())
-    relations = Relations(connection)
-    for subject, relation in connection.execute(_ADDRESSES).fetchall():
+    relations, newest = Relations(connection), rows.newest_revision(connection)
+    for subject, relation in connection.execute(_SEVERAL, {"until": EVERY_ROW}).fetchall():
         if relations.of(relation) == SINGLE:
-            found = list(rows.found_by(connection, _AT_ADDRESS, {"s": subject, "r": relation}))
+            found = rows.about(connection, subject, relation, newest)
             for a, b in combinations(found, 2):
                 if (a.row, b.row) not in settled and overlap(_as_rival(a), _as_rival(b)):
                     yield Contradiction("values", a, b)
@@ -77,7 +82,7 @@ def merged(a: MemoryEntry, b: MemoryEntry) -> NewEntry:
 def _close_sentences(connection: sqlite3.Connection) -> list[tuple[int, int]]:
     """Pairs of rows. Sentences meet at the words that few others have, so that not all need to be compared with all."""
     rows_with: dict[str, list[int]] = {}
-    for row, text in connection.execute(_SENTENCES):
+    for row, text in connection.execute(_SENTENCES, {"first": SENTENCES[0], "last": SENTENCES[1], "until": EVERY_ROW}):
         for word in _words(text):
             sharing = rows_with.setdefault(word, [])
             if len(sharing) <= _MOST_SHARING:

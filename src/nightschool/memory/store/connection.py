@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nightschool.errors import Conflict, Damaged, DiskFull, Locked, MadeByNewer, NotFound
-from nightschool.memory.store.layout import APPLICATION_ID, FORMAT
+from nightschool.memory.store.addresses import address_of
+from nightschool.memory.store.layout import APPLICATION_ID, FORMAT, FROM_1
 
 FILE_NAME = "memory.db"
 _BUSY_SECONDS = 30.0
@@ -96,6 +97,7 @@ class Connections:
         try:
             if _is_ours(self.file):
                 _prepare(connection, self._busy_seconds)
+                _convert(connection)
             _check_format(connection, self.file)
         except BaseException:
             connection.close()
@@ -127,7 +129,9 @@ def _inode_of(file: Path) -> int | None:
 def connect(file: Path, mode: str = "mode=rwc", *, busy_seconds: float = _BUSY_SECONDS) -> sqlite3.Connection:
     """A bare connection. Transactions begin and end where we say so."""
     where = f"file:{quote(str(file.absolute()))}?{mode}"
-    return sqlite3.connect(where, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    found = sqlite3.connect(where, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    found.create_function("address_of", 3, address_of, deterministic=True)
+    return found
 
 
 def create(file: Path, script: str, busy_seconds: float = _BUSY_SECONDS) -> None:
@@ -210,6 +214,25 @@ def _prepare(connection: sqlite3.Connection, busy_seconds: float) -> None:
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
 
 
+def _convert(connection: sqlite3.Connection) -> None:
+    """Bring a file of an older form to this one, all at once."""
+    if (
+        _number(connection, "PRAGMA application_id") != APPLICATION_ID
+        or _number(connection, "PRAGMA user_version") != 1
+    ):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        # Another process may have done it meanwhile.
+        if _number(connection, "PRAGMA user_version") == 1:
+            for statement in FROM_1.split(";"):
+                connection.execute(statement)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
 def _check_format(connection: sqlite3.Connection, file: Path) -> None:
     found = _number(connection, "PRAGMA user_version")
     if found > FORMAT:
@@ -222,6 +245,11 @@ def _check_format(connection: sqlite3.Connection, file: Path) -> None:
     if _number(connection, "PRAGMA application_id") != APPLICATION_ID:
         raise Damaged(
             f"{file} is a SQLite file, but no memory of nightschool. Move it away, and build the memory anew."
+        )
+    if found < FORMAT:
+        raise Conflict(
+            f"{file} was written by an older nightschool (form {found}), and cannot be brought to form {FORMAT} here: it is "
+            f"read-only, or belongs to another user. Make it writable, or copy the home and name the copy in NIGHTSCHOOL_HOME."
         )
 
 

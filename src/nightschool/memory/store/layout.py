@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """`PRAGMA user_version` of the files that this code writes."""
 APPLICATION_ID = 0x4E534D31
 """`NSM1` in ASCII: by it a file is known to be a memory."""
@@ -49,10 +49,9 @@ CREATE TABLE rows (
   digest BLOB NOT NULL,
   died INTEGER
 );
-CREATE INDEX rows_entry ON rows (entry, row);
+CREATE INDEX rows_entry ON rows (entry) WHERE row > entry;
 CREATE INDEX rows_died ON rows (died) WHERE died IS NOT NULL;
-CREATE INDEX rows_address ON rows (subject_key, relation_key) WHERE died IS NULL AND subject_key IS NOT NULL;
-CREATE INDEX rows_sentence ON rows (text_key) WHERE died IS NULL AND text_key IS NOT NULL;
+CREATE TABLE addresses (address INTEGER NOT NULL, entry INTEGER NOT NULL, PRIMARY KEY (address, entry)) WITHOUT ROWID;
 CREATE TABLE revisions (
   revision INTEGER PRIMARY KEY,
   at INTEGER NOT NULL,
@@ -85,6 +84,17 @@ CREATE INDEX purged_revision ON purged (revision);
 CREATE TABLE relations (relation_key TEXT PRIMARY KEY, cardinality TEXT NOT NULL CHECK (cardinality IN ('single', 'multi')));
 CREATE TABLE settled (row_a INTEGER NOT NULL, row_b INTEGER NOT NULL, PRIMARY KEY (row_a, row_b)) WITHOUT ROWID;
 """
+
+FROM_1 = """
+DROP INDEX rows_entry;
+DROP INDEX rows_address;
+DROP INDEX rows_sentence;
+CREATE INDEX rows_entry ON rows (entry) WHERE row > entry;
+CREATE TABLE addresses (address INTEGER NOT NULL, entry INTEGER NOT NULL, PRIMARY KEY (address, entry)) WITHOUT ROWID;
+INSERT OR IGNORE INTO addresses SELECT address_of(subject_key, relation_key, text_key), entry FROM rows;
+PRAGMA user_version = 2
+"""
+"""What makes a file of the form 1, which had indexes of living rows, one of the form 2."""
 
 
 def digest_of(values: Iterable[Any]) -> bytes:

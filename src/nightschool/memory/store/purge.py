@@ -26,6 +26,11 @@ from nightschool.store.atomic import remove_folder
 INDEX_FOLDER = "index"
 """Below the memory's folder: where its index lies."""
 _WAIT_SECONDS = 10
+_ADDRESS = "address_of(subject_key, relation_key, text_key)"
+_DELETE = (
+    f"DELETE FROM addresses WHERE entry = :entry AND address IN (SELECT {_ADDRESS} FROM rows WHERE {rows.OF_ENTRY})",  # noqa: S608
+    f"DELETE FROM rows WHERE {rows.OF_ENTRY}",  # noqa: S608
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def delete_rows(write: Write, entries: Sequence[str]) -> Purge:
             connection.execute("INSERT INTO purged VALUES (?,?,?,?,?,?)", (*kept, digest_of(kept)))
             connection.execute("DELETE FROM settled WHERE row_a = :row OR row_b = :row", {"row": one.row})
             shown |= {version.name for version in versions if one.is_in(version.revision)}
-        connection.execute("DELETE FROM rows WHERE entry = ?", (number,))
+        for statement in _DELETE:
+            connection.execute(statement, {"entry": number})
         write.numbers.append(number)
         num_rows += len(past)
     connection.execute("UPDATE about SET purge_pending = 1")

@@ -9,10 +9,14 @@ from typing import Any
 from nightschool.errors import NotFound
 from nightschool.memory.entry import MemoryEntry, entry_id, entry_number, moment_of
 from nightschool.memory.facts.normalise import key_of, relation_key_of
+from nightschool.memory.store.addresses import at_addresses, newest_row, of_subject
 from nightschool.memory.store.layout import ROW_COLUMNS
 
 ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died"))
 ALIVE_AT = "born <= :at AND (died IS NULL OR died > :at)"
+# The first row of an entry has its number, and only later ones are in the index of entries.
+OF_ENTRY = "(row = :entry OR rows.entry = :entry AND row > rows.entry) AND rows.entry = :entry"
+_ABOUT = f"SELECT {{columns}} FROM {at_addresses('address BETWEEN :first AND :last')} WHERE subject_key = :subject AND {ALIVE_AT}"  # noqa: S608
 _NUM_COLUMNS = len(ROW_COLUMNS) + 1
 _VARIABLES = 500
 
@@ -48,8 +52,8 @@ def last_row(connection: sqlite3.Connection, revision: int) -> int:
 
 def alive_row(connection: sqlite3.Connection, entry: int, at: int) -> MemoryEntry | None:
     """An entry as a revision has it."""
-    query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE entry = :entry AND {ALIVE_AT} ORDER BY row DESC LIMIT 1"  # noqa: S608
-    found = connection.execute(query, {"entry": entry, "at": at}).fetchone()
+    query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE row = {newest_row(':entry')} AND entry = :entry AND {ALIVE_AT}"  # noqa: S608
+    found = connection.execute(query, {"entry": entry, "at": at, "until": last_row(connection, at)}).fetchone()
     return None if found is None else entry_of(found)
 
 
@@ -89,18 +93,20 @@ def not_there(connection: sqlite3.Connection, entry: int, revision: int) -> str:
 
 def about(connection: sqlite3.Connection, subject: str, relation: str | None, at: int) -> list[MemoryEntry]:
     """The entries of a revision about a subject, by normalised forms; about all of its relations, or one."""
-    condition = "subject_key = :subject" + ("" if relation is None else " AND relation_key = :relation")
-    values: dict[str, object] = {"subject": key_of(subject), "relation": relation_key_of(relation or ""), "at": at}
-    # The index has what is alive: the newest revision is read by it, older ones by reading all rows.
-    alive = "died IS NULL" if at == newest_revision(connection) else ALIVE_AT
-    query = f"SELECT {{columns}} FROM rows WHERE {condition} AND subject_key IS NOT NULL AND {alive} ORDER BY row"  # noqa: S608
+    key, until = key_of(subject), last_row(connection, at)
+    first, last = of_subject(key)
+    values: dict[str, object] = {"first": first, "last": last, "subject": key, "at": at, "until": until}
+    query = f"{_ABOUT} ORDER BY row"
+    if relation is not None:
+        values["relation"] = relation_key_of(relation)
+        query = f"{_ABOUT} AND relation_key = :relation ORDER BY row"
     return list(found_by(connection, query, values))
 
 
 def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:
     """All rows of an entry, oldest first."""
-    query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE entry = ? ORDER BY row"  # noqa: S608
-    return [entry_of(one) for one in connection.execute(query, (entry,))]
+    query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE {OF_ENTRY} ORDER BY row"  # noqa: S608
+    return [entry_of(one) for one in connection.execute(query, {"entry": entry})]
 
 
 def found_by(connection: sqlite3.Connection, query: str, values: dict[str, Any]) -> Iterator[MemoryEntry]:

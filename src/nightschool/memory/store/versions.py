@@ -23,7 +23,7 @@ _SAME = " AND ".join(f"now.{one} IS old.{one}" for one in CONTENT_COLUMNS)
 _COPIED = ", ".join(CONTENT_COLUMNS)
 _RETURNING = (
     f"INSERT INTO coming SELECT old.row, now.row, {_SAME} "  # noqa: S608
-    "FROM rows old LEFT JOIN rows now ON now.entry = old.entry AND now.row > :last AND now.died IS NULL "
+    "FROM rows old LEFT JOIN rows now ON now.entry = old.entry AND now.row > now.entry AND now.row > :last AND now.died IS NULL "
     "WHERE old.died > :at AND old.row <= :last"
 )
 _ENDING = "row > :last AND died IS NULL AND row NOT IN (SELECT now FROM coming WHERE stays AND now IS NOT NULL)"

@@ -9,15 +9,18 @@ from typing import NamedTuple
 from nightschool.events import now
 from nightschool.memory.entry import MemoryEntry, micros_of
 from nightschool.memory.facts import Fact, key_of
+from nightschool.memory.store.addresses import EVERY_ROW, address_of, at_addresses
 from nightschool.memory.store.layout import ROW_COLUMNS, digest_of
 from nightschool.memory.store.relations import SINGLE, Relations
 
 _INSERT_COLUMNS = (*ROW_COLUMNS, "text_key", "digest")
 _INSERT = f"INSERT INTO rows ({', '.join(_INSERT_COLUMNS)}) VALUES ({', '.join('?' * len(_INSERT_COLUMNS))})"  # noqa: S608
 _END = "UPDATE rows SET died = ? WHERE row = ?"
-_RIVAL = "SELECT row, entry, text, value, valid_from, valid_to FROM rows WHERE"
-_AT_ADDRESS = f"{_RIVAL} subject_key = ? AND relation_key = ? AND died IS NULL ORDER BY row"
-_OF_SENTENCE = f"{_RIVAL} text_key = ? AND died IS NULL ORDER BY row"
+_ADDRESS = "INSERT OR IGNORE INTO addresses VALUES (?, ?)"
+_RIVALS = (
+    f"SELECT row, entry, text, value, valid_from, valid_to FROM {at_addresses('address = :address')} "  # noqa: S608
+    "WHERE died IS NULL AND subject_key IS :subject AND relation_key IS :relation AND text_key IS :text ORDER BY row"
+)
 # Rows wait for each other, because SQLite writes many at once in half the time.
 _MOST_WAITING = 1000
 
@@ -50,7 +53,8 @@ class Write:
         self._moment = micros_of(now())
         self._born = self._ended = self._ended_rows = 0
         self._waiting: list[tuple[object, ...]] = []
-        self._waiting_keys: set[object] = set()
+        self._waiting_addresses: list[tuple[int, int]] = []
+        self._are_waiting: set[int] = set()
 
     def add(self, fact: Fact) -> None:
         """Remember a fact: as a new entry, or in the place of the entry that it supersedes, or not again."""
@@ -120,8 +124,10 @@ class Write:
     def flush(self) -> None:
         """Hand the rows that wait to SQLite."""
         self.connection.executemany(_INSERT, self._waiting)
+        self.connection.executemany(_ADDRESS, sorted(self._waiting_addresses))
         self._waiting.clear()
-        self._waiting_keys.clear()
+        self._waiting_addresses.clear()
+        self._are_waiting.clear()
 
     def finish(self, *, always: bool = False) -> int:
         """Enter the revision, if anything changed. Returns the newest revision."""
@@ -143,12 +149,11 @@ class Write:
             fact.relation_key, fact.source, self.author, fact.valid_from, fact.valid_to, self._moment, self.revision,
             replaces,
         )  # fmt: skip
-        self._write_row(kept, fact.text_key, _key_of(fact))
+        address = address_of(fact.subject_key, fact.relation_key, fact.text_key)
+        self._waiting.append((*kept, fact.text_key, digest_of((*kept[1:-2], fact.text_key))))
+        self._waiting_addresses.append((address, entry))
+        self._are_waiting.add(address)
         self.numbers.append(entry)
-
-    def _write_row(self, kept: tuple[object, ...], text_key: int | None, key: object) -> None:
-        self._waiting.append((*kept, text_key, digest_of((*kept[1:-2], text_key))))
-        self._waiting_keys.add(key)
         self.last_row += 1
         self._born += 1
         if len(self._waiting) >= _MOST_WAITING:
@@ -156,9 +161,7 @@ class Write:
 
     def _retract(self, subject_key: str, relation_key: str, value_key: str) -> None:
         """End what a sentence says is no longer so: the same subject, relation and value, and nothing else."""
-        self.flush()
-        for one in self.connection.execute(_AT_ADDRESS, (subject_key, relation_key)).fetchall():
-            rival = Rival(*one)
+        for rival in self._living(subject_key, relation_key, None):
             if rival.value is not None and key_of(rival.value) == value_key:
                 self.end(rival.row)
                 self.removed += 1
@@ -168,17 +171,15 @@ class Write:
 
     def _rivals(self, fact: Fact) -> list[Rival]:
         """The living rows that are about the same: by subject and relation, or by the sentence."""
-        if _key_of(fact) in self._waiting_keys:
+        return self._living(fact.subject_key, fact.relation_key, fact.text_key)
+
+    def _living(self, subject_key: str | None, relation_key: str | None, text_key: int | None) -> list[Rival]:
+        address = address_of(subject_key, relation_key, text_key)
+        if address in self._are_waiting:
             self.flush()
-        if fact.subject_key is not None:
-            found = self.connection.execute(_AT_ADDRESS, (fact.subject_key, fact.relation_key))
-        else:
-            found = self.connection.execute(_OF_SENTENCE, (fact.text_key,))
-        return [Rival(*one) for one in found]
-
-
-def _key_of(fact: Fact) -> object:
-    return fact.text_key if fact.subject_key is None else (fact.subject_key, fact.relation_key)
+        keys = {"subject": subject_key, "relation": relation_key, "text": text_key}
+        values = {"address": address, "until": EVERY_ROW, **keys}
+        return [Rival(*one) for one in self.connection.execute(_RIVALS, values)]
 
 
 def _says_the_same(old: Rival, fact: Fact) -> bool:
