@@ -241,3 +241,31 @@ def test_a_store_that_is_open_sees_that_its_memory_was_deleted_and_made_anew(ask
         ask("build", "friends")
         ask("add", "friends", "Bob lives in Rome.")
         assert [one.text for one in store.entries()] == ["Bob lives in Rome."]
+
+
+GRAPH = """\
+{"type": "entity", "name": "Ada", "entityType": "person", "observations": ["lives in Oslo"]}
+{"type": "relation", "from": "Ada", "to": "Acme", "relationType": "works at"}
+{"type": "entity", "name": "Acme", "entityType": "company", "observations": []}
+"""
+
+
+def test_the_file_of_server_memory_comes_in_and_goes_out(folder, ask, say, capsys):
+    path = facts(folder, GRAPH, "memory.json")
+    assert main(["memory", "build", "graph", "--from", facts(folder, GRAPH, "memory.jsonl")]) == 1
+    assert "Add --format server-memory." in capsys.readouterr().err
+    built = ask("build", "graph", "--from", path, "--format", "server-memory")
+    assert (built["added"], built["revision"]) == (4, 1)
+    assert ask("import", "graph", path, "--format", "server-memory")["unchanged"] == 4
+    ask("add", "graph", "It may rain.")
+    assert "because no subject can be told of them: 1." in say(
+        "export", "graph", "out.jsonl", "--format", "server-memory"
+    )
+    assert ask("export", "graph", "out.jsonl", "--format", "server-memory", "--force")["left_out"] == 1
+    assert ask("import", "graph", "out.jsonl", "--format", "server-memory")["unchanged"] == 4
+    assert (
+        main(["memory", "import", "graph", facts(folder, GRAPH + "[]\n", "bad.jsonl"), "--format", "server-memory"])
+        == 1
+    )
+    assert "bad.jsonl:4" in capsys.readouterr().err
+    assert ask("ls", "graph")[-1]["text"] == "It may rain."

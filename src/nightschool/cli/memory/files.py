@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nightschool.cli.memory import opened
 from nightschool.cli.memory.bank_files import BANK_ENDING, export_bank, facts_of_bank
@@ -17,11 +17,14 @@ from nightschool.errors import Conflict, UsageError
 from nightschool.memory.entry import Change, MemoryEntry, NewEntry
 from nightschool.memory.facts.files import read_facts
 from nightschool.memory.following import KNOWLEDGE_LENGTH
+from nightschool.memory.graph_files import graph_lines, read_graph
 from nightschool.memory.store import MemoryStore
 from nightschool.store.atomic import remove_folder, replacing
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
 from nightschool.units import format_bytes
+
+Format = Literal["server-memory"]
 
 _FIELDS = (
     "id",
@@ -43,6 +46,7 @@ def build(
     /,
     *,
     from_: tuple[Path, ...] = (),
+    format_: Format | None = None,
     source: str | None = None,
     base: str | None = None,
     cache: Path | None = None,
@@ -57,6 +61,7 @@ def build(
     Args:
         name: How the memory is called: NAME, or TENANT/NAME.
         from_: A file of facts. May be given several times.
+        format_: What is in the files, where their endings do not say: server-memory is the memory.jsonl of that reference server.
         source: Where the facts come from, for those that do not say; by default the name of their file.
         base: The model whose tokenizer reads and writes .pt files.
         cache: Write the entries as knowledge_cache.pt too, with the mapping beside it.
@@ -69,7 +74,7 @@ def build(
     store = MemoryStore.create(folder)
     try:
         with store:
-            change = _read_into(store, from_, source, "build", base) if from_ else Change(0)
+            change = _read_into(store, from_, source, "build", base, format_) if from_ else Change(0)
             if cache is not None:
                 export_bank(
                     store,
@@ -87,19 +92,22 @@ def build(
     _say(name, change, f"Made the memory {name}")
 
 
-def import_(name: str, /, *files: Path, source: str | None = None, base: str | None = None) -> None:
+def import_(
+    name: str, /, *files: Path, format_: Format | None = None, source: str | None = None, base: str | None = None
+) -> None:
     """Add the facts of files to a memory, all or none. New values take the place of old ones.
 
     Args:
         name: The memory.
         files: Files of facts, as for build.
+        format_: As for build.
         source: Where the facts come from, for those that do not say; by default the name of their file.
         base: The model whose tokenizer reads .pt files.
     """
     if not files:
         raise UsageError("Name at least one file of facts.")
     with opened(name) as store:
-        change = _read_into(store, files, source, "import", base)
+        change = _read_into(store, files, source, "import", base, format_)
     _say(name, change, f"Read {', '.join(map(str, files))} into {name}")
 
 
@@ -109,6 +117,7 @@ def export(
     /,
     *,
     at: str | None = None,
+    format_: Format | None = None,
     base: str | None = None,
     knowledge_num: int | None = None,
     knowledge_length: int = KNOWLEDGE_LENGTH,
@@ -121,13 +130,14 @@ def export(
         file: A file that ends in .jsonl, .json, .csv, .txt or .pt. Text keeps the statements alone. Tokens are int64
             [knowledge_num, knowledge_length], and a mapping beside them has the texts.
         at: A revision or a named version; by default the newest.
+        format_: server-memory writes entities, observations and relations, as that reference server keeps them in its memory.jsonl.
         base: The model whose tokenizer writes a .pt file.
         knowledge_num: Rows of a .pt file, a perfect square; by default the next one.
         knowledge_length: Tokens of a row of a .pt file.
         force: Replace the file if it is there.
     """
     ending = file.suffix.lower()
-    if ending == BANK_ENDING:
+    if format_ is None and ending == BANK_ENDING:
         with opened(name) as store:
             revision = store.revision_at(at)
             written = export_bank(
@@ -146,23 +156,39 @@ def export(
             quiet=str(file),
         )
         return
-    if ending not in _WRITTEN:
+    if format_ is None and ending not in _WRITTEN:
         endings = ", ".join([*_WRITTEN, BANK_ENDING])
         raise UsageError(f"{file}: the ending {ending or '(none)'} is not known. Write {endings}.")
     if file.exists() and not force:
         raise Conflict(f"{file} is there already. Choose another name, or add --force.")
     with opened(name) as store:
         revision = store.revision_at(at)
-        with replacing(file.absolute()) as handle, os.fdopen(os.dup(handle), "w", encoding="utf-8", newline="") as out:
-            count = 0
-            for count, line in enumerate(_WRITTEN[ending](store.entries(at=revision)), start=1):  # noqa: B007
-                out.write(line)
+        if format_ is None:
+            _write_lines(file, _WRITTEN[ending](store.entries(at=revision)))
+            lost = {}
+        else:
+            graph = graph_lines(store, revision)
+            _write_lines(file, graph.lines)
+            lost = {"left_out": graph.left_out, "undated": graph.undated}
     size = file.stat().st_size
+    text = [f"Wrote revision {revision} of {name} to {file} ({format_bytes(size)})."]
+    text += [f"{_LOST[what]}: {count:,}." for what, count in lost.items() if count]
     answer(
-        {"name": name, "revision": revision, "path": str(file), "size_bytes": size},
-        f"Wrote revision {revision} of {name} to {file} ({format_bytes(size)}).",
+        {"name": name, "revision": revision, "path": str(file), "size_bytes": size} | lost,
+        "\n".join(text),
         quiet=str(file),
     )
+
+
+_LOST = {
+    "left_out": "Left out, because no subject can be told of them",
+    "undated": "Written without the dates when they hold",
+}
+
+
+def _write_lines(file: Path, lines: Iterator[str]) -> None:
+    with replacing(file.absolute()) as handle, os.fdopen(os.dup(handle), "w", encoding="utf-8", newline="") as out:
+        out.writelines(lines)
 
 
 def check(name: str, /) -> int:
@@ -190,13 +216,23 @@ def _refuse_cache(cache: Path) -> None:
 
 
 def _read_into(
-    store: MemoryStore, files: tuple[Path, ...], source: str | None, operation: str, base: str | None
+    store: MemoryStore,
+    files: tuple[Path, ...],
+    source: str | None,
+    operation: str,
+    base: str | None,
+    format_: Format | None,
 ) -> Change:
-    facts: Iterator[NewEntry] = chain.from_iterable(
-        facts_of_bank(file, base, source) if file.suffix.lower() == BANK_ENDING else read_facts(file, source=source)
-        for file in files
-    )
+    facts = chain.from_iterable(_facts_of(file, source, base, format_) for file in files)
     return store.add(facts, author=who(), operation=operation)
+
+
+def _facts_of(file: Path, source: str | None, base: str | None, format_: Format | None) -> Iterator[NewEntry]:
+    if format_ is not None:
+        return read_graph(file, source=source)
+    if file.suffix.lower() == BANK_ENDING:
+        return facts_of_bank(file, base, source)
+    return read_facts(file, source=source)
 
 
 def _say(name: str, change: Change, done: str) -> None:

@@ -61,7 +61,9 @@ def fact_of(fields: Mapping[str, Any], where: str, default_source: str = "") -> 
     taken = {kind: _taken(fields, names, where) for kind, names in NAMES.items()}
     if not any(taken[kind] for kind in ("text", "subject", "relation", "value")):
         known = ", ".join(str(name) for name in list(fields)[:8]) or "nothing"
-        raise DataError(f"{where}: the fact is empty: the row has {known}. Write text, or subject, relation and value.")
+        is_graph = "entityType" in fields or "relationType" in fields
+        instead = "Add --format server-memory." if is_graph else "Write text, or subject, relation and value."
+        raise DataError(f"{where}: the fact is empty: the row has {known}. {instead}")
     return NewEntry(
         taken["text"] or "",
         taken["subject"],
