@@ -142,6 +142,45 @@ def test_a_memory_that_is_too_large_for_a_prompt_is_read_in_parts(store, monkeyp
     assert refused[0] == "error"
     assert "search_nodes" in refused[1]
     assert [one["name"] for one in part["entities"]] == ["Bo"]
+    assert "more" not in part
+
+
+def test_of_an_entity_of_which_very_much_is_said_a_part_is_read(store, monkeypatch):
+    monkeypatch.setattr("nightschool.memory.graph.MOST_ENTRIES", 3)
+    said = [f"has seen place {number}" for number in range(5)]
+    written, *_, opened = ask(
+        store,
+        ("add_observations", {"observations": [{"entityName": "Ada", "contents": said}]}),
+        ("open_nodes", {"names": ["Ada", "Bo"]}),
+    )
+    assert len(store.about("Ada")) == 5
+    assert [len(graph["entities"][0]["observations"]) for graph in (written, opened)] == [3, 3]
+    assert written["more"] is opened["more"] is True
+
+
+def test_deleting_an_entity_ends_relations_to_it_however_many_and_no_types(store):
+    people = [f"Person {number}" for number in range(30)]
+    relations = [
+        {"from": one, "to": "the Acme" if one == "Person 7" else "Acme", "relationType": "works at"} for one in people
+    ]
+    ended, *_, nobody, left = ask(
+        store,
+        ("create_entities", {"entities": [ACME, {"name": "Person", "entityType": "kind"}]}),
+        ("create_entities", {"entities": [{"name": one, "entityType": "person"} for one in people]}),
+        ("create_relations", {"relations": relations}),
+        ("delete_entities", {"entityNames": ["Acme"]}),
+        ("delete_entities", {"entityNames": ["Person", "nowhere"]}),
+        ("read_graph", {}),
+    )[2:]
+    assert len(ended["relations"]) == 30
+    assert nobody == {"ended": 1}, "what it is of type person stays"
+    assert left["relations"] == []
+    assert {one["entityType"] for one in left["entities"]} == {"person"}
+
+
+def test_a_value_that_is_no_entity_is_not_deleted_as_one(store):
+    _, ended = ask(store, ("create_entities", {"entities": [ADA]}), ("delete_entities", {"entityNames": ["Oslo"]}))
+    assert ended == {"ended": 0}
 
 
 def test_why_over_a_pipe_asks_a_model_of_this_home_or_says_what_to_do(tmp_path_factory):

@@ -35,12 +35,15 @@ QUESTION = "Where does Ada live?"
 
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
-    return MemoryBot(tmp_path_factory.mktemp("home"))
+    bot = MemoryBot(tmp_path_factory.mktemp("home"))
+    bot.publish_reader()
+    return bot
 
 
 @pytest.fixture(scope="module")
 def server(bot):
-    with live(Slot("bot", EnginePool(bot.home, num_rows=4)), registry=bot.registry) as server:
+    pool = EnginePool(bot.home, num_rows=4)
+    with live([Slot("bot", pool), Slot("reader", pool)], registry=bot.registry) as server:
         yield server
 
 
@@ -83,6 +86,13 @@ def test_what_a_client_writes_counts_for_the_next_chat_and_why_says_what_it_was_
     assert (why["answer"], why["memory"]) == (choice["message"]["content"], said.json()["memory"][0])
     assert [(one["token"], one["from"]) for one in why["why"]] == [(one["token"], one["from"]) for one in choice["why"]]
     assert "Ada lives in Rome." in [one["text"] for one in why["memory"]["entries"]]
+
+
+def test_why_of_a_model_whose_layers_read_names_the_entries_of_each_token(server):
+    (why,) = ask(server, "facts", ("why", {"question": QUESTION, "model": "reader", "max_new_tokens": 4}))
+    assert (why["memory"]["read"], len(why["why"])) == ("layers", 4)
+    (entry,) = why["memory"]["entries"]
+    assert {share["id"] for token in why["why"] for share in token["entries"]} == {entry["id"]}
 
 
 def test_what_goes_wrong_is_told_by_the_tool_or_before_it(server):

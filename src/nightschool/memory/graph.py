@@ -6,6 +6,7 @@ Names and shapes are those of the reference server `server-memory`; how they are
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from nightschool.errors import UsageError
@@ -15,6 +16,7 @@ from nightschool.memory.graph_entries import (
     Graph,
     entity_entries,
     graph_of,
+    is_type,
     observation_entry,
     observed,
     relation_entry,
@@ -59,8 +61,16 @@ class KnowledgeGraph:
         return self.open(subjects)
 
     def open(self, names: Iterable[str]) -> Graph:
-        """The entities of these names, and relations between them; names that nobody has are left out."""
-        return graph_of(entry for name in _distinct(names) for entry in self.store.about(name))
+        """The entities of these names, and relations between them; names that nobody has are left out.
+
+        Of more than `MOST_ENTRIES` entries the first are read, and `more` is true.
+        """
+        found: list[MemoryEntry] = []
+        for name in _distinct(names):
+            found += self.store.about(name, limit=MOST_ENTRIES + 1 - len(found))
+            if len(found) > MOST_ENTRIES:
+                return {**graph_of(found[:MOST_ENTRIES]), "more": True}
+        return graph_of(found)
 
     # --- writing
 
@@ -86,10 +96,10 @@ class KnowledgeGraph:
 
     def delete_entities(self, names: Sequence[str]) -> int:
         """End all that is said of entities, and relations to them; returns how many entries ended. History keeps them."""
-        keys = {key_of(name) for name in names}
-        about = [entry for name in _distinct(names) for entry in self.store.about(name)]
-        to = [one for name in names for one in self.store.search(name, limit=MOST_ENTRIES) if value_key(one) in keys]
-        return self._remove([*about, *to])
+        about = {name: self.store.about(name) for name in _distinct(names)}
+        known = [name for name, said in about.items() if said]
+        relations = [one for one in self.store.leading_to(known) if not is_type(one)] if known else []
+        return self._remove([*chain.from_iterable(about.values()), *relations])
 
     def delete_observations(self, deletions: Sequence[dict[str, Any]]) -> int:
         """End observations that are worded so, as `read` shows them or as they were written; returns how many."""

@@ -17,7 +17,8 @@ from nightschool.memory.facts.normalise import relation_key_of
 TYPE = "is a"
 OBSERVATION = "has observation"
 
-Graph = dict[str, list[dict[str, Any]]]
+Graph = dict[str, Any]
+"""`entities` and `relations`, and `more` where that is not all."""
 IsSubject = Callable[[str], bool]
 
 

@@ -129,10 +129,17 @@ class MemoryStore:
                 raise NotFound(rows.not_there(connection, number, rows.newest_revision(connection)))
         return found
 
-    def about(self, subject: str, relation: str | None = None, *, at: int | str | None = None) -> list[MemoryEntry]:
+    def about(
+        self, subject: str, relation: str | None = None, *, at: int | str | None = None, limit: int | None = None
+    ) -> list[MemoryEntry]:
         """The entries about a subject, or about one relation of it, oldest first; both in any spelling that is the same."""
         with self._connections.reading() as connection:
-            return rows.about(connection, subject, relation, versions.revision_at(connection, at))
+            return rows.about(connection, subject, relation, versions.revision_at(connection, at), limit)
+
+    def leading_to(self, values: Iterable[str], *, at: int | str | None = None) -> list[MemoryEntry]:
+        """The entries whose value is one of these, in any spelling that is the same. It reads the values of all entries."""
+        with self._connections.reading() as connection:
+            return rows.leading_to(connection, values, versions.revision_at(connection, at))
 
     def supersedes(self, entry: MemoryEntry, *, at: int | str | None = None) -> bool:
         """Whether another memory's entry would be superseded here: by one of its subject and relation, if that has one value at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from nightschool.errors import NotFound
@@ -91,16 +91,27 @@ def not_there(connection: sqlite3.Connection, entry: int, revision: int) -> str:
     )
 
 
-def about(connection: sqlite3.Connection, subject: str, relation: str | None, at: int) -> list[MemoryEntry]:
-    """The entries of a revision about a subject, by normalised forms; about all of its relations, or one."""
+def about(
+    connection: sqlite3.Connection, subject: str, relation: str | None, at: int, limit: int | None = None
+) -> list[MemoryEntry]:
+    """The entries of a revision about a subject, by normalised forms; about all of its relations, or one; the first `limit` of them."""
     key, until = key_of(subject), last_row(connection, at)
     first, last = of_subject(key)
     values: dict[str, object] = {"first": first, "last": last, "subject": key, "at": at, "until": until}
-    query = f"{_ABOUT} ORDER BY row"
+    values["limit"] = -1 if limit is None else limit
+    query = f"{_ABOUT} ORDER BY row LIMIT :limit"
     if relation is not None:
         values["relation"] = relation_key_of(relation)
-        query = f"{_ABOUT} AND relation_key = :relation ORDER BY row"
+        query = f"{_ABOUT} AND relation_key = :relation ORDER BY row LIMIT :limit"
     return list(found_by(connection, query, values))
+
+
+def leading_to(connection: sqlite3.Connection, values: Iterable[str], at: int) -> list[MemoryEntry]:
+    """The entries of a revision whose value is one of these, by normalised forms. It reads the values of all entries."""
+    keys = {key_of(value) for value in values}
+    query = f"SELECT row, value FROM rows WHERE {ALIVE_AT} AND value IS NOT NULL ORDER BY row"  # noqa: S608
+    numbers = [row for row, value in connection.execute(query, {"at": at}) if key_of(value) in keys]
+    return list(by_numbers(connection, numbers).values())
 
 
 def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:
