@@ -212,6 +212,7 @@ def test_a_key_needs_the_scopes_of_what_it_does(client, home):
     may_ask, may_write = key_of(home, scopes={"infer"}), key_of(home, scopes={"memory"})
     assert post(client, "facts", headers=may_ask).status_code == 403
     assert "Oslo" in str(call(client, "facts", "read_graph", may_write))
+    assert "No model of yours is served" in call(client, "theirs", "why", key_of(home, "acme"), question=QUESTION)
     assert "lacks the scope 'infer'" in call(client, "facts", "why", may_write, question=QUESTION)
 
 

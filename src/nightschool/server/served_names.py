@@ -225,9 +225,10 @@ class ServedNames:
             there_is = [slot.name if slot.current is None else slot.current.version.ref for slot in slots]
         else:
             names = there_is = [version.name for version in self._champions(principal.tenant)]
+        what = "No model of yours is served here" if model is None else f"The model {model[:200]!r} is not served here"
         return Refusal(
             404,
-            f"The model {(model or '')[:200]!r} is not served here. There is {', '.join(there_is) or 'none'}: "
+            f"{what}. There is {', '.join(there_is) or 'none'}: "
             f"ask for {' or '.join(map(repr, names)) or 'one to be served'}.",
             "model_not_found",
             param="model",
