@@ -162,7 +162,8 @@ class JointBase:
         for name, layer in _adapted_layers(self._model).items():
             self._model.set_submodule(name, layer.base_layer)
         self._model.train()
-        recompute_gates(self._model)  # what they do not keep pays for passes of more tokens
+        # What they do not keep pays for passes of more tokens.
+        recompute_gates(self._model, lambda: _on_threads(self.threads))
         head = cast(Any, self._model).get_output_embeddings()
         for name, layer in list(self._model.named_modules()):
             if type(layer) is nn.Linear and layer is not head:
@@ -215,18 +216,33 @@ class JointBase:
 class _ServingLinear(nn.Module):
     """A frozen linear layer that several adapters may stand on."""
 
-    def __init__(self, base_layer: nn.Module, name: str, base: JointBase) -> None:
+    def __init__(self, base_layer: nn.Linear, name: str, base: JointBase) -> None:
         super().__init__()
         self.base_layer, self._name = base_layer, name
         self._of = (base,)  # in a tuple, or the module would hold the model that holds it
 
     def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.base_layer.out_features)
+        return self.write_into(x, torch.empty(shape, dtype=self.dtype_of(x), device=x.device))
+
+    def write_into(self, x: Tensor, place: Tensor) -> Tensor:
+        """What it gives for x [1,N,D], in `place` [1,N,F]."""
         (base,) = self._of
         pieces = base.pieces(self._name, x)
         weights = [part.weight for piece in pieces for part in (piece.layer.lora_A[_NAME], piece.layer.lora_B[_NAME])]
-        arguments = x, self.base_layer, base.threads, pieces, *weights
+        # In a list, as it is no input that gradients flow to.
+        arguments = x, self.base_layer, base.threads, pieces, [place], *weights
         out: Tensor = _LinearWithAdapters.apply(*arguments)  # type: ignore[no-untyped-call]
         return out
+
+    def dtype_of(self, x: Tensor) -> torch.dtype:
+        """That of the products of x."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
 
 
 @dataclass(frozen=True)
@@ -272,15 +288,22 @@ class _LinearWithAdapters(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear, threads: int, pieces: list[_Piece], *weights: Tensor) -> Tensor:
-        device = x.device.type
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    def forward(
+        ctx: Any, x: Tensor, base: nn.Linear, threads: int, pieces: list[_Piece], places: list[Tensor], *weights: Tensor
+    ) -> Tensor:
+        (place,) = places
+        # No view of the place, which autograd would forbid to be given out, but a tensor of its own on the same numbers.
+        out = place.new_empty(0).set_(place.untyped_storage(), place.storage_offset(), place.shape, place.stride())
+        product = out.dtype
         # Not what dropout left, but the input, which the layers beside this one hold too, and a byte for each number of it.
         saved: list[Tensor | None] = [x] if pieces else []
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             with _on_threads(threads):
-                bias = None if base.bias is None else base.bias.to(product)
-                out = nn.functional.linear(x.to(product), base.weight.to(product), bias)
+                operands = x.to(product).flatten(0, -2), base.weight.to(product).T
+                if base.bias is None:
+                    torch.mm(*operands, out=out.flatten(0, -2))
+                else:
+                    torch.addmm(base.bias.to(product), *operands, out=out.flatten(0, -2))
             for piece, a, b in zip(pieces, weights[::2], weights[1::2], strict=True):
                 part = piece.input_of(x, a.dtype)
                 drawn = piece.draw_like(part)
@@ -311,7 +334,7 @@ class _LinearWithAdapters(torch.autograd.Function):
             if grad_x is not None:
                 of_kept = of_low @ a.to(grad.dtype)
                 grad_x[0, piece.tokens].add_(piece.dropped(of_kept, drawn))
-        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, *of_weights)
+        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, *of_weights)
 
 
 @contextmanager
