@@ -56,12 +56,12 @@ class KnowledgeGraph:
         return graph_of(self.store.entries())
 
     def search(self, query: str, limit: int = 20) -> Graph:
-        """The entities whose entries hold words of a query, with all that is said of them, and relations between them."""
+        """The entities whose entries hold words of a query, with all that is said of them, and relations from them."""
         subjects = [one.subject for one in self.store.search(query, limit=limit) if one.subject is not None]
         return self.open(subjects)
 
     def open(self, names: Iterable[str]) -> Graph:
-        """The entities of these names, and relations between them; names that nobody has are left out.
+        """The entities of these names, and relations from them; names that nobody has are left out.
 
         Of more than `MOST_ENTRIES` entries the first are read, and `more` is true.
         """
@@ -69,8 +69,11 @@ class KnowledgeGraph:
         for name in _distinct(names):
             found += self.store.about(name, limit=MOST_ENTRIES + 1 - len(found))
             if len(found) > MOST_ENTRIES:
-                return {**graph_of(found[:MOST_ENTRIES]), "more": True}
-        return graph_of(found)
+                return {**graph_of(found[:MOST_ENTRIES], self._is_subject), "more": True}
+        return graph_of(found, self._is_subject)
+
+    def _is_subject(self, name: str) -> bool:
+        return bool(self.store.about(name, limit=1))
 
     # --- writing
 
@@ -126,7 +129,7 @@ class KnowledgeGraph:
 
     def edit(self, entry: str, text: str) -> Change:
         """Let an entry say something else."""
-        return self._noted(self.store.edit(entry, author=self.author, text=text))
+        return self._noted(self.store.edit(entry, author=self.author, text=text, source=SOURCE))
 
     def remove(self, ids: Sequence[str]) -> Change:
         """End entries."""

@@ -56,18 +56,27 @@ def observation_entry(name: str, content: str, *, source: str, where: str = "") 
 # --- from entries
 
 
-def graph_of(entries: Iterable[MemoryEntry]) -> Graph:
-    """The entities that entries are about, and relations between them; sentences about nobody are left out."""
+def graph_of(entries: Iterable[MemoryEntry], is_subject: IsSubject | None = None) -> Graph:
+    """The entities that entries are about, and relations from them; sentences about nobody are left out.
+
+    Args:
+        entries: All entries of a memory; or some, and then `is_subject` is needed.
+        is_subject: Whether something is said of a name that none of the entries is about.
+    """
     of_subject: dict[str, list[MemoryEntry]] = {}
     for one in entries:
         if one.subject_key is not None:
             of_subject.setdefault(one.subject_key, []).append(one)
-    entities = [entity_of(said, of_subject.__contains__) for said in of_subject.values()]
+    known = dict.fromkeys(of_subject, True)
+
+    def is_known(key: str) -> bool:
+        if key not in known:
+            known[key] = is_subject is not None and is_subject(key)
+        return known[key]
+
+    entities = [entity_of(said, is_known) for said in of_subject.values()]
     relations = [
-        relation_of(one, said[0])
-        for said in of_subject.values()
-        for one in said
-        if is_relation(one, of_subject.__contains__)
+        relation_of(one, said[0]) for said in of_subject.values() for one in said if is_relation(one, is_known)
     ]
     return {"entities": entities, "relations": relations}
 
