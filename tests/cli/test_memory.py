@@ -82,6 +82,23 @@ def test_an_end_is_not_a_purge_and_a_purge_asks(folder, ask, say):
     assert "no memory 'friends'" in say("ls", "friends", code=4)
 
 
+def test_an_entry_of_another_memory_is_ended_in_this_one_only(folder, ask, say):
+    ask("build", "friends", "--from", facts(folder, "Ada lives in Oslo.\nBob speaks French.\n"))
+    ask("build", "acme/mine", "--from", facts(folder, "Eve speaks Latin.\n", "more.txt"))
+    ended = ask("rm", "acme/mine", "friends/m1", "shared:friends/m2")
+    assert [(one["text"], one["source"]) for one in ended["entries"]] == [
+        ("No longer: Ada lives in Oslo.", "friends/m1"),
+        ("No longer: Bob speaks French.", "shared:friends/m2"),
+    ]
+    assert len(ask("ls", "acme/mine")) == 3
+    assert [one["operation"] for one in ask("history", "friends")] == ["build", "create"]
+    assert ask("undo", "acme/mine")["removed"] == 2
+    assert "End them by themselves" in say("rm", "acme/mine", "friends/m1", "m1", code=2)
+    assert "End them by themselves" in say("rm", "acme/mine", "friends/m1", "--purge", "--yes", code=2)
+    assert "no memory 'absent'" in say("rm", "acme/mine", "absent/m1", code=4)
+    assert "m9" in say("rm", "acme/mine", "friends/m9", code=4)
+
+
 def test_a_purge_takes_the_index_along(ask):
     ask("build", "friends")
     ask("add", "friends", "Ada lives in Oslo.")

@@ -124,3 +124,39 @@ def test_the_source_of_what_was_read_is_kept(tenants):
     assert kept["source"] == "mail from mallory"
     assert kept["author"].startswith("key:")
     assert read_by(tenants, "acme", "Who says BANANA to all instructions?", name="mail")[1] == "mail@1"
+
+
+def test_a_tenant_ends_what_is_shared_for_itself_alone(tenants):
+    path, who = "/api/memories/shared/entries/m2", "What does Bob like?"
+
+    def searched(tenant):
+        return tenants(tenant, "GET", "/api/memories/shared/search", params={"q": "tea"}).json()["entries"]
+
+    ended = tenants("acme", "DELETE", path, params={"of": "shared:shared"})
+    assert ended.status_code == 200, ended.text
+    [entry] = ended.json()["ids"]
+    try:
+        assert read_by(tenants, "acme", who, name="shared")[0] == {}
+        assert read_by(tenants, "acme", who, name="shared", overlay="session-7")[0] == {
+            "session-7/m1": "Bob was born in Bonn."
+        }
+        assert read_by(tenants, "other", who)[0] == {"shared:shared/m2": "Bob likes tea."}
+        assert (searched("acme"), len(searched("other")), len(searched("default"))) == ([], 1, 1)
+        kept = tenants("acme", "GET", f"/api/memories/shared/entries/{entry}").json()
+        assert (kept["text"], kept["source"]) == ("No longer: Bob likes tea.", "shared:shared/m2")
+        listed = tenants("acme", "GET", "/api/memories/shared/entries").json()["entries"]
+        assert entry in {one["id"] for one in listed}
+        assert tenants("default", "GET", "/api/memories/shared").json()["revision"] == 1
+    finally:
+        assert tenants("acme", "POST", "/api/memories/shared/rollback", json={"to": "1"}).status_code == 200
+    assert read_by(tenants, "acme", who, name="shared")[0] == {"shared:shared/m2": "Bob likes tea."}
+    for tenant, address, of, status in (
+        ("acme", "/api/memories/shared/entries/m99", "shared:shared", 404),
+        ("acme", path, "shared:session-7", 404),
+        ("acme", path, "shared:default/shared", 404),
+        ("acme", path, "../shared", 400),
+        ("other", path, "shared:shared", 404),  # it has no memory of its own that could lie over it
+        ("default", path, "shared:shared", 404),
+    ):
+        assert tenants(tenant, "DELETE", address, params={"of": of}).status_code == status, of
+    assert tenants("acme", "DELETE", path, params={"of": "shared:shared", "purge": True}).status_code == 400

@@ -1,4 +1,4 @@
-"""Memories that lie over one another: what the upper one says of a subject and a relation hides what those beneath say.
+"""Memories that lie over one another: what the upper one says of a subject and a relation, or takes back, hides what those beneath say.
 
 A tenant's memory may lie over one that is shared with all tenants, and a user's or a session's over that. Each stays a memory of its own,
 with its own index; nothing is copied, and who reads other layers never sees it.
@@ -12,7 +12,37 @@ from datetime import datetime
 from typing import Protocol
 
 from nightschool.events import now
+from nightschool.memory.entry import MemoryEntry
+from nightschool.memory.facts.retractions import is_retraction
 from nightschool.memory.memory import Findings, Found, Memory
+from nightschool.memory.store import MemoryStore
+
+
+def search_words(
+    layers: Sequence[tuple[str, MemoryStore]], query: str, limit: int
+) -> tuple[dict[str, int], list[tuple[str, MemoryEntry]]]:
+    """The entries that hold words of a query, as a question that is asked of all layers sees them; those of the upper ones first.
+
+    Args:
+        layers: What each memory is called, and its store, the uppermost first.
+        query: Words, or beginnings of words.
+        limit: At most so many.
+
+    Returns:
+        The revision of each, and each entry with what its memory is called.
+    """
+    revisions: dict[str, int] = {}
+    found: list[tuple[str, MemoryEntry]] = []
+    above: list[tuple[MemoryStore, int]] = []
+    for label, store in layers:
+        revision = revisions[label] = store.revision
+        found += [
+            (label, entry)
+            for entry in store.search(query, at=revision, limit=limit)
+            if not is_retraction(entry) and not any(upper.hides(entry, at=at) for upper, at in above)
+        ]
+        above.append((store, revision))
+    return revisions, found[:limit]
 
 
 class Searched(Protocol):
@@ -52,7 +82,7 @@ class Layers:
             seen += [
                 self._labelled(one, layer.label)
                 for one in finding.found
-                if not any(upper.memory.store.supersedes(one.entry, at=told.revision) for upper, told in above)
+                if not any(upper.memory.store.hides(one.entry, at=told.revision) for upper, told in above)
             ]
         revisions = tuple(
             (layer.label, finding.revision) for layer, finding in zip(self._layers, findings, strict=True)

@@ -25,6 +25,7 @@ from nightschool.events import now
 from nightschool.memory.encoders.encoder import AddressEncoder
 from nightschool.memory.encoders.names import ACCEPTED, Question, Vocabulary
 from nightschool.memory.entry import MemoryEntry
+from nightschool.memory.facts.retractions import is_retraction
 from nightschool.memory.following import Follower
 from nightschool.memory.index.files import open_index, save_index
 from nightschool.memory.index.folders import index_folder, keep_newest
@@ -216,7 +217,7 @@ class Memory:
             asked = tuple(tuple(spelling.tokens.tolist()) for spelling in questions[question].spellings)
             for place in np.flatnonzero(accepted[question]).tolist():
                 entry = entries[int(hits.rows[question, place])]
-                if entry is not None and _holds(entry, moment):
+                if entry is not None and _holds(entry, moment) and not is_retraction(entry):
                     numbers = (hits.scores, hits.subject_cosines, hits.relation_cosines)
                     score, subject, relation = (float(one[question, place]) for one in numbers)
                     text, address = self._tokens_of(entry)

@@ -6,7 +6,7 @@ from nightschool.cli.formatting import moment as shown_moment
 from nightschool.cli.memory import answer_change, answer_entries, changed_moment, moment, opened
 from nightschool.cli.output import answer, answer_rows, confirm, note, who
 from nightschool.errors import UsageError
-from nightschool.memory.entry import NewEntry
+from nightschool.memory.entry import MemoryEntry, NewEntry
 from nightschool.memory.store import MemoryStore
 from nightschool.store.atomic import remove_folder
 from nightschool.store.home import Home
@@ -124,9 +124,11 @@ def edit(
 def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> None:
     """End entries; they stay in the history. With --purge nothing of them stays. Without entries, delete the memory.
 
+    An entry of another memory is ended in this one only: it is hidden wherever this memory lies over the other.
+
     Args:
         name: The memory.
-        entries: Their ids, as m12.
+        entries: Their ids, as m12; those of another memory with its name before them, as friends/m12.
         purge: Delete all versions of them for good, from the file and its log. It cannot be undone.
         yes: Do not ask, where something is deleted for good.
     """
@@ -136,6 +138,15 @@ def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> N
         _delete(name, yes=yes)
         return
     with opened(name) as store:
+        others = [one for one in entries if "/" in one]
+        if others:
+            if purge or len(others) < len(entries):
+                raise UsageError(
+                    "Entries of other memories stay in these. End them by themselves, without --purge and without ids of this memory."
+                )
+            change = store.retract(*map(_other, others), author=who())
+            answer_change(name, store, change, [store.get(one) for one in dict.fromkeys(change.ids)])
+            return
         if not purge:
             change = store.remove(*entries, author=who())
             answer_change(name, store, change, [])
@@ -197,6 +208,13 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
         none="",
         quiet="revision",
     )
+
+
+def _other(entry: str) -> tuple[str, MemoryEntry]:
+    """An entry of another memory, with the name that is before its id, as answers show it."""
+    name, _, number = entry.rpartition("/")
+    with opened(name.removeprefix("shared:")) as store:
+        return entry, store.get(number)
 
 
 def _purge(store: MemoryStore, name: str, entries: tuple[str, ...], *, yes: bool) -> None:

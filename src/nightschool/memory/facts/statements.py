@@ -9,7 +9,8 @@ from typing import NamedTuple
 from nightschool.errors import DataError
 from nightschool.memory.entry import NewEntry, micros_of
 from nightschool.memory.facts.normalise import key_of, relation_key_of, sentence_key_of
-from nightschool.memory.facts.sentences import Triple, retracted, split_sentence, statement_of
+from nightschool.memory.facts.retractions import PREFIX, StatementKey, behind_prefix, retraction_key, taken_back
+from nightschool.memory.facts.sentences import Triple, split_sentence, statement_of
 
 MOST_CHARACTERS = 4000
 """Of a statement. An entry is one fact; longer texts are documents."""
@@ -18,9 +19,9 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Fact(NamedTuple):
-    """A new entry as it is stored. `text_key` stands for sentences whose subject and relation cannot be told.
+    """A new entry as it is stored. `text_key` stands for sentences whose subject and relation cannot be told, and for what they take back.
 
-    `retracts` is the subject, relation and value, in their normalised forms, of what a sentence says is no longer so.
+    `retracts` is the statement that a sentence says is no longer so.
     """
 
     text: str
@@ -34,7 +35,7 @@ class Fact(NamedTuple):
     source: str
     valid_from: int | None
     valid_to: int | None
-    retracts: tuple[str, str, str] | None = None
+    retracts: StatementKey | None = None
 
 
 def as_fact(new: NewEntry) -> Fact:
@@ -43,17 +44,19 @@ def as_fact(new: NewEntry) -> Fact:
     Raises:
         DataError: If it is empty, too long, no text, has one or two of subject, relation and value, or ends before it begins.
     """
-    text, source = clean(new.text, "text"), clean(new.source, "source")
+    stated, source = behind_prefix(new.text), clean(new.source, "source")
+    text = clean(new.text, "text") if stated is None else PREFIX + clean(stated, "text")
     given = [new.subject, new.relation, new.value]
     if all(part is None for part in given):
         if not text:
             raise DataError("The fact is empty. Write a sentence, or a subject, a relation and a value.")
-        triple = split_sentence(text)
+        triple = split_sentence(text) if stated is None else None
     else:
         triple = _whole(new)
     valid_from, valid_to = _period(new.valid_from, new.valid_to)
     if triple is None:
-        key, gone = sentence_key_of(text), _retracted(text)
+        gone = taken_back(text)
+        key = sentence_key_of(text) if gone is None else retraction_key(gone)
         return Fact(text, None, None, None, None, None, None, key, source, valid_from, valid_to, gone)
     subject, relation, value = triple
     statement = statement_of(subject, relation, value)
@@ -91,11 +94,6 @@ def clean(text: str, what: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise DataError(_too_long(text))
     return text
-
-
-def _retracted(text: str) -> tuple[str, str, str] | None:
-    found = retracted(text)
-    return None if found is None else (key_of(found.subject), relation_key_of(found.relation), key_of(found.value))
 
 
 def _whole(new: NewEntry) -> Triple:

@@ -23,7 +23,8 @@ from nightschool.memory.entry import (
     micros_of,
     moment_of,
 )
-from nightschool.memory.facts import as_fact
+from nightschool.memory.facts import as_fact, key_of
+from nightschool.memory.facts.retractions import is_retraction, retraction_of
 from nightschool.memory.store import check, conflicts, purge, rows, versions
 from nightschool.memory.store.changes import changes_between
 from nightschool.memory.store.conflicts import Contradiction, Decision
@@ -141,14 +142,20 @@ class MemoryStore:
         with self._connections.reading() as connection:
             return rows.leading_to(connection, values, versions.revision_at(connection, at))
 
-    def supersedes(self, entry: MemoryEntry, *, at: int | str | None = None) -> bool:
-        """Whether another memory's entry would be superseded here: by one of its subject and relation, if that has one value at a time."""
-        if entry.subject is None or entry.relation is None or entry.relation_key is None:
-            return False
+    def hides(self, entry: MemoryEntry, *, at: int | str | None = None) -> bool:
+        """Whether this memory hides another one's entry that lies beneath it.
+
+        It does if it takes the very statement back, or says something of that subject and relation, if these have one value at a time.
+        """
         with self._connections.reading() as connection:
+            revision = versions.revision_at(connection, at)
+            if rows.is_retracted(connection, entry, revision):
+                return True
+            if entry.subject is None or entry.relation is None or entry.relation_key is None:
+                return False
             if Relations(connection).of(entry.relation_key) != SINGLE:
                 return False
-            return bool(rows.about(connection, entry.subject, entry.relation, versions.revision_at(connection, at)))
+            return bool(rows.about(connection, entry.subject, entry.relation, revision))
 
     def search(self, query: str, *, at: int | str | None = None, limit: int = 20) -> list[MemoryEntry]:
         """The entries that hold words of a query, those with most of them first. Likeness of meaning is the index's."""
@@ -202,6 +209,25 @@ class MemoryStore:
         with self._writing("remove", author, note=_named(entries)) as write:
             for old in {one: rows.required(write.connection, one) for one in entries}.values():
                 write.remove(old)
+            return _finished(write)
+
+    def retract(self, *others: tuple[str, MemoryEntry], author: str) -> Change:
+        """Take back what entries of other memories say: they stay as they are, and are hidden where this memory lies over them.
+
+        What it writes are entries, whose sources are the names that are given with the others: they can be listed, ended and undone.
+
+        Raises:
+            UsageError: If one of them is itself a retraction.
+        """
+        for name, entry in others:
+            if is_retraction(entry):
+                raise UsageError(f"{name} only takes something back ({entry.text[:80]!r}). End it in its own memory.")
+        with self._writing("retract", author, note=_named([name for name, _ in others])) as write:
+            for name, entry in others:
+                if entry.subject_key is not None and entry.relation_key is not None:
+                    # The rules may read its statement otherwise than it was given.
+                    write.take_back((entry.subject_key, entry.relation_key, key_of(entry.value or "")))
+                write.add(as_fact(retraction_of(entry, name)))
             return _finished(write)
 
     def purge(self, *entries: str, author: str) -> Purge:

@@ -9,7 +9,8 @@ from typing import Any
 from nightschool.errors import NotFound
 from nightschool.memory.entry import MemoryEntry, entry_id, entry_number, moment_of
 from nightschool.memory.facts.normalise import key_of, relation_key_of
-from nightschool.memory.store.addresses import at_addresses, newest_row, of_subject
+from nightschool.memory.facts.retractions import keys_that_retract
+from nightschool.memory.store.addresses import address_of, at_addresses, newest_row, of_subject
 from nightschool.memory.store.layout import ROW_COLUMNS
 
 ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died"))
@@ -17,6 +18,7 @@ ALIVE_AT = "born <= :at AND (died IS NULL OR died > :at)"
 # The first row of an entry has its number, and only later ones are in the index of entries.
 OF_ENTRY = "(row = :entry OR rows.entry = :entry AND row > rows.entry) AND rows.entry = :entry"
 _ABOUT = f"SELECT {{columns}} FROM {at_addresses('address BETWEEN :first AND :last')} WHERE subject_key = :subject AND {ALIVE_AT}"  # noqa: S608
+_RETRACTION = f"SELECT 1 FROM {at_addresses('address = :address')} WHERE text_key = :key AND {ALIVE_AT}"  # noqa: S608
 _NUM_COLUMNS = len(ROW_COLUMNS) + 1
 _VARIABLES = 500
 
@@ -112,6 +114,13 @@ def leading_to(connection: sqlite3.Connection, values: Iterable[str], at: int) -
     query = f"SELECT row, value FROM rows WHERE {ALIVE_AT} AND value IS NOT NULL ORDER BY row"  # noqa: S608
     numbers = [row for row, value in connection.execute(query, {"at": at}) if key_of(value) in keys]
     return list(by_numbers(connection, numbers).values())
+
+
+def is_retracted(connection: sqlite3.Connection, entry: MemoryEntry, at: int) -> bool:
+    """Whether a revision takes back what an entry, of whatever memory, says."""
+    values = {"at": at, "until": last_row(connection, at)}
+    keys = [{"address": address_of(None, None, key), "key": key} for key in keys_that_retract(entry)]
+    return any(connection.execute(_RETRACTION, values | key).fetchone() is not None for key in keys)
 
 
 def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:

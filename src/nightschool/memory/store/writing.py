@@ -9,6 +9,7 @@ from typing import NamedTuple
 from nightschool.events import now
 from nightschool.memory.entry import MemoryEntry, micros_of
 from nightschool.memory.facts import Fact, key_of
+from nightschool.memory.facts.retractions import StatementKey
 from nightschool.memory.store.addresses import EVERY_ROW, address_of, at_addresses
 from nightschool.memory.store.layout import ROW_COLUMNS, digest_of
 from nightschool.memory.store.relations import SINGLE, Relations
@@ -58,6 +59,8 @@ class Write:
 
     def add(self, fact: Fact) -> None:
         """Remember a fact: as a new entry, or in the place of the entry that it supersedes, or not again."""
+        if fact.retracts is not None:
+            self.take_back(fact.retracts)
         rivals = [rival for rival in self._rivals(fact) if overlap(rival, fact)]
         same = next((rival for rival in rivals if _says_the_same(rival, fact)), None)
         single = bool(rivals) and self._has_one_value(fact)
@@ -71,8 +74,6 @@ class Write:
             self.replace(newest.row, newest.entry, fact)
             self.superseded += len(rivals)
         else:
-            if fact.retracts is not None:
-                self._retract(*fact.retracts)
             self._insert(fact, None, None)
             self.added += 1
 
@@ -90,6 +91,19 @@ class Write:
         """End a row, and let a new one of the same entry stand in its place."""
         self.end(row)
         self._insert(fact, entry, row)
+
+    def take_back(self, statement: StatementKey) -> None:
+        """End what says the very statement: the same subject, relation and value, or the same sentence, and nothing else."""
+        if isinstance(statement, int):
+            said = self._living(None, None, statement)
+        else:
+            subject_key, relation_key, value_key = statement
+            said = [
+                one for one in self._living(subject_key, relation_key, None) if key_of(one.value or "") == value_key
+            ]
+        for rival in said:
+            self.end(rival.row)
+            self.removed += 1
 
     def remove(self, old: MemoryEntry) -> None:
         self.end(old.row)
@@ -158,13 +172,6 @@ class Write:
         self._born += 1
         if len(self._waiting) >= _MOST_WAITING:
             self.flush()
-
-    def _retract(self, subject_key: str, relation_key: str, value_key: str) -> None:
-        """End what a sentence says is no longer so: the same subject, relation and value, and nothing else."""
-        for rival in self._living(subject_key, relation_key, None):
-            if rival.value is not None and key_of(rival.value) == value_key:
-                self.end(rival.row)
-                self.removed += 1
 
     def _has_one_value(self, fact: Fact) -> bool:
         return fact.relation_key is not None and self._relations.of(fact.relation_key) == SINGLE

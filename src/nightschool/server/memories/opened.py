@@ -12,7 +12,7 @@ from nightschool.engine.memory_lookup import open_memory
 from nightschool.engine.pool import BoundEngine
 from nightschool.errors import NotFound, UsageError
 from nightschool.memory.entry import Change
-from nightschool.memory.layers import Layer, Layers
+from nightschool.memory.layers import Layer, Layers, search_words
 from nightschool.memory.memory import Memory
 from nightschool.memory.staleness import Stale, StaleVersions, stale_versions
 from nightschool.memory.store import MemoryStore
@@ -22,6 +22,7 @@ from nightschool.store.names import full_name, home_of, is_name, memory_path, sp
 from nightschool.store.principal import DEFAULT_TENANT
 
 _MOST_OPEN = 64
+_SHARED = "shared:"
 
 
 class Memories:
@@ -87,7 +88,7 @@ class Memories:
         if overlay == name:
             raise UsageError(f"The memory {name!r} cannot lie over itself. Name another one as the overlay.")
         found = [] if overlay is None else [(overlay, full_name(tenant, overlay))]
-        shared = [(f"shared:{name}", name)] if name in self.shared_names(tenant) else []
+        shared = [(f"{_SHARED}{name}", name)] if name in self.shared_names(tenant) else []
         own = full_name(tenant, name)
         if not shared or _file_of(memory_path(self._home, own)) is not None:
             found.append((name, own))
@@ -121,19 +122,31 @@ class Memories:
         Raises:
             NotFound, UsageError: As `layers` does.
         """
-        revisions: dict[str, int] = {}
-        found: list[dict[str, Any]] = []
-        above: list[tuple[MemoryStore, int]] = []
-        for label, full in self.layers(tenant, name, overlay):
-            store = self.store(*split_name(full))
-            revision = revisions[label] = store.revision
-            found += [
-                entry.to_json() | {"memory": label}
-                for entry in store.search(query, at=revision, limit=limit)
-                if not any(upper.supersedes(entry, at=at) for upper, at in above)
-            ]
-            above.append((store, revision))
-        return {"revisions": revisions, "entries": found[:limit]}
+        layers = [(label, self.store(*split_name(full))) for label, full in self.layers(tenant, name, overlay)]
+        revisions, found = search_words(layers, query, limit)
+        return {"revisions": revisions, "entries": [entry.to_json() | {"memory": label} for label, entry in found]}
+
+    def retract(self, tenant: str, store: MemoryStore, of: str, entry: str, author: str) -> Change:
+        """Take back, in a memory of a tenant, what an entry of another one says that the tenant reads.
+
+        Args:
+            tenant: Whose memories they are.
+            store: The memory that is written.
+            of: What the other one is called in answers: `shared:NAME`, or the name of a memory of the tenant.
+            entry: Its id there.
+            author: Who writes.
+
+        Raises:
+            NotFound: If there is no such memory, or entry.
+            UsageError: If the entry is itself a retraction.
+        """
+        shared = of.removeprefix(_SHARED)
+        if shared != of and shared not in self.shared_names(tenant):
+            raise NotFound(
+                f"There is no memory {shared!r} that is shared with you. GET /api/memories lists those that are."
+            )
+        other = self.store(tenant, of) if shared == of else self.store(DEFAULT_TENANT, shared)
+        return store.retract((f"{of}/{entry}", other.get(entry)), author=author)
 
     def close(self) -> None:
         """Give all connections back."""

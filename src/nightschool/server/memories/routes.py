@@ -11,6 +11,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
+from nightschool.errors import UsageError
 from nightschool.memory.store import MemoryStore
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
@@ -141,13 +142,28 @@ async def remove(
     principal: PrincipalOf,
     *,
     purge: Annotated[bool, Query(description="Delete it for good, with all that it ever said.")] = False,
+    of: Annotated[
+        str | None,
+        Query(
+            min_length=1,
+            max_length=100,
+            description="The memory that has the entry, as answers name it (`shared:friends`), where it lies beneath this one.",
+        ),
+    ] = None,
 ) -> Response:
     """End an entry: it is no longer read, but stays in the history.
 
-    With `purge` all its versions are gone for good, from the file and its log too; the answer names the versions that had
+    What another memory says, `of` which the entry is, stays there as it is; it is taken back in this memory, by an entry that can
+    be listed and ended, and hidden wherever this memory lies over the other one. With `purge` all its versions are gone for good, from the file and its log too; the answer names the versions that had
     shown it. 409 while another process reads the old bytes.
     """
     author = author_of(principal)
+    if of is not None:
+        if purge:
+            raise UsageError("An entry is purged in its own memory. Leave out `of`, or `purge`.")
+        return await writing(
+            memories, principal, name, lambda store: memories.retract(principal.tenant, store, of, entry, author)
+        )
     if purge:
         return await reading(memories, principal, name, lambda store: store.purge(entry, author=author).to_json())
     return await writing(memories, principal, name, lambda store: store.remove(entry, author=author))
