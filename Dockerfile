@@ -4,7 +4,7 @@
 # Without a GPU leave `--gpus all` out; TORCH_INDEX names an index with a build of torch for CPUs, which is smaller.
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=""
-ARG EXTRAS="postgres,gguf,cpu,qlora"
+ARG EXTRAS="postgres,gguf,cpu,qlora,mcp"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/nightschool
 WORKDIR /src

@@ -65,18 +65,17 @@ async def message(
         asking = explained(service, principal, request, request_id, name, question, model, max_new_tokens)
         return asyncio.run_coroutine_threadsafe(asking, loop).result()
 
-    sent = body.model_dump_json(exclude_unset=True).encode()
     answer, request.state.changed = await anyio.to_thread.run_sync(
-        partial(_answered, memories, principal, name, why, dict(request.scope), sent), limiter=limiter
+        partial(_answered, memories, principal, name, why, dict(request.scope), body), limiter=limiter
     )
     return Response(answer.body, answer.status, answer.headers)
 
 
 def _answered(
-    memories: Memories, principal: Principal, name: str, why: Why, scope: dict[str, Any], sent: bytes
+    memories: Memories, principal: Principal, name: str, why: Why, scope: dict[str, Any], body: schemas.McpMessage
 ) -> tuple[HttpAnswer, bool]:
     """The answer, and whether something was written for it."""
     server = http_server()
     graph = KnowledgeGraph(memories.store(principal.tenant, name), author_of(principal))
-    answer = server.answer(Served(graph, why), scope, sent)
+    answer = server.answer(Served(graph, why), scope, body.model_dump_json(exclude_unset=True).encode())
     return answer, graph.changed
