@@ -134,6 +134,25 @@ def test_a_fact_of_ones_own_is_remembered_and_one_that_ended_is_told(talk, bot):
     assert bot.facts.about("Eve") == []
 
 
+@pytest.mark.parametrize("where", ["here", "server"])
+def test_what_is_corrected_is_written_over_the_memory_and_read_at_once(where, talk, bot, server):
+    name = f"over-{where}"
+    bot.remember(name, "Eve speaks Latin.")
+    options = ["--memory", "facts", "--overlay", name, *(at(server) if where == "server" else [])]
+    out = talk(QUESTION, "/why", "/fix Rome", "/remember", QUESTION, "/why", options=options)
+    assert f"{name} remembers {name}/m2" not in out
+    assert f"{name} remembers m2: Ada lives in Rome." in out
+    assert "m1  Ada lives in Oslo." in out
+    assert f"{name}/m2  Ada lives in Rome." in out
+    assert [one.text for one in bot.facts.about("Ada")] == ["Ada lives in Oslo."]
+
+
+def test_an_overlay_lies_over_a_memory(bot, monkeypatch, capsys):
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(bot.home.path))
+    assert main(["chat", "bot", "--overlay", "facts"]) == 2
+    assert "lies over no memory" in capsys.readouterr().err
+
+
 def test_off_reads_nothing_and_still_knows_where_to_write(talk, bot):
     out = talk(QUESTION, "/why", "/remember Eve speaks Latin.", options=["--memory", "facts", "--memory-read", "off"])
     assert bot.greedy(QUESTION, 6).splitlines()[0] in out

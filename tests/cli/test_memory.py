@@ -99,6 +99,25 @@ def test_an_entry_of_another_memory_is_ended_in_this_one_only(folder, ask, say):
     assert "m9" in say("rm", "acme/mine", "friends/m9", code=4)
 
 
+def test_a_search_of_memories_over_one_another_shows_what_is_read(folder, ask, say):
+    ask("build", "friends", "--from", facts(folder, "Ada lives in Oslo.\nAda speaks French.\nAda was born in Bonn.\n"))
+    ask("build", "mine", "--from", facts(folder, "Ada lives in Rome.\n", "more.txt"))
+    ask("rm", "mine", "friends/m3")
+    layered = ["search", "friends", "ada", "--overlay", "mine"]
+    assert {one["id"]: one["text"] for one in ask(*layered)} == {
+        "mine/m1": "Ada lives in Rome.",
+        "m2": "Ada speaks French.",
+    }
+    assert len(ask("search", "friends", "ada")) == 3
+    assert "mine/m1" in say(*layered)
+    for words, said in (
+        (["--overlay", "friends"], "cannot lie over itself"),
+        (["--overlay", "mine", "--at", "1"], "--at"),
+    ):
+        assert said in say("search", "friends", "ada", *words, code=2)
+    assert "no memory 'absent'" in say("search", "friends", "ada", "--overlay", "absent", code=4)
+
+
 def test_a_purge_takes_the_index_along(ask):
     ask("build", "friends")
     ask("add", "friends", "Ada lives in Oslo.")

@@ -44,6 +44,31 @@ def test_why_shows_the_answer_and_what_each_token_was_read_from(bot, capsys, mod
     assert "WITHOUT IT" in shown
 
 
+def test_why_names_the_entries_of_the_memory_that_lies_over(bot, capsys):
+    bot.remember("mine", "Ada lives in Rome.", "No longer: Bob likes tea.")
+    words = [
+        "--json",
+        "memory",
+        "why",
+        "facts",
+        QUESTION,
+        "--overlay",
+        "mine",
+        "--model",
+        "reader",
+        "--max-new-tokens",
+        "3",
+    ]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["id"], one["text"]) for one in told["memory"]["entries"]] == [("mine/m1", "Ada lives in Rome.")]
+    assert told["memory"]["revisions"] == {"facts": bot.facts.revision, "mine": 1}
+    assert {share["id"] for token in told["why"] for share in token["entries"]} == {"mine/m1"}
+    words[4] = "What does Bob like?"
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["entries"] == []
+
+
 def test_without_an_entry_the_answer_is_the_models_own(capsys):
     words = ["memory", "why", "facts", "Where does Zoe live?", "--model", "reader", "--max-new-tokens", "3"]
     assert main(words) == 0
@@ -56,6 +81,8 @@ def test_without_an_entry_the_answer_is_the_models_own(capsys):
         (["absent", QUESTION, "--model", "bot"], 4),
         (["facts", QUESTION, "--model", "bot", "--read", "layers"], 2),
         (["facts", QUESTION, "--model", "bot", "--max-new-tokens", "0"], 2),
+        (["facts", QUESTION, "--model", "bot", "--overlay", "facts"], 2),
+        (["facts", QUESTION, "--model", "bot", "--overlay", "absent"], 4),
     ],
 )
 def test_what_cannot_be_asked_is_told(words, code):

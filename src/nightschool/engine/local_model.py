@@ -19,8 +19,8 @@ from nightschool.engine.memory_lookup import last_question, open_memory, reading
 from nightschool.engine.pool import BoundEngine, EnginePool
 from nightschool.engine.recall import MemoryChoice, Read, Recall, recall, way_of_reading, with_facts
 from nightschool.engine.request import GenerationRequest, SamplingParams
-from nightschool.errors import PromptTooLong
-from nightschool.memory.memory import Memory
+from nightschool.errors import PromptTooLong, UsageError
+from nightschool.memory.layers import Layer, Layers, Searched, check_overlay
 from nightschool.models.adapters import load_adapter
 from nightschool.models.dtype import probe_dtype, resolve_device
 from nightschool.models.load import LoadedModel, Located, locate
@@ -109,14 +109,26 @@ class LocalModel:
         return full_name(tenant, stands_on.memory)
 
     @cached_property
-    def memory(self) -> Memory | None:
-        """The memory of `memory_name`; None if none is read.
+    def memory(self) -> Searched | None:
+        """The memory of `memory_name`, with the overlay that was chosen over it; None if none is read.
 
         Raises:
-            NotFound: If the memory isn't there.
+            NotFound: If one of them isn't there.
+            UsageError: If a memory is to lie over itself, or over none.
         """
-        name = self.memory_name
-        return None if name is None else open_memory(memory_path(self._pool.home, name), self._bound)
+        name, overlay = self.memory_name, self._choice.overlay
+        if name is None and overlay is not None and self._choice.read != "off":
+            raise UsageError(f"The overlay {overlay!r} lies over no memory. Name one with --memory.")
+        if name is None:
+            return None
+        if overlay is not None:
+            check_overlay(name, overlay)
+        opened = [
+            Layer(one, open_memory(memory_path(self._pool.home, one), self._bound))
+            for one in (overlay, name)
+            if one is not None
+        ]
+        return Layers(name, opened)
 
     @property
     def context_tokens(self) -> int:

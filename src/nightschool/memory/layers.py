@@ -11,11 +11,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
+from nightschool.errors import UsageError
 from nightschool.events import now
 from nightschool.memory.entry import MemoryEntry
 from nightschool.memory.facts.retractions import is_retraction
 from nightschool.memory.memory import Findings, Found, Memory
 from nightschool.memory.store import MemoryStore
+
+
+def check_overlay(name: str, overlay: str) -> None:
+    """Raises UsageError if a memory is to lie over itself."""
+    if overlay == name:
+        raise UsageError(f"The memory {name!r} cannot lie over itself. Name another one as the overlay.")
 
 
 def search_words(
@@ -54,6 +61,9 @@ class Searched(Protocol):
     def find(self, texts: Sequence[str], k: int = 16, *, moment: datetime | None = None) -> list[Findings]:
         """See `Memory.find`."""
 
+    def close(self) -> None:
+        """See `Memory.close`."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -74,6 +84,11 @@ class Layers:
         moment = moment or now()
         by_layer = [layer.memory.find(texts, k, moment=moment) for layer in self._layers]
         return [self._merged(findings, k) for findings in zip(*by_layer, strict=True)]
+
+    def close(self) -> None:
+        """Close all of them."""
+        for layer in self._layers:
+            layer.memory.close()
 
     def _merged(self, findings: Sequence[Findings], k: int) -> Findings:
         seen: list[Found] = []

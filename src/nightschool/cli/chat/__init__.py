@@ -31,6 +31,7 @@ def chat(
     url: str | None = None,
     record: bool = False,
     memory: str | None = None,
+    overlay: str | None = None,
     memory_read: Literal["layers", "prompt", "off"] | None = None,
     system: str | None = None,
     temperature: Annotated[float, Parameter(name=["--temperature", "-t"])] = 0.7,
@@ -47,6 +48,7 @@ def chat(
         url: Ask a running server in place of loading the model here, as http://127.0.0.1:8001.
         record: Keep the answers in the home, so that /good, /bad and /fix can mark them for a later night.
         memory: An explicit memory that answers read, and that /remember writes to; see nightschool memory.
+        overlay: Another memory that lies over it: what it says or takes back hides what is beneath, and /remember writes to it.
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question, off reads
             nothing; without it, layers where the model was trained by method: memory.
         system: A system message.
@@ -57,9 +59,9 @@ def chat(
     """
     params = _params(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     home = Home.find()
-    choice = _choice(memory, memory_read)
+    choice = _choice(memory, overlay, memory_read)
     with closing(_backend(home, model, url, record=record, memory=choice)) as backend:
-        state = Chat(home, backend, params, say=_say, show=_show, memory=memory)
+        state = Chat(home, backend, params, say=_say, show=_show, memory=overlay or memory)
         if system is not None:
             state.system = system
         note(f"{bold(backend.model)}. /help lists commands, /exit leaves." + (" Answers are kept." if record else ""))
@@ -121,12 +123,14 @@ def _params(**values: float | None) -> Params:
     return params
 
 
-def _choice(memory: str | None, read: Literal["layers", "prompt", "off"] | None) -> MemoryChoice | None:
-    if memory is None and read is None:
+def _choice(
+    memory: str | None, overlay: str | None, read: Literal["layers", "prompt", "off"] | None
+) -> MemoryChoice | None:
+    if memory is None and overlay is None and read is None:
         return None
     from nightschool.engine.recall import MemoryChoice
 
-    return MemoryChoice(memory, read)
+    return MemoryChoice(memory, read, overlay)
 
 
 def _backend(

@@ -75,10 +75,11 @@ def answer_change(name: str, store: MemoryStore, change: Change, entries: list[M
     )
 
 
-def answer_entries(entries: list[MemoryEntry], *, none: str) -> None:
-    """Show entries as a table."""
+def answer_entries(entries: list[MemoryEntry], *, none: str, ids: list[str] | None = None) -> None:
+    """Show entries as a table; under other ids where they are of several memories."""
+    shown = [one.id for one in entries] if ids is None else ids
     answer_rows(
-        [one.to_json() for one in entries],
+        [one.to_json() | {"id": name} for one, name in zip(entries, shown, strict=True)],
         {"ID": "id", "TEXT": "text", "SOURCE": lambda row: row["source"] or None, "SINCE": lambda row: row["revision"]},
         none=none,
         quiet="id",

@@ -154,15 +154,19 @@ def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> N
         _purge(store, name, entries, yes=yes)
 
 
-def search(name: str, query: str, /, *, limit: int = 20, at: str | None = None) -> None:
+def search(name: str, query: str, /, *, overlay: str | None = None, limit: int = 20, at: str | None = None) -> None:
     """Find entries by words, those with most of them first.
 
     Args:
         name: The memory.
         query: Words, or beginnings of words.
+        overlay: Another memory that lies over it: its entries come first, and what it says or takes back hides what is beneath.
         limit: At most so many.
         at: A revision or a named version; by default the newest.
     """
+    if overlay is not None:
+        _search_layers(name, overlay, query, limit, at)
+        return
     with opened(name) as store:
         found = store.search(query, at=at, limit=limit)
     answer_entries(found, none=f"{name} has no entry with any of these words.")
@@ -207,6 +211,21 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
         },
         none="",
         quiet="revision",
+    )
+
+
+def _search_layers(name: str, overlay: str, query: str, limit: int, at: str | None) -> None:
+    from nightschool.memory.layers import check_overlay, search_words  # brings the index along: only where it is needed
+
+    check_overlay(name, overlay)
+    if at is not None:
+        raise UsageError("--at is a revision of one memory. Leave it out, or --overlay.")
+    with opened(name) as below, opened(overlay) as above:
+        _, found = search_words([(overlay, above), (name, below)], query, limit)
+    answer_entries(
+        [entry for _, entry in found],
+        none=f"{name} and {overlay} have no entry with any of these words.",
+        ids=[entry.id if label == name else f"{label}/{entry.id}" for label, entry in found],
     )
 
 

@@ -16,6 +16,7 @@ def why(
     /,
     *,
     model: str,
+    overlay: str | None = None,
     read: Literal["layers", "prompt"] | None = None,
     max_new_tokens: int = 48,
 ) -> None:
@@ -27,6 +28,7 @@ def why(
         name: The memory.
         question: What is asked.
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
+        overlay: Another memory that lies over it: what it says or takes back hides what is beneath.
         read: layers, where the model was trained by method: memory; prompt puts the entries before the question. Without it,
             layers where the model can.
         max_new_tokens: Longest answer in tokens.
@@ -38,7 +40,7 @@ def why(
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}, and an answer needs at least 1. Raise it.")
     home = Home.find()
-    with local_model(home, model, memory=MemoryChoice(name, read)) as local:
+    with local_model(home, model, memory=MemoryChoice(name, read, overlay)) as local:
         told = explained_answer(local, question, max_new_tokens)
     answer(
         told.to_json(),

@@ -10,9 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from nightschool.engine.memory_lookup import open_memory
 from nightschool.engine.pool import BoundEngine
-from nightschool.errors import NotFound, UsageError
+from nightschool.errors import NotFound
 from nightschool.memory.entry import Change
-from nightschool.memory.layers import Layer, Layers, search_words
+from nightschool.memory.layers import Layer, Layers, check_overlay, search_words
 from nightschool.memory.memory import Memory
 from nightschool.memory.staleness import Stale, StaleVersions, stale_versions
 from nightschool.memory.store import MemoryStore
@@ -85,8 +85,8 @@ class Memories:
             NotFound: If the tenant has no memory of that name, and none is shared; or no `overlay`.
             UsageError: If a memory is to lie over itself.
         """
-        if overlay == name:
-            raise UsageError(f"The memory {name!r} cannot lie over itself. Name another one as the overlay.")
+        if overlay is not None:
+            check_overlay(name, overlay)
         found = [] if overlay is None else [(overlay, full_name(tenant, overlay))]
         shared = [(f"{_SHARED}{name}", name)] if name in self.shared_names(tenant) else []
         own = full_name(tenant, name)
