@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +21,18 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text("utf-8"))
+
+
+def missing_packages(page: Path) -> list[str]:
+    """The packages that the page's Python imports and that are not installed here."""
+    imported = set()
+    for language, text in blocks(page):
+        for node in ast.walk(ast.parse(text)) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module))
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    return [name for name in sorted(imported) if importlib.util.find_spec(name.partition(".")[0]) is None]
 
 
 def run_page(page: Path, folder: Path) -> None:
@@ -77,6 +91,8 @@ def test_readme_runs(after_readme: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.name)
 def test_page_runs_after_readme(page: Path, after_readme: Path, tmp_path: Path) -> None:
+    if missing := missing_packages(page):
+        pytest.skip(f"{', '.join(missing)} is not installed: make install-ci")
     shutil.copytree(after_readme, tmp_path / "copy")
     run_page(page, tmp_path / "copy")
 

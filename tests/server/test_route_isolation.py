@@ -11,6 +11,7 @@ import pytest
 from starlette.routing import Route
 
 from nightschool.feedback.conversations import ConversationStore
+from nightschool.memory.entity_ids import EntityIds
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
 from nightschool.server.app import create_app, routes_of
@@ -27,6 +28,7 @@ from tests.support.live_server import client_of
 SECRET = "zebra"
 """Stands in every name and text of acme's."""
 MINE, NOBODYS = "acme's", "nobody's"
+OF_ZEBRA = EntityIds("zebra")
 # What stands in a path, by parameter: what acme has, and what nobody has.
 PARAMETERS = {
     "name": ("zebra-bot", "absent-bot"),
@@ -42,6 +44,7 @@ PARAMETERS = {
     "fine_tuned_model_checkpoint": ("zebra-bot", "absent-bot"),
     "permission_id": ("cp_zebra", "cp_absent"),
     "entry": ("m1", "m2"),
+    "memory_id": (f"{OF_ZEBRA.memory('zebra-bot')}-m1", f"{OF_ZEBRA.memory('absent-bot')}-m1"),
     "version": ("zebra-version", "absent-version"),
 }
 CHAT = [{"role": "user", "content": "hi"}]
@@ -61,6 +64,10 @@ BODIES = {
     "/api/memories/{name}/entries": {"entries": [{"text": "Ada lives in Oslo."}]},
     "/api/memories/{name}/entries/{entry}": {"value": "Oslo"},
     "/mcp/{name}": {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+    "/mem0/{name}/v3/memories/add/": {"messages": CHAT, "user_id": "zebra"},
+    "/mem0/{name}/v3/memories/": {"filters": {"user_id": "zebra"}},
+    "/mem0/{name}/v3/memories/search/": {"query": "oslo", "filters": {"user_id": "zebra"}},
+    "/mem0/{name}/v1/memories/{memory_id}/": {"text": "Ada lives in Rome."},
     "/api/v1/generate": {"message": "a"},
     "/api/v1/training/start": {"org_id": "$org_id", "conversations": TRAIN},
     "/api/v1/training/preview": {"org_id": "$org_id", "conversations": TRAIN},
@@ -70,6 +77,7 @@ BODIES = {
 QUERIES = {
     "/api/memories/{name}/diff": "?before=$version",
     "/api/memories/{name}/search": "?q=zebra",
+    "/mem0/{name}/v1/memories/": "?user_id=zebra",
     "/model_info": "?model=$name",
     "/refresh_model": "?model=$name",
     "/api/v1/generate": "?org_id=$org_id",
@@ -98,6 +106,8 @@ def home(tmp_path):
     with MemoryStore.create(memory_path(home, "acme/zebra-bot")) as memory:
         memory.add([NewEntry("The zebra lives in Oslo.")], author="test")
         memory.name_version("zebra-version", author="test")
+    with MemoryStore.create(memory_path(home, f"acme/{OF_ZEBRA.memory('zebra-bot')}")) as memory:
+        memory.add([NewEntry("The zebra lives in Oslo.")], author="test")
     ConversationStore(home.database).record("zebra-request", "acme/zebra-bot", version.id, chat, "zebra", "key")
     return home
 
@@ -149,8 +159,9 @@ def test_another_tenant_is_told_what_it_would_be_told_if_there_were_nothing(clie
     assert (stored.rating, stored.messages[0]["content"]) == (None, "zebra")
     assert [row.tenant for row in AuditLog(home.database).ls() if row.tenant == "acme"] == []
     assert Registry(home).champion("acme/zebra-bot") is not None
-    with MemoryStore.open(memory_path(home, "acme/zebra-bot")) as memory:
-        assert (memory.revision, [entry.text for entry in memory.entries()]) == (1, ["The zebra lives in Oslo."])
+    for name in ("zebra-bot", OF_ZEBRA.memory("zebra-bot")):
+        with MemoryStore.open(memory_path(home, f"acme/{name}")) as memory:
+            assert (memory.revision, [entry.text for entry in memory.entries()]) == (1, ["The zebra lives in Oslo."])
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", "/metrics"])

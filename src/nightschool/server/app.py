@@ -25,7 +25,7 @@ from nightschool.server.access_store import AccessStore
 from nightschool.server.bases_ahead import BasesAhead
 from nightschool.server.error_schemas import Problem
 from nightschool.server.errors import install_handlers
-from nightschool.server.memories import conflict_routes, mcp_routes, version_routes
+from nightschool.server.memories import conflict_routes, mcp_routes, mem0_routes, version_routes
 from nightschool.server.memories import routes as memories
 from nightschool.server.memories.opened import Memories
 from nightschool.server.metrics import Metrics
@@ -67,6 +67,7 @@ FAMILIES = (
     version_routes.router,
     conflict_routes.router,
     mcp_routes.router,
+    mem0_routes.router,
     *training_service.ROUTERS,
     operations.router,
     reference_page.router,

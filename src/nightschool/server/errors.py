@@ -1,9 +1,10 @@
-"""What a client sees when something goes wrong: one table, four spellings.
+"""What a client sees when something goes wrong: one table, five spellings.
 
 /v1/…            {"error": {"message", "type", "param", "code"}}      as OpenAI's clients expect
 /api/…           application/problem+json                             RFC 9457
 /api/v1/…        {"detail": …}                                        as the training service's users know it
 /mcp/…           {"jsonrpc", "id": null, "error": {"code", …}}        JSON-RPC, as clients of MCP show it
+/mem0/…          {"detail": …}, always in words                       as mem0's client shows it
 and all others   {"detail": …}                                        as the parametric-memory API promises
 """
 
@@ -71,12 +72,12 @@ def refusal_of(error: NightschoolError) -> Refusal:
 
 
 def family(path: str) -> str:
-    """`openai`, `api`, `mcp` or `plain`: which spelling of errors a path has."""
+    """`openai`, `api`, `mcp`, `mem0` or `plain`: which spelling of errors a path has."""
     if path == "/v1" or path.startswith("/v1/"):
         return "openai"
     if path == "/api" or (path.startswith("/api/") and not path.startswith("/api/v1/")):
         return "api"
-    return "mcp" if path.startswith("/mcp/") else "plain"
+    return next((kind for kind in ("mcp", "mem0") if path.startswith(f"/{kind}/")), "plain")
 
 
 def error_body(path: str, refusal: Refusal) -> tuple[dict[str, Any], str]:
@@ -173,7 +174,7 @@ async def _on_validation(request: Request, error: Exception) -> Response:
         return JSONResponse({"detail": details}, 422)
     message = " ".join(f"{_dotted(detail['loc'])}: {detail['msg']}" for detail in details[:5])
     param = _dotted(details[0]["loc"]) or None
-    status = 400 if family(path) == "openai" else 422
+    status = 400 if family(path) in ("openai", "mem0") else 422
     return error_response(path, Refusal(status, message, _code_of(details[0]["type"]), param=param))
 
 

@@ -16,7 +16,7 @@ def by_words(connection: sqlite3.Connection, query: str, at: int, limit: int) ->
 
     It reads all entries, whatever they say, and so needs no index that a purge could forget: 4 s where there are a million.
     """
-    words = [word for word in dict.fromkeys(map(key_of, query.split())) if word][:_MOST_WORDS]
+    words = _words_of(query)
     if not words:
         return []
     # A space before the text lets the first word begin like every other.
@@ -29,3 +29,15 @@ def by_words(connection: sqlite3.Connection, query: str, at: int, limit: int) ->
 
 def _escaped(word: str) -> str:
     return word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+
+
+def share_of_words(text: str, query: str) -> float:
+    """How many of a query's words `by_words` finds in a text, of all that it looks for; 0…1."""
+    words = _words_of(query)
+    # SQLite's LIKE takes capitals of ASCII alone for small letters.
+    there = " " + "".join(sign.lower() if sign.isascii() else sign for sign in text)
+    return sum(f" {word}" in there for word in words) / len(words) if words else 0.0
+
+
+def _words_of(query: str) -> list[str]:
+    return [word for word in dict.fromkeys(map(key_of, query.split())) if word][:_MOST_WORDS]

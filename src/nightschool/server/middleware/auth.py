@@ -23,6 +23,8 @@ from nightschool.store.principal import DEFAULT_TENANT, LOCAL, Principal
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/api/v1/health"})
 _GUESSES = Rate(10 / 60, 10)
 """Wrong keys of one address."""
+# mem0's client says `Token`.
+_SCHEMES = ("bearer", "token")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d+)?")
 
 
@@ -130,7 +132,7 @@ class Guard:
 
 def _key_of(headers: Headers) -> str:
     scheme, _, value = headers.get("authorization", "").partition(" ")
-    return headers.get("x-api-key") or (value.strip() if scheme.lower() == "bearer" else "")
+    return headers.get("x-api-key") or (value.strip() if scheme.lower() in _SCHEMES else "")
 
 
 def check_scope(principal: Principal, rule: Rule) -> None:
