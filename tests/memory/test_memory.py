@@ -1,11 +1,13 @@
 """A memory that is asked: what was written a moment ago is found, what is not there is not made up."""
 
 import shutil
+import threading
 from datetime import UTC, datetime
 
 import pytest
 
 from nightschool.errors import NotFound
+from nightschool.memory.checking import check_memory
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.following import KNOWLEDGE_LENGTH
 from nightschool.memory.index.files import META
@@ -153,6 +155,35 @@ def test_an_index_that_lags_follows_and_one_that_is_damaged_is_made_anew_and_sai
     assert "codes.npy" in damaged.rebuilt
     assert values(damaged, "Where does Kurt Goedel live?") == ["Vienna"]
     damaged.close()
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "tokens.npy", "posting_slots.npy"])
+def test_a_flipped_bit_of_a_large_index_is_noticed_while_it_is_in_use(memory, folder, name, monkeypatch):
+    monkeypatch.setattr("nightschool.memory.memory._QUICKLY_READ", 0)
+    memory.save()
+    flip_a_bit(memory.index_folder / name)
+    [found] = check_memory(memory.store).findings
+    assert name in found.message
+    damaged = Memory.open(folder, encoder(), vocabulary())
+    for thread in threading.enumerate():
+        if thread.name.startswith("verify-"):
+            thread.join()
+    assert name in damaged.rebuilt
+    assert values(damaged, "Who employs Grace Hopper?") == ["Navy"]
+    damaged.close()
+    assert check_memory(memory.store).is_whole
+    again = Memory.open(folder, encoder(), vocabulary())
+    for thread in threading.enumerate():
+        if thread.name.startswith("verify-"):
+            thread.join()
+    assert again.rebuilt is None
+    again.close()
 
 
 def test_two_encoders_that_ask_in_turn_keep_an_index_each(memory, folder):

@@ -31,6 +31,7 @@ from nightschool.memory.index.files import open_index, save_index
 from nightschool.memory.index.folders import index_folder, keep_newest
 from nightschool.memory.index.index import MemoryIndex
 from nightschool.memory.index.rescoring import Lines
+from nightschool.memory.index.verification import Verification
 from nightschool.memory.lines import lines_of
 from nightschool.memory.store import MemoryStore
 from nightschool.memory.store.purge import INDEX_FOLDER
@@ -92,7 +93,8 @@ class Findings:
 class Memory:
     """A memory that can be asked. For all threads of a process.
 
-    `rebuilt` says why the index was made anew when the memory was opened, or None.
+    `rebuilt` says why the index was made anew, or None. The bytes of a large index are compared with their checksums by a thread, while
+    the memory is asked already: in a second for a million entries.
     """
 
     def __init__(self, store: MemoryStore, encoder: AddressEncoder, vocabulary: Vocabulary) -> None:
@@ -104,9 +106,14 @@ class Memory:
         self._lock = threading.RLock()
         self._tokens: OrderedDict[int, _TokensOfEntry] = OrderedDict()
         self._past: tuple[int, MemoryIndex] | None = None
+        self._verification: Verification | None = None
         self._index = self._opened()
         self._written = self._index.columns.length
         self.refresh()
+        if self._verification is not None:
+            threading.Thread(
+                target=self._verify, args=(self._verification,), name=f"verify-{self.name}", daemon=True
+            ).start()
 
     @classmethod
     def open(cls, folder: Path, encoder: AddressEncoder, vocabulary: Vocabulary) -> Self:
@@ -188,6 +195,8 @@ class Memory:
 
     def close(self) -> None:
         """Write the index if it has grown much, and give the store's connections back."""
+        if self._verification is not None:
+            self._verification.stop()
         with self._lock:
             if self._index.columns.length > self._written and self._is_there():
                 # What was purged meanwhile, or while it is written, must not come back with it.
@@ -248,9 +257,11 @@ class Memory:
 
     def _opened(self) -> MemoryIndex:
         try:
-            # A small index is read whole at once, so that a flipped bit is found; a large one is as large as its pages are asked for.
+            # A small index is read whole at once, so that a flipped bit is found; a large one while it is asked already.
             is_small = _bytes_of(self.index_folder) <= _QUICKLY_READ
             index = open_index(self.index_folder, self._made_of, verify=is_small)
+            if not is_small:
+                self._verification = Verification(self.index_folder)
             if index.revision <= self.store.revision:
                 return index
             self.rebuilt = f"the index is of revision {index.revision}, which the store does not have"
@@ -262,6 +273,20 @@ class Memory:
         self._index = self._follower.build(self.store.revision)
         self._write()
         return self._index
+
+    def _verify(self, verification: Verification) -> None:
+        """Make the index anew if it is not what was written; who asks meanwhile waits."""
+        with verification:
+            damaged = verification.damaged()
+        if damaged is None:
+            return
+        with self._lock:
+            if not self._is_there():
+                return
+            self.rebuilt = f"{self.index_folder / damaged} is not what was written: its checksum differs."
+            log.warning("The index of the memory %r is made anew: %s", self.name, self.rebuilt)
+            self._index, self._past = self._follower.build(self.store.revision), None
+            self._write()
 
     def _write(self) -> None:
         try:

@@ -14,6 +14,7 @@ from nightschool.cli.memory import opened
 from nightschool.cli.memory.bank_files import BANK_ENDING, export_bank, facts_of_bank
 from nightschool.cli.output import answer, who
 from nightschool.errors import Conflict, UsageError
+from nightschool.memory.checking import check_memory
 from nightschool.memory.entry import Change, MemoryEntry, NewEntry
 from nightschool.memory.facts.files import read_facts
 from nightschool.memory.following import KNOWLEDGE_LENGTH
@@ -192,17 +193,19 @@ def _write_lines(file: Path, lines: Iterator[str]) -> None:
 
 
 def check(name: str, /) -> int:
-    """Compare every entry, revision and version of a memory with its digest, and name what was altered.
+    """Compare every entry, revision and version of a memory with its digest, and its indexes with theirs; name what was altered.
 
     Args:
         name: The memory.
     """
     with opened(name) as store:
-        report = store.check()
+        report = check_memory(store)
     lines = [
         f"{name}: {report.rows:,} rows of entries and {report.revisions:,} revisions were read.",
         *(one.message for one in report.findings),
-        "All is as it was written." if report.is_whole else "Restore the memory from a copy, or build it anew.",
+        "All is as it was written."
+        if report.is_whole
+        else "Restore the memory from a copy, or build it anew; an index alone makes itself anew.",
     ]
     answer(
         {"name": name, **report.to_json()}, "\n".join(lines), quiet="" if report.is_whole else "\n".join(lines[1:-1])

@@ -5,7 +5,6 @@ It is written beside the one that is there and takes its place as a whole. Whate
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from nightschool.memory.index.columns import Columns, map_array
 from nightschool.memory.index.index import MemoryIndex
 from nightschool.memory.index.postings import Postings
 from nightschool.memory.index.quantiser import Quantiser
+from nightschool.memory.index.verification import META, Verification, checksum_of
 from nightschool.store.atomic import publish_directory, read_json, write_json
 
-META = "meta.json"
 # Raised when the arrays come out otherwise, so that none of an older nightschool is taken.
 FORMAT = 1
 _QUANTISER = {"codebooks": 3, "mean": 1, "directions": 2, "scales": 1, "planes": 2}
 _LISTS = ("order", "cell_starts", "posting_tokens", "posting_starts", "posting_slots")
-_CHUNK = 1 << 20
 
 
 def save_index(index: MemoryIndex, folder: Path, made_of: dict[str, str]) -> None:
@@ -89,8 +87,10 @@ def open_index(folder: Path, made_of: dict[str, str], *, verify: bool = False) -
             raise Damaged(f"{folder} has codebooks that do not fit its lists.")
         if int(starts[-1]) != len(order) or len(token_starts) != len(tokens) + 1 or int(token_starts[-1]) != len(slots):
             raise Damaged(f"{folder} has lists that are cut.")
-        if verify and _checksums(folder) != meta["checksums"]:
-            raise Damaged(f"{folder} is not what was written: a checksum differs.")
+        if verify:
+            with Verification(folder) as verification:
+                if (damaged := verification.damaged()) is not None:
+                    raise Damaged(f"{folder / damaged} is not what was written: its checksum differs.")
         revision, horizon, fitted_on = (int(meta[name]) for name in ("revision", "horizon", "fitted_on"))
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{folder / META} lacks something, or holds nonsense ({error}).") from error
@@ -110,9 +110,6 @@ def _checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of each array's file."""
     found = {}
     for path in sorted(folder.glob("*.npy")):
-        total = 0
         with path.open("rb") as file:
-            while part := file.read(_CHUNK):
-                total = zlib.crc32(part, total)
-        found[path.name] = total
+            found[path.name] = checksum_of(file)
     return found

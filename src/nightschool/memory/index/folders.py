@@ -7,8 +7,8 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
-from nightschool.errors import Locked
-from nightschool.memory.index.files import META
+from nightschool.errors import Damaged, Locked, NotFound
+from nightschool.memory.index.verification import META, Verification
 from nightschool.store.atomic import remove_folder
 
 MOST_KEPT = 4
@@ -33,6 +33,23 @@ def keep_newest(indexes: Path, most: int = MOST_KEPT) -> None:
         # Another process writes it, which makes it no old one, or has removed it already.
         with contextlib.suppress(Locked, FileNotFoundError):
             remove_folder(old)
+
+
+def damaged_files(indexes: Path) -> list[Path]:
+    """The files of all indexes that are not what was written. Reads every byte of them."""
+    found = []
+    for folder in sorted(indexes.iterdir()) if indexes.is_dir() else ():
+        if _OURS.fullmatch(folder.name):
+            try:
+                with Verification(folder) as verification:
+                    damaged = verification.damaged()
+            except NotFound:  # it was removed meanwhile
+                continue
+            except Damaged:
+                damaged = META
+            if damaged is not None:
+                found.append(folder / damaged)
+    return found
 
 
 def _written_at(folder: Path) -> int:

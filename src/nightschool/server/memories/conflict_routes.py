@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from nightschool.memory.checking import check_memory
 from nightschool.memory.store import MemoryStore
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
@@ -61,5 +62,5 @@ async def set_relation(
 
 @router.post("/check", response_model=schemas.CheckReport, responses=_WRITES)
 async def check(name: str, memories: MemoriesOf, principal: PrincipalOf) -> Response:
-    """Compare everything that is kept with its digests; it takes time by all that is kept."""
-    return await reading(memories, principal, name, lambda store: store.check().to_json())
+    """Compare everything that is kept with its digests, and indexes with their checksums; it takes time by all that is kept."""
+    return await reading(memories, principal, name, lambda store: check_memory(store).to_json())
