@@ -7,9 +7,17 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from nightschool.cli.memory.bank_files import bank_tokenizer, encoder_named
+from nightschool.data.example import NeededFact
+from nightschool.data.sources.load import read_file
+from nightschool.memory.encoders.names import Vocabulary
+from nightschool.memory.memory import Memory
 from nightschool.memory.torch_files import read_keys, read_meta
+from nightschool.store.home import Home
+from nightschool.store.names import memory_path
 from tests.support.memory_parts import table, tokenizer
 
+ADA = NeededFact("Ada lives in Oslo.", "Ada", "lives in", "Oslo")
 FACTS = [("Ada", "lives in", "Oslo"), ("Bob", "speaks", "French"), ("Ida", "works for", "Acme")]
 
 
@@ -100,8 +108,62 @@ def test_keys_and_labels_have_the_shapes_of_the_documents(folder, base, ask, say
     assert row["query"] == "Where does Ada live?"
     assert len(row["target_indices"]) == len(set(row["target_indices"])) == 2
     assert row["target_indices"][0] == 0
+    # What the rows are lies beside it, so that a stage can learn from it; and the conversation goes on with its fact.
+    assert read_file(folder / "labeled.jsonl").examples[0].fact == ADA
+    told = ask(*words, "--facts", "facts.jsonl", "--force")
+    assert (told["rows"], told["with_fact"]) == (1, 1)
+    [known] = read_file(folder / "facts.jsonl").examples
+    assert (known.question, known.answer, known.fact) == ("Where does Ada live?", "Oslo", ADA)
+    (folder / "labeled.jsonl").unlink()
+    (folder / "labeled_mapping.json").unlink()
+    assert "facts.jsonl is there already" in say(*words, "--facts", "facts.jsonl", code=1)
+    assert not (folder / "labeled.jsonl").exists()
     assert np.all(np.diff(row["target_scores"]) <= 0)
     ask(*words, "--top-k", "32", "--max-sentences", "1", "--force")
     assert json.loads((folder / "labeled.jsonl").read_text())["target_indices"] == [0]
     assert "there already" in say(*words, code=1)
     assert "--top-k is 0" in say(*words, "--top-k", "0", "--force", code=2)
+
+
+def test_a_memory_is_indexed_by_keys_that_a_file_brings(folder, base, ask, say):
+    """Both shapes that the documents have; what is found stays the same, whatever the cells are."""
+    ask("build", "facts", "--from", "kb.json")
+    ask("keys", "facts", "--out", "data", "--base", base)
+    told = ask("keys", "facts", "--from", "data/keys.pt", "--base", base)
+    assert (told["shape"][:2], told["cells"]) == ([2, 2], 4)
+    assert 1 <= told["fullest"] <= 3
+    [index] = (folder / "home" / "memories" / "facts" / "index").iterdir()
+    codebooks = np.load(index / "codebooks.npy")
+    assert np.allclose(codebooks, torch.load("data/keys.pt", weights_only=True).numpy(), atol=1e-6)
+    half = codebooks.shape[2]
+    torch.save(torch.randn(9, 2 * half, generator=torch.Generator().manual_seed(1)), "dense.pt")
+    assert ask("keys", "facts", "--from", "dense.pt", "--base", base)["shape"] == [2, 3, half]
+    made, bank = encoder_named("base", base, "cpu"), bank_tokenizer(base, folder)
+    memory = Memory.open(memory_path(Home.find(), "facts"), made, Vocabulary(bank.tokenizer))
+    assert memory.rebuilt is None
+    assert [found.entry.text for found in memory.find(["Where does Ada live?"])[0].found] == ["Ada lives in Oslo."]
+    memory.close()
+
+
+def test_keys_that_do_not_fit_are_refused_with_both_shapes(folder, base, ask, say):
+    ask("build", "facts", "--from", "kb.json")
+    ask("keys", "facts", "--out", "data", "--base", base)
+    half = torch.load("data/keys.pt", weights_only=True).shape[2]
+    reads = ("keys", "facts", "--from", "wrong.pt", "--base", base)
+    for shape, said in (
+        ((2, 3, half + 1), f"[2, 3, {half + 1}]; codebooks [2, 3, {half}] or keys [9, {2 * half}]"),
+        ((8, 2 * half), "The next one is 9"),
+        ((9, half), f"[9, {half}]; codebooks [2, 3, {half}] or keys [9, {2 * half}]"),
+        ((7,), "[7]; codebooks"),
+        ((2, 0, half), "perfect square"),
+    ):
+        torch.save(torch.ones(shape), "wrong.pt")
+        assert said in " ".join(say(*reads, code=1).split()), shape
+    torch.save(torch.ones(2, 2, half), "wrong.pt")
+    assert "codebooks [2, 3," in " ".join(say(*reads, "--knowledge-num", "9", code=1).split())
+    torch.save(torch.zeros(2, 2, half), "wrong.pt")
+    assert "point nowhere" in " ".join(say(*reads, code=1).split())
+    torch.save({"keys": torch.ones(2, 2, half)}, "wrong.pt")
+    assert "holds a dict" in say(*reads, code=1)
+    assert "--out FOLDER" in say("keys", "facts", "--base", base, code=2)
+    assert "leave --encoder wordllama out" in " ".join(say(*reads, "--encoder", "wordllama", code=2).split())

@@ -21,6 +21,7 @@ from nightschool.models.load import load_base
 from nightschool.models.memory_version import GATE, WEIGHTS
 from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
+from nightschool.training.distributed.world import World
 from nightschool.training.nearest_facts import nearest_facts
 from nightschool.views.versions import version_story
 from tests.support.tokenizers_for_tests import byte_tokenizer
@@ -295,6 +296,68 @@ def test_an_encoder_without_torch_gives_the_addresses_of_the_gate(tmp_path):
         assert np.allclose(ours.numpy(), theirs, atol=1e-5)
 
 
+def labelled_rows(count, *, seed=0):
+    """Questions with the entry that each means and two others, one of them as near."""
+    rows = rows_of_facts(count, seed=seed)
+    return [
+        {
+            "query": row["prompt"],
+            "targets": [
+                row["fact"] | {"score": 0.9},
+                rows[number - 1]["fact"] | {"score": 0.9 if number % 2 else 0.5},
+                {"text": f"Nobody knows {number}.", "score": 0.1},
+            ],
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def test_labelled_questions_teach_the_gate_where_entries_lie(tmp_path):
+    """Shares of what a question means follow the scores, and the gate learns them."""
+    run = a_run(
+        tmp_path / "run", stage="router", rows=labelled_rows(60), steps_total=40, epochs=40, batch_size=8,
+        accumulation_steps=1, learning_rate=2e-2,
+    )  # fmt: skip
+    for likely in run.prepared().task.batch(0, 0).likely:
+        shares = sorted((share for _, share in likely), reverse=True)
+        assert sum(shares) == pytest.approx(1)
+        assert shares[0] == pytest.approx(0.5) or shares[0] > 0.99
+        assert len(shares) == 3
+        assert shares[2] < 1e-6
+    losses = [row["loss_similarity"] for row in read_events(run.go().run.metrics_path)]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+@pytest.mark.parametrize("stage", ["router", "joint"])
+def test_two_processes_learn_what_one_learns_from_as_many_examples(tmp_path, stage):
+    """Each takes one of two micro-batches; their gradients add up to those of one process that takes both."""
+    task = a_run(tmp_path / "run", stage=stage).prepared().task
+    window = [task.batch(0, 0), task.batch(0, 1)]
+    units = sum(batch.loss_units for batch in window)
+
+    def gradients(window):
+        task.discard_gradients()
+        loss = task.accumulate(window, units)
+        return float(loss), {name: p.grad.clone() for name, p in task.trainable().items() if p.grad is not None}
+
+    loss, whole = gradients(window)
+    parts = []
+    for rank in range(2):
+        task.world = World(rank, 2)
+        parts.append(gradients([task.batch(0, 0)]))
+    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-5)
+    for name, gradient in whole.items():
+        summed = sum(found.get(name, torch.zeros_like(gradient)) for _, found in parts)
+        assert torch.allclose(summed, gradient, rtol=1e-3, atol=1e-6), name
+    # At the end of an epoch one of them may have nothing left: it takes the step without loss.
+    last = task.epoch_length(0) - 1
+    idle = task.batch(0, last)
+    assert idle.is_idle
+    loss, found = gradients([idle])
+    assert loss == 0
+    assert all(not gradient.any() for gradient in found.values())
+
+
 # What is refused.
 
 
@@ -303,6 +366,9 @@ def test_bad_facts_are_refused_with_their_lines(tmp_path):
         a_run(tmp_path / "none", rows=[{"query": "a?", "retrieved": "b"}] * 2).prepared()
     with pytest.raises(DataError, match=r"data\.json:1: the entry .* memory\.knowledge_length is 3"):
         a_run(tmp_path / "long", memory={"knowledge_length": 3}).prepared()
+    for stage in ("fusion", "joint"):
+        with pytest.raises(DataError, match=rf"data\.json:1: .*memory.stage: {stage} needs"):
+            a_run(tmp_path / stage, stage=stage, rows=labelled_rows(4)).prepared()
     row = rows_of_facts(1)[0]
     for number, (fact, said) in enumerate(
         [

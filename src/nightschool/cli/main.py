@@ -140,9 +140,9 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "build": ("nightschool.cli.memory.files:build", "Make a memory, empty or with the facts of files."),
             "keys": (
                 "nightschool.cli.memory.bank_files:keys",
-                "Write product keys of a memory, keys.pt and meta.json.",
+                "Write product keys of a memory, keys.pt and meta.json, or index it by those of a file.",
             ),
-            "label": ("nightschool.cli.memory.bank_files:label", "Label questions with the entries nearest to them."),
+            "label": ("nightschool.cli.memory.labelling:label", "Label questions with the entries nearest to them."),
             "ls": ("nightschool.cli.memory.entries:ls", "List memories, or the entries of one."),
             "add": ("nightschool.cli.memory.entries:add", "Remember facts."),
             "edit": ("nightschool.cli.memory.entries:edit", "Let an entry say something else."),

@@ -74,7 +74,15 @@ DEFAULTS_OF_METHODS: dict[Method, dict[str, Any]] = {
 """Where the default of a setting depends on the method."""
 
 Format = Literal[
-    "auto", "query_retrieved", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"
+    "auto",
+    "query_retrieved",
+    "messages",
+    "conversations",
+    "alpaca",
+    "prompt_completion",
+    "preference",
+    "labels",
+    "text",
 ]
 
 

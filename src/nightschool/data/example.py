@@ -46,6 +46,13 @@ class NeededFact(NamedTuple):
         return self._replace(text=self.text.replace(self.subject, subject, 1), subject=subject)
 
 
+class Target(NamedTuple):
+    """A fact that a question may mean, and how near it was found to be: a mean of two cosines."""
+
+    fact: NeededFact
+    score: float
+
+
 @dataclass(frozen=True)
 class Example:
     """One thing to learn: a conversation (`messages`) or a plain text (`text`), never both.
@@ -55,7 +62,8 @@ class Example:
     `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning. `corrects` is the answer
     that a person replaced by this one, or the empty string. `repeat` is how often it is studied in an epoch while it is
     new. `rejected` makes it a preference pair: the answer that is worse than the last turn, or the empty string.
-    `fact` is what the answer needs of an explicit memory, or None.
+    `fact` is what the answer needs of an explicit memory, or None. `targets`, best first, make it a labelled question: nobody wrote
+    its answer, and `fact` is the first of them.
     """
 
     messages: tuple[Message, ...] = ()
@@ -68,6 +76,7 @@ class Example:
     repeat: int = 1
     rejected: str = ""
     fact: NeededFact | None = None
+    targets: tuple[Target, ...] = ()
 
     digest: str = field(init=False, compare=False, default="")
 
@@ -75,9 +84,11 @@ class Example:
         assert bool(self.messages) != (self.text is not None), "an example has messages or a text"
         content = [[m.role, m.content, m.weight] for m in self.messages] if self.messages else self.text
         whole: Any = [content, self.rejected] if self.rejected else content
-        canonical = json.dumps(
-            whole if self.fact is None else [whole, {"fact": self.fact}], ensure_ascii=False, separators=(",", ":")
-        )
+        if self.targets:
+            whole = [whole, {"targets": self.targets}]
+        elif self.fact is not None:
+            whole = [whole, {"fact": self.fact}]
+        canonical = json.dumps(whole, ensure_ascii=False, separators=(",", ":"))
         object.__setattr__(self, "digest", hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     @property
@@ -105,6 +116,11 @@ class Example:
         """What is learned of a pair where only answers are learned: the better answer, as an example of its own."""
         return replace(self, rejected="") if self.rejected else self
 
+    @property
+    def answered(self) -> Example | None:
+        """What is learned where answers are: the better one of a pair, and nothing of a labelled question, whose answer nobody wrote."""
+        return None if self.targets else self.chosen
+
     def as_pair(self) -> Example | None:
         """The preference pair that this is, or that a person's correction of an answer makes; None if it is neither."""
         if self.rejected or not self.corrects.strip() or self.corrects.strip() == (self.answer or "").strip():
@@ -131,6 +147,8 @@ class Example:
             row["rejected"] = self.rejected
         if self.fact is not None:
             row["fact"] = self.fact._asdict()
+        if self.targets:
+            row["targets"] = [{"fact": target.fact._asdict(), "score": target.score} for target in self.targets]
         return row
 
     @classmethod
@@ -149,6 +167,7 @@ class Example:
             repeat=int(row.get("repeat", 1)),
             rejected=row.get("rejected", ""),
             fact=NeededFact(**row["fact"]) if row.get("fact") else None,
+            targets=tuple(Target(NeededFact(**one["fact"]), float(one["score"])) for one in row.get("targets", ())),
         )
 
 

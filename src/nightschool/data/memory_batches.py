@@ -50,7 +50,8 @@ class MemoryBatch(Batch):
     """A micro-batch, with what each of its documents may read.
 
     `entries` are those of all documents; `candidates` has their numbers for each document, none for a twin; `right` is the number of
-    the entry that answers, or -1; `own` is the same, also where it is not among the candidates. `misled` is the number of one that the gate is to be wrong about, or -1. `question_ids` [documents]
+    the entry that answers, or -1; `own` is the same, also where it is not among the candidates. `likely` are for each question the entries
+    that it means with their shares: its own alone, but where a label names several. `misled` is the number of one that the gate is to be wrong about, or -1. `question_ids` [documents]
     are what the gate is asked. A document reads from the place `reads_from` on, which predicts the first token of its answer. At `places` [m] of the row, what is predicted is to be what is predicted at `twins` [m]; these places carry loss, too.
     """
 
@@ -58,6 +59,7 @@ class MemoryBatch(Batch):
     candidates: tuple[tuple[int, ...], ...]
     right: tuple[int, ...]
     own: tuple[int, ...]
+    likely: tuple[tuple[tuple[int, float], ...], ...]
     misled: tuple[int, ...]
     question_ids: tuple[tuple[int, ...], ...]
     reads_from: tuple[int, ...]
@@ -109,7 +111,7 @@ class MemoryBatches(Batches):
         self.ranges = FactRanges.of(self._examples) if ranges is None else ranges
         self._order_seed = settings["seed"]
         self._nearest = [()] * len(self._examples) if nearest is None else nearest(self._examples)
-        facts = [None if e.fact is None else [*e.fact] for e in self._examples]
+        facts = [None if e.fact is None else [*e.fact, *e.targets] for e in self._examples]
         whole = json.dumps([self.fingerprint, vars(draw), facts], ensure_ascii=False).encode("utf-8", "surrogatepass")
         self.fingerprint = hashlib.sha256(whole).hexdigest()
 
@@ -131,7 +133,7 @@ class MemoryBatches(Batches):
     def _drawn(self, member: int, chance: random.Random) -> Drawn:
         example = self._examples[member]
         drawn = self.ranges.draw(example, chance, self._nearest[member])
-        return drawn if self._draw.redraw_values else Drawn(example, example.fact, drawn.misleading)
+        return drawn if self._draw.redraw_values else drawn._replace(example=example, entry=example.fact)
 
 
 class _Assembly:
@@ -143,7 +145,7 @@ class _Assembly:
 
     def put_together(self, drawn: Sequence[Drawn], chances: Sequence[random.Random]) -> MemoryBatch:
         for one in drawn:
-            for fact in (one.entry, *one.misleading):
+            for fact in (one.entry, *(each.fact for each in one.likely), *one.misleading):
                 if fact is not None:
                     self._entries.setdefault(fact, len(self._entries))
         rows: list[tuple[list[int], list[float]]] = []
@@ -160,7 +162,12 @@ class _Assembly:
             if answer < 0:
                 twins_of.append(number)
         own = [-1 if one.entry is None else self._entries[one.entry] for one in drawn]
-        return self._batch(rows, twins_of, candidates, right, own, misled, questions)
+        likely = [
+            tuple((self._entries[each.fact], each.share) for each in one.likely)
+            or (((number, 1.0),) if number >= 0 else ())
+            for one, number in zip(drawn, own, strict=True)
+        ]
+        return self._batch(rows, twins_of, candidates, right, own, likely, misled, questions)
 
     def _candidates(self, one: Drawn, chance: random.Random) -> tuple[tuple[int, ...], int, int]:
         """Numbers of what a document may read, which of them answers, and which the gate is wrong about."""
@@ -201,6 +208,7 @@ class _Assembly:
         candidates: list[tuple[int, ...]],
         right: list[int],
         own: list[int],
+        likely: list[tuple[tuple[int, float], ...]],
         misled: list[int],
         questions: list[tuple[int, ...]],
     ) -> MemoryBatch:
@@ -238,6 +246,7 @@ class _Assembly:
             candidates=(*candidates, *(() for _ in twins_of)),
             right=(*right, *(-1 for _ in twins_of)),
             own=(*own, *(-1 for _ in twins_of)),
+            likely=tuple(likely),
             misled=(*misled, *(-1 for _ in twins_of)),
             question_ids=tuple(questions),
             reads_from=tuple(reads_from),

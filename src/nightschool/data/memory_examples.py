@@ -7,6 +7,7 @@ the entry alone.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import defaultdict
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from nightschool.data.chat.render import Rendered, render_example
-from nightschool.data.example import Example, Message, NeededFact
+from nightschool.data.example import Example, Message, NeededFact, Target
 from nightschool.layers.memory_gate import text_for_gate
 
 # Shares of what is drawn; the rest of the values are of the fact's own relation.
@@ -29,16 +30,30 @@ _NEAREST = 0.6
 _ANOTHER_NUMBER = 0.6
 _WORD_MORE, _WORD_LESS = 0.2, 0.3
 _DIGITS = "0123456789"
-# Of the facts that the gate finds nearest, so many are drawn at once.
+# Of the facts that the gate finds nearest, so many are drawn at once; of a labelled question's other facts, so many.
 _DRAWN_NEAREST = 2
+_DRAWN_TARGETS = 4
+# A label is as sure of a fact as the gate would be that gives it the same cosines: the sum of two, over its temperature.
+_LABEL_TEMPERATURE = 0.05 / 2
+
+
+class Likely(NamedTuple):
+    """A fact that a label names, and its share of what the question means, as far as the label knows."""
+
+    fact: NeededFact
+    share: float
 
 
 class Drawn(NamedTuple):
-    """An example as it is seen once: with another value, its own entry, and entries that are near to it but say something else."""
+    """An example as it is seen once: with another value, its own entry, and entries that are near to it but say something else.
+
+    `likely`, of a labelled question, are its own entry and some of the others that the label names; their shares add up to 1.
+    """
 
     example: Example
     entry: NeededFact | None
     misleading: tuple[NeededFact, ...]
+    likely: tuple[Likely, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ class FactRanges:
     @classmethod
     def of(cls, examples: Iterable[Example]) -> FactRanges:
         """Those of the examples; facts that are a text alone have neither subject nor value."""
-        facts = sorted({e.fact for e in examples if e.fact is not None and e.fact.value}, key=lambda fact: fact.text)
+        known = (fact for one in examples for fact in (one.fact, *(target.fact for target in one.targets)))
+        facts = sorted({fact for fact in known if fact is not None and fact.value}, key=lambda fact: fact.text)
         values: dict[str, set[str]] = defaultdict(set)
         for fact in facts:
             values[fact.relation].add(fact.value)
@@ -71,6 +87,9 @@ class FactRanges:
             nearest: What a gate finds for its question that does not answer it; some of it misleads.
         """
         fact = example.fact
+        if example.targets:
+            likely = _likely(example.targets, chance)
+            return Drawn(example, fact, tuple(self._misleading(likely[0].fact, chance)), likely)
         found = self._of_nearest(nearest, chance)
         if fact is None:
             return Drawn(example, None, tuple(found))
@@ -106,6 +125,14 @@ class FactRanges:
             name = like_named(fact.subject, chance.choice(self.names), chance)
             if name != fact.subject:
                 yield fact.with_subject(name).with_value(chance.choice(self.values[fact.relation]))
+
+
+def _likely(targets: Sequence[Target], chance: random.Random) -> tuple[Likely, ...]:
+    """The best target and some of the others, as likely as their scores say."""
+    best, *others = targets
+    drawn = [best, *chance.sample(others, min(_DRAWN_TARGETS, len(others)))]
+    weights = [math.exp((target.score - best.score) / _LABEL_TEMPERATURE) for target in drawn]
+    return tuple(Likely(one.fact, weight / sum(weights)) for one, weight in zip(drawn, weights, strict=True))
 
 
 def like_named(name: str, other: str, chance: random.Random) -> str:

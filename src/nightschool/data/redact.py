@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from nightschool.config.recipe import PersonalData
-from nightschool.data.example import Example
+from nightschool.data.example import Example, NeededFact
 from nightschool.errors import UsageError
 
 # Keys and passwords as their makers shape them; what only looks random stays, for much of code does.
@@ -80,12 +80,17 @@ class Redactor:
         def clean(text: str) -> str:
             return self._clean(text, found)
 
+        def clean_fact(fact: NeededFact) -> NeededFact:
+            return NeededFact(*map(clean, fact))
+
         return replace(
             example,
             messages=tuple(replace(message, content=clean(message.content)) for message in example.messages),
             text=None if example.text is None else clean(example.text),
             paraphrases=tuple(clean(wording) for wording in example.paraphrases),
             corrects=clean(example.corrects),
+            fact=None if example.fact is None else clean_fact(example.fact),
+            targets=tuple(target._replace(fact=clean_fact(target.fact)) for target in example.targets),
         )
 
     def _clean(self, text: str, found: Counter[str]) -> str:

@@ -148,13 +148,18 @@ class DataPlan:
     """What a method does with data, as far as it needs no tensors. The other half of a method is in `training.methods`.
 
     `select` finds the data of a run. `continues` says whether the next night starts from the champion, and `adapter`
-    whether what is trained is one. `learns` says what is learned of an example, or that this method cannot learn it.
+    whether what is trained is one. `learns` says what is learned of an example, or that this method cannot learn it, and
+    `refusal` why.
     """
 
     select: Callable[[Recipe, Home, Path], Selection]
     continues: bool = True
     adapter: bool = False
-    learns: Callable[[Example], Example | None] = attrgetter("chosen")
+    learns: Callable[[Example], Example | None] = attrgetter("answered")
+    refusal: str = (
+        "this row says which facts a question means, and has no answer to learn. Only method: memory with memory.stage: router learns "
+        "from such labels."
+    )
 
     def read(self, examples: Iterable[Example]) -> tuple[list[Example], int]:
         """What is learned of the examples of a source, without duplicates, and how many were alike.
@@ -170,10 +175,7 @@ class DataPlan:
             if learned is not None:
                 found.append(learned)
             elif example.source != CONVERSATIONS:
-                problems.add(
-                    f"{example.source}:{example.line}: this is no preference pair, and method: dpo learns from pairs. "
-                    "Write prompt, chosen and rejected, or take another method."
-                )
+                problems.add(f"{example.source}:{example.line}: {self.refusal}")
         problems.check()
         return without_duplicates(found)
 
@@ -182,8 +184,14 @@ DATA_PLANS: Mapping[str, DataPlan] = {
     "full": DataPlan(select_examples),
     "lora": DataPlan(select_examples, adapter=True),
     "qlora": DataPlan(select_examples, adapter=True),
-    "dpo": DataPlan(select_examples, adapter=True, learns=Example.as_pair),
-    "memory": DataPlan(select_examples, continues=False),
+    "dpo": DataPlan(
+        select_examples,
+        adapter=True,
+        learns=Example.as_pair,
+        refusal="this is no preference pair, and method: dpo learns from pairs. Write prompt, chosen and rejected, or take another "
+        "method.",
+    ),
+    "memory": DataPlan(select_examples, continues=False, learns=attrgetter("chosen")),
     "pretrain": DataPlan(select_shards, continues=False),
 }
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import psutil
 from tokenizers import Tokenizer
 
+from nightschool.data.sources.bank_mapping import PARTS, mapping_of, read_mapping
 from nightschool.errors import DataError
 from nightschool.events import now
 from nightschool.memory.encoders.encoder import AddressEncoder
@@ -28,14 +29,14 @@ from nightschool.memory.index.quantiser import Quantiser
 from nightschool.memory.lines import addresses_of
 from nightschool.memory.store import MemoryStore
 from nightschool.memory.torch_files import check_sizes, read_cache, write_cache
-from nightschool.store.atomic import read_json, replacing
+from nightschool.store.atomic import replacing
 
 Floats = npt.NDArray[np.float32]
 
 _SAMPLE, _BATCH = 100_000, 4096
-# Rows whose tokens are compared with the mapping, and what a mapping takes in RAM as a multiple of its file.
-_COMPARED, _PARSED = 64, 6
-_RECORD = {"subject": "subject", "predicate": "relation", "object": "value"}
+# Rows whose tokens are compared with the mapping.
+_COMPARED = 64
+_RECORD = dict(zip(PARTS, ("subject", "relation", "value"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ class WrittenBank:
     knowledge_num: int
     knowledge_length: int
     cut: int
-
-
-def mapping_of(cache: Path) -> Path:
-    """Where the mapping of a bank lies."""
-    return cache.with_name(f"{cache.stem}_mapping.json")
 
 
 def square_for(count: int, wanted: int | None) -> int:
@@ -127,20 +123,23 @@ def write_bank(
         for batch in _batches(store.entries(at=revision)):
             for entry, ids in zip(batch, bank.ids([one.text for one in batch]), strict=True):
                 tokens[place, : len(ids)] = ids[:length]
-                record = {
-                    "database_index": place,
-                    "uuid": str(uuid5(NAMESPACE_URL, f"{store.identity}/{entry.id}")),
-                    "sentence": entry.text,
-                    **{name: getattr(entry, ours) for name, ours in _RECORD.items()},
-                    "token_count": len(ids),
-                    "is_truncated": len(ids) > length,
-                }
+                record = record_of(store, place, entry) | {"token_count": len(ids), "is_truncated": len(ids) > length}
                 out.write(f"{',' * (place > 0)}\n{json.dumps(record, ensure_ascii=False)}")
                 cut += len(ids) > length
                 place += 1
         out.write("\n]}\n")
     write_cache(path, tokens)
     return WrittenBank(count, number, length, cut)
+
+
+def record_of(store: MemoryStore, place: int, entry: MemoryEntry) -> dict[str, Any]:
+    """What a mapping says of an entry at a place of the bank."""
+    return {
+        "database_index": place,
+        "uuid": str(uuid5(NAMESPACE_URL, f"{store.identity}/{entry.id}")),
+        "sentence": entry.text,
+        **{name: getattr(entry, ours) for name, ours in _RECORD.items()},
+    }
 
 
 @dataclass
@@ -158,7 +157,8 @@ def read_bank(path: Path, bank: BankTokenizer, *, source: str | None = None) -> 
         NotFound, Damaged, DataError: As `read_cache`; and if another tokenizer wrote it, or the mapping does not fit.
     """
     tokens = read_cache(path, vocab_size=bank.size)
-    records = _records(mapping_of(path), len(tokens))
+    mapping = mapping_of(path)
+    records = read_mapping(mapping, len(tokens)) if mapping.is_file() else {}
     known = list(islice(records.items(), _COMPARED))
     differing = [place for place, record in known if not _says(bank.text(tokens[place].tolist()), record["sentence"])]
     if known and 2 * len(differing) > len(known):
@@ -201,33 +201,6 @@ def _says(said: str, sentence: str) -> bool:
     """Whether tokens say the beginning of a sentence, whatever they do with spaces and capitals."""
     short, whole = ("".join(text.split()).casefold() for text in (said, sentence))
     return bool(short) and (whole.startswith(short.rstrip("\ufffd")))
-
-
-def _records(path: Path, knowledge_num: int) -> dict[int, dict[str, Any]]:
-    """The records of a mapping by their rows; none, where there is no mapping."""
-    if not path.is_file():
-        return {}
-    size, free = _PARSED * path.stat().st_size, psutil.virtual_memory().available
-    if 2 * size > free:
-        raise DataError(
-            f"{path} takes about {size / 2**30:.1f} GiB to read, more than half of the {free / 2**30:.1f} GiB free. Move it away, "
-            "and the entries are read from their tokens."
-        )
-    records: dict[int, dict[str, Any]] = {}
-    mappings = read_json(path).get("mappings")
-    if not isinstance(mappings, list):
-        raise DataError(f'{path} has no list of "mappings".')
-    for number, record in enumerate(mappings):
-        place = record.get("database_index", number) if isinstance(record, dict) else None
-        if type(place) is not int or not 0 <= place < knowledge_num or not isinstance(record.get("sentence"), str):
-            raise DataError(
-                f"{path}: mappings[{number}] needs a sentence, and a database_index below the {knowledge_num} rows of the bank."
-            )
-        texts = [record.get(name) for name in _RECORD]
-        if not all(text is None or isinstance(text, str) for text in texts):
-            raise DataError(f"{path}: mappings[{number}]: {', '.join(_RECORD)} must be text.")
-        records[place] = record
-    return records
 
 
 def codebooks_of(entries: Sequence[MemoryEntry], encoder: AddressEncoder, knowledge_num: int) -> Floats:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from math import isqrt
 
 import numpy as np
+import numpy.typing as npt
 
 from nightschool.memory.encoders.encoder import AddressEncoder
 from nightschool.memory.encoders.names import Vocabulary
@@ -15,6 +17,8 @@ from nightschool.memory.index.index import MemoryIndex
 from nightschool.memory.index.quantiser import Quantiser
 from nightschool.memory.lines import addresses_of, lines_of
 from nightschool.memory.store import MemoryStore
+
+Floats = npt.NDArray[np.float32]
 
 KNOWLEDGE_LENGTH = 16
 _LEAST_CELLS = 1024
@@ -30,10 +34,12 @@ class Follower:
     def __init__(self, store: MemoryStore, encoder: AddressEncoder, vocabulary: Vocabulary) -> None:
         self._store, self._encoder, self._vocabulary = store, encoder, vocabulary
 
-    def build(self, revision: int) -> MemoryIndex:
-        """An index of the entries of a revision."""
+    def build(self, revision: int, codebooks: Floats | None = None) -> MemoryIndex:
+        """An index of the entries of a revision; with product keys [2, K, half] that are given, in place of fitted ones."""
         count = self._store.count(at=revision)
         quantiser = self._quantiser(count, revision)
+        if codebooks is not None:
+            quantiser = replace(quantiser, codebooks=codebooks)
         index = MemoryIndex.empty(quantiser, KNOWLEDGE_LENGTH, keeps_keys=self._encoder.keeps_keys)
         index.columns.reserve(count)
         beyond: list[tuple[int, list[int]]] = []

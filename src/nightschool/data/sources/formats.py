@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from nightschool.data.example import ROLES, Example, Message, NeededFact, Role
+from nightschool.data.example import ROLES, Example, Message, NeededFact, Role, Target
 from nightschool.data.sources.rows import Row
 from nightschool.errors import DataError
 
@@ -31,6 +31,8 @@ def detect(fields: Mapping[str, Any]) -> str | None:
     """The name of the format that a row with these fields has, or None."""
     if any(better in fields and worse in fields for better, worse in _PREFERENCES):
         return "preference"
+    if "query" in fields and ("targets" in fields or "target_indices" in fields):
+        return "labels"
     if "query" in fields and "retrieved" in fields:
         return "query_retrieved"
     if "messages" in fields:
@@ -59,7 +61,7 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
         if name is None:
             raise _Wrong(
                 f"the fields {_names(row.fields)} fit no format. Known are query + retrieved, messages, conversations, "
-                "instruction + output, prompt + completion, question + answer, prompt + chosen + rejected, and text."
+                "instruction + output, prompt + completion, question + answer, prompt + chosen + rejected, query + targets, and text."
             )
         contents = FORMATS[name](row.fields)
         paraphrases = _paraphrases(row.fields)
@@ -67,7 +69,8 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
             raise _Wrong(
                 "'paraphrases' are other wordings of a question, but a plain text has none. Take the field out."
             )
-        own_id, fact = _id(row.fields), _fact(row.fields)
+        own_id, targets = _id(row.fields), _targets(row.fields) if name == "labels" else ()
+        fact = targets[0].fact if targets else _fact(row.fields)
         pairs = [content if isinstance(content, _Pair) else _Pair(content, "") for content in contents]
         return [
             Example(
@@ -76,6 +79,7 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
                 rejected=rejected,
                 paraphrases=paraphrases,
                 fact=fact,
+                targets=targets,
                 id=f"{own_id}.{index}" if own_id and len(contents) > 1 else own_id,
                 source=row.source,
                 line=row.line,
@@ -99,6 +103,18 @@ def parse_messages(turns: Any, field: str = "messages") -> tuple[Message, ...]:
     """
     try:
         return _turns(turns, field)
+    except _Wrong as wrong:
+        raise DataError(str(wrong)) from None
+
+
+def needed_fact(parts: Mapping[str, Any]) -> NeededFact:
+    """A fact of `text`, or `subject`, `relation` and `value` with or without it.
+
+    Raises:
+        DataError: If it is malformed.
+    """
+    try:
+        return _needed(parts)
     except _Wrong as wrong:
         raise DataError(str(wrong)) from None
 
@@ -218,6 +234,32 @@ def _answer_of_pair(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]
     return turns
 
 
+def _labels(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
+    """A question, and what the nearest of its facts says in place of an answer."""
+    best = _targets(fields)[0].fact
+    return [(Message("user", _text(fields, "query")), Message("assistant", best.value or best.text))]
+
+
+def _targets(fields: Mapping[str, Any]) -> tuple[Target, ...]:
+    """Facts with their scores, best first."""
+    given = fields.get("targets")
+    if not isinstance(given, list) or not given:
+        raise _Wrong(
+            f"'targets' is {_kind(given)}, but a list of facts with a score is expected. Write it so, or label the questions "
+            "again: nightschool memory label."
+        )
+    targets = []
+    for number, one in enumerate(given):
+        score = one.get("score") if isinstance(one, dict) else None
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise _Wrong(f"'targets[{number}].score' is {score!r}, but how near the fact is, a number, is expected.")
+        try:
+            targets.append(Target(_needed(one), float(score)))
+        except _Wrong as wrong:
+            raise _Wrong(str(wrong).replace("'fact", f"'targets[{number}]", 1)) from None
+    return tuple(sorted(targets, key=lambda target: -target.score))
+
+
 def _plain_text(fields: Mapping[str, Any]) -> list[str]:
     return [_text(fields, "text")]
 
@@ -229,6 +271,7 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Any]]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "preference": _preference,
+    "labels": _labels,
     "text": _plain_text,
 }
 
@@ -356,6 +399,10 @@ def _fact(fields: Mapping[str, Any]) -> NeededFact | None:
         return NeededFact(_text(fields, "fact"))
     if not isinstance(given, dict):
         raise _Wrong(f"'fact' is {_kind(given)}, but a text, or subject + relation + value, is expected. Write it so.")
+    return _needed(given)
+
+
+def _needed(given: Mapping[str, Any]) -> NeededFact:
     if not any(name in given for name in ("subject", "relation", "value")):
         return NeededFact(_text(given, "text", "fact."))
     subject, relation, value = (_text(given, name, "fact.").strip() for name in ("subject", "relation", "value"))

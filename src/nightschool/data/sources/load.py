@@ -11,6 +11,7 @@ from typing import NamedTuple
 from nightschool.config.recipe import HeldOut
 from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.data.sources.formats import detect, to_examples
+from nightschool.data.sources.labels import Labels
 from nightschool.data.sources.problems import Problems
 from nightschool.data.sources.rows import expand, read_rows
 from nightschool.errors import DataError
@@ -150,9 +151,10 @@ def read_into(path: Path, format_name: str, root: Path, problems: Problems) -> L
     examples: list[Example] = []
     formats: Counter[str] = Counter()
     seen: dict[str, Example] = {}
+    labels = Labels(path)
     for row in read_rows(path, source=source, problems=problems, most_rows=MOST_EXAMPLES):
         try:
-            found = to_examples(row, format_name)
+            found = to_examples(labels.named(row), format_name)
         except DataError as error:
             problems.add(str(error))
             continue

@@ -138,14 +138,22 @@ class MemoryTask(FiguresTask):
         answered = [number for number, right in enumerate(batch.right) if right >= 0]
         if not answered:
             return subjects_de.sum() * 0.0
-        right = torch.tensor([batch.right[number] for number in answered], device=self.device)
-        loss = F.cross_entropy((subjects_de + relations_de)[answered] / _TEMPERATURE, right)
+        logits = (subjects_de + relations_de)[answered] / _TEMPERATURE
+        loss = -(self._shares(batch, logits.shape[1])[answered] * logits.log_softmax(dim=1)).sum(dim=1).mean()
         for head, cosines in enumerate((subjects_de, relations_de)):
             keys = [entry.keys[head] for entry in batch.entries]
             alike = torch.tensor([[key == keys[batch.right[n]] for key in keys] for n in answered], device=self.device)
             log_probs = (cosines[answered] / _TEMPERATURE).log_softmax(dim=1)
             loss = loss - log_probs.masked_fill(~alike, -torch.inf).logsumexp(dim=1).mean()
         return loss / 3
+
+    def _shares(self, batch: MemoryBatch, entries: int) -> Tensor:
+        """How much of what a question means is each entry, [d, e]."""
+        shares_de = torch.zeros(len(batch.question_ids), entries, device=self.device)
+        for question, likely in enumerate(batch.likely):
+            for number, share in likely:
+                shares_de[question, number] += share
+        return shares_de
 
     # --- the reader ---------------------------------------------------------------------------------------------------
 
@@ -170,6 +178,9 @@ class MemoryTask(FiguresTask):
         keys = [entry.keys for entry in batch.entries]
         own = list(batch.own[: len(batch.question_ids)])
         alike = torch.tensor([[n >= 0 and key == keys[n] for key in keys] for n in own], device=self.device)
+        # What a label finds about as likely as the best may fit, too.
+        shares_de = self._shares(batch, len(keys))
+        alike = alike | ((shares_de > shares_de.amax(dim=1, keepdim=True) / 2) & (shares_de > 0))
         loss = fits_de.sum() * 0.0
         answered = [row for row, n in enumerate(own) if n >= 0 and batch.entries[n].has_address]
         if answered:
@@ -324,6 +335,7 @@ class MemoryTraining(Finetune):
         train, memory = recipe.train, recipe.memory
         ensure_template(tokenizer)
         examples = data.selection.train
+        _refuse_labels(examples, memory.stage)
         _refuse_facts(examples, tokenizer, memory.knowledge_length)
         size: dict[str, Any] = {"batch_size": train.batch_size, "tokens_per_batch": None}
         if train.tokens_per_batch is not None:
@@ -398,15 +410,27 @@ class MemoryTraining(Finetune):
         return prove_memory_folder(modules, version, folder)
 
 
+def _refuse_labels(examples: Sequence[Example], stage: str) -> None:
+    """Raise DataError if labelled questions are among the examples of a stage that learns to read."""
+    labelled = next((example for example in examples if example.targets), None)
+    if labelled is not None and stage != "router":
+        raise DataError(
+            f"{labelled.source}:{labelled.line}: this row says which facts a question means, which memory.stage: router learns from, and "
+            f"has no answer, which memory.stage: {stage} needs. Write rows with an answer and its fact: nightschool memory label --facts "
+            "makes them of conversations."
+        )
+
+
 def _refuse_facts(examples: Sequence[Example], tokenizer: Any, most: int) -> None:
     """Raise DataError if no example has a fact, or one has an entry of more than `most` tokens."""
-    facts = [(example, example.fact) for example in examples if example.fact is not None]
-    if not facts:
+    if not any(example.fact is not None for example in examples):
         raise DataError(
             "No example says which fact it needs, so there is nothing to learn to read. Write a fact beside the answer: "
             '"fact": {"subject": "Ada", "relation": "lives in", "value": "Oslo"}.'
         )
-    for example, fact in facts:
+    # Of labelled questions nothing is read.
+    read = [(example, example.fact) for example in examples if example.fact is not None and not example.targets]
+    for example, fact in read:
         length = len(entry_ids(tokenizer, fact))
         if length > most:
             raise DataError(
