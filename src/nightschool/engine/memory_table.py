@@ -28,6 +28,8 @@ from nightschool.models.memory_modules import MemoryModules, check_fits, decoder
 from nightschool.models.memory_step import MemoryStep
 
 Mix = Callable[[Tensor], Tensor]
+# States of entries that are kept for each version: some 1,800 entries of sixteen tokens where the model is 576 wide, in fp32.
+_KEPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class MemoryTable:
         check_fits(self._base, modules.shape)
         number = next(self._numbers)
         modules = modules.to(next(self._running.parameters()).device).eval().requires_grad_(requires_grad=False)
-        standing = _Standing(modules, EntryEncoder(self._base, modules))
+        standing = _Standing(modules, EntryEncoder(self._base, modules, most_bytes=_KEPT_BYTES))
         layers = decoder_layers(self._running)
         for index in modules.shape.layers:
             hook = partial(self._after_layer, number, index)

@@ -20,6 +20,7 @@ from nightschool.models.memory_modules import (
     MemoryModules,
     decoder_layers,
 )
+from nightschool.models.memory_states import EntryStates
 
 
 class _DeepEnough(Exception):
@@ -41,9 +42,11 @@ class EntryEncoder:
     Args:
         model: A base that `layers.forward.prepare` found able to keep packed documents apart.
         modules: What reads; says where to stop, and what fits.
+        most_bytes: How much of states is kept for later readings of the same entries; 0 computes them anew each time.
     """
 
-    def __init__(self, model: nn.Module, modules: MemoryModules) -> None:
+    def __init__(self, model: nn.Module, modules: MemoryModules, *, most_bytes: int = 0) -> None:
+        self.states = EntryStates(most_bytes)
         self._model = causal_lm(model)
         self._fit, self._shape = modules.reader.fit, modules.shape
         self._last = decoder_layers(model)[self._shape.encoder_layers - 1]
@@ -54,7 +57,7 @@ class EntryEncoder:
         return GateFeatures(cast(Any, self._model).get_input_embeddings().weight)
 
     def encode(self, readings: Sequence[MemoryReading]) -> None:
-        """Fill `encoded` of the readings that lack it; an entry that is in several of them is computed once.
+        """Fill `encoded` of the readings that lack it; an entry that is in several of them, or still kept, is not computed again.
 
         Those that lack `fits`, too, get them, and then hold nothing of entries that do not fit.
         """
@@ -65,7 +68,7 @@ class EntryEncoder:
             for r, o in zip(waiting, opened, strict=True)
         ]
         texts = sorted({text for texts in own for text in texts})
-        states = dict(zip(texts, self._states_of(texts), strict=True)) if texts else {}
+        states = self._kept_or_computed(texts)
         nothing = torch.empty(0, self._shape.hidden_size, device=self.device)
         for reading, open_k, mine in zip(waiting, opened, own, strict=True):
             parts = [states[text] for text in mine]
@@ -95,6 +98,15 @@ class EntryEncoder:
                 padded = [PaddedTexts.of(self._features, one, self.device) for one in texts]
                 reading.fits[[n for n, _ in known]] = F.logsigmoid(self._fit(*padded).amax(0))
         return [fit >= math.log(max(self._shape.closed_below, 1e-30)) for fit in reading.fits.tolist()]
+
+    def _kept_or_computed(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        states = {text: kept for text in texts if (kept := self.states.get(text)) is not None}
+        missing = [text for text in texts if text not in states]
+        if missing:
+            for text, computed in zip(missing, self._states_of(missing), strict=True):
+                states[text] = computed
+                self.states.keep(text, computed)
+        return states
 
     @torch.no_grad()
     def _states_of(self, texts: Sequence[tuple[int, ...]]) -> list[Tensor]:
