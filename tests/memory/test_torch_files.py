@@ -1,12 +1,14 @@
 """The documents' `.pt` files: every shape that was ever written is read, and what cannot fit is refused with the sizes."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from nightschool.errors import Damaged, DataError, NotFound
+from nightschool.memory import torch_files
 from nightschool.memory.torch_files import (
     CACHE,
     KEYS,
@@ -81,7 +83,7 @@ def test_banks_that_do_not_fit_are_refused_with_their_sizes(tmp_path):
     with pytest.raises(DataError, match="the token -5"):
         read_cache(path, vocab_size=144)
     torch.save({"bank": torch.from_numpy(IDS)}, path)
-    with pytest.raises(DataError, match="holds a dict"):
+    with pytest.raises(DataError, match=r"holds a dict \(bank …\)"):
         read_cache(path, vocab_size=144)
     torch.save(torch.zeros(2, 3, 6), tmp_path / KEYS)
     with pytest.raises(DataError, match=r"\[2, 3, 6\]; codebooks \[2, 4, 6\] or keys \[16, 12\]"):
@@ -89,6 +91,26 @@ def test_banks_that_do_not_fit_are_refused_with_their_sizes(tmp_path):
     torch.save(torch.full((2, 4, 6), float("nan")), tmp_path / KEYS)
     with pytest.raises(DataError, match="not finite"):
         read_keys(tmp_path / KEYS, knowledge_num=16, knowledge_dim=12)
+
+
+def test_a_bank_of_floats_that_no_ram_holds_is_refused_with_its_size(tmp_path, monkeypatch):
+    torch.save(torch.zeros(16, 16, 8), tmp_path / CACHE)
+    monkeypatch.setattr(torch_files.psutil, "virtual_memory", lambda: SimpleNamespace(available=1024))
+    with pytest.raises(DataError, match=r"\[16, 16, 8\].*more than half of the 0.0 GiB that are free"):
+        read_cache(tmp_path / CACHE, vocab_size=144)
+    monkeypatch.setattr(torch_files.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    with pytest.raises(DataError, match=r"0.0 GiB\), and a bank holds token ids"):
+        read_cache(tmp_path / CACHE, vocab_size=144)
+
+
+def test_a_shape_that_the_numbers_do_not_fill_is_refused_unread(tmp_path):
+    """86 GB in a kilobyte: one number, repeated over the shape of the README."""
+    torch.save(torch.zeros(1, dtype=torch.bfloat16).expand(1 << 20, 16, 2560), tmp_path / CACHE)
+    with pytest.raises(DataError, match=r"0.0 GiB of numbers for \[1048576, 16, 2560\], which takes 80.0 GiB"):
+        read_cache(tmp_path / CACHE, vocab_size=144)
+    torch.save(torch.zeros(1, dtype=torch.int64).expand(1 << 20, 1 << 20), tmp_path / CACHE)
+    with pytest.raises(DataError, match="contiguous"):
+        read_cache(tmp_path / CACHE, vocab_size=144)
 
 
 class Evil:

@@ -412,3 +412,26 @@ def test_a_deeply_nested_adapter_config_is_named(tmp_path, home):
     (tmp_path / "a" / "adapter_config.json").write_text("[" * 20_000)
     with pytest.raises(Damaged, match=r"adapter_config\.json"):
         load_base(str(tmp_path / "a"), home)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_a_file_of_weights_is_no_base_and_is_refused_with_its_sizes(tmp_path, home, capsys):
+    """What ExplicitLM saves of its gate: a state dictionary, or one with its configuration."""
+    gate = {"query_proj.weight": torch.zeros(1536, 64), "norm.weight": torch.ones(64)}
+    for name, whole in (("memory_gate.pth", gate), ("router_only.pt", {"head": gate, "memory_gate_cfg": {"dim": 64}})):
+        torch.save(whole, tmp_path / name)
+        with pytest.raises(
+            ModelError,
+            match=r"2 tensors \((head.)?query_proj.weight \[1536, 64\].*projection.a \[rank, H\].*router.yaml",
+        ):
+            load_base(name, home, root=tmp_path)
+    torch.save(Evil(), tmp_path / "evil.pth")
+    with pytest.raises(Damaged, match="Nothing of it was run"):
+        load_base(str(tmp_path / "evil.pth"), home)
+    assert "this ran" not in capsys.readouterr().out
+    with pytest.raises(NotFound, match="Check the path"):
+        load_base("none.pth", home, root=tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 from nightschool.config.schema import Path, dotted
@@ -61,6 +62,23 @@ def _flag(dtype: str) -> Callable[[Any], Any]:
     return convert
 
 
+_PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def _precision(value: Any) -> Any:
+    # YAML makes false of a bare `no`.
+    dtype = "fp32" if value is False else _PRECISIONS.get(str(value))
+    if dtype is None:
+        raise ValueError(f"{value!r} is none of {', '.join(_PRECISIONS)}")
+    return dtype
+
+
+def _next_square(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or isqrt(value) ** 2 == value:
+        return ""
+    return f"; nor is {value} a perfect square: the next one is {(isqrt(value) + 1) ** 2}"
+
+
 def _train(name: str) -> Alias:
     return Alias(("train", name))
 
@@ -107,10 +125,12 @@ ALIASES: Mapping[str, Alias] = {
     "bnb_4bit_use_double_quant": Alias(("quantization", "double")),
     "bnb_4bit_compute_dtype": Alias(("quantization", "compute_dtype")),
     "from_version": Alias(("base",)),
+    "mixed_precision": Alias(("train", "dtype"), _precision),
     "fp16": Alias(("train", "dtype"), _flag("fp16")),
     "bf16": Alias(("train", "dtype"), _flag("bf16")),
     "gradient_checkpointing": _train("gradient_checkpointing"),
     "torch_compile": _train("compile"),
+    "zero_stage": _train("zero_stage"),
     "device": _train("device"),
     "num_workers": _train("num_workers"),
     "dataloader_num_workers": _train("num_workers"),
@@ -157,7 +177,17 @@ _HOME = (
 _RESUME = "is not a setting of a recipe; write nightschool train RECIPE --resume RUN"
 _SERVE_OPTION = "is not a setting of a recipe; write nightschool serve --port 8001 --host 127.0.0.1"
 
-_STAGE_BEFORE = "is not a setting; write base: NAME@VERSION, the version that the stage before has published"
+_STAGE_BEFORE = (
+    "is not a setting: files of weights of ExplicitLM fit no layer here, whatever their sizes; write base: NAME@VERSION, the version that "
+    "the stage before has published"
+)
+_MEMORY_FILE = (
+    "is not a setting: entries and index lie in a memory; write nightschool memory build NAME --from FILE, or nightschool memory keys NAME "
+    "--from keys.pt, and memory.name: NAME"
+)
+_ONE_ENTRY = "is not a setting: nothing is drawn at random, and all candidates are read; take the line out"
+_SENT_NOWHERE = "is not a setting: nothing is sent anywhere, and metrics lie in the run's folder; take the line out"
+_EVAL_OPTION = "is not a setting of a recipe; answers are judged by nightschool eval MODEL, see its --help"
 
 REFUSED: Mapping[str, str] = {
     "out_dir": _HOME,
@@ -171,11 +201,37 @@ REFUSED: Mapping[str, str] = {
     "port": _SERVE_OPTION,
     "host": _SERVE_OPTION,
     "pretrained_router_path": _STAGE_BEFORE,
+    "pretrained_memory_gate_path": _STAGE_BEFORE,
     "pretrained_fusion_path": _STAGE_BEFORE,
-    "knowledge_num": "is not a setting of a recipe: a memory grows as entries are written; take the line out",
+    "knowledge_num": "is not a setting of a recipe: a memory grows as entries are written; take the line out, and write --knowledge-num to "
+    "nightschool memory build, keys and export",
+    "cache_path": _MEMORY_FILE,
+    "keys_path": _MEMORY_FILE,
+    "kb_path": _MEMORY_FILE,
+    "database_init_path": _MEMORY_FILE,
+    "recompute_cache": "is not a setting: an index follows its memory by itself; take the line out",
+    "gumbel_temperature": _ONE_ENTRY,
+    "num_selected": _ONE_ENTRY,
+    "use_moe": "is not a setting: the base says what its layers are; take the line out",
+    "ce_loss_coef": "is not a setting: the loss of answers has the weight 1; take the line out",
+    "system_message": "is not a setting: write a turn of the system into the data",
+    "use_swanlab": _SENT_NOWHERE,
+    "swanlab_project": _SENT_NOWHERE,
+    "swanlab_online": _SENT_NOWHERE,
+    "swanlab_api_key": _SENT_NOWHERE,
+    "eval_num_samples": _EVAL_OPTION,
+    "start_eval": _EVAL_OPTION,
+    "judger_mode": _EVAL_OPTION,
+    "show_eval_res": _EVAL_OPTION,
     "trust_remote_code": "is not a setting: code that comes with a model is never run; remove the line",
     "warmup_ratio": "is not a setting; write train.warmup_steps, a count of steps",
 }
+
+OF_REFUSED: Mapping[str, Callable[[Any], str]] = {"knowledge_num": _next_square}
+"""What else is wrong with the value that was written for a refused name."""
+
+GROUPS = frozenset({"model", "dataset", "training", "logging"})
+"""Sections of other programs' settings, which are flat here: what lies in them is read as if it lay at the top."""
 
 # Names that could mean several settings, beside those that the schema itself has in several sections.
 AMBIGUOUS: Mapping[str, tuple[str, ...]] = {

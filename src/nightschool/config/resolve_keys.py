@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from nightschool.config.aliases import ALIASES, AMBIGUOUS, REFUSED, SHORTHANDS, SaysNothing
+from nightschool.config.aliases import ALIASES, AMBIGUOUS, GROUPS, OF_REFUSED, REFUSED, SHORTHANDS, SaysNothing
 from nightschool.config.assignments import Assignment, EmptyList, Source
 from nightschool.config.schema import Path, Setting, children, dotted, find, settings
 from nightschool.errors import Problem
@@ -88,11 +88,22 @@ def _understand(assignment: Assignment) -> Assignment | None:
         alias = ALIASES.get(part)
         if alias is not None and alias.path[: len(prefix)] == prefix:
             return _translate(assignment, part, end)
-        raise _Unknown(path[:end], _what_was_meant(prefix, path[end - 1]))
+        if part in GROUPS and end == 1 and len(path) > 1 and isinstance(path[1], str):
+            return _of_a_group(assignment)
+        raise _Unknown(path[:end], _what_was_meant(prefix, path[end - 1], assignment.value))
     setting = find(path)
     if path in SHORTHANDS and (assignment.value is None or isinstance(assignment.value, str)):
         return _understand(replace(assignment, path=SHORTHANDS[path]))
     return assignment if setting is None else replace(assignment, value=_as_wanted(assignment, setting))
+
+
+def _of_a_group(assignment: Assignment) -> Assignment | None:
+    """What lies in a section of another program."""
+    group = assignment.path[0]
+    try:
+        return _understand(replace(assignment, path=assignment.path[1:]))
+    except _Unknown as unknown:
+        raise _Unknown((group, *unknown.prefix), str(unknown)) from None
 
 
 def _is_element(path: Path) -> bool:
@@ -123,8 +134,8 @@ def _as_wanted(assignment: Assignment, setting: Setting) -> object:
     return assignment.value
 
 
-def _what_was_meant(prefix: Path, part: str | int) -> str:
-    """Why a key below `prefix` is not understood, and what to write in its place."""
+def _what_was_meant(prefix: Path, part: str | int, value: object) -> str:
+    """Why a key below `prefix` with this value is not understood, and what to write in its place."""
     name = str(part)
     parent = find(prefix) if prefix else None
     if parent is not None and parent.is_list and parent.section is not None:
@@ -136,7 +147,7 @@ def _what_was_meant(prefix: Path, part: str | int) -> str:
             f"is not a setting: {dotted(prefix) or 'a recipe'} is not a list; write its keys: {_some(children(prefix))}"
         )
     if name in REFUSED:
-        return REFUSED[name]
+        return REFUSED[name] + OF_REFUSED.get(name, lambda _: "")(value)
     elsewhere = [s for s in settings().values() if s.name == name]
     if name in AMBIGUOUS:
         elsewhere = [settings()[key] for key in AMBIGUOUS[name]]

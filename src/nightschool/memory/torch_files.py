@@ -169,8 +169,18 @@ def _tensor(path: Path) -> Any:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a foreign file can break the reader in any way
         raise Damaged(f"{path} is no file of plain tensors ({_first_line(error)}). Nothing of it was run.") from error
+    if isinstance(loaded, dict) and loaded:
+        raise DataError(
+            f"{path} holds a dict ({', '.join(map(str, list(loaded)[:3]))} …), and one tensor belongs there. Weights of a gate or fusion "
+            "have no entries in them."
+        )
     if not isinstance(loaded, torch.Tensor):
         raise DataError(f"{path} holds a {type(loaded).__name__}, and one tensor belongs there.")
+    stored, needed = loaded.untyped_storage().nbytes(), loaded.numel() * loaded.element_size()
+    if stored < needed:  # a few bytes that are repeated over a shape, which would take hours to look at
+        raise DataError(
+            f"{path} holds {_gib(stored)} of numbers for {list(loaded.shape)}, which takes {_gib(needed)}. Save the tensor as it is, .contiguous()."
+        )
     return loaded
 
 

@@ -31,6 +31,8 @@ from nightschool.models.memory_version import read_memory_folder
 from nightschool.models.quantize import dequantized, quantization_config, quantization_of, steady
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
+from nightschool.models.weights_file import ENDINGS as WEIGHTS_FILES
+from nightschool.models.weights_file import refuse_weights_file
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version
@@ -142,10 +144,14 @@ def context_of(model: PreTrainedModel | PeftModel) -> int:
 
 
 def as_path(ref: str, root: Path | None) -> Path | None:
-    """The folder or GGUF file that `ref` means, or None. What is written like a path is one, there or not."""
+    """The folder or file that `ref` means, or None. What is written like a path is one, there or not."""
     path = Path(ref).expanduser()
     path = path if path.is_absolute() or root is None else root / path
-    if ref.startswith(("./", "../", "/", "~", ".\\")) or ref in (".", "..") or ref.lower().endswith(GGUF):
+    if (
+        ref.startswith(("./", "../", "/", "~", ".\\"))
+        or ref in (".", "..")
+        or ref.lower().endswith((GGUF, *WEIGHTS_FILES))
+    ):
         return path.resolve()
     return path.resolve() if "@" not in ref and path.is_dir() else None
 
@@ -154,8 +160,11 @@ def plain_folder(path: Path, home: Home) -> Path:
     """The Hugging Face folder of what `as_path` found: the folder itself, or what a GGUF file was unpacked into.
 
     Raises:
-        NotFound, ModelError, Damaged: If the file is not there or cannot be read back; see `models.gguf.unpacked`.
+        NotFound, ModelError, Damaged: If the file is not there or cannot be read back, see `models.gguf.unpacked`; or if it is one
+            of weights that are no model, see `models.weights_file`.
     """
+    if path.name.lower().endswith(WEIGHTS_FILES) and not path.is_dir():
+        refuse_weights_file(path, str(path))
     if not path.name.lower().endswith(GGUF) or path.is_dir():
         return path
     from nightschool.models.gguf import unpacked  # few bases are GGUF files

@@ -233,7 +233,7 @@ def _read_into(
 def _facts_of(file: Path, source: str | None, base: str | None, format_: Format | None) -> Iterator[NewEntry]:
     if format_ is not None:
         return read_graph(file, source=source)
-    if file.suffix.lower() == BANK_ENDING:
+    if file.suffix.lower() in (BANK_ENDING, ".pth"):
         return facts_of_bank(file, base, source)
     return read_facts(file, source=source)
 
