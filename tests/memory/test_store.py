@@ -1,5 +1,6 @@
 """The store of an explicit memory: what is kept, what supersedes what, and what readers see."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -190,6 +191,23 @@ def test_a_memory_is_made_once_and_found_again(tmp_path, store):
     say(store, "Ada lives in Oslo.")
     with MemoryStore.open(store.folder) as again:
         assert (texts(again), again.identity) == (["Ada lives in Oslo."], store.identity)
+
+
+def test_a_memory_that_is_being_made_is_not_there_or_there(tmp_path):
+    def opened(folder):
+        while True:
+            try:
+                return MemoryStore.open(folder)
+            except NotFound:
+                continue
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(30):
+            folder = tmp_path / f"m{number}"
+            waiting = [pool.submit(opened, folder) for _ in range(4)]
+            MemoryStore.create(folder).close()
+            for one in waiting:
+                one.result().close()
 
 
 def test_a_reader_sees_what_another_process_wrote(store):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -274,6 +275,16 @@ def test_ids_of_a_tenant_may_lie_over_a_memory_that_is_shared_with_it(tenants):
     overlay = EntityIds("alex").memory("common")
     read = client.get("/api/memories/common/search", params={"q": "likes lives", "overlay": overlay}, headers=acme)
     assert [one["text"] for one in read.json()["entries"]] == [OSLO, TEA]
+
+
+def test_whoever_comes_first_makes_the_memory_of_new_ids_and_nobody_is_lost(tenants):
+    client, home = tenants
+    acme = key_of(home, "acme")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda number: add(client, "friends", acme, f"Ada{number} sings.", **ALEX), range(8)))
+    assert [one.status_code for one in answers] == [200] * 8
+    with MemoryStore.open(memory_path(home, f"acme/{EntityIds('alex').memory('friends')}")) as store:
+        assert sorted(one.text for one in store.entries()) == [f"Ada{number} sings." for number in range(8)]
 
 
 def test_what_was_edited_elsewhere_is_still_somebodys(tenants):

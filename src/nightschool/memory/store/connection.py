@@ -234,15 +234,23 @@ def _convert(connection: sqlite3.Connection) -> None:
 
 
 def _check_format(connection: sqlite3.Connection, file: Path) -> None:
-    found = _number(connection, "PRAGMA user_version")
+    # As one state of the file has them: somebody may be making it, or bringing it to another form, at this moment.
+    connection.execute("BEGIN")
+    try:
+        found = _number(connection, "PRAGMA user_version")
+        application_id = _number(connection, "PRAGMA application_id")
+        num_tables = _number(connection, "SELECT count(*) FROM sqlite_master")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
     if found > FORMAT:
         raise MadeByNewer(
             f"{file} was written by a newer nightschool (form {found}); this one knows {FORMAT}. "
             f"Install the newer nightschool again."
         )
-    if not found and not _number(connection, "SELECT count(*) FROM sqlite_master"):
+    if not found and not num_tables:
         raise NotFound(_not_there(file))
-    if _number(connection, "PRAGMA application_id") != APPLICATION_ID:
+    if application_id != APPLICATION_ID:
         raise Damaged(
             f"{file} is a SQLite file, but no memory of nightschool. Move it away, and build the memory anew."
         )
