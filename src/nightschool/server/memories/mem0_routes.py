@@ -20,7 +20,9 @@ from nightschool.server.error_schemas import refusals
 from nightschool.server.memories import mem0_schemas as schemas
 from nightschool.server.memories.access import MemoriesOf, author_of
 from nightschool.server.memories.mem0_objects import Mem0Memory, made_for_ids, memory_of_ids, memory_with
+from nightschool.server.memories.opened import Memories
 from nightschool.server.service import PrincipalOf
+from nightschool.store.principal import Principal
 
 router = APIRouter(prefix="/mem0/{name}", tags=["Explicit memory, for mem0's client"], route_class=BodyRoute)
 _READS = refusals(400, 404, 409)
@@ -191,7 +193,7 @@ async def delete_all(
     return JSONResponse({"message": "Memories deleted successfully!"})
 
 
-def _end_all(memories: MemoriesOf, principal: PrincipalOf, name: str, ids: EntityIds) -> int:
+def _end_all(memories: Memories, principal: Principal, name: str, ids: EntityIds) -> int:
     memory = memory_of_ids(memories, principal.tenant, name, ids)
     if memory is None:
         return 0

@@ -18,7 +18,7 @@ _EntityId = Annotated[str, Field(max_length=500, pattern=r"^\s*[^\s*]")]
 # A flag that may only say what is so anyway.
 _ALWAYS, _NEVER = (None, True), (None, False)
 _Null = Annotated[None, Only(None)]
-_Filters = Annotated[dict[str, Any] | None, Field(description="The ids: one object, or AND of several.")]
+_Filters = dict[str, Any] | None
 
 
 class Ids(Body):
@@ -44,8 +44,8 @@ class NewMemories(Ids):
     filters: _Filters = Field(None, description="The ids, if they do not stand beside it.")
     infer: Flag | None = Field(
         None,
-        description="true, and null: each sentence of the user's is a memory, questions are left out. false: so is each whole message of "
-        "the user's and the assistant's. No model extracts anything.",
+        description="Unless it is false, each sentence of the user's is a memory, but for questions. If it is, each whole message of the "
+        "user's and the assistant's is one. No model extracts anything.",
     )
     metadata: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
     timestamp: _Null = Field(None, description="Not supported.")
