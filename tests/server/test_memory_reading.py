@@ -66,6 +66,8 @@ def test_a_stream_says_what_was_read_before_it_ends(server):
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     (told,) = [event["memory"] for event in events if "memory" in event]
     assert told[0]["entries"][0]["text"].startswith("Ada lives in")
+    # Clients look at choices[0] of each event, unless they asked for `usage`.
+    assert all(event["choices"] for event in events)
 
 
 def test_texts_and_the_other_families_read_too(bot, server):
@@ -81,6 +83,13 @@ def test_the_server_may_name_the_memory_that_is_read_without_asking(bot):
     with live(Slot("bot", EnginePool(bot.home)), registry=bot.registry, memory="facts") as server:
         answer = chat(server)
         assert answer.headers["x-memory-revision"].startswith("facts@")
+        asked = chat(server, memory={"read": "prompt"})
+        assert (asked.headers.get("x-memory-revision"), said(asked)) == (
+            answer.headers["x-memory-revision"],
+            said(answer),
+        )
+        layers = chat(server, memory={"read": "layers"})
+        assert (layers.status_code, "no layers that read a memory" in layers.text) == (400, True)
         off = chat(server, memory={"read": "off"})
         assert "x-memory-revision" not in off.headers
         assert said(off) == bot.greedy(QUESTION)

@@ -155,7 +155,7 @@ class Answering:
         nothing: list[Recall | None] = [None] * len(ask.prompts)
         choice = ask.memory or self._memory or MemoryChoice(None)
         own = generation.memory.memory if generation.memory is not None else None
-        by_default = self._memory.name if self._memory is not None and choice.overlay is not None else None
+        by_default = self._memory.name if self._memory is not None else None
         name = choice.name or own or by_default
         if choice.read == "off" or (name is None and ask.memory is None):
             return nothing

@@ -180,12 +180,17 @@ class _Request:
         keep(sent[0])
         if self.ask.wants_why:
             for index, ids in enumerate(answer_ids):
-                nothing = self.shape.piece(index, Chunk(), self.words, len(sent[index]))
-                yield head | {"choices": [nothing | {"why": await self.why(index, ids)}]} | tail
+                why = {"why": await self.why(index, ids)}
+                yield head | {"choices": [self._nothing_more(index, sent) | why]} | tail
         if self.read:
-            yield head | {"choices": []} | self.read | tail
+            # With a choice: only who asks for `usage` expects an event without one, and others take choices[0] of each.
+            yield head | {"choices": [self._nothing_more(0, sent)]} | self.read | tail
         if self.with_usage:
             yield head | {"choices": [], "usage": self.running.usage()}
+
+    def _nothing_more(self, index: int, sent: Sequence[str]) -> dict[str, Any]:
+        """A choice of a stream that adds no text to its answer."""
+        return self.shape.piece(index, Chunk(), self.words, len(sent[index]))
 
 
 async def _answer(

@@ -107,7 +107,9 @@ class MemoryToRead(Body):
     """A memory of the caller's tenant, and how it is read."""
 
     name: str | None = Field(
-        None, pattern=NAME_PATTERN, description="Without it, the one that the model was trained with."
+        None,
+        pattern=NAME_PATTERN,
+        description="Without it, the one that the model was trained with, or else the one that the server reads for all (`serve --memory`).",
     )
     overlay: str | None = Field(
         None,
