@@ -37,7 +37,7 @@ from nightschool.memory.entry import NewEntry
 from nightschool.models.memory_model import MemoryModel
 
 CANDIDATES = 8
-MEMORY = {"knowledge_length": 16, "num_candidates": CANDIDATES, "gate_rank": 0, "fusion_rank": 0, "closed_below": 0.03}
+MEMORY = {"knowledge_length": 16, "num_candidates": CANDIDATES, "gate_rank": 0, "fusion_rank": 0}
 ANSWER_TOKENS = 5
 AT_ONCE = 64
 # The facts of every sixth known person are never edited, nor those of one relation of the others.

@@ -68,7 +68,11 @@ class Contest:
         base, model, tokenizer = base_of(folder, is_real)
         with torch.no_grad():
             modules = MemoryModules(shape_for(model, tokenizer), seed=1)
-            modules.reader.fit.bias.fill_(50.0)  # all that is found fits, so that all of it is read
+            for fit in (
+                modules.reader.subject_fit,
+                modules.reader.relation_fit,
+            ):  # all that is found fits, so that all of it is read
+                fit.bias.fill_(50.0)
         save_memory_folder(modules, MemoryVersion(str(base)), tokenizer, folder / "reader")
         place = memory_path(home, "facts")
         with MemoryStore.create(place) as store:

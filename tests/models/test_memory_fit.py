@@ -1,12 +1,18 @@
-"""Whether an entry fits a question: told from the words of both; what does not fit is not read, whatever it was found with."""
+"""Whether an entry fits a question: its subject, by the words of both, and its relation, by what the base makes of them.
+
+What does not fit is not read, whatever it was found with.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nightschool.layers.forward import prepare
-from nightschool.layers.memory_fit import EntryFit, PaddedTexts
+from nightschool.layers.memory_fit import PaddedTexts, SubjectFit
 from nightschool.layers.memory_gate import GateFeatures
 from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
+from nightschool.layers.memory_relation import RelationFit, Told, places_asked, places_told
 from nightschool.models.build import build_model
 from nightschool.models.memory_model import MemoryModel, generate_greedily
 from nightschool.models.memory_modules import MemoryModules, shape_for
@@ -22,20 +28,61 @@ def base():
 
 
 def fits(base, questions, entries):
-    """Log-odds of an untrained fit; an entry is its subject and its relation."""
-    torch.manual_seed(0)
+    """Log-odds of an untrained fit of subjects; an entry is its subject and its relation."""
     features = GateFeatures(base.get_input_embeddings().weight)
     texts = (questions, [subject for subject, _ in entries], [relation for _, relation in entries])
     with torch.no_grad():
-        return EntryFit(64, 4)(*(PaddedTexts.of(features, one, "cpu") for one in texts))
+        return SubjectFit(64)(*(PaddedTexts.of(features, one, "cpu") for one in texts))
 
 
 def test_words_that_are_missing_or_go_on_beside_the_subject_speak_against_an_entry(base):
     asked = [(WHERE, ADA, BERG, LIVES)]
     whole, other, part = fits(base, asked, [((ADA, BERG), (LIVES,)), ((ADA, FINCH), (LIVES,)), ((ADA,), (LIVES,))])[0]
     assert whole > part > other
-    means, means_not = fits(base, asked, [((ADA, BERG), (LIVES,)), ((ADA, BERG), (WORKS,))])[0]
-    assert means > means_not
+    # What the relation says, too, is no part of a longer name.
+    known, unknown = fits(base, [(ADA, LIVES)], [((ADA,), (LIVES,)), ((ADA,), (WORKS,))])[0]
+    assert known > unknown
+
+
+def test_the_same_tokens_in_another_order_are_another_subject(base):
+    asked = [(9, 3, 7, 0, LIVES)]
+    same, other, longer = fits(base, asked, [((9, 3, 7, 0), (LIVES,)), ((3, 7, 9, 0), (LIVES,)), ((3, 7), (LIVES,))])[0]
+    assert same > 0 > other
+    assert longer < same
+    # Where a name stands twice, the place counts where it stands alone.
+    once, twice = (
+        fits(base, [(ADA, FINCH, WORKS)], [((ADA,), ())])[0],
+        fits(base, [(ADA, FINCH, WHERE, ADA)], [((ADA,), ())])[0],
+    )
+    assert twice >= once
+
+
+def test_what_tells_a_relation_lies_beside_the_subject_and_before_the_value():
+    assert places_asked((WHERE, ADA, BERG, LIVES), (ADA, BERG)) == [0, 3]
+    assert places_asked((LIVES, ADA), (ADA,)) == [0, 1]
+    assert places_told((ADA, LIVES, 50, 51), (ADA,), (LIVES,)) == [1]
+    # A value that is called as its subject is one all the same.
+    assert places_told((ADA, LIVES, ADA, 51), (ADA,), (LIVES,)) == [1]
+    assert places_told((50, 51), (), ()) == [0]
+
+
+def test_padding_changes_no_relation_and_the_last_places_count_most():
+    torch.manual_seed(0)
+    fit = RelationFit(16, 4)
+    states = [torch.randn(length, 16) for length in (3, 7, 1)]
+    places = [range(len(one)) for one in states]
+    together = fit(Told.of(states, places), Told.of(states, places))
+    for row, asked in enumerate(states):
+        for column, told in enumerate(states):
+            alone = fit(Told.of([asked], [range(len(asked))]), Told.of([told], [range(len(told))]))[0, 0]
+            assert torch.allclose(alone, together[row, column], atol=1e-5)
+    assert (together.argmax(1) == torch.arange(3)).all()
+    first, last = states[1].clone(), states[1].clone()
+    first[0], last[-1] = states[2][0], states[2][0]
+    changed = fit(Told.of([first, last], places[1:2] * 2), Told.of(states[2:], places[2:]))[:, 0]
+    assert changed[1] > changed[0]
+    together.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fit.parameters())
 
 
 def test_padding_and_what_else_is_looked_at_change_nothing(base):
@@ -87,5 +134,38 @@ def test_what_does_not_fit_is_not_read_however_sure_the_finder_is(base):
         assert not spelled.is_closed
         read, sources = generate_greedily(model, prompt, MemoryReading.of([found(fitting)]), 6)
         assert read != alone or {source.kind for source in sources} != {"weights"}
+    finally:
+        model.attachment.remove()
+
+
+def test_an_entry_of_the_subject_that_tells_something_else_is_closed_by_a_threshold_of_its_own(base):
+    """What the base makes of question and entry is compared before anything is read; entries are encoded only if they are named."""
+    model, prompt = a_reader(base), [WHERE, ADA, BERG, LIVES]
+    relation, shape = model.memory.reader.relation_fit, model.memory.shape
+    try:
+        alone, _ = generate_greedily(model, prompt, None, 6)
+
+        def a_reading():
+            return MemoryReading.of([found(Address((ADA, BERG), (LIVES,), (tuple(prompt),))), found(None, 2)])
+
+        (usual, told) = (a_reading(), a_reading())
+        model.encoder.encode([usual])
+        assert sorted(set(usual.encoded.entry.tolist())) == [0, 1]
+        with torch.no_grad():
+            relation.bias.fill_(-50.0)
+        model.encoder.encode([told])
+        assert set(told.encoded.entry.tolist()) == {1}
+        assert told.fits[0] < usual.fits[0]
+        assert told.fits[1] == 0
+        one = MemoryReading.of([found(Address((ADA, BERG), (LIVES,), (tuple(prompt),)))])
+        answer, sources = generate_greedily(model, prompt, one, 6)
+        assert one.is_closed
+        assert (answer, {source.kind for source in sources}) == (alone, {"weights"})
+        model.memory.shape = replace(shape, relation_closed_below=0.0)
+        lax = MemoryModel(base, model.memory)
+        again = a_reading()
+        lax.encoder.encode([again])
+        lax.attachment.remove()
+        assert sorted(set(again.encoded.entry.tolist())) == [0, 1]
     finally:
         model.attachment.remove()

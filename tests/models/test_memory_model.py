@@ -12,6 +12,7 @@ from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_fusion import Pointed, copied_log_probs, mix
 from nightschool.layers.memory_gate import GateFeatures, MemoryGate, fixed_projection, reading_scores
 from nightschool.layers.memory_reading import NO_TOKEN, Candidate, MemoryReading
+from nightschool.layers.memory_relation import Told
 from nightschool.models.build import build_model
 from nightschool.models.memory_model import MemoryAttachment, MemoryModel, generate_greedily
 from nightschool.models.memory_modules import MemoryModules, shape_for
@@ -148,9 +149,12 @@ def test_every_tensor_has_a_gradient_by_the_second_step():
         )
         reading = MemoryReading.of(CANDIDATES)
         reading.scores = scores
-        asked_of = PaddedTexts.of(features, [(5, 40, 6, 41, 7, 8)], "cpu")
+        asked_of = PaddedTexts.of(features, [(41, 5, 11, 12, 40, 6)], "cpu")
         told = PaddedTexts.of(features, [candidate.token_ids for candidate in CANDIDATES], "cpu")
-        reading.fits = model.memory.reader.fit(asked_of, told, told)[0]
+        named = model.memory.reader.subject_fit(asked_of, told, told)[0]
+        states = model.encoder.states_of([candidate.token_ids for candidate in CANDIDATES])
+        of_base = Told.of(states, [range(len(one)) for one in states])
+        reading.fits = named + model.memory.reader.relation_fit(of_base, of_base)[0]
         with model.reading([(slice(0, 9), reading)]):
             logits = model(input_ids=ids, use_cache=False).logits[0]
         torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).backward()

@@ -61,7 +61,8 @@ class MemoryBot:
             for layer in modules.reader.fusion.layers:
                 layer.out += torch.randn_like(layer.out) * 0.5
             modules.reader.pointer.sentinel_bias.fill_(6.0)
-            modules.reader.fit.bias.fill_(50.0)  # whatever is found fits
+            for fit in (modules.reader.subject_fit, modules.reader.relation_fit):  # whatever is found fits
+                fit.bias.fill_(50.0)
         version = self.registry.publish(
             name,
             lambda folder: save_memory_folder(modules, MemoryVersion(base, memory), self.tokenizer, folder),

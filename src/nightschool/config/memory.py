@@ -50,8 +50,13 @@ class Memory(Section):
     misled_share: Share = Field(
         0.5, description="Of those, the share in which the gate is made to be sure of a wrong entry."
     )
-    closed_below: Share = Field(
-        0.5, description="An entry that is less likely than this to fit the question is not read at all."
+    subject_closed_below: Share = Field(
+        0.5,
+        description="An entry is not read at all whose subject is less likely than this to be what the question names.",
+    )
+    relation_closed_below: Share = Field(
+        0.5,
+        description="The same of its relation and of what is asked; less lets more wordings pass that were never trained.",
     )
     redraw_values: bool = Field(
         default=True, description="Draw other values in each epoch, so that nothing can be remembered in place of read."

@@ -26,9 +26,10 @@ _NUMBER = 0.05
 _SAME_SUBJECT = 0.5
 _LIKE_NAMED = 0.5
 _NEAREST = 0.6
-# How a name is made that is like another one.
-_ANOTHER_NUMBER = 0.6
-_WORD_MORE, _WORD_LESS = 0.2, 0.3
+# How a name is made that is like another one; of one with a number mostly by it, sometimes without it.
+_ANOTHER_NUMBER, _NO_NUMBER = 0.6, 0.15
+_SWAPPED = 0.3
+_WORD_MORE, _WORD_LESS = 0.2, 0.45
 _DIGITS = "0123456789"
 # Of the facts that the gate finds nearest, so many are drawn at once; of a labelled question's other facts, so many.
 _DRAWN_NEAREST = 2
@@ -136,17 +137,19 @@ def _likely(targets: Sequence[Target], chance: random.Random) -> tuple[Likely, .
 
 
 def like_named(name: str, other: str, chance: random.Random) -> str:
-    """A name with another number, with a word of another name in place of one of its own or beside them, or with a word less.
+    """A name with another number or none, with a word of another name in place of one of its own or beside them, or with a word less.
 
     Of a single word it is the other name, or the word and one of that.
     """
     words, theirs = name.split(), other.split()
     numbers = [place for place, word in enumerate(words) if any(letter in _DIGITS for letter in word)]
-    if numbers and chance.random() < _ANOTHER_NUMBER:
+    share = chance.random() if numbers else 1.0
+    if share < _ANOTHER_NUMBER:
         place = chance.choice(numbers)
-        word = words[place]
-        at = chance.choice([n for n, letter in enumerate(word) if letter in _DIGITS])
-        words[place] = word[:at] + chance.choice(_DIGITS.replace(word[at], "")) + word[at + 1 :]
+        words[place] = _another_number(words[place], chance)
+        return " ".join(words)
+    if share < _ANOTHER_NUMBER + _NO_NUMBER and len(words) > 1:
+        words.pop(chance.choice(numbers))
         return " ".join(words)
     if not theirs:
         return other
@@ -156,10 +159,21 @@ def like_named(name: str, other: str, chance: random.Random) -> str:
     elif len(words) < 2:
         return other
     elif way < _WORD_MORE + _WORD_LESS:
-        words.pop(chance.choice([0, -1]))
+        kept = chance.randrange(1, len(words))
+        words = words[:kept] if chance.random() < 0.5 else words[-kept:]
     else:
         words[chance.randrange(len(words))] = chance.choice(theirs)
     return " ".join(words)
+
+
+def _another_number(word: str, chance: random.Random) -> str:
+    """Another digit in place of one, or two that follow each other the other way round."""
+    swapped = [n for n in range(len(word) - 1) if {*word[n : n + 2]} <= {*_DIGITS} and word[n] != word[n + 1]]
+    if swapped and chance.random() < _SWAPPED:
+        at = chance.choice(swapped)
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    at = chance.choice([n for n, letter in enumerate(word) if letter in _DIGITS])
+    return word[:at] + chance.choice(_DIGITS.replace(word[at], "")) + word[at + 1 :]
 
 
 def holds_value(example: Example) -> bool:

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from nightschool.layers.memory_fit import EntryFit
+from nightschool.layers.memory_fit import SubjectFit
 from nightschool.layers.memory_reading import NO_TOKEN, FusedEntries, MemoryReading, Prepared
+from nightschool.layers.memory_relation import RelationFit
 
 _POINTER_SCALE = 12.0
 _SCORE_WEIGHT = 4.0
@@ -151,7 +152,7 @@ class GatedMemoryFusion(nn.Module):
 
 
 class MemoryReader(nn.Module):
-    """All that reads: the fit of entries, the norm, the fusion layers, the pointer. A rank of 0 means the full width."""
+    """All that reads: what tells whether an entry fits, the norm, the fusion layers, the pointer. A rank of 0 means the full width."""
 
     def __init__(self, hidden_size: int, rank: int, num_layers: int) -> None:
         super().__init__()
@@ -159,7 +160,8 @@ class MemoryReader(nn.Module):
         self.norm = MemoryNorm(hidden_size)
         self.fusion = GatedMemoryFusion(hidden_size, rank, num_layers)
         self.pointer = PointerHead(hidden_size, rank)
-        self.fit = EntryFit(hidden_size, rank)
+        self.subject_fit = SubjectFit(hidden_size)
+        self.relation_fit = RelationFit(hidden_size, rank)
 
     def prepare(self, reading: MemoryReading) -> Prepared:
         """What all tokens of a request compare themselves with, of entries that were encoded; B is 1."""

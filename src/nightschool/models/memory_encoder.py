@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
+from itertools import compress
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from nightschool.layers.attention import PACKED_ATTENTION, lay_out, packed_argum
 from nightschool.layers.forward import causal_lm
 from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_gate import GateFeatures
-from nightschool.layers.memory_reading import EncodedEntries, MemoryReading
+from nightschool.layers.memory_reading import Address, EncodedEntries, MemoryReading
+from nightschool.layers.memory_relation import ASKED_TOKENS, Told, places_asked, places_told
 from nightschool.models.memory_modules import (
     MemoryModules,
     decoder_layers,
@@ -48,7 +50,7 @@ class EntryEncoder:
     def __init__(self, model: nn.Module, modules: MemoryModules, *, most_bytes: int = 0) -> None:
         self.states = EntryStates(most_bytes)
         self._model = causal_lm(model)
-        self._fit, self._shape = modules.reader.fit, modules.shape
+        self._reader, self._shape = modules.reader, modules.shape
         self._last = decoder_layers(model)[self._shape.encoder_layers - 1]
         self.device: torch.device = next(model.parameters()).device
 
@@ -56,35 +58,42 @@ class EntryEncoder:
     def _features(self) -> GateFeatures:
         return GateFeatures(cast(Any, self._model).get_input_embeddings().weight)
 
-    def encode(self, readings: Sequence[MemoryReading]) -> None:
+    def encode(self, readings: Sequence[MemoryReading], known: Mapping[tuple[int, ...], Tensor] | None = None) -> None:
         """Fill `encoded` of the readings that lack it; an entry that is in several of them, or still kept, is not computed again.
 
-        Those that lack `fits`, too, get them, and then hold nothing of entries that do not fit.
+        Those that lack `fits`, too, get them, and then hold nothing of entries that do not fit. `known` are states of texts, as
+        `states_of` gives them, which are then not computed.
         """
         waiting = [reading for reading in readings if len(reading) and reading.encoded is None]
-        opened = [self._opened(reading) for reading in waiting]
-        own = [
-            [text for text, is_open in zip(r.texts(), o, strict=True) if is_open]
-            for r, o in zip(waiting, opened, strict=True)
-        ]
-        texts = sorted({text for texts in own for text in texts})
-        states = self._kept_or_computed(texts)
-        nothing = torch.empty(0, self._shape.hidden_size, device=self.device)
-        for reading, open_k, mine in zip(waiting, opened, own, strict=True):
-            parts = [states[text] for text in mine]
-            numbers = torch.tensor([n for n, is_open in enumerate(open_k) if is_open], dtype=torch.int64)
-            counts = torch.tensor([len(text) for text in mine], dtype=torch.int64)
-            reading.encoded = EncodedEntries(
-                before=torch.cat([part[:-1] for part in parts]) if parts else nothing,
-                at=torch.cat([part[1:] for part in parts]) if parts else nothing,
-                token_ids=torch.tensor([token for text in mine for token in text], dtype=torch.int64).to(self.device),
-                entry=torch.repeat_interleave(numbers, counts).to(self.device),
-            )
+        judged = {reading for reading in waiting if reading.fits is None}
+        opened = {reading: self._named(reading) if reading in judged else [True] * len(reading) for reading in waiting}
+        entries = {text for reading, open_k in opened.items() for text in compress(reading.texts(), open_k)}
+        questions = {asked for reading in judged for _, _, asked in _pairs(reading, opened[reading])}
+        states = self._kept_or_computed(entries, questions, known or {})
+        for reading in judged:
+            opened[reading] = self._meant(reading, opened[reading], states)
+        for reading, open_k in opened.items():
+            reading.encoded = self._encoded(list(compress(reading.texts(), open_k)), open_k, states)
 
-    def _opened(self, reading: MemoryReading) -> list[bool]:
-        """Which entries are read. Fills `fits` if it was not: an entry without an address fits as far as anybody knows."""
-        if reading.fits is not None:
-            return [True] * len(reading)
+    def _encoded(
+        self, texts: Sequence[tuple[int, ...]], open_k: Sequence[bool], states: Mapping[tuple[int, ...], Tensor]
+    ) -> EncodedEntries:
+        parts = [states[text] for text in texts]
+        nothing = torch.empty(0, self._shape.hidden_size, device=self.device)
+        numbers = torch.tensor([n for n, is_open in enumerate(open_k) if is_open], dtype=torch.int64)
+        counts = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+        return EncodedEntries(
+            before=torch.cat([part[:-1] for part in parts]) if parts else nothing,
+            at=torch.cat([part[1:] for part in parts]) if parts else nothing,
+            token_ids=torch.tensor([token for text in texts for token in text], dtype=torch.int64).to(self.device),
+            entry=torch.repeat_interleave(numbers, counts).to(self.device),
+        )
+
+    def _named(self, reading: MemoryReading) -> list[bool]:
+        """Whether the question names the subject of each entry. Fills `fits` with the logarithm of how likely that is.
+
+        An entry without an address fits as far as anybody knows.
+        """
         reading.fits = torch.zeros(len(reading), device=self.device)
         asked = {address.questions: None for address in reading.addresses if address is not None}
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -96,21 +105,55 @@ class EntryEncoder:
                     [address.relation for _, address in known],
                 )
                 padded = [PaddedTexts.of(self._features, one, self.device) for one in texts]
-                reading.fits[[n for n, _ in known]] = F.logsigmoid(self._fit(*padded).amax(0))
-        return [fit >= math.log(max(self._shape.closed_below, 1e-30)) for fit in reading.fits.tolist()]
+                reading.fits[[n for n, _ in known]] = F.logsigmoid(self._reader.subject_fit(*padded).amax(0))
+        return _likely(reading.fits, self._shape.subject_closed_below)
 
-    def _kept_or_computed(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
-        states = {text: kept for text in texts if (kept := self.states.get(text)) is not None}
-        missing = [text for text in texts if text not in states]
+    def _meant(
+        self, reading: MemoryReading, named: Sequence[bool], states: Mapping[tuple[int, ...], Tensor]
+    ) -> list[bool]:
+        """Which of those whose subject is named tell what is asked. Adds the logarithm of how likely that is to `fits`."""
+        pairs = _pairs(reading, named)
+        if not pairs:
+            return list(named)
+        texts = reading.texts()
+        numbers = torch.tensor([number for number, _, _ in pairs], device=self.device)
+        questions = [(states[asked][1:], places_asked(asked, address.subject)) for _, address, asked in pairs]
+        entries = [
+            (states[texts[number]][1:], places_told(texts[number], address.subject, address.relation))
+            for number, address, _ in pairs
+        ]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            logits = self._reader.relation_fit(*(Told.of(*zip(*one, strict=True)) for one in (questions, entries)))
+            best = torch.full((len(reading),), -torch.inf, device=self.device)
+            best = best.scatter_reduce(0, numbers, F.logsigmoid(logits.diagonal()), "amax")
+            meant = torch.where(best.isinf(), 0.0, best)
+        assert reading.fits is not None
+        reading.fits = reading.fits + meant
+        likely = _likely(meant, self._shape.relation_closed_below)
+        return [a and b for a, b in zip(named, likely, strict=True)]
+
+    def _kept_or_computed(
+        self,
+        entries: Set[tuple[int, ...]],
+        questions: Set[tuple[int, ...]],
+        known: Mapping[tuple[int, ...], Tensor],
+    ) -> dict[tuple[int, ...], Tensor]:
+        """States of all texts, those that are not there in one pass. Those of questions are not kept: they come once."""
+        states = dict(known)
+        for text in entries - states.keys():
+            if (kept := self.states.get(text)) is not None:
+                states[text] = kept
+        missing = sorted((entries | questions) - states.keys())
         if missing:
-            for text, computed in zip(missing, self._states_of(missing), strict=True):
+            for text, computed in zip(missing, self.states_of(missing), strict=True):
                 states[text] = computed
-                self.states.keep(text, computed)
+                if text in entries:
+                    self.states.keep(text, computed)
         return states
 
     @torch.no_grad()
-    def _states_of(self, texts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """The states [tokens + 1, H] of each text and the anchor before it."""
+    def states_of(self, texts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The states [tokens + 1, H] of each text and the anchor before it, after the layers that entries go through."""
         lengths = [len(text) + 1 for text in texts]
         ends = torch.tensor([0, *lengths]).cumsum(0)
         layout = lay_out(ends, self.device)
@@ -135,3 +178,18 @@ class EntryEncoder:
                 inner.set_attn_implementation(before)
         states = states if layout.restore is None else states.index_select(0, layout.restore)
         return list(torch.split(states, lengths))
+
+
+def _likely(log_probs: Tensor, closed_below: float) -> list[bool]:
+    return [value >= math.log(max(closed_below, 1e-30)) for value in log_probs.tolist()]
+
+
+def _pairs(reading: MemoryReading, named: Sequence[bool]) -> list[tuple[int, Address, tuple[int, ...]]]:
+    """Each entry whose subject is named, by its number, with each spelling of what was asked: the last tokens of it."""
+    return [
+        (number, address, question[-ASKED_TOKENS:])
+        for number, (address, is_named) in enumerate(zip(reading.addresses, named, strict=True))
+        if address is not None and is_named
+        for question in address.questions
+        if question
+    ]

@@ -15,7 +15,7 @@ from nightschool.layers.memory_fusion import MemoryReader
 from nightschool.layers.memory_gate import MemoryGate
 
 CLOSED_BELOW = 0.5
-"""An entry that is less likely than this to fit its question is not read, unless a shape says otherwise."""
+"""An entry whose subject or relation is less likely than this to be its question's is not read, unless a shape says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class MemoryShape:
 
     Entries are read as the states after the first `encoder_layers` layers of the base; `fusion_layers` are the layers, counted from 0,
     whose output the fusion adds to. `anchor_id` is put before each entry: the first token of a text is a sink of attention, and
-    its state says little of it. An entry that fits the question with a probability below `closed_below` is not read.
+    its state says little of it. An entry is not read whose subject is the question's with a probability below `subject_closed_below`, or
+    whose relation with one below `relation_closed_below`.
     """
 
     hidden_size: int
@@ -34,7 +35,8 @@ class MemoryShape:
     knowledge_dim: int = 1536
     gate_rank: int = 128
     fusion_rank: int = 128
-    closed_below: float = CLOSED_BELOW
+    subject_closed_below: float = CLOSED_BELOW
+    relation_closed_below: float = CLOSED_BELOW
 
     @property
     def layers(self) -> tuple[int, ...]:

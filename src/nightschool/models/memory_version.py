@@ -24,6 +24,9 @@ from nightschool.store.versions import MEMORY_CONFIG
 
 WEIGHTS, GATE = "memory_model.safetensors", "memory_gate.safetensors"
 
+FORMAT = 2
+"""Of the modules in a folder. 1, which has no number, told subject and relation of an entry with one answer, from words alone."""
+
 
 @dataclass(frozen=True)
 class MemoryVersion:
@@ -51,6 +54,7 @@ def save_memory_folder(
         facts = {"format": "pt", "encoder": "base", "knowledge_dim": str(modules.shape.knowledge_dim)}
         save_file(gate_heads(modules), folder / GATE, facts)
         config = {
+            "format": FORMAT,
             "base": version.base,
             "memory": version.memory,
             "revision": version.revision,
@@ -74,8 +78,15 @@ def read_memory_folder(folder: Path) -> tuple[MemoryModules, MemoryVersion]:
 
     Raises:
         Damaged: If a file is broken, or a tensor is missing, unexpected, or of another shape.
+        ModelError: If the modules are of another format than this version reads.
     """
     config = read_json(folder / MEMORY_CONFIG, str(folder))
+    stored_format = config.get("format", 1)
+    if stored_format != FORMAT:
+        raise ModelError(
+            f"The memory modules in {folder} are of format {stored_format}, and this nightschool reads format {FORMAT}: what tells "
+            "whether an entry fits its question differs. Train them again (method: memory) on the same base and data."
+        )
     try:
         shape = MemoryShape(**(config["shape"] | {"fusion_layers": tuple(config["shape"]["fusion_layers"])}))
         version = MemoryVersion(str(config["base"]), config.get("memory"), config.get("revision"))

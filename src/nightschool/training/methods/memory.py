@@ -1,6 +1,6 @@
 """Method `memory`: a frozen base learns to find and to read the entries of an explicit memory.
 
-Three stages, one after the other or each for itself: `router` teaches the gate where entries lie, and what fits, without the base; `fusion` teaches
+Three stages, one after the other or each for itself: `router` teaches the gate where entries lie, and what fits; `fusion` teaches
 the reader, with a gate that stays; `joint` teaches both, the gate also by what the reader makes of its scores.
 
 In each micro-batch the values are drawn anew (`data.memory_batches`), so that reading is the only way to lower the loss. Where the
@@ -12,7 +12,7 @@ d  documents of a micro-batch    e  its entries    N  tokens of its row    k  ca
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_fusion import copied_log_probs
 from nightschool.layers.memory_gate import GateFeatures, reading_scores
 from nightschool.layers.memory_reading import Candidate, MemoryReading
+from nightschool.layers.memory_relation import ASKED_TOKENS, Told, places_asked, places_told
 from nightschool.memory.store import MemoryStore
 from nightschool.models.load import LoadedModel
 from nightschool.models.memory_model import MemoryModel
@@ -83,6 +84,7 @@ class MemoryTask(FiguresTask):
 
     def _forward(self, batch: Batch) -> tuple[Tensor, int]:
         batch = cast(MemoryBatch, batch)
+        states = self._states(batch)
         subjects_de, relations_de, addresses = self._cosines(batch)
         similarity = self._similarity(batch, subjects_de, relations_de)
         scores_de = reading_scores(subjects_de, relations_de)
@@ -91,11 +93,13 @@ class MemoryTask(FiguresTask):
         parts = [nothing] * 3
         copied = nothing
         stage = self._memory.stage
-        fits_de = self._fits(batch)
-        fit = self._fit_loss(batch, fits_de)
+        named_de, meant_de = self._named(batch), self._meant(batch, states)
+        fit = self._fit_loss(batch, 0, named_de) + self._fit_loss(batch, 1, meant_de)
         total = similarity + self._memory.diversity_loss_coef * diversity + fit
         if stage != "router":
-            ce, sentinel, kept, copied = self._read(batch, scores_de, F.logsigmoid(fits_de))
+            ce, sentinel, kept, copied = self._read(
+                batch, scores_de, F.logsigmoid(named_de) + F.logsigmoid(meant_de), states
+            )
             parts = [ce, sentinel, kept]
             total = ce + _SENTINEL_COEF * sentinel + kept + fit
             if stage == "joint":
@@ -157,8 +161,14 @@ class MemoryTask(FiguresTask):
 
     # --- the reader ---------------------------------------------------------------------------------------------------
 
-    def _fits(self, batch: MemoryBatch) -> Tensor:
-        """Log-odds [d, e] that entries fit questions."""
+    def _states(self, batch: MemoryBatch) -> dict[tuple[int, ...], Tensor]:
+        """What the base makes of the entries of a micro-batch and of what is asked, each text once."""
+        texts = {entry.ids for entry in batch.entries} | {ids[-ASKED_TOKENS:] for ids in batch.question_ids}
+        ordered = sorted(texts)
+        return dict(zip(ordered, self._reads.encoder.states_of(ordered), strict=True))
+
+    def _named(self, batch: MemoryBatch) -> Tensor:
+        """Log-odds [d, e] that questions name the subjects of entries."""
         with torch.autocast(self.device.type, enabled=False):
             texts = (
                 batch.question_ids,
@@ -166,16 +176,28 @@ class MemoryTask(FiguresTask):
                 [entry.relation_ids for entry in batch.entries],
             )
             padded = [PaddedTexts.of(self._features, one, self.device) for one in texts]
-            logits: Tensor = self._reads.memory.reader.fit(*padded)
+            logits: Tensor = self._reads.memory.reader.subject_fit(*padded)
             return logits
 
-    def _fit_loss(self, batch: MemoryBatch, fits_de: Tensor) -> Tensor:
-        """Of each question the entry that is its own, and those that seem to fit best of the others; each half as heavy.
+    def _meant(self, batch: MemoryBatch, states: Mapping[tuple[int, ...], Tensor]) -> Tensor:
+        """Log-odds [d, e] that entries tell what questions ask, whosoever they are about."""
+        questions = [question[-ASKED_TOKENS:] for question in batch.question_ids]
+        names = [batch.entries[n].subject_ids if n >= 0 else () for n in batch.own[: len(questions)]]
+        asked = [(states[ids][1:], places_asked(ids, name)) for ids, name in zip(questions, names, strict=True)]
+        told = [(states[e.ids][1:], places_told(e.ids, e.subject_ids, e.relation_ids)) for e in batch.entries]
+        with torch.autocast(self.device.type, enabled=False):
+            views = [Told.of(*zip(*one, strict=True)) for one in (asked, told)]
+            logits: Tensor = self._reads.memory.reader.relation_fit(*views)
+            return logits
 
-        Halves, so that words that tell nothing make all entries as likely as not, and close none.
+    def _fit_loss(self, batch: MemoryBatch, half: int, fits_de: Tensor) -> Tensor:
+        """Of each question the entry that is its own, and of the others those that seem to fit best; each half as heavy.
+
+        Halves, so that what tells nothing makes all entries as likely as not, and closes none. `half` of an address, 0 the
+        subject and 1 the relation, says which entries are others.
         """
         addressed = torch.tensor([entry.has_address for entry in batch.entries], device=self.device)
-        keys = [entry.keys for entry in batch.entries]
+        keys = [entry.keys[half] for entry in batch.entries]
         own = list(batch.own[: len(batch.question_ids)])
         alike = torch.tensor([[n >= 0 and key == keys[n] for key in keys] for n in own], device=self.device)
         # What a label finds about as likely as the best may fit, too.
@@ -190,7 +212,9 @@ class MemoryTask(FiguresTask):
         hardest = hardest[hardest.isfinite()]
         return loss + F.softplus(hardest).mean() / 2 if len(hardest) else loss
 
-    def _read(self, batch: MemoryBatch, scores_de: Tensor, fits_de: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _read(
+        self, batch: MemoryBatch, scores_de: Tensor, fits_de: Tensor, states: Mapping[tuple[int, ...], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The means of: loss of what is read; of the sentinel where nothing is; of what is to stay; the share that was copied."""
         layout = lay_out(batch.cu_seqlens, self.device)
         order = torch.arange(layout.num_tokens, device=self.device) if layout.restore is None else layout.restore
@@ -202,6 +226,7 @@ class MemoryTask(FiguresTask):
             (order[start : bounds[number + 1]], self._reading(batch, number, scores_de, fits_de))
             for number, start in zip(documents, starts, strict=True)
         ]
+        self._reads.encoder.encode([reading for _, reading in spans], states)
         with self._reads.reading(spans) as traces:
             hidden, head = forward_hidden(self.model, self.path, batch)
         labels = batch.labels[0]
@@ -313,12 +338,17 @@ class MemoryTraining(Finetune):
                     + ", ".join(f"memory.{name}={json.dumps(has[name])}" for name in differing)
                     + ". Write the same, or start from its base."
                 )
-        modules.shape = replace(modules.shape, closed_below=memory.closed_below)
+        modules.shape = replace(
+            modules.shape,
+            subject_closed_below=memory.subject_closed_below,
+            relation_closed_below=memory.relation_closed_below,
+        )
         model = MemoryModel(base, modules)
         model.memory.gate.requires_grad_(memory.stage != "fusion")
         model.memory.reader.requires_grad_(memory.stage != "router")
-        # What fits is told from words alone, so the stage without the base teaches it, too.
-        model.memory.reader.fit.requires_grad_(True)  # noqa: FBT003 - its only argument
+        # What fits is told before anything is read, so the stage in which nothing is read teaches it, too.
+        for fit in (model.memory.reader.subject_fit, model.memory.reader.relation_fit):
+            fit.requires_grad_(True)  # noqa: FBT003 - its only argument
         return replace(loaded, model=cast(Any, model), memory=modules)
 
     @classmethod
