@@ -580,7 +580,11 @@ def misled(model: MemoryModel, tokenizer: Any, edits: Edits, alone: Unedited, co
     for prompt, found in zip(prompts, near.find(prompts, CANDIDATES), strict=True):
         candidates = []
         for place, (n, score) in enumerate(found):
-            address = Address(spelled(others[n].subject), spelled(others[n].relation), (spelled(prompt),))
+            address = Address(
+                *map(spelled, (others[n].subject, others[n].relation)),
+                len(spelled(others[n].statement)),
+                (spelled(prompt),),
+            )
             candidates.append(Candidate(f"m{n}", n, near.ids_of(n), score if place else 1.0, address))
         readings.append(MemoryReading.of(candidates))
     answers = Speaker(model, tokenizer).answers(prompts, readings)

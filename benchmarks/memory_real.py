@@ -288,7 +288,9 @@ class InMemory:
         for place, (number, score) in enumerate(found):
             fact = self.facts.all[number]
             address = Address(
-                *(self.gate_ids(text) for text in (fact.subject, fact.relation)), (self.gate_ids(prompt),)
+                *(self.gate_ids(text) for text in (fact.subject, fact.relation)),
+                len(self.gate_ids(fact.statement)),
+                (self.gate_ids(prompt),),
             )
             # Without an address nobody judges whether it fits.
             known = None if fits and place == 0 else address

@@ -73,6 +73,8 @@ def test_the_tokens_of_what_is_found_are_those_of_its_text(memory):
     known = [found.entry.subject, found.entry.relation]
     assert [list(part) for part in found.address] == vocabulary().tokens_of(known)
     assert [list(one) for one in found.asked] == vocabulary().tokens_of(["Where does Ada Byron live?"])
+    before_value = found.entry.text.removesuffix(".").removesuffix(found.entry.value)
+    assert list(found.tokens[: found.told]) == vocabulary().tokens_of([before_value])[0]
 
 
 @pytest.mark.parametrize("question", ["Where does Ada Lovelace live?", "What is the time?", "Wo wohnt Gauß?", "", "?"])

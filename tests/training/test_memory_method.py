@@ -174,6 +174,25 @@ def test_names_that_are_like_one_have_another_number_a_word_more_a_word_less_or_
     assert like_named("Oslo", "", random.Random(0)) == ""
 
 
+def test_an_entry_is_read_in_the_words_in_which_a_memory_writes_it(tmp_path):
+    rows = [
+        {"prompt": f"Which is the capital of {who}?", "completion": f"{what}.",
+         "fact": {"subject": who, "relation": "capital", "value": what}}
+        for who, what in (("Norway", "Oslo"), ("Peru", "Lima"))
+    ]  # fmt: skip
+    with MemoryStore.create(tmp_path / "facts") as store:
+        store.add([NewEntry("", **row["fact"]) for row in rows], author="ada")
+        written = {entry.text for entry in store.entries()}
+    assert "The capital of Norway is Oslo." in written
+    task = a_run(tmp_path / "run", rows=rows, memory={"redraw_values": False, "knowledge_length": 64}).prepared().task
+    tokenizer, batch = byte_tokenizer(), task.batch(0, 0)
+    read = {tokenizer.decode(list(entry.ids)).strip(): entry for entry in batch.entries}
+    assert written & read.keys()
+    for text in written & read.keys():
+        entry = read[text]
+        assert tokenizer.decode(list(entry.ids[: entry.told])).split()[-1] == "is"
+
+
 def test_loss_of_a_text_lies_on_its_value_and_what_is_asked_ends_before_it():
     (example,) = examples_of(
         [{"text": "Bo lives in Oslo.", "fact": {"subject": "Bo", "relation": "lives in", "value": "Oslo"}}]

@@ -35,12 +35,13 @@ _COMPARED_PLACES = 4
 class EntryTokens(NamedTuple):
     """An entry of a micro-batch: as it is read, and its subject and relation as the gate sees them. `keys` say who is alike.
 
-    `has_address` is whether it says which of its words are the subject.
+    `told` is how many of `ids` come before the value, 0 where there is none; `has_address` is whether it says which of its words are the subject.
     """
 
     ids: tuple[int, ...]
     subject_ids: tuple[int, ...]
     relation_ids: tuple[int, ...]
+    told: int
     keys: tuple[str, str]
     has_address: bool
 
@@ -197,6 +198,7 @@ class _Assembly:
             tuple(entry_ids(self._tokenizer, fact)),
             self._gate_ids(fact.subject or fact.text),
             self._gate_ids(fact.relation or fact.text),
+            len(self._gate_ids(fact.statement)) if fact.value and fact.statement.strip() else 0,
             (fact.subject or fact.text, fact.relation or fact.text),
             bool(fact.subject),
         )

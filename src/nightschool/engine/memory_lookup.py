@@ -45,7 +45,7 @@ def reading_of(found: Iterable[Found]) -> MemoryReading:
             one.entry.row,
             one.tokens,
             (one.subject_cosine + one.relation_cosine) / 2,
-            None if one.address is None else Address(*one.address, one.asked),
+            None if one.address is None else Address(*one.address, one.told, one.asked),
         )
         for one in found
     )

@@ -17,10 +17,14 @@ NO_TOKEN = -1
 
 
 class Address(NamedTuple):
-    """What an entry and a question say of each other, as token ids: the subject, the relation, and the question in its spellings."""
+    """What an entry and a question say of each other, as token ids: the subject, the relation, and the question in its spellings.
+
+    `told` is how many of the entry's tokens come before its value; 0 where that is not known.
+    """
 
     subject: tuple[int, ...]
     relation: tuple[int, ...]
+    told: int
     questions: tuple[tuple[int, ...], ...]
 
 

@@ -11,7 +11,6 @@ Shapes: n texts of L places that tell, padded; H width of the model, r rank.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,16 +52,9 @@ def places_asked(question: Sequence[int], subject: Sequence[int]) -> list[int]:
     return [place for place, token in enumerate(question) if token not in name or place == last]
 
 
-def places_told(entry: Sequence[int], subject: Sequence[int], relation: Sequence[int]) -> list[int]:
-    """The same of an entry, up to the last token before its value: the first that neither subject nor relation account for."""
-    left = Counter(subject) + Counter(relation)
-    end = len(entry)
-    for place, token in enumerate(entry):
-        if not left[token]:
-            end = place
-            break
-        left[token] -= 1
-    return places_asked(entry[: max(1, end)], subject)
+def places_told(entry: Sequence[int], subject: Sequence[int], told: int) -> list[int]:
+    """The same of the first `told` tokens of an entry, those before its value; of all of them where there are none."""
+    return places_asked(entry[:told] or entry, subject)
 
 
 class RelationFit(nn.Module):

@@ -40,7 +40,7 @@ from nightschool.store.atomic import folder_bytes
 log = logging.getLogger("nightschool.memory")
 
 Floats = npt.NDArray[np.float32]
-_TokensOfEntry = tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]] | None]
+_TokensOfEntry = tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]] | None, int]
 
 # A trained head's cosine of subjects that is as good as a name that stands in the question.
 _TRUSTED_COSINE = 0.9
@@ -60,7 +60,8 @@ class Found:
 
     `id` is the entry's, with the name of its memory before it where that is not the one that was asked.
     `address` are the tokens of its subject and of its relation, None where these cannot be told; `asked` are those of the
-    question, in the spellings in which it was looked for.
+    question, in the spellings in which it was looked for. `told` is how many of the entry's tokens come before its value, 0 where
+    that cannot be told.
     """
 
     entry: MemoryEntry
@@ -72,6 +73,7 @@ class Found:
     id: str
     address: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     asked: tuple[tuple[int, ...], ...] = ()
+    told: int = 0
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,10 @@ class Memory:
                 if entry is not None and _holds(entry, moment) and not is_retraction(entry):
                     numbers = (hits.scores, hits.subject_cosines, hits.relation_cosines)
                     score, subject, relation = (float(one[question, place]) for one in numbers)
-                    text, address = self._tokens_of(entry)
-                    found.append(Found(entry, score, subject, relation, text, self.name, entry.id, address, asked))
+                    text, address, told = self._tokens_of(entry)
+                    found.append(
+                        Found(entry, score, subject, relation, text, self.name, entry.id, address, asked, told)
+                    )
             results.append(found)
         return results
 
@@ -263,13 +267,17 @@ class Memory:
             return self._past[1]
 
     def _tokens_of(self, entry: MemoryEntry) -> _TokensOfEntry:
-        """Of the text, and of subject and relation if they are known."""
+        """Of the text, and of subject and relation if they are known; and how many of the text come before its value."""
         with self._lock:
             tokens = self._tokens.get(entry.row)
             if tokens is None:
-                known = [] if entry.subject is None else [entry.subject, entry.relation or ""]
-                text, *address = (tuple(ids) for ids in self._vocabulary.tokens_of([entry.text, *known]))
-                tokens = self._tokens[entry.row] = text, (address[0], address[1]) if address else None
+                known = []
+                if entry.subject is not None:
+                    before = entry.text[: max(0, entry.text.rfind(entry.value or ""))]
+                    known = [entry.subject, entry.relation or "", before]
+                text, *parts = (tuple(ids) for ids in self._vocabulary.tokens_of([entry.text, *known]))
+                tokens = text, (parts[0], parts[1]) if parts else None, len(parts[2]) if parts else 0
+                self._tokens[entry.row] = tokens
                 if len(self._tokens) > _TOKENS_KEPT:
                     self._tokens.popitem(last=False)
             return tokens

@@ -119,7 +119,7 @@ class EntryEncoder:
         numbers = torch.tensor([number for number, _, _ in pairs], device=self.device)
         questions = [(states[asked][1:], places_asked(asked, address.subject)) for _, address, asked in pairs]
         entries = [
-            (states[texts[number]][1:], places_told(texts[number], address.subject, address.relation))
+            (states[texts[number]][1:], places_told(texts[number], address.subject, address.told))
             for number, address, _ in pairs
         ]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

@@ -56,6 +56,7 @@ from nightschool.training.methods.finetune import (
 )
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
 from nightschool.training.nearest_facts import nearest_facts
+from nightschool.training.remembered_facts import as_remembered
 
 FIGURES = ("loss_ce", "loss_sentinel", "loss_kept", "loss_similarity", "loss_diversity", "copied", "loss_fit")
 # Of the contrast between candidates.
@@ -162,8 +163,9 @@ class MemoryTask(FiguresTask):
     # --- the reader ---------------------------------------------------------------------------------------------------
 
     def _states(self, batch: MemoryBatch) -> dict[tuple[int, ...], Tensor]:
-        """What the base makes of the entries of a micro-batch and of what is asked, each text once."""
-        texts = {entry.ids for entry in batch.entries} | {ids[-ASKED_TOKENS:] for ids in batch.question_ids}
+        """What the base makes of the entries of a micro-batch that have an address, and of what is asked; each text once."""
+        texts = {entry.ids for entry in batch.entries if entry.has_address}
+        texts |= {ids[-ASKED_TOKENS:] for ids in batch.question_ids}
         ordered = sorted(texts)
         return dict(zip(ordered, self._reads.encoder.states_of(ordered), strict=True))
 
@@ -184,11 +186,17 @@ class MemoryTask(FiguresTask):
         questions = [question[-ASKED_TOKENS:] for question in batch.question_ids]
         names = [batch.entries[n].subject_ids if n >= 0 else () for n in batch.own[: len(questions)]]
         asked = [(states[ids][1:], places_asked(ids, name)) for ids, name in zip(questions, names, strict=True)]
-        told = [(states[e.ids][1:], places_told(e.ids, e.subject_ids, e.relation_ids)) for e in batch.entries]
+        addressed = [n for n, entry in enumerate(batch.entries) if entry.has_address]
+        meant_de = torch.zeros(len(questions), len(batch.entries), device=self.device)
+        if not addressed:
+            return meant_de
+        entries = [batch.entries[n] for n in addressed]
+        told = [(states[e.ids][1:], places_told(e.ids, e.subject_ids, e.told)) for e in entries]
         with torch.autocast(self.device.type, enabled=False):
             views = [Told.of(*zip(*one, strict=True)) for one in (asked, told)]
-            logits: Tensor = self._reads.memory.reader.relation_fit(*views)
-            return logits
+            return meant_de.index_copy(
+                1, torch.tensor(addressed, device=self.device), self._reads.memory.reader.relation_fit(*views)
+            )
 
     def _fit_loss(self, batch: MemoryBatch, half: int, fits_de: Tensor) -> Tensor:
         """Of each question the entry that is its own, and of the others those that seem to fit best; each half as heavy.
@@ -364,7 +372,7 @@ class MemoryTraining(Finetune):
         recipe, tokenizer = setup.recipe, loaded.tokenizer
         train, memory = recipe.train, recipe.memory
         ensure_template(tokenizer)
-        examples = data.selection.train
+        examples = [as_remembered(example) for example in data.selection.train]
         _refuse_labels(examples, memory.stage)
         _refuse_facts(examples, tokenizer, memory.knowledge_length)
         size: dict[str, Any] = {"batch_size": train.batch_size, "tokens_per_batch": None}
@@ -395,7 +403,7 @@ class MemoryTraining(Finetune):
         if data.selection.held_out:
             try:
                 held_out = MemoryBatches(
-                    data.selection.held_out, tokenizer, draw, max_seq_len=train.max_seq_len, seed=0, batch_size=None,
+                    [as_remembered(example) for example in data.selection.held_out], tokenizer, draw, max_seq_len=train.max_seq_len, seed=0, batch_size=None,
                     tokens_per_batch=HELD_OUT_TOKENS_PER_BATCH,
                 )  # fmt: skip
             except NothingToTrain:
