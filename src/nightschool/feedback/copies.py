@@ -8,7 +8,7 @@ that was selected from another conversation is a copy of that one alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,12 @@ class Wanted(Protocol):
         """Whether an example has it."""
         ...
 
+    def candidates(self, content: bytes) -> Iterable[bytes]:
+        """The lines of JSON among these that may have it; all that do are among them."""
+        ...
 
+
+_BLOCK_BYTES = 8 << 20
 Turns = tuple[tuple[str, str], ...]
 ReadRow = Callable[[dict[str, object]], Sequence[Example]]
 
@@ -57,6 +62,10 @@ class Sought:
             conversation.request_id, tuple((*asked, ("assistant", answer)) for answer in answers) if asked else ()
         )
 
+    def candidates(self, content: bytes) -> Iterable[bytes]:
+        """All lines."""
+        return content.splitlines()
+
     def is_in(self, example: Example) -> bool:
         """Whether an example is a copy."""
         origin = origin_of(example)
@@ -82,7 +91,8 @@ def rows_of_tenants(row: dict[str, object]) -> list[Example]:
 
 def holds(path: Path, sought: Wanted, read: ReadRow) -> bool:
     """Whether a file of JSON lines, if it is there, has a copy, or whatever else is looked for."""
-    return any(is_copy for _, is_copy in _lines(path, sought, read))
+    lines = (line for block in _blocks(path) for line in sought.candidates(block) if line.strip())
+    return any(sought.is_in(example) for line in lines for example in read(json.loads(line)))
 
 
 def cut(path: Path, sought: Sought, read: ReadRow) -> int:
@@ -104,6 +114,14 @@ def _lines(path: Path, sought: Wanted, read: ReadRow) -> Iterator[tuple[bytes, b
         with path.open("rb") as file:
             for line in file:
                 yield line, bool(line.strip()) and any(sought.is_in(example) for example in read(json.loads(line)))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file in parts of whole lines; none where there is no such file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block + file.readline()
 
 
 def _turns(messages: Sequence[Message]) -> Turns:

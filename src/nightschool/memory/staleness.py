@@ -12,11 +12,13 @@ import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from nightschool.data.example import Example
 from nightschool.errors import NightschoolError
 from nightschool.feedback.erasure import versions_that_learned
+from nightschool.feedback.word_lines import WordLines
 from nightschool.memory.entry import MemoryEntry
 from nightschool.memory.facts import key_of
 from nightschool.memory.store import MemoryStore
@@ -28,6 +30,8 @@ from nightschool.store.runs import RunStore
 log = logging.getLogger("nightschool.memory")
 
 _WORD = re.compile(r"\w+")
+# More statements than these are looked for in one pass over all lines.
+_MOST_LOOKED_FOR = 16
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,11 @@ class Statement:
         self._about = _words(entry.subject or "")
         self._value = _words(entry.value or entry.text)
         self.first_word = (self._about.split() or self._value.split() or [""])[0]
+        self._lines = WordLines((self._about + self._value).split())
+
+    def candidates(self, content: bytes) -> Iterable[bytes]:
+        """The lines of JSON that may teach the statement."""
+        return self._lines.of(content)
 
     def is_in(self, example: Example) -> bool:
         """Whether whoever learns the example learns the statement."""
@@ -170,6 +179,13 @@ class _Sieve:
     def taught(self) -> list[Statement]:
         """The statements that an example teaches, in the order of their rows."""
         return [self._taught[row] for row in sorted(self._taught)]
+
+    def candidates(self, content: bytes) -> Iterable[bytes]:
+        """The lines of JSON that may teach one of the statements; all lines where these are many."""
+        statements = [one for own in self._by_word.values() for one in own]
+        if len(statements) > _MOST_LOOKED_FOR:
+            return content.splitlines()
+        return chain.from_iterable(one.candidates(content) for one in statements)
 
     def is_in(self, example: Example) -> bool:
         """Never: each example is to be looked at."""
