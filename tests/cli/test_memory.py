@@ -73,6 +73,7 @@ def test_an_end_is_not_a_purge_and_a_purge_asks(folder, ask, say):
         "rows": 1,
         "versions": ["monday"],
         "index_dropped": False,
+        "learned": [],
     }
     left = b"".join(path.read_bytes() for path in (folder / "home").rglob("*") if path.is_file())
     assert b"erlinda" not in left
@@ -154,6 +155,7 @@ def test_a_write_says_which_versions_learned_what_it_ended(ask, say, capsys):
     ask("add", "friends", "Ada lives in Oslo.")
     assert ask("stale", "friends") == []
     assert ask("undo", "friends")["stale"][0]["versions"] == [learned.ref]
+    assert f"{learned.ref} learned m1, and still know" in say("rm", "friends", "m1", "m2", "--purge", "--yes")
 
 
 def test_versions_are_named_compared_and_brought_back(ask, say):

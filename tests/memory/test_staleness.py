@@ -6,7 +6,13 @@ import pytest
 
 from nightschool.data.example import Example, Message
 from nightschool.memory.entry import NewEntry
-from nightschool.memory.staleness import StaleVersions, Statement, ended_statements, stale_versions
+from nightschool.memory.staleness import (
+    StaleVersions,
+    Statement,
+    ended_statements,
+    stale_versions,
+    versions_that_learned_entries,
+)
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
@@ -69,6 +75,23 @@ def test_a_value_that_comes_back_makes_nobody_stale_and_the_one_between_does(hom
     assert stale(home, store) == {"Ada lives in Rome.": {rome.ref}}
     store.remove("m1", author="ada")
     assert stale(home, store) == {"Ada lives in Rome.": {rome.ref}, "Ada lives in Oslo.": {oslo.ref}}
+
+
+def test_before_a_purge_it_can_be_told_who_learned_anything_that_an_entry_ever_said(home, store):
+    oslo = trained(home, "acme/bot", talk("Where does Ada live?", "In Oslo."))
+    rome = trained(home, "acme/bot", talk("Where does Ada live?", "In Rome."))
+    trained(home, "acme/bot", talk("Where does Bob live?", "In Rome."))
+    say(store, "Ada lives in Oslo.", "Kim lives in Bern.")
+    say(store, "Ada lives in Rome.")
+
+    def learned(*entries):
+        return {
+            one.entry: set(one.versions) for one in versions_that_learned_entries(home, "acme/facts", store, entries)
+        }
+
+    assert learned("m1", "m2", "m77") == {"m1": {oslo.ref, rome.ref}}
+    store.purge("m1", author="ada")
+    assert learned("m1") == {}
 
 
 def test_a_sentence_without_a_subject_is_looked_for_as_a_whole(home, store):

@@ -155,6 +155,7 @@ def test_a_purged_entry_is_gone_for_good(facts, home):
     facts.post(f"{FACTS}/versions", json={"name": "before"})
     purged = facts.delete(f"{FACTS}/entries/{entry}", params={"purge": True}).json()
     assert (purged["entries"], purged["rows"], purged["versions"]) == ([entry], 2, ["before"])
+    assert (purged["learned"], purged["index_dropped"]) == ([], False)
     assert facts.get(f"{FACTS}/entries/{entry}/history").status_code == 404
     assert texts(facts, at="before") == []
     held = b"".join(path.read_bytes() for path in memory_path(home, "facts").rglob("*") if path.is_file())
@@ -233,3 +234,5 @@ def test_a_write_and_the_list_of_versions_say_what_versions_learned_and_holds_no
         assert [version["stale"] for version in answer["versions"]] == [[{"memory": "facts", "id": "m1"}]]
     assert facts.post(f"{FACTS}/rollback", json={"to": "1"}).json()["stale"] == []
     assert facts.get("/api/models/bot").json()["versions"][0]["stale"] == []
+    purged = facts.delete(f"{FACTS}/entries/m1", params={"purge": True}).json()
+    assert purged["learned"] == [{"id": "m1", "versions": [learned.ref]}]

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any
 
 from nightschool.data.example import Example
-from nightschool.errors import NightschoolError
+from nightschool.errors import NightschoolError, NotFound
 from nightschool.feedback.erasure import versions_that_learned
 from nightschool.feedback.word_lines import WordLines
 from nightschool.memory.entry import MemoryEntry
@@ -72,6 +72,38 @@ def stale_versions(home: Home, name: str, store: MemoryStore, *, since: int = 0)
         versions_that_learned(home, tenant, sieve)
     found = ((one.entry, versions_that_learned(home, tenant, one)) for one in sieve.taught)
     return [Stale(entry, tuple(versions)) for entry, versions in found if versions]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Versions of the memory's tenant that learned something that an entry says or said, or grew from one that did."""
+
+    entry: str
+    versions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.entry, "versions": list(self.versions)}
+
+
+def versions_that_learned_entries(home: Home, name: str, store: MemoryStore, entries: Iterable[str]) -> list[Learned]:
+    """What versions learned of anything that entries ever said. Reads the data of all runs of the tenant.
+
+    It is to be asked before a purge, after which nothing can tell it. What is not there, or was purged, is left out.
+
+    Args:
+        home: Where the runs and versions are.
+        name: The memory's name; versions of its tenant are looked at.
+        store: The memory.
+        entries: Ids of entries, ended ones too.
+    """
+    tenant, _ = split_name(name)
+    sieve = _Sieve([Statement(row) for entry in dict.fromkeys(entries) for row in _past(store, entry)])
+    if sieve:
+        versions_that_learned(home, tenant, sieve)
+    found: dict[str, set[str]] = {}
+    for one in sieve.taught:
+        found.setdefault(one.entry.id, set()).update(versions_that_learned(home, tenant, one))
+    return [Learned(entry, tuple(sorted(versions))) for entry, versions in found.items() if versions]
 
 
 class StaleVersions:
@@ -202,6 +234,13 @@ def _holds(texts: Iterable[str], words: str) -> bool:
 def _words(text: str) -> str:
     """The words of a text between spaces, so that one text can be looked for in another."""
     return f" {' '.join(_WORD.findall(text.casefold()))} " if text else " "
+
+
+def _past(store: MemoryStore, entry: str) -> list[MemoryEntry]:
+    try:
+        return store.history(entry)
+    except NotFound:
+        return []
 
 
 def _statement(entry: MemoryEntry) -> tuple[object, ...]:

@@ -237,13 +237,24 @@ def _other(entry: str) -> tuple[str, MemoryEntry]:
 
 
 def _purge(store: MemoryStore, name: str, entries: tuple[str, ...], *, yes: bool) -> None:
+    from nightschool.memory.staleness import versions_that_learned_entries  # reads runs and the registry
+
     confirm(f"Delete {', '.join(entries)} of {name} for good, with all versions?", yes=yes)
+    learned = versions_that_learned_entries(Home.find(), name, store, entries)
     done = store.purge(*entries, author=who())
-    shown = f" The versions {', '.join(done.versions)} show them no longer." if done.versions else ""
+    lines = [
+        f"Purged {', '.join(done.entries)} of {name}: {done.num_rows:,} {'row' if done.num_rows == 1 else 'rows'}, from the file and its log"
+        f"{', and its index, which is made anew' if done.index_dropped else ''}.",
+        *([f"Not shown any longer in its named versions {', '.join(done.versions)}."] if done.versions else []),
+        *(
+            f"{', '.join(one.versions)} learned {one.entry}, and still know it. Roll back, or train anew without it."
+            for one in learned
+        ),
+        "Exports and copies that you made are not touched.",
+    ]
     answer(
-        {"name": name, **done.to_json(), "index_dropped": done.index_dropped},
-        f"Purged {', '.join(done.entries)} of {name}: {done.num_rows} rows, from the file and its log"
-        f"{', and its index, which is made anew' if done.index_dropped else ''}.{shown} Exports and copies that you made are not touched.",
+        {"name": name, **done.to_json(), "learned": [one.to_json() for one in learned]},
+        "\n".join(lines),
         quiet="\n".join(done.entries),
     )
 

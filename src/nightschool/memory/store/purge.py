@@ -49,6 +49,7 @@ class Purge:
             "entries": list(self.entries),
             "rows": self.num_rows,
             "versions": list(self.versions),
+            "index_dropped": self.index_dropped,
         }
 
 

@@ -154,8 +154,8 @@ async def remove(
     """End an entry: it is no longer read, but stays in the history.
 
     What another memory says, `of` which the entry is, stays there as it is; it is taken back in this memory, by an entry that can
-    be listed and ended, and hidden wherever this memory lies over the other one. With `purge` all its versions are gone for good, from the file and its log too; the answer names the versions that had
-    shown it. 409 while another process reads the old bytes.
+    be listed and ended, and hidden wherever this memory lies over the other one. With `purge` all its versions are gone for good, from the file and its log too; the answer names the versions of the memory that had
+    shown it, and those of models that learned it, which nothing can tell afterwards. 409 while another process reads the old bytes.
     """
     author = author_of(principal)
     if of is not None:
@@ -165,7 +165,9 @@ async def remove(
             memories, principal, name, lambda store: memories.retract(principal.tenant, store, of, entry, author)
         )
     if purge:
-        return await reading(memories, principal, name, lambda store: store.purge(entry, author=author).to_json())
+        return await reading(
+            memories, principal, name, lambda store: memories.purge(principal.tenant, name, store, entry, author)
+        )
     return await writing(memories, principal, name, lambda store: store.remove(entry, author=author))
 
 

@@ -203,6 +203,13 @@ class Writes(BaseModel):
     revisions: list[Write]
 
 
+class Learned(BaseModel):
+    """What models and adapters learned of an entry."""
+
+    id: str
+    versions: list[str] = Field(..., description="Versions that learned something it said, or grew from one that did.")
+
+
 class Purged(BaseModel):
     """What is gone for good."""
 
@@ -210,6 +217,8 @@ class Purged(BaseModel):
     entries: list[str]
     rows: int = Field(..., description="How many versions they had.")
     versions: list[str] = Field(..., description="Named versions of the memory that had shown them.")
+    index_dropped: bool = Field(..., description="Whether there was an index, which whoever asks next makes anew.")
+    learned: list[Learned] = Field(..., description="What models learned of them, and still know.")
 
 
 class Rollback(Body):
