@@ -11,7 +11,7 @@ from nightschool.layers.forward import prepare
 from nightschool.layers.memory_fit import PaddedTexts
 from nightschool.layers.memory_fusion import Pointed, copied_log_probs, mix
 from nightschool.layers.memory_gate import GateFeatures, MemoryGate, fixed_projection, reading_scores
-from nightschool.layers.memory_reading import NO_TOKEN, Candidate, MemoryReading
+from nightschool.layers.memory_reading import Candidate, MemoryReading
 from nightschool.layers.memory_relation import Told
 from nightschool.models.build import build_model
 from nightschool.models.memory_model import MemoryAttachment, MemoryModel, generate_greedily
@@ -171,8 +171,10 @@ def test_the_mixture_adds_what_the_pointer_copies_of_each_token():
     expected = pointed.sentinel.exp()[:, None] * logits.softmax(-1)
     expected[:, 4] += pointed.tokens[:, [0, 2]].exp().sum(1)
     expected[:, 2] += pointed.tokens[:, 1].exp()
-    there, place = torch.tensor([[2, 4, NO_TOKEN], [2, 4, NO_TOKEN]]), torch.tensor([[1, 0, 1], [1, 0, 1]])
-    assert torch.allclose(mix(logits, pointed, there, place).exp(), expected, atol=1e-6)
+    there, place = torch.tensor([[2, 4, 0], [2, 4, 0]]), torch.tensor([[1, 0, 1], [1, 0, 1]])
+    absent = torch.tensor([[False, False, True]]).expand(2, 3)
+    assert torch.allclose(mix(logits, pointed, there, place, absent).exp(), expected, atol=1e-6)
+    assert torch.allclose(mix(logits, pointed, there[:, :2], place).exp(), expected, atol=1e-6)
     copied = copied_log_probs(pointed, ids, [4, 3])
     assert torch.allclose(copied[0].exp(), pointed.tokens[0, [0, 2]].exp().sum())
     assert copied[1] == -torch.inf

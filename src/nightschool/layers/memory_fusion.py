@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from nightschool.layers.memory_fit import SubjectFit
-from nightschool.layers.memory_reading import NO_TOKEN, FusedEntries, MemoryReading, Prepared
+from nightschool.layers.memory_reading import FusedEntries, MemoryReading, Prepared
 from nightschool.layers.memory_relation import RelationFit
 
 _POINTER_SCALE = 12.0
@@ -209,9 +209,18 @@ def side_by_side(parts: Sequence[Prepared]) -> Prepared:
         _padded([part.pointer_keys for part in parts]),
         _padded([part.pointer_bias for part in parts], fill=-math.inf),
         layers,
-        _padded([part.ids for part in parts], fill=NO_TOKEN),
+        _padded([part.ids for part in parts]),
         _padded([part.place for part in parts]),
+        _absent([part.ids.shape[1] for part in parts], parts[0].ids.device),
     )
+
+
+def _absent(counts: Sequence[int], device: torch.device) -> Tensor | None:
+    """Where the rows of so many ids are only filled up; None if none is."""
+    longest = max(counts)
+    if min(counts) == longest:
+        return None
+    return torch.arange(longest, device=device)[None] >= torch.tensor(counts, device=device)[:, None]
 
 
 def _padded(rows: Sequence[Tensor], *, dim: int = -1, fill: float = 0) -> Tensor:
@@ -221,22 +230,26 @@ def _padded(rows: Sequence[Tensor], *, dim: int = -1, fill: float = 0) -> Tensor
     return torch.cat([F.pad(row, (*after, longest - row.shape[dim]), value=fill) for row in rows])
 
 
-def mix(logits_nv: Tensor, pointed: Pointed, ids_nu: Tensor, place_nm: Tensor) -> Tensor:
+def mix(
+    logits_nv: Tensor, pointed: Pointed, ids_nu: Tensor, place_nm: Tensor, absent_nu: Tensor | None = None
+) -> Tensor:
     """Log-probabilities [N, V]: the base's, times what the sentinel leaves to it, and what the pointer copies. In fp32.
 
     Args:
         logits_nv: Of the base.
         pointed: Of the same tokens, [N] and [N, M].
-        ids_nu: The tokens of the vocabulary that may be copied at each, once each; `NO_TOKEN` where a row has fewer.
+        ids_nu: The tokens of the vocabulary that may be copied at each, once each.
         place_nm: Which of them each token of the entries is.
+        absent_nu: Where a row has fewer of them; None if none has.
     """
     base = logits_nv.float().log_softmax(-1) + pointed.sentinel[:, None]
     copied = pointed.tokens.new_zeros(ids_nu.shape).scatter_add(1, place_nm, pointed.tokens.exp())
-    ids = ids_nu.clamp_min(0)
-    there = base.gather(1, ids)
+    there = base.gather(1, ids_nu)
     # log(e^a + e^b) = a + softplus(b - a), which adds up: what only pads adds 0 to token 0.
-    more = F.softplus(copied.clamp_min(1e-38).log() - there).masked_fill(ids_nu == NO_TOKEN, 0)
-    return base.scatter_add(1, ids, more)
+    more = F.softplus(copied.clamp_min(1e-38).log() - there)
+    if absent_nu is not None:
+        more = more.masked_fill(absent_nu, 0)
+    return base.scatter_add(1, ids_nu, more)
 
 
 def copied_log_probs(pointed: Pointed, token_ids_m: Tensor, labels: Tensor | Sequence[int]) -> Tensor:

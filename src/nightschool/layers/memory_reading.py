@@ -12,9 +12,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-NO_TOKEN = -1
-"""Where fewer tokens are there than in the longest row."""
-
 
 class Address(NamedTuple):
     """What an entry and a question say of each other, as token ids: the subject, the relation, and the question in its spellings.
@@ -71,8 +68,8 @@ class Prepared(NamedTuple):
     """Entries as the layers of a reader compare them, of one request or of several side by side, padded to the longest.
 
     `pointer_keys` [B, R, M] and `pointer_bias` [B, 1, M] of the pointer, -inf for what only pads; `layers` of the fusion layers.
-    `ids` [B, U] are the tokens of the vocabulary that are there, each once, `NO_TOKEN` behind the last, and `place` [B, M] is which
-    of them each token is.
+    `ids` [B, U] are the tokens of the vocabulary that are there, each once, and `place` [B, M] is which of them each token is. `absent`
+    [B, U] says where behind the last one there is none; it is None where all have as many.
     """
 
     pointer_keys: Tensor
@@ -80,6 +77,7 @@ class Prepared(NamedTuple):
     layers: tuple[FusedEntries, ...]
     ids: Tensor
     place: Tensor
+    absent: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -114,31 +115,26 @@ class MemoryStep:
         padded = [token for places in own for token in (*places, *places[-1:] * (longest - len(places)))]
         tokens = [token for places in own for token in places]
         there = [number * longest + k for number, places in enumerate(own) for k in range(len(places))]
-        self._from = self._indices(padded)
-        # Without padding nothing needs to be left out again.
-        self._there = self._indices(there) if len(there) < len(padded) else None
-        self._to = self._from if self._there is None else self._indices(tokens)
         if wanted is None:
             rows, found = tokens, there
         else:
             place_of = dict(zip(tokens, there, strict=True))
             rows = [row for row, token in enumerate(wanted) if token in place_of]
             found = [place_of[wanted[row]] for row in rows]
-        self._has_rows = bool(rows)
-        self._rows, self._found = self._indices(rows), self._indices(found)
         # As most steps of an engine are: one token of each, in their order, and all of them answer.
         self._is_plain = longest == 1 and tokens == rows == found == list(range(len(own)))
-
-    def _indices(self, places: Sequence[int]) -> Tensor:
-        return torch.tensor(places, dtype=torch.int64, device=self._entries.ids.device)
+        self._num_rows = len(rows)
+        self._places = _Places(padded, tokens, there, rows, found, self._entries.ids.device)
 
     def after_layer(self, index: int, states_th: Tensor) -> Tensor:
         """What layer `index` gives to the next one [tokens, H]: call it with the output of each of `MemoryShape.layers`."""
         if not self.traces:
             return states_th
         with torch.autocast(states_th.device.type, enabled=False):
-            is_whole = self._is_plain and len(states_th) == len(self._rows)
-            states_bth = (states_th if is_whole else states_th.index_select(0, self._from)).view(*self._size, -1)
+            is_whole = self._is_plain and len(states_th) == self._num_rows
+            states_bth = (states_th if is_whole else states_th.index_select(0, self._places.padded)).view(
+                *self._size, -1
+            )
             if index == self._shape.encoder_layers - 1:
                 self.pointed = self._reader.point(states_bth, self._entries)
             if index not in self._shape.fusion_layers:
@@ -148,17 +144,61 @@ class MemoryStep:
             changed = fused.states.flatten(0, 1)
             if is_whole:
                 return changed
-            changed = changed if self._there is None else changed.index_select(0, self._there)
-            return states_th.index_copy(0, self._to, changed)
+            return states_th.index_copy(0, self._places.tokens, self._places.unpadded(changed))
 
     def mix(self, logits_sv: Tensor) -> Tensor:
         """Logits [S, V] of the wanted tokens, those that read as log-probabilities with what the pointer copies."""
-        if not self.traces or not self._has_rows:
+        if not self.traces or not self._num_rows:
             return logits_sv
         pointed, entries = cast(Pointed, self.pointed), self._entries
         there = Pointed(pointed.sentinel.flatten(), pointed.tokens.flatten(0, 1))
-        if self._is_plain and len(logits_sv) == len(self._rows):
-            return mix(logits_sv, there, entries.ids, entries.place).to(logits_sv.dtype)
-        there, whose = Pointed(*(one[self._found] for one in there)), self._found // self._size[1]
-        mixed = mix(logits_sv[self._rows], there, entries.ids[whose], entries.place[whose])
-        return logits_sv.index_copy(0, self._rows, mixed.to(logits_sv.dtype))
+        if self._is_plain and len(logits_sv) == self._num_rows:
+            return mix(logits_sv, there, entries.ids, entries.place, entries.absent).to(logits_sv.dtype)
+        rows, found = self._places.rows, self._places.found
+        there, whose = Pointed(*(one[found] for one in there)), found // self._size[1]
+        absent = None if entries.absent is None else entries.absent[whose]
+        mixed = mix(logits_sv[rows], there, entries.ids[whose], entries.place[whose], absent)
+        return logits_sv.index_copy(0, rows, mixed.to(logits_sv.dtype))
+
+
+class _Places:
+    """Lists of places as tensors, made when they are first used: most steps of an engine use none of them."""
+
+    def __init__(
+        self,
+        padded: list[int],
+        tokens: list[int],
+        there: list[int],
+        rows: list[int],
+        found: list[int],
+        device: torch.device,
+    ) -> None:
+        self._lists = (padded, tokens, there, rows, found)
+        self._device = device
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """The token of the row at each of the padded places."""
+        return self._tensor(0)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The tokens of the row that read."""
+        return self._tensor(1)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows of logits that belong to them."""
+        return self._tensor(3)
+
+    @cached_property
+    def found(self) -> Tensor:
+        """The padded place of each of these rows."""
+        return self._tensor(4)
+
+    def unpadded(self, states: Tensor) -> Tensor:
+        """The padded states without what only pads."""
+        return states if len(self._lists[2]) == len(self._lists[0]) else states.index_select(0, self._tensor(2))
+
+    def _tensor(self, which: int) -> Tensor:
+        return torch.tensor(self._lists[which], dtype=torch.int64, device=self._device)
