@@ -94,6 +94,7 @@ def test_an_entry_of_another_memory_is_ended_in_this_one_only(folder, ask, say):
     assert len(ask("ls", "acme/mine")) == 3
     assert [one["operation"] for one in ask("history", "friends")] == ["build", "create"]
     assert ask("undo", "acme/mine")["removed"] == 2
+    assert ask("rm", "acme/mine", "acme/mine/m1")["removed"] == 1
     assert "End them by themselves" in say("rm", "acme/mine", "friends/m1", "m1", code=2)
     assert "End them by themselves" in say("rm", "acme/mine", "friends/m1", "--purge", "--yes", code=2)
     assert "no memory 'absent'" in say("rm", "acme/mine", "absent/m1", code=4)

@@ -155,6 +155,7 @@ def test_a_tenant_ends_what_is_shared_for_itself_alone(tenants):
         ("acme", path, "shared:session-7", 404),
         ("acme", path, "shared:default/shared", 404),
         ("acme", path, "../shared", 400),
+        ("acme", "/api/memories/shared/entries/m99", "shared", 404),
         ("other", path, "shared:shared", 404),  # it has no memory of its own that could lie over it
         ("default", path, "shared:shared", 404),
     ):

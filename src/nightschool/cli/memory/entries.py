@@ -137,6 +137,7 @@ def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> N
             raise UsageError("--purge needs entries. Without entries and --purge the whole memory is deleted.")
         _delete(name, yes=yes)
         return
+    entries = tuple(one.removeprefix(f"{name}/") for one in entries)
     with opened(name) as store:
         others = [one for one in entries if "/" in one]
         if others:

@@ -158,7 +158,7 @@ async def remove(
     shown it, and those of models that learned it, which nothing can tell afterwards. 409 while another process reads the old bytes.
     """
     author = author_of(principal)
-    if of is not None:
+    if of is not None and of != name:
         if purge:
             raise UsageError("An entry is purged in its own memory. Leave out `of`, or `purge`.")
         return await writing(
