@@ -88,6 +88,9 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(folder, base, ask, say):
     torch.save(bank + 10_000, "bank.pt")
     assert "another one wrote it" in say("build", "other", "--from", "bank.pt", "--base", base, code=1)
     assert "there already" in say("export", "facts", "bank.pt", "--base", base, code=1)
+    again = ("build", "other", "--from", "kb.json", "--base", base, "--cache", "bank.pt")
+    assert "add --force" in " ".join(say(*again, code=1).split())
+    assert ask(*again, "--force")["added"] == 3
 
 
 def test_keys_and_labels_have_the_shapes_of_the_documents(folder, base, ask, say):

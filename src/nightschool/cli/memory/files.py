@@ -53,6 +53,7 @@ def build(
     cache: Path | None = None,
     knowledge_num: int | None = None,
     knowledge_length: int = KNOWLEDGE_LENGTH,
+    force: bool = False,
 ) -> None:
     """Make a memory, empty or with the facts of files.
 
@@ -68,6 +69,7 @@ def build(
         cache: Write the entries as knowledge_cache.pt too, with the mapping beside it.
         knowledge_num: Rows of the cache, a perfect square; by default the next one.
         knowledge_length: Tokens of a row of the cache.
+        force: Replace the cache if it is there; a memory that is there stays.
     """
     if cache is not None:
         _refuse_cache(cache)
@@ -84,7 +86,7 @@ def build(
                     base=base,
                     knowledge_num=knowledge_num,
                     knowledge_length=knowledge_length,
-                    force=False,
+                    force=force,
                 )
     except BaseException:
         # Nothing was stored: the name is free for the next attempt.
