@@ -53,6 +53,36 @@ def test_memories_are_listed_with_what_they_hold(ask, say):
     assert "not a database" in rows["friends"]["problem"]
 
 
+def test_a_write_says_what_it_replaced_and_what_it_ended(ask, say):
+    ask("build", "friends")
+    assert "1 added.\nm1  Ada lives in Oslo.\n" in say("add", "friends", "Ada lives in Oslo.")
+    assert "1 known already.\nm1  Ada lives in Oslo.\n" in say("add", "friends", "Ada lives in Oslo.")
+    assert "1 replaced.\nm1  Ada lives in Rome.  (was: Ada lives in Oslo.)\n" in say(
+        "add", "friends", "Ada lives in Rome."
+    )
+    assert "m3  Ada no longer lives in Rome.\nm1  ended: Ada lives in Rome.\n" in say(
+        "add", "friends", "Ada no longer lives in Rome."
+    )
+    assert "1 ended.\nm3  ended: Ada no longer lives in Rome.\n" in say("rm", "friends", "m3")
+    # Both are written, though the second ends the first.
+    both = say("add", "friends", "Bob lives in Oslo.", "Bob no longer lives in Oslo.")
+    assert "m4  ended: Bob lives in Oslo.\nm5  Bob no longer lives in Oslo.\n" in both
+    say("undo", "friends")
+    undone = next(line for line in say("history", "friends").splitlines() if " undo " in line)
+    assert undone.endswith("revision 5")
+
+
+def test_a_list_says_since_and_until_when_entries_hold_where_one_of_them_does(ask, say):
+    ask("build", "friends")
+    ask("add", "friends", "Ada speaks Latin.")
+    assert "UNTIL" not in say("ls", "friends")
+    ask("add", "friends", "Ada works for Acme.", "--valid-from", "2020-03-01", "--valid-to", "2021-01-01T08:30:00Z")
+    assert [line.split() for line in say("search", "friends", "acme").splitlines()] == [
+        ["ID", "TEXT", "HOLDS", "FROM", "UNTIL", "SOURCE", "REVISION"],
+        ["m2", "Ada", "works", "for", "Acme.", "2020-03-01", "2021-01-01", "08:30:00", "-", "2"],
+    ]
+
+
 def test_a_page_of_entries_says_how_to_go_on(folder, ask, say):
     ask("build", "many", "--from", facts(folder, "".join(f"P{n} lives in Oslo.\n" for n in range(7))))
     assert "3 of 7 entries; --after m3 goes on" in say("ls", "many", "--limit", "3")
@@ -181,7 +211,11 @@ def test_conflicts_are_shown_and_settled(ask, say):
     ask("relations", "friends", "lives in", "multi")
     ask("add", "friends", "Ada lives in Oslo.", "Ada lives in Rome.")
     assert ask("relations", "friends", "lives in", "single") == [{"relation": "lives in", "cardinality": "single"}]
-    assert "resolve friends m1 m2 --keep" in say("conflicts", "friends")
+    assert "multi, several values" in say("relations", "friends", "Speaks")
+    assert ask("relations", "friends", "lives  in") == {"relation": "lives  in", "cardinality": "single"}
+    shown = say("conflicts", "friends")
+    assert "resolve friends m1 m2 --keep" in shown
+    assert "a  m1  Ada lives in Oslo.\nb  m2  Ada lives in Rome.\n" in shown
     assert [(one["kind"], one["a"]["id"], one["b"]["id"]) for one in ask("conflicts", "friends")] == [
         ("values", "m1", "m2")
     ]
@@ -248,7 +282,6 @@ def test_a_check_names_what_was_altered(ask, say):
         (["add", "../x", "Ada sings."], "refused"),
         (["edit", "friends", "7", "x"], "looks like m123"),
         (["versions", "friends", "--rm"], "Name the version"),
-        (["relations", "friends", "speaks"], "single, multi or default"),
         (["rm", "friends", "--purge"], "--purge needs entries"),
         (["import", "friends"], "at least one file"),
     ],

@@ -50,7 +50,7 @@ def test_undo_takes_back_one_write_at_a_time_and_a_new_write_begins_anew(store):
     say(store, "Ada lives in Oslo.")
     say(store, "Ada lives in Rome.")
     store.remove("m1", author="ada")
-    store.undo(author="ada")
+    taken_back = store.undo(author="ada")
     assert texts(store) == ["Ada lives in Rome."]
     store.undo(author="ada")
     assert texts(store) == ["Ada lives in Oslo."]
@@ -61,6 +61,8 @@ def test_undo_takes_back_one_write_at_a_time_and_a_new_write_begins_anew(store):
     assert texts(store) == []
     with pytest.raises(Conflict, match="nothing to undo"):
         store.undo(author="ada")
+    # It is told of that very undo, whoever wrote since.
+    assert store.undone_by(taken_back.revision) == 3
 
 
 def test_a_rollback_can_be_undone(store):

@@ -83,7 +83,7 @@ def add(
         new = [NewEntry("", subject or "", relation or "", value or "", source, begin, end)]
     with opened(name) as store:
         change = store.add(new, author=who())
-        answer_change(name, store, change, [store.get(one) for one in dict.fromkeys(change.ids)])
+        answer_change(name, store, change, change.ids)
 
 
 def edit(
@@ -118,7 +118,7 @@ def edit(
             valid_from=changed_moment(valid_from, "--valid-from"),
             valid_to=changed_moment(valid_to, "--valid-to"),
         )
-        answer_change(name, store, change, [store.get(entry)])
+        answer_change(name, store, change, [entry])
 
 
 def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> None:
@@ -146,7 +146,7 @@ def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> N
                     "Entries of other memories stay in these. End them by themselves, without --purge and without ids of this memory."
                 )
             change = store.retract(*map(_other, others), author=who())
-            answer_change(name, store, change, [store.get(one) for one in dict.fromkeys(change.ids)])
+            answer_change(name, store, change, change.ids)
             return
         if not purge:
             change = store.remove(*entries, author=who())
@@ -208,7 +208,7 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
             "OPERATION": "operation",
             "WROTE": "born",
             "ENDED": "ended",
-            "NOTE": lambda row: row["note"] or None,
+            "NOTE": lambda row: f"revision {row['note']}" if row["operation"] == "undo" else row["note"] or None,
         },
         none="",
         quiet="revision",

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from nightschool.cli.memory import opened
+from nightschool.cli.memory import counts_of, opened
 from nightschool.cli.memory.bank_files import BANK_ENDING, export_bank, facts_of_bank
 from nightschool.cli.output import answer, who
 from nightschool.errors import Conflict, UsageError
@@ -241,13 +241,7 @@ def _facts_of(file: Path, source: str | None, base: str | None, format_: Format 
 
 
 def _say(name: str, change: Change, done: str) -> None:
-    counts = {
-        "added": change.added,
-        "replaced": change.superseded,
-        "ended": change.removed,
-        "known already": change.unchanged,
-    }
-    said = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count) or "nothing in it yet"
+    said = counts_of(change) or "nothing in it yet"
     answer({"name": name, **change.to_json()}, f"{done}: {said}. It is at revision {change.revision}.", quiet=name)
 
 

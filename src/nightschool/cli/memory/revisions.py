@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Literal
 
 from nightschool.cli.formatting import moment as shown_moment
 from nightschool.cli.memory import answer_change, opened, stale_lines, stale_since
 from nightschool.cli.output import answer, answer_rows, who
 from nightschool.errors import UsageError
+from nightschool.memory.entry import MemoryEntry
 from nightschool.store.home import Home
 
 
@@ -19,11 +21,11 @@ def undo(name: str, /) -> None:
     """
     with opened(name) as store:
         change = store.undo(author=who())
-        note = store.revisions(after=change.revision - 1)[-1].note
+        undone = store.undone_by(change.revision)
         stale = stale_since(name, store, change)
-    done = f"Took back revision {note} of {name}, which is at revision {change.revision} now."
+    done = f"Took back revision {undone} of {name}, which is at revision {change.revision} now."
     answer(
-        {"name": name, **change.to_json(), "undone": int(note), "stale": stale},
+        {"name": name, **change.to_json(), "undone": undone, "stale": stale},
         "\n".join([done, *stale_lines(stale)]),
         quiet=str(change.revision),
     )
@@ -127,7 +129,7 @@ def conflicts(name: str, /) -> None:
         found = store.conflicts()
 
     def text() -> str:
-        shown = [f"{one.a.id}  {one.a.text}\n{one.b.id}  {one.b.text}" for one in found]
+        shown = ["\n".join((_side("a", one.a), _side("b", one.b))) for one in found]
         remedy = (
             f"Settle each with nightschool memory resolve {name} {found[0].a.id} {found[0].b.id} --keep a|b|both|merge."
         )
@@ -138,6 +140,11 @@ def conflicts(name: str, /) -> None:
         text if found else f"{name} has no conflicts.",
         quiet="\n".join(f"{one.a.id} {one.b.id}" for one in found),
     )
+
+
+def _side(side: str, entry: MemoryEntry) -> str:
+    """One of two entries of which perhaps one holds, and where it comes from."""
+    return f"{side}  {entry.id}  {entry.text}" + (f"  (from {entry.source})" if entry.source else "")
 
 
 def resolve(name: str, a: str, b: str, /, *, keep: Literal["a", "b", "both", "merge"], text: str | None = None) -> None:
@@ -153,23 +160,27 @@ def resolve(name: str, a: str, b: str, /, *, keep: Literal["a", "b", "both", "me
     with opened(name) as store:
         change = store.resolve(a, b, keep, author=who(), text=text)
         left = {"a": [a], "b": [b], "both": [a, b], "merge": [a]}[keep]
-        answer_change(name, store, change, [store.get(one) for one in left])
+        answer_change(name, store, change, left)
 
 
 def relations(
     name: str, relation: str | None = None, cardinality: Literal["single", "multi", "default"] | None = None, /
 ) -> None:
-    """List or set how many values relations have at a time. It holds for what is written from now on.
+    """List how many values relations have at a time where it was set, show it of one, or set it for what is written from now on.
 
     Args:
         name: The memory.
-        relation: A relation, as speaks.
+        relation: A relation, as speaks. Without a number of values, what holds for it is shown.
         cardinality: single (a new value takes the place of the old one), multi (it stands beside it), or default.
     """
     with opened(name) as store:
+        if relation is not None and cardinality is None:
+            holds = store.cardinality_of(relation)
+            remedy = f"nightschool memory relations {name} {shlex.quote(relation)} {'multi' if holds == 'single' else 'single'} changes it."
+            means = "one value at a time" if holds == "single" else "several values at a time"
+            answer({"relation": relation, "cardinality": holds}, f"{relation}: {holds}, {means}. {remedy}", quiet=holds)
+            return
         if relation is not None:
-            if cardinality is None:
-                raise UsageError(f"Say what {relation!r} is to be: single, multi or default.")
             store.set_relation(relation, None if cardinality == "default" else cardinality)
         found = [{"relation": key, "cardinality": value} for key, value in sorted(store.relations().items())]
     answer_rows(

@@ -70,7 +70,7 @@ def read_rows(
                     f"{source}:{line}: a row is a JSON object, but this one is {_json_name(fields)}. Write {{…}}."
                 )
         if count == 0 and len(problems.found) == noted:
-            problems.add(f"{source}: the file holds no rows. Add some, or take it out of the recipe.")
+            problems.add(f"{source}: the file holds no rows. Add some, or leave it out.")
     except DataError as error:
         if problems.raised:
             raise
@@ -124,7 +124,7 @@ def kind_of(path: Path, source: str) -> Kind:
             raise DataError(f"{source}: the file cannot be read: {error.strerror}. Check the disk.") from None
     ending = path.suffix.lower()
     if not head:
-        raise DataError(f"{source}: the file is empty. Fill it, or take it out of the recipe.")
+        raise DataError(f"{source}: the file is empty. Fill it, or leave it out.")
     if head.startswith(b"PAR1"):
         return "parquet"
     for magic, name in _PACKED.items():

@@ -153,7 +153,9 @@ def _ended_elsewhere(connection: sqlite3.Connection, revision: int, too_many: in
 
 
 def _file(connection: sqlite3.Connection, _: Report) -> Iterator[Finding]:
-    for (said,) in connection.execute(f"PRAGMA integrity_check({_MOST_FINDINGS})"):
+    # It says the same of each row, and has full stops of its own now and then.
+    found = (said.rstrip(".") for (said,) in connection.execute(f"PRAGMA integrity_check({_MOST_FINDINGS})"))
+    for said in dict.fromkeys(found):
         if said != "ok":
             yield Finding(f"SQLite finds: {said}.")
 

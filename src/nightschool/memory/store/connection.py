@@ -145,7 +145,7 @@ def create(file: Path, script: str, busy_seconds: float = _BUSY_SECONDS) -> None
         _prepare(connection, busy_seconds)
         connection.execute("BEGIN IMMEDIATE")
         if _number(connection, "SELECT count(*) FROM sqlite_master"):
-            raise Conflict(f"There is a memory in {file.parent} already. Open it, or choose another name.")
+            raise Conflict(f"There is a memory in {file.parent} already. Add to it, or choose another name.")
         for statement in script.split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")

@@ -24,6 +24,7 @@ from nightschool.memory.entry import (
     moment_of,
 )
 from nightschool.memory.facts import as_fact, key_of
+from nightschool.memory.facts.normalise import relation_key_of
 from nightschool.memory.facts.retractions import is_retraction, retraction_of
 from nightschool.memory.store import check, conflicts, purge, rows, versions
 from nightschool.memory.store.changes import changes_between
@@ -287,6 +288,11 @@ class MemoryStore:
             versions.roll_back(write, target)
             return _finished(write, always=True)
 
+    def undone_by(self, revision: int) -> int:
+        """The revision that an undo, which made `revision`, took back."""
+        [undo] = self.revisions(after=revision - 1, limit=1)
+        return int(undo.note)
+
     def name_version(self, name: str, *, author: str, at: int | str | None = None) -> NamedVersion:
         """Give a revision a name. Raises Conflict if the name is taken, NameRefused if it cannot be one."""
         versions.check_version_name(name)
@@ -317,6 +323,11 @@ class MemoryStore:
         """The relations whose number of values was set here, in their normalised form."""
         with self._connections.reading() as connection:
             return Relations(connection).set_here
+
+    def cardinality_of(self, relation: str) -> Cardinality:
+        """How many values a relation has at a time, in any spelling: as it was set here, or by default."""
+        with self._connections.reading() as connection:
+            return Relations(connection).of(relation_key_of(relation))
 
     def set_relation(self, relation: str, cardinality: Cardinality | None) -> None:
         """Let a relation have one value at a time, or several; None forgets what was set.

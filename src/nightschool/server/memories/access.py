@@ -78,13 +78,19 @@ async def reading(
 
 
 async def writing(
-    memories: Memories, principal: Principal, name: str, write: Callable[[MemoryStore], Change], status: int = 200
+    memories: Memories,
+    principal: Principal,
+    name: str,
+    write: Callable[[MemoryStore], Change],
+    status: int = 200,
+    more: Callable[[MemoryStore, Change], dict[str, Any]] = lambda _store, _change: {},
 ) -> Response:
-    """What a write did to a memory, and which versions learned what it ended."""
+    """What a write did to a memory, which versions learned what it ended, and what else there is to say of it."""
 
     def shown(store: MemoryStore) -> dict[str, Any]:
         change = write(store)
         stale = memories.made_stale(principal.tenant, name, store, change)
-        return change.to_json() | {"ids": change.ids, "stale": [one.to_json() for one in stale]}
+        told = {"ids": change.ids, "stale": [one.to_json() for one in stale]}
+        return change.to_json() | told | more(store, change)
 
     return await reading(memories, principal, name, shown, status)

@@ -147,6 +147,12 @@ class Changed(BaseModel):
     stale: list[MadeStale] = Field(..., description="What versions learned of the statements that it ended.")
 
 
+class Undone(Changed):
+    """What an undo did."""
+
+    undone: int = Field(..., description="The revision that was taken back.")
+
+
 class McpMessage(Body):
     """A request or a notification of the Model Context Protocol."""
 

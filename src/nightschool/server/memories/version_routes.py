@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
+from nightschool.memory.entry import Change
 from nightschool.memory.store import MemoryStore
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import problems
@@ -40,10 +41,15 @@ async def revisions(
     return await reading(memories, principal, name, look)
 
 
-@router.post("/undo", response_model=schemas.Changed, responses=_WRITES)
+@router.post("/undo", response_model=schemas.Undone, responses=_WRITES)
 async def undo(name: str, memories: MemoriesOf, principal: PrincipalOf) -> Response:
-    """Take back the newest write that was not taken back yet. 409 if there is none, or it was a purge."""
-    return await writing(memories, principal, name, lambda store: store.undo(author=author_of(principal)))
+    """Take back the newest write that was not taken back yet, and say which it was. 409 if there is none, or it was a purge."""
+
+    def undone(store: MemoryStore, change: Change) -> dict[str, Any]:
+        return {"undone": store.undone_by(change.revision)}
+
+    author = author_of(principal)
+    return await writing(memories, principal, name, lambda store: store.undo(author=author), more=undone)
 
 
 @router.post("/rollback", response_model=schemas.Changed, responses=_WRITES)
