@@ -157,3 +157,24 @@ def test_an_address_alone_says_where_checkpoints_are_uploaded(tmp_path):
     (tmp_path / "r.yaml").write_text(base + "checkpoints: {upload: {url: x, adress: y}}")
     with pytest.raises(RecipeError, match="adress"):
         load_recipe(tmp_path / "r.yaml", env={})
+
+
+@pytest.mark.parametrize(
+    ("preset", "base"),
+    [("350M", "new:moe-350m"), ("13b", "new:moe-13b"), ("moe-tiny", "new:moe-tiny"), ("custom", "new:moe-custom")],
+)
+def test_a_mixture_may_be_described_in_a_section_of_its_own(preset, base):
+    text = f"data: [{{path: a}}]\nmodel: {{preset: {preset}, num_experts: 4}}\n"
+    loaded = parse_recipe(text, ["model.num-active-experts=1"], env={})
+    assert loaded.recipe.base == base
+    assert loaded.recipe.shape.given() == {"num_experts": 4, "num_active_experts": 1}
+    assert "model.num_experts (recipe:2) is read as shape.num_experts" in loaded.notes
+    assert parse_recipe(to_yaml(loaded.recipe), env={}).recipe == loaded.recipe
+
+
+def test_what_is_no_preset_and_no_key_of_a_mixture_is_refused_with_those_that_are():
+    assert refused("data: [{path: a}]\nbase: new:tiny\n", "model_size=2B") == (
+        "model_size=2B: model_size: '2B' is not a preset of mixtures; write one of moe-tiny, 350M, 1B, 3B, 7B, 13B, custom"
+    )
+    assert "did you mean num_experts?" in refused(MINIMAL, "model.num_expert=3")
+    assert "could mean base" in refused(MINIMAL, "model=3B")

@@ -320,7 +320,7 @@ def test_a_plan_of_a_model_that_is_too_slow_to_measure_says_so(tmp_path, corpus,
     ],
 )
 def test_each_field_of_a_shape_shapes_the_model(tmp_path, corpus, field, value):
-    base = "new:tiny-llama"  # it has every one of them
+    base = "new:tiny-llama"  # it has every one of them but those of experts
     plain = recipe_of(corpus, base=base, shape={}, train={"max_seq_len": 16})
     models = [
         Pretrain.prepare(

@@ -10,6 +10,7 @@ from nightschool.checkpoint_writer import commit
 from nightschool.errors import Damaged, DiskFull, MadeByNewer, NotFound, StateMismatch
 from nightschool.events import read_events
 from nightschool.jobs.bitwise import compare_checkpoints
+from nightschool.layers.expert_balance import ExpertBalance
 from nightschool.store import atomic, checkpoints
 from nightschool.store.manifest import write_manifest
 from nightschool.training.checkpoint import full_state, rng
@@ -39,6 +40,9 @@ EXACT = (
     "tokens_trained_total",
     "learning_rate",
     "grad_norm",
+    "load_balancing_loss",
+    "expert_router_entropy",
+    "dead_experts",
 )
 
 
@@ -84,6 +88,16 @@ def test_a_fresh_start_in_place_of_a_resume_would_be_noticed(tmp_path):
         resumed.go(resume=first.saved[-1])
     finally:
         full_state.load = load
+    assert differing(straight.weights, resumed.weights)
+
+
+def test_experts_are_balanced_by_the_loads_of_the_step_before_the_stop(tmp_path, monkeypatch):
+    """The twin for a mixture: without the loads its routers learn something else."""
+    straight = MiniRun(tmp_path / "straight", "tiny-qwen3-moe").go()
+    first = MiniRun(tmp_path / "parts", "tiny-qwen3-moe").go(stop_after=3)
+    resumed = MiniRun(tmp_path / "parts", "tiny-qwen3-moe")
+    monkeypatch.setattr(ExpertBalance, "load_state", lambda self, facts: None)
+    resumed.go(resume=first.saved[-1])
     assert differing(straight.weights, resumed.weights)
 
 

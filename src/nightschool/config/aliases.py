@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
+from nightschool.config.mixtures import base_of_preset
 from nightschool.config.schema import Path, dotted
 
 
@@ -79,6 +80,10 @@ def _next_square(value: Any) -> str:
     return f"; nor is {value} a perfect square: the next one is {(isqrt(value) + 1) ** 2}"
 
 
+def _shape(name: str) -> Alias:
+    return Alias(("shape", name))
+
+
 def _train(name: str) -> Alias:
     return Alias(("train", name))
 
@@ -144,6 +149,17 @@ ALIASES: Mapping[str, Alias] = {
     "save_total_limit": Alias(("checkpoints", "keep", "last")),
     "max_files": Alias(("pretrain", "max_files"), _files),
     "max_train_files": Alias(("pretrain", "max_files"), _files),
+    "preset": Alias(("base",), base_of_preset),
+    "model_size": Alias(("base",), base_of_preset),
+    "num_experts": _shape("num_experts"),
+    "num_active_experts": _shape("num_active_experts"),
+    "num_experts_per_tok": _shape("num_active_experts"),
+    "expert_size": _shape("expert_size"),
+    "moe_intermediate_size": _shape("expert_size"),
+    "hidden_size": _shape("hidden_size"),
+    "num_layers": _shape("num_hidden_layers"),
+    "router_aux_loss_coef": Alias(("experts", "load_balancing_loss_coef")),
+    "router_z_loss_coef": Alias(("experts", "z_loss_coef")),
     "lora_r": Alias(("lora", "r")),
     "lora_rank": Alias(("lora", "r")),
     "lora_alpha": Alias(("lora", "alpha")),

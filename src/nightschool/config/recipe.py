@@ -25,7 +25,7 @@ from nightschool.config.checkpoints import Checkpoints, Keep, Upload
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
 from nightschool.config.memory import Memory
 from nightschool.config.rules import RuleName, parse_rule
-from nightschool.config.train import Dpo, Lora, Pretrain, Quantization, Shape, Train
+from nightschool.config.train import Dpo, Experts, Lora, Pretrain, Quantization, Shape, Train
 from nightschool.units import format_seconds
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "ConversationFilter",
     "DataSource",
     "Dpo",
+    "Experts",
     "Format",
     "Gate",
     "HeldOut",
@@ -295,13 +296,14 @@ class Jobs(Section):
     )
 
 
-# Settings that only one method has a use for, each with what the others have instead.
-_OF_ONE_METHOD: dict[str, tuple[Method, str]] = {
-    "quantization": ("qlora", ""),
-    "dpo": ("dpo", ""),
-    "memory": ("memory", ""),
-    "pretrain": ("pretrain", ""),
-    "tokenizer": ("pretrain", ", whose base brings its own"),
+# Settings that only some methods have a use for, each with what the others have instead.
+_OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
+    "quantization": (("qlora",), ""),
+    "dpo": (("dpo",), ""),
+    "memory": (("memory",), ""),
+    "experts": (("full", "pretrain"), ""),
+    "pretrain": (("pretrain",), ""),
+    "tokenizer": (("pretrain",), ", whose base brings its own"),
 }
 
 
@@ -346,6 +348,7 @@ class Recipe(Section):
     quantization: Quantization = Field(default_factory=Quantization, description="The base below an adapter.")
     dpo: Dpo = Field(default_factory=Dpo, description="Learning from preference pairs.")
     memory: Memory = Field(default_factory=Memory, description="Reading an explicit memory.")
+    experts: Experts = Field(default_factory=Experts, description="The expert routers of a mixture.")
     pretrain: Pretrain = Field(default_factory=Pretrain, description="Learning from token shards.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")
@@ -404,12 +407,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _settings_of_their_method(self) -> Recipe:
-        for name, (method, remedy) in _OF_ONE_METHOD.items():
-            if self.method != method and getattr(self, name) != type(self).model_fields[name].get_default(
+        for name, (methods, remedy) in _OF_SOME_METHODS.items():
+            if self.method not in methods and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):
+                theirs = " or ".join(f"`method: {method}`" for method in methods)
                 raise ValueError(
-                    f"`{name}` belongs to `method: {method}`, and this is `method: {self.method}`{remedy}; take it out"
+                    f"`{name}` belongs to {theirs}, and this is `method: {self.method}`{remedy}; take it out"
                 )
         return self
 

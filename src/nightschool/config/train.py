@@ -169,10 +169,29 @@ class Shape(Section):
     head_dim: int | None = Field(None, ge=1, description="Channels of a head, where they are not width / heads.")
     max_position_embeddings: int | None = Field(None, ge=1, description="Longest context in tokens.")
     tie_word_embeddings: bool | None = Field(None, description="Whether the head is the embedding.")
+    num_experts: int | None = Field(None, ge=1, description="Experts in each layer of a mixture.")
+    num_active_experts: int | None = Field(None, ge=1, description="Experts that each token is sent to.")
+    expert_size: int | None = Field(
+        None, ge=1, description="Width of an expert; without it, what brings a preset to the parameters of its name."
+    )
 
     def given(self) -> dict[str, int | bool]:
         """The fields that the recipe writes."""
         return self.model_dump(exclude_none=True)
+
+
+class Experts(Section):
+    """How the expert routers of a mixture learn, where all weights do (methods full and pretrain)."""
+
+    load_balancing_loss_coef: float = Field(
+        0.01,
+        ge=0,
+        description="Weight of the loss that spreads tokens over experts, in each layer; 0 for none. The load of an expert is its "
+        "share of the whole step before.",
+    )
+    z_loss_coef: float = Field(
+        0.001, ge=0, description="Weight of the loss that keeps the logits of an expert router small; 0 for none."
+    )
 
 
 class Pretrain(Section):

@@ -12,7 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from nightschool.config.mixtures import CUSTOM, MIXTURES
 from nightschool.errors import ModelError
+from nightschool.models.cost import expert_counts
+from nightschool.models.mixture import mixture_fields
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -65,6 +68,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
+# What an architecture calls the fields of a recipe's `shape` that have other names there.
+_OWN_NAMES: Mapping[str, Mapping[str, str]] = {
+    "qwen3_moe": {"num_active_experts": "num_experts_per_tok", "expert_size": "moe_intermediate_size"},
+    "mixtral": {"num_experts": "num_local_experts", "num_active_experts": "num_experts_per_tok"},
+}
+
 
 def build_config(
     preset: str | PretrainedConfig | Mapping[str, Any],
@@ -87,24 +96,36 @@ def build_config(
         return type(preset).from_dict(preset.to_dict() | {"vocab_size": vocab_size} | special)
     if isinstance(preset, str):
         name = preset.removeprefix("new:")
-        if name not in PRESETS:
-            raise ModelError(f"There is no preset {name!r}. Presets are {', '.join(PRESETS)}.")
-        preset = PRESETS[name]
-    fields = dict(preset) | dict(shape or {}) | {"vocab_size": vocab_size} | special
+        if name in (*MIXTURES, CUSTOM):
+            preset = mixture_fields(name, vocab_size, shape or {})
+        elif name in PRESETS:
+            preset = PRESETS[name]
+        else:
+            raise ModelError(f"There is no preset {name!r}. Presets are {', '.join([*PRESETS, *MIXTURES, CUSTOM])}.")
+    own_names = _OWN_NAMES.get(preset["model_type"], {})
+    shape = {own_names.get(name, name): value for name, value in (shape or {}).items()}
+    fields = dict(preset) | shape | {"vocab_size": vocab_size} | special
     if fields["model_type"] == "gpt_neox":
         fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
     model_type = fields.pop("model_type")
     try:
         config = AutoConfig.for_model(model_type, **fields)
     except (StrictDataclassError, ValueError) as error:
-        told = ", ".join(f"{name}: {value}" for name, value in (shape or {}).items())
+        told = ", ".join(f"{name}: {value}" for name, value in shape.items())
         why = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
         raise ModelError(f"A {model_type} model cannot have the shape {told or 'of its preset'}: {why}") from None
-    unknown = [name for name in shape or {} if name not in type(config)().to_dict()]
+    known = {*type(config)().to_dict(), *type(config).attribute_map, *preset}
+    unknown = [name for name in shape if name not in known]
     if unknown:
         raise ModelError(
             f"shape: {', '.join(unknown)} is not a field of a {config.model_type} model. "
             "Write one of its configuration, such as num_hidden_layers."
+        )
+    counts = expert_counts(config)
+    if counts is not None and counts.active > counts.experts:
+        raise ModelError(
+            f"shape.num_active_experts is {counts.active}, and there are {counts.experts} experts in a layer. "
+            "Write fewer active ones, or a larger shape.num_experts."
         )
     return config
 

@@ -61,6 +61,22 @@ class TrainingBytes:
         return self.parameters + max(step, self.publishing)
 
 
+@dataclass(frozen=True)
+class ExpertCounts:
+    """Experts in each layer that has some, and how many of them a token passes through."""
+
+    experts: int
+    active: int
+
+
+def expert_counts(config: Any) -> ExpertCounts | None:
+    """The experts of a configuration of transformers; None where there are none."""
+    config = config.get_text_config()
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    active = getattr(config, "num_experts_per_tok", None)
+    return ExpertCounts(int(experts), int(active)) if experts and active else None
+
+
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count `model` as it is, by `numel()`. Never from its name or configuration."""
     inner = causal_lm(model)
@@ -83,6 +99,17 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     idle = round(kinds["experts"] * (1 - _active_share(inner.config)))
     return ParameterCount(total=total, trainable=trainable, active=total - idle, **kinds)
+
+
+def expert_bytes(model: nn.Module, moment_bytes: int = 8) -> int:
+    """Bytes of the experts of a mixture: weights, and where they learn gradients, moments, and masters of 16-bit ones."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if _kind(name, parameter) == "experts":
+            size = parameter.element_size()
+            of_optimizer = moment_bytes + (0 if size >= 4 else 4)
+            total += parameter.numel() * (size + (size + of_optimizer if parameter.requires_grad else 0))
+    return total
 
 
 def flops_per_token(model: nn.Module, context_tokens: int = 0, *, training: bool = True) -> int:
@@ -165,16 +192,14 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 def _active_share(config: Any) -> float:
     """The share of the experts that a token passes through."""
-    config = config.get_text_config()
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    active = getattr(config, "num_experts_per_tok", None)
-    return active / experts if experts and active else 1.0
+    counts = expert_counts(config)
+    return counts.active / counts.experts if counts else 1.0
 
 
 def _feed_forward_width(config: Any) -> int:
     """Channels of the feed-forward part that one token uses."""
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if experts:
+    counts = expert_counts(config)
+    if counts is not None:
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        return int(width) * int(getattr(config, "num_experts_per_tok", 1))
+        return int(width) * counts.active
     return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nightschool.config.recipe import Train
+from nightschool.config.recipe import Experts, Train
 from nightschool.data.batches import Batch, Batches
 from nightschool.data.shards.token_batches import TokenBatches
 from nightschool.errors import DataError, ModelError
 from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
+from nightschool.layers.expert_balance import ExpertBalance
 from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
@@ -165,6 +167,7 @@ class CausalTask(Task, Generic[Source]):
         *,
         compute_dtype: torch.dtype = torch.float32,
         world: World = ALONE,
+        experts: Experts = Experts(),  # noqa: B008 - frozen
     ) -> None:
         self.model = model
         self.batches: Source = batches
@@ -180,6 +183,7 @@ class CausalTask(Task, Generic[Source]):
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
+        self._balance = ExpertBalance(model, experts)
         self._train = train
         self.optimizer = new_optimizer(self._trainable, train, embedding_names(model))
         self._sharded: LossModule | None = None
@@ -212,14 +216,30 @@ class CausalTask(Task, Generic[Source]):
     def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         loss: Tensor | None = None
         self.begin_window()
-        for batch in window:
-            # Each part is divided by the units of the window before `backward`, so the parts just add up.
-            part = self.loss(batch).sum / units
-            (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
-            loss = part.detach() if loss is None else loss + part.detach()
+        with self._balance.watching(partial(self._token_scale, window, units, scaler)):
+            for batch in window:
+                # Each part is divided by the units of the window before `backward`, so the parts just add up.
+                part = self.loss(batch).sum / units
+                (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+                loss = part.detach() if loss is None else loss + part.detach()
         assert loss is not None, "a window has a micro-batch"
         self.end_window(loss, units)
         return loss
+
+    def _token_scale(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None) -> float:
+        """What gradients of a token's loss are multiplied by where it is one of a mean over all tokens of a window.
+
+        This process's tokens together weigh as much as its part of the units, so no other one has to be asked.
+        """
+        tokens = sum(batch.input_ids.numel() for batch in window)
+        mine = sum(batch.loss_units for batch in window) / units
+        # Sharded gradients are averaged over processes, others are summed.
+        return (
+            (1.0 if scaler is None else scaler.get_scale())
+            * (self.world.size if self.is_sharded else 1)
+            * mine
+            / tokens
+        )
 
     def begin_window(self) -> None:
         """Count anew. Whoever finds the gradients in place of `accumulate` calls this before, and `end_window` after it."""
@@ -234,6 +254,9 @@ class CausalTask(Task, Generic[Source]):
 
     def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
         gradients = self.optimizer.gradients_ready()
+        world.add_up(self._balance.counters())
+        # All processes have the same figures of experts now, and those of all processes will be added up.
+        self._figures |= {name: figure / world.size for name, figure in self._balance.take().items()}
         if not self.is_sharded:  # sharded gradients are summed on their way already
             world.add_up(gradients)
         return self.optimizer.step(gradients, rate, clip, scaler)
@@ -314,8 +337,9 @@ class CausalTask(Task, Generic[Source]):
 
     def optimizer_facts(self) -> dict[str, Any]:
         return {
-            "hyper_parameters": self.optimizer.hyper_parameters(),
+            "hyper_parameters": self.optimizer.hyper_parameters() | self._balance.hyper_parameters(),
             "without_state": sorted(self.optimizer.without_state()),
+            **self._balance.state(),
         }
 
     def expected_bytes(self) -> int:
@@ -331,6 +355,7 @@ class CausalTask(Task, Generic[Source]):
     def load_state(self, weights: StoredTensors, optimizer: StoredTensors, facts: dict[str, Any], where: str) -> None:
         check_tensors(weights, self.saved_tensors(), what=f"weights of {where}")
         self.optimizer.load_state(optimizer, set(facts["without_state"]))
+        self._balance.load_state(facts)
         self._copy(weights)
 
     def load_weights(self, weights: StoredTensors, where: str) -> None:

@@ -166,7 +166,7 @@ class Finetune(PreparedRun[FinetuneData]):
     @classmethod
     def new_task(cls, recipe: Recipe, loaded: LoadedModel, batches: Batches, **settings: Any) -> FinetuneTask:
         """What learns from them."""
-        return FinetuneTask(loaded.model, batches, recipe.train, **settings)
+        return FinetuneTask(loaded.model, batches, recipe.train, experts=recipe.experts, **settings)
 
     @classmethod
     def _held_out(cls, tokenizer: Any, examples: Sequence[Example], max_seq_len: int) -> Batches | None:

@@ -128,7 +128,10 @@ class Pretrain(PreparedRun[PretrainData]):
         if setup.folder is not None and data.selection is not None:
             held_out = held_out_texts(batches, loaded.tokenizer)
             write_selection(setup.folder, replace(data.selection, held_out=held_out))
-        return data, PretrainTask(loaded.model, batches, recipe.train, compute_dtype=compute_dtype, world=world)
+        task = PretrainTask(
+            loaded.model, batches, recipe.train, compute_dtype=compute_dtype, world=world, experts=recipe.experts
+        )
+        return data, task
 
     @property
     def num_files(self) -> int:

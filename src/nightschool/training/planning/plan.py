@@ -12,13 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from nightschool.config.recipe import Recipe
-from nightschool.models.cost import count_parameters, expected_peak_bytes, flops_per_token
+from nightschool.layers.forward import causal_lm
+from nightschool.models.cost import count_parameters, expected_peak_bytes, expert_bytes, expert_counts, flops_per_token
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, render_mask
 from nightschool.training.planning.speed import Probe, measure
+from nightschool.training.task import Task
 from nightschool.units import format_bytes
 
 # Rendering takes about a millisecond an example: a plan looks at this many, chosen by the seed. A run counts them all.
@@ -77,12 +79,13 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
     recipe, task = prepared.recipe, prepared.task
     method = prepared.plan_rows(num_processes or task.world.size)
     count = count_parameters(task.model)
+    moment_bytes = 8 if recipe.train.optimizer == "adamw" else 2
     cost = expected_peak_bytes(
         task.model,
         method.largest_batch_tokens,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         compute=task.compute_dtype,
-        moment_bytes=8 if recipe.train.optimizer == "adamw" else 2,
+        moment_bytes=moment_bytes,
     )
     needed, free = _disk_needed(prepared, count.total, count.trainable), _disk_free(home.path)
     rows = [
@@ -92,6 +95,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
             f"{count.total:,}, of which {count.trainable:,} learn",
             {"parameters_total": count.total, "parameters_trainable": count.trainable},
         ),
+        *_experts(task, count.active, moment_bytes),
         PlanRow(
             "rate",
             f"{recipe.train.learning_rate:g}, {recipe.train.lr_schedule}, by {recipe.train.optimizer}",
@@ -121,6 +125,23 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
         loss_masks=method.loss_masks,
         masked=method.masked,
     )
+
+
+def _experts(task: Task, active: int, moment_bytes: int) -> list[PlanRow]:
+    """What is said of a mixture: its experts, and on which tier their bytes lie."""
+    counts = expert_counts(causal_lm(task.model).config)
+    if counts is None:
+        return []
+    tiers = {"device": expert_bytes(task.model, moment_bytes), "host": 0, "disk": 0}
+    where = ", ".join(f"{format_bytes(size)} on the {tier}" for tier, size in tiers.items())
+    facts = {
+        "num_experts": counts.experts,
+        "num_active_experts": counts.active,
+        "parameters_active": active,
+        "expert_bytes": tiers,
+    }
+    text = f"{counts.experts} in a layer, {counts.active} for a token, so {active:,} parameters are active; {where}"
+    return [PlanRow("experts", text, facts)]
 
 
 def _time(prepared: PreparedRun[Any], method: MethodPlan, probe: Probe) -> PlanRow:
