@@ -7,7 +7,7 @@ import pytest
 
 from nightschool.cli.chat.remembering import fact_of
 from nightschool.cli.main import main
-from nightschool.cli.memory.shown_why import word_lines
+from nightschool.cli.memory.shown_why import found_lines, word_lines
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.feedback.conversations import ConversationStore
@@ -215,3 +215,11 @@ def test_tokens_are_shown_as_words_and_what_the_weights_said_between_them_as_one
         ["Oslo", "copied", "m1 90%, m2 20%", "0.400", "0.020", "0.062"],
         ["now", "from the weights"],
     ]
+
+
+@pytest.mark.parametrize(("entries", "is_said"), [([], True), ([{"id": "m1", "weight": 0.9}], False)])
+def test_entries_of_which_no_word_was_read_are_told_as_such(entries, is_said):
+    read = {"name": "facts", "revision": 3, "read": "layers", "entries": [{"id": "m1", "text": "Ada lives in Oslo."}]}
+    lines = found_lines(read, [{"token": " Oslo", "entries": entries}])
+    assert lines[:2] == ["the model's layers had of facts, revision 3:", "m1  Ada lives in Oslo."]
+    assert ("No word was read from them: the answer is the model's own." in lines) is is_said

@@ -238,7 +238,7 @@ def _learn_later(chat: Chat, request_id: str, correction: str) -> None:
 def _why(chat: Chat, _rest: str) -> None:
     _, _, reply = chat.answered()
     told = chat.backend.why(reply)
-    lines = [*found_lines(told.memory), "", *word_lines(told.tokens)]
+    lines = [*found_lines(told.memory, told.tokens), "", *word_lines(told.tokens)]
     if told.text != reply.text:
         lines.insert(0, f"Asked again, it said something else, which this is told of: {told.text}")
     data = {"request_id": reply.request_id, "answer": told.text, "memory": told.memory, "why": told.tokens}

@@ -10,13 +10,16 @@ from typing import Any
 FROM_THE_WEIGHTS = "from the weights"
 
 
-def found_lines(read: dict[str, Any]) -> list[str]:
-    """What a memory had for a question, and how it came to the model."""
+def found_lines(read: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a memory had for a question, how it came to the model, and whether any token was read from it."""
     lines = [f"{entry['id']}  {entry['text']}" for entry in read["entries"]]
     if not lines:
         return [f"{read['name']}, revision {read['revision']}, has nothing on it: the answer is the model's own."]
-    ways = {"layers": "the model's layers read", "prompt": "the prompt had"}
-    return [f"{ways[read['read']]} of {read['name']}, revision {read['revision']}:", *lines]
+    ways = {"layers": "the model's layers had", "prompt": "the prompt had"}
+    unread = (
+        [] if any(row["entries"] for row in rows) else ["No word was read from them: the answer is the model's own."]
+    )
+    return [f"{ways[read['read']]} of {read['name']}, revision {read['revision']}:", *lines, *unread]
 
 
 def token_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

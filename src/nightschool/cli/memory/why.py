@@ -44,6 +44,6 @@ def why(
         told = explained_answer(local, question, max_new_tokens)
     answer(
         told.to_json(),
-        "\n".join([told.text, "", *found_lines(told.recall.to_json()), "", *token_lines(told.why)]),
+        "\n".join([told.text, "", *found_lines(told.recall.to_json(), told.why), "", *token_lines(told.why)]),
         quiet=told.text,
     )
