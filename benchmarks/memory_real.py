@@ -48,11 +48,15 @@ MEMORY = {
     "knowledge_dim": 1152,
     "gate_rank": 128,
     "fusion_rank": 128,
+    # Chosen on questions of seed 1.
+    "relation_closed_below": 0.3,
 }
 THREADS = 2
 ROWS, PLAIN_ROWS = 12_000, 1_200
 # A hundred times the default: at that so few steps learn nothing by heart.
 LORA_RATE = 2e-3
+# Settings were chosen on 0 and 1.
+SEEDS = (2, 3, 4)
 COLUMNS = ("efficacy", "paraphrase_seen_patterns", "paraphrase_unseen_patterns")
 SOURCES = ("layers/memory_*.py", "models/memory_*.py", "data/memory_*.py", "training/methods/memory.py",
            "training/nearest_facts.py", "config/memory.py")  # fmt: skip
@@ -82,7 +86,7 @@ def main() -> None:
     if real_model.find() is None or not PLACE.exists():
         sys.exit("This benchmark needs SmolLM2 (make real-model-file) and shared/data/memory.")
     torch.set_num_threads(THREADS)
-    per_seed = [of_seed(seed, Sizes(quick=bench.quick)) for seed in range(int(bench.chosen["seeds"]))]
+    per_seed = [of_seed(seed, Sizes(quick=bench.quick)) for seed in SEEDS[: int(bench.chosen["seeds"])]]
     figures = {name: fmean(one[name] for one in per_seed) for name in per_seed[0]}
     figures |= {f"{name}_worst_seed": min(one[name] for one in per_seed) for name in COLUMNS if len(per_seed) > 1}
     bench.finish(figures)
