@@ -168,7 +168,10 @@ def _tensor(path: Path) -> Any:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a foreign file can break the reader in any way
-        raise Damaged(f"{path} is no file of plain tensors ({_first_line(error)}). Nothing of it was run.") from error
+        # Without what PyTorch says, which is how to run such a file all the same.
+        raise Damaged(
+            f"{path} is no file of plain tensors: it holds other objects, or is damaged. Nothing of it was run; make it again."
+        ) from error
     if isinstance(loaded, dict) and loaded:
         raise DataError(
             f"{path} holds a dict ({', '.join(map(str, list(loaded)[:3]))} …), and one tensor belongs there. Weights of a gate or fusion "
@@ -189,10 +192,6 @@ def _save(path: Path, array: npt.NDArray[Any]) -> None:
 
     with replacing(path) as handle, os.fdopen(os.dup(handle), "wb") as file:
         torch.save(torch.from_numpy(array), file)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _gib(size: float) -> str:

@@ -26,8 +26,10 @@ def refuse_weights_file(path: Path, ref: str) -> NoReturn:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a foreign file can break the reader in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise Damaged(f"{ref} is no file of plain tensors ({reason}). Nothing of it was run.") from error
+        # Without what PyTorch says, which is how to run such a file all the same.
+        raise Damaged(
+            f"{ref} is no file of plain tensors: it holds other objects, or is damaged. Nothing of it was run."
+        ) from error
     tensors = _tensors(loaded)
     shown = [f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:_SHOWN]]
     more = ", …" if len(tensors) > _SHOWN else ""
