@@ -222,4 +222,4 @@ def test_entries_of_which_no_word_was_read_are_told_as_such(entries, is_said):
     read = {"name": "facts", "revision": 3, "read": "layers", "entries": [{"id": "m1", "text": "Ada lives in Oslo."}]}
     lines = found_lines(read, [{"token": " Oslo", "entries": entries}])
     assert lines[:2] == ["the model's layers had of facts, revision 3:", "m1  Ada lives in Oslo."]
-    assert ("No word was read from them: the answer is the model's own." in lines) is is_said
+    assert ("No word came from them." in lines) is is_said

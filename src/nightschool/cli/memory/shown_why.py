@@ -16,9 +16,7 @@ def found_lines(read: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[st
     if not lines:
         return [f"{read['name']}, revision {read['revision']}, has nothing on it: the answer is the model's own."]
     ways = {"layers": "the model's layers had", "prompt": "the prompt had"}
-    unread = (
-        [] if any(row["entries"] for row in rows) else ["No word was read from them: the answer is the model's own."]
-    )
+    unread = [] if any(row["entries"] for row in rows) else ["No word came from them."]
     return [f"{ways[read['read']]} of {read['name']}, revision {read['revision']}:", *lines, *unread]
 
 
