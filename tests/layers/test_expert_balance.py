@@ -154,6 +154,8 @@ def test_a_dense_model_has_no_figures_of_experts_and_refuses_settings_for_them()
         attach_lora(build_model("tiny-qwen3-moe", VOCAB_SIZE, 0), Lora(r=2), seed=0),
     ):
         assert ExpertBalance(model, Experts()).take() == {}
+        with pytest.raises(ModelError, match=r"expert_learning_rate is 0\.1, and no expert of a mixture learns here"):
+            FinetuneTask(model, Batches(DOCUMENTS, batch_size=1, seed=0), Train(expert_learning_rate=0.1))
         with pytest.raises(ModelError, match=r"none learns here\. Take the section out"):
             ExpertBalance(model, STRONG)
 
@@ -187,3 +189,26 @@ def test_processes_count_together_and_wait_for_each_other_in_updates_only():
     assert torch.equal(2 * loads, doubled)
     for name, figure in alone.figures().items():
         assert torch.allclose(figure, 2 * together.figures()[name]), name  # the loop adds up what processes have
+
+
+def weights_after_a_step(rate, own=None):
+    task = task_of(NONE, learning_rate=rate, expert_learning_rate=own, weight_decay=0.1)
+    window = window_of(task)
+    task.accumulate(window, sum(batch.loss_units for batch in window))
+    task.update(rate, 1.0, None, ALONE)
+    return {name: parameter.detach().clone() for name, parameter in task.model.named_parameters()}
+
+
+def test_experts_learn_at_a_rate_of_their_own_and_everything_else_as_without_it():
+    slow, fast = 2.0**-10, 2.0**-6
+    mixed, all_slow, all_fast = (
+        weights_after_a_step(slow, fast),
+        weights_after_a_step(slow),
+        weights_after_a_step(fast),
+    )
+    same = weights_after_a_step(slow, slow)
+    for name, weight in mixed.items():
+        of_experts = ".experts." in name
+        assert torch.equal(weight, (all_fast if of_experts else all_slow)[name]), name
+        assert torch.equal(same[name], all_slow[name]), name
+        assert not torch.equal(all_fast[name], all_slow[name]), name

@@ -8,12 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from nightschool.config.load import load_recipe
 from nightschool.config.recipe import Recipe
-from nightschool.errors import ModelError, RecipeError
+from nightschool.errors import ModelError, RecipeError, UsageError
 from nightschool.events import read_events
 from nightschool.models.load import load_base
+from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
+from nightschool.training.checkpoint.accelerate_layout import export_accelerate
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.methods.pretrain import Pretrain
 from nightschool.training.planning.plan import make_plan
@@ -64,7 +66,9 @@ def recipe_of(corpus, **changes):
 def test_it_learns_from_shards_and_becomes_a_folder_that_transformers_loads(tmp_path, corpus):
     home = Home(tmp_path / "home")
     home.ensure()
-    run = RunStore(home).create(recipe_of(corpus), name="moe")
+    recipe = recipe_of(corpus)
+    recipe["train"] |= {"expert_learning_rate": 8e-3}
+    run = RunStore(home).create(recipe, name="moe")
     execute(home, run, resume=None, root=corpus, stop=Stop())
     rows = list(read_events(run.metrics_path))
     assert rows[-1]["heldout_loss"] < rows[0]["loss"] - 0.5
@@ -79,6 +83,9 @@ def test_it_learns_from_shards_and_becomes_a_folder_that_transformers_loads(tmp_
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, load_base(version.ref, home).model(ids).logits)
+    with pytest.raises(UsageError, match=r"expert_learning_rate gives the experts of this run a schedule of their own"):
+        export_accelerate(home, run, checkpoints.ls(run)[-1], tmp_path / "out", root=corpus)
+    assert not (tmp_path / "out").exists()
 
 
 def test_its_plan_says_what_is_active_and_on_which_tier_bytes_lie(tmp_path, corpus):

@@ -158,6 +158,7 @@ ALIASES: Mapping[str, Alias] = {
     "moe_intermediate_size": _shape("expert_size"),
     "hidden_size": _shape("hidden_size"),
     "num_layers": _shape("num_hidden_layers"),
+    "local_learning_rate": _train("expert_learning_rate"),
     "router_aux_loss_coef": Alias(("experts", "load_balancing_loss_coef")),
     "router_z_loss_coef": Alias(("experts", "z_loss_coef")),
     "lora_r": Alias(("lora", "r")),

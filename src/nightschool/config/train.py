@@ -29,6 +29,9 @@ class Train(Section):
         gt=0,
         description="Peak learning rate; without it, ten times as much where an adapter learns (lora, qlora, dpo).",
     )
+    expert_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of the experts of a mixture; without it, that of all weights."
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw",
         description="AdamW with moments of 32 bits, or of 8 (bitsandbytes); paged ones leave a GPU that is full, and elsewhere "

@@ -101,11 +101,16 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(total=total, trainable=trainable, active=total - idle, **kinds)
 
 
+def expert_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that are experts' weights."""
+    return {name for name, parameter in model.named_parameters() if _kind(name, parameter) == "experts"}
+
+
 def expert_bytes(model: nn.Module, moment_bytes: int = 8) -> int:
     """Bytes of the experts of a mixture: weights, and where they learn gradients, moments, and masters of 16-bit ones."""
-    total = 0
+    total, names = 0, expert_names(model)
     for name, parameter in model.named_parameters():
-        if _kind(name, parameter) == "experts":
+        if name in names:
             size = parameter.element_size()
             of_optimizer = moment_bytes + (0 if size >= 4 else 4)
             total += parameter.numel() * (size + (size + of_optimizer if parameter.requires_grad else 0))

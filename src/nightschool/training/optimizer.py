@@ -74,19 +74,30 @@ def embedding_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
 
 
-def new_optimizer(parameters: Mapping[str, nn.Parameter], train: Train, no_decay: set[str]) -> AdamW:
+def new_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    train: Train,
+    no_decay: set[str],
+    rate_factors: Mapping[str, float] | None = None,
+) -> AdamW:
     """The optimizer that a recipe asks for.
+
+    Args:
+        parameters: What learns, by name.
+        train: Its settings.
+        no_decay: Names of matrices without weight decay.
+        rate_factors: What the learning rate is multiplied by for some names, where it is not 1.
 
     Raises:
         ModelError: If it is one of bitsandbytes, which is not installed.
     """
     settings = AdamWSettings.from_recipe(train)
     if settings.algorithm == "adamw":
-        return AdamW(parameters, settings, no_decay)
+        return AdamW(parameters, settings, no_decay, rate_factors)
     from nightschool.training.optimizer_8bit import AdamW8bit, PagedAdamW8bit  # which build on the class below
 
     paged = train.optimizer.startswith("paged_")
-    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay)
+    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay, rate_factors)
 
 
 class AdamW:
@@ -107,7 +118,13 @@ class AdamW:
     # Of an element of a parameter, both moments together.
     moment_bytes: ClassVar[int] = 8
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: AdamWSettings, no_decay: set[str]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: AdamWSettings,
+        no_decay: set[str],
+        rate_factors: Mapping[str, float] | None = None,
+    ) -> None:
         assert parameters, "there is nothing to optimize"
         self.settings = settings
         self._parameters = dict(parameters)
@@ -117,12 +134,15 @@ class AdamW:
             if parameter.dtype != torch.float32
         }
         self._updated = {name: self._masters.get(name, parameter) for name, parameter in parameters.items()}
-        decayed = [p for name, p in self._updated.items() if decays(p, is_embedding=name in no_decay)]
-        plain = [p for name, p in self._updated.items() if not decays(p, is_embedding=name in no_decay)]
+        members: dict[tuple[float, bool], list[Tensor]] = {}
+        for name, parameter in self._updated.items():
+            kind = ((rate_factors or {}).get(name, 1.0), decays(parameter, is_embedding=name in no_decay))
+            members.setdefault(kind, []).append(parameter)
+        # Those at the plain rate first, and of them those that decay.
+        kinds = sorted(members, key=lambda kind: (kind[0] != 1.0, kind[0], not kind[1]))
+        self._rate_factors = [factor for factor, _ in kinds]
         groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, settings.weight_decay), (plain, 0.0))
-            if group
+            {"params": members[kind], "weight_decay": settings.weight_decay if kind[1] else 0.0} for kind in kinds
         ]
         self.inner = self._new_inner(groups)
 
@@ -159,8 +179,8 @@ class AdamW:
             # The factor is clamped on the device: asking the host whether to clip would wait for the whole backward pass.
             parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
             torch._foreach_mul_(parts, torch.clamp(clip / (norm + 1e-6), max=1.0))
-        for group in self.inner.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.inner.param_groups, self._rate_factors, strict=True):
+            group["lr"] = rate * factor
         if scaler is None:
             self.inner.step()
         else:
@@ -201,6 +221,11 @@ class AdamW:
                     )
         tensors |= {f"master.{name}": master.detach() for name, master in self._masters.items()}
         return tensors
+
+    @property
+    def has_one_rate(self) -> bool:
+        """Whether all parameters learn at the same rate."""
+        return all(factor == 1.0 for factor in self._rate_factors)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return what must be equal in the run that resumes from this state."""

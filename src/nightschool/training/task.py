@@ -17,6 +17,7 @@ from nightschool.errors import DataError, ModelError
 from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
 from nightschool.layers.expert_balance import ExpertBalance
 from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
+from nightschool.models.cost import expert_names
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
@@ -185,12 +186,25 @@ class CausalTask(Task, Generic[Source]):
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
         self._balance = ExpertBalance(model, experts)
         self._train = train
-        self.optimizer = new_optimizer(self._trainable, train, embedding_names(model))
+        self._rate_factors = self._factors_of_rates(train)
+        self.optimizer = new_optimizer(self._trainable, train, embedding_names(model), self._rate_factors)
         self._sharded: LossModule | None = None
         # Tokens that carry loss and whose label was the likeliest; on the device, so that no step waits for them.
         self.likeliest = torch.zeros((), dtype=torch.int64, device=self.device)
         self._figures: dict[str, Tensor] = {}
         self.heldout_figures: dict[str, float] = {}
+
+    def _factors_of_rates(self, train: Train) -> dict[str, float]:
+        """By name, how many times the learning rate experts learn at, if they have one of their own."""
+        if train.expert_learning_rate is None:
+            return {}
+        names = expert_names(self.model) & self._trainable.keys()
+        if not names:
+            raise ModelError(
+                f"train.expert_learning_rate is {train.expert_learning_rate:g}, and no expert of a mixture learns here. Take it "
+                "out, or method: full or pretrain with a mixture, such as base: new:moe-tiny."
+            )
+        return dict.fromkeys(names, train.expert_learning_rate / train.learning_rate)
 
     @property
     def why_not_served(self) -> str:
@@ -316,7 +330,7 @@ class CausalTask(Task, Generic[Source]):
         kept = embedding_names(self.model)
         self._sharded = shard_model(self.model, self.path, self.world, stage)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = new_optimizer(self._trainable, self._train, kept)
+        self.optimizer = new_optimizer(self._trainable, self._train, kept, self._rate_factors)
 
     # --- the state ---------------------------------------------------------------------------------------------------
 

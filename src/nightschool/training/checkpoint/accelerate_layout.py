@@ -65,11 +65,17 @@ def export_accelerate(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
     Raises:
         Conflict: If the folder exists.
         Damaged: If a file of the checkpoint was altered.
+        UsageError: If experts have a learning rate of their own, which this layout has no place for.
     """
     with publish_directory(folder) as partial:
         prepared = prepare(home, run, root=root, point=point)
         context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
         task, schedule, scaler = _task_of(prepared), prepared.schedule, prepared.scaler
+        if not task.optimizer.has_one_rate:
+            raise UsageError(
+                "train.expert_learning_rate gives the experts of this run a schedule of their own, and the layout of accelerate has "
+                "one. Go on with --resume, or export the version instead: nightschool models export."
+            )
         state = full_state.load(point.path, task, context, schedule, scaler)
         save_file(_all_weights(task), partial / "model.safetensors", metadata={"format": "pt"})
         torch.save(task.optimizer.inner.state_dict(), partial / "optimizer.bin")

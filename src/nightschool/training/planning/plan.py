@@ -98,7 +98,8 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
         *_experts(task, count.active, moment_bytes),
         PlanRow(
             "rate",
-            f"{recipe.train.learning_rate:g}, {recipe.train.lr_schedule}, by {recipe.train.optimizer}",
+            f"{recipe.train.learning_rate:g}, {recipe.train.lr_schedule}, by {recipe.train.optimizer}"
+            + (f"; experts {recipe.train.expert_learning_rate:g}" if recipe.train.expert_learning_rate else ""),
             {"learning_rate": recipe.train.learning_rate, "optimizer": recipe.train.optimizer},
         ),
         *method.rows,
