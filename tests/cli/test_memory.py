@@ -219,6 +219,8 @@ def test_conflicts_are_shown_and_settled(ask, say):
     assert [(one["kind"], one["a"]["id"], one["b"]["id"]) for one in ask("conflicts", "friends")] == [
         ("values", "m1", "m2")
     ]
+    assert say("resolve", "friends", "m1", "m2", "--keep", "both").startswith("Both stand, and are not shown")
+    assert "no conflicts" in say("conflicts", "friends")
     settled = ask("resolve", "friends", "m1", "m2", "--keep", "a")
     assert [one["text"] for one in settled["entries"]] == ["Ada lives in Oslo."]
     assert ask("relations", "friends", "lives in", "default") == []

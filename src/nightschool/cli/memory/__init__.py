@@ -55,12 +55,12 @@ def stale_lines(stale: list[dict[str, Any]]) -> list[str]:
     return [f"{', '.join(one['versions'])} learned what holds no longer: {one['text']}" for one in stale]
 
 
-def answer_change(name: str, store: MemoryStore, change: Change, ids: Iterable[str]) -> None:
-    """Say what a write did, show the entries that it was about as it left them, and which versions learned what it ended."""
+def answer_change(name: str, store: MemoryStore, change: Change, ids: Iterable[str], said: str | None = None) -> None:
+    """Say what a write did, by numbers or as `said` has it, show the entries that it was about as it left them, and which versions learned what it ended."""
     entries = [_as_left(store, one, change.revision) for one in dict.fromkeys(ids)]
     stale = stale_since(name, store, change)
     lines = [
-        f"{name} is at revision {change.revision}: {counts_of(change) or 'nothing to change'}.",
+        said or f"{name} is at revision {change.revision}: {counts_of(change) or 'nothing to change'}.",
         *_what_became(store, change, entries),
         *stale_lines(stale),
     ]

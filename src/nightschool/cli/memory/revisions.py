@@ -160,7 +160,8 @@ def resolve(name: str, a: str, b: str, /, *, keep: Literal["a", "b", "both", "me
     with opened(name) as store:
         change = store.resolve(a, b, keep, author=who(), text=text)
         left = {"a": [a], "b": [b], "both": [a, b], "merge": [a]}[keep]
-        answer_change(name, store, change, left)
+        stand = "Both stand, and are not shown under conflicts again unless one of them changes."
+        answer_change(name, store, change, left, stand if keep == "both" else None)
 
 
 def relations(
