@@ -41,7 +41,7 @@ def test_of_ten_thousand_contradictory_values_the_last_is_found_and_each_revisio
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "codes.npy", "spans.npy", "posting_slots.npy", "order.npy"])
-def test_a_flipped_bit_of_the_index_is_found_when_it_is_opened_and_it_is_made_anew(memory, folder, name):
+def test_a_flipped_bit_of_the_index_is_found_when_it_is_opened_and_it_is_made_anew(memory, folder, name, caplog):
     memory.close()
     path = memory.index_folder / name
     content = bytearray(path.read_bytes())
@@ -49,6 +49,7 @@ def test_a_flipped_bit_of_the_index_is_found_when_it_is_opened_and_it_is_made_an
     path.write_bytes(content)
     again = Memory.open(folder, encoder(), vocabulary())
     assert "checksum" in again.rebuilt
+    assert "is made anew" in caplog.text
     assert found(again) == ["Ada Byron lives in Oslo."]
     again.close()
 

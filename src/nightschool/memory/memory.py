@@ -283,6 +283,8 @@ class Memory:
             return tokens
 
     def _opened(self) -> MemoryIndex:
+        # Who made no index yet expects none; one that is of no use any more is told.
+        level = logging.WARNING
         try:
             # A small index is read whole at once, so that a flipped bit is found; a large one while it is asked already.
             is_small = _bytes_of(self.index_folder) <= _QUICKLY_READ
@@ -293,10 +295,10 @@ class Memory:
                 return index
             self.rebuilt = f"the index is of revision {index.revision}, which the store does not have"
         except NotFound:
-            self.rebuilt = "there was none"
+            self.rebuilt, level = "there was none", logging.INFO
         except (Conflict, Damaged) as error:
             self.rebuilt = str(error)
-        log.info("The index of the memory %r is made anew: %s", self.name, self.rebuilt)
+        log.log(level, "The index of the memory %r is made anew: %s", self.name, self.rebuilt)
         self._index = self._follower.build(self.store.revision)
         self._write()
         return self._index
