@@ -18,7 +18,9 @@ _EntityId = Annotated[str, Field(max_length=500, pattern=r"^\s*[^\s*]")]
 # A flag that may only say what is so anyway.
 _ALWAYS, _NEVER = (None, True), (None, False)
 _Null = Annotated[None, Only(None)]
-_Filters = dict[str, Any] | None
+_Object = Annotated[dict[str, Any], Field(max_length=100)]
+_Words = Annotated[list[str], bounded(100)]
+_Filters = _Object | None
 
 
 class Ids(Body):
@@ -47,7 +49,7 @@ class NewMemories(Ids):
         description="Unless it is false, each sentence of the user's is a memory, but for questions. If it is, each whole message of the "
         "user's and the assistant's is one. No model extracts anything.",
     )
-    metadata: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
+    metadata: Annotated[_Object | None, Only(None, {})] = Field(None, description="Not supported.")
     timestamp: _Null = Field(None, description="Not supported.")
     expiration_date: _Null = Field(None, description="Not supported.")
     custom_categories: _Null = Field(None, description="Not supported.")
@@ -89,7 +91,7 @@ class MemoryFilter(Body):
         None, description="The newest statements are all there are."
     )
     show_expired: Annotated[bool | None, Only(*_ALWAYS)] = Field(None, description="They are shown in any case.")
-    categories: Annotated[list[str] | None, Only(None, [])] = Field(None, description="Not supported.")
+    categories: Annotated[_Words | None, Only(None, [])] = Field(None, description="Not supported.")
     start_date: _Null = Field(None, description="Not supported.")
     end_date: _Null = Field(None, description="Not supported.")
 
@@ -109,9 +111,9 @@ class MemorySearch(Body):
     )
     show_expired: Annotated[bool | None, Only(*_ALWAYS)] = Field(None, description="They are shown in any case.")
     rerank: Annotated[bool | None, Only(*_NEVER)] = Field(None, description="Not supported.")
-    metadata: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
-    fields: Annotated[list[str] | None, Only(None, [])] = Field(None, description="Not supported.")
-    categories: Annotated[list[str] | None, Only(None, [])] = Field(None, description="Not supported.")
+    metadata: Annotated[_Object | None, Only(None, {})] = Field(None, description="Not supported.")
+    fields: Annotated[_Words | None, Only(None, [])] = Field(None, description="Not supported.")
+    categories: Annotated[_Words | None, Only(None, [])] = Field(None, description="Not supported.")
     reference_date: _Null = Field(None, description="Not supported.")
 
 
@@ -119,7 +121,7 @@ class MemoryUpdate(Body):
     """What a memory says from now on."""
 
     text: Annotated[str, Field(max_length=4000, pattern=r"\S")] = Field(..., description="The new sentence.")
-    metadata: Annotated[dict[str, Any] | None, Only(None, {})] = Field(None, description="Not supported.")
+    metadata: Annotated[_Object | None, Only(None, {})] = Field(None, description="Not supported.")
     timestamp: _Null = Field(None, description="Not supported.")
     expiration_date: _Null = Field(None, description="Not supported.")
 

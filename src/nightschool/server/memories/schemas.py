@@ -161,7 +161,7 @@ class McpMessage(Body):
         None, description="Stands in the answer; a notification has none."
     )
     method: str = Field(..., max_length=200, description="Such as initialize, tools/list or tools/call.")
-    params: dict[str, Any] | None = Field(None, description="What the method takes.")
+    params: Annotated[dict[str, Any], Field(max_length=100)] | None = Field(None, description="What the method takes.")
 
 
 class McpAnswer(BaseModel):
