@@ -454,6 +454,11 @@ OBSERVED = {
     "schedule.missed": "jobs/test_scheduler.py::test_what_was_missed_is_skipped_where_the_recipe_says_so",
     "schedule.overlap": "jobs/test_scheduler.py::test_cycles_that_fall_due_while_one_runs_are_skipped_and_counted",
     "schedule.min_new_examples": (skipped, {}, {"schedule.min_new_examples": 2}),
+    "experts.load_balancing_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
+    "experts.z_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
+    "train.expert_learning_rate": (
+        "layers/test_expert_balance.py::test_experts_learn_at_a_rate_of_their_own_and_everything_else_as_without_it"
+    ),
     "jobs.share_base": "jobs/test_shared_base.py::test_a_job_that_cannot_share_trains_alone",
     "serve.promote": "jobs/test_cycle.py::test_the_recipe_says_when_the_champion_moves",
     "serve.model_check_interval": (
