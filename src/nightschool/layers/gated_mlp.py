@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -37,11 +36,10 @@ class WritesInto(Protocol):
         ...
 
 
-def recompute_gates(model: nn.Module, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> int:
+def recompute_gates(model: nn.Module) -> int:
     """Replace the gated layers of `model` by ones that keep two tensors [N,F] instead of three; returns how many there were.
 
-    Products with weights aside, what is computed of such tensors is computed within `around()`. A layer that `WritesInto` describes
-    writes its product to where it is kept; that of any other is copied there.
+    A layer that `WritesInto` describes writes its product to where it is kept; that of any other is copied there.
 
     A pass forward is followed by its pass backward before the next one begins; autograd raises RuntimeError otherwise.
     A layer is replaced if it consists of `gate_proj`, `up_proj`, `down_proj` and `act_fn`, has no parameters of its own, and gives the very
@@ -49,7 +47,7 @@ def recompute_gates(model: nn.Module, around: Callable[[], AbstractContextManage
     """
     gated = [name for name, layer in model.named_modules() if _is_gated(layer)]
     for name in gated:
-        model.set_submodule(name, _GatedMLP(model.get_submodule(name), around))
+        model.set_submodule(name, _GatedMLP(model.get_submodule(name)))
     return len(gated)
 
 
@@ -64,18 +62,17 @@ def _is_gated(layer: nn.Module) -> bool:
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x = torch.linspace(-1, 1, 3 * size, dtype=dtype, device=weight.device).view(1, 3, size)
     try:
-        return torch.equal(layer(x), _GatedMLP(layer, nullcontext)(x))
+        return torch.equal(layer(x), _GatedMLP(layer)(x))
     except (RuntimeError, TypeError, ValueError):
         return False  # what takes something else is another kind of layer
 
 
 class _GatedMLP(nn.Module):
-    def __init__(self, layer: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             layer.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
         )
-        self._around = around
         self._place: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ class _GatedMLP(nn.Module):
         else:
             gate, up = gate_proj(x), up_proj(x)
             place = self._place_for(gate.shape, gate.dtype, gate.device)
-        gated: Tensor = _Gate.apply(gate, up, self.act_fn, place, self._around)  # type: ignore[no-untyped-call]
+        gated: Tensor = _Gate.apply(gate, up, self.act_fn, place)  # type: ignore[no-untyped-call]
         return cast(Tensor, self.down_proj(gated))
 
     def _place_for(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,32 +101,23 @@ class _Gate(torch.autograd.Function):
     """act(gate) * up."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        act: Callable[[Tensor], Tensor],
-        place: Tensor,
-        around: Callable[[], AbstractContextManager[None]],
-    ) -> Tensor:
-        ctx.act, ctx.around = act, around
-        with around():
-            for kept, found in zip(place, (gate, up), strict=True):
-                if kept.data_ptr() != found.data_ptr():
-                    kept.copy_(found)
-            ctx.save_for_backward(place)
-            activated = act(gate)
-            # In place, but for activations that give what they got.
-            return activated * up if activated.data_ptr() == gate.data_ptr() else activated.mul_(up)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor], place: Tensor) -> Tensor:
+        ctx.act = act
+        for kept, found in zip(place, (gate, up), strict=True):
+            if kept.data_ptr() != found.data_ptr():
+                kept.copy_(found)
+        ctx.save_for_backward(place)
+        activated = act(gate)
+        # In place, but for activations that give what they got.
+        return activated * up if activated.data_ptr() == gate.data_ptr() else activated.mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors[0]
-        with ctx.around():
-            with torch.enable_grad():
-                gate = gate.detach().requires_grad_()
-                activated = ctx.act(gate)
-            of_up = grad * activated.detach()
-            (of_gate,) = torch.autograd.grad(activated, gate, grad * up)
-        return of_gate, of_up, None, None, None
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        of_up = grad * activated.detach()
+        (of_gate,) = torch.autograd.grad(activated, gate, grad * up)
+        return of_gate, of_up, None, None

@@ -162,8 +162,7 @@ class JointBase:
         for name, layer in _adapted_layers(self._model).items():
             self._model.set_submodule(name, layer.base_layer)
         self._model.train()
-        # What they do not keep pays for passes of more tokens.
-        recompute_gates(self._model, lambda: _on_threads(self.threads))
+        recompute_gates(self._model)  # what they do not keep pays for passes of more tokens
         head = cast(Any, self._model).get_output_embeddings()
         for name, layer in list(self._model.named_modules()):
             if type(layer) is nn.Linear and layer is not head:
