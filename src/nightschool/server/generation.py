@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from starlette.requests import Request
 from starlette.types import Receive
 
 from nightschool.engine.handle import Handle
@@ -195,6 +196,20 @@ async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
             task.cancel()
         with contextlib.suppress(BaseException):
             await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def only_answer(running: Running, request: Request) -> Answer:
+    """The one answer in the making for a request, which gets its facts for the log; nothing is computed on once the client goes away.
+
+    Raises:
+        ClientGone: If it did.
+    """
+    try:
+        [answer] = await while_connected(request.receive, running.answers())
+    finally:
+        running.cancel()
+        request.state.facts = running.facts()
+    return answer
 
 
 async def _gone(receive: Receive) -> None:

@@ -12,7 +12,7 @@ from nightschool.engine.request import SamplingParams
 from nightschool.engine.why import Explained, shown
 from nightschool.errors import NotLoaded, UsageError
 from nightschool.server.errors import ClientGone, Refusal
-from nightschool.server.generation import while_connected
+from nightschool.server.generation import only_answer
 from nightschool.server.middleware.auth import check_scope
 from nightschool.server.middleware.quotas import check_tokens
 from nightschool.server.middleware.route_rules import Rule
@@ -62,11 +62,7 @@ async def explained(
             wants_why=True,
         )
         running = await service.answering.start(ask, request_id)
-        try:
-            [answer] = await while_connected(request.receive, running.answers())
-        finally:
-            running.cancel()
-            request.state.facts = running.facts()
+        answer = await only_answer(running, request)
         why = await service.answering.why(running, ask, 0, answer.token_ids)
     except ClientGone:
         raise UsageError("The client is gone, so its question was not answered.") from None

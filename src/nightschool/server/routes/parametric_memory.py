@@ -18,7 +18,7 @@ from nightschool.server.bodies import AtLeastOne, Body, Number
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal, model_not_loaded
-from nightschool.server.generation import while_connected
+from nightschool.server.generation import only_answer
 from nightschool.server.recording import Exchange
 from nightschool.server.service import (
     PrincipalOf,
@@ -115,11 +115,7 @@ async def generate(
         principal=principal,
     )
     running = await service.answering.start(ask, request_id)
-    try:
-        [answer] = await while_connected(request.receive, running.answers())
-    finally:
-        running.cancel()
-        request.state.facts = running.facts()
+    answer = await only_answer(running, request)
     question = {"role": "user", "content": body.query}
     version = running.version
     service.recorder.keep(Exchange(request_id, version.name, version.id, [question], answer.text, owner_of(request)))

@@ -14,7 +14,7 @@ from nightschool.errors import NotFound
 from nightschool.server.body_route import BodyRoute
 from nightschool.server.error_schemas import refusals
 from nightschool.server.errors import Refusal
-from nightschool.server.generation import while_connected
+from nightschool.server.generation import only_answer
 from nightschool.server.recording import Exchange
 from nightschool.server.service import PrincipalOf, RequestId, ServiceOf
 from nightschool.server.submission import Ask
@@ -76,11 +76,7 @@ async def generate(
         principal=asker,
     )
     running = await service.answering.start(ask, request_id)
-    try:
-        [answer] = await while_connected(request.receive, running.answers())
-    finally:
-        running.cancel()
-        request.state.facts = running.facts()
+    answer = await only_answer(running, request)
     version = running.version
     turns = [{"role": message.role, "content": message.content} for message in messages]
     service.recorder.keep(Exchange(request_id, version.name, version.id, turns, answer.text, asker.key))
