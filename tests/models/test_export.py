@@ -75,7 +75,12 @@ def test_an_adapter_comes_back_bit_by_bit_and_gives_the_same_logits(base, tmp_pa
     assert prove_export(wrapped, tmp_path / "out", TOKENIZER) == 0.0
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), str(tmp_path / "out")).eval()
     with torch.no_grad():
-        assert torch.equal(plain(input_ids=IDS).logits, wrapped.eval()(input_ids=IDS).logits)
+        expected, ours = plain(input_ids=IDS).logits, wrapped.eval()(input_ids=IDS).logits
+    # Of experts, PEFT adds the product of the factors to the weights, and we to what they give.
+    of_experts = describe_adapter(wrapped).reached.keys() & {"experts.gate_up_proj"}
+    torch.testing.assert_close(
+        ours, expected, **({"rtol": 1e-4, "atol": 1e-5} if of_experts else {"rtol": 0, "atol": 0})
+    )
     assert not (tmp_path / "out/model.safetensors").exists()
 
 

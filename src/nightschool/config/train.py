@@ -111,7 +111,8 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="`all-linear`, or names of modules: a list, or `q_proj,v_proj`; a pattern is matched with whole names.",
+        description="`all-linear` (with the experts of a mixture), `attention`, `experts`, or names of modules: a list, or "
+        "`q_proj,v_proj`; a pattern is matched with whole names.",
     )
 
     @field_validator("target_modules")

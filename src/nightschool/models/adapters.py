@@ -1,13 +1,10 @@
 """LoRA adapters by PEFT: attached with a seed, resumed from a folder, loaded only if every tensor fits.
 
-`all-linear` means every `nn.Linear` but the output head. The experts and routers of a mixture (Qwen3-MoE, Mixtral) are no
-linear layers but bare tensors; for architectures that PEFT knows, its `all-linear` adapts those too, as
-`target_parameters`, and for others they stay frozen. `describe_adapter` counts what is really reached.
+What is reached is said by `lora.target_modules`, see `models.adapter_targets`; `describe_adapter` counts what really is.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +12,20 @@ from typing import Any, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from nightschool.errors import Damaged, ModelError
+from nightschool.models.adapter_targets import (
+    expert_weights,
+    find_targets,
+    kind,
+    linear_layers,
+    reached_layers,
+    refuse_frozen,
+)
+from nightschool.models.expert_adapters import compute_beside
 from nightschool.models.folder import read_json
 from nightschool.models.quiet import quiet_libraries
 
@@ -55,12 +59,12 @@ class AdapterInfo:
     @property
     def reached(self) -> dict[str, int]:
         """How many layers of each name have an adapter."""
-        return dict(Counter(name.rsplit(".", 1)[-1] for name in self.modules))
+        return dict(Counter(kind(name) for name in self.modules))
 
     @property
     def text(self) -> str:
         reached = ", ".join(f"{count} {name}" for name, count in self.reached.items())
-        missed = sorted({name.rsplit(".", 1)[-1] for name in self.missed})
+        missed = sorted({kind(name) for name in self.missed})
         return f"{len(self.modules)} layers: {reached}" + (f"; not {', '.join(missed)}" if missed else "")
 
     @property
@@ -76,19 +80,17 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
     `base_path` is written into the adapter's configuration as the base that it stands on.
 
     Raises:
-        ModelError: If `target_modules` names nothing in this model, or the output head of a model whose head is tied.
+        ModelError: If `target_modules` names nothing in this model, something that no adapter reaches, or the output head of a
+            model whose head is tied.
     """
-    targets = lora.target_modules
-    linear = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    )
-    if isinstance(targets, list):
-        _refuse_unknown_targets(targets, [name for name, _ in model.named_modules()], linear)
+    wanted = lora.target_modules
+    targets = find_targets(model, wanted)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_path,
     )
@@ -102,36 +104,27 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
                     f"lora.dropout is {lora.dropout:g}, and adapters of experts cannot drop out. "
                     "Write lora.dropout: 0, or name linear layers in lora.target_modules."
                 ) from None
+            names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
             raise ModelError(
-                f"lora.target_modules is {targets!r}, which does not fit this model ({error}). "
-                f"Write all-linear, or names among {', '.join(linear)}."
+                f"lora.target_modules is {wanted!r}, which does not fit this model ({error}). "
+                f"Write all-linear, or names among {', '.join(names)}."
             ) from None
     if model.config.get_text_config().tie_word_embeddings and isinstance(
         cast(Any, model).get_output_embeddings(), BaseTunerLayer
     ):
         raise ModelError(
-            f"lora.target_modules is {targets!r}, which names the output head, but the head of this model is its embedding: "
+            f"lora.target_modules is {wanted!r}, which names the output head, but the head of this model is its embedding: "
             "merging would change both. Leave the head out."
         )
-    # PEFT stores a set, whose order changes from process to process; a version should not.
+    refuse_frozen(wrapped, targets, wanted)
+    compute_beside(wrapped)
+    # PEFT stores sets, whose order changes from process to process; a version should not.
     adapter = cast(LoraConfig, wrapped.peft_config["default"])
-    adapter.target_modules = (
-        sorted(adapter.target_modules) if isinstance(adapter.target_modules, set) else adapter.target_modules
-    )
+    for field in ("target_modules", "target_parameters"):
+        names = getattr(adapter, field)
+        setattr(adapter, field, sorted(names) if isinstance(names, set) else names)
     adapter.base_model_name_or_path = base_path
     return cast(PeftModel, wrapped)
-
-
-def _refuse_unknown_targets(targets: list[str], modules: list[str], linear: list[str]) -> None:
-    """Peft takes a list of which one name fits, and leaves the others out without a word."""
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            near = difflib.get_close_matches(target, linear, n=1, cutoff=0.6)
-            raise ModelError(
-                f"lora.target_modules has {target}, and no module of this model is called so. "
-                + (f"Did you mean {near[0]}? " if near else "")
-                + f"Write all-linear, or names among {', '.join(linear)}."
-            )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
@@ -162,6 +155,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
                 raise Damaged(
                     f"The tensor {name} of the adapter {folder} was not loaded as it is stored. Publish it again."
                 )
+    compute_beside(wrapped)
     wrapped.train(trainable)
     return wrapped
 
@@ -189,29 +183,12 @@ def adapter_tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def describe_adapter(wrapped: PeftModel) -> AdapterInfo:
-    modules = sorted(
-        {
-            name.split(".lora_")[0].removeprefix("base_model.model.")
-            for name, p in wrapped.named_parameters()
-            if ".lora_" in name
-        }
-    )
+    reached = reached_layers(wrapped)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in wrapped.parameters() if not p.requires_grad)
-    experts = {id(p): p.numel() for name, p in wrapped.named_parameters() if p.ndim == 3 and ".lora_" not in name}
-    for module in wrapped.modules():
-        if isinstance(module, ParamWrapper):
-            experts.pop(id(getattr(module.get_base_layer(), module.parameter_name)), None)
-    head = cast(Any, wrapped).get_base_model().get_output_embeddings()
-    missed = [
-        name.removeprefix("base_model.model.")
-        for name, module in wrapped.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and not name.endswith(".base_layer")
-        and ".lora_" not in name
-    ]
-    return AdapterInfo(tuple(modules), trainable, frozen, sum(experts.values()), tuple(missed))
+    experts = {name: p.numel() for name, p in expert_weights(wrapped).items() if name not in reached}
+    missed = [name for name in linear_layers(wrapped) if name not in reached]
+    return AdapterInfo(tuple(sorted(reached)), trainable, frozen, sum(experts.values()), tuple(missed))
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -23,6 +23,7 @@ from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import ModelError, NothingToTrain, UsageError
 from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
+from nightschool.models.adapter_targets import find_targets, kind, reached_layers
 from nightschool.models.adapters import attach_lora, describe_adapter
 from nightschool.models.load import LoadedModel
 from nightschool.models.quantize import num_elements, stored_bytes
@@ -392,12 +393,13 @@ def _refuse_other_lora(model: PeftModel, recipe: Recipe, ref: str) -> None:
     config: Any = model.peft_config["default"]
     lora = recipe.lora
     wanted = lora.target_modules
-    has = config.target_modules or ()
-    if not isinstance(wanted, str) and not isinstance(has, str) and set(wanted) != set(has):
-        raise ModelError(
-            f"The recipe has lora.target_modules={', '.join(wanted)}, but the adapter {ref} has "
-            f"{', '.join(sorted(has))}. Write the adapter's, or start again from its base."
-        )
+    if not isinstance(wanted, str):
+        meant, has = find_targets(model, wanted).layers, reached_layers(model)
+        if meant != has:
+            raise ModelError(
+                f"The recipe has lora.target_modules={', '.join(wanted)}, but the adapter {ref} has {_kinds(has)}. "
+                "Write the adapter's, or start again from its base."
+            )
     if (config.r, float(config.lora_alpha)) != (lora.r, float(lora.alpha)):
         raise ModelError(
             f"The recipe has lora.r={lora.r} and lora.alpha={lora.alpha:g}, but the adapter {ref} has r={config.r} and "
@@ -408,6 +410,10 @@ def _refuse_other_lora(model: PeftModel, recipe: Recipe, ref: str) -> None:
         if isinstance(dropouts, torch.nn.ModuleDict):
             for name in dropouts:
                 dropouts[name] = torch.nn.Dropout(lora.dropout) if lora.dropout > 0 else torch.nn.Identity()
+
+
+def _kinds(layers: Iterable[str]) -> str:
+    return ", ".join(sorted({kind(name) for name in layers}))
 
 
 def render_data(tokenizer: Any, examples: Sequence[Example], max_seq_len: int, num_workers: int) -> RenderedData:

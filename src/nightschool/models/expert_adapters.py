@@ -1,0 +1,51 @@
+"""PEFT's adapters on the weights of all experts at once, computed beside those weights.
+
+PEFT keeps the factors of N experts in two matrices, [N·r, in] and [out, r·N], of which the first holds expert after expert
+and the second rank after rank. They stay there, so that PEFT saves and loads them; only the pass is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
+
+import torch
+from peft.tuners.lora import ParamWrapper
+from torch import Tensor, nn
+
+from nightschool.layers.adapted_experts import ExpertAdapter, adapted_experts, can_be_adapted
+
+
+def compute_beside(model: nn.Module) -> None:
+    """Have what adapters add to experts computed for the tokens alone, where the experts are laid out as usual."""
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper) or name.endswith(".base_layer"):
+            continue
+        if can_be_adapted(module.get_base_layer()):
+            setattr(module, "forward", partial(_forward, module))  # noqa: B010 - a method, for mypy
+
+
+def wrappers_of(outermost: ParamWrapper) -> Iterator[ParamWrapper]:
+    """PEFT wraps a module once for each of its weights, one in the other."""
+    layer: nn.Module = outermost
+    while isinstance(layer, ParamWrapper):
+        yield layer
+        layer = layer.base_layer
+
+
+def _forward(outermost: ParamWrapper, hidden_td: Tensor, chosen_tk: Tensor, scores_tk: Tensor) -> Tensor:
+    wrappers = list(wrappers_of(outermost))
+    if any(wrapper.disable_adapters or wrapper.merged or len(wrapper.lora_A) != 1 for wrapper in wrappers):
+        output: Tensor = ParamWrapper.forward(outermost, hidden_td, chosen_tk, scores_tk)
+        return output
+    adapters = {wrapper.parameter_name: _factors(wrapper) for wrapper in wrappers}
+    return adapted_experts(outermost.get_base_layer(), adapters, hidden_td, chosen_tk, scores_tk)
+
+
+def _factors(wrapper: ParamWrapper) -> ExpertAdapter:
+    ((name, down),) = wrapper.lora_A.items()
+    down_ri, up_or = cast(Tensor, down.weight), cast(Tensor, wrapper.lora_B[name].weight)
+    down_nri = torch.unflatten(down_ri, 0, (wrapper.num_experts, -1))
+    up_nor = torch.unflatten(up_or, 1, (-1, wrapper.num_experts)).permute(2, 0, 1)
+    return ExpertAdapter(down_nri, up_nor, float(wrapper.scaling[name]))
