@@ -454,6 +454,8 @@ OBSERVED = {
     "schedule.missed": "jobs/test_scheduler.py::test_what_was_missed_is_skipped_where_the_recipe_says_so",
     "schedule.overlap": "jobs/test_scheduler.py::test_cycles_that_fall_due_while_one_runs_are_skipped_and_counted",
     "schedule.min_new_examples": (skipped, {}, {"schedule.min_new_examples": 2}),
+    "experts.tier": "training/test_expert_streaming.py::test_the_plan_says_on_which_tier_the_bytes_lie",
+    "experts.resident": "layers/test_expert_stores.py::test_a_file_keeps_what_memory_keeps",
     "experts.load_balancing_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
     "experts.z_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
     "train.expert_learning_rate": (

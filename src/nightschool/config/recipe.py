@@ -348,7 +348,7 @@ class Recipe(Section):
     quantization: Quantization = Field(default_factory=Quantization, description="The base below an adapter.")
     dpo: Dpo = Field(default_factory=Dpo, description="Learning from preference pairs.")
     memory: Memory = Field(default_factory=Memory, description="Reading an explicit memory.")
-    experts: Experts = Field(default_factory=Experts, description="The expert routers of a mixture.")
+    experts: Experts = Field(default_factory=Experts, description="The experts of a mixture, and their routers.")
     pretrain: Pretrain = Field(default_factory=Pretrain, description="Learning from token shards.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="Training state on disk.")
     gate: Gate = Field(default_factory=Gate, description="The rules of promotion.")

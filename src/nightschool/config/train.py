@@ -185,7 +185,16 @@ class Shape(Section):
 
 
 class Experts(Section):
-    """How the expert routers of a mixture learn, where all weights do (methods full and pretrain)."""
+    """The experts of a mixture, and how their routers learn, where all weights do (methods full and pretrain)."""
+
+    tier: Literal["device", "host", "disk"] = Field(
+        "device",
+        description="Where experts live with their gradients and moments: with all other weights, in the host's memory, or in a "
+        "file. On a CPU the first two are the same memory.",
+    )
+    resident: int = Field(
+        4, ge=2, description="Experts that are in memory at a time, of all layers, where they live in a file."
+    )
 
     load_balancing_loss_coef: float = Field(
         0.01,

@@ -28,6 +28,8 @@ from nightschool.errors import ModelError
 
 # Expert routers that return their logits [T,N], and scores and numbers of the chosen experts [T,K], and choose by softmax.
 _ROUTERS = ("Qwen3MoeTopKRouter", "MixtralTopKRouter")
+# The settings that say how they learn.
+_OF_ROUTERS = ("load_balancing_loss_coef", "z_loss_coef")
 
 
 class ExpertBalance:
@@ -44,7 +46,7 @@ class ExpertBalance:
             for module in model.modules()
             if type(module).__name__ in _ROUTERS and all(p.requires_grad for p in module.parameters())
         ]
-        if not self._routers and settings != Experts():
+        if not self._routers and any(getattr(settings, name) != getattr(Experts(), name) for name in _OF_ROUTERS):
             raise ModelError(
                 "experts says how the expert routers of a mixture learn, and none learns here. Take the section out, or "
                 "method: full or pretrain with a mixture, such as base: new:moe-tiny."
@@ -138,9 +140,7 @@ class ExpertBalance:
 
     def hyper_parameters(self) -> dict[str, Any]:
         """What must be equal in a run that resumes."""
-        return (
-            {f"experts.{name}": value for name, value in self._settings.model_dump().items()} if self._routers else {}
-        )
+        return {f"experts.{name}": getattr(self._settings, name) for name in _OF_ROUTERS} if self._routers else {}
 
     def state(self) -> dict[str, Any]:
         """What the next step needs besides the weights, as plain values."""

@@ -5,12 +5,14 @@ Estimates for the plan. The bytes are those of tensors; the interpreter and its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.forward import causal_lm
 from nightschool.layers.loss import chunk_tokens_for
 from nightschool.models.quantize import num_elements, stored_bytes
@@ -95,10 +97,18 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         else:
             kind = _kind(name, parameter)
         kinds[kind] += num_elements(parameter)
-    total = sum(kinds.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for module in _streamed(model):
+        kinds["experts"] += module.num_elements
+        trainable += module.num_elements if module.stream.learns else 0
+    total = sum(kinds.values())
     idle = round(kinds["experts"] * (1 - _active_share(inner.config)))
     return ParameterCount(total=total, trainable=trainable, active=total - idle, **kinds)
+
+
+def _streamed(model: nn.Module) -> Iterator[StreamedExperts]:
+    """The experts that are no parameters of the model."""
+    return (module for module in model.modules() if isinstance(module, StreamedExperts))
 
 
 def expert_names(model: nn.Module) -> set[str]:
@@ -115,6 +125,25 @@ def expert_bytes(model: nn.Module, moment_bytes: int = 8) -> int:
             of_optimizer = moment_bytes + (0 if size >= 4 else 4)
             total += parameter.numel() * (size + (size + of_optimizer if parameter.requires_grad else 0))
     return total
+
+
+@dataclass(frozen=True)
+class TierBytes:
+    """Where the bytes of experts lie. On a CPU the host's memory is the device's, and all of it is `device`."""
+
+    device: int
+    host: int
+    disk: int
+
+
+def expert_tiers(model: nn.Module, moment_bytes: int = 8) -> TierBytes:
+    """Bytes of experts by tier: weights, and where they learn gradients and moments; buffers that they pass through, too."""
+    device, host, disk = expert_bytes(model, moment_bytes), 0, 0
+    for store in {id(module.stream): module.stream.store for module in _streamed(model)}.values():
+        host, disk = host + store.host_bytes, disk + store.disk_bytes
+    if causal_lm(model).get_input_embeddings().weight.device.type == "cpu":
+        device, host = device + host, 0
+    return TierBytes(device, host, disk)
 
 
 def flops_per_token(model: nn.Module, context_tokens: int = 0, *, training: bool = True) -> int:
@@ -151,7 +180,11 @@ def expected_peak_bytes(
     """
     inner = causal_lm(model)
     config = inner.config.get_text_config()
-    parameters = stored_bytes(model)
+    parameters = stored_bytes(model) + sum(
+        {id(m.stream): m.stream.store.host_bytes for m in _streamed(model)}.values()
+        if inner.device.type == "cpu"
+        else ()
+    )
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trainable)
     # What learns is also what is published and read again, in the same format.

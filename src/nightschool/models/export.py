@@ -8,7 +8,7 @@ files and never changed: a second copy of a large base may not fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +43,7 @@ def save_version_folder(
     *,
     stop_ids: Sequence[int] = (),
     base_path: Path | str | None = None,
+    write_weights: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `model` and `tokenizer` into `folder` (created if needed): safetensors, configuration, tokenizer, template.
 
@@ -53,6 +54,7 @@ def save_version_folder(
         stop_ids: Ids at which generation stops; without any, the tokenizer's end of text. Written into
             `generation_config.json`, so that plain transformers stops where we stop.
         base_path: For an adapter, the folder or hub id of its base: `LoadedModel.base_location`.
+        write_weights: What writes the tensors of a bare model, in place of transformers.
 
     Raises:
         ModelError: If an adapter has no base that can be loaded again.
@@ -73,6 +75,10 @@ def save_version_folder(
             adapter.base_model_name_or_path = str(base)
             model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
+        elif write_weights is not None:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(str(folder))
+            write_weights(folder)
         else:
             before = model.generation_config
             model.generation_config = generation
@@ -121,7 +127,7 @@ def prove_export(
             f"largest, and {limit:.0e} is allowed. It is not published; what it was made from is still whole."
         )
     if tokenizer is not None:
-        _compare_tokenizers(tokenizer, folder)
+        compare_tokenizers(tokenizer, folder)
     return difference
 
 
@@ -232,7 +238,8 @@ def few_logits(model: Any, seed: int) -> Tensor:
         model.train(training)
 
 
-def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise `ModelError` if the tokenizer in the folder is another one."""
     with quiet_libraries():
         again: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     sample = "Où sont 12 cats?\n  «né» 東京 🙂 <|im_end|>"

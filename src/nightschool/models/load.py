@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import adapter_base, load_adapter, merge_adapter
-from nightschool.models.build import build_model
+from nightschool.models.build import build_config, build_model
 from nightschool.models.folder import FolderInfo, inspect_folder, is_adapter_folder, is_memory_folder
 from nightschool.models.gguf_header import SUFFIX as GGUF
 from nightschool.models.hub import fetch_from_hub
@@ -30,6 +31,7 @@ from nightschool.models.memory_modules import MemoryModules
 from nightschool.models.memory_version import read_memory_folder
 from nightschool.models.quantize import dequantized, quantization_config, quantization_of, steady
 from nightschool.models.quiet import quiet_libraries
+from nightschool.models.streamed import ExpertPlace, build_streamed, read_streamed
 from nightschool.models.strict import check_causal, check_elements, check_values, not_loaded
 from nightschool.models.weights_file import ENDINGS as WEIGHTS_FILES
 from nightschool.models.weights_file import refuse_weights_file
@@ -105,6 +107,7 @@ def load_base(
     root: Path | None = None,
     shape: Mapping[str, Any] | None = None,
     read: ReadFolder | None = None,
+    experts: ExpertPlace | None = None,
 ) -> LoadedModel:
     """Load what `ref` means.
 
@@ -120,6 +123,7 @@ def load_base(
         root: Folder against which a relative path is taken; the working directory without it.
         shape: Fields of the configuration of `new:<preset>` that differ from the preset's.
         read: What reads a folder of full weights, in place of `read_folder`.
+        experts: Where the experts of a mixture live, if not with all other weights.
 
     Raises:
         NotFound: If nothing of that name is here; the message says what to do.
@@ -127,8 +131,12 @@ def load_base(
         Damaged: If a file is broken, or a tensor is missing, unexpected or of the wrong shape.
     """
     if ref.startswith("new:"):
-        return _build_new(ref, tokenizer, seed, dtype, device, shape)
-    return load_located(locate(ref, home, root), home, dtype=dtype, device=device, merge=merge, read=read)
+        return _build_new(ref, tokenizer, seed, dtype, device, shape, experts)
+    found = locate(ref, home, root)
+    if experts is not None:
+        _refuse_what_streams_not(found, home)
+        read = partial(_read_streamed, experts)
+    return load_located(found, home, dtype=dtype, device=device, merge=merge, read=read)
 
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
@@ -242,14 +250,36 @@ def _build_new(
     dtype: torch.dtype,
     device: torch.device | str,
     shape: Mapping[str, Any] | None,
+    experts: ExpertPlace | None,
 ) -> LoadedModel:
     if tokenizer is None:
         raise ModelError(
             f"The base {ref!r} is made from nothing and has no tokenizer. Train one on the data and pass it."
         )
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if experts is not None:
+        config = build_config(ref, len(tokenizer), **ids, shape=shape)
+        return _finish(build_streamed(config, seed, experts, device), tokenizer, ref, None)
     model = _moved(build_model(ref, len(tokenizer), seed, **ids, shape=shape), device, dtype)
     return _finish(model, tokenizer, ref, None)
+
+
+def _refuse_what_streams_not(found: Located, home: Home) -> None:
+    """Experts are streamed from a folder of full weights alone."""
+    if len(down_to_weights(found, home)) > 1 or found.quantization is not None:
+        raise ModelError(
+            f"The base {found.ref} is an adapter or quantised, and experts are streamed from full weights. Write "
+            "experts.tier: device, or take the version that it stands on."
+        )
+
+
+def _read_streamed(
+    place: ExpertPlace, folder: Path, ref: str, dtype: torch.dtype, device: torch.device | str, quantization: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `read_folder`, with experts where `place` says."""
+    assert quantization is None
+    facts = inspect_folder(folder, ref)
+    return read_streamed(facts, load_config(folder, ref), ref, place, dtype, device), load_tokenizer(folder, ref)
 
 
 def load_located(

@@ -30,6 +30,11 @@ def not_loaded(report: dict[str, Any]) -> str:
     return ""
 
 
+def is_derived(name: str) -> bool:
+    """Whether this is a buffer that old files carry and no model of today reads."""
+    return any(re.search(pattern, name) for pattern in _DERIVED)
+
+
 def check_elements(model: PreTrainedModel, facts: FolderInfo, ref: str) -> None:
     """Compare the elements in the files of `facts` with those of `model`.
 

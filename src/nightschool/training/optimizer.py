@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ def new_optimizer(
     train: Train,
     no_decay: set[str],
     rate_factors: Mapping[str, float] | None = None,
+    stacked: Set[str] = frozenset(),
 ) -> AdamW:
     """The optimizer that a recipe asks for.
 
@@ -87,17 +88,64 @@ def new_optimizer(
         train: Its settings.
         no_decay: Names of matrices without weight decay.
         rate_factors: What the learning rate is multiplied by for some names, where it is not 1.
+        stacked: Names of matrices [N,…] of N experts, of whose gradients norms are taken one by one.
 
     Raises:
         ModelError: If it is one of bitsandbytes, which is not installed.
     """
     settings = AdamWSettings.from_recipe(train)
     if settings.algorithm == "adamw":
-        return AdamW(parameters, settings, no_decay, rate_factors)
+        return AdamW(parameters, settings, no_decay, rate_factors, stacked)
     from nightschool.training.optimizer_8bit import AdamW8bit, PagedAdamW8bit  # which build on the class below
 
     paged = train.optimizer.startswith("paged_")
-    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay, rate_factors)
+    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay, rate_factors, stacked)
+
+
+def total_norm(gradients: Mapping[str, Tensor], stacked: Set[str], norms_elsewhere: Tensor) -> Tensor:
+    """The norm of all gradients: from those of all tensors, then of each expert's part of `stacked` ones, then those elsewhere.
+
+    Experts that are streamed know the norms of their parts only. The order is the same wherever they are, and so is the sum, bit by
+    bit.
+    """
+    single = [gradient for name, gradient in gradients.items() if name not in stacked]
+    if any(isinstance(gradient, DTensor) for gradient in gradients.values()):
+        norm = torch.nn.utils.get_total_norm([*gradients.values()], foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    parts = [part for name, gradient in gradients.items() if name in stacked for part in gradient.unbind()]
+    norms = torch.stack(torch._foreach_norm([*single, *parts]))
+    total: Tensor = torch.linalg.vector_norm(torch.cat([norms, norms_elsewhere.to(norms.device)]))
+    return total
+
+
+class Elsewhere(Protocol):
+    """What is updated together with the parameters, and lies elsewhere: experts that are streamed."""
+
+    def norms(self) -> Tensor:
+        """The norms of its gradients, not scaled any more; empty if there is nothing."""
+        ...
+
+    def refuse_non_finite(self, norm: Tensor) -> None:
+        """Raise `NonFiniteLoss` rather than be updated by gradients of such a norm."""
+        ...
+
+    def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
+        """Update it by its gradients, times `unscale`, times `clip_factor`."""
+        ...
+
+
+class _Nowhere(Elsewhere):
+    def norms(self) -> Tensor:
+        return torch.zeros(0)
+
+    def refuse_non_finite(self, norm: Tensor) -> None:
+        pass
+
+    def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
+        pass
+
+
+NOWHERE = _Nowhere()
 
 
 class AdamW:
@@ -124,9 +172,10 @@ class AdamW:
         settings: AdamWSettings,
         no_decay: set[str],
         rate_factors: Mapping[str, float] | None = None,
+        stacked: Set[str] = frozenset(),
     ) -> None:
         assert parameters, "there is nothing to optimize"
-        self.settings = settings
+        self.settings, self._stacked = settings, stacked
         self._parameters = dict(parameters)
         self._masters = {
             name: nn.Parameter(parameter.detach().float().clone())
@@ -162,35 +211,57 @@ class AdamW:
         for name, master in self._masters.items():
             gradient = self._parameters[name].grad
             master.grad = None if gradient is None else gradient.float()
-        return [p.grad for p in self._updated.values() if p.grad is not None]
+        return list(self._gradients().values())
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], rate: float, clip: float, scaler: torch.amp.GradScaler | None) -> Tensor:
+    def step(
+        self,
+        gradients: list[Tensor],
+        rate: float,
+        clip: float,
+        scaler: torch.amp.GradScaler | None,
+        elsewhere: Elsewhere = NOWHERE,
+    ) -> Tensor:
         """Clip the gradients that `gradients_ready` returned to the norm `clip` (0: not at all), update, and drop them.
+
+        So is what lies `elsewhere`, whose gradients count in the norm.
 
         Returns:
             The norm before clipping, over all gradients and over all parts of them; equal in all processes.
         """
+        norms_elsewhere, scale = elsewhere.norms(), None
         if scaler is not None:
+            if len(norms_elsewhere):
+                scale = scaler.get_scale()
+                if not bool(torch.isfinite(norms_elsewhere).all()):
+                    gradients[0].fill_(math.inf)  # the scaler looks for an overflow in these alone
             scaler.unscale_(self.inner)
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = total_norm(self._gradients(), self._stacked, norms_elsewhere)
+        if scaler is None:
+            elsewhere.refuse_non_finite(norm)
+        factor = None
         if clip > 0:
             # The factor is clamped on the device: asking the host whether to clip would wait for the whole backward pass.
             parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-            torch._foreach_mul_(parts, torch.clamp(clip / (norm + 1e-6), max=1.0))
-        for group, factor in zip(self.inner.param_groups, self._rate_factors, strict=True):
-            group["lr"] = rate * factor
+            factor = torch.clamp(clip / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(parts, factor)
+        for group, times in zip(self.inner.param_groups, self._rate_factors, strict=True):
+            group["lr"] = rate * times
         if scaler is None:
             self.inner.step()
         else:
             scaler.step(self.inner)
             scaler.update()
+        if scaler is None or scale is None or scaler.get_scale() >= scale:  # else the step was skipped
+            elsewhere.put_off(rate, factor, None if scale is None else 1 / scale)
         if self._masters:
             # What the model computes with is the rounded master.
             torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
         self.zero_grad()
         return norm
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self._updated.items() if p.grad is not None}
 
     @torch.no_grad()
     def take_masters(self, weights: Mapping[str, Tensor]) -> None:

@@ -258,9 +258,12 @@ def _started(
     """Open the saver, and have the first process choose the checkpoint to go on from; at the end all is written.
 
     The writer is started before a GPU is touched; that of an earlier process of this run is waited for. Where many runs
-    share a process, none has a writer: their checkpoints are small, and their writers together would not be.
+    share a process, none has a writer: their checkpoints are small, and their writers together would not be. Nor has one
+    whose experts are streamed: it would hold a copy of all of them.
     """
-    settings = recipe.checkpoints if company is None else recipe.checkpoints.model_copy(update={"background": False})
+    settings = recipe.checkpoints
+    if company is not None or recipe.experts.tier != "device":
+        settings = settings.model_copy(update={"background": False})
     sharded = _wants_shards(recipe, world)
     ranks = Ranks(world.rank, world.size, num_neighbours=world.local_size - 1) if sharded else Ranks()
     if world.is_first:

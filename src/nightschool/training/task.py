@@ -18,11 +18,13 @@ from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
 from nightschool.layers.expert_balance import ExpertBalance
 from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
 from nightschool.models.cost import expert_names
+from nightschool.models.streamed import expert_stream
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.optimizer import embedding_names, new_optimizer
+from nightschool.training.streamed_experts import StreamedExperts
 
 Source = TypeVar("Source", bound=Batches | TokenBatches)
 
@@ -187,7 +189,13 @@ class CausalTask(Task, Generic[Source]):
         self._balance = ExpertBalance(model, experts)
         self._train = train
         self._rate_factors = self._factors_of_rates(train)
-        self.optimizer = new_optimizer(self._trainable, train, embedding_names(model), self._rate_factors)
+        self._streamed = StreamedExperts(model, train, self._expert_rate_factor)
+        self._stacked = {
+            name for name in expert_names(model) & self._trainable.keys() if self._trainable[name].ndim == 3
+        }
+        self.optimizer = new_optimizer(
+            self._trainable, train, embedding_names(model), self._rate_factors, self._stacked
+        )
         self._sharded: LossModule | None = None
         # Tokens that carry loss and whose label was the likeliest; on the device, so that no step waits for them.
         self.likeliest = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -196,15 +204,17 @@ class CausalTask(Task, Generic[Source]):
 
     def _factors_of_rates(self, train: Train) -> dict[str, float]:
         """By name, how many times the learning rate experts learn at, if they have one of their own."""
+        self._expert_rate_factor = 1.0
         if train.expert_learning_rate is None:
             return {}
+        self._expert_rate_factor = train.expert_learning_rate / train.learning_rate
         names = expert_names(self.model) & self._trainable.keys()
-        if not names:
+        if not names and expert_stream(self.model) is None:
             raise ModelError(
                 f"train.expert_learning_rate is {train.expert_learning_rate:g}, and no expert of a mixture learns here. Take it "
                 "out, or method: full or pretrain with a mixture, such as base: new:moe-tiny."
             )
-        return dict.fromkeys(names, train.expert_learning_rate / train.learning_rate)
+        return dict.fromkeys(names, self._expert_rate_factor)
 
     @property
     def why_not_served(self) -> str:
@@ -229,7 +239,7 @@ class CausalTask(Task, Generic[Source]):
 
     def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         loss: Tensor | None = None
-        self.begin_window()
+        self.begin_window(scaler)
         with self._balance.watching(partial(self._token_scale, window, units, scaler)):
             for batch in window:
                 # Each part is divided by the units of the window before `backward`, so the parts just add up.
@@ -255,9 +265,10 @@ class CausalTask(Task, Generic[Source]):
             / tokens
         )
 
-    def begin_window(self) -> None:
+    def begin_window(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Count anew. Whoever finds the gradients in place of `accumulate` calls this before, and `end_window` after it."""
         self.likeliest.zero_()
+        self._streamed.begin_window(scaler)
 
     def end_window(self, loss: Tensor, units: int) -> None:
         """Make the figures of a window whose loss is found: `token_accuracy`, with dropout as it is."""
@@ -273,10 +284,11 @@ class CausalTask(Task, Generic[Source]):
         self._figures |= {name: figure / world.size for name, figure in self._balance.take().items()}
         if not self.is_sharded:  # sharded gradients are summed on their way already
             world.add_up(gradients)
-        return self.optimizer.step(gradients, rate, clip, scaler)
+        return self.optimizer.step(gradients, rate, clip, scaler, self._streamed)
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad()
+        self._streamed.begin_window()
 
     def release(self) -> None:
         self.optimizer.release()
@@ -330,7 +342,7 @@ class CausalTask(Task, Generic[Source]):
         kept = embedding_names(self.model)
         self._sharded = shard_model(self.model, self.path, self.world, stage)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = new_optimizer(self._trainable, self._train, kept, self._rate_factors)
+        self.optimizer = new_optimizer(self._trainable, self._train, kept, self._rate_factors, self._stacked)
 
     # --- the state ---------------------------------------------------------------------------------------------------
 
@@ -344,15 +356,19 @@ class CausalTask(Task, Generic[Source]):
         return tensors
 
     def weights(self) -> list[TensorSource]:
-        return sources_of(self._mine(self.saved_tensors()))
+        self._streamed.flush()
+        return [*sources_of(self._mine(self.saved_tensors())), *self._streamed.weights()]
 
     def optimizer_state(self) -> list[TensorSource]:
-        return sources_of(self._mine(self.optimizer.state()))
+        self._streamed.flush()
+        return [*sources_of(self._mine(self.optimizer.state())), *self._streamed.optimizer_state()]
 
     def optimizer_facts(self) -> dict[str, Any]:
+        settings = self.optimizer.hyper_parameters()
+        settings["decayed"] = sorted([*settings["decayed"], *self._streamed.decayed()])
         return {
-            "hyper_parameters": self.optimizer.hyper_parameters() | self._balance.hyper_parameters(),
-            "without_state": sorted(self.optimizer.without_state()),
+            "hyper_parameters": settings | self._balance.hyper_parameters(),
+            "without_state": sorted(self.optimizer.without_state() | self._streamed.without_state()),
             **self._balance.state(),
         }
 
@@ -367,19 +383,24 @@ class CausalTask(Task, Generic[Source]):
         return of_optimizer + sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def load_state(self, weights: StoredTensors, optimizer: StoredTensors, facts: dict[str, Any], where: str) -> None:
-        check_tensors(weights, self.saved_tensors(), what=f"weights of {where}")
-        self.optimizer.load_state(optimizer, set(facts["without_state"]))
+        without_state = set(facts["without_state"])
+        streamed = self._streamed.expected_optimizer(without_state)
+        check_tensors(weights, self.saved_tensors() | self._streamed.expected(), what=f"weights of {where}")
+        check_tensors(optimizer, streamed, what=f"optimizer state of {where}", more=True)
+        self.optimizer.load_state(optimizer.without(streamed.keys()), without_state)
+        self._streamed.load_optimizer(optimizer, without_state)
         self._balance.load_state(facts)
         self._copy(weights)
 
     def load_weights(self, weights: StoredTensors, where: str) -> None:
-        check_tensors(weights, self.saved_tensors(), what=f"weights of {where}")
+        check_tensors(weights, self.saved_tensors() | self._streamed.expected(), what=f"weights of {where}")
         self._copy(weights)
         self.optimizer.take_masters(weights)
 
     def _copy(self, weights: StoredTensors) -> None:
         for name, tensor in self.saved_tensors().items():
             put(tensor, weights[name])
+        self._streamed.load_weights(weights)
 
     def _mine(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return own_parts(tensors, self.world.rank) if self.is_sharded else tensors

@@ -25,14 +25,16 @@ class TensorSource:
     """A named tensor that is read when its turn comes, so that a state larger than the memory can be saved.
 
     `read` returns the tensor as it is now, with this shape and dtype: the run's own, or a fresh copy from wherever it
-    lies. `on_gpu` says that it is found there.
+    lies. What has `pieces` in its place is read in rows along its first dimension, each of which is there until the next is
+    asked for, so that the whole never is. `on_gpu` says that it is found there.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor] | None = None
     on_gpu: bool = False
+    pieces: Callable[[], Iterator[Tensor]] | None = None
 
     @property
     def info(self) -> TensorInfo:
@@ -41,9 +43,26 @@ class TensorSource:
 
     def tensor(self) -> Tensor:
         """The tensor; fails if it is not the one that was announced, because the file's header is written by then."""
-        tensor = self.read().detach()
+        tensor = torch.stack([piece.clone() for piece in self.pieces()]) if self.pieces else self._whole()
         assert (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype), f"{self.name} is another tensor now"
         return tensor
+
+    def parts(self) -> Iterator[Tensor]:
+        """The tensor as it can be had, whole or in rows, each of which is there until the next is asked for."""
+        if self.pieces is None:
+            yield self.tensor()
+            return
+        count = 0
+        for piece in self.pieces():
+            same = (tuple(piece.shape), piece.dtype) == (self.shape[1:], self.dtype)
+            assert same, f"{self.name} is another tensor now"
+            count += 1
+            yield piece
+        assert count == self.shape[0], f"{self.name} has {count} rows now"
+
+    def _whole(self) -> Tensor:
+        assert self.read is not None, f"{self.name} comes from nowhere"
+        return self.read().detach()
 
 
 def sources_of(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
@@ -96,7 +115,7 @@ class CheckpointContents:
 def _pieces(file: TensorFile, sources: dict[str, TensorSource]) -> Pieces:
     yield file.header
     for info in file.tensors:
-        yield tensor_bytes(sources[info.name].tensor())
+        yield from map(tensor_bytes, sources[info.name].parts())
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

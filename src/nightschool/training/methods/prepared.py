@@ -19,6 +19,7 @@ from nightschool.models.dtype import DtypeChoice, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
 from nightschool.models.quantize import quantization_of
 from nightschool.models.stored import StoredWeights
+from nightschool.models.streamed import ExpertPlace, expert_stream
 from nightschool.models.version_folder import OnWritten, write_version
 from nightschool.store import checkpoints
 from nightschool.store.atomic import read_json
@@ -34,6 +35,7 @@ from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.loss_mask_preview import Span
 from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.state import TrainState
+from nightschool.training.streamed_version import write_streamed_version
 from nightschool.training.task import Task
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -132,7 +134,7 @@ class PreparedRun(ABC, Generic[Data]):
             base_dtype = stored.dtype
         load = partial(
             setup.load_base, cls.base_of(recipe), setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
-            root=setup.root, shape=recipe.shape.given(),
+            root=setup.root, shape=recipe.shape.given(), experts=_place_of_experts(setup),
         )  # fmt: skip
         loaded = cls.load(recipe, load)
         hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
@@ -275,6 +277,9 @@ class PreparedRun(ABC, Generic[Data]):
         Raises:
             ModelError: If the folder, loaded again, is not what was trained.
         """
+        stream = expert_stream(self.loaded.model)
+        if stream is not None:
+            return write_streamed_version(self.loaded, stream, folder, on_written)
         return write_version(self.loaded, folder, on_written)
 
     def base_fingerprint(self) -> str | None:
@@ -300,6 +305,17 @@ class PreparedRun(ABC, Generic[Data]):
             model_config=cast(Any, self.loaded.model).config.to_dict(),
             numerics=self.numerics(),
         )
+
+
+def _place_of_experts(setup: Setup) -> ExpertPlace | None:
+    """Where experts live if not with all other weights: in a file on the disk of the run, or of the home for a plan."""
+    experts = setup.recipe.experts
+    if experts.tier == "device":
+        return None
+    folder = setup.folder or setup.home.path
+    while not folder.is_dir():
+        folder = folder.parent
+    return ExpertPlace(experts.tier, folder, experts.resident)
 
 
 # Settings of `train` that do not change the course of training, or that the schedule and the batches compare already.

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from nightschool.config.recipe import Recipe
 from nightschool.layers.forward import causal_lm
-from nightschool.models.cost import count_parameters, expected_peak_bytes, expert_bytes, expert_counts, flops_per_token
+from nightschool.models.cost import count_parameters, expected_peak_bytes, expert_counts, expert_tiers, flops_per_token
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
@@ -133,7 +133,7 @@ def _experts(task: Task, active: int, moment_bytes: int) -> list[PlanRow]:
     counts = expert_counts(causal_lm(task.model).config)
     if counts is None:
         return []
-    tiers = {"device": expert_bytes(task.model, moment_bytes), "host": 0, "disk": 0}
+    tiers = asdict(expert_tiers(task.model, moment_bytes))
     where = ", ".join(f"{format_bytes(size)} on the {tier}" for tier, size in tiers.items())
     facts = {
         "num_experts": counts.experts,
@@ -170,7 +170,7 @@ def _disk_needed(prepared: PreparedRun[Any], total: int, trainable: int) -> int:
     keep = prepared.recipe.checkpoints.keep
     checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable
     version = TRAINED_DTYPE_BYTES * (trainable if prepared.loaded.adapter else total)
-    return (keep.last + keep.best + 1) * checkpoint + version
+    return (keep.last + keep.best + 1) * checkpoint + version + expert_tiers(prepared.task.model).disk
 
 
 def _disk_free(path: Path) -> int:

@@ -1,0 +1,8 @@
+"""Experts that live on a slower tier and pass through the device one after the other.
+
+record     how one expert lies in memory or in a file
+store      what holds the records: `ram` and `file`
+pending    AdamW of an expert, put off until it is next loaded
+stream     all experts of a model: the order of loading, gradients, what is still to be done
+experts    the module that stands in a layer for its experts
+"""

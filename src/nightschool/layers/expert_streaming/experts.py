@@ -1,0 +1,117 @@
+"""The module that stands in a layer for its experts, which pass by one after the other, forward and on the way back.
+
+Shapes: T tokens, K active experts of a token, S = T·K rows sorted by expert, D width of the model, E of an expert.
+
+What is computed, and in which order, is what transformers' `grouped_mm` computes, so that the numbers are the same bit by bit on
+a CPU: one product for each expert and matrix. For the way back the rows and the first product are kept, as they are there.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from nightschool.layers.expert_streaming.record import GRADIENT, WEIGHTS
+from nightschool.layers.expert_streaming.stream import ExpertStream
+
+
+class StreamedExperts(nn.Module):
+    """The SwiGLU experts of one layer; they have no parameters here, they lie in the stream."""
+
+    def __init__(self, stream: ExpertStream, layer: int) -> None:
+        super().__init__()
+        self.stream, self.layer = stream, layer
+        self.num_experts = stream.shape.num_experts
+
+    @property
+    def num_elements(self) -> int:
+        """Weights of all experts of the layer."""
+        return self.num_experts * self.stream.shape.numbers
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return [T,D] of rows [T,D], the chosen experts [T,K] and their weights [T,K]."""
+        num_tokens, num_active = top_k_index.shape
+        experts_s, order_s = torch.sort(top_k_index.reshape(-1))
+        rows_sd = hidden_states[order_s // num_active].to(self.stream.store.layout.dtype)
+        counts = torch.bincount(experts_s, minlength=self.num_experts).tolist()
+        if torch.is_grad_enabled() and self.stream.learns and not rows_sd.requires_grad:
+            rows_sd.requires_grad_()  # experts learn also where nothing below them does
+        out_sd = cast(Tensor, _Experts.apply(rows_sd, self, counts))  # type: ignore[no-untyped-call]
+        weighted_sd = out_sd * top_k_weights.reshape(-1)[order_s].unsqueeze(-1)
+        back_s = torch.empty_like(order_s)
+        back_s[order_s] = torch.arange(len(order_s), device=order_s.device)
+        summed_td = weighted_sd[back_s].view(num_tokens, num_active, -1).sum(dim=1)
+        return summed_td.to(hidden_states.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    """Rows through their experts."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_sd: Tensor, experts: StreamedExperts, counts: list[int]) -> Tensor:
+        stream, shape = experts.stream, experts.stream.shape
+        gate_up_s = rows_sd.new_empty(len(rows_sd), 2 * shape.expert_size) if ctx.needs_input_grad[0] else None
+        out_sd = torch.empty_like(rows_sd)
+        places, busy = _places(counts)
+        with torch.autocast(rows_sd.device.type, enabled=False):
+            for expert, record in stream.current(experts.layer, busy):
+                gate_up, down = shape.matrices(record[WEIGHTS].to(rows_sd.device))
+                rows = places[expert]
+                both = torch.mm(rows_sd[rows], gate_up.T, out=None if gate_up_s is None else gate_up_s[rows])
+                gate, up = both.chunk(2, dim=-1)
+                torch.mm(functional.silu(gate) * up, down.T, out=out_sd[rows])
+        if gate_up_s is not None:
+            ctx.save_for_backward(rows_sd, gate_up_s)
+            ctx.experts, ctx.counts = experts, counts
+        return out_sd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sd: Tensor) -> tuple[Tensor, None, None]:
+        rows_sd, gate_up_s = ctx.saved_tensors
+        experts: StreamedExperts = ctx.experts
+        stream, shape = experts.stream, experts.stream.shape
+        grad_rows_sd = torch.empty_like(rows_sd)
+        places, busy = _places(ctx.counts)
+        with torch.autocast(rows_sd.device.type, enabled=False):
+            for expert, record, has_gradient in stream.backward(experts.layer, busy):
+                gate_up, down = shape.matrices(record[WEIGHTS].to(rows_sd.device))
+                rows = places[expert]
+                x, grad = rows_sd[rows], grad_sd[rows]
+                gate, up = gate_up_s[rows].chunk(2, dim=-1)
+                silu = functional.silu(gate)
+                grad_product = grad @ down
+                grad_both = torch.empty_like(gate_up_s[rows])
+                grad_gate, grad_up = grad_both.chunk(2, dim=-1)
+                torch.mul(grad_product, silu, out=grad_up)
+                grad_gate.copy_(torch.ops.aten.silu_backward(grad_product * up, gate))
+                torch.mm(grad_both, gate_up, out=grad_rows_sd[rows])
+                if stream.learns:
+                    parts = shape.matrices(record[GRADIENT])
+                    for part, left, right in ((parts[0], grad_both, x), (parts[1], grad, silu * up)):
+                        _add_product(part, left.T, right, add=has_gradient)
+                    stream.keep_gradient(experts.layer, expert, record)
+        return grad_rows_sd, None, None
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """Let `into`, wherever it lies, be the product, or the sum with it."""
+    if add:
+        into.add_((left @ right).to(into.device))
+    elif into.device == left.device:
+        torch.mm(left, right, out=into)
+    else:
+        into.copy_(left @ right)
+
+
+def _places(counts: list[int]) -> tuple[list[slice], list[int]]:
+    """The rows of each expert, and the experts that have some."""
+    ends = accumulate(counts, initial=0)
+    places = [slice(begin, end) for begin, end in pairwise(ends)]
+    return places, [expert for expert, count in enumerate(counts) if count]

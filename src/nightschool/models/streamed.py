@@ -1,0 +1,243 @@
+"""A mixture whose experts are streamed: made from nothing, or read from a stock folder, expert by expert.
+
+At no time are all experts in memory, unless that is their tier. A new one has the very numbers of `build_model` with the
+same seed, where an expert's matrices have multiples of 16 numbers: the generator fills them in blocks of 16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nightschool.errors import Damaged, ModelError
+from nightschool.layers.expert_streaming.experts import StreamedExperts
+from nightschool.layers.expert_streaming.file import PAGE_BYTES, FileStore
+from nightschool.layers.expert_streaming.ram import RamStore
+from nightschool.layers.expert_streaming.record import LEARNING, WEIGHTS, RecordLayout
+from nightschool.layers.expert_streaming.store import ExpertStore
+from nightschool.layers.expert_streaming.stream import ExpertShape, ExpertStream
+from nightschool.models.folder import FolderInfo
+from nightschool.models.quiet import quiet_libraries
+from nightschool.models.strict import check_values, is_derived
+
+# Modules of SwiGLU experts with `gate_up_proj` [N,2E,D] and `down_proj` [N,D,E].
+_MODULES = ("Qwen3MoeExperts", "MixtralExperts", "OlmoeExperts")
+# How stock folders name one matrix of one expert: gate and up, which are one here, and down.
+_STOCK = {
+    "mixtral": (".block_sparse_moe.experts.{}.w1.weight", ".block_sparse_moe.experts.{}.w3.weight", ".block_sparse_moe.experts.{}.w2.weight"),
+}  # fmt: skip
+_USUAL = (".mlp.experts.{}.gate_proj.weight", ".mlp.experts.{}.up_proj.weight", ".mlp.experts.{}.down_proj.weight")
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_RAM_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Where experts live: in the host's memory, or in a file on the disk of `folder`, of which `resident` are in memory.
+
+    Experts that learn have gradients and moments beside their weights.
+    """
+
+    tier: Literal["host", "disk"]
+    folder: Path
+    resident: int
+    learns: bool = True
+
+    def new_store(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> ExpertStore:
+        sections = LEARNING if self.learns else (WEIGHTS,)
+        if self.tier == "host":
+            layout = RecordLayout(sections, shape.numbers, dtype, _RAM_ALIGNMENT_BYTES)
+            return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")
+        layout = RecordLayout(sections, shape.numbers, dtype, PAGE_BYTES)
+        return FileStore(
+            layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of
+        )  # fmt: skip
+
+
+def expert_stream(model: nn.Module) -> ExpertStream | None:
+    """The stream of a model's experts; None where they are parameters like all others, or there are none."""
+    return next((module.stream for module in model.modules() if isinstance(module, StreamedExperts)), None)
+
+
+def build_streamed(
+    config: PretrainedConfig, seed: int, place: ExpertPlace, device: torch.device | str
+) -> PreTrainedModel:
+    """A fresh fp32 model; the global generator is left as it was.
+
+    Raises:
+        ModelError: If it is no mixture whose experts can be streamed.
+        DiskFull: If its experts find no room.
+    """
+    stream = _new_stream(config, place, torch.float32, torch.device(device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _without_experts(config, stream, torch.float32, draw=True)
+    return cast(PreTrainedModel, cast(Any, model).to(device))
+
+
+def read_streamed(
+    facts: FolderInfo, config: Any, ref: str, place: ExpertPlace, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """The model that a stock folder of full weights holds.
+
+    Raises:
+        ModelError: If it is no mixture whose experts can be streamed, or quantised.
+        Damaged: If a tensor is missing, unexpected, of another shape, or not finite.
+        DiskFull: If its experts find no room.
+    """
+    if facts.quantized:
+        raise ModelError(
+            f"The base {ref!r} is quantised, and its experts cannot be streamed. Write experts.tier: device."
+        )
+    stream = _new_stream(config, place, dtype, torch.device(device))
+    model = _without_experts(config, stream, dtype, draw=False)
+    files = _Files(facts, ref)
+    _fill_dense(model, files, ref)
+    _fill_experts(stream, str(config.model_type), files)
+    check_values(model, ref)
+    if (name := stream.not_finite()) is not None:
+        raise Damaged(f"The weights of {name} of the base {ref!r} hold NaN or infinity. Fetch it again.")
+    return cast(PreTrainedModel, cast(Any, model).to(device))
+
+
+def stock_names(model_type: str) -> tuple[str, str, str]:
+    """How a stock folder names gate, up and down of an expert, below the name of its layer."""
+    return _STOCK.get(model_type, _USUAL)
+
+
+def layer_of(experts: str) -> str:
+    """The name of the layer that a module of experts, `model.layers.0.mlp.experts`, is in."""
+    return experts.removesuffix(".mlp.experts")
+
+
+def stock_dense_name(name: str, model_type: str) -> str:
+    """How a stock folder names a tensor that is no expert's."""
+    return name.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else name
+
+
+def _new_stream(config: Any, place: ExpertPlace, dtype: torch.dtype, device: torch.device) -> ExpertStream:
+    with torch.device("meta"), quiet_libraries():
+        outline: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    found = {name: module for name, module in outline.named_modules() if type(module).__name__ in _MODULES}
+    if not found:
+        raise ModelError(
+            f"experts.tier is {place.tier}, and a {config.model_type} model has no experts that can be streamed. Take a mixture "
+            "(Qwen3-MoE, Mixtral or OLMoE), such as base: new:moe-tiny, or write experts.tier: device."
+        )
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise ModelError(
+            f"The experts of the base have the activation {config.hidden_act}, and only those with silu can be streamed. "
+            "Write experts.tier: device."
+        )
+    num_experts, double, hidden = next(iter(found.values())).gate_up_proj.shape
+    shape = ExpertShape(tuple(found), num_experts, hidden, double // 2)
+    return ExpertStream(shape, place.new_store(shape, dtype, device))
+
+
+def _without_experts(config: Any, stream: ExpertStream, dtype: torch.dtype, *, draw: bool) -> PreTrainedModel:
+    """The model with all weights but those of the experts, which `draw` fills in their store in their turn."""
+    with quiet_libraries(), _ExpertsElsewhere(stream, draw=draw):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    for layer, name in enumerate(stream.shape.layers):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, StreamedExperts(stream, layer))
+    return cast(PreTrainedModel, model)
+
+
+class _ExpertsElsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While a model is made, let tensors of all experts of a layer be empty shells, and draw their numbers into the store."""
+
+    def __init__(self, stream: ExpertStream, *, draw: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._stream, self._draw = stream, draw
+        self._shapes = {stream.shape.stacked_shape(which) for which in (0, 1)}
+        self._turns = iter(stream.shape.stacked().values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.empty.memory_format and tuple(args[0]) in self._shapes:
+            return function(*args, **(kwargs | {"device": "meta"}))
+        if function is torch.ops.aten.normal_.default and args[0].is_meta:
+            self._fill(*args[:3])
+            return args[0]
+        return function(*args, **kwargs)
+
+    def _fill(self, stacked: Tensor, mean: float = 0.0, std: float = 1.0) -> None:
+        if not self._draw:
+            return
+        layer, which = next(self._turns)
+        assert tuple(stacked.shape) == self._stream.shape.stacked_shape(which), "experts are drawn in another order"
+        size = stacked.shape[1:]
+        self._stream.fill(WEIGHTS, layer, which, (torch.empty(size).normal_(mean, std) for _ in range(len(stacked))))
+
+
+class _Files:
+    """The tensors of a folder, read one at a time."""
+
+    def __init__(self, facts: FolderInfo, ref: str) -> None:
+        self._path, self._ref = facts.path, ref
+        self.facts = {fact.name: fact for fact in facts.tensors}
+        self._open: tuple[str, Any] = ("", None)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        fact = self.facts.get(name)
+        if fact is None:
+            raise Damaged(f"The tensor {name} of the base {self._ref!r} is not in its files. Fetch it again.")
+        if tuple(fact.shape) != shape:
+            raise Damaged(
+                f"The tensor {name} of the base {self._ref!r} has the shape {list(fact.shape)}, and its configuration says "
+                f"{list(shape)}. Fetch it again."
+            )
+        if self._open[0] != fact.file:
+            self._open = (fact.file, safe_open(self._path / fact.file, framework="pt"))
+        return cast(Tensor, self._open[1].get_tensor(name))
+
+
+def _fill_dense(model: Any, files: _Files, ref: str) -> None:
+    """Read everything but experts."""
+    model_type, tied = str(model.config.model_type), set(getattr(model, "all_tied_weights_keys", None) or ())
+    wanted: Mapping[str, Tensor] = model.state_dict()
+    stock = {stock_dense_name(name, model_type): name for name in wanted}
+    unexpected = [
+        name for name in files.facts if name not in stock and not _ONE_EXPERT.search(name) and not is_derived(name)
+    ]
+    if unexpected:
+        raise Damaged(
+            f"The files of the base {ref!r} hold {unexpected[0]}, which the model has no place for. Fetch it again."
+        )
+    with torch.no_grad():
+        for name, own in stock.items():
+            if name in files.facts or own not in tied:
+                wanted[own].copy_(files.read(name, tuple(wanted[own].shape)))
+    model.tie_weights()
+
+
+def _fill_experts(stream: ExpertStream, model_type: str, files: _Files) -> None:
+    shape, names = stream.shape, stock_names(model_type)
+    d, e = shape.hidden_size, shape.expert_size
+    known: set[str] = set()
+
+    def rows(layer: str, patterns: tuple[str, ...], size: tuple[int, int]) -> Iterator[Tensor]:
+        for expert in range(shape.num_experts):
+            parts = [layer + pattern.format(expert) for pattern in patterns]
+            known.update(parts)
+            yield torch.cat([files.read(part, size) for part in parts])
+
+    for layer, name in enumerate(shape.layers):
+        stream.fill(WEIGHTS, layer, 0, rows(layer_of(name), names[:2], (e, d)))
+        stream.fill(WEIGHTS, layer, 1, rows(layer_of(name), names[2:], (d, e)))
+    more = [name for name in files.facts if _ONE_EXPERT.search(name) and name not in known]
+    if more:
+        raise Damaged(
+            f"The files of the base hold {more[0]}, and by its configuration there are {shape.num_experts} experts in "
+            f"{len(shape.layers)} layers. Fetch it again."
+        )
