@@ -1,6 +1,7 @@
 """Recipes are loaded from files, variables and overrides, in that order, and every setting knows who set it."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,33 @@ def test_the_shipped_facts_are_those_of_the_generator(tmp_path):
     write_world(make_world(0, 6), tmp_path, new_facts=3)
     for name in ("old_facts.json", "new_facts.json"):
         assert (tmp_path / name).read_text() == Path("data", name).read_text(), "the facts changed: write data/ anew"
+
+
+@pytest.mark.parametrize("written", ["dataset: chat,code", "dataset: [chat, code]", "data: [{dataset: 'chat, code'}]"])
+def test_data_sets_are_named_in_a_list_or_with_commas(written):
+    recipe = parse_recipe(f"name: a\nbase: x\n{written}\n", env={}).recipe
+    assert recipe.data[0].dataset == ["chat", "code"]
+
+
+def test_a_data_set_on_the_command_line_replaces_the_path_of_the_recipe():
+    text = "name: a\nbase: x\ndata: [{path: a.json, format: messages, repeat: 2}, {path: b.json}]\n"
+    recipe = parse_recipe(text, ["dataset=chat", "max_samples=5"], env={}).recipe
+    assert [(one.path, one.dataset) for one in recipe.data] == [(None, ["chat"]), ("b.json", None)]
+    assert (recipe.data[0].format, recipe.data[0].repeat, recipe.data[0].max_samples) == ("auto", 2, 5)
+    back = parse_recipe("name: a\nbase: x\ndataset: chat\ndata_dir: sets\n", ["data.0.path=c.json"], env={}).recipe
+    assert (back.data[0].path, back.data[0].dataset, back.data[0].folder) == ("c.json", None, None)
+
+
+@pytest.mark.parametrize(("written", "said"), [
+    ("dataset: chta", "'chta' is no data set; did you mean chat?"),
+    ("dataset: humaneval", "humaneval is there to be asked, and is never trained"),
+    ("data: [{path: x, folder: y}]", "`folder` belongs to `dataset`"),
+    ("data: [{dataset: chat, format: messages}]", "`format` belongs to `path` or `from`"),
+    ("data: [{path: x, prompt: '{q}'}]", "write both, or none"),
+    ("data: [{path: x, prompt: '{q}', answer: '{a}', format: alpaca}]", "so does `format: alpaca`"),
+    ("data: [{path: x, weight: 2}, {path: y}]", "some sources have a `weight` and some have none"),
+    ("data: [{from: conversations, max_samples: 3}]", "`max_samples` belongs to `path` or `dataset`"),
+])  # fmt: skip
+def test_what_a_source_cannot_be(written, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        parse_recipe(f"name: a\nbase: x\n{written}\n", env={})

@@ -93,7 +93,7 @@ def test_a_recipe_without_base_or_data_says_what_they_are():
         "r.yaml:2: data.path: is not a setting: data is a list; write data.0.path, or a list with dashes"
     ]
     assert problems("base: x\ndata:\n  - format: text\n") == [
-        "r.yaml:3: data.0: a data source has either `path` or `from: conversations`; write exactly one"
+        "r.yaml:3: data.0: a data source has one of `path`, `dataset` and `from: conversations`; write exactly one"
     ]
 
 

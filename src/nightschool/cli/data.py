@@ -62,6 +62,7 @@ def check(source: Path, /, *overrides: str) -> int:
         "duplicates": loaded.duplicates,
         "bad": loaded.bad,
         "superseded": loaded.superseded,
+        "held_out_elsewhere": loaded.leaked,
         "with_paraphrases": sum(1 for one in loaded.examples if one.paraphrases),
     }
     if recipe is not None:

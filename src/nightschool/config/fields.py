@@ -31,11 +31,23 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _parted(names: Any) -> Any:
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+
 Tokens = Annotated[int, BeforeValidator(parse_tokens), _written("integer", "2048", "16k tokens")]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), _written("number", "90s", "10m", "24h", "7d")]
 ByteCount = Annotated[int, BeforeValidator(parse_bytes), _written("integer", "20 MB", "50 GB")]
 Share = Annotated[float, BeforeValidator(parse_share), _written("number", "5%", "0.05")]
 NotBlank = Annotated[str, AfterValidator(_not_blank)]
+Names = Annotated[
+    list[NotBlank],
+    BeforeValidator(_parted),
+    WithJsonSchema(
+        {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}], "examples": ["a, b"]}
+    ),
+]
+"""A list, or a text with commas."""
 Rhythm = Annotated[
     Every,
     BeforeValidator(Every.parse),

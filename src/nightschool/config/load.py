@@ -24,6 +24,7 @@ from nightschool.config.assignments import (
     read_overrides,
     read_yaml,
 )
+from nightschool.config.data_source import OF_SOME_SOURCES, SOURCE_KINDS
 from nightschool.config.messages import explain
 from nightschool.config.recipe import DEFAULTS_OF_METHODS, Recipe
 from nightschool.config.resolve_keys import name_settings
@@ -99,6 +100,7 @@ def parse_recipe(
             if problem is not None:
                 problems.append(problem)
     tree.settle_rhythm()
+    tree.settle_sources()
     recipe, found = _validate(tree, file, text)
     # What is missing because a file or a key could not be understood would bury the reason.
     bad_keys = [problem.key for problem in problems]
@@ -217,6 +219,25 @@ class _Tree:
             loser = "every" if _RANKS[every.kind] < _RANKS[cron.kind] else "cron"
             del self.root["schedule"][loser]
             del self.origins["schedule", loser]
+
+    def settle_sources(self) -> None:
+        """Let `path`, `dataset` or `from` of a data source replace what a lower layer has in its place."""
+        sources = self.root.get("data")
+        for index, source in enumerate(sources if isinstance(sources, list) else ()):
+            ranks = {name: self._rank(("data", index, name)) for name in source} if isinstance(source, dict) else {}
+            kinds = sorted((name for name in SOURCE_KINDS if name in ranks), key=lambda name: ranks[name])
+            if len(kinds) < 2 or ranks[kinds[-2]] == ranks[kinds[-1]]:
+                continue
+            wins = kinds.pop()
+            foreign = [name for name, (belongs_to, _) in OF_SOME_SOURCES.items() if wins not in belongs_to]
+            for name in {*kinds, *foreign} & set(ranks):
+                if ranks[name] < ranks[wins]:
+                    del source[name]
+                    self.origins = {p: o for p, o in self.origins.items() if p[:3] != ("data", index, name)}
+
+    def _rank(self, path: Path) -> int:
+        """That of the highest layer which says something at or below a path."""
+        return max((_RANKS[o.kind] for p, o in self.origins.items() if p[: len(path)] == path), default=0)
 
     def where(self, path: Path, file: str) -> str:
         """The place that a message about `path` names: its own, or the nearest above or below it."""

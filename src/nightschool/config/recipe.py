@@ -12,7 +12,6 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
 from pydantic import (
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -22,6 +21,13 @@ from pydantic import (
 )
 
 from nightschool.config.checkpoints import Checkpoints, Keep, Upload
+from nightschool.config.data_source import (
+    ANY_NAME,
+    ConversationFilter,
+    DataSource,
+    Format,
+    PersonalData,
+)
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
 from nightschool.config.memory import Memory
 from nightschool.config.rules import RuleName, parse_rule
@@ -73,76 +79,6 @@ DEFAULTS_OF_METHODS: dict[Method, dict[str, Any]] = {
     "dpo": {"train.learning_rate": ADAPTER_LEARNING_RATE, "gate.preferences": ">= 50%"},
 }
 """Where the default of a setting depends on the method."""
-
-Format = Literal[
-    "auto",
-    "query_retrieved",
-    "messages",
-    "conversations",
-    "alpaca",
-    "prompt_completion",
-    "preference",
-    "labels",
-    "text",
-]
-
-
-PersonalData = Literal["key", "email", "card", "iban", "ip", "phone"]
-
-ANY_NAME = "any"
-"""In `where.model`: conversations of whatever served name."""
-
-
-class ConversationFilter(Section):
-    """Which of the kept conversations are studied."""
-
-    rating: Literal["good", "bad", "any"] | None = Field(
-        None, description="Keep only answers with this rating; `any` keeps rated and unrated ones."
-    )
-    corrected: bool | None = Field(
-        None, description="true: only answers that a person corrected; false: only uncorrected ones."
-    )
-    model: str | None = Field(
-        None, description="Keep only answers of this served name; without it, of the recipe's own; `any` keeps all."
-    )
-
-
-class DataSource(Section):
-    """One source of examples: files (`path`) or what the server kept (`from: conversations`)."""
-
-    path: NotBlank | None = Field(
-        None, description="A file, a folder or a glob: JSON, JSONL, Parquet or CSV; .txt is plain text."
-    )
-    format: Format = Field(
-        "auto", description="How rows are read; `auto` detects it from the fields and says what it found."
-    )
-    from_: Literal["conversations"] | None = Field(
-        None, alias="from", description="`conversations`: what the server kept by day."
-    )
-    where: ConversationFilter = Field(
-        default_factory=lambda: ConversationFilter(corrected=True),
-        description="Which conversations; without it, only corrected ones.",
-    )
-    since: Literal["always", "last_promoted"] = Field(
-        "always", description="`last_promoted`: only what came after the champion was promoted."
-    )
-
-    repeat: int = Field(
-        1, ge=1, description="Times each new example is studied in an epoch; replayed ones are studied once."
-    )
-
-    redact: list[PersonalData] = Field(
-        default_factory=list,
-        description="Personal data to replace by [EMAIL] and the like before anything else sees it (extra `redact`).",
-    )
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
-        if (self.path is None) == (self.from_ is None):
-            raise ValueError("a data source has either `path` or `from: conversations`; write exactly one")
-        return self
 
 
 class HeldOut(Section):
@@ -381,6 +317,11 @@ class Recipe(Section):
     def _some_data(cls, data: list[DataSource]) -> list[DataSource]:
         if not data:
             raise ValueError("there is no data; write `data: [{path: train.json}]`")
+        weights = [source.weight for source in data if source.from_ is None]
+        if any(weights) and not all(weights):
+            raise ValueError(
+                "some sources have a `weight` and some have none; write one for each, such as 1, or take all out"
+            )
         return data
 
     @model_validator(mode="after")

@@ -38,7 +38,8 @@ Defaults < recipe < environment < overrides.
   `lora.target_modules=[q_proj, v_proj]`. An index that is one beyond the end adds an entry.
 - Variables begin with `NIGHTSCHOOL_`, and two underscores stand for a dot: `NIGHTSCHOOL_TRAIN__EPOCHS=3`.
 - `schedule.every` and `schedule.cron` replace each other: the one that is set later in this order holds. In the same
-  place, both together are refused.
+  place, both together are refused. So do `path`, `dataset` and `from` of a data source, so that `dataset=chat,code` on the command
+  line takes the place of the first path of a recipe.
 
 Every problem of a recipe is reported at once, with file and line, and with the name that was probably meant.
 

@@ -50,7 +50,8 @@ def name_settings(source: Source) -> Named:
             continue
         if isinstance(assignment.value, EmptyList) and not _takes_elements(understood):
             dead += _places_below(source, assignment.path)
-        if understood.path != assignment.path and assignment.path not in SHORTHANDS:
+        is_element = isinstance(assignment.path[-1], int)
+        if understood.path != assignment.path and assignment.path not in SHORTHANDS and not is_element:
             named.notes.append(_note(assignment, understood))
         named.assignments.append(understood)
     _refuse_two_spellings(named)
@@ -83,13 +84,13 @@ def _understand(assignment: Assignment) -> Assignment | None:
             continue
         part = str(path[end - 1]).replace("-", "_")
         prefix = path[: end - 1]
+        if part in GROUPS and end == 1 and len(path) > 1 and isinstance(path[1], str):
+            return _of_a_group(assignment)
         if part != path[end - 1] and find((*prefix, part)) is not None:
             return _understand(replace(assignment, path=(*prefix, part, *path[end:])))
         alias = ALIASES.get(part)
         if alias is not None and alias.path[: len(prefix)] == prefix:
             return _translate(assignment, part, end)
-        if part in GROUPS and end == 1 and len(path) > 1 and isinstance(path[1], str):
-            return _of_a_group(assignment)
         raise _Unknown(path[:end], _what_was_meant(prefix, path[end - 1], assignment.value))
     setting = find(path)
     if path in SHORTHANDS and (assignment.value is None or isinstance(assignment.value, str)):

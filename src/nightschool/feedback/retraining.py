@@ -84,7 +84,8 @@ def _clean_recipe(home: Home, name: str) -> tuple[Recipe, Path]:
 def _sources(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
     """The sources of a recipe as whoever begins with its first weights needs them: all of each, wherever it is read from."""
     rows: list[dict[str, Any]] = [one | {"since": "always"} for one in recipe.as_plain()["data"]]
-    return [row if row["path"] is None else row | {"path": _absolute(row["path"], root)} for row in rows]
+    places = [{key: _absolute(row[key], root) for key in ("path", "folder") if row[key] is not None} for row in rows]
+    return [row | place for row, place in zip(rows, places, strict=True)]
 
 
 def _absolute(path: str, root: Path) -> str:

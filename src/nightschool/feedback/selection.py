@@ -124,16 +124,19 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         examples,
         recipe.held_out,
         root=root,
-        trained=accepted.trained(recipe.name),
+        trained={*accepted.trained(recipe.name), *loaded.parted},
         read=lambda kept: plan.read(kept)[0],
     )
+    held_out = split.held_out
+    if recipe.held_out.path is None:
+        held_out = without_duplicates([*held_out, *plan.read(loaded.held_out)[0]])[0]
     novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
     new = novelty.new or novelty.all
-    replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=split.held_out)
+    replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out])
     return Selection(
         new=new,
         replayed=replayed,
-        held_out=split.held_out,
+        held_out=held_out,
         num_all=len(examples),
         num_new=len(novelty.new),
         num_left_out=len(split.train) - len(new),

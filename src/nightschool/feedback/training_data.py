@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import get_args
 
+from nightschool.config.data_sets import PromptStyle, data_sets_named
 from nightschool.config.recipe import ANY_NAME, DataSource
 from nightschool.data.redact import Redactor
-from nightschool.data.sources.load import Loaded, SourceReport, read_into, without_duplicates
+from nightschool.data.sources.data_sets import find_files, last_rows_begin, read_data_set
+from nightschool.data.sources.hub_files import files_named, is_on_hub
+from nightschool.data.sources.load import Loaded, SourceReport, read_into
+from nightschool.data.sources.mixing import joined, mixed
 from nightschool.data.sources.problems import Problems
+from nightschool.data.sources.row_templates import RowTemplate
 from nightschool.data.sources.rows import expand
 from nightschool.errors import NotFound
 from nightschool.feedback.conversation_examples import examples_of
@@ -50,23 +56,64 @@ def load_sources(
         DataError: If rows are wrong: the first twenty problems, together.
     """
     problems = Problems()
-    parts: list[Loaded] = []
+    read = []
     for index, source in enumerate(sources):
         if source.path is not None:
-            paths = expand(source.path, root, f"data.{index}.path")
-            read = [read_into(path, source.format, root, problems) for path in paths]
+            found = _read_paths(source, source.path, root, f"data.{index}.path", problems)
+        elif source.dataset is not None:
+            found = _read_data_sets(source, source.dataset, root, home, f"data.{index}.dataset", problems)
         else:
-            read = [_read_conversations(source, home, name, base, problems)]
-        parts += [_as_wanted(part, source) for part in read]
+            found = _read_conversations(source, home, name, base, problems)
+        read.append(_as_wanted(found, source))
     problems.check()
-    unique, duplicates = without_duplicates(example for part in parts for example in part.examples)
-    return Loaded(
-        unique,
-        [report for part in parts for report in part.sources],
-        duplicates,
-        sum(part.bad for part in parts),
-        sum(part.superseded for part in parts),
-    )
+    return joined(mixed(read, [source.weight for source in sources]))
+
+
+def _read_paths(source: DataSource, path: str, root: Path, key: str, problems: Problems) -> Loaded:
+    """The files that a path names, parted where the source says so."""
+    template = None if source.prompt is None or source.answer is None else RowTemplate(source.prompt, source.answer)
+    paths = files_named(path, key) if is_on_hub(path) else expand(path, root, key)
+    whole = joined([read_into(one, source.format, root, problems, template=template) for one in paths])
+    if source.held_out is None:
+        return replace(whole, examples=whole.examples[: source.max_samples])
+    border = last_rows_begin(len(whole.examples), source.held_out)
+    trained = whole.examples[:border][: source.max_samples]
+    held_out = whole.examples[border:][: source.max_samples]
+    return replace(whole, examples=trained, held_out=held_out, parted=frozenset(one.digest for one in trained))
+
+
+def _read_data_sets(
+    source: DataSource, names: Sequence[str], root: Path, home: Home | None, key: str, problems: Problems
+) -> Loaded:
+    """Data sets by name, each parted as the table says."""
+    parts = []
+    for name in data_sets_named(names, trained=True):
+        try:
+            files = find_files(name, folders_of_data_sets(source.folder, root, home))
+        except NotFound as error:
+            raise NotFound(f"{key}: {error}") from None
+        rows = read_data_set(name, files, root=root, problems=problems, max_samples=source.max_samples)
+        trained = rows.examples(rows.trained, source.prompt_style, problems)
+        held_out = rows.examples(rows.held_out, source.prompt_style, problems)
+        as_asked = [one for style in get_args(PromptStyle) for one in rows.examples(rows.held_out, style, Problems())]
+        places = ", ".join(sorted({row.source for _, row in [*rows.trained, *rows.held_out]}))
+        parts.append(
+            Loaded(
+                trained,
+                [SourceReport(places, {name: len(rows.trained) + len(rows.held_out)}, len(trained))],
+                held_out=held_out,
+                parted=frozenset(one.digest for one in trained),
+                never=frozenset(one.digest for one in as_asked),
+            )
+        )
+    return joined(parts)
+
+
+def folders_of_data_sets(folder: str | None, root: Path, home: Home | None) -> list[Path]:
+    """Where data sets are looked for before the Hub: the folder that was named, or else the home's."""
+    if folder is not None:
+        return [root / Path(folder).expanduser()]
+    return [] if home is None else [home.data_sets]
 
 
 def _as_wanted(loaded: Loaded, source: DataSource) -> Loaded:
@@ -75,7 +122,10 @@ def _as_wanted(loaded: Loaded, source: DataSource) -> Loaded:
         loaded = replace(loaded, examples=[replace(one, repeat=source.repeat) for one in loaded.examples])
     if source.redact:
         redactor, found = Redactor(source.redact), Counter[str]()
-        loaded = replace(loaded, examples=[redactor.redact(one, found) for one in loaded.examples])
+        examples = [redactor.redact(one, found) for one in loaded.examples]
+        held_out = [redactor.redact(one, found) for one in loaded.held_out]
+        parted = frozenset(one.digest for one in examples) if loaded.parted else loaded.parted
+        loaded = replace(loaded, examples=examples, held_out=held_out, parted=parted)
         loaded = replace(loaded, sources=[replace(report, redacted=dict(found)) for report in loaded.sources])
     return loaded
 

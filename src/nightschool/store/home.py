@@ -63,6 +63,11 @@ class Home:
         return self.path / "files"
 
     @property
+    def data_sets(self) -> Path:
+        """Where data sets that a recipe names are looked for: files that somebody put there."""
+        return self.path / "datasets"
+
+    @property
     def tenants(self) -> Path:
         """A home for each tenant but the default one: its runs, its models, its locks."""
         return self.path / "tenants"

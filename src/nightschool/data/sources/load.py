@@ -12,7 +12,9 @@ from nightschool.config.recipe import HeldOut
 from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.data.sources.formats import detect, to_examples
 from nightschool.data.sources.labels import Labels
+from nightschool.data.sources.parquet_rows import READ_COLUMNS
 from nightschool.data.sources.problems import Problems
+from nightschool.data.sources.row_templates import RowTemplate
 from nightschool.data.sources.rows import expand, read_rows
 from nightschool.errors import DataError
 
@@ -39,6 +41,8 @@ class Loaded:
 
     `duplicates` counts examples that were there before and were left out. `bad` and `superseded` count kept
     conversations that were left out, see `nightschool.feedback.conversation_examples.examples_of`.
+    Some sources say themselves what of them is never trained (`held_out`); `parted` are the digests of the rest of these, `never`
+    those of what is held out, however it may be asked. `leaked` counts examples that were left out because another source holds them out.
     """
 
     examples: list[Example]
@@ -46,6 +50,10 @@ class Loaded:
     duplicates: int = 0
     bad: int = 0
     superseded: int = 0
+    held_out: list[Example] = field(default_factory=list)
+    parted: frozenset[str] = frozenset()
+    never: frozenset[str] = frozenset()
+    leaked: int = 0
 
 
 class Split(NamedTuple):
@@ -145,20 +153,27 @@ def is_held_out(example: Example, share: float) -> bool:
     return int(example.digest[:13], 16) < share * 16**13
 
 
-def read_into(path: Path, format_name: str, root: Path, problems: Problems) -> Loaded:
-    """Read one file; what is wrong with its rows goes to `problems`, and duplicates stay in."""
+def read_into(
+    path: Path, format_name: str, root: Path, problems: Problems, *, template: RowTemplate | None = None
+) -> Loaded:
+    """Read one file, by a template if there is one; what is wrong with its rows goes to `problems`, and duplicates stay in."""
     source = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
     examples: list[Example] = []
     formats: Counter[str] = Counter()
     seen: dict[str, Example] = {}
     labels = Labels(path)
-    for row in read_rows(path, source=source, problems=problems, most_rows=MOST_EXAMPLES):
+    columns = READ_COLUMNS if template is None else template.fields | {"id"}
+    for row in read_rows(path, source=source, problems=problems, most_rows=MOST_EXAMPLES, columns=columns):
         try:
-            found = to_examples(labels.named(row), format_name)
+            if template is None:
+                found = to_examples(labels.named(row), format_name)
+            else:
+                found = [template.example(row, str(row.fields.get("id", "")))]
         except DataError as error:
             problems.add(str(error))
             continue
-        formats[(detect(row.fields) or "") if format_name == "auto" else format_name] += 1
+        detected = (detect(row.fields) or "") if format_name == "auto" else format_name
+        formats[detected if template is None else "template"] += 1
         for example in found:
             first = seen.setdefault(example.id, example) if example.id else example
             if first.digest != example.digest:

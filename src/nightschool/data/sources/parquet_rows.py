@@ -7,7 +7,7 @@ out is measured before it becomes Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,10 @@ BATCH_ROWS = 1024
 MOST_EXPANSION = 1000
 
 
-def parquet_rows(path: Path, source: str, most_rows: int | None = None) -> Iterator[tuple[int, Any]]:
-    """Yield `(number of the row from 1, fields)`; empty cells are left out.
+def parquet_rows(
+    path: Path, source: str, most_rows: int | None = None, columns: Collection[str] = READ_COLUMNS
+) -> Iterator[tuple[int, Any]]:
+    """Yield `(number of the row from 1, fields)`; empty cells are left out, and so are other columns.
 
     Raises:
         DataError: If it cannot be read, or has too many rows, too large row groups or too long rows.
@@ -65,11 +67,11 @@ def parquet_rows(path: Path, source: str, most_rows: int | None = None) -> Itera
                 raise too_many(source, f"{file.metadata.num_rows:,} rows", most_rows)
             _check_size(file, source)
             names = file.schema_arrow.names
-            columns = [name for name in names if name in READ_COLUMNS]
-            if not columns and file.metadata.num_rows:  # the fields of one row are enough to say that no format fits
+            read = [name for name in names if name in columns]
+            if not read and file.metadata.num_rows:  # the fields of one row are enough to say that no format fits
                 yield 1, dict.fromkeys(names, "")
                 return
-            yield from _rows_of(file, columns, source, MOST_EXPANSION * path.stat().st_size + BATCH_BYTES)
+            yield from _rows_of(file, read, source, MOST_EXPANSION * path.stat().st_size + BATCH_BYTES)
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{source}: the Parquet file cannot be read: {said}. Write it again.") from None

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import glob
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nightschool.data.sources.json_rows import json_array, json_lines, json_stream, parse_json
-from nightschool.data.sources.parquet_rows import parquet_rows
+from nightschool.data.sources.parquet_rows import READ_COLUMNS, parquet_rows
 from nightschool.data.sources.problems import Problems
 from nightschool.data.sources.text_input import LINE_LIMIT_BYTES, open_data, text_lines, too_long, too_many
 from nightschool.errors import DataError, NotFound
@@ -40,7 +40,12 @@ class Row:
 
 
 def read_rows(
-    path: Path, *, source: str | None = None, problems: Problems | None = None, most_rows: int | None = None
+    path: Path,
+    *,
+    source: str | None = None,
+    problems: Problems | None = None,
+    most_rows: int | None = None,
+    columns: Collection[str] = READ_COLUMNS,
 ) -> Iterator[Row]:
     """Yield the rows of one file in its order, holding one at a time.
 
@@ -49,6 +54,7 @@ def read_rows(
         source: How messages name the file; by default as the path is written.
         problems: Where malformed rows are noted while reading goes on. By default the first one raises.
         most_rows: Refuse a file with more; at once where the file says how many it has.
+        columns: What is read of a file that is kept in columns.
 
     Raises:
         NotFound: If there is no such file.
@@ -59,7 +65,7 @@ def read_rows(
     noted = len(problems.found)
     count = 0
     try:
-        for line, fields in _values(kind_of(path, source), path, source, problems, most_rows):
+        for line, fields in _values(kind_of(path, source), path, source, problems, most_rows, columns):
             count += 1
             if most_rows is not None and count > most_rows:
                 raise too_many(source, "more rows", most_rows)
@@ -163,7 +169,7 @@ def _lines_or_stream(path: Path, source: str, ending: str) -> Kind:
 
 
 def _values(
-    kind: Kind, path: Path, source: str, problems: Problems, most_rows: int | None
+    kind: Kind, path: Path, source: str, problems: Problems, most_rows: int | None, columns: Collection[str]
 ) -> Iterator[tuple[int, Any]]:
     match kind:
         case "array":
@@ -173,7 +179,7 @@ def _values(
         case "stream":
             return json_stream(path, source)
         case "parquet":
-            return parquet_rows(path, source, most_rows)
+            return parquet_rows(path, source, most_rows, columns)
         case "csv":
             return _csv_rows(path, source, problems)
         case "text":
