@@ -26,6 +26,7 @@ from nightschool.data.batches import Batch
 from nightschool.evaluation.heldout import autocast, on_device
 from nightschool.layers.forward import causal_lm, draws_at_random, has_plain_head, losses_of_batches
 from nightschool.layers.gated_mlp import recompute_gates
+from nightschool.layers.products import linear
 from nightschool.models.resident import shell_of
 from nightschool.training.metrics import say
 from nightschool.training.task import CausalTask, Task
@@ -221,16 +222,18 @@ class _ServingLinear(nn.Module):
         self._of = (base,)  # in a tuple, or the module would hold the model that holds it
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.base_layer.out_features)
-        return self.write_into(x, torch.empty(shape, dtype=self.dtype_of(x), device=x.device))
+        return self._product(x, None)
 
     def write_into(self, x: Tensor, place: Tensor) -> Tensor:
         """What it gives for x [1,N,D], in `place` [1,N,F]."""
+        return self._product(x, place)
+
+    def _product(self, x: Tensor, place: Tensor | None) -> Tensor:
         (base,) = self._of
         pieces = base.pieces(self._name, x)
         weights = [part.weight for piece in pieces for part in (piece.layer.lora_A[_NAME], piece.layer.lora_B[_NAME])]
         # In a list, as it is no input that gradients flow to.
-        arguments = x, self.base_layer, base.threads, pieces, [place], *weights
+        arguments = x, self.base_layer, self.dtype_of(x), base.threads, pieces, [place], *weights
         out: Tensor = _LinearWithAdapters.apply(*arguments)  # type: ignore[no-untyped-call]
         return out
 
@@ -288,21 +291,24 @@ class _LinearWithAdapters(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: nn.Linear, threads: int, pieces: list[_Piece], places: list[Tensor], *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: nn.Linear,
+        product: torch.dtype,
+        threads: int,
+        pieces: list[_Piece],
+        places: list[Tensor | None],
+        *weights: Tensor,
     ) -> Tensor:
         (place,) = places
-        # No view of the place, which autograd would forbid to be given out, but a tensor of its own on the same numbers.
-        out = place.new_empty(0).set_(place.untyped_storage(), place.storage_offset(), place.shape, place.stride())
-        product = out.dtype
         # Not what dropout left, but the input, which the layers beside this one hold too, and a byte for each number of it.
         saved: list[Tensor | None] = [x] if pieces else []
         with torch.autocast(x.device.type, enabled=False):
             with _on_threads(threads):
-                operands = x.to(product).flatten(0, -2), base.weight.to(product).T
-                if base.bias is None:
-                    torch.mm(*operands, out=out.flatten(0, -2))
-                else:
-                    torch.addmm(base.bias.to(product), *operands, out=out.flatten(0, -2))
+                bias = None if base.bias is None else base.bias.to(product)
+                rows = None if place is None else _same_numbers(place).flatten(0, -2)
+                out = linear(x.to(product).flatten(0, -2), base.weight.to(product), bias, out=rows)
+                out = out.view(*x.shape[:-1], base.out_features)
             for piece, a, b in zip(pieces, weights[::2], weights[1::2], strict=True):
                 part = piece.input_of(x, a.dtype)
                 drawn = piece.draw_like(part)
@@ -319,7 +325,7 @@ class _LinearWithAdapters(torch.autograd.Function):
         pieces: list[_Piece] = ctx.pieces
         weights, saved = ctx.saved_tensors[: 2 * len(pieces)], ctx.saved_tensors[2 * len(pieces) :]
         with _on_threads(ctx.threads):
-            grad_x = grad @ ctx.base.weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+            grad_x = _times(grad, ctx.base.weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
         of_weights: list[Tensor] = []
         for number, (piece, a, b) in enumerate(zip(pieces, weights[::2], weights[1::2], strict=True)):
             x, (low, drawn) = saved[0], saved[1 + 2 * number : 3 + 2 * number]
@@ -333,7 +339,17 @@ class _LinearWithAdapters(torch.autograd.Function):
             if grad_x is not None:
                 of_kept = of_low @ a.to(grad.dtype)
                 grad_x[0, piece.tokens].add_(piece.dropped(of_kept, drawn))
-        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, *of_weights)
+        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, None, *of_weights)
+
+
+def _same_numbers(place: Tensor) -> Tensor:
+    """No view of the place, which autograd would forbid to be given out, but a tensor of its own on the same numbers."""
+    return place.new_empty(0).set_(place.untyped_storage(), place.storage_offset(), place.shape, place.stride())
+
+
+def _times(x: Tensor, weight_fd: Tensor) -> Tensor:
+    """The product xW [...,D] of x [...,F]."""
+    return linear(x.flatten(0, -2), weight_fd.T).view(*x.shape[:-1], -1)
 
 
 @contextmanager
