@@ -153,6 +153,19 @@ def test_an_overlay_lies_over_a_memory(bot, monkeypatch, capsys):
     assert "lies over no memory" in capsys.readouterr().err
 
 
+def test_what_is_read_takes_its_room_in_the_context_and_the_oldest_turns_make_way(talk):
+    def left_out(*options):
+        out = talk(*[QUESTION] * 6, options=["--memory", "facts", "--json", *options])
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert len(rows) == 6
+        return [row.get("turns_left_out", 0) for row in rows]
+
+    told = left_out("--memory-read", "prompt")
+    assert told[0] == 0
+    assert told == sorted(told)
+    assert told[-1] > left_out("--memory-read", "off")[-1]
+
+
 def test_off_reads_nothing_and_still_knows_where_to_write(talk, bot):
     out = talk(QUESTION, "/why", "/remember Eve speaks Latin.", options=["--memory", "facts", "--memory-read", "off"])
     assert bot.greedy(QUESTION, 6).splitlines()[0] in out

@@ -143,8 +143,10 @@ class LocalModel:
         """
         return self.begin(request_id, messages, params).handle
 
-    def begin(self, request_id: str, messages: Sequence[Message], params: SamplingParams) -> Asked:
-        """Queue a conversation, and keep what a memory had for it.
+    def begin(
+        self, request_id: str, messages: Sequence[Message], params: SamplingParams, *, shorten: bool = False
+    ) -> Asked:
+        """Queue a conversation, and keep what a memory had for it; with `shorten`, for fewer tokens where the context is nearly full.
 
         Raises:
             PromptTooLong: If it does not fit the context.
@@ -152,7 +154,13 @@ class LocalModel:
             NotFound: If the memory isn't there.
         """
         found = self._recall(messages)
-        return self._submit(request_id, messages, found, self.encode(messages, found), params)
+        prompt_ids = self.encode(messages, found)
+        if shorten:
+            free_tokens = self.context_tokens - len(prompt_ids)
+            if free_tokens < 1:
+                raise PromptTooLong(len(prompt_ids), 1, self.context_tokens)
+            params = replace(params, max_new_tokens=min(params.max_new_tokens, free_tokens))
+        return self._submit(request_id, messages, found, prompt_ids, params)
 
     def encode(self, messages: Sequence[Message], found: Recall | None) -> list[int]:
         """The tokens of a prompt, with the entries that are read there."""
@@ -165,13 +173,8 @@ class LocalModel:
         Raises:
             PromptTooLong: If the context has no room for one token of an answer.
         """
-        found = self._recall(messages)
-        prompt_ids = self.encode(messages, found)
-        free_tokens = self.context_tokens - len(prompt_ids)
-        if free_tokens < 1:
-            raise PromptTooLong(len(prompt_ids), 1, self.context_tokens)
-        params = SamplingParams(max_new_tokens=min(max_new_tokens, free_tokens), temperature=0)
-        return self._submit(request_id, messages, found, prompt_ids, params).handle
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0)
+        return self.begin(request_id, messages, params, shorten=True).handle
 
     @property
     def reads(self) -> Read | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from nightschool.cli.chat.backends import Backend, LocalBackend, Params, Reply, ServerBackend
-from nightschool.cli.chat.commands import COMMANDS, Chat, Leave, run_command
+from nightschool.cli.chat.backends import Backend, Reply
+from nightschool.cli.chat.commands import Leave, run_command
+from nightschool.cli.chat.conversation import Chat
+from nightschool.cli.chat.local_backend import LocalBackend
+from nightschool.cli.chat.params import GreedyParams, Params
+from nightschool.cli.chat.server_backend import ServerBackend
+from nightschool.cli.chat.terminal import Terminal
 from nightschool.cli.output import answer, bold, note, session
 from nightschool.data.example import Message
 from nightschool.errors import NightschoolError, UsageError
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from nightschool.engine.recall import MemoryChoice
 
 DEFAULT_MODEL = "default"
+_BALANCED = Params()
+_GREEDY = GreedyParams()
 
 
 def chat(
@@ -34,10 +39,8 @@ def chat(
     overlay: str | None = None,
     memory_read: Literal["layers", "prompt", "off"] | None = None,
     system: str | None = None,
-    temperature: Annotated[float, Parameter(name=["--temperature", "-t"])] = 0.7,
-    top_p: float = 0.9,
-    max_new_tokens: int = 256,
-    seed: int | None = None,
+    code: bool = False,
+    params: Params = _BALANCED,
 ) -> int:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer, and again leaves.
 
@@ -52,20 +55,17 @@ def chat(
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question, off reads
             nothing; without it, layers where the model was trained by method: memory.
         system: A system message.
-        temperature: 0 always takes the likeliest token; 1 draws as the model says.
-        top_p: Draw from the likeliest tokens that together have this probability.
-        max_new_tokens: Longest answer in tokens.
-        seed: Draw the same way each time.
+        code: Begin in code mode, where each line is a task to write code for.
+        params: How answers are drawn.
     """
-    params = _params(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     home = Home.find()
     choice = _choice(memory, overlay, memory_read)
     with closing(_backend(home, model, url, record=record, memory=choice)) as backend:
-        state = Chat(home, backend, params, say=_say, show=_show, memory=overlay or memory)
-        if system is not None:
-            state.system = system
+        terminal = Terminal(home)
+        state = Chat(home, backend, params, say=terminal.say, show=terminal.show, memory=overlay or memory)
+        state.system, state.mode = system, "code" if code else "chat"
         note(f"{bold(backend.model)}. /help lists commands, /exit leaves." + (" Answers are kept." if record else ""))
-        return _converse(state)
+        return _converse(state, terminal)
 
 
 def ask(
@@ -75,10 +75,7 @@ def ask(
     model: Annotated[list[str] | None, Parameter(name=["--model", "-m"])] = None,
     url: str | None = None,
     system: str | None = None,
-    temperature: Annotated[float, Parameter(name=["--temperature", "-t"])] = 0.0,
-    top_p: float = 0.9,
-    max_new_tokens: int = 256,
-    seed: int | None = None,
+    params: GreedyParams = _GREEDY,
 ) -> None:
     """Ask one question and print the answer. Greedy unless --temperature says otherwise.
 
@@ -87,12 +84,8 @@ def ask(
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id. Several are asked one after another.
         url: Ask a running server in place of loading the model here.
         system: A system message.
-        temperature: 0 always takes the likeliest token.
-        top_p: Draw from the likeliest tokens that together have this probability.
-        max_new_tokens: Longest answer in tokens.
-        seed: Draw the same way each time.
+        params: How the answer is drawn.
     """
-    params = _params(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     text = question if question is not None else sys.stdin.read().strip()
     if not text:
         raise UsageError("The question is blank. Write nightschool ask 'QUESTION'.")
@@ -115,14 +108,6 @@ def ask(
     answer(data, lambda: "\n\n".join(f"{bold(row['version'] or row['model'])}\n{row['answer']}" for row in rows))
 
 
-def _params(**values: float | None) -> Params:
-    params = Params()
-    for name, value in values.items():
-        if value is not None:
-            params = params.with_value(name, f"{value}")
-    return params
-
-
 def _choice(
     memory: str | None, overlay: str | None, read: Literal["layers", "prompt", "off"] | None
 ) -> MemoryChoice | None:
@@ -143,31 +128,17 @@ def _backend(
     return LocalBackend(home, model or DEFAULT_MODEL, record=record, memory=memory)
 
 
-def _say(text: str) -> None:
-    """What a command has to say: on stdout where a person talks, beside the answers with --json."""
-    print(printable(text), file=sys.stderr if session().json else sys.stdout, flush=True)
-
-
-def _show(data: dict[str, Any], text: str) -> None:
-    """What programs want to have as well: one object on a line with --json, else words."""
-    if session().json:
-        print(json.dumps(data, ensure_ascii=False), flush=True)
-    else:
-        _say(text)
-
-
-def _converse(chat: Chat) -> int:
+def _converse(chat: Chat, terminal: Terminal) -> int:
     """Read lines until the end of input, /exit, or Ctrl-C twice."""
     stopped_before = False
-    read = _reader(chat)
     while True:
         try:
-            line = read()
+            line = terminal.read(chat.mode)
         except KeyboardInterrupt:
             if stopped_before:
                 return 0
             stopped_before = True
-            _say("Ctrl-C again, or /exit, leaves.")
+            terminal.say("Ctrl-C again, or /exit, leaves.")
             continue
         except EOFError:
             return 0
@@ -175,58 +146,18 @@ def _converse(chat: Chat) -> int:
         if not line.strip():
             continue
         try:
-            if line.startswith("/"):
-                pending = run_command(chat, line)
-            else:
+            if not line.startswith("/"):
                 chat.ask(line)
-                pending = True
-            if pending:
-                stopped_before = not _answer(chat)
+            elif not run_command(chat, line):
+                continue
+            whole = terminal.write(chat.answer())
+            assert chat.last is not None, "an answer leaves a reply"
+            terminal.finish(chat.last, whole=whole, num_left_out=chat.num_left_out)
+            stopped_before = not whole
         except Leave:
             return 0
+        except KeyboardInterrupt:  # while a command was at work
+            terminal.say("Stopped.")
+            stopped_before = True
         except NightschoolError as error:
-            _say(f"error: {error}")
-
-
-def _answer(chat: Chat) -> bool:
-    """Print the answer as it comes. False if Ctrl-C stopped it; what was said until then stays."""
-    pieces = chat.answer()
-    whole = True
-    live = not session().json
-    try:
-        for piece in pieces:
-            if live:
-                print(printable(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        whole = False
-    finally:
-        pieces.close()
-    reply = chat.last
-    assert reply is not None, "an answer leaves a reply"
-    if live:
-        print("" if whole else " [stopped]", flush=True)
-    else:
-        row = {
-            "request_id": reply.request_id,
-            "version": reply.version,
-            "answer": reply.text,
-            "finish_reason": reply.finish_reason if whole else "cancelled",
-        } | ({} if reply.memory is None else {"memory": reply.memory})
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-    return whole
-
-
-def _reader(chat: Chat) -> Callable[[], str]:
-    """How the next line comes: edited, with history and completion, or plainly from a pipe."""
-    if not sys.stdin.isatty():
-        return input
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
-
-    chat.home.path.mkdir(parents=True, exist_ok=True)
-    words = WordCompleter([f"/{name}" for name in COMMANDS], sentence=True)
-    prompt: PromptSession[str] = PromptSession(
-        history=FileHistory(str(chat.home.path / "chat_history")), completer=words, complete_while_typing=False
-    )
-    return lambda: prompt.prompt("> ", reserve_space_for_menu=4)
+            terminal.say(f"error: {error}")

@@ -1,21 +1,21 @@
-"""A conversation, and the commands that can be typed into it."""
+"""The commands that can be typed into a conversation: one table, one entry a command."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from nightschool.cli.chat.backends import NO_MEMORY, Backend, Params, Reply
+from nightschool.cli.chat.backends import NO_MEMORY
+from nightschool.cli.chat.conversation import Chat, Correction
+from nightschool.cli.chat.params import SETTINGS
 from nightschool.cli.chat.remembering import fact_of
 from nightschool.cli.memory.shown_why import found_lines, word_lines
 from nightschool.data.example import Message
 from nightschool.errors import UsageError
 from nightschool.feedback.pins import Pins
-from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 
 
@@ -23,89 +23,12 @@ class Leave(Exception):
     """The conversation is over."""
 
 
-class Chat:
-    """The turns so far, who answers, and how.
+class Command(NamedTuple):
+    """What a command takes after its name, one line of help, and what it does: True if an answer should follow."""
 
-    Args:
-        home: Where pins go.
-        backend: Who answers.
-        params: How answers are drawn.
-        say: Tells the person something.
-        show: Tells a program something, the person the same in words.
-        memory: The memory that the person named, to read and to write.
-    """
-
-    def __init__(
-        self,
-        home: Home,
-        backend: Backend,
-        params: Params,
-        *,
-        say: Callable[[str], None],
-        show: Callable[[dict[str, Any], str], None],
-        memory: str | None = None,
-    ) -> None:
-        self.home = home
-        self.backend = backend
-        self.params = params
-        self.say = say
-        self.show = show
-        self._memory = memory
-        self.correction: Correction | None = None
-        self.system: str | None = None
-        self.turns: list[Message] = []
-        self.last: Reply | None = None
-
-    @property
-    def messages(self) -> list[Message]:
-        return [*([Message("system", self.system)] if self.system else []), *self.turns]
-
-    def ask(self, text: str) -> None:
-        """Add a user's turn. A turn that was never answered is replaced."""
-        if self.turns and self.turns[-1].role == "user":
-            self.turns.pop()
-        self.turns.append(Message("user", text))
-
-    def answer(self) -> Generator[str]:
-        """Yield the answer to the last turn. What has come becomes a turn, also when the iterator is closed."""
-        self.last = reply = Reply()
-        self.correction = None
-        pieces = self.backend.stream(self.messages, self.params, reply)
-        try:
-            yield from pieces
-        finally:
-            if reply.text:
-                self.turns.append(Message("assistant", reply.text))
-
-    def answered(self) -> tuple[Message, Message, Reply]:
-        """The last question, its answer, and the reply.
-
-        Raises:
-            UsageError: If nothing was answered yet.
-        """
-        if self.last is None or len(self.turns) < 2 or self.turns[-1].role != "assistant":
-            raise UsageError("There is no answer yet. Ask something first.")
-        return self.turns[-2], self.turns[-1], self.last
-
-    @property
-    def memory(self) -> str | None:
-        """The memory that a correction can be written into: the one that was named, or that the last answer read."""
-        if self._memory is not None or self.last is None or self.last.memory is None:
-            return self._memory
-        return str(self.last.memory["name"])
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What the last answer should have been, and the fact that follows from it; None where no rule tells one."""
-
-    request_id: str
-    text: str
-    fact: str | None
-
-
-# True if an answer should follow.
-Command = Callable[[Chat, str], bool | None]
+    argument: str
+    help: str
+    run: Callable[[Chat, str], bool | None]
 
 
 def run_command(chat: Chat, line: str) -> bool:
@@ -118,18 +41,18 @@ def run_command(chat: Chat, line: str) -> bool:
     word, _, rest = line[1:].strip().partition(" ")
     command = COMMANDS.get(ALIASES.get(word, word))
     if command is None:
-        raise UsageError(f"There is no command /{word}. /help lists them.")
-    return bool(command[0](chat, rest.strip()))
+        raise UsageError(f"Unknown command: /{word}. /help lists those that there are.")
+    return bool(command.run(chat, rest.strip()))
 
 
 def _help(chat: Chat, _rest: str) -> None:
-    chat.say("\n".join(f"/{usage:<16} {text}" for _, usage, text in COMMANDS.values()))
+    usages = {f"/{name} {command.argument}": command.help for name, command in COMMANDS.items()}
+    chat.say("\n".join(f"{usage:<17} {text}" for usage, text in usages.items()))
 
 
 def _clear(chat: Chat, _rest: str) -> None:
-    chat.turns.clear()
-    chat.last = None
-    chat.say("Starting a new conversation.")
+    chat.start_over(system=chat.system)
+    chat.say("Conversation history cleared.")
 
 
 def _exit(_chat: Chat, _rest: str) -> None:
@@ -140,18 +63,27 @@ def _params(chat: Chat, rest: str) -> None:
     for pair in rest.split():
         name, _, value = pair.partition("=")
         chat.params = chat.params.with_value(name, value)
-    chat.say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(chat.params).items()))
+    chat.say(" ".join(f"{name}={chat.params.shown(name)}" for name in SETTINGS))
 
 
-def _temperature(chat: Chat, rest: str) -> None:
+def _set(name: str, chat: Chat, rest: str) -> None:
     if rest:
-        chat.params = chat.params.with_value("temperature", rest)
-    chat.say(f"temperature={chat.params.temperature:g}")
+        chat.params = chat.params.with_value(name, rest)
+    label = SETTINGS[name].label.capitalize()
+    chat.say(f"{label} {'set to' if rest else 'is'} {chat.params.shown(name)}")
+
+
+def _switch(mode: str, chat: Chat, rest: str) -> None:
+    if rest:
+        raise UsageError(f"/{mode} takes nothing. Write /{mode}, and what you ask on the next line.")
+    chat.mode = mode
+    chat.say(f"Switched to {mode} mode")
 
 
 def _model(chat: Chat, rest: str) -> None:
     if rest:
         chat.backend.switch(rest)
+        chat.show_all()
     chat.say(chat.backend.model)
 
 
@@ -161,38 +93,59 @@ def _system(chat: Chat, rest: str) -> None:
 
 
 def _retry(chat: Chat, _rest: str) -> bool:
-    chat.answered()
-    chat.turns.pop()
+    if not chat.turns or chat.turns[-1].role != "user":  # one that was never answered is asked again as it is
+        chat.exchange()
+        chat.turns.pop()
     return True
 
 
 def _undo(chat: Chat, _rest: str) -> None:
-    question, _, _ = chat.answered()
-    del chat.turns[-2:]
-    chat.last = None
+    question, _ = chat.exchange()
+    chat.start_over(chat.turns[:-2], chat.system)
     chat.say(f"Took back: {question.content}")
 
 
 def _save(chat: Chat, rest: str) -> None:
     if not rest:
         raise UsageError("/save needs a file. Write /save chats.jsonl.")
-    chat.answered()
-    row = {"messages": [{"role": turn.role, "content": turn.content} for turn in chat.messages]}
-    with Path(rest).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    chat.say(f"Appended {len(chat.messages)} turns to {rest}: data that nightschool train reads.")
+    chat.exchange()
+    turns = chat.messages()
+    row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+    try:
+        with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UsageError(f"{rest} cannot be written: {error.strerror}. Name another file.") from None
+    chat.say(f"Appended {len(turns)} turns to {rest}: data that nightschool train reads.")
 
 
-def _mark(chat: Chat, rating: Literal["good", "bad"]) -> None:
-    _, _, reply = chat.answered()
-    chat.backend.feedback(reply.request_id, rating, None)
+def _load(chat: Chat, rest: str) -> None:
+    if not rest:
+        raise UsageError("/load needs a file. Write /load chats.jsonl.")
+    from nightschool.data.sources.load import read_into
+    from nightschool.data.sources.problems import Problems
+
+    problems = Problems()
+    read = read_into(Path(rest).expanduser(), "auto", Path.cwd(), problems)
+    problems.check()
+    conversations = [example.messages for example in read.examples if example.messages]
+    if not conversations:
+        raise UsageError(f"{rest} has no conversation. /save writes one.")
+    turns = list(conversations[-1])
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    chat.start_over(turns, system)
+    chat.say(f"Loaded {len(conversations[-1])} turns, the last conversation of {rest}.")
+
+
+def _mark(rating: Literal["good", "bad"], chat: Chat, _rest: str) -> None:
+    chat.backend.feedback(chat.reply().request_id, rating, None)
     chat.say(f"Marked as {rating}.")
 
 
 def _fix(chat: Chat, rest: str) -> None:
     if not rest:
         raise UsageError("/fix needs the right answer. Write /fix The right answer.")
-    _, _, reply = chat.answered()
+    reply = chat.reply()
     if chat.memory is None:
         _learn_later(chat, reply.request_id, rest)
         chat.turns[-1] = Message("assistant", rest)
@@ -212,7 +165,7 @@ def _fix(chat: Chat, rest: str) -> None:
 
 
 def _remember(chat: Chat, rest: str) -> None:
-    _, _, reply = chat.answered()
+    reply = chat.reply()
     if chat.memory is None:
         raise UsageError(NO_MEMORY)
     fact = rest or (chat.correction.fact if chat.correction is not None else None)
@@ -236,7 +189,7 @@ def _learn_later(chat: Chat, request_id: str, correction: str) -> None:
 
 
 def _why(chat: Chat, _rest: str) -> None:
-    _, _, reply = chat.answered()
+    reply = chat.reply()
     told = chat.backend.why(reply)
     lines = [*found_lines(told.memory, told.tokens), "", *word_lines(told.tokens)]
     if told.text != reply.text:
@@ -246,38 +199,45 @@ def _why(chat: Chat, _rest: str) -> None:
 
 
 def _pin(chat: Chat, _rest: str) -> None:
-    question, given, _ = chat.answered()
+    question, given = chat.exchange()
     name = parse_ref(chat.backend.model).name
     pin = Pins(chat.home.database).add(name, question.content, given.content)
     chat.say(f"Pinned for {name} as {pin.id}: every candidate must keep this answer.")
 
 
-# word: (what it does, how it is written, one line of help)
-COMMANDS: dict[str, tuple[Command, str, str]] = {
-    "help": (_help, "help", "List the commands."),
-    "clear": (_clear, "clear", "Start a new conversation."),
-    "exit": (_exit, "exit", "Leave, as /bye and /quit do."),
-    "params": (_params, "params [k=v …]", "Show or set max_new_tokens, temperature, top_p, seed."),
-    "temp": (_temperature, "temp X", "Set the temperature; 0 is greedy."),
-    "model": (_model, "model [MODEL]", "Show who answers, or switch to another model."),
-    "system": (_system, "system [TEXT]", "Set the system message, or remove it."),
-    "retry": (_retry, "retry", "Answer the last question again."),
-    "undo": (_undo, "undo", "Take the last question and its answer back."),
-    "save": (_save, "save FILE", "Append the conversation to a JSONL file that can be trained."),
-    "good": (lambda chat, _: _mark(chat, "good"), "good", "Mark the answer as good."),
-    "bad": (lambda chat, _: _mark(chat, "bad"), "bad", "Mark the answer as bad."),
-    "fix": (
-        _fix,
-        "fix TEXT",
-        "Say what the answer should have been: to be remembered now, or learned in a later night.",
+COMMANDS = {
+    "help": Command("", "List the commands.", _help),
+    "clear": Command("", "Start a new conversation; the system message stays.", _clear),
+    "exit": Command("", "Leave, as /bye and /quit do.", _exit),
+    "params": Command("[k=v …]", "Show or set all that says how answers are drawn.", _params),
+    "temp": Command(
+        "[X]", "Set the temperature: 0 is greedy, 0.7 balanced, above 1 wild.", partial(_set, "temperature")
     ),
-    "remember": (
-        _remember,
-        "remember [FACT]",
-        "Write a fact, or what /fix corrected, into the memory; it counts at once.",
+    "top-p": Command(
+        "[X]", "Draw from the likeliest tokens that together have this probability.", partial(_set, "top_p")
     ),
-    "study": (_study, "study", "Keep what /fix corrected, for a later night that learns it."),
-    "why": (_why, "why", "Show which entries of the memory the answer came from, and what it would be without them."),
-    "pin": (_pin, "pin", "Pin the answer: the gate refuses candidates that lose it."),
+    "top-k": Command("[N]", "Draw from this many likeliest tokens; 0 from all.", partial(_set, "top_k")),
+    "max": Command("[N]", "Set the longest answer, in tokens.", partial(_set, "max_new_tokens")),
+    "code": Command("", "From now on each line is a task to write code for.", partial(_switch, "code")),
+    "chat": Command("", "From now on each line is sent as it is.", partial(_switch, "chat")),
+    "model": Command("[MODEL]", "Show who answers, or switch to another model.", _model),
+    "system": Command("[TEXT]", "Set the system message, or remove it.", _system),
+    "retry": Command("", "Answer the last question again.", _retry),
+    "undo": Command("", "Take the last question and its answer back.", _undo),
+    "save": Command("FILE", "Append the conversation to a JSONL file that can be trained.", _save),
+    "load": Command("FILE", "Go on with the last conversation of a file, such as /save wrote.", _load),
+    "good": Command("", "Mark the answer as good.", partial(_mark, "good")),
+    "bad": Command("", "Mark the answer as bad.", partial(_mark, "bad")),
+    "fix": Command(
+        "TEXT", "Say what the answer should have been: to be remembered now, or learned in a later night.", _fix
+    ),
+    "remember": Command(
+        "[FACT]", "Write a fact, or what /fix corrected, into the memory; it counts at once.", _remember
+    ),
+    "study": Command("", "Keep what /fix corrected, for a later night that learns it.", _study),
+    "why": Command(
+        "", "Show which entries of the memory the answer came from, and what it would be without them.", _why
+    ),
+    "pin": Command("", "Pin the answer: the gate refuses candidates that lose it.", _pin),
 }
 ALIASES = {"?": "help", "bye": "exit", "quit": "exit", "q": "exit", "new": "clear", "temperature": "temp"}

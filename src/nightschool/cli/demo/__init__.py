@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nightschool.cli.chat.backends import ServerBackend
+from nightschool.cli.chat.server_backend import ServerBackend
 from nightschool.cli.demo.stage import (
     Background,
     DemoFailed,

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.chat.backends import Params, Reply, ServerBackend
+from nightschool.cli.chat.backends import Reply
+from nightschool.cli.chat.params import Params
+from nightschool.cli.chat.server_backend import ServerBackend
 from nightschool.data.example import Message
 from nightschool.errors import NightschoolError
 from nightschool.work.processes import command

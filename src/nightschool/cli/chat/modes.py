@@ -1,0 +1,17 @@
+"""What a typed line becomes before the model gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def code_task(text: str) -> str:
+    """A request for code, in words after which instruction models begin with the code itself."""
+    return f"### Code Task:\n{text}\n\n### Solution:\n"
+
+
+MODES: dict[str, Callable[[str], str]] = {"chat": _as_it_is, "code": code_task}
