@@ -10,6 +10,8 @@ Of a sample of the edits, everything generated greedily up to the full stop and 
   known_wording    in wordings that only the base has seen  strange_wording  in words that not even the base has seen
   locality         facts that nobody edited are answered as before; beside_edit: of people of whom another fact was edited
   retention        the first tenth of the edits, asked at the end
+
+What is done is kept (see `kept`), of each seed the memory and each peer: a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -19,17 +21,20 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from harness import Benchmark
+from kept import Kept
 from memory_biographies import RELATIONS, TEACHER, BaseSettings, Fact, World, base, said
 from memory_reading import Entries, Memorised
 from torch import nn
-from transformers import Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+import nightschool
 from nightschool.layers.attention import lay_out, packed_arguments
 from nightschool.layers.forward import prepare
 from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
@@ -43,7 +48,11 @@ AT_ONCE = 64
 # The facts of every sixth known person are never edited, nor those of one relation of the others.
 KEPT_PEOPLE = 6
 RETENTION = 0.1
+COLUMNS = ("efficacy", "paraphrase", "known_wording", "strange_wording", "locality", "beside_edit", "retention")
 PEERS = ("codebook", "lora", "full", "sparse")
+OWN_SOURCES = ("memory_editing.py", "memory_biographies.py", "memory_reading.py")
+PRODUCT_SOURCES = ("layers/memory_*.py", "models/memory_*.py", "data/memory_*.py", "training/methods/memory.py",
+                   "training/nearest_facts.py", "config/memory.py", "memory/**/*.py", "engine/memory_lookup.py")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,8 @@ class Remembering:
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """The memory is written once, for both ways of reading it."""
+        if self._read == "layers":
+            write(self.memory, facts)
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
         found = self.memory.find(prompts, CANDIDATES if self._read == "layers" else 4)
@@ -459,15 +470,27 @@ def one_seed(size: Size, seed: int) -> dict[str, float]:
     world = World(settings.known_people, settings.seed)
     base_folder, base_seconds = base(settings, world)
     edits = Edits.of(world, size, seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        version, minutes = train_memory(folder, base_folder, world, edits, size, seed)
-        figures = evaluate(folder, version, base_folder, world, edits, size)
-    return figures | {"training_cpu_minutes": minutes, "base_cpu_minutes": base_seconds / 60}
+
+    def remembered() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            version, minutes = train_memory(folder, base_folder, world, edits, size, seed)
+            return evaluate(folder, version, edits, world, size) | {"training_cpu_minutes": minutes}
+
+    here, package = Path(__file__).parent, Path(nightschool.__file__).parent
+    own = [here / name for name in OWN_SOURCES]
+    made = {"base": base_folder.name, "seed": seed} | asdict(size)
+    product = [path for pattern in PRODUCT_SOURCES for path in package.glob(pattern)]
+    figures = Kept("memory_editing", made | {"memory": MEMORY}, own + product).once("memory", remembered)
+    peers = Kept("memory_editing", made, own)
+    print(f"  seed {seed}: what peers do is kept in {peers.folder}", flush=True)
+    for name in PEERS:
+        figures |= peers.once(name, partial(of_peer, name, base_folder, world, edits, size, seed))
+    return figures | {"base_cpu_minutes": base_seconds / 60} | ratios(figures, size)
 
 
-def evaluate(folder: Path, version: str, base_folder: Path, world: World, edits: Edits, size: Size) -> dict[str, float]:
-    """All rows and columns of a memory version."""
+def evaluate(folder: Path, version: str, edits: Edits, world: World, size: Size) -> dict[str, float]:
+    """All rows and columns of a memory version, of the base alone, and of reading from the prompt."""
     from nightschool.models.load import load_base
     from nightschool.store.home import Home
 
@@ -476,53 +499,59 @@ def evaluate(folder: Path, version: str, base_folder: Path, world: World, edits:
     assert prepare(model).packed
     speaker = Speaker(model, loaded.tokenizer)
     alone = Unedited(speaker)
-    figures: dict[str, float] = {}
     known = [f.ask(f.relation.trained[0]) for f in world.known]
-    figures["base_knows"] = share(
-        [a == said(f.value).strip() for a, f in zip(alone.answers(known), world.known, strict=True)]
-    )
+    knows = share([a == said(f.value).strip() for a, f in zip(alone.answers(known), world.known, strict=True)])
     memory = Memorised(
         model, loaded.tokenizer, [fact.needed for fact in edits.distractors + edits.teachers], folder / "memory"
     )
     for relation in RELATIONS:
         # Whoever owns a cat may own a dog: a store keeps both, unless it is told that there is one.
         memory.store.set_relation(relation.name, "single")
-    reader = Remembering(speaker, memory, "layers")
-    rows: dict[str, Editable] = {"no_edit": alone, "memory": reader, "prompt": Remembering(speaker, memory, "prompt")}
-    rows |= peers(base_folder, speaker, world)
+    reader, prompt = Remembering(speaker, memory, "layers"), Remembering(speaker, memory, "prompt")
+    figures = edited({"no_edit": alone, "memory": reader, "prompt": prompt}, edits, alone, size, size.checkpoints)
+    figures |= {column: figures[f"memory_{column}_{max(size.checkpoints)}"] for column in COLUMNS}
+    figures |= afterwards(model, loaded.tokenizer, reader, prompt, alone, edits, size)
+    return figures | {"base_knows": knows}
+
+
+def of_peer(name: str, base_folder: Path, world: World, edits: Edits, size: Size, seed: int) -> dict[str, float]:
+    """All columns of one that writes edits into weights or codewords."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    own = Qwen3ForCausalLM.from_pretrained(base_folder).eval()
+    model = MemoryModel(own, fresh_modules(own, tokenizer)).eval()
+    assert prepare(model).packed
+    speaker = Speaker(model, tokenizer)
+    if name == "codebook":
+        codebook = Codebook(speaker, 0.0)
+        codebook.widen([fact.ask(fact.relation.trained[0]) for fact in world.known])
+        peer: Editable = codebook
+    else:
+        texts = world.texts(random.Random(7))
+        background = [tokenizer(next(texts))["input_ids"] for _ in range(50)]
+        peer = tuned(name, Qwen3ForCausalLM.from_pretrained(base_folder), tokenizer, background)
+    counts = [count for count in size.checkpoints if count <= size.peers_until]
+    return edited({name: peer}, edits, Unedited(speaker), size, counts)
+
+
+def edited(
+    rows: dict[str, Editable], edits: Edits, alone: Unedited, size: Size, counts: Sequence[int]
+) -> dict[str, float]:
+    """All columns of each of these, after so many edits; and the CPU seconds that the edits since the count before took."""
+    figures: dict[str, float] = {}
     done = 0
-    for count in size.checkpoints:
-        new = edits.made[done:count]
-        write(memory, new)
-        done = count
+    for count in counts:
+        new, done = edits.made[done:count], count
         asked = random.Random(3).sample(edits.made[:count], min(size.sample, count))
         first = edits.made[: max(1, round(RETENTION * count))][: size.sample]
         for name, who in rows.items():
-            if name in PEERS and count > size.peers_until:
-                continue
             began = time.process_time()
             who.edit(new)
-            seconds = time.process_time() - began
+            figures[f"{name}_edit_seconds_{count}"] = time.process_time() - began
             told = columns(who, asked, first, edits, alone, size.sample)
             print(f"  {count:>6} {name:<9} " + "  ".join(f"{k} {v:.3f}" for k, v in told.items()), flush=True)
             figures |= {f"{name}_{column}_{count}": value for column, value in told.items()}
-            figures[f"{name}_edit_seconds_{count}"] = seconds
-            if name == "memory":
-                figures |= told
-    figures |= afterwards(model, loaded.tokenizer, reader, rows["prompt"], alone, edits, size)
-    return figures | ratios(figures, size)
-
-
-def peers(base_folder: Path, speaker: Speaker, world: World) -> dict[str, Editable]:
-    """Those that write edits into weights or codewords."""
-    texts = world.texts(random.Random(7))
-    background = [speaker.tokenizer(next(texts))["input_ids"] for _ in range(50)]
-    codebook = Codebook(speaker, 0.0)
-    codebook.widen([fact.ask(fact.relation.trained[0]) for fact in world.known])
-    return {"codebook": codebook} | {
-        way: tuned(way, Qwen3ForCausalLM.from_pretrained(base_folder), speaker.tokenizer, background)
-        for way in ("lora", "full", "sparse")
-    }
+    return figures
 
 
 def afterwards(
@@ -606,7 +635,7 @@ def ratios(figures: dict[str, float], size: Size) -> dict[str, float]:
     """The memory's figures over its peers', where these are not 0, after as many edits as all of them took."""
     last, most = max(size.checkpoints), size.peers_until
     found = {}
-    for column in ("efficacy", "paraphrase", "known_wording", "locality", "beside_edit", "retention"):
+    for column in COLUMNS:
         for peer, count in (("prompt", last), *((peer, most) for peer in PEERS)):
             theirs = figures[f"{peer}_{column}_{count}"]
             if theirs:
