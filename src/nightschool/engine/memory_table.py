@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.layers.memory_fusion import side_by_side
-from nightschool.layers.memory_reading import MemoryReading, Prepared
+from nightschool.layers.memory_reading import MemoryReading, Prepared, TokenSource
 from nightschool.models.memory_encoder import EntryEncoder
 from nightschool.models.memory_modules import MemoryModules, check_fits, decoder_layers
 from nightschool.models.memory_step import MemoryStep
@@ -51,18 +51,15 @@ class _Standing:
     encoder: EntryEncoder
     handles: list[RemovableHandle] = field(default_factory=list)
     prepared: WeakKeyDictionary[MemoryReading, Prepared] = field(default_factory=WeakKeyDictionary)
-    latest: tuple[Sequence[Prepared], Prepared] | None = None
+    latest: tuple[Sequence[MemoryReading], Prepared] | None = None
 
     def prepare(self, readings: Sequence[MemoryReading]) -> Prepared:
         """What those who read together compare themselves with. From one token to the next it is mostly the same."""
-        parts = [self.prepared[reading] for reading in readings]
         known = self.latest
-        if (
-            known is None
-            or len(known[0]) != len(parts)
-            or any(a is not b for a, b in zip(known[0], parts, strict=True))
-        ):
-            known = self.latest = (parts, side_by_side(parts))
+        if known is None or known[0] != readings:
+            with torch.inference_mode():
+                together = side_by_side([self.prepared[reading] for reading in readings])
+            known = self.latest = (list(readings), together)
         return known[1]
 
 
@@ -127,24 +124,26 @@ class MemoryTable:
                 one.latest = None
             yield _as_it_is
             return
-        of_number: dict[int, list[tuple[slice, MemoryReading]]] = defaultdict(list)
-        keys: dict[int, list[int]] = defaultdict(list)
-        for span, _, places in context.tokens():
+        of_number: dict[int, list[tuple[slice, MemoryReading]]] = {}
+        keys: dict[int, list[int]] = {}
+        start = 0
+        for span in context.spans:
+            stop = start + span.length
             found = context.readings.get(span.key)
             if found is not None and not found.reading.is_closed and found.start < span.start + span.length:
-                first = places.start + max(0, found.start - span.start)
-                of_number[found.modules].append((slice(first, places.stop), found.reading))
-                keys[found.modules].append(span.key)
+                first = start + max(0, found.start - span.start)
+                of_number.setdefault(found.modules, []).append((slice(first, stop), found.reading))
+                keys.setdefault(found.modules, []).append(span.key)
+            start = stop
         standing = self._standing
-        with torch.inference_mode():
-            self._steps = {
-                n: MemoryStep(standing[n].modules, own, wanted, standing[n].prepare) for n, own in of_number.items()
-            }
+        self._steps = {
+            n: MemoryStep(standing[n].modules, own, wanted, standing[n].prepare) for n, own in of_number.items()
+        }
         try:
             yield self._mix
             for number, step in self._steps.items():
-                for key, (places, _), trace in zip(keys[number], of_number[number], step.traces, strict=True):
-                    context.sources[key] = partial(trace.source, places.stop - places.start - 1)
+                for place, (key, (places, _)) in enumerate(zip(keys[number], of_number[number], strict=True)):
+                    context.sources[key] = partial(_source, step, place, places.stop - places.start - 1)
         finally:
             self._steps = {}
 
@@ -161,6 +160,11 @@ class MemoryTable:
         with torch.inference_mode():
             changed = step.after_layer(index, states[0])[None]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def _source(step: MemoryStep, number: int, place: int, token_id: int, log_prob: float) -> TokenSource:
+    """Where the token after a place of a reading came from; nothing is looked for until somebody asks."""
+    return step.trace(number).source(place, token_id, log_prob)
 
 
 def _as_it_is(logits_sv: Tensor) -> Tensor:

@@ -37,7 +37,10 @@ _EPSILON = 1e-6
 
 
 class MemoryNorm(nn.Module):
-    """Root-mean-square norm of states before the memory's layers compare them."""
+    """Root-mean-square norm of states before the memory's layers compare them.
+
+    All norms of a reader differ in their weights alone, so that states that several of them see are brought to one length once.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -45,7 +48,22 @@ class MemoryNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[…, H] → […, H] in fp32."""
-        return F.rms_norm(states.float(), self.weight.shape, self.weight, _EPSILON)
+        return self.weigh(of_one_length(states))
+
+    def weigh(self, unit: Tensor) -> Tensor:
+        """The same of states that `of_one_length` has seen."""
+        return unit * self.weight
+
+
+def of_one_length(states: Tensor) -> Tensor:
+    """States […, H] divided by their root mean square, in fp32."""
+    return F.rms_norm(states.float(), states.shape[-1:], eps=_EPSILON)
+
+
+def of_length_one(vectors: Tensor) -> Tensor:
+    """Vectors […, R] divided by their length."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / lengths.clamp_min(_EPSILON)
 
 
 class Pointed(NamedTuple):
@@ -76,12 +94,12 @@ class PointerHead(nn.Module):
         self, before_mh: Tensor, at_mh: Tensor, scores_m: Tensor, fits_m: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of normed states of the entries' tokens, before and at each place: keys [R, M], and what each begins with [1, M]."""
-        keys = F.normalize(F.linear(before_mh, self.key), dim=-1, eps=_EPSILON) * self.log_scale.exp()
+        keys = of_length_one(F.linear(before_mh, self.key)) * self.log_scale.exp()
         return keys.T.contiguous(), (at_mh @ self.value + self.weigh * scores_m + fits_m)[None]
 
     def forward(self, states_bth: Tensor, keys_brm: Tensor, bias_b1m: Tensor) -> Pointed:
         """Of normed states of those who read."""
-        queries = F.normalize(F.linear(states_bth, self.query), dim=-1, eps=_EPSILON)
+        queries = of_length_one(F.linear(states_bth, self.query))
         nothing = F.linear(states_bth, self.sentinel[None], self.sentinel_bias[None])
         both = torch.cat([nothing, torch.baddbmm(bias_b1m, queries, keys_brm)], dim=-1).log_softmax(dim=-1)
         return Pointed(both[..., 0], both[..., 1:])
@@ -125,9 +143,9 @@ class FusionLayer(nn.Module):
         bias = torch.cat([self.null_bias[None], self.weigh * scores_m + fits_m])
         return FusedEntries(keys.contiguous()[None], values.transpose(0, 1).contiguous()[None], bias[None, None, None])
 
-    def forward(self, states_bth: Tensor, entries: FusedEntries) -> Fused:
-        """Of the residual stream."""
-        x = self.norm(states_bth)
+    def forward(self, states_bth: Tensor, unit_bth: Tensor, entries: FusedEntries) -> Fused:
+        """Of the residual stream, as it is and of one length."""
+        x = self.norm.weigh(unit_bth)
         queries = F.linear(x, self.query).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         attention = (queries @ entries.keys + entries.bias).softmax(-1)
         read = (attention @ entries.values).transpose(1, 2).flatten(2)
@@ -182,14 +200,14 @@ class MemoryReader(nn.Module):
         """The same of several requests, side by side."""
         return side_by_side([self.prepare(reading) for reading in readings])
 
-    def point(self, states_bth: Tensor, entries: Prepared) -> Pointed:
-        """Where the pointer looks from these states of the residual stream."""
-        pointed: Pointed = self.pointer(self.norm(states_bth), entries.pointer_keys, entries.pointer_bias)
+    def point(self, unit_bth: Tensor, entries: Prepared) -> Pointed:
+        """Where the pointer looks from these states of the residual stream, which are of one length."""
+        pointed: Pointed = self.pointer(self.norm.weigh(unit_bth), entries.pointer_keys, entries.pointer_bias)
         return pointed
 
-    def fuse(self, number: int, states_bth: Tensor, entries: Prepared) -> Fused:
+    def fuse(self, number: int, states_bth: Tensor, unit_bth: Tensor, entries: Prepared) -> Fused:
         """What fusion layer `number` makes of the residual stream."""
-        fused: Fused = self.fusion.layers[number](states_bth, entries.layers[number])
+        fused: Fused = self.fusion.layers[number](states_bth, unit_bth, entries.layers[number])
         return fused
 
 
@@ -242,14 +260,17 @@ def mix(
         place_nm: Which of them each token of the entries is.
         absent_nu: Where a row has fewer of them; None if none has.
     """
-    base = logits_nv.float().log_softmax(-1) + pointed.sentinel[:, None]
-    copied = pointed.tokens.new_zeros(ids_nu.shape).scatter_add(1, place_nm, pointed.tokens.exp())
+    base, left = logits_nv.float().log_softmax(-1), pointed.sentinel[:, None]
+    # Nothing of the size of the vocabulary is made twice where no gradient comes back.
+    learns = base.requires_grad or left.requires_grad
+    base = base + left if learns else base.add_(left)
+    copied = pointed.tokens.new_zeros(ids_nu.shape).scatter_add_(1, place_nm, pointed.tokens.exp())
     there = base.gather(1, ids_nu)
     # log(e^a + e^b) = a + softplus(b - a), which adds up: what only pads adds 0 to token 0.
     more = F.softplus(copied.clamp_min(1e-38).log() - there)
     if absent_nu is not None:
         more = more.masked_fill(absent_nu, 0)
-    return base.scatter_add(1, ids_nu, more)
+    return base.scatter_add(1, ids_nu, more) if learns else base.scatter_add_(1, ids_nu, more)
 
 
 def copied_log_probs(pointed: Pointed, token_ids_m: Tensor, labels: Tensor | Sequence[int]) -> Tensor:

@@ -59,7 +59,7 @@ class MemoryAttachment:
             ModelError: If entries of a reading were not encoded.
         """
         step = MemoryStep(self._modules, spans, wanted)
-        self._step = step if step.traces else None
+        self._step = step if len(step) else None
         try:
             yield step.traces
         finally:

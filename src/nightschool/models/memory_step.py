@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nightschool.errors import ModelError
-from nightschool.layers.memory_fusion import Fused, Pointed, mix
+from nightschool.layers.memory_fusion import Fused, Pointed, mix, of_one_length
 from nightschool.layers.memory_reading import EntryWeight, MemoryReading, Prepared, TokenSource
 from nightschool.models.memory_modules import (
     MemoryModules,
@@ -94,66 +95,68 @@ class MemoryStep:
             raise ModelError("Entries are read before they were encoded. Call EntryEncoder.encode first.")
         self.pointed: Pointed | None = None
         self.fused: list[Fused] = []
-        self.traces: list[Trace] = []
+        self._readings = [reading for _, reading in spans]
         if not spans:
             return
-        own = [
-            list(range(places.start, places.stop)) if isinstance(places, slice) else places.tolist()
-            for places, _ in spans
+        self._entries = (prepare or self._reader.prepare_all)(self._readings)
+        self._own = [
+            range(places.start, places.stop) if isinstance(places, slice) else places.tolist() for places, _ in spans
         ]
-        self.traces = [
-            Trace(self, number, reading, len(places))
-            for number, ((_, reading), places) in enumerate(zip(spans, own, strict=True))
-        ]
-        self._entries = (prepare or self._reader.prepare_all)([reading for _, reading in spans])
-        self._lay_out(own, wanted)
-
-    def _lay_out(self, own: list[list[int]], wanted: Sequence[int] | None) -> None:
-        """Where each token of the spans lies among the padded ones, and which of the logits are its own."""
-        longest = max(map(len, own))
-        self._size = (len(own), longest)
-        padded = [token for places in own for token in (*places, *places[-1:] * (longest - len(places)))]
-        tokens = [token for places in own for token in places]
-        there = [number * longest + k for number, places in enumerate(own) for k in range(len(places))]
-        if wanted is None:
-            rows, found = tokens, there
-        else:
-            place_of = dict(zip(tokens, there, strict=True))
-            rows = [row for row, token in enumerate(wanted) if token in place_of]
-            found = [place_of[wanted[row]] for row in rows]
+        self._wanted = wanted
+        self._size = (len(spans), max(map(len, self._own)))
         # As most steps of an engine are: one token of each, in their order, and all of them answer.
-        self._is_plain = longest == 1 and tokens == rows == found == list(range(len(own)))
-        self._num_rows = len(rows)
-        self._places = _Places(padded, tokens, there, rows, found, self._entries.ids.device)
+        self._is_plain = wanted is None and self._size[1] == 1 and [own[0] for own in self._own] == [*range(len(spans))]
+
+    def __len__(self) -> int:
+        """How many readings are read."""
+        return len(self._readings)
+
+    def trace(self, number: int) -> Trace:
+        """What was read at the tokens of a reading, once it was, by its number among those that have something to read."""
+        return Trace(self, number, self._readings[number], len(self._own[number]))
+
+    @property
+    def traces(self) -> list[Trace]:
+        """Those of all."""
+        return [self.trace(number) for number in range(len(self))]
+
+    @cached_property
+    def _places(self) -> _Places:
+        return _Places(self._own, self._size[1], self._wanted, self._entries.ids.device)
 
     def after_layer(self, index: int, states_th: Tensor) -> Tensor:
         """What layer `index` gives to the next one [tokens, H]: call it with the output of each of `MemoryShape.layers`."""
-        if not self.traces:
+        if not len(self):
             return states_th
-        with torch.autocast(states_th.device.type, enabled=False):
-            is_whole = self._is_plain and len(states_th) == self._num_rows
-            states_bth = (states_th if is_whole else states_th.index_select(0, self._places.padded)).view(
-                *self._size, -1
-            )
-            if index == self._shape.encoder_layers - 1:
-                self.pointed = self._reader.point(states_bth, self._entries)
-            if index not in self._shape.fusion_layers:
-                return states_th
-            fused = self._reader.fuse(self._shape.fusion_layers.index(index), states_bth, self._entries)
-            self.fused.append(fused)
-            changed = fused.states.flatten(0, 1)
-            if is_whole:
-                return changed
-            return states_th.index_copy(0, self._places.tokens, self._places.unpadded(changed))
+        device = states_th.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return self._after_layer(index, states_th)
+
+    def _after_layer(self, index: int, states_th: Tensor) -> Tensor:
+        is_whole = self._is_plain and len(states_th) == len(self)
+        states_bth = (states_th if is_whole else states_th.index_select(0, self._places.padded)).view(*self._size, -1)
+        unit_bth = of_one_length(states_bth)
+        if index == self._shape.encoder_layers - 1:
+            self.pointed = self._reader.point(unit_bth, self._entries)
+        if index not in self._shape.fusion_layers:
+            return states_th
+        fused = self._reader.fuse(self._shape.fusion_layers.index(index), states_bth, unit_bth, self._entries)
+        self.fused.append(fused)
+        changed = fused.states.flatten(0, 1)
+        if is_whole:
+            return changed
+        return states_th.index_copy(0, self._places.tokens, self._places.unpadded(changed))
 
     def mix(self, logits_sv: Tensor) -> Tensor:
         """Logits [S, V] of the wanted tokens, those that read as log-probabilities with what the pointer copies."""
-        if not self.traces or not self._num_rows:
+        if not len(self):
             return logits_sv
         pointed, entries = cast(Pointed, self.pointed), self._entries
         there = Pointed(pointed.sentinel.flatten(), pointed.tokens.flatten(0, 1))
-        if self._is_plain and len(logits_sv) == self._num_rows:
+        if self._is_plain and len(logits_sv) == len(self):
             return mix(logits_sv, there, entries.ids, entries.place, entries.absent).to(logits_sv.dtype)
+        if not self._places.num_rows:
+            return logits_sv
         rows, found = self._places.rows, self._places.found
         there, whose = Pointed(*(one[found] for one in there)), found // self._size[1]
         absent = None if entries.absent is None else entries.absent[whose]
@@ -162,17 +165,24 @@ class MemoryStep:
 
 
 class _Places:
-    """Lists of places as tensors, made when they are first used: most steps of an engine use none of them."""
+    """Where each token of the spans lies among the padded ones, and which of the logits are its own: most steps of an engine use none of it.
+
+    Lists become tensors when they are first used.
+    """
 
     def __init__(
-        self,
-        padded: list[int],
-        tokens: list[int],
-        there: list[int],
-        rows: list[int],
-        found: list[int],
-        device: torch.device,
+        self, own: Sequence[Sequence[int]], longest: int, wanted: Sequence[int] | None, device: torch.device
     ) -> None:
+        padded = [token for places in own for token in (*places, *[places[-1]] * (longest - len(places)))]
+        tokens = [token for places in own for token in places]
+        there = [number * longest + k for number, places in enumerate(own) for k in range(len(places))]
+        if wanted is None:
+            rows, found = tokens, there
+        else:
+            place_of = dict(zip(tokens, there, strict=True))
+            rows = [row for row, token in enumerate(wanted) if token in place_of]
+            found = [place_of[wanted[row]] for row in rows]
+        self.num_rows = len(rows)
         self._lists = (padded, tokens, there, rows, found)
         self._device = device
 
