@@ -13,6 +13,7 @@ from nightschool.errors import ModelError, StateMismatch
 from nightschool.events import read_events
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.models.export import save_version_folder
+from nightschool.models.load import load_base
 from nightschool.models.quantize import is_quantized, quantization_of
 from nightschool.store.registry import Registry
 from nightschool.training.planning.plan import plan_of
@@ -102,6 +103,38 @@ def test_the_next_night_goes_on_with_the_adapter_on_the_same_base(tmp_path):
     assert starting_weights(first.home, lora.model_copy(update={"name": version.name})) == plain
     with pytest.raises(ModelError, match="asks for int8, but"):
         a_run(tmp_path / "third", home=first.home, base=version.ref, quantization=INT8).go()
+
+
+def test_a_mixture_learns_on_experts_in_4_bits_and_is_served_merged(tmp_path):
+    rows = [{"query": "who?", "retrieved": "me, myself"}]
+    settings = {
+        "lora": Lora(r=8, alpha=32, target_modules=["attention", "experts"]),
+        "rows": rows,
+        "held_out": [rows[0] | {"query": "hm?"}],
+        "learning_rate": 1e-2,
+        "steps_total": 40,
+    }
+    save_version_folder(lively_model("tiny-qwen3-moe"), byte_tokenizer(), tmp_path / "base")
+    run = a_run(tmp_path / "run", base=str(tmp_path / "base"), **settings)
+    kinds = plan_of(run.prepared(), prepared_home(tmp_path)).facts["parameter_bytes_by_kind"]
+    experts = 2 * 4 * 3 * 64 * 32
+    assert experts / 2 < kinds["experts"] < experts * 0.65, "half a byte for each weight, and scales"
+    run.go()
+    losses = [row["loss"] for row in read_events(run.run.metrics_path)]
+    assert losses[-1] < losses[0] - 0.5
+    version = Registry(run.home).resolve(run.run.status.candidate)
+    assert version.facts.base.endswith("[nf4-double]")
+    with local_model(run.home, version.ref) as model:
+        messages = [Message("user", "who?")]
+        served = model.ask_greedily("q", messages, 12).result().token_ids
+        apart = load_base(version.ref, run.home, merge=False)
+        prompt_ids = render_prompt(apart.tokenizer, messages)
+        assert list(served) == list(greedy(apart.model, prompt_ids, len(served)))
+        with apart.model.disable_adapter():
+            assert list(served) != list(greedy(apart.model, prompt_ids, len(served)))
+    with local_model(run.home, version.facts.base) as base:
+        assert quantization_of(base.engine.loaded.model) is not None, "the base itself is served quantised"
+        assert base.ask_greedily("q", messages, 4).result().token_ids
 
 
 def test_another_quantisation_is_not_resumed(tmp_path):

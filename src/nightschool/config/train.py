@@ -130,7 +130,7 @@ class Quantization(Section):
     """How the base is kept below the adapter (method: qlora); bitsandbytes does it, on a CPU as on a GPU."""
 
     bits: Literal[4, 8] = Field(
-        4, description="Of each weight of a linear layer; embeddings and the head stay as they are."
+        4, description="Of each weight of a linear layer or expert; embeddings and the head stay as they are."
     )
     type: Literal["nf4", "fp4"] = Field("nf4", description="Of 4 bits: nf4 fits weights that are spread normally.")
     double: bool = Field(

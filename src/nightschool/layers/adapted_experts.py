@@ -67,6 +67,8 @@ def adapted_experts(
 ) -> Tensor:
     """What the experts give, [T, D]: as transformers' own `grouped_mm`, bit for bit, where no adapter adds anything.
 
+    Where experts are packed, `packed_gate_up_proj` and `packed_down_proj` beside their codes say how (see `layers.packed_experts`).
+
     Args:
         experts: A module of which `can_be_adapted` is true.
         adapters: By the name of the weight.
@@ -87,6 +89,7 @@ def adapted_experts(
 
 
 def _product(experts: Any, adapters: Mapping[str, ExpertAdapter], name: str, x_si: Tensor, ends_n: Tensor) -> Tensor:
-    out_so = grouped_linear(x_si, getattr(experts, name), ends_n)
+    weight, packed = getattr(experts, name), getattr(experts, f"packed_{name}", None)
+    out_so = grouped_linear(x_si, weight, ends_n) if packed is None else packed.linear(x_si, weight, ends_n)
     adapter = adapters.get(name)
     return out_so if adapter is None else adapter.add(x_si, out_so, ends_n)

@@ -55,7 +55,11 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         place = name.removeprefix(_PREFIX).replace(".base_layer", "")
         if isinstance(module, ParamWrapper) or "expert" not in f"{place} {type(module).__name__}".lower():
             continue
-        found |= {f"{place}.{own}": p for own, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        for own, parameter in module.named_parameters(recurse=False):
+            if (
+                len(getattr(parameter, "stands_for", parameter.shape)) == 3
+            ):  # where it is packed, its codes are a matrix
+                found[f"{place}.{own}"] = parameter
     return found
 
 

@@ -27,6 +27,8 @@ from nightschool.models.adapter_targets import (
 )
 from nightschool.models.expert_adapters import compute_beside
 from nightschool.models.folder import read_json
+from nightschool.models.quantize import num_elements
+from nightschool.models.quantized_experts import shown_whole
 from nightschool.models.quiet import quiet_libraries
 
 
@@ -94,7 +96,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_path,
     )
-    with torch.random.fork_rng(), quiet_libraries():
+    with torch.random.fork_rng(), quiet_libraries(), shown_whole(model):
         torch.manual_seed(seed)
         try:
             wrapped = get_peft_model(model, config)
@@ -135,7 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
         ModelError: If the adapter does not fit this base.
     """
     stored = _stored_shapes(folder)
-    with quiet_libraries():
+    with quiet_libraries(), shown_whole(model):
         try:
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except Exception as error:  # the files are foreign: peft raises whatever it stumbles over
@@ -186,7 +188,7 @@ def describe_adapter(wrapped: PeftModel) -> AdapterInfo:
     reached = reached_layers(wrapped)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in wrapped.parameters() if not p.requires_grad)
-    experts = {name: p.numel() for name, p in expert_weights(wrapped).items() if name not in reached}
+    experts = {name: num_elements(p) for name, p in expert_weights(wrapped).items() if name not in reached}
     missed = [name for name in linear_layers(wrapped) if name not in reached]
     return AdapterInfo(tuple(sorted(reached)), trainable, frozen, sum(experts.values()), tuple(missed))
 

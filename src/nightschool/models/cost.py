@@ -15,13 +15,16 @@ from torch import nn
 from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.forward import causal_lm
 from nightschool.layers.loss import chunk_tokens_for
-from nightschool.models.quantize import num_elements, stored_bytes
+from nightschool.models.quantize import num_elements, scales, stored_bytes
+from nightschool.models.quantized_experts import packed_weights
 
 # Tensors that a decoder layer keeps for its backward pass, in units of tokens × hidden size: three for each norm (also
 # those of queries and keys), rotated queries and keys, values, attention's output. The feed-forward part is counted by
 # its own width: gate, up, activation, product. Measured on 6 layers of 256: within 30 % of the peak of the process.
 _KEPT_PER_LAYER_HIDDEN = 15
 _KEPT_PER_LAYER_FEED_FORWARD = 4
+
+_KINDS = ("embedding", "head", "attention", "feed_forward", "experts", "norms", "adapters", "other")
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,8 @@ def expert_counts(config: Any) -> ExpertCounts | None:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count `model` as it is, by `numel()`. Never from its name or configuration."""
     inner = causal_lm(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
-    head_ids = {id(p) for p in head.parameters()} if head is not None else set()
-    embedding_ids = {id(p) for p in embedding.parameters()} if embedding is not None else set()
-    kinds = dict.fromkeys(
-        ("embedding", "head", "attention", "feed_forward", "experts", "norms", "adapters", "other"), 0
-    )
-    for name, parameter in model.named_parameters():
-        if id(parameter) in embedding_ids:
-            kind = "embedding"
-        elif id(parameter) in head_ids:
-            kind = "head"
-        else:
-            kind = _kind(name, parameter)
+    kinds = dict.fromkeys(_KINDS, 0)
+    for _, parameter, kind in _by_kind(model):
         kinds[kind] += num_elements(parameter)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for module in _streamed(model):
@@ -111,6 +102,33 @@ def _streamed(model: nn.Module) -> Iterator[StreamedExperts]:
     return (module for module in model.modules() if isinstance(module, StreamedExperts))
 
 
+def stored_bytes_by_kind(model: nn.Module) -> dict[str, int]:
+    """Bytes of the parameters of each kind of `ParameterCount` that there are, with the scales of those that are quantised."""
+    kinds = dict.fromkeys(_KINDS, 0)
+    for _, parameter, kind in _by_kind(model):
+        kinds[kind] += parameter.numel() * parameter.element_size()
+    for name, layer in model.named_modules():
+        for scale in scales(layer):
+            kinds[_kind(name, scale.new_empty(0, 0))] += scale.numel() * scale.element_size()
+    return {kind: taken for kind, taken in kinds.items() if taken}
+
+
+def _by_kind(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Each parameter with its name and kind, tied ones once."""
+    inner = causal_lm(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    head_ids = {id(p) for p in head.parameters()} if head is not None else set()
+    embedding_ids = {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embedding_ids:
+            yield name, parameter, "embedding"
+        elif id(parameter) in head_ids:
+            yield name, parameter, "head"
+        else:
+            yield name, parameter, _kind(name, parameter)
+
+
 def expert_names(model: nn.Module) -> set[str]:
     """The names of the parameters that are experts' weights."""
     return {name for name, parameter in model.named_parameters() if _kind(name, parameter) == "experts"}
@@ -124,7 +142,7 @@ def expert_bytes(model: nn.Module, moment_bytes: int = 8) -> int:
             size = parameter.element_size()
             of_optimizer = moment_bytes + (0 if size >= 4 else 4)
             total += parameter.numel() * (size + (size + of_optimizer if parameter.requires_grad else 0))
-    return total
+    return total + sum(scale.nbytes for _, _, packed in packed_weights(model) for scale in scales(packed))
 
 
 @dataclass(frozen=True)
@@ -213,7 +231,7 @@ def _attention_width(config: Any) -> int:
     return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)))
 
 
-def _kind(name: str, parameter: nn.Parameter) -> str:
+def _kind(name: str, parameter: torch.Tensor) -> str:
     lower = name.lower()
     if ".lora_" in lower:
         return "adapters"

@@ -36,16 +36,16 @@ def wrappers_of(outermost: ParamWrapper) -> Iterator[ParamWrapper]:
 
 def _forward(outermost: ParamWrapper, hidden_td: Tensor, chosen_tk: Tensor, scores_tk: Tensor) -> Tensor:
     wrappers = list(wrappers_of(outermost))
-    if any(wrapper.disable_adapters or wrapper.merged or len(wrapper.lora_A) != 1 for wrapper in wrappers):
+    active = outermost.active_adapters
+    if len(active) != 1 or any(wrapper.disable_adapters or wrapper.merged for wrapper in wrappers):
         output: Tensor = ParamWrapper.forward(outermost, hidden_td, chosen_tk, scores_tk)
         return output
-    adapters = {wrapper.parameter_name: _factors(wrapper) for wrapper in wrappers}
+    adapters = {w.parameter_name: _factors(w, active[0]) for w in wrappers if active[0] in w.lora_A}
     return adapted_experts(outermost.get_base_layer(), adapters, hidden_td, chosen_tk, scores_tk)
 
 
-def _factors(wrapper: ParamWrapper) -> ExpertAdapter:
-    ((name, down),) = wrapper.lora_A.items()
-    down_ri, up_or = cast(Tensor, down.weight), cast(Tensor, wrapper.lora_B[name].weight)
+def _factors(wrapper: ParamWrapper, name: str) -> ExpertAdapter:
+    down_ri, up_or = cast(Tensor, wrapper.lora_A[name].weight), cast(Tensor, wrapper.lora_B[name].weight)
     down_nri = torch.unflatten(down_ri, 0, (wrapper.num_experts, -1))
     up_nor = torch.unflatten(up_or, 1, (-1, wrapper.num_experts)).permute(2, 0, 1)
     return ExpertAdapter(down_nri, up_nor, float(wrapper.scaling[name]))

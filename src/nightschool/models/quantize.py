@@ -1,4 +1,4 @@
-"""Bases whose linear layers are quantised: 4 bits (NF4, FP4) or 8, by bitsandbytes, on a CPU as on a GPU.
+"""Bases whose linear layers and experts are quantised: 4 bits (NF4, FP4) or 8, by bitsandbytes, on a CPU as on a GPU.
 
 A quantised base is named by what it is made of and how: `smollm2@20261121_023000[nf4-double]`. An adapter that was trained
 on one names it so, and is examined and served on the same. Embeddings and the output head stay as they are.
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from nightschool.errors import ModelError
+from nightschool.layers.packed_experts import PackedExperts
+from nightschool.models.quantized_experts import WithExperts, unpack_experts
 from nightschool.models.quiet import quiet_libraries
 
 LABELS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
@@ -40,7 +42,7 @@ def quantization_config(label: str, dtype: torch.dtype, ref: str) -> BitsAndByte
         raise ModelError(
             f"The base {ref!r} is to be quantised, which bitsandbytes does. Run: pip install 'nightschool[qlora]'"
         )
-    config: Any = BitsAndBytesConfig
+    config: Any = partial(WithExperts, label, dtype)
     with quiet_libraries():
         if label == "int8":
             # Columns of outliers are chosen over all rows of a product, so that a text would depend on its neighbours.
@@ -90,8 +92,10 @@ def _product_of_8_bits(layer: Any, x: Tensor) -> Tensor:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have the products of 4-bit layers run in `dtype`; those of 8 bits have a format of their own."""
+    """Have the products of 4-bit layers and of experts run in `dtype`; linear layers of 8 bits have a format of their own."""
     for layer in model.modules():
+        if isinstance(layer, PackedExperts):
+            layer.dtype = dtype
         if is_quantized(layer) and hasattr(layer, "compute_dtype"):
             layer.compute_dtype = dtype  # type: ignore[assignment]
 
@@ -99,11 +103,14 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 def num_elements(parameter: Tensor) -> int:
     """Elements of a parameter; of a packed one those that it stands for."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+    shape = getattr(parameter, "stands_for", parameter.shape) if state is None else state.shape
+    return int(torch.Size(shape).numel())
 
 
 def scales(layer: nn.Module) -> list[Tensor]:
     """The tensors that a quantised layer needs beside its codes, in a fixed order; none for others."""
+    if isinstance(layer, PackedExperts):
+        return list(layer.buffers())
     weight: Any = getattr(layer, "weight", None)
     if not is_quantized(layer):
         return []
@@ -129,7 +136,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def dequantized(model: PreTrainedModel, ref: str) -> PreTrainedModel:
-    """The same model with plain linear layers that hold what the quantised ones stand for; changed in place.
+    """The same model with plain linear layers and experts that hold what the quantised ones stand for; changed in place.
 
     Raises:
         ModelError: If its logits change by more than rounding.
@@ -153,6 +160,7 @@ def dequantized(model: PreTrainedModel, ref: str) -> PreTrainedModel:
         plain.bias = layer.bias
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, plain)
+    unpack_experts(model, dtype)
     inner: Any = model
     inner.is_quantized = inner.is_loaded_in_4bit = inner.is_loaded_in_8bit = False
     inner.hf_quantizer = None

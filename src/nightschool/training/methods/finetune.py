@@ -25,6 +25,7 @@ from nightschool.errors import ModelError, NothingToTrain, UsageError
 from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
 from nightschool.models.adapter_targets import find_targets, kind, reached_layers
 from nightschool.models.adapters import attach_lora, describe_adapter
+from nightschool.models.cost import stored_bytes_by_kind
 from nightschool.models.load import LoadedModel
 from nightschool.models.quantize import num_elements, stored_bytes
 from nightschool.models.stored import StoredWeights, stored_weights
@@ -345,8 +346,11 @@ class LoraFinetune(Finetune):
         if quantization is not None:
             taken = stored_bytes(self.task.model)
             plain = sum(4 * num_elements(parameter) for parameter in self.task.model.parameters())
-            text = f"{quantization}: {format_bytes(taken)} with what is not quantised, in fp32 {format_bytes(plain)}"
-            rows.append(PlanRow("quantised", text, {"quantization": quantization, "parameter_bytes": taken}))
+            kinds = stored_bytes_by_kind(self.task.model)
+            of_kinds = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(of_kind)}" for kind, of_kind in kinds.items())
+            text = f"{quantization}: {format_bytes(taken)} with what is not quantised ({of_kinds}), in fp32 {format_bytes(plain)}"
+            taken_facts = {"quantization": quantization, "parameter_bytes": taken, "parameter_bytes_by_kind": kinds}
+            rows.append(PlanRow("quantised", text, taken_facts))
         return replace(plan, rows=[*rows, *plan.rows], notes=[*(plan.notes or []), *([info.note] if info.note else [])])
 
     def numerics(self) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""The weights of frozen experts in 4 or 8 bits, unpacked one expert at a time, by bitsandbytes.
+
+Each expert is quantised by itself, as a linear layer of its own would be: 4 bits in blocks of 64, or 8 bits with a scale for each row.
+Only what one expert needs is there in full at any moment, in the forward pass and again in the backward pass.
+
+Shapes: N experts, S pairs of tokens and experts in the order of the experts, B blocks of an expert.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_BLOCK, _BLOCK_OF_SCALES = 64, 256
+
+
+class PackedExperts(nn.Module):
+    """How the weight [N, out, in] of all experts of a layer is packed; the codes themselves are the experts' parameter [N, bytes].
+
+    `dtype` is that of products. Scales are buffers: of 8 bits one for each row; of 4 bits one for each block, which are
+    codes themselves where they are quantised again (`is_double`).
+    """
+
+    absmax: Tensor
+    code: Tensor
+    scale_of_scales: Tensor
+    code_of_scales: Tensor
+    offset: Tensor
+
+    def __init__(self, label: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind, _, double = label.partition("-")
+        self.is_double = bool(double)
+        self.shape, self.dtype = shape, dtype
+
+    def pack(self, weight_noi: Tensor) -> nn.Parameter:
+        """Quantise the weight of each expert: its codes [N, bytes], which know the shape that they stand for."""
+        packed = [self._pack_one(weight_oi.contiguous()) for weight_oi in weight_noi]
+        for name in packed[0][1]:
+            shared = name.startswith("code")
+            parts = [scales[name] for _, scales in packed]
+            # Persistent, because transformers fills others anew when a model is loaded.
+            self.register_buffer(name, parts[0].clone() if shared else torch.stack(parts))
+        codes = nn.Parameter(torch.stack([codes.flatten() for codes, _ in packed]), requires_grad=False)
+        codes.stands_for = self.shape  # type: ignore[attr-defined]
+        return codes
+
+    def _pack_one(self, weight_oi: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.kind == "int8":
+            absmax_o = weight_oi.float().abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            codes = torch.round(weight_oi.float() / absmax_o[:, None]).to(torch.int8)
+            return codes.view(torch.uint8), {"absmax": absmax_o}
+        codes, state = _functional().quantize_4bit(
+            weight_oi, blocksize=_BLOCK, compress_statistics=self.is_double, quant_type=self.kind
+        )
+        scales = {"absmax": state.absmax, "code": state.code}
+        if self.is_double:
+            scales |= {"offset": state.offset, "scale_of_scales": state.state2.absmax}
+            scales["code_of_scales"] = state.state2.code
+        return codes, scales
+
+    def unpack(self, codes_nb: Tensor, expert: int) -> Tensor:
+        """The weight [out, in] of one expert."""
+        shape, codes = self.shape[1:], codes_nb[expert]
+        if self.kind == "int8":
+            return codes.view(torch.int8).view(shape).to(self.dtype).mul_(self.absmax[expert].to(self.dtype)[:, None])
+        functional = _functional()
+        nested: dict[str, Any] = {}
+        if self.is_double:
+            of_scales = functional.QuantState(
+                absmax=self.scale_of_scales[expert],
+                code=self.code_of_scales,
+                blocksize=_BLOCK_OF_SCALES,
+                dtype=torch.float32,
+            )
+            nested = {"offset": self.offset[expert], "state2": of_scales}
+        state = functional.QuantState(
+            absmax=self.absmax[expert],
+            shape=shape,
+            code=self.code,
+            blocksize=_BLOCK,
+            quant_type=self.kind,
+            dtype=self.dtype,
+            **nested,
+        )
+        return cast(Tensor, functional.dequantize_4bit(codes.view(-1, 1), state))
+
+    def unpack_all(self, codes_nb: Tensor) -> Tensor:
+        """The weight [N, out, in]."""
+        return torch.stack([self.unpack(codes_nb, expert) for expert in range(self.shape[0])])
+
+    def linear(self, x_si: Tensor, codes_nb: Tensor, ends_n: Tensor) -> Tensor:
+        """Multiply by the transposed weight of each pair's expert, in `dtype`: [S, out]."""
+        out: Tensor = _PackedLinear.apply(x_si.to(self.dtype), codes_nb, self, ends_n.tolist())  # type: ignore[no-untyped-call]
+        return out
+
+
+class _PackedLinear(torch.autograd.Function):
+    """Products with frozen weights: nothing is kept for the backward pass but the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x_si: Tensor, codes_nb: Tensor, packed: PackedExperts, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(codes_nb)
+        ctx.packed, ctx.ends, ctx.width = packed, ends, x_si.shape[1]
+        out_so = x_si.new_empty(x_si.shape[0], packed.shape[1])
+        for expert, start, end in _groups(ends):
+            torch.mm(x_si[start:end], packed.unpack(codes_nb, expert).T, out=out_so[start:end])
+        return out_so
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_so: Tensor) -> tuple[Tensor | None, ...]:
+        (codes_nb,) = ctx.saved_tensors
+        grad_si = grad_so.new_empty(grad_so.shape[0], ctx.width)
+        for expert, start, end in _groups(ctx.ends):
+            torch.mm(grad_so[start:end], ctx.packed.unpack(codes_nb, expert), out=grad_si[start:end])
+        return grad_si, None, None, None
+
+
+def _groups(ends: list[int]) -> list[tuple[int, int, int]]:
+    """Each expert that has pairs: its number, its first pair, and the one behind its last."""
+    starts = [0, *ends]
+    return [(expert, start, end) for expert, (start, end) in enumerate(zip(starts, ends, strict=False)) if end > start]
+
+
+def _functional() -> Any:
+    return import_module("bitsandbytes.functional")
