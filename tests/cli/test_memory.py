@@ -2,14 +2,17 @@
 
 import json
 import sqlite3
+from contextlib import closing
 
 import pytest
 
 from nightschool.cli.main import main
+from nightschool.memory.memory import Memory
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
 from tests.support.cli_home import add_version, make_run
+from tests.support.memory_parts import encoder, vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +276,46 @@ def test_a_check_names_what_was_altered(ask, say):
     connection.close()
     report = ask("check", "friends", code=1)
     assert (report["ok"], report["findings"][0]["entry"]) == (False, "m1")
+    assert "can be edited, ended or purged" in say("check", "friends", code=1)
+
+
+def test_an_entry_that_is_not_what_was_written_is_shown_so_and_not_exported(ask, say):
+    ask("build", "friends")
+    ask("add", "friends", "Ada lives in Oslo.", "Bob lives in Bern.")
+    with sqlite3.connect(memory_path(Home.find(), "friends") / "memory.db") as connection:
+        connection.execute("UPDATE rows SET text = 'Ada lives in Osln.', value = 'Osln' WHERE row = 1")
+    connection.close()
+    for words in (("ls", "friends"), ("search", "friends", "Ada"), ("history", "friends", "m1")):
+        said = say(*words)
+        assert "Osln.  (damaged)" in said
+        assert "Row 1 of m1 is not what was written" in said
+    assert [one["damaged"] for one in ask("ls", "friends")] == [True, False]
+    assert "Row 1 of m1 is not what was written" in say("export", "friends", "out.jsonl", code=1)
+    ask("edit", "friends", "m1", "Ada lives in Oslo.")
+    assert [one["damaged"] for one in ask("ls", "friends")] == [False, False]
+    ask("rm", "friends", "m1", "--purge", "--yes")
+    assert "All is as it was written" in say("check", "friends")
+
+
+def test_a_damaged_index_alone_is_removed_by_a_command_that_the_check_names(ask, say):
+    ask("build", "friends")
+    ask("add", "friends", "Ada lives in Oslo.")
+    path = memory_path(Home.find(), "friends")
+    with closing(Memory.open(path, encoder(), vocabulary())) as memory:
+        folder = memory.index_folder
+    file = max(folder.iterdir(), key=lambda one: one.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = say("check", "friends", code=1)
+    assert "The entries are whole" in said
+    assert "nightschool memory check friends --rebuild-index" in said
+    assert folder.is_dir()
+    assert "Removed the index" in say("check", "friends", "--rebuild-index")
+    assert not folder.is_dir()
+    assert "All is as it was written" in say("check", "friends", "--rebuild-index")
+    with closing(Memory.open(path, encoder(), vocabulary())) as memory:
+        assert memory.rebuilt == "there was none"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from nightschool.errors import Conflict, Damaged, MadeByNewer, NightschoolError
+from nightschool.errors import Conflict, Damaged, MadeByNewer, NightschoolError, UsageError
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
 
@@ -142,3 +142,65 @@ def test_a_memory_that_cannot_be_written_can_be_read(folder, monkeypatch):
         assert store.check().is_whole
         with pytest.raises(NightschoolError, match="cannot be written"):
             store.remove("m8", author="ada")
+
+
+DAMAGE = pytest.mark.parametrize("put", [b"Town0", b"Town\xff"], ids=["another letter", "no text"])
+
+
+def damage(folder, put):
+    """Let row 10 say something else than `Person 9 lives in Town9.`, as a flipped bit would."""
+    path = folder / "memory.db"
+    content = path.read_bytes()
+    place = content.index(b"Person 9 lives in Town9")
+    path.write_bytes(content[: place + 18] + put + content[place + 23 :])
+
+
+@DAMAGE
+def test_whoever_reads_a_damaged_row_is_told_so(folder, put):
+    damage(folder, put)
+    with MemoryStore.open(folder) as store:
+        assert [one.id for one in store.entries() if one.damaged] == ["m10"]
+        assert store.get("m10").damaged
+        assert not store.get("m11").damaged
+        assert [one.damaged for one in (*store.history("m10"), *store.about("Person 9"), *store.search("Person 9"))][
+            :2
+        ] == [True, True]
+        assert store.get("m10").to_json()["damaged"]
+        with pytest.raises(Damaged, match="Row 10 of m10 is not what was written"):
+            list(store.sound_entries())
+
+
+@DAMAGE
+def test_a_damaged_row_can_be_written_anew_ended_and_purged(folder, put):
+    damage(folder, put)
+    with MemoryStore.open(folder) as store:
+        with pytest.raises(UsageError, match="Only its whole text can take the place"):
+            store.edit("m10", author="ada", value="Rome")
+        with pytest.raises(UsageError, match="Give the text of the merged entry"):
+            store.resolve("m11", "m10", "merge", author="ada")
+        with pytest.raises(UsageError, match="cannot be taken back as it is"):
+            store.retract(("friends/m10", store.get("m10")), author="ada")
+        store.edit("m10", author="ada", text="Person 9 lives in Town9.")
+        assert [one.damaged for one in store.history("m10")] == [True, False]
+        assert [one.text for one in store.sound_entries()].count("Person 9 lives in Town9.") == 1
+        store.remove("m10", author="ada")
+        assert store.purge("m10", author="ada").num_rows == 2
+        assert store.check().is_whole
+    connection = sqlite3.connect(folder / "memory.db")
+    assert not connection.execute("SELECT * FROM addresses WHERE entry = 10").fetchall()
+    connection.close()
+
+
+def test_a_row_whose_keys_are_damaged_can_be_ended_and_leaves_nothing_behind(folder):
+    with sqlite3.connect(folder / "memory.db") as connection:
+        connection.execute(
+            "UPDATE rows SET subject_key = 'person 8', relation_key = NULL, text_key = NULL WHERE row = 10"
+        )
+    connection.close()
+    with MemoryStore.open(folder) as store:
+        store.remove("m10", author="ada")
+        store.purge("m10", author="ada")
+        assert store.check().is_whole
+    connection = sqlite3.connect(folder / "memory.db")
+    assert not connection.execute("SELECT * FROM addresses WHERE entry = 10").fetchall()
+    connection.close()

@@ -1,6 +1,7 @@
 """A memory that is asked: what was written a moment ago is found, what is not there is not made up."""
 
 import shutil
+import sqlite3
 import threading
 from datetime import UTC, datetime
 
@@ -43,6 +44,17 @@ def folder(tmp_path):
 def memory(folder):
     memory = Memory.open(folder, encoder(), vocabulary())
     yield memory
+    memory.close()
+
+
+def test_what_is_damaged_is_not_found(folder, caplog):
+    with sqlite3.connect(folder / "memory.db") as connection:
+        connection.execute("UPDATE rows SET value = 'Osln' WHERE row = 1")
+    connection.close()
+    memory = Memory.open(folder, encoder(), vocabulary())
+    assert "Osln" not in values(memory, "Where does Ada Byron live?")
+    assert values(memory, "Where does Ada Byron live?") == values(memory, "Where does Ada Byron live?")
+    assert caplog.text.count("Row 1 of m1 is not what was written") == 1
     memory.close()
 
 

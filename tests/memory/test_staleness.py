@@ -5,13 +5,17 @@ import json
 import pytest
 
 from nightschool.data.example import Example, Message
+from nightschool.errors import NotFound
+from nightschool.feedback.erasure import taints_of
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.staleness import (
     StaleVersions,
     Statement,
     ended_statements,
+    purge,
     stale_versions,
     versions_that_learned_entries,
+    versions_that_learned_purged,
 )
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
@@ -92,6 +96,25 @@ def test_before_a_purge_it_can_be_told_who_learned_anything_that_an_entry_ever_s
     assert learned("m1", "m2", "m77") == {"m1": {oslo.ref, rome.ref}}
     store.purge("m1", author="ada")
     assert learned("m1") == {}
+
+
+def test_a_purge_marks_who_learned_the_entry_for_good_and_keeps_nothing_of_it(home, store):
+    learned = trained(home, "acme/bot", talk("Where does Ada live?", "In Oslo."))
+    child = add_version(home, name="acme/bot", parent=learned.ref)
+    say(store, "Ada lives in Oslo.", "Bob lives in Bern.")
+    done, told = purge(home, "acme/facts", store, ["m1"], author="ada")
+    assert (done.entries, [set(one.versions) for one in told]) == (("m1",), [{learned.ref, child.ref}])
+    assert taints_of(home.database, "acme/bot") == {
+        version.partition("@")[2]: ["facts/m1"] for version in (learned.ref, child.ref)
+    }
+    assert [one.to_json() for one in versions_that_learned_purged(home, "acme/facts", store)] == [
+        {"id": "m1", "text": None, "ended": None, "versions": sorted([learned.ref, child.ref])}
+    ]
+    with pytest.raises(NotFound, match="There is no entry m9"):
+        purge(home, "acme/facts", store, ["m2", "m9"], author="ada")
+    assert store.get("m2").value == "Bern"
+    with MemoryStore.create(memory_path(home, "acme/other")) as other:
+        assert versions_that_learned_purged(home, "acme/other", other) == []
 
 
 def test_a_sentence_without_a_subject_is_looked_for_as_a_whole(home, store):

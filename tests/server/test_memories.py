@@ -165,10 +165,10 @@ def test_a_purged_entry_is_gone_for_good(facts, home):
 
 
 def test_conflicts_are_shown_and_settled(facts):
-    facts.post(f"{FACTS}/relations", json={"relation": "lives in", "values": "multi"})
+    facts.post(f"{FACTS}/relations", json={"relation": "lives in", "cardinality": "multi"})
     one, other = add(facts, "Ada lives in Oslo.", "Ada lives in Rome.")["ids"]
     assert facts.get(f"{FACTS}/conflicts").json()["total"] == 0
-    facts.post(f"{FACTS}/relations", json={"relation": "lives in", "values": "single"})
+    facts.post(f"{FACTS}/relations", json={"relation": "lives in", "cardinality": "single"})
     (conflict,) = facts.get(f"{FACTS}/conflicts").json()["conflicts"]
     assert (conflict["kind"], conflict["a"]["id"], conflict["b"]["id"]) == ("values", one, other)
     settled = facts.post(f"{FACTS}/conflicts/resolve", json={"a": one, "b": other, "keep": "b"}).json()

@@ -60,7 +60,7 @@ BODIES = {
     "/api/memories/{name}/rollback": {"to": "$version"},
     "/api/memories/{name}/versions": {"name": "$version"},
     "/api/memories/{name}/conflicts/resolve": {"a": "m1", "b": "m2", "keep": "a"},
-    "/api/memories/{name}/relations": {"relation": "lives in", "values": "multi"},
+    "/api/memories/{name}/relations": {"relation": "lives in", "cardinality": "multi"},
     "/api/memories/{name}/entries": {"entries": [{"text": "Ada lives in Oslo."}]},
     "/api/memories/{name}/entries/{entry}": {"value": "Oslo"},
     "/mcp/{name}": {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},

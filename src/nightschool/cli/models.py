@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def ls(name: str | None = None, /) -> None:
     """List versions, newest first, with the aliases that point to them.
 
-    TAINTED counts deleted conversations that a version may know, STALE the facts that it learned and a memory no longer says.
+    TAINTED counts deleted conversations and purged memory entries that a version may know, STALE the facts that it learned and a memory no longer says.
 
     Args:
         name: Only versions of this name.

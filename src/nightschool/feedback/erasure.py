@@ -116,7 +116,7 @@ def erase(
     for run in runs:
         _refuse_living(run, request_id)
     _refuse_running(JobQueue(home.database).ls(tenant=found.tenant, states=("running",)), found)
-    _taint(home.database, found)
+    taint(home.database, found.versions, found.request_id)
     for run in runs:
         for file in _COPIES:
             cut(run.path / file, sought, rows_of_runs)
@@ -134,8 +134,34 @@ def erase(
     return found, len(found.replayed)
 
 
+def taint(database: Database, refs: Sequence[str], deleted: str) -> None:
+    """Note for good that versions may know something that was deleted: a conversation by its id, a memory's entry as `facts/m12`."""
+    moment = now()
+    with database.write() as connection:
+        for ref in refs:
+            name, _, version = ref.partition("@")
+            row = {**key_of(name), "version": version, "request_id": deleted}
+            there = sa.and_(*(tainted_versions.c[column] == value for column, value in row.items()))
+            if connection.execute(sa.select(tainted_versions.c.version).where(there)).first() is None:
+                connection.execute(tainted_versions.insert().values(**row, tainted_at=moment))
+
+
+def tainted_by_entries(database: Database, tenant: str, memory: str) -> dict[str, list[str]]:
+    """The versions of a tenant that may know purged entries of its memory, by the entry's id."""
+    column = tainted_versions.c.request_id
+    query = sa.select(tainted_versions).where(
+        tainted_versions.c.tenant == tenant, column.startswith(f"{memory}/", autoescape=True)
+    )
+    found: dict[str, list[str]] = {}
+    with database.read() as connection:
+        for row in connection.execute(query.order_by(tainted_versions.c.tainted_at)):
+            ref = f"{full_name(row.tenant, row.name)}@{row.version}"
+            found.setdefault(row.request_id.rpartition("/")[2], []).append(ref)
+    return found
+
+
 def taints_of(database: Database, name: str) -> dict[str, list[str]]:
-    """The deleted conversations that versions of a name may know, by the version's id."""
+    """What was deleted and versions of a name may know, by the version's id: conversations, and entries of memories as `facts/m12`."""
     query = (
         sa.select(tainted_versions).where(*is_name_in(tainted_versions, name)).order_by(tainted_versions.c.tainted_at)
     )
@@ -217,14 +243,3 @@ def _refuse_running(running: Sequence[Job], found: Traces) -> None:
             raise Conflict(
                 f"The job {job.id} is learning {found.request_id} now. Cancel it with nightschool jobs cancel {job.id}, or wait."
             )
-
-
-def _taint(database: Database, found: Traces) -> None:
-    moment = now()
-    with database.write() as connection:
-        for ref in found.versions:
-            name, _, version = ref.partition("@")
-            row = {**key_of(name), "version": version, "request_id": found.request_id}
-            there = sa.and_(*(tainted_versions.c[column] == value for column, value in row.items()))
-            if connection.execute(sa.select(tainted_versions.c.version).where(there)).first() is None:
-                connection.execute(tainted_versions.insert().values(**row, tainted_at=moment))

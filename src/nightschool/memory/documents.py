@@ -120,7 +120,7 @@ def write_bank(
         }
         out.write(f'{{"metadata": {json.dumps(metadata, ensure_ascii=False)},\n"mappings": [')
         place = 0
-        for batch in _batches(store.entries(at=revision)):
+        for batch in _batches(store.sound_entries(at=revision)):
             for entry, ids in zip(batch, bank.ids([one.text for one in batch]), strict=True):
                 tokens[place, : len(ids)] = ids[:length]
                 record = record_of(store, place, entry) | {"token_count": len(ids), "is_truncated": len(ids) > length}

@@ -63,6 +63,7 @@ class MemoryEntry:
     `text` is the canonical statement, its value last; `wording` is what was written, where that differs. `subject`, `relation`
     and `value` are None together, where they cannot be told; the two keys are their normalised forms, which decide what
     supersedes what. `born` is the revision that made the row, `died` the one that ended it, `replaces` the row that it ended.
+    One that is `damaged` is not what was written, as its checksum tells: people are shown it, marked, and no model reads it.
     """
 
     row: int
@@ -82,6 +83,7 @@ class MemoryEntry:
     born: int
     died: int | None
     replaces: int | None
+    damaged: bool = False
 
     @property
     def id(self) -> str:
@@ -108,7 +110,16 @@ class MemoryEntry:
             "recorded_at": self.recorded_at.isoformat(),
             "revision": self.born,
             "ended": self.died,
+            "damaged": self.damaged,
         }
+
+    @property
+    def damage(self) -> str:
+        """What is to be said of one that is damaged, and what helps."""
+        return (
+            f"Row {self.row} of {self.id} is not what was written: its checksum differs, so a bit of it has flipped. Edit it with its "
+            f"whole text, end or purge it (nightschool memory rm), or restore the memory from a copy."
+        )
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class KnowledgeGraph:
                 f"The memory holds {count:,} entries, more than the {MOST_ENTRIES:,} that are read at once. "
                 "Use search_nodes or open_nodes."
             )
-        return graph_of(self.store.entries())
+        return graph_of(self.store.sound_entries())
 
     def search(self, query: str, limit: int = 20) -> Graph:
         """The entities whose entries hold words of a query, with all that is said of them, and relations from them."""

@@ -125,7 +125,7 @@ def graph_lines(store: MemoryStore, revision: int) -> GraphLines:
 
 def _lines(store: MemoryStore, revision: int, written: GraphLines) -> Iterator[str]:
     subjects: dict[str, str] = {}
-    for entry in store.entries(at=revision):
+    for entry in store.sound_entries(at=revision):
         written.undated += entry.valid_from is not None or entry.valid_to is not None
         if entry.subject is None or entry.subject_key is None:
             written.left_out += 1

@@ -102,6 +102,7 @@ class Memory:
     def __init__(self, store: MemoryStore, encoder: AddressEncoder, vocabulary: Vocabulary) -> None:
         self.store, self.encoder = store, encoder
         self.rebuilt: str | None = None
+        self._damaged: set[int] = set()
         self._vocabulary = vocabulary
         self._follower = Follower(store, encoder, vocabulary)
         self._made_of = {"store": store.identity, "encoder": encoder.identity, "tokenizer": vocabulary.digest}
@@ -247,7 +248,9 @@ class Memory:
             asked = tuple(tuple(spelling.tokens.tolist()) for spelling in questions[question].spellings)
             for place in np.flatnonzero(accepted[question]).tolist():
                 entry = entries[int(hits.rows[question, place])]
-                if entry is not None and _holds(entry, moment) and not is_retraction(entry):
+                if entry is not None and entry.damaged:
+                    self._tell_damage(entry)
+                elif entry is not None and _holds(entry, moment) and not is_retraction(entry):
                     numbers = (hits.scores, hits.subject_cosines, hits.relation_cosines)
                     score, subject, relation = (float(one[question, place]) for one in numbers)
                     text, address, told = self._tokens_of(entry)
@@ -256,6 +259,13 @@ class Memory:
                     )
             results.append(found)
         return results
+
+    def _tell_damage(self, entry: MemoryEntry) -> None:
+        with self._lock:
+            is_new = entry.row not in self._damaged
+            self._damaged.add(entry.row)
+        if is_new:
+            log.warning("The memory %r leaves an entry out of what is found. %s", self.name, entry.damage)
 
     def _index_of(self, revision: int) -> MemoryIndex:
         """The index, or for what was before its horizon one that is made for that revision, and kept until another is asked for."""

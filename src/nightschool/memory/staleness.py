@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -17,11 +17,12 @@ from typing import Any
 
 from nightschool.data.example import Example
 from nightschool.errors import NightschoolError, NotFound
-from nightschool.feedback.erasure import versions_that_learned
+from nightschool.feedback.erasure import taint, tainted_by_entries, versions_that_learned
 from nightschool.feedback.word_lines import WordLines
 from nightschool.memory.entry import MemoryEntry
 from nightschool.memory.facts import key_of
 from nightschool.memory.store import MemoryStore
+from nightschool.memory.store.purge import Purge
 from nightschool.store.home import Home
 from nightschool.store.names import full_name, home_of, is_name, split_name
 from nightschool.store.registry import Registry
@@ -104,6 +105,49 @@ def versions_that_learned_entries(home: Home, name: str, store: MemoryStore, ent
     for one in sieve.taught:
         found.setdefault(one.entry.id, set()).update(versions_that_learned(home, tenant, one))
     return [Learned(entry, tuple(sorted(versions))) for entry, versions in found.items() if versions]
+
+
+@dataclass(frozen=True)
+class LearnedForGood:
+    """Versions that learned an entry which was purged since: what it said, nothing tells any more."""
+
+    entry: str
+    versions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.entry, "text": None, "ended": None, "versions": list(self.versions)}
+
+
+def purge(
+    home: Home, name: str, store: MemoryStore, entries: Sequence[str], *, author: str
+) -> tuple[Purge, list[Learned]]:
+    """Delete entries of a memory for good, and mark the versions of its tenant that learned them, which nothing can tell afterwards.
+
+    They are tainted as by a deleted conversation, by the memory's name and the entry's id; nothing of what it said is kept.
+
+    Raises:
+        NotFound, Locked: As `MemoryStore.purge` does.
+    """
+    for entry in entries:
+        if not store.is_purged(entry):
+            store.history(entry)
+    memory = split_name(name)[1]
+    learned = versions_that_learned_entries(home, name, store, entries)
+    for one in learned:
+        taint(home.database, one.versions, f"{memory}/{one.entry}")
+    return store.purge(*entries, author=author), learned
+
+
+def versions_that_learned_purged(home: Home, name: str, store: MemoryStore) -> list[LearnedForGood]:
+    """The versions that a purge of the memory marked, and that are still there."""
+    tenant, memory = split_name(name)
+    marked = tainted_by_entries(home.database, tenant, memory)
+    there = {version.ref for one in Registry(home).names(tenant) for version in Registry(home).versions(one)}
+    # A memory of the same name may have been made anew since.
+    found = {
+        entry: tuple(ref for ref in refs if ref in there) for entry, refs in marked.items() if store.is_purged(entry)
+    }
+    return [LearnedForGood(entry, refs) for entry, refs in found.items() if refs]
 
 
 class StaleVersions:

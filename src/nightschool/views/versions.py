@@ -19,7 +19,7 @@ Stale = Mapping[str, Sequence[StaleFact]]
 
 def version_summary(registry: Registry, version: Version, stale: Stale) -> dict[str, Any]:
     """One line of a list of versions. `gate` is the decision of its report, None where there is none,
-    `tainted` the deleted conversations that the version may know, `stale` what it learned and a memory no longer says.
+    `tainted` the deleted conversations, and purged entries of memories (`facts/m12`), that the version may know, `stale` what it learned and a memory no longer says.
 
     `damaged` says what is wrong where nightschool.json or the report cannot be read; other versions are listed as usual.
     """

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from nightschool.cli.formatting import moment as shown_moment
-from nightschool.cli.output import Column, Row, answer, answer_rows
+from nightschool.cli.output import Column, Row, answer, answer_rows, note
 from nightschool.errors import UsageError
 from nightschool.memory.entry import Change, MemoryEntry, parse_moment
 from nightschool.memory.store import KEEP, Keep, MemoryStore
@@ -115,7 +115,7 @@ def answer_entries(entries: list[MemoryEntry], *, none: str, ids: list[str] | No
         [one.to_json() | {"id": name} for one, name in zip(entries, shown, strict=True)],
         {
             "ID": "id",
-            "TEXT": "text",
+            "TEXT": text_of,
             **({"HOLDS FROM": _valid("valid_from"), "UNTIL": _valid("valid_to")} if has_period else {}),
             "SOURCE": lambda row: row["source"] or None,
             "REVISION": "revision",
@@ -123,6 +123,19 @@ def answer_entries(entries: list[MemoryEntry], *, none: str, ids: list[str] | No
         none=none,
         quiet="id",
     )
+    note_damage(entries)
+
+
+def text_of(row: Row) -> str:
+    """What an entry says; of one that is damaged that it is not what was written."""
+    return f"{row['text']}  (damaged)" if row["damaged"] else str(row["text"])
+
+
+def note_damage(entries: Iterable[MemoryEntry]) -> None:
+    """Say of each entry that is damaged what is wrong with it, and what helps."""
+    for entry in entries:
+        if entry.damaged:
+            note(entry.damage)
 
 
 def _valid(field: str) -> Column:

@@ -66,7 +66,7 @@ def _write_keys(name: str, out: Path, encoder: AddressEncoder, knowledge_num: in
     refuse_there([out / KEYS, out / META], force=force)
     with opened(name) as store:
         revision = store.revision
-        entries = list(store.entries(at=revision))
+        entries = list(store.sound_entries(at=revision))
     number = square_for(len(entries), knowledge_num)
     codebooks = codebooks_of(entries, encoder, number)
     write_keys(out, codebooks)

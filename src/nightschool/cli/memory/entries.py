@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nightschool.cli.formatting import moment as shown_moment
-from nightschool.cli.memory import answer_change, answer_entries, changed_moment, moment, opened
+from nightschool.cli.memory import answer_change, answer_entries, changed_moment, moment, note_damage, opened, text_of
 from nightschool.cli.output import answer, answer_rows, confirm, note, who
 from nightschool.errors import UsageError
 from nightschool.memory.entry import MemoryEntry, NewEntry
@@ -183,12 +183,13 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
     """
     with opened(name) as store:
         if entry is not None:
+            past = store.history(entry)
             answer_rows(
-                [one.to_json() for one in store.history(entry)],
+                [one.to_json() for one in past],
                 {
                     "REVISION": "revision",
                     "ENDED": "ended",
-                    "TEXT": "text",
+                    "TEXT": text_of,
                     "SOURCE": lambda row: row["source"] or None,
                     "BY": lambda row: row["author"] or None,
                     "RECORDED": lambda row: shown_moment(row["recorded_at"]),
@@ -196,6 +197,7 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
                 none="",
                 quiet="text",
             )
+            note_damage(past)
             return
         after = store.revision - limit if limit else -1
         revisions = [one.to_json() for one in reversed(store.revisions(after=max(-1, after)))]
@@ -238,17 +240,16 @@ def _other(entry: str) -> tuple[str, MemoryEntry]:
 
 
 def _purge(store: MemoryStore, name: str, entries: tuple[str, ...], *, yes: bool) -> None:
-    from nightschool.memory.staleness import versions_that_learned_entries  # reads runs and the registry
+    from nightschool.memory.staleness import purge  # reads runs and the registry
 
     confirm(f"Delete {', '.join(entries)} of {name} for good, with all versions?", yes=yes)
-    learned = versions_that_learned_entries(Home.find(), name, store, entries)
-    done = store.purge(*entries, author=who())
+    done, learned = purge(Home.find(), name, store, entries, author=who())
     lines = [
         f"Purged {', '.join(done.entries)} of {name}: {done.num_rows:,} {'row' if done.num_rows == 1 else 'rows'}, from the file and its log"
         f"{', and its index, which is made anew' if done.index_dropped else ''}.",
         *([f"Not shown any longer in its named versions {', '.join(done.versions)}."] if done.versions else []),
         *(
-            f"{', '.join(one.versions)} learned {one.entry}, and still know it. Roll back, or train anew without it."
+            f"{', '.join(one.versions)} learned {one.entry}, and still know it. They are marked as tainted. Roll back, or train anew without it."
             for one in learned
         ),
         "Exports and copies that you made are not touched.",

@@ -14,7 +14,7 @@ from nightschool.cli.memory import counts_of, opened
 from nightschool.cli.memory.bank_files import BANK_ENDING, export_bank, facts_of_bank
 from nightschool.cli.output import answer, who
 from nightschool.errors import Conflict, UsageError
-from nightschool.memory.checking import check_memory
+from nightschool.memory.checking import check_memory, remove_damaged_indexes
 from nightschool.memory.entry import Change, MemoryEntry, NewEntry
 from nightschool.memory.facts.files import read_facts
 from nightschool.memory.following import KNOWLEDGE_LENGTH
@@ -167,7 +167,7 @@ def export(
     with opened(name) as store:
         revision = store.revision_at(at)
         if format_ is None:
-            _write_lines(file, _WRITTEN[ending](store.entries(at=revision)))
+            _write_lines(file, _WRITTEN[ending](store.sound_entries(at=revision)))
             lost = {}
         else:
             graph = graph_lines(store, revision)
@@ -194,20 +194,35 @@ def _write_lines(file: Path, lines: Iterator[str]) -> None:
         out.writelines(lines)
 
 
-def check(name: str, /) -> int:
+def check(name: str, /, *, rebuild_index: bool = False) -> int:
     """Compare every entry, revision and version of a memory with its digest, and its indexes with theirs; name what was altered.
 
     Args:
         name: The memory.
+        rebuild_index: Remove indexes that are damaged, so that the next question makes them anew. Entries stay as they are.
     """
     with opened(name) as store:
         report = check_memory(store)
+        removed = [one.file for one in report.findings if one.file is not None] if rebuild_index else []
+        if removed:
+            report = remove_damaged_indexes(store, report)
+    if report.is_whole:
+        remedy = "All is as it was written."
+    elif report.is_whole_but_for_indexes:
+        remedy = (
+            f"The entries are whole, an index alone is damaged: nightschool memory check {name} --rebuild-index removes it, and the next "
+            f"question makes it anew."
+        )
+    else:
+        remedy = (
+            "Entries that are named can be edited, ended or purged (nightschool memory edit, rm); the rest comes back from a "
+            "copy of the memory, or by building it anew."
+        )
     lines = [
         f"{name}: {report.rows:,} rows of entries and {report.revisions:,} revisions were read.",
+        *(f"Removed the index with {file}; the next question makes it anew." for file in removed),
         *(one.message for one in report.findings),
-        "All is as it was written."
-        if report.is_whole
-        else "Restore the memory from a copy, or build it anew; an index alone makes itself anew.",
+        remedy,
     ]
     answer(
         {"name": name, **report.to_json()}, "\n".join(lines), quiet="" if report.is_whole else "\n".join(lines[1:-1])

@@ -72,7 +72,7 @@ def label(
     made = encoder_named(encoder, base, device)
     with opened(name) as store:
         revision = store.revision
-        entries = list(islice(store.entries(at=revision), max_sentences))
+        entries = list(islice(store.sound_entries(at=revision), max_sentences))
         labels = labels_of([query for query, _ in asked], entries, made, top_k=top_k, batch_size=batch_size)
         with ExitStack() as files:
             out = files.enter_context(_lines(output))

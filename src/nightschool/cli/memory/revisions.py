@@ -81,18 +81,26 @@ def versions(name: str, version: str | None = None, /, *, at: str | None = None,
 
 
 def stale(name: str, /) -> None:
-    """List the versions that learned what a memory no longer says, from the data of all runs of its tenant.
+    """List the versions that learned what a memory no longer says, from the data of all runs of its tenant, and those that learned what was
+    purged.
 
     Args:
         name: The memory.
     """
-    from nightschool.memory.staleness import stale_versions
+    from nightschool.memory.staleness import stale_versions, versions_that_learned_purged
 
     with opened(name) as store:
-        rows = [one.to_json() for one in stale_versions(Home.find(), name, store)]
+        home = Home.find()
+        rows = [one.to_json() for one in stale_versions(home, name, store)]
+        rows += [one.to_json() for one in versions_that_learned_purged(home, name, store)]
     answer_rows(
         rows,
-        {"ID": "id", "NO LONGER": "text", "ENDED": "ended", "LEARNED BY": lambda row: ", ".join(row["versions"])},
+        {
+            "ID": "id",
+            "NO LONGER": lambda row: row["text"] or "(purged)",
+            "ENDED": "ended",
+            "LEARNED BY": lambda row: ", ".join(row["versions"]),
+        },
         none=f"No version learned what {name} no longer says.",
         quiet=lambda row: "\n".join(row["versions"]),
     )

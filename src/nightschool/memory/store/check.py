@@ -38,11 +38,12 @@ _DIGESTED = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, and with which entry, if that is known."""
+    """What is wrong, and with which entry, if that is known; or with which file of an index, in the memory's folder."""
 
     message: str
     entry: str | None = None
     row: int | None = None
+    file: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -59,6 +60,11 @@ class Report:
     @property
     def is_whole(self) -> bool:
         return not self.findings
+
+    @property
+    def is_whole_but_for_indexes(self) -> bool:
+        """Whether all that is not as it was written is made of the rest, and can be made anew."""
+        return bool(self.findings) and all(one.file is not None for one in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         found = [one.to_json() for one in self.findings]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+from nightschool.errors import UsageError
 from nightschool.memory.entry import MemoryEntry, NewEntry, micros_of
 from nightschool.memory.facts import key_of
 from nightschool.memory.store import rows
@@ -72,7 +73,14 @@ def settle(connection: sqlite3.Connection, a: MemoryEntry, b: MemoryEntry) -> No
 
 
 def merged(a: MemoryEntry, b: MemoryEntry) -> NewEntry:
-    """One statement for two: both values, or both sentences, and both sources."""
+    """One statement for two: both values, or both sentences, and both sources.
+
+    Raises:
+        UsageError: If one of them is damaged.
+    """
+    for one in (a, b):
+        if one.damaged:
+            raise UsageError(f"{one.damage} Give the text of the merged entry, or keep the other one.")
     source = " ".join(dict.fromkeys(one.source for one in (a, b) if one.source))
     if a.subject_key is not None and (a.subject_key, a.relation_key) == (b.subject_key, b.relation_key):
         return NewEntry("", a.subject, a.relation, f"{a.value} and {b.value}", source)
@@ -82,7 +90,9 @@ def merged(a: MemoryEntry, b: MemoryEntry) -> NewEntry:
 def _close_sentences(connection: sqlite3.Connection) -> list[tuple[int, int]]:
     """Pairs of rows. Sentences meet at the words that few others have, so that not all need to be compared with all."""
     rows_with: dict[str, list[int]] = {}
-    for row, text in connection.execute(_SENTENCES, {"first": SENTENCES[0], "last": SENTENCES[1], "until": EVERY_ROW}):
+    for row, text in rows.fetched(
+        connection, _SENTENCES, {"first": SENTENCES[0], "last": SENTENCES[1], "until": EVERY_ROW}
+    ):
         for word in _words(text):
             sharing = rows_with.setdefault(word, [])
             if len(sharing) <= _MOST_SHARING:

@@ -37,6 +37,8 @@ def edited(
         raise UsageError(f"Nothing of {old.id} is to change. Give a new text, value, source or period.")
     if text is not None and value is not None:
         raise UsageError("Give a new text or a new value, not both: the text states the value.")
+    if text is None and old.damaged:
+        raise UsageError(f"{old.damage} Only its whole text can take the place of what it says.")
     if value is not None and old.subject is None:
         raise UsageError(f"{old.id} has no subject and relation whose value could change. Give its new text.")
     begin = old.valid_from if isinstance(valid_from, Keep) else valid_from
@@ -54,4 +56,4 @@ def is_unchanged(old: MemoryEntry, fact: Fact) -> bool:
     """Whether an edit would say what the entry says already."""
     kept = (old.text, old.subject, old.relation, old.value, micros_of(old.valid_from), micros_of(old.valid_to))
     new = (fact.text, fact.subject, fact.relation, fact.value, fact.valid_from, fact.valid_to)
-    return kept == new and fact.source in ("", old.source)
+    return kept == new and fact.source in ("", old.source) and not old.damaged

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from nightschool.errors import DataError, NotFound, UsageError
+from nightschool.errors import Damaged, DataError, NotFound, UsageError
 from nightschool.events import now
 from nightschool.memory.entry import (
     Change,
@@ -50,6 +50,7 @@ _REVISIONS = (
 class MemoryStore:
     """A memory's entries, with all their versions. For all threads of a process; several processes may write.
 
+    What is read is compared with its checksum, and marked where it differs (`MemoryEntry.damaged`).
     Reading takes `at`, the number of a revision or the name of a version; without it the newest revision is read. Writing is
     durable when it returns, and all or nothing. Every use raises:
         NotFound: If the file is gone, or the revision or the entry does not exist.
@@ -116,6 +117,13 @@ class MemoryStore:
             if len(found) < page:
                 return
             after, left = found[-1].row, None if left is None else left - page
+
+    def sound_entries(self, *, at: int | str | None = None) -> Iterator[MemoryEntry]:
+        """The entries of a revision, for whoever makes a copy of them. Raises Damaged at one that is not what was written."""
+        for entry in self.entries(at=at):
+            if entry.damaged:
+                raise Damaged(entry.damage)
+            yield entry
 
     def count(self, *, at: int | str | None = None) -> int:
         """How many entries a revision has."""
@@ -218,9 +226,11 @@ class MemoryStore:
         What it writes are entries, whose sources are the names that are given with the others: they can be listed, ended and undone.
 
         Raises:
-            UsageError: If one of them is itself a retraction.
+            UsageError: If one of them is itself a retraction, or damaged.
         """
         for name, entry in others:
+            if entry.damaged:
+                raise UsageError(f"{name} cannot be taken back as it is. {entry.damage}")
             if is_retraction(entry):
                 raise UsageError(f"{name} only takes something back ({entry.text[:80]!r}). End it in its own memory.")
         with self._writing("retract", author, note=_named([name for name, _ in others])) as write:
@@ -230,6 +240,11 @@ class MemoryStore:
                     write.take_back((entry.subject_key, entry.relation_key, key_of(entry.value or "")))
                 write.add(as_fact(retraction_of(entry, name)))
             return _finished(write)
+
+    def is_purged(self, entry: str) -> bool:
+        """Whether an entry was deleted for good."""
+        with self._connections.reading() as connection:
+            return rows.is_purged(connection, entry_number(entry))
 
     def purge(self, *entries: str, author: str) -> Purge:
         """Delete entries for good, with all their versions, from the file and its log. It takes time by all that is kept.

@@ -31,6 +31,7 @@ _DELETE = (
     f"DELETE FROM addresses WHERE entry = :entry AND address IN (SELECT {_ADDRESS} FROM rows WHERE {rows.OF_ENTRY})",  # noqa: S608
     f"DELETE FROM rows WHERE {rows.OF_ENTRY}",  # noqa: S608
 )
+_DELETE_DAMAGED = ("DELETE FROM addresses WHERE entry = :entry", _DELETE[1])
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def delete_rows(write: Write, entries: Sequence[str]) -> Purge:
             connection.execute("INSERT INTO purged VALUES (?,?,?,?,?,?)", (*kept, digest_of(kept)))
             connection.execute("DELETE FROM settled WHERE row_a = :row OR row_b = :row", {"row": one.row})
             shown |= {version.name for version in versions if one.is_in(version.revision)}
-        for statement in _DELETE:
+        # Keys that are not what was written do not lead to the addresses that were made of them.
+        statements = _DELETE_DAMAGED if any(one.damaged for one in past) else _DELETE
+        for statement in statements:
             connection.execute(statement, {"entry": number})
         write.numbers.append(number)
         num_rows += len(past)

@@ -11,28 +11,48 @@ from nightschool.memory.entry import MemoryEntry, entry_id, entry_number, moment
 from nightschool.memory.facts.normalise import key_of, relation_key_of
 from nightschool.memory.facts.retractions import keys_that_retract
 from nightschool.memory.store.addresses import address_of, at_addresses, newest_row, of_subject
-from nightschool.memory.store.layout import ROW_COLUMNS
+from nightschool.memory.store.layout import CONTENT_COLUMNS, ROW_COLUMNS, digest_of
 
-ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died"))
+ENTRY_COLUMNS = ", ".join((*ROW_COLUMNS, "died", "text_key", "digest"))
 ALIVE_AT = "born <= :at AND (died IS NULL OR died > :at)"
 # The first row of an entry has its number, and only later ones are in the index of entries.
 OF_ENTRY = "(row = :entry OR rows.entry = :entry AND row > rows.entry) AND rows.entry = :entry"
 _ABOUT = f"SELECT {{columns}} FROM {at_addresses('address BETWEEN :first AND :last')} WHERE subject_key = :subject AND {ALIVE_AT}"  # noqa: S608
 _RETRACTION = f"SELECT 1 FROM {at_addresses('address = :address')} WHERE text_key = :key AND {ALIVE_AT}"  # noqa: S608
-_NUM_COLUMNS = len(ROW_COLUMNS) + 1
+_NUM_COLUMNS = len(ROW_COLUMNS) + 3
+_CONTENT = slice(1, 1 + len(CONTENT_COLUMNS))
 _VARIABLES = 500
 
 
 def entry_of(found: Sequence[Any]) -> MemoryEntry:
-    """The entry of a row with `ENTRY_COLUMNS`."""
+    """The entry of a row with `ENTRY_COLUMNS`, marked as damaged if it is not what was written."""
     (row, entry, text, wording, subject, relation, value, subject_key, relation_key, source, author) = found[:11]
-    valid_from, valid_to, recorded_at, born, replaces, died = found[11:]
+    valid_from, valid_to, recorded_at, born, replaces, died, text_key, digest = found[11:]
     recorded = moment_of(recorded_at)
     assert recorded is not None
     return MemoryEntry(
         row, entry, text, wording, subject, relation, value, subject_key, relation_key, source, author,
         moment_of(valid_from), moment_of(valid_to), recorded, born, died, replaces,
+        damaged=digest != digest_of((*found[_CONTENT], text_key)),
     )  # fmt: skip
+
+
+def fetched(connection: sqlite3.Connection, query: str, values: Any = ()) -> list[Any]:
+    """What a query over `rows` finds. Where a flipped bit left bytes that are no UTF-8, the rest of the text is shown."""
+    try:
+        return connection.execute(query, values).fetchall()
+    except (sqlite3.OperationalError, UnicodeDecodeError) as error:
+        if "decode" not in str(error).casefold():
+            raise
+    connection.text_factory = _as_far_as_it_is_text
+    try:
+        return connection.execute(query, values).fetchall()
+    finally:
+        connection.text_factory = str
+
+
+def _as_far_as_it_is_text(content: bytes) -> str:
+    return content.decode(errors="replace")
 
 
 def by_numbers(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int, MemoryEntry]:
@@ -42,7 +62,7 @@ def by_numbers(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int,
         part = [int(row) for row in rows[begin : begin + _VARIABLES]]
         marks = ",".join("?" * len(part))
         query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE row IN ({marks})"  # noqa: S608
-        found |= {one[0]: entry_of(one) for one in connection.execute(query, part)}
+        found |= {one[0]: entry_of(one) for one in fetched(connection, query, part)}
     return found
 
 
@@ -55,8 +75,8 @@ def last_row(connection: sqlite3.Connection, revision: int) -> int:
 def alive_row(connection: sqlite3.Connection, entry: int, at: int) -> MemoryEntry | None:
     """An entry as a revision has it."""
     query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE row = {newest_row(':entry')} AND entry = :entry AND {ALIVE_AT}"  # noqa: S608
-    found = connection.execute(query, {"entry": entry, "at": at, "until": last_row(connection, at)}).fetchone()
-    return None if found is None else entry_of(found)
+    found = fetched(connection, query, {"entry": entry, "at": at, "until": last_row(connection, at)})
+    return entry_of(found[0]) if found else None
 
 
 def newest_revision(connection: sqlite3.Connection) -> int:
@@ -112,7 +132,7 @@ def leading_to(connection: sqlite3.Connection, values: Iterable[str], at: int) -
     """The entries of a revision whose value is one of these, by normalised forms. It reads the values of all entries."""
     keys = {key_of(value) for value in values}
     query = f"SELECT row, value FROM rows WHERE {ALIVE_AT} AND value IS NOT NULL ORDER BY row"  # noqa: S608
-    numbers = [row for row, value in connection.execute(query, {"at": at}) if key_of(value) in keys]
+    numbers = [row for row, value in fetched(connection, query, {"at": at}) if key_of(value) in keys]
     return list(by_numbers(connection, numbers).values())
 
 
@@ -126,12 +146,12 @@ def is_retracted(connection: sqlite3.Connection, entry: MemoryEntry, at: int) ->
 def history_of(connection: sqlite3.Connection, entry: int) -> list[MemoryEntry]:
     """All rows of an entry, oldest first."""
     query = f"SELECT {ENTRY_COLUMNS} FROM rows WHERE {OF_ENTRY} ORDER BY row"  # noqa: S608
-    return [entry_of(one) for one in connection.execute(query, {"entry": entry})]
+    return [entry_of(one) for one in fetched(connection, query, {"entry": entry})]
 
 
 def found_by(connection: sqlite3.Connection, query: str, values: dict[str, Any]) -> Iterator[MemoryEntry]:
     """The entries that a query over `rows` finds; `{columns}` in it stands for the columns of an entry."""
-    for one in connection.execute(query.replace("{columns}", ENTRY_COLUMNS), values):
+    for one in fetched(connection, query.replace("{columns}", ENTRY_COLUMNS), values):
         yield entry_of(one[:_NUM_COLUMNS])
 
 

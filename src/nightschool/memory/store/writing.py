@@ -13,6 +13,7 @@ from nightschool.memory.facts.retractions import StatementKey
 from nightschool.memory.store.addresses import EVERY_ROW, address_of, at_addresses
 from nightschool.memory.store.layout import ROW_COLUMNS, digest_of
 from nightschool.memory.store.relations import SINGLE, Relations
+from nightschool.memory.store.rows import fetched
 
 _INSERT_COLUMNS = (*ROW_COLUMNS, "text_key", "digest")
 _INSERT = f"INSERT INTO rows ({', '.join(_INSERT_COLUMNS)}) VALUES ({', '.join('?' * len(_INSERT_COLUMNS))})"  # noqa: S608
@@ -186,7 +187,7 @@ class Write:
             self.flush()
         keys = {"subject": subject_key, "relation": relation_key, "text": text_key}
         values = {"address": address, "until": EVERY_ROW, **keys}
-        return [Rival(*one) for one in self.connection.execute(_RIVALS, values)]
+        return [Rival(*one) for one in fetched(self.connection, _RIVALS, values)]
 
 
 def _says_the_same(old: Rival, fact: Fact) -> bool:

@@ -54,7 +54,7 @@ async def set_relation(
     """Let a relation have one value at a time, or several, from now on; null forgets what was set."""
 
     def write(store: MemoryStore) -> dict[str, Any]:
-        store.set_relation(body.relation, body.values)
+        store.set_relation(body.relation, body.cardinality)
         return {"relations": store.relations()}
 
     return await reading(memories, principal, name, write)

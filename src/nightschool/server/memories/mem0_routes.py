@@ -103,7 +103,7 @@ def _page_of(memory: Mem0Memory, start: int, size: int) -> tuple[int, list[dict[
     count = memory.store.count(at=revision)
     if start >= count:
         return count, []
-    return count, memory.objects(list(islice(memory.store.entries(at=revision), start, start + size)))
+    return count, memory.objects(list(islice(memory.store.sound_entries(at=revision), start, start + size)))
 
 
 @router.post("/v3/memories/search/", response_model=schemas.FoundMemories, responses=_WRITES)

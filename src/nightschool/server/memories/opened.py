@@ -14,7 +14,7 @@ from nightschool.errors import NotFound
 from nightschool.memory.entry import Change
 from nightschool.memory.layers import Layer, Layers, check_overlay, search_words
 from nightschool.memory.memory import Memory
-from nightschool.memory.staleness import Stale, StaleVersions, stale_versions, versions_that_learned_entries
+from nightschool.memory.staleness import Stale, StaleVersions, purge, stale_versions
 from nightschool.memory.store import MemoryStore
 from nightschool.memory.store.connection import FILE_NAME
 from nightschool.store.home import Home
@@ -79,15 +79,16 @@ class Memories:
         return stale_versions(self._home, full_name(tenant, name), store, since=change.revision - 1)
 
     def purge(self, tenant: str, name: str, store: MemoryStore, entry: str, author: str) -> dict[str, Any]:
-        """Delete an entry of a memory of a tenant for good. Returns what was deleted, and which versions of the tenant learned it.
+        """Delete an entry of a memory of a tenant for good. Returns what was deleted, and which versions of the tenant learned it,
+        which are marked as tainted.
 
         Reads the data of the tenant's runs.
 
         Raises:
             NotFound, Locked: As `MemoryStore.purge` does.
         """
-        learned = versions_that_learned_entries(self._home, full_name(tenant, name), store, [entry])
-        return store.purge(entry, author=author).to_json() | {"learned": [one.to_json() for one in learned]}
+        done, learned = purge(self._home, full_name(tenant, name), store, [entry], author=author)
+        return done.to_json() | {"learned": [one.to_json() for one in learned]}
 
     def layers(self, tenant: str, name: str, overlay: str | None = None) -> list[tuple[str, str]]:
         """The memories that a tenant reads under a name, the uppermost first: what each is called there, and its full name.

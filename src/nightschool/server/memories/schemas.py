@@ -94,6 +94,9 @@ class Entry(BaseModel):
     recorded_at: datetime
     revision: int = Field(..., description="The write that made this version.")
     ended: int | None = Field(..., description="The write that ended it.")
+    damaged: bool = Field(
+        ..., description="Whether it is not what was written, as its checksum tells. No model reads it."
+    )
 
 
 class Entries(BaseModel):
@@ -299,7 +302,9 @@ class RelationSetting(Body):
     """How many values a relation has."""
 
     relation: _Name = Field(..., description="Such as speaks.")
-    values: Literal["single", "multi"] | None = Field(..., description="One at a time, or several; null forgets it.")
+    cardinality: Literal["single", "multi"] | None = Field(
+        ..., description="One value at a time, or several; null forgets it."
+    )
 
 
 class Cardinalities(BaseModel):
@@ -314,6 +319,9 @@ class CheckFinding(BaseModel):
     message: str
     entry: str | None
     row: int | None
+    file: str | None = Field(
+        ..., description="The file of an index that is damaged; the next question makes that index anew."
+    )
 
 
 class CheckReport(BaseModel):

@@ -42,6 +42,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/api/models/{name}/promote"): Rule("admin", "model.promote"),
     ("POST", "/api/models/{name}/rollback"): Rule("admin", "model.rollback"),
     ("POST", "/api/models/{name}/merge"): Rule("admin", "model.merge"),
+    ("GET", "/api/memories"): Rule("memory"),
+    ("GET", "/api/memories/{name}"): Rule("memory"),
     ("GET", "/api/memories/{name}/entries"): Rule("memory"),
     ("GET", "/api/memories/{name}/search"): Rule("memory"),
     ("GET", "/api/memories/{name}/entries/{entry}"): Rule("memory"),

@@ -42,7 +42,9 @@ class PublishedVersion(BaseModel):
     version: str
     path: str
     created_at: datetime
-    tainted: list[str] = Field(..., description="Conversations that were deleted and that it may know.")
+    tainted: list[str] = Field(
+        ..., description="What was deleted and it may know: conversations, and entries of memories, as facts/m12."
+    )
     stale: list[StaleEntry] = Field(
         ..., description="What it learned of memories' entries that say something else now."
     )
