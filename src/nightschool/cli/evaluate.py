@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nightschool.cli.eval_data_sets import Programs, evaluate_data_sets
 from nightschool.cli.eval_editing import evaluate_editing
 from nightschool.cli.formatting import figure
 from nightschool.cli.output import answer, bold, note
+from nightschool.config.data_sets import PromptStyle
 from nightschool.data.example import Example
 from nightschool.data.sources.load import read_file
 from nightschool.errors import NameRefused, NotFound, NothingToTrain, UsageError
@@ -39,6 +41,11 @@ def evaluate(
     /,
     *,
     suite: str | None = None,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    max_samples: int | None = None,
+    prompt_style: PromptStyle = "plain",
+    programs: Programs = "confined",
     sample: int | None = None,
     max_new_tokens: int | None = None,
     max_seq_len: int | None = None,
@@ -57,14 +64,23 @@ def evaluate(
     --suite editing writes facts into a memory beside the model, asks for them, for what follows from them and for what is to stay, deletes them and
     asks again. No memory of yours is written to.
 
+    --dataset takes loss, perplexity and token accuracy on what data sets hold out, and judges answers: the last number of GSM8K's, the
+    programs of MBPP's and HumanEval's by their tests. Programs run confined: no network, no other process, no file but their own.
+
     Args:
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
         suite: A data file with questions and answers, or one of new, old, pins, general and editing.
-        sample: At most this many questions of a kind; by default as its run's recipe says, else 200.
-        max_new_tokens: Longest answer in tokens; by default as its run's recipe says, else 64.
+        dataset: Data sets with commas, as chat,code,reasoning or all, or single ones as gsm8k,humaneval (docs/evaluation.md).
+        data_dir: Of data sets: the folder where they lie; without it datasets/ of the home, else the Hub.
+        max_samples: Of data sets: at most this many held-out rows of each, the first ones.
+        prompt_style: Of data sets: how questions are put, as a person would or under headings.
+        programs: Of data sets: how programs that a model wrote are run; off asks for none.
+        sample: At most this many questions of a kind, or of a data set; by default as its run's recipe says, else 200.
+        max_new_tokens: Longest answer in tokens; by default as its run's recipe says, else 64; of data sets 256.
         max_seq_len: Longest held-out example in tokens, by default as its run's recipe says, else 1024; the rest is cut.
         show_examples: Print this many answers, wrong ones first.
-        output_file: Write every question and answer there, one JSON object a line; of editing, what is not as it should be.
+        output_file: Write every question and answer there, one JSON object a line; of editing, what is not as it should be; of data sets,
+            all figures as one JSON object.
         cases: Of editing: the file with edits and their questions (docs/memory.md); CounterFact, zsRE and MQuAKE, too.
         memory: Of editing: the memory that the edits lie over; without it they stand alone.
         memory_read: Of editing: how the model reads, through its layers or in its prompt, or off; without it as it can.
@@ -72,6 +88,18 @@ def evaluate(
     from nightschool.engine.local_model import local_model
     from nightschool.evaluation.examiner import examine
 
+    if dataset is not None:
+        if suite is not None:
+            raise UsageError("--suite and --dataset each say what is asked. Name one of them.")
+        evaluate_data_sets(
+            model, dataset, data_dir=data_dir, max_samples=max_samples, sample=sample, prompt_style=prompt_style, programs=programs,
+            max_new_tokens=max_new_tokens, max_seq_len=max_seq_len, show_examples=show_examples, output_file=output_file,
+        )  # fmt: skip
+        return
+    if data_dir is not None or max_samples is not None or prompt_style != "plain" or programs != "confined":
+        raise UsageError(
+            "--data-dir, --max-samples, --prompt-style and --programs belong to --dataset. Name it, or leave them out."
+        )
     if suite in EXAMS:
         EXAMS[suite](
             model, cases=cases, memory=memory, memory_read=memory_read, sample=sample, max_new_tokens=max_new_tokens,

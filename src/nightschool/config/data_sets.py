@@ -121,7 +121,8 @@ DATA_SETS: Mapping[str, DataSet] = {
         split=OwnFiles(None, "test"),
         prompt="Complete this function:\n\n```python\n{prompt}```",
         headings="### Code Task:\nComplete this function:\n\n{prompt}\n\n### Solution:\n",
-        answer="```python\n{prompt}{canonical_solution}\n```",
+        # The body alone: a question that is repeated would be learned and predicted for nothing.
+        answer="```python\n{canonical_solution}```",
         judged_by=("test", "entry_point"),
     ),
 }
