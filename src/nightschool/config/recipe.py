@@ -237,7 +237,9 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "quantization": (("qlora",), ""),
     "dpo": (("dpo",), ""),
     "memory": (("memory",), ""),
-    "experts": (("full", "pretrain"), ""),
+    "experts": (("full", "pretrain", "lora"), ""),
+    "experts.load_balancing_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
+    "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
 }
@@ -349,10 +351,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _settings_of_their_method(self) -> Recipe:
         for name, (methods, remedy) in _OF_SOME_METHODS.items():
-            if self.method not in methods and getattr(self, name) != type(self).model_fields[name].get_default(
-                call_default_factory=True
-            ):
-                theirs = " or ".join(f"`method: {method}`" for method in methods)
+            owner: Section = self
+            *sections, field = name.split(".")
+            for section in sections:
+                owner = getattr(owner, section)
+            default = type(owner).model_fields[field].get_default(call_default_factory=True)
+            if self.method not in methods and getattr(owner, field) != default:
+                *others, last = (f"`method: {method}`" for method in methods)
+                theirs = f"{', '.join(others)} or {last}" if others else last
                 raise ValueError(
                     f"`{name}` belongs to {theirs}, and this is `method: {self.method}`{remedy}; take it out"
                 )

@@ -185,12 +185,14 @@ class Shape(Section):
 
 
 class Experts(Section):
-    """The experts of a mixture, and how their routers learn, where all weights do (methods full and pretrain)."""
+    """The experts of a mixture, and how their routers learn, where all weights do (methods full and pretrain; `tier` also below an
+    adapter of method lora).
+    """
 
     tier: Literal["device", "host", "disk"] = Field(
         "device",
-        description="Where experts live with their gradients and moments: with all other weights, in the host's memory, or in a "
-        "file. On a CPU the first two are the same memory.",
+        description="Where experts live, with their gradients and moments where they learn: with all other weights, in the host's "
+        "memory, or in a file. On a CPU the first two are the same memory.",
     )
     resident: int = Field(
         4, ge=2, description="Experts that are in memory at a time, of all layers, where they live in a file."

@@ -9,44 +9,33 @@ expert, r rank; `ends_n` says up to which pair each expert goes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name under which everybody knows it
 from torch import Tensor, nn
 
+from nightschool.layers.expert_streaming.experts import StreamedExperts
+from nightschool.layers.expert_streaming.record import WEIGHTS
+from nightschool.layers.packed_experts import PackedExperts
+from nightschool.layers.passing_experts import Factors, PassingExperts, pass_through
+
 # Rows of matrices that are multiplied in groups are whole multiples of so many bytes.
 _ALIGNED_BYTES = 16
 
 
-@dataclass(frozen=True)
-class ExpertAdapter:
-    """The factors of one weight of all experts: `down_nri` [N, r, in], `up_nor` [N, out, r]."""
-
-    down_nri: Tensor
-    up_nor: Tensor
-    scaling: float
-
-    def add(self, x_si: Tensor, out_so: Tensor, ends_n: Tensor) -> Tensor:
-        """Add up(down(x)) · scaling of each pair's expert to `out_so`."""
-        dtype = out_so.dtype
-        down_nri, up_nor = self.down_nri.to(dtype), self.up_nor.to(dtype)
-        missing = -down_nri.shape[1] % (_ALIGNED_BYTES // down_nri.element_size())
-        if missing:
-            down_nri, up_nor = F.pad(down_nri, (0, 0, 0, missing)), F.pad(up_nor, (0, missing))
-        low_sr = grouped_linear(x_si, down_nri, ends_n) * self.scaling
-        return out_so.add_(grouped_linear(low_sr, up_nor.contiguous(), ends_n))
-
-
 def grouped_linear(x_si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
-    """X Wᵀ with the weight [out, in] of each pair's expert, in the format of the weights: [S, out]."""
+    """Multiply by the transposed weight [out, in] of each pair's expert, in the format of the weights: [S, out]."""
     return F.grouped_mm(x_si.to(weight_noi.dtype), weight_noi.transpose(-2, -1), offs=ends_n)
 
 
 def can_be_adapted(experts: nn.Module) -> bool:
-    """Whether these are gated experts in the usual layout of transformers: `gate_up_proj` [N, 2E, D], `down_proj` [N, D, E]."""
+    """Whether these are gated experts in the usual layout of transformers, `gate_up_proj` [N, 2E, D] and `down_proj` [N, D, E]: all
+    of them there, packed, or streamed.
+    """
+    if isinstance(experts, StreamedExperts):
+        return not experts.stream.learns
     kept: Any = experts
     usual = (
         getattr(kept, "has_gate", False)
@@ -63,11 +52,9 @@ def can_be_adapted(experts: nn.Module) -> bool:
 
 
 def adapted_experts(
-    experts: Any, adapters: Mapping[str, ExpertAdapter], hidden_td: Tensor, chosen_tk: Tensor, scores_tk: Tensor
+    experts: Any, adapters: Mapping[str, Factors], hidden_td: Tensor, chosen_tk: Tensor, scores_tk: Tensor
 ) -> Tensor:
     """What the experts give, [T, D]: as transformers' own `grouped_mm`, bit for bit, where no adapter adds anything.
-
-    Where experts are packed, `packed_gate_up_proj` and `packed_down_proj` beside their codes say how (see `layers.packed_experts`).
 
     Args:
         experts: A module of which `can_be_adapted` is true.
@@ -81,15 +68,72 @@ def adapted_experts(
     numbers_n = torch.arange(experts.num_experts, device=expert_of_s.device)
     ends_n = torch.searchsorted(expert_of_s, numbers_n, right=True).to(torch.int32)
     x_sd = hidden_td[order_s // num_active]
-    inner_se = experts._apply_gate(_product(experts, adapters, "gate_up_proj", x_sd, ends_n))
-    out_sd = _product(experts, adapters, "down_proj", inner_se, ends_n) * scores_tk.reshape(-1)[order_s, None]
+    passing = _passing(experts, x_sd.device)
+    if passing is None:
+        inner_se = experts._apply_gate(_product(experts, adapters, "gate_up_proj", x_sd, ends_n))
+        out_sd = _product(experts, adapters, "down_proj", inner_se, ends_n)
+    else:
+        counts = torch.diff(ends_n, prepend=ends_n.new_zeros(1)).tolist()
+        out_sd = pass_through(passing, x_sd, counts, adapters.get("gate_up_proj"), adapters.get("down_proj"))
+    out_sd = out_sd * scores_tk.reshape(-1)[order_s, None]
     place_s = torch.empty_like(order_s)
     place_s[order_s] = torch.arange(len(order_s), device=order_s.device)
     return out_sd[place_s].view(num_tokens, num_active, -1).sum(dim=1).to(hidden_td.dtype)
 
 
-def _product(experts: Any, adapters: Mapping[str, ExpertAdapter], name: str, x_si: Tensor, ends_n: Tensor) -> Tensor:
-    weight, packed = getattr(experts, name), getattr(experts, f"packed_{name}", None)
-    out_so = grouped_linear(x_si, weight, ends_n) if packed is None else packed.linear(x_si, weight, ends_n)
+def _product(experts: Any, adapters: Mapping[str, Factors], name: str, x_si: Tensor, ends_n: Tensor) -> Tensor:
+    out_so = grouped_linear(x_si, getattr(experts, name), ends_n)
     adapter = adapters.get(name)
-    return out_so if adapter is None else adapter.add(x_si, out_so, ends_n)
+    if adapter is None:
+        return out_so
+    down_nri, up_nor = adapter.down_nri.to(out_so.dtype), adapter.up_nor.to(out_so.dtype)
+    missing = -down_nri.shape[1] % (_ALIGNED_BYTES // down_nri.element_size())
+    if missing:
+        down_nri, up_nor = F.pad(down_nri, (0, 0, 0, missing)), F.pad(up_nor, (0, missing))
+    low_sr = grouped_linear(x_si, down_nri, ends_n) * adapter.scaling
+    return out_so.add_(grouped_linear(low_sr, up_nor.contiguous(), ends_n))
+
+
+def _passing(experts: Any, device: torch.device) -> PassingExperts | None:
+    """Experts that are there one at a time; None for those that are all there."""
+    if isinstance(experts, StreamedExperts):
+        return _Streamed(experts, device)
+    packed = getattr(experts, "packed_gate_up_proj", None)
+    return _Packed(experts) if isinstance(packed, PackedExperts) else None
+
+
+class _Packed:
+    """Experts whose codes lie in their weights' places, and `packed_…` beside them says how (see `layers.packed_experts`)."""
+
+    def __init__(self, experts: Any) -> None:
+        self._experts = experts
+        self.dtype: torch.dtype = experts.packed_down_proj.dtype
+        self.expert_size: int = experts.packed_down_proj.shape[2]
+
+    def gate(self, both_s: Tensor) -> Tensor:
+        return cast(Tensor, self._experts._apply_gate(both_s))
+
+    def walk(self, experts: Sequence[int], *, back: bool) -> Iterator[tuple[int, Tensor, Tensor]]:  # noqa: ARG002 - the same
+        kept = self._experts
+        for expert in experts:
+            gate_up = kept.packed_gate_up_proj.unpack(kept.gate_up_proj, expert)
+            yield expert, gate_up, kept.packed_down_proj.unpack(kept.down_proj, expert)
+
+
+class _Streamed:
+    """Experts that come from their stream."""
+
+    def __init__(self, experts: StreamedExperts, device: torch.device) -> None:
+        self._layer, self._stream, self._device = experts.layer, experts.stream, device
+        self.dtype = self._stream.store.layout.dtype
+        self.expert_size = self._stream.shape.expert_size
+
+    def gate(self, both_s: Tensor) -> Tensor:
+        gate, up = both_s.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def walk(self, experts: Sequence[int], *, back: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+        stream = self._stream
+        passes = stream.backward(self._layer, experts) if back else stream.current(self._layer, experts)
+        for expert, record, *_ in passes:
+            yield expert, *stream.shape.matrices(record[WEIGHTS].to(self._device))

@@ -1,9 +1,8 @@
 """The weights of frozen experts in 4 or 8 bits, unpacked one expert at a time, by bitsandbytes.
 
 Each expert is quantised by itself, as a linear layer of its own would be: 4 bits in blocks of 64, or 8 bits with a scale for each row.
-Only what one expert needs is there in full at any moment, in the forward pass and again in the backward pass.
 
-Shapes: N experts, S pairs of tokens and experts in the order of the experts, B blocks of an expert.
+Shapes: N experts, B blocks of an expert.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _BLOCK, _BLOCK_OF_SCALES = 64, 256
 
@@ -92,39 +90,6 @@ class PackedExperts(nn.Module):
     def unpack_all(self, codes_nb: Tensor) -> Tensor:
         """The weight [N, out, in]."""
         return torch.stack([self.unpack(codes_nb, expert) for expert in range(self.shape[0])])
-
-    def linear(self, x_si: Tensor, codes_nb: Tensor, ends_n: Tensor) -> Tensor:
-        """Multiply by the transposed weight of each pair's expert, in `dtype`: [S, out]."""
-        out: Tensor = _PackedLinear.apply(x_si.to(self.dtype), codes_nb, self, ends_n.tolist())  # type: ignore[no-untyped-call]
-        return out
-
-
-class _PackedLinear(torch.autograd.Function):
-    """Products with frozen weights: nothing is kept for the backward pass but the codes."""
-
-    @staticmethod
-    def forward(ctx: Any, x_si: Tensor, codes_nb: Tensor, packed: PackedExperts, ends: list[int]) -> Tensor:
-        ctx.save_for_backward(codes_nb)
-        ctx.packed, ctx.ends, ctx.width = packed, ends, x_si.shape[1]
-        out_so = x_si.new_empty(x_si.shape[0], packed.shape[1])
-        for expert, start, end in _groups(ends):
-            torch.mm(x_si[start:end], packed.unpack(codes_nb, expert).T, out=out_so[start:end])
-        return out_so
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_so: Tensor) -> tuple[Tensor | None, ...]:
-        (codes_nb,) = ctx.saved_tensors
-        grad_si = grad_so.new_empty(grad_so.shape[0], ctx.width)
-        for expert, start, end in _groups(ctx.ends):
-            torch.mm(grad_so[start:end], ctx.packed.unpack(codes_nb, expert), out=grad_si[start:end])
-        return grad_si, None, None, None
-
-
-def _groups(ends: list[int]) -> list[tuple[int, int, int]]:
-    """Each expert that has pairs: its number, its first pair, and the one behind its last."""
-    starts = [0, *ends]
-    return [(expert, start, end) for expert, (start, end) in enumerate(zip(starts, ends, strict=False)) if end > start]
 
 
 def _functional() -> Any:

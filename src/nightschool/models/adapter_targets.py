@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nightschool.errors import ModelError
+from nightschool.layers.expert_streaming.experts import StreamedExperts
+from nightschool.models.expert_adapters import streamed_shapes
 
 ALL_LINEAR, ATTENTION, EXPERTS = "all-linear", "attention", "experts"
 _PREFIX = "base_model.model."
@@ -48,18 +50,19 @@ def linear_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of experts that are kept as one tensor for all of a layer, by their full names, adapted or not."""
-    found: dict[str, nn.Parameter] = {}
+def expert_weights(model: nn.Module) -> dict[str, int]:
+    """The weights of experts that are one tensor for all of a layer, by their full names, adapted or not: how many numbers each is."""
+    found: dict[str, int] = {}
     for name, module in model.named_modules():
         place = name.removeprefix(_PREFIX).replace(".base_layer", "")
+        if isinstance(module, StreamedExperts):
+            found |= {f"{place}.{own}": shape.numel() for own, shape in streamed_shapes(module).items()}
         if isinstance(module, ParamWrapper) or "expert" not in f"{place} {type(module).__name__}".lower():
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            if (
-                len(getattr(parameter, "stands_for", parameter.shape)) == 3
-            ):  # where it is packed, its codes are a matrix
-                found[f"{place}.{own}"] = parameter
+            shape = getattr(parameter, "stands_for", parameter.shape)  # where it is packed, its codes are a matrix
+            if len(shape) == 3:
+                found[f"{place}.{own}"] = shape.numel()
     return found
 
 

@@ -25,10 +25,8 @@ from nightschool.models.adapter_targets import (
     reached_layers,
     refuse_frozen,
 )
-from nightschool.models.expert_adapters import compute_beside
+from nightschool.models.expert_adapters import compute_beside, shown_whole
 from nightschool.models.folder import read_json
-from nightschool.models.quantize import num_elements
-from nightschool.models.quantized_experts import shown_whole
 from nightschool.models.quiet import quiet_libraries
 
 
@@ -188,7 +186,7 @@ def describe_adapter(wrapped: PeftModel) -> AdapterInfo:
     reached = reached_layers(wrapped)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in wrapped.parameters() if not p.requires_grad)
-    experts = {name: num_elements(p) for name, p in expert_weights(wrapped).items() if name not in reached}
+    experts = {name: size for name, size in expert_weights(wrapped).items() if name not in reached}
     missed = [name for name in linear_layers(wrapped) if name not in reached]
     return AdapterInfo(tuple(sorted(reached)), trainable, frozen, sum(experts.values()), tuple(missed))
 

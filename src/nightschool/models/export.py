@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from nightschool.errors import ModelError
 from nightschool.models.adapters import adapter_tensors
+from nightschool.models.expert_adapters import shown_whole
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import distinct_tensors, not_loaded
 from nightschool.store.atomic import room_needed
@@ -159,7 +160,7 @@ def _beside(model: PeftModel, folder: Path) -> Iterator[dict[str, Tensor]]:
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         try:
-            with quiet_libraries():
+            with quiet_libraries(), shown_whole(model):
                 model.load_adapter(str(folder), adapter_name=_AGAIN, torch_device=str(_embedding(model).device))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(_cannot_be_loaded(folder, "peft", error)) from None

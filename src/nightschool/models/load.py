@@ -134,7 +134,7 @@ def load_base(
         return _build_new(ref, tokenizer, seed, dtype, device, shape, experts)
     found = locate(ref, home, root)
     if experts is not None:
-        _refuse_what_streams_not(found, home)
+        _refuse_what_streams_not(found, home, merge=merge)
         read = partial(_read_streamed, experts)
     return load_located(found, home, dtype=dtype, device=device, merge=merge, read=read)
 
@@ -264,9 +264,10 @@ def _build_new(
     return _finish(model, tokenizer, ref, None)
 
 
-def _refuse_what_streams_not(found: Located, home: Home) -> None:
-    """Experts are streamed from a folder of full weights alone."""
-    if len(down_to_weights(found, home)) > 1 or found.quantization is not None:
+def _refuse_what_streams_not(found: Located, home: Home, *, merge: bool) -> None:
+    """Experts are streamed from a folder of full weights alone, on which an adapter may stand that is kept apart."""
+    chain = down_to_weights(found, home)
+    if len(chain) > (1 if merge else 2) or chain[-1].quantization is not None:
         raise ModelError(
             f"The base {found.ref} is an adapter or quantised, and experts are streamed from full weights. Write "
             "experts.tier: device, or take the version that it stands on."

@@ -6,7 +6,6 @@ transformers' quantisers take linear layers only and leave experts, which are ne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -96,20 +95,6 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, PackedExp
             packed = module._modules.get(f"packed_{weight}")
             if isinstance(packed, PackedExperts):
                 yield module, weight, packed
-
-
-@contextmanager
-def shown_whole(model: nn.Module) -> Iterator[None]:
-    """A block in which packed weights have the shape that they stand for, and no numbers: PEFT makes its factors by that."""
-    codes = [(module, weight, getattr(module, weight)) for module, weight, _ in packed_weights(model)]
-    for module, weight, packed in list(packed_weights(model)):
-        nothing = torch.zeros((), device=getattr(module, weight).device).expand(packed.shape)
-        setattr(module, weight, nn.Parameter(nothing, requires_grad=False))
-    try:
-        yield
-    finally:
-        for module, weight, kept in codes:
-            setattr(module, weight, kept)
 
 
 def unpack_experts(model: nn.Module, dtype: torch.dtype) -> None:

@@ -209,7 +209,8 @@ class CausalTask(Task, Generic[Source]):
             return {}
         self._expert_rate_factor = train.expert_learning_rate / train.learning_rate
         names = expert_names(self.model) & self._trainable.keys()
-        if not names and expert_stream(self.model) is None:
+        stream = expert_stream(self.model)
+        if not names and (stream is None or not stream.learns):
             raise ModelError(
                 f"train.expert_learning_rate is {train.expert_learning_rate:g}, and no expert of a mixture learns here. Take it "
                 "out, or method: full or pretrain with a mixture, such as base: new:moe-tiny."

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.errors import MadeByNewer, StateMismatch
+from nightschool.layers.expert_streaming.experts import StreamedExperts
+from nightschool.layers.expert_streaming.record import WEIGHTS
+from nightschool.models.expert_adapters import streamed_shapes
 from nightschool.models.quantize import scales
 from nightschool.store.atomic import read_json
 from nightschool.store.manifest import verify
@@ -76,15 +79,39 @@ class CheckpointContext:
 def frozen_fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters that do not learn, and of their scales."""
     digest = hashlib.sha256()
-    frozen: list[tuple[str, Tensor]] = [
-        (name, parameter) for name, parameter in sorted(model.named_parameters()) if not parameter.requires_grad
+    frozen: list[tuple[str, torch.Size, torch.dtype, Iterable[Tensor]]] = [
+        (name, parameter.shape, parameter.dtype, [parameter])
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
     ]
-    frozen += [(f"{name}.scale", scale) for name, layer in sorted(model.named_modules()) for scale in scales(layer)]
-    for name, tensor in frozen:
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
+    frozen += _streamed_weights(model)
+    frozen.sort(key=lambda weight: weight[0])
+    frozen += [
+        (f"{name}.scale", scale.shape, scale.dtype, [scale])
+        for name, layer in sorted(model.named_modules(), key=lambda named: named[0])
+        for scale in scales(layer)
+    ]
+    for name, shape, dtype, parts in frozen:
+        digest.update(f"{name} {list(shape)} {dtype}\n".encode())
+        for part in parts:
+            raw = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
     return digest.hexdigest()
+
+
+def _streamed_weights(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, Iterable[Tensor]]]:
+    """The weights of frozen experts that are streamed, as if they were there, so that the digest is the same on any tier."""
+    return [
+        (
+            f"{name}.{weight}",
+            shape,
+            module.stream.store.layout.dtype,
+            module.stream.rows(WEIGHTS, module.layer, which),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, StreamedExperts) and not module.stream.learns
+        for which, (weight, shape) in enumerate(streamed_shapes(module).items())
+    ]
 
 
 def state_to_save(

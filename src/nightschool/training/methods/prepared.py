@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nightschool.config.recipe import Recipe
+from nightschool.config.recipe import ADAPTER_METHODS, Recipe
 from nightschool.data.example import Example
 from nightschool.errors import ModelError, StateMismatch
 from nightschool.models.dtype import DtypeChoice, resolve_dtype
@@ -278,7 +278,7 @@ class PreparedRun(ABC, Generic[Data]):
             ModelError: If the folder, loaded again, is not what was trained.
         """
         stream = expert_stream(self.loaded.model)
-        if stream is not None:
+        if stream is not None and stream.learns:
             return write_streamed_version(self.loaded, stream, folder, on_written)
         return write_version(self.loaded, folder, on_written)
 
@@ -315,7 +315,7 @@ def _place_of_experts(setup: Setup) -> ExpertPlace | None:
     folder = setup.folder or setup.home.path
     while not folder.is_dir():
         folder = folder.parent
-    return ExpertPlace(experts.tier, folder, experts.resident)
+    return ExpertPlace(experts.tier, folder, experts.resident, learns=setup.recipe.method not in ADAPTER_METHODS)
 
 
 # Settings of `train` that do not change the course of training, or that the schedule and the batches compare already.
