@@ -10,7 +10,7 @@ from nightschool.data.batches import Batches
 from nightschool.errors import ModelError
 from nightschool.layers.expert_balance import ExpertBalance
 from nightschool.models.adapters import attach_lora
-from nightschool.models.build import build_model
+from nightschool.models.build import PRESETS, build_model
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.methods.finetune import FinetuneTask
 from tests.support.training_setups import VOCAB_SIZE, deterministic_threads, make_task, random_documents
@@ -65,7 +65,20 @@ def losses_by_formula(task, loads_ln):
     return total
 
 
-@pytest.mark.parametrize("architecture", ["tiny-qwen3-moe", "tiny-mixtral"])
+WITH_SHARED = {name: field for name, field in PRESETS["tiny-qwen3-moe"].items() if name != "model_type"} | {
+    "model_type": "qwen3_next",
+    "layer_types": ["full_attention"] * 2,
+    "shared_expert_intermediate_size": 24,
+}
+OLMOE = PRESETS["tiny-mixtral"] | {"model_type": "olmoe", "num_experts": 4, "eos_token_id": 1}
+OLMOE = {
+    name: field for name, field in OLMOE.items() if name not in ("num_local_experts", "sliding_window", "head_dim")
+}
+
+
+@pytest.mark.parametrize(
+    "architecture", ["tiny-qwen3-moe", "tiny-mixtral", WITH_SHARED, OLMOE], ids=["qwen3", "mixtral", "shared", "olmoe"]
+)
 def test_gradients_are_those_of_the_formulas(architecture):
     task, plain = (task_of(experts, architecture=architecture) for experts in (STRONG, NONE))
     gradients_after(task)

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from nightschool.config.mixtures import CUSTOM, MIXTURES
+from nightschool.engine.model_runner import ModelRunner
 from nightschool.errors import ModelError
 from nightschool.models.build import build_config, build_model
 from nightschool.models.cost import count_parameters
+from nightschool.models.export import prove_export, save_version_folder
+from tests.support.tokenizers_for_tests import byte_tokenizer
 
 SIZED = [name for name, mixture in MIXTURES.items() if mixture.parameters]
 
@@ -51,6 +55,30 @@ def test_a_custom_one_is_built_from_what_the_recipe_says():
     assert (model.config.num_experts_per_tok, model.config.moe_intermediate_size) == (3, 7)
 
 
+def test_a_shared_expert_is_there_for_all_tokens_and_plain_transformers_loads_it(tmp_path):
+    usual, before = counted("moe-tiny", 300)
+    model, count = counted("moe-tiny", 300, shared_expert_size=64)
+    assert model.config.moe_intermediate_size == usual.config.moe_intermediate_size
+    of_shared = 4 * (3 * 128 * 64 + 128)
+    gate_of_attention = 4 * 128 * 128
+    assert count.total - before.total == of_shared + gate_of_attention
+    assert count.active - before.active == of_shared + gate_of_attention, "no token passes it by"
+    tokenizer = byte_tokenizer()
+    made = build_model("new:moe-tiny", len(tokenizer), 0, shape={"shared_expert_size": 64, "num_hidden_layers": 2})
+    save_version_folder(made, tokenizer, tmp_path)
+    assert prove_export(made, tmp_path, tokenizer) == 0.0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert plain.config.architectures == ["Qwen3NextForCausalLM"]
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = made.eval()(ids).logits
+        assert torch.equal(plain(ids).logits, expected)
+        for layer in plain.model.layers:
+            layer.mlp.shared_expert.down_proj.weight.zero_()
+        assert (plain(ids).logits - expected).abs().max() > 1e-3
+    assert ModelRunner(made).shapes, "it can be served"
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -62,6 +90,7 @@ def test_a_custom_one_is_built_from_what_the_recipe_says():
         ("moe-350m", {"intermediate_size": 64}, "Write shape.expert_size"),
         ("moe-custom", {"hidden_size": 64}, "shape.num_hidden_layers, shape.num_experts are not written"),
         ("moe-2b", {}, "Presets are .*moe-tiny, moe-350m, moe-1b, moe-3b, moe-7b, moe-13b, moe-custom"),
+        ("tiny", {"shared_expert_size": 4}, "shape: shared_expert_size is not a field of a qwen3 model"),
         ("tiny", {"num_experts": 4}, "shape: num_experts is not a field of a qwen3 model"),
     ],
 )

@@ -178,6 +178,11 @@ class Shape(Section):
     expert_size: int | None = Field(
         None, ge=1, description="Width of an expert; without it, what brings a preset to the parameters of its name."
     )
+    shared_expert_size: int | None = Field(
+        None,
+        ge=1,
+        description="Width of one more expert in each layer of a mixture, through which all tokens pass; without it there is none.",
+    )
 
     def given(self) -> dict[str, int | bool]:
         """The fields that the recipe writes."""

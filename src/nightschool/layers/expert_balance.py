@@ -27,7 +27,7 @@ from nightschool.config.train import Experts
 from nightschool.errors import ModelError
 
 # Expert routers that return their logits [T,N], and scores and numbers of the chosen experts [T,K], and choose by softmax.
-_ROUTERS = ("Qwen3MoeTopKRouter", "MixtralTopKRouter")
+_ROUTERS = ("Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "MixtralTopKRouter", "OlmoeTopKRouter")
 # The settings that say how they learn.
 _OF_ROUTERS = ("load_balancing_loss_coef", "z_loss_coef")
 

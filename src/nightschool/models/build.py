@@ -71,6 +71,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # What an architecture calls the fields of a recipe's `shape` that have other names there.
 _OWN_NAMES: Mapping[str, Mapping[str, str]] = {
     "qwen3_moe": {"num_active_experts": "num_experts_per_tok", "expert_size": "moe_intermediate_size"},
+    "qwen3_next": {
+        "num_active_experts": "num_experts_per_tok",
+        "expert_size": "moe_intermediate_size",
+        "shared_expert_size": "shared_expert_intermediate_size",
+    },
     "mixtral": {"num_experts": "num_local_experts", "num_active_experts": "num_experts_per_tok"},
 }
 

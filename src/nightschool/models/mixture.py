@@ -3,6 +3,10 @@
 RMSNorm, rotary positions, grouped-query attention with norms of queries and keys, and in each layer SwiGLU experts behind
 an expert router, which sends each token to the likeliest ones. No token is dropped. The head is the embedding.
 
+One with a shared expert has the layout of Qwen3-Next instead, with ordinary attention in all layers: the stock architecture that has
+all of this, an expert router of the same kind, and a shared expert. What it has besides are a gate on that expert, one on what
+attention gives, and positions that turn a quarter of each head.
+
 Shapes: V words, D width, L layers, H heads of C channels, G heads of keys and values, N experts of width E.
 """
 
@@ -20,10 +24,10 @@ WIDTH_STEP = 8
 
 
 def mixture_fields(name: str, vocab_size: int, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Qwen3-MoE configuration: those of a preset, where `shape` does not say otherwise.
+    """The fields of a Qwen3-MoE configuration, or of Qwen3-Next with a shared expert: those of a preset, where `shape` does not say otherwise.
 
     Experts are as wide as makes the preset, as it is, have the parameters that it is named after with this vocabulary.
-    More experts than the preset's are as wide as those, so the model grows.
+    More experts than the preset's are as wide as those, so the model grows; by a shared expert, too.
 
     Args:
         name: One of `MIXTURES`, or `CUSTOM`.
@@ -52,10 +56,11 @@ def mixture_fields(name: str, vocab_size: int, shape: Mapping[str, Any]) -> dict
     width = int(shape.get("hidden_size", preset.hidden_size))
     active = int(shape.get("num_active_experts", DEFAULT_ACTIVE_EXPERTS))
     expert_size = shape.get("expert_size") or _expert_size(name, preset, vocab_size, active)
-    return {
+    num_layers = int(shape.get("num_hidden_layers", preset.num_layers))
+    fields = {
         "model_type": "qwen3_moe",
         "hidden_size": width,
-        "num_hidden_layers": shape.get("num_hidden_layers", preset.num_layers),
+        "num_hidden_layers": num_layers,
         "num_experts": shape.get("num_experts", preset.num_experts),
         "num_experts_per_tok": active,
         "moe_intermediate_size": expert_size,
@@ -65,6 +70,9 @@ def mixture_fields(name: str, vocab_size: int, shape: Mapping[str, Any]) -> dict
         "tie_word_embeddings": True,
         "max_position_embeddings": preset.context_tokens,
     } | _heads(width, preset.head_dim, shape)
+    if "shared_expert_size" in shape:
+        fields |= {"model_type": "qwen3_next", "layer_types": ["full_attention"] * num_layers}
+    return fields
 
 
 def _heads(width: int, head_dim: int, shape: Mapping[str, Any]) -> dict[str, int]:

@@ -30,7 +30,7 @@ from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_values, is_derived
 
 # Modules of SwiGLU experts with `gate_up_proj` [N,2E,D] and `down_proj` [N,D,E].
-_MODULES = ("Qwen3MoeExperts", "MixtralExperts", "OlmoeExperts")
+_MODULES = ("Qwen3MoeExperts", "Qwen3NextExperts", "MixtralExperts", "OlmoeExperts")
 # How stock folders name one matrix of one expert: gate and up, which are one here, and down.
 _STOCK = {
     "mixtral": (".block_sparse_moe.experts.{}.w1.weight", ".block_sparse_moe.experts.{}.w3.weight", ".block_sparse_moe.experts.{}.w2.weight"),
