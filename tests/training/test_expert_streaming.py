@@ -122,9 +122,8 @@ def test_an_expert_that_is_not_a_number_is_named_and_the_step_refused(tmp_path):
     step(task, 0)
     task.weights()
     stream = expert_stream(task.model)
-    for _, record in stream.store.walk([Visit(stream.index(1, 4), (WEIGHTS,))]):
+    for _, record in stream.store.walk([Visit(stream.index(1, 4), (WEIGHTS,), (WEIGHTS,))]):
         record[WEIGHTS][5] = float("nan")
-        record.changed.add(WEIGHTS)
     everything = [task.batch(0, place) for place in range(8)]  # so that a token comes to it
     before = {name: tensor.clone() for name, tensor in task.saved_tensors().items()}
     task.accumulate(everything, 8)

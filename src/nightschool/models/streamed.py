@@ -55,9 +55,9 @@ class ExpertPlace:
     def new_store(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> ExpertStore:
         sections = LEARNING if self.learns else (WEIGHTS,)
         if self.tier == "host":
-            layout = RecordLayout(sections, shape.numbers, dtype, _RAM_ALIGNMENT_BYTES)
+            layout = RecordLayout(sections, shape.numbers, dtype, _RAM_ALIGNMENT_BYTES, shape.matrices)
             return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")
-        layout = RecordLayout(sections, shape.numbers, dtype, PAGE_BYTES)
+        layout = RecordLayout(sections, shape.numbers, dtype, PAGE_BYTES, shape.matrices)
         return FileStore(
             layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of
         )  # fmt: skip

@@ -172,4 +172,3 @@ class StreamedExperts:
             return
         for name, (layer, which) in self._stream.shape.stacked().items():
             self._stream.fill(section, layer, which, stored.rows(prefix + name))
-        self._stream.store.settle()

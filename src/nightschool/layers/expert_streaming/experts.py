@@ -3,7 +3,7 @@
 Shapes: T tokens, K active experts of a token, S = T·K rows sorted by expert, D width of the model, E of an expert.
 
 What is computed, and in which order, is what transformers' `grouped_mm` computes, so that the numbers are the same bit by bit on
-a CPU: one product for each expert and matrix. For the way back the rows and the first product are kept, as they are there.
+a CPU: one product for each expert and matrix. For the way back the rows, the first product and its gate's SiLU are kept; there, what is made of them is kept, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from nightschool.layers.expert_streaming.record import GRADIENT, WEIGHTS
 from nightschool.layers.expert_streaming.stream import ExpertStream
@@ -56,48 +55,57 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_sd: Tensor, experts: StreamedExperts, counts: list[int]) -> Tensor:
         stream, shape = experts.stream, experts.stream.shape
-        gate_up_s = rows_sd.new_empty(len(rows_sd), 2 * shape.expert_size) if ctx.needs_input_grad[0] else None
+        keeps = ctx.needs_input_grad[0]
+        gate_up_s, silu_se = (
+            rows_sd.new_empty(len(rows_sd) if keeps else max(counts), times * shape.expert_size) for times in (2, 1)
+        )
         out_sd = torch.empty_like(rows_sd)
         places, busy = _places(counts)
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record in stream.current(experts.layer, busy):
-                gate_up, down = shape.matrices(record[WEIGHTS].to(rows_sd.device))
+                gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
                 rows = places[expert]
-                both = torch.mm(rows_sd[rows], gate_up.T, out=None if gate_up_s is None else gate_up_s[rows])
+                kept = rows if keeps else slice(counts[expert])
+                both = torch.mm(rows_sd[rows], gate_up.T, out=gate_up_s[kept])
                 gate, up = both.chunk(2, dim=-1)
-                torch.mm(functional.silu(gate) * up, down.T, out=out_sd[rows])
-        if gate_up_s is not None:
-            ctx.save_for_backward(rows_sd, gate_up_s)
+                silu = torch.ops.aten.silu.out(gate, out=silu_se[kept])
+                torch.mm(silu * up, down.T, out=out_sd[rows])
+        if keeps:
+            ctx.save_for_backward(rows_sd, gate_up_s, silu_se)
             ctx.experts, ctx.counts = experts, counts
         return out_sd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sd: Tensor) -> tuple[Tensor, None, None]:
-        rows_sd, gate_up_s = ctx.saved_tensors
+        rows_sd, gate_up_s, silu_se = ctx.saved_tensors
         experts: StreamedExperts = ctx.experts
-        stream, shape = experts.stream, experts.stream.shape
+        stream = experts.stream
         grad_rows_sd = torch.empty_like(rows_sd)
         places, busy = _places(ctx.counts)
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record, has_gradient in stream.backward(experts.layer, busy):
-                gate_up, down = shape.matrices(record[WEIGHTS].to(rows_sd.device))
+                gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
                 rows = places[expert]
-                x, grad = rows_sd[rows], grad_sd[rows]
+                grad, silu = grad_sd[rows], silu_se[rows]
                 gate, up = gate_up_s[rows].chunk(2, dim=-1)
-                silu = functional.silu(gate)
                 grad_product = grad @ down
                 grad_both = torch.empty_like(gate_up_s[rows])
                 grad_gate, grad_up = grad_both.chunk(2, dim=-1)
                 torch.mul(grad_product, silu, out=grad_up)
-                grad_gate.copy_(torch.ops.aten.silu_backward(grad_product * up, gate))
+                torch.ops.aten.silu_backward.grad_input(grad_product.mul_(up), gate, grad_input=grad_gate)
                 torch.mm(grad_both, gate_up, out=grad_rows_sd[rows])
                 if stream.learns:
-                    parts = shape.matrices(record[GRADIENT])
-                    for part, left, right in ((parts[0], grad_both, x), (parts[1], grad, silu * up)):
-                        _add_product(part, left.T, right, add=has_gradient)
+                    of_gate_up, of_down = record.matrices(GRADIENT)
+                    _add_product(of_gate_up, grad_both.T, rows_sd[rows], add=has_gradient)
+                    _add_product(of_down, grad.T, silu * up, add=has_gradient)
                     stream.keep_gradient(experts.layer, expert, record)
         return grad_rows_sd, None, None
+
+
+def _on(device: torch.device, matrices: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The matrices of an expert where they are computed with."""
+    return matrices if matrices[0].device == device else (matrices[0].to(device), matrices[1].to(device))
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:

@@ -46,6 +46,7 @@ class PendingUpdates:
         self._seen = [0] * self._num_records
         self._window_of: list[int | None] = [None] * self._num_records
         self._zeros: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     @property
     def num_updates(self) -> int:
@@ -71,13 +72,8 @@ class PendingUpdates:
         """Do what is still to be done to a record that is there in full."""
         for number in range(self._seen[index], len(self._updates)):
             update = self._updates[number]
-            if self._window_of[index] == update.window:
-                gradient = record[GRADIENT]
-                for factor in (update.unscale, update.clip_factor):
-                    if factor is not None:
-                        gradient.mul_(factor)
-            else:
-                gradient = self._no_gradient()
+            has_gradient = self._window_of[index] == update.window
+            gradient = self._scaled(record[GRADIENT], update) if has_gradient else self._no_gradient()
             torch._fused_adamw_(
                 [record[WEIGHTS]],
                 [gradient],
@@ -93,12 +89,20 @@ class PendingUpdates:
                 amsgrad=False,
                 maximize=False,
             )
-            record.changed.update((WEIGHTS, FIRST_MOMENT, SECOND_MOMENT))
         self._seen[index] = len(self._updates)
 
     def all_seen(self) -> None:
         """Every expert has caught up, so that nothing has to be kept."""
         self.begin(self.num_updates)
+
+    def _scaled(self, gradient: Tensor, update: Update) -> Tensor:
+        """The gradient as it is used. The one in the record stays as it is: what is not changed is not written."""
+        for factor in (update.unscale, update.clip_factor):
+            if factor is not None:
+                if self._scratch is None:
+                    self._scratch = torch.empty(self._numbers)
+                gradient = torch.mul(gradient, factor, out=self._scratch)
+        return gradient
 
     def _no_gradient(self) -> Tensor:
         if self._zeros is None:

@@ -17,7 +17,7 @@ class RamStore(ExpertStore):
         self._layout, self._num_records = layout, num_records
         block = torch.zeros(num_records * layout.stride, dtype=torch.uint8, pin_memory=page_locked)
         self._records = [
-            Record(layout, block[place : place + layout.stride])
+            Record(layout.views(block[place : place + layout.stride], layout.sections), layout.cut)
             for place in range(0, num_records * layout.stride, layout.stride)
         ]
 
@@ -40,6 +40,3 @@ class RamStore(ExpertStore):
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         for visit in visits:
             yield visit.index, self._records[visit.index]
-
-    def settle(self) -> None:
-        """Nothing is ever under way."""

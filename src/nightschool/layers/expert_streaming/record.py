@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,18 +13,26 @@ WEIGHTS = "weights"
 FIRST_MOMENT = "first_moment"
 SECOND_MOMENT = "second_moment"
 GRADIENT = "gradient"
-# In this order, so that all that an update writes is one run of bytes, and all that it reads is one, too.
-LEARNING = (WEIGHTS, FIRST_MOMENT, SECOND_MOMENT, GRADIENT)
+# In this order, so that all that an update changes is one run of bytes.
+UPDATED = (WEIGHTS, FIRST_MOMENT, SECOND_MOMENT)
+LEARNING = (*UPDATED, GRADIENT)
+
+
+Cut = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Sections of `numbers` elements of `dtype` each; every one begins at a multiple of `alignment` bytes."""
+    """Sections of `numbers` elements of `dtype` each; every one begins at a multiple of `alignment` bytes.
+
+    `cut` makes the two matrices of an expert of a section.
+    """
 
     sections: tuple[str, ...]
     numbers: int
     dtype: torch.dtype
     alignment: int
+    cut: Cut
 
     @cached_property
     def section_bytes(self) -> int:
@@ -41,6 +49,11 @@ class RecordLayout:
         """Where a section begins in its record."""
         return self.sections.index(section) * self.section_bytes
 
+    def views(self, buffer: Tensor, sections: Iterable[str]) -> dict[str, Tensor]:
+        """Sections of a record that lies in a buffer of `stride` bytes."""
+        size = self.numbers * self.dtype.itemsize
+        return {s: buffer[self.offset(s) : self.offset(s) + size].view(self.dtype) for s in sections}
+
     def runs(self, sections: Iterable[str]) -> Iterator[tuple[int, int]]:
         """Offset and bytes of the fewest runs that hold these sections."""
         begin = end = -1
@@ -55,15 +68,19 @@ class RecordLayout:
 
 
 class Record:
-    """The sections of one expert as flat tensors over a buffer, and which of them were changed since it was loaded."""
+    """The sections of one expert, flat and cut into matrices, wherever each of them lies."""
 
-    def __init__(self, layout: RecordLayout, buffer: Tensor) -> None:
-        """`buffer` has `layout.stride` bytes."""
-        self._sections = {
-            section: buffer[layout.offset(section) :][: layout.numbers * layout.dtype.itemsize].view(layout.dtype)
-            for section in layout.sections
-        }
-        self.changed: set[str] = set()
+    def __init__(self, sections: Mapping[str, Tensor], cut: Cut) -> None:
+        self._sections = sections
+        self._cut = cut
+        self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, section: str) -> Tensor:
         return self._sections[section]
+
+    def matrices(self, section: str) -> tuple[Tensor, Tensor]:
+        """A section as the two matrices of the expert, without a copy."""
+        found = self._matrices.get(section)
+        if found is None:
+            found = self._matrices[section] = self._cut(self._sections[section])
+        return found

@@ -11,10 +11,11 @@ from nightschool.layers.expert_streaming.record import Record, RecordLayout
 
 @dataclass(frozen=True)
 class Visit:
-    """A record that will be looked at, and which of its sections must be there then."""
+    """A record that will be looked at: which of its sections are read, and which are changed, whether read or not."""
 
     index: int
-    sections: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 class ExpertStore(Protocol):
@@ -37,17 +38,13 @@ class ExpertStore(Protocol):
         ...
 
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
-        """Yield records in order, one at a time; what is in `changed` when the next one is asked for is kept.
+        """Yield records in order, one at a time, to be looked at and changed until the next one is asked for.
 
-        A record may be looked at until the next one is asked for. No walk has the same record twice, and there is one walk at a
-        time.
+        A section that is changed and not read may hold anything at first. One walk at a time, to its end: of one that is broken off,
+        the last record's changes may be lost.
 
         Raises:
-            Damaged: If what is read is not what was written.
-            DiskFull: If there is no room to keep a change.
+            Damaged: If a record cannot be had.
+            DiskFull: If there is no room for a change.
         """
-        ...
-
-    def settle(self) -> None:
-        """Wait until all changes are kept. Raises as `walk` does."""
         ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nightschool.layers.expert_streaming.pending import PendingUpdates, Update
-from nightschool.layers.expert_streaming.record import GRADIENT, LEARNING, WEIGHTS, Record
+from nightschool.layers.expert_streaming.record import GRADIENT, LEARNING, UPDATED, WEIGHTS, Record
 from nightschool.layers.expert_streaming.store import ExpertStore, Visit
 
 
@@ -76,7 +76,7 @@ class ExpertStream:
     def current(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Record]]:
         """These experts of a layer, one after the other, with weights to which all is done that was put off."""
         indices = [self.index(layer, expert) for expert in experts]
-        visits = (Visit(i, LEARNING if self._pending.behind(i) else (WEIGHTS,)) for i in indices)
+        visits = (Visit(i, LEARNING, UPDATED) if self._pending.behind(i) else Visit(i, (WEIGHTS,)) for i in indices)
         for index, record in self.store.walk(visits):
             self._pending.catch_up(index, record)
             yield index % self.shape.num_experts, record
@@ -84,22 +84,24 @@ class ExpertStream:
     def backward(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Record, bool]]:
         """The same again on the way back, and whether `GRADIENT` has that of this window already, to be added to.
 
-        What is in it afterwards is kept if `keep_gradient` is called.
+        `keep_gradient` is to be called once it is there.
         """
         indices = [self.index(layer, expert) for expert in experts]
         has = {i: self._pending.has_gradient(i, self._window) for i in indices}
-        visits = (Visit(i, (WEIGHTS, GRADIENT) if has[i] else (WEIGHTS,)) for i in indices)
+        writes = (GRADIENT,) if self.learns else ()
+        visits = (Visit(i, (WEIGHTS, GRADIENT) if has[i] else (WEIGHTS,), writes) for i in indices)
         for index, record in self.store.walk(visits):
             yield index % self.shape.num_experts, record, has[index]
 
     def keep_gradient(self, layer: int, expert: int, record: Record) -> None:
         """The gradient in the record is now that of this window, as far as it was computed; its norms are taken."""
         index = self.index(layer, expert)
-        gradient = record[GRADIENT] if self._unscale is None else record[GRADIENT] * self._unscale
-        norms = torch._foreach_norm(self.shape.matrices(gradient))
+        gradients = record.matrices(GRADIENT)
+        if self._unscale is not None:
+            gradients = self.shape.matrices(record[GRADIENT] * self._unscale)
+        norms = torch._foreach_norm(gradients)
         self.norms_l2n[layer, 0, expert], self.norms_l2n[layer, 1, expert] = norms
         self._pending.note_gradient(index, self._window)
-        record.changed.add(GRADIENT)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -118,13 +120,11 @@ class ExpertStream:
         self._window += 1
 
     def flush(self) -> None:
-        """Do all that was put off, and wait until it is kept."""
-        if self.learns:
-            behind = [index for index in range(self.shape.num_records) if self._pending.behind(index)]
-            for index, record in self.store.walk(Visit(index, LEARNING) for index in behind):
-                self._pending.catch_up(index, record)
-            self._pending.all_seen()
-        self.store.settle()
+        """Do all that was put off."""
+        behind = [index for index in range(self.shape.num_records) if self._pending.behind(index)]
+        for index, record in self.store.walk(Visit(index, LEARNING, UPDATED) for index in behind):
+            self._pending.catch_up(index, record)
+        self._pending.all_seen()
 
     # --- the state --------------------------------------------------------------------------------------------------
 
@@ -141,14 +141,13 @@ class ExpertStream:
         """One matrix of each expert of a layer, in order, without what was put off; look at each before the next."""
         indices = range(self.index(layer, 0), self.index(layer + 1, 0))
         for _, record in self.store.walk(Visit(index, (section,)) for index in indices):
-            yield self.shape.matrices(record[section])[which]
+            yield record.matrices(section)[which]
 
     def fill(self, section: str, layer: int, which: int, rows: Iterator[Tensor]) -> None:
         """Let one matrix of each expert of a layer be what `rows` yields."""
         indices = range(self.index(layer, 0), self.index(layer + 1, 0))
-        for _, record in self.store.walk(Visit(index, (section,)) for index in indices):
-            self.shape.matrices(record[section])[which].copy_(next(rows))
-            record.changed.add(section)
+        for _, record in self.store.walk(Visit(index, (section,), (section,)) for index in indices):
+            record.matrices(section)[which].copy_(next(rows))
 
     def not_finite(self) -> str | None:
         """The first expert whose weights hold NaN or infinity; None if all are finite. Reads all of them."""
