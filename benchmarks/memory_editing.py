@@ -461,7 +461,8 @@ def main() -> None:
     torch.set_num_threads(1)
     size = QUICK if bench.quick else FULL
     runs = [one_seed(size, seed) for seed in range(1 if bench.quick else int(bench.chosen["seeds"]))]
-    bench.finish({key: sum(run[key] for run in runs) / len(runs) for key in runs[0]})
+    figures = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
+    bench.finish(figures | ratios(figures, size))
 
 
 def one_seed(size: Size, seed: int) -> dict[str, float]:
@@ -486,7 +487,7 @@ def one_seed(size: Size, seed: int) -> dict[str, float]:
     print(f"  seed {seed}: what peers do is kept in {peers.folder}", flush=True)
     for name in PEERS:
         figures |= peers.once(name, partial(of_peer, name, base_folder, world, edits, size, seed))
-    return figures | {"base_cpu_minutes": base_seconds / 60} | ratios(figures, size)
+    return figures | {"base_cpu_minutes": base_seconds / 60}
 
 
 def evaluate(folder: Path, version: str, edits: Edits, world: World, size: Size) -> dict[str, float]:
