@@ -8,12 +8,9 @@ import pytest
 from nightschool.cli.chat.remembering import fact_of
 from nightschool.cli.main import main
 from nightschool.cli.memory.shown_why import found_lines, word_lines
-from nightschool.engine.pool import EnginePool
-from nightschool.engine.slot import Slot
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.store.database import Database
-from tests.support.live_server import live
-from tests.support.memory_setups import MemoryBot
+from tests.support.memory_setups import reader_bot, served
 
 QUESTION = "Where does Ada live?"
 GREEDY = ["-t", "0", "--max-new-tokens", "6"]
@@ -21,15 +18,12 @@ GREEDY = ["-t", "0", "--max-new-tokens", "6"]
 
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
-    bot = MemoryBot(tmp_path_factory.mktemp("home"))
-    bot.publish_reader()
-    return bot
+    return reader_bot(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
 def server(bot):
-    pool = EnginePool(bot.home, num_rows=4)
-    with live([Slot("bot", pool), Slot("reader", pool)], registry=bot.registry) as server:
+    with served(bot) as server:
         yield server
 
 
@@ -138,7 +132,9 @@ def test_a_fact_of_ones_own_is_remembered_and_one_that_ended_is_told(talk, bot):
 def test_what_is_corrected_is_written_over_the_memory_and_read_at_once(where, talk, bot, server):
     name = f"over-{where}"
     bot.remember(name, "Eve speaks Latin.")
-    options = ["--memory", "facts", "--overlay", name, *(at(server) if where == "server" else [])]
+    bot.remember(f"{name}-user", "Kim lives in Bern.")
+    overlays = ["--overlay", f"{name}-user", "--overlay", name]
+    options = ["--memory", "facts", *overlays, *(at(server) if where == "server" else [])]
     out = talk(QUESTION, "/why", "/fix Rome", "/remember", QUESTION, "/why", options=options)
     assert f"{name} remembers {name}/m2" not in out
     assert f"{name} remembers m2: Ada lives in Rome." in out

@@ -7,7 +7,7 @@ import pytest
 from nightschool.cli.main import main
 from nightschool.memory.store import MemoryStore
 from nightschool.store.names import memory_path
-from tests.support.memory_setups import MemoryBot
+from tests.support.memory_setups import reader_bot
 
 CASES = [
     {"subject": "Cid", "prompt": "Cid lives in", "new": "Lima", "paraphrases": ["Where does Cid live?"], "locality": ["Bob says"],
@@ -18,9 +18,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
-    bot = MemoryBot(tmp_path_factory.mktemp("home"))
-    bot.publish_reader()
-    return bot
+    return reader_bot(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

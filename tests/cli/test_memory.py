@@ -143,10 +143,13 @@ def test_a_search_of_memories_over_one_another_shows_what_is_read(folder, ask, s
         "mine/m1": "Ada lives in Rome.",
         "m2": "Ada speaks French.",
     }
+    ask("build", "session", "--from", facts(folder, "Ada lives in Bern.\n", "third.txt"))
+    assert [one["id"] for one in ask(*layered, "--overlay", "session")] == ["session/m1", "m2"]
     assert len(ask("search", "friends", "ada")) == 3
     assert "mine/m1" in say(*layered)
     for words, said in (
         (["--overlay", "friends"], "cannot lie over itself"),
+        (["--overlay", "mine", "--overlay", "mine"], "cannot lie over itself"),
         (["--overlay", "mine", "--at", "1"], "--at"),
     ):
         assert said in say("search", "friends", "ada", *words, code=2)

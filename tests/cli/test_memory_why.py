@@ -8,16 +8,14 @@ from nightschool.cli.main import main
 from nightschool.data.example import Message
 from nightschool.engine.local_model import local_model
 from nightschool.engine.request import SamplingParams
-from tests.support.memory_setups import MemoryBot
+from tests.support.memory_setups import reader_bot
 
 QUESTION = "Where does Ada live?"
 
 
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
-    bot = MemoryBot(tmp_path_factory.mktemp("home"))
-    bot.publish_reader()
-    return bot
+    return reader_bot(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +62,11 @@ def test_why_names_the_entries_of_the_memory_that_lies_over(bot, capsys):
     assert [(one["id"], one["text"]) for one in told["memory"]["entries"]] == [("mine/m1", "Ada lives in Rome.")]
     assert told["memory"]["revisions"] == {"facts": bot.facts.revision, "mine": 1}
     assert {share["id"] for token in told["why"] for share in token["entries"]} == {"mine/m1"}
+    bot.remember("session", "Ada lives in Bern.")
+    assert main([*words, "--overlay", "session"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["id"], one["text"]) for one in told["memory"]["entries"]] == [("session/m1", "Ada lives in Bern.")]
+    assert list(told["memory"]["revisions"]) == ["session", "mine", "facts"]
     words[4] = "What does Bob like?"
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["entries"] == []
@@ -83,6 +86,7 @@ def test_without_an_entry_the_answer_is_the_models_own(capsys):
         (["facts", QUESTION, "--model", "bot", "--max-new-tokens", "0"], 2),
         (["facts", QUESTION, "--model", "bot", "--overlay", "facts"], 2),
         (["facts", QUESTION, "--model", "bot", "--overlay", "absent"], 4),
+        (["facts", QUESTION, "--model", "bot", "--overlay", "mine", "--overlay", "mine"], 2),
     ],
 )
 def test_what_cannot_be_asked_is_told(words, code):

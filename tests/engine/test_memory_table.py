@@ -1,16 +1,20 @@
 """Requests that read entries of a memory, in one batch with others that read other entries, or none."""
 
+import gc
 import random
+from weakref import WeakSet
 
 import pytest
 import torch
 
+from nightschool.engine.memory_lookup import forget_entries
 from nightschool.engine.memory_table import MemoryOnBase
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import ModelError
 from nightschool.layers.memory_reading import Candidate, MemoryReading
 from nightschool.models.memory_model import MemoryModel, generate_greedily
 from nightschool.models.memory_modules import MemoryModules, shape_for
+from nightschool.models.memory_states import EntryStates
 from tests.support.engine_setups import BOUND, greedy, lively_model, loaded_model, random_prompt, request, running
 from tests.support.tokenizers_for_tests import byte_tokenizer
 
@@ -133,3 +137,25 @@ def test_modules_of_another_base_are_refused(model):
     other = lively_model("tiny-llama", hidden_size=model.config.hidden_size * 2)
     with running(loaded_model(model=model)) as engine, pytest.raises(ModelError, match="width"):
         engine.open(MemoryOnBase(REF, byte_tokenizer(), modules_for(other)))
+
+
+def test_after_a_purge_nothing_of_entries_is_kept_and_answers_stay_what_they_were(model):
+    dice, modules = random.Random(9), modules_for(model)
+    prompt, candidates = random_prompt(dice, 70), [Candidate(f"m{n}", n, random_prompt(dice, 6), 0.9) for n in (1, 2)]
+    kept = WeakSet(one for one in gc.get_objects() if type(one) is EntryStates)
+    with running(loaded_model(model=model), num_rows=2, tokens_per_step=128) as engine:
+        binding = engine.open(MemoryOnBase(REF, byte_tokenizer(), modules))
+
+        def answer():
+            done = engine.submit(asked(prompt, MemoryReading.of(candidates), binding=binding)).result(60)
+            return list(done.token_ids), done.usage.cached_tokens
+
+        first, cached = answer()
+        assert cached == 0
+        assert answer() == (first, 64)
+        [states] = [one for one in gc.get_objects() if type(one) is EntryStates and one not in kept]
+        assert len(states) == 2
+        forget_entries()
+        assert (len(states), states.num_bytes) == (0, 0)
+        assert answer() == (first, 0)
+        engine.retire(binding)

@@ -58,6 +58,19 @@ def test_what_is_damaged_is_not_found(folder, caplog):
     memory.close()
 
 
+def test_whoever_keeps_something_of_entries_is_told_of_a_purge_by_any_process(folder):
+    told = []
+    memory = Memory.open(folder, encoder(), vocabulary(), on_purge=lambda: told.append("purge"))
+    with MemoryStore.open(folder) as other:
+        other.remove("m2", author="ada")
+        assert values(memory, "Where does Ada Byron live?")[:1] == ["Oslo"]
+        assert told == []
+        other.purge("m1", author="ada")
+    assert "Oslo" not in values(memory, "Where does Ada Byron live?")
+    assert told == ["purge"]
+    memory.close()
+
+
 def values(memory, question, **kwargs):
     [finding] = memory.find([question], k=4, **kwargs)
     return [one.entry.value for one in finding.found]

@@ -13,8 +13,6 @@ import pytest
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from nightschool.engine.pool import EnginePool
-from nightschool.engine.slot import Slot
 from nightschool.memory import mcp as memory_mcp
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.graph import KnowledgeGraph
@@ -27,23 +25,20 @@ from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
 from nightschool.store.tenants import Quota, Tenants
 from tests.support.fake_slot import FakeSlot
-from tests.support.live_server import client_of, live
-from tests.support.memory_setups import MemoryBot
+from tests.support.live_server import client_of
+from tests.support.memory_setups import reader_bot, served
 
 QUESTION = "Where does Ada live?"
 
 
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
-    bot = MemoryBot(tmp_path_factory.mktemp("home"))
-    bot.publish_reader()
-    return bot
+    return reader_bot(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
 def server(bot):
-    pool = EnginePool(bot.home, num_rows=4)
-    with live([Slot("bot", pool), Slot("reader", pool)], registry=bot.registry) as server:
+    with served(bot) as server:
         yield server
 
 

@@ -21,6 +21,7 @@ def tenants(bot):
     bot.remember("shared", "Ada lives in Oslo.", "Bob likes tea.")
     bot.remember("acme/shared", "Zelda lives in Linz.", "Ada lives in Bath.")
     bot.remember("acme/session-7", "Bob was born in Bonn.", "Ada lives in Rome.")
+    bot.remember("acme/user-5", "Ada lives in York.")
     keys = ApiKeys(bot.home.database)
     sent = {tenant: {"x-api-key": keys.create(tenant, by="test")[1]} for tenant in ("default", "acme", "other")}
     names = ["bot", *(bot.publish(f"{tenant}/bot") for tenant in ("acme", "other"))]
@@ -59,6 +60,12 @@ def test_an_overlay_that_a_request_names_lies_over_its_memory_for_that_request(t
     assert read_by(tenants, "acme", where, overlay="session-7") == ({"session-7/m2": "Ada lives in Rome."}, label)
     found, _ = read_by(tenants, "acme", "Where was Bob born?", name="shared", overlay="session-7")
     assert set(found) == {"session-7/m1", "shared:shared/m2"}
+    both = ["user-5", "session-7"]
+    assert read_by(tenants, "acme", where, overlay=both) == (
+        {"session-7/m2": "Ada lives in Rome."},
+        "shared:shared@1+shared@1+user-5@1+session-7@1",
+    )
+    assert read_by(tenants, "acme", where, overlay=both[::-1])[0] == {"user-5/m1": "Ada lives in York."}
     assert read_by(tenants, "acme", where)[0] == {"m2": "Ada lives in Bath."}
     body = {"model": "bot", "messages": [{"role": "user", "content": where}], "max_tokens": 1}
     for tenant, memory, status in (
@@ -66,6 +73,10 @@ def test_an_overlay_that_a_request_names_lies_over_its_memory_for_that_request(t
         ("acme", {"name": "shared", "overlay": "absent"}, 404),
         ("acme", {"name": "shared", "overlay": "shared"}, 400),
         ("acme", {"name": "shared", "overlay": "../shared"}, 400),
+        ("acme", {"name": "shared", "overlay": ["session-7", "../shared"]}, 400),
+        ("acme", {"name": "shared", "overlay": ["session-7", "session-7"]}, 400),
+        ("acme", {"name": "shared", "overlay": []}, 400),
+        ("acme", {"name": "shared", "overlay": ["session-7"] * 9}, 400),
     ):
         assert tenants(tenant, "POST", "/v1/chat/completions", json=body | {"memory": memory}).status_code == status
 
@@ -78,6 +89,7 @@ def test_a_search_shows_a_tenant_what_its_requests_read_and_nothing_of_others(te
 
     assert found("acme", "ada") == [("shared", "Ada lives in Bath.")]
     assert found("acme", "ada", overlay="session-7") == [("session-7", "Ada lives in Rome.")]
+    assert found("acme", "ada", overlay=["session-7", "user-5"]) == [("user-5", "Ada lives in York.")]
     assert found("acme", "bob tea") == [("shared:shared", "Bob likes tea.")]
     assert found("other", "ada") == [("shared:shared", "Ada lives in Oslo.")]
     assert found("other", "zelda") == []
@@ -92,7 +104,7 @@ def test_a_shared_memory_is_listed_and_written_by_none_but_its_owner(tenants):
         return {(one["name"], one["shared"]): one["entries"] for one in memories}
 
     assert listed("other") == {("shared", True): 2}
-    assert listed("acme") == {("session-7", False): 2, ("shared", False): 2, ("shared", True): 2}
+    assert listed("acme") == {("session-7", False): 2, ("shared", False): 2, ("shared", True): 2, ("user-5", False): 1}
     assert ("shared", True) not in listed("default")
     for path in ("/api/memories/shared/entries/m1", "/api/memories/session-7/entries/m1"):
         assert tenants("other", "GET", path).status_code == 404

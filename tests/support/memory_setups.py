@@ -1,9 +1,13 @@
 """A small model that says something, a memory of two facts, and a version that reads it."""
 
+from contextlib import contextmanager
+
 import torch
 
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
+from nightschool.engine.pool import EnginePool
+from nightschool.engine.slot import Slot
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
 from nightschool.models.build import build_model
@@ -14,7 +18,23 @@ from nightschool.store.home import Home
 from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
 from nightschool.store.versions import VersionMetadata
+from tests.support.live_server import live
 from tests.support.tokenizers_for_tests import byte_tokenizer
+
+
+def reader_bot(path):
+    """The home, with a version that reads the memory in its layers."""
+    bot = MemoryBot(path)
+    bot.publish_reader()
+    return bot
+
+
+@contextmanager
+def served(bot):
+    """A server of both versions."""
+    pool = EnginePool(bot.home, num_rows=4)
+    with live([Slot("bot", pool), Slot("reader", pool)], registry=bot.registry) as server:
+        yield server
 
 
 class MemoryBot:

@@ -300,6 +300,12 @@ class Engine:
 
     # What follows runs on the thread of all engines.
 
+    def forget_entries(self) -> None:
+        """Let go of what is kept of entries of memories: their states, and prompts, which may have their words."""
+        self._runner.forget_entries()
+        if self._prefix is not None:
+            self._prefix.clear()
+
     def has_work(self) -> bool:
         """Whether there is something to do. For `compute`."""
         with self._lock:

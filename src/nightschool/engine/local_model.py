@@ -20,7 +20,7 @@ from nightschool.engine.pool import BoundEngine, EnginePool
 from nightschool.engine.recall import MemoryChoice, Read, Recall, recall, way_of_reading, with_facts
 from nightschool.engine.request import GenerationRequest, SamplingParams
 from nightschool.errors import PromptTooLong, UsageError
-from nightschool.memory.layers import Layer, Layers, Searched, check_overlay
+from nightschool.memory.layers import Layer, Layers, Searched, check_overlays
 from nightschool.models.adapters import load_adapter
 from nightschool.models.dtype import probe_dtype, resolve_device
 from nightschool.models.load import LoadedModel, Located, locate
@@ -110,25 +110,20 @@ class LocalModel:
 
     @cached_property
     def memory(self) -> Searched | None:
-        """The memory of `memory_name`, with the overlay that was chosen over it; None if none is read.
+        """The memory of `memory_name`, with the overlays that were chosen over it; None if none is read.
 
         Raises:
             NotFound: If one of them isn't there.
             UsageError: If a memory is to lie over itself, or over none.
         """
-        name, overlay = self.memory_name, self._choice.overlay
-        if name is None and overlay is not None and self._choice.read != "off":
-            raise UsageError(f"The overlay {overlay!r} lies over no memory. Name one with --memory.")
+        name, overlays = self.memory_name, self._choice.overlays
+        if name is None and overlays and self._choice.read != "off":
+            raise UsageError(f"The overlay {overlays[0]!r} lies over no memory. Name one with --memory.")
         if name is None:
             return None
-        if overlay is not None:
-            check_overlay(name, overlay)
-        opened = [
-            Layer(one, open_memory(memory_path(self._pool.home, one), self._bound))
-            for one in (overlay, name)
-            if one is not None
-        ]
-        return Layers(name, opened)
+        check_overlays(name, overlays)
+        names = (*reversed(overlays), name)
+        return Layers(name, [Layer(one, open_memory(memory_path(self._pool.home, one), self._bound)) for one in names])
 
     @property
     def context_tokens(self) -> int:

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer
 
 from nightschool.data.example import Message
+from nightschool.engine.compute import COMPUTE
+from nightschool.engine.engine import Engine
 from nightschool.engine.pool import BoundEngine
 from nightschool.errors import ModelError
 from nightschool.layers.memory_reading import Address, Candidate, MemoryReading
@@ -34,7 +36,22 @@ def open_memory(folder: Path, bound: BoundEngine) -> Memory:
     if modules is not None:
         arrays = {name: tensor.numpy() for name, tensor in gate_heads(modules).items()}
         heads = Heads.of(arrays, embeddings.hidden_size, bound.binding.label)
-    return Memory.open(folder, BaseEncoder(embeddings, vocabulary, heads), vocabulary)
+    return Memory.open(folder, BaseEncoder(embeddings, vocabulary, heads), vocabulary, on_purge=forget_entries)
+
+
+def forget_entries() -> None:
+    """Let all engines of this process let go of what they keep of entries; requests that are being answered keep theirs to their end.
+
+    After a purge nothing tells which of it was purged. Not from the compute thread.
+    """
+
+    def forget() -> None:
+        for member in COMPUTE.members:
+            if isinstance(member, Engine):
+                member.forget_entries()
+
+    if COMPUTE.members:
+        COMPUTE.call(forget)
 
 
 def reading_of(found: Iterable[Found]) -> MemoryReading:

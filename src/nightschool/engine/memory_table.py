@@ -97,6 +97,12 @@ class MemoryTable:
             handle.remove()
         return standing.modules
 
+    def forget(self) -> None:
+        """Let go of all states of entries but those of requests that are being answered."""
+        for standing in self._standing.values():
+            standing.encoder.states.clear()
+            standing.latest = None
+
     def encode(self, readings: Sequence[SpanReading]) -> None:
         """Take the entries of new requests through the first layers, those of all requests together, and prepare them once."""
         of_number: dict[int, list[MemoryReading]] = defaultdict(list)

@@ -123,6 +123,10 @@ class ModelRunner:
         """The memory modules of a number."""
         return self._memories.standing(number)
 
+    def forget_entries(self) -> None:
+        """Let go of what is kept of entries. On the compute thread."""
+        self._memories.forget()
+
     def encode(self, readings: Sequence[SpanReading]) -> None:
         """Make entries ready to be read. On the compute thread."""
         self._memories.encode(readings)

@@ -91,6 +91,12 @@ class PrefixCache:
                 self._recent.pop(node, None)
                 self.num_bytes -= node.num_bytes
 
+    def clear(self) -> None:
+        """Forget whatever was read."""
+        self._roots.clear()
+        self._recent.clear()
+        self.num_bytes = 0
+
     def _walk(self, binding: Binding, token_ids: Sequence[int]) -> list[_Node]:
         node = self._roots.get(binding)
         path: list[_Node] = []

@@ -19,10 +19,13 @@ from nightschool.memory.memory import Findings, Found, Memory
 from nightschool.memory.store import MemoryStore
 
 
-def check_overlay(name: str, overlay: str) -> None:
+def check_overlays(name: str, overlays: Sequence[str]) -> None:
     """Raises UsageError if a memory is to lie over itself."""
-    if overlay == name:
-        raise UsageError(f"The memory {name!r} cannot lie over itself. Name another one as the overlay.")
+    known = {name}
+    for one in overlays:
+        if one in known:
+            raise UsageError(f"The memory {one!r} cannot lie over itself. Name another one as the overlay.")
+        known.add(one)
 
 
 def search_words(

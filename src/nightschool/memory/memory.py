@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -99,8 +99,16 @@ class Memory:
     the memory is asked already: in a second for a million entries.
     """
 
-    def __init__(self, store: MemoryStore, encoder: AddressEncoder, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        store: MemoryStore,
+        encoder: AddressEncoder,
+        vocabulary: Vocabulary,
+        *,
+        on_purge: Callable[[], None] = lambda: None,
+    ) -> None:
         self.store, self.encoder = store, encoder
+        self._on_purge = on_purge
         self.rebuilt: str | None = None
         self._damaged: set[int] = set()
         self._vocabulary = vocabulary
@@ -119,18 +127,26 @@ class Memory:
             ).start()
 
     @classmethod
-    def open(cls, folder: Path, encoder: AddressEncoder, vocabulary: Vocabulary) -> Self:
+    def open(
+        cls,
+        folder: Path,
+        encoder: AddressEncoder,
+        vocabulary: Vocabulary,
+        *,
+        on_purge: Callable[[], None] = lambda: None,
+    ) -> Self:
         """Open a memory. Its index is made if it is not there, is damaged, or was made of something else.
 
         Args:
             folder: Of the memory.
             encoder: What makes addresses.
             vocabulary: Of the base that reads the entries.
+            on_purge: Called when entries are seen to have been purged, by whichever process: for whoever keeps something of them.
 
         Raises:
             NotFound: If there is no such memory.
         """
-        return cls(MemoryStore.open(folder), encoder, vocabulary)
+        return cls(MemoryStore.open(folder), encoder, vocabulary, on_purge=on_purge)
 
     @property
     def name(self) -> str:
@@ -151,6 +167,7 @@ class Memory:
         newest = self.store.revision
         if newest == self._index.revision:
             return newest
+        purged = 0
         with self._lock:
             if newest > self._index.revision:
                 purged = self._follower.follow(self._index, newest)
@@ -162,6 +179,8 @@ class Memory:
                 grown = self._index.columns.length - self._written
                 if purged or grown > _WORTH_WRITING * max(self._written, 1024):
                     self._write()
+        if purged:
+            self._on_purge()
         return self._index.revision
 
     def find(

@@ -31,6 +31,11 @@ class EntryStates:
             self._states.move_to_end(text)
         return found
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._states.clear()
+        self.num_bytes = 0
+
     def keep(self, text: Text, states: Tensor) -> None:
         """Keep the states of an entry, and let go of those that were not asked for in the longest time. One that is too large is not kept."""
         if states.nbytes > self._most_bytes or text in self._states:

@@ -166,7 +166,7 @@ class Answering:
         if is_by_default and read == "prompt" and any(is_token_ids(prompt) for prompt in ask.prompts):
             return nothing
         try:
-            memory = self._memories.asked(ask.principal.tenant, name, generation, choice.overlay)
+            memory = self._memories.asked(ask.principal.tenant, name, generation, choice.overlays)
         except NotFound:
             if is_by_default:
                 return nothing

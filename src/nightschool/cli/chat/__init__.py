@@ -36,7 +36,7 @@ def chat(
     url: str | None = None,
     record: bool = False,
     memory: str | None = None,
-    overlay: str | None = None,
+    overlay: Annotated[list[str] | None, Parameter(negative=())] = None,
     memory_read: Literal["layers", "prompt", "off"] | None = None,
     system: str | None = None,
     code: bool = False,
@@ -51,7 +51,8 @@ def chat(
         url: Ask a running server in place of loading the model here, as http://127.0.0.1:8001.
         record: Keep the answers in the home, so that /good, /bad and /fix can mark them for a later night.
         memory: An explicit memory that answers read, and that /remember writes to; see nightschool memory.
-        overlay: Another memory that lies over it: what it says or takes back hides what is beneath, and /remember writes to it.
+        overlay: Another memory that lies over it: what it says or takes back hides what is beneath, and /remember writes to it. Given
+            several times, each lies over those before it.
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question, off reads
             nothing; without it, layers where the model was trained by method: memory.
         system: A system message.
@@ -59,10 +60,13 @@ def chat(
         params: How answers are drawn.
     """
     home = Home.find()
-    choice = _choice(memory, overlay, memory_read)
+    overlays = tuple(overlay or ())
+    choice = _choice(memory, overlays, memory_read)
     with closing(_backend(home, model, url, record=record, memory=choice)) as backend:
         terminal = Terminal(home)
-        state = Chat(home, backend, params, say=terminal.say, show=terminal.show, memory=overlay or memory)
+        state = Chat(
+            home, backend, params, say=terminal.say, show=terminal.show, memory=overlays[-1] if overlays else memory
+        )
         state.system, state.mode = system, "code" if code else "chat"
         note(f"{bold(backend.model)}. /help lists commands, /exit leaves." + (" Answers are kept." if record else ""))
         return _converse(state, terminal)
@@ -109,13 +113,13 @@ def ask(
 
 
 def _choice(
-    memory: str | None, overlay: str | None, read: Literal["layers", "prompt", "off"] | None
+    memory: str | None, overlays: tuple[str, ...], read: Literal["layers", "prompt", "off"] | None
 ) -> MemoryChoice | None:
-    if memory is None and overlay is None and read is None:
+    if memory is None and not overlays and read is None:
         return None
     from nightschool.engine.recall import MemoryChoice
 
-    return MemoryChoice(memory, read, overlay)
+    return MemoryChoice(memory, read, overlays)
 
 
 def _backend(

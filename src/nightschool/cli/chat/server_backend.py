@@ -61,7 +61,9 @@ class ServerBackend:
         if shorten:  # without a length, an answer may take what the context leaves
             del body["max_tokens"]
         if self._memory is not None:
-            body["memory"] = {key: value for key, value in vars(self._memory).items() if value is not None}
+            read, overlays = self._memory, list(self._memory.overlays)
+            sent = {"name": read.name, "overlay": overlays[0] if len(overlays) == 1 else overlays, "read": read.read}
+            body["memory"] = {key: value for key, value in sent.items() if value}
         if params.seed is None and params.temperature > 0:
             # So that the same can be asked again, when somebody wants to know why.
             body["seed"] = secrets.randbits(31)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from nightschool.cli.formatting import moment as shown_moment
 from nightschool.cli.memory import answer_change, answer_entries, changed_moment, moment, note_damage, opened, text_of
 from nightschool.cli.output import answer, answer_rows, confirm, note, who
@@ -155,17 +160,26 @@ def rm(name: str, /, *entries: str, purge: bool = False, yes: bool = False) -> N
         _purge(store, name, entries, yes=yes)
 
 
-def search(name: str, query: str, /, *, overlay: str | None = None, limit: int = 20, at: str | None = None) -> None:
+def search(
+    name: str,
+    query: str,
+    /,
+    *,
+    overlay: Annotated[list[str] | None, Parameter(negative=())] = None,
+    limit: int = 20,
+    at: str | None = None,
+) -> None:
     """Find entries by words, those with most of them first.
 
     Args:
         name: The memory.
         query: Words, or beginnings of words.
-        overlay: Another memory that lies over it: its entries come first, and what it says or takes back hides what is beneath.
+        overlay: Another memory that lies over it: its entries come first, and what it says or takes back hides what is beneath. Given
+            several times, each lies over those before it.
         limit: At most so many.
         at: A revision or a named version; by default the newest.
     """
-    if overlay is not None:
+    if overlay:
         _search_layers(name, overlay, query, limit, at)
         return
     with opened(name) as store:
@@ -217,17 +231,21 @@ def history(name: str, entry: str | None = None, /, *, limit: int = 50) -> None:
     )
 
 
-def _search_layers(name: str, overlay: str, query: str, limit: int, at: str | None) -> None:
-    from nightschool.memory.layers import check_overlay, search_words  # brings the index along: only where it is needed
+def _search_layers(name: str, overlays: list[str], query: str, limit: int, at: str | None) -> None:
+    from nightschool.memory.layers import (
+        check_overlays,
+        search_words,
+    )  # brings the index along: only where it is needed
 
-    check_overlay(name, overlay)
+    check_overlays(name, overlays)
     if at is not None:
         raise UsageError("--at is a revision of one memory. Leave it out, or --overlay.")
-    with opened(name) as below, opened(overlay) as above:
-        _, found = search_words([(overlay, above), (name, below)], query, limit)
+    names = [*reversed(overlays), name]
+    with ExitStack() as stores:
+        _, found = search_words([(one, stores.enter_context(opened(one))) for one in names], query, limit)
     answer_entries(
         [entry for _, entry in found],
-        none=f"{name} and {overlay} have no entry with any of these words.",
+        none=f"{' and '.join(reversed(names))} have no entry with any of these words.",
         ids=[entry.id if label == name else f"{label}/{entry.id}" for label, entry in found],
     )
 

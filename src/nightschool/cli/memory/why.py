@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from nightschool.cli.memory.shown_why import found_lines, token_lines
 from nightschool.cli.output import answer
@@ -16,7 +18,7 @@ def why(
     /,
     *,
     model: str,
-    overlay: str | None = None,
+    overlay: Annotated[list[str] | None, Parameter(negative=())] = None,
     read: Literal["layers", "prompt"] | None = None,
     max_new_tokens: int = 48,
 ) -> None:
@@ -28,7 +30,8 @@ def why(
         name: The memory.
         question: What is asked.
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
-        overlay: Another memory that lies over it: what it says or takes back hides what is beneath.
+        overlay: Another memory that lies over it: what it says or takes back hides what is beneath. Given several times, each lies
+            over those before it.
         read: layers, where the model was trained by method: memory; prompt puts the entries before the question. Without it,
             layers where the model can.
         max_new_tokens: Longest answer in tokens.
@@ -40,7 +43,7 @@ def why(
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}, and an answer needs at least 1. Raise it.")
     home = Home.find()
-    with local_model(home, model, memory=MemoryChoice(name, read, overlay)) as local:
+    with local_model(home, model, memory=MemoryChoice(name, read, tuple(overlay or ()))) as local:
         told = explained_answer(local, question, max_new_tokens)
     answer(
         told.to_json(),

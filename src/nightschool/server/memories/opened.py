@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from nightschool.engine.memory_lookup import open_memory
+from nightschool.engine.memory_lookup import forget_entries, open_memory
 from nightschool.engine.pool import BoundEngine
 from nightschool.errors import NotFound
 from nightschool.memory.entry import Change
-from nightschool.memory.layers import Layer, Layers, check_overlay, search_words
+from nightschool.memory.layers import Layer, Layers, check_overlays, search_words
 from nightschool.memory.memory import Memory
 from nightschool.memory.staleness import Stale, StaleVersions, purge, stale_versions
 from nightschool.memory.store import MemoryStore
@@ -80,7 +80,7 @@ class Memories:
 
     def purge(self, tenant: str, name: str, store: MemoryStore, entry: str, author: str) -> dict[str, Any]:
         """Delete an entry of a memory of a tenant for good. Returns what was deleted, and which versions of the tenant learned it,
-        which are marked as tainted.
+        which are marked as tainted. Engines let go of what they keep of entries.
 
         Reads the data of the tenant's runs.
 
@@ -88,18 +88,21 @@ class Memories:
             NotFound, Locked: As `MemoryStore.purge` does.
         """
         done, learned = purge(self._home, full_name(tenant, name), store, [entry], author=author)
+        # A memory that nobody has open any more would not see it, and what was read of it may still be kept.
+        forget_entries()
         return done.to_json() | {"learned": [one.to_json() for one in learned]}
 
-    def layers(self, tenant: str, name: str, overlay: str | None = None) -> list[tuple[str, str]]:
+    def layers(self, tenant: str, name: str, overlays: Sequence[str] = ()) -> list[tuple[str, str]]:
         """The memories that a tenant reads under a name, the uppermost first: what each is called there, and its full name.
 
+        Of the `overlays` each lies over those before it.
+
         Raises:
-            NotFound: If the tenant has no memory of that name, and none is shared; or no `overlay`.
+            NotFound: If the tenant has no memory of that name, and none is shared; or none of an overlay's name.
             UsageError: If a memory is to lie over itself.
         """
-        if overlay is not None:
-            check_overlay(name, overlay)
-        found = [] if overlay is None else [(overlay, full_name(tenant, overlay))]
+        check_overlays(name, overlays)
+        found = [(one, full_name(tenant, one)) for one in reversed(overlays)]
         shared = [(f"{_SHARED}{name}", name)] if name in self.shared_names(tenant) else []
         own = full_name(tenant, name)
         if not shared or _file_of(memory_path(self._home, own)) is not None:
@@ -109,7 +112,7 @@ class Memories:
                 raise _none_of(label)
         return found + shared
 
-    def asked(self, tenant: str, name: str, bound: BoundEngine, overlay: str | None = None) -> Layers:
+    def asked(self, tenant: str, name: str, bound: BoundEngine, overlays: Sequence[str] = ()) -> Layers:
         """A memory of a tenant as a model asks it, with what lies over and beneath it: with the tokens, and by the embeddings, of the
         model's base.
 
@@ -126,15 +129,15 @@ class Memories:
             folder = memory_path(self._home, full)
             return self._asked.get((folder, _file_of(folder), who), lambda: open_memory(folder, bound))
 
-        return Layers(name, [Layer(label, opened(full)) for label, full in self.layers(tenant, name, overlay)])
+        return Layers(name, [Layer(label, opened(full)) for label, full in self.layers(tenant, name, overlays)])
 
-    def search(self, tenant: str, name: str, query: str, limit: int, overlay: str | None = None) -> dict[str, Any]:
+    def search(self, tenant: str, name: str, query: str, limit: int, overlays: Sequence[str] = ()) -> dict[str, Any]:
         """The entries that hold words of a query, of all memories that a tenant reads under a name; those of the upper ones first.
 
         Raises:
             NotFound, UsageError: As `layers` does.
         """
-        layers = [(label, self.store(*split_name(full))) for label, full in self.layers(tenant, name, overlay)]
+        layers = [(label, self.store(*split_name(full))) for label, full in self.layers(tenant, name, overlays)]
         revisions, found = search_words(layers, query, limit)
         return {"revisions": revisions, "entries": [entry.to_json() | {"memory": label} for label, entry in found]}
 

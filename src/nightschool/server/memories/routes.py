@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from nightschool.errors import UsageError
 from nightschool.memory.store import MemoryStore
@@ -27,6 +28,7 @@ from nightschool.server.memories.access import (
     revision_of,
     writing,
 )
+from nightschool.server.openai.schema import MOST_OVERLAYS
 from nightschool.server.service import PrincipalOf
 from nightschool.store.names import NAME_PATTERN
 from nightschool.store.principal import DEFAULT_TENANT
@@ -72,15 +74,21 @@ async def search(
     q: Annotated[str, Query(min_length=1, max_length=1000, description="Words that the entries hold.")],
     limit: Limit = 20,
     overlay: Annotated[
-        str | None, Query(pattern=NAME_PATTERN, description="Another memory of the tenant that lies over it.")
+        list[Annotated[str, Field(pattern=NAME_PATTERN)]] | None,
+        Query(
+            max_length=MOST_OVERLAYS,
+            description="Another memory of the tenant that lies over it; more than one time, each lies over those before it.",
+        ),
     ] = None,
 ) -> Response:
     """The entries that hold words of a query, those with most of them first, as a request that reads the memory sees them.
 
-    Those of the `overlay` come first, then those of the memory, then those of one that is shared under its name; what an upper one says of
+    Those of the last `overlay` come first, then those of the memory, then those of one that is shared under its name; what an upper one says of
     a subject and a relation hides what is beneath.
     """
-    return JSONResponse(await anyio.to_thread.run_sync(memories.search, principal.tenant, name, q, limit, overlay))
+    return JSONResponse(
+        await anyio.to_thread.run_sync(memories.search, principal.tenant, name, q, limit, overlay or ())
+    )
 
 
 @router.get("/{name}/entries", response_model=schemas.Entries, responses=problems(400, 404, 409, 422))

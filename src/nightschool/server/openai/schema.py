@@ -22,6 +22,7 @@ MOST_STOPS = 4
 MOST_METADATA = 16
 MOST_LOGPROBS = 20
 MAX_NEW_TOKENS = 65_536
+MOST_OVERLAYS = 8
 
 _NOT_ASKED = (None, False)
 Null = Annotated[None, Only(None)]
@@ -38,6 +39,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=500)]
 def _text_or(otherwise: str) -> Callable[[Any], str]:
     """Which branch of a union is meant, so that only that one is tried, and only its errors are told."""
     return lambda value: otherwise if isinstance(value, list) else "text"
+
+
+_Memory = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -111,17 +115,27 @@ class MemoryToRead(Body):
         pattern=NAME_PATTERN,
         description="Without it, the one that the model was trained with, or else the one that the server reads for all (`serve --memory`).",
     )
-    overlay: str | None = Field(
+    overlay: (
+        Annotated[
+            Annotated[_Memory, Tag("text")] | Annotated[list[_Memory], bounded(MOST_OVERLAYS), Tag("several")],
+            Discriminator(_text_or("several")),
+        ]
+        | None
+    ) = Field(
         None,
-        pattern=NAME_PATTERN,
         description="Another memory of the tenant, such as that of a user or a session, which lies over it for this request: what it "
-        "says of a subject and a relation hides what is beneath.",
+        "says of a subject and a relation hides what is beneath. Of several each lies over those before it.",
     )
     read: Literal["layers", "prompt", "off"] | None = Field(
         None,
         description="layers: the model's own layers read the entries; prompt: they are put before the question, for any model; "
         "off: nothing is read. Without it, layers where the model can, else prompt.",
     )
+
+    @property
+    def overlays(self) -> tuple[str, ...]:
+        """What lies over the memory, each over those before it."""
+        return (self.overlay,) if isinstance(self.overlay, str) else tuple(self.overlay or ())
 
 
 class Sampling(Body):
@@ -175,7 +189,7 @@ class Sampling(Body):
     @property
     def choice(self) -> MemoryChoice | None:
         """The memory that is to be read, if one was named."""
-        return None if self.memory is None else MemoryChoice(self.memory.name, self.memory.read, self.memory.overlay)
+        return None if self.memory is None else MemoryChoice(self.memory.name, self.memory.read, self.memory.overlays)
 
     @property
     def stops(self) -> tuple[str, ...]:
