@@ -1,6 +1,10 @@
 """Relations with one value or several, entries that may contradict each other, and what people decide."""
 
+from itertools import combinations
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nightschool.errors import NotFound, UsageError
 from nightschool.memory.entry import NewEntry
@@ -100,3 +104,17 @@ def test_what_cannot_be_settled_is_refused(store):
         store.resolve("m1", "m2", "a", author="ada", text="x")
     with pytest.raises(NotFound):
         store.resolve("m1", "m3", "a", author="ada")
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=7), min_size=2, max_size=14))
+@settings(max_examples=40, deadline=None)
+def test_all_close_sentences_are_shown_and_no_others(tmp_path_factory, sentences):
+    with MemoryStore.create(tmp_path_factory.mktemp("facts") / "facts") as store:
+        # No statement: nothing that begins with "maybe" is taken apart.
+        store.add([NewEntry("Maybe? " + " ".join(f"w{sign}" for sign in one)) for one in sentences], author="ada")
+        assert all(entry.subject is None for entry in store.entries())
+        words = {entry.id: set(entry.text.casefold().split()) for entry in store.entries()}
+        close = {
+            (a, b) for a, b in combinations(words, 2) if len(words[a] & words[b]) / len(words[a] | words[b]) >= 0.6
+        }
+        assert {(one.a.id, one.b.id) for one in store.conflicts()} == close

@@ -131,8 +131,9 @@ def about(
 def leading_to(connection: sqlite3.Connection, values: Iterable[str], at: int) -> list[MemoryEntry]:
     """The entries of a revision whose value is one of these, by normalised forms. It reads the values of all entries."""
     keys = {key_of(value) for value in values}
-    query = f"SELECT row, value FROM rows WHERE {ALIVE_AT} AND value IS NOT NULL ORDER BY row"  # noqa: S608
-    numbers = [row for row, value in fetched(connection, query, {"at": at}) if key_of(value) in keys]
+    query = f"SELECT row, CAST(value AS BLOB) FROM rows WHERE {ALIVE_AT} AND value IS NOT NULL ORDER BY row"  # noqa: S608
+    found = connection.execute(query, {"at": at})
+    numbers = [row for row, value in found if key_of(value.decode(errors="replace")) in keys]
     return list(by_numbers(connection, numbers).values())
 
 
