@@ -175,6 +175,7 @@ def test_the_list_has_the_documented_columns_in_the_order_of_steps(home, capsys)
         ["2", "checkpoint-epoch5-step20-files1", "5", "20", "1.500000"],
         ["3", "checkpoint-epoch25-step100-files1", "25", "100", "1.500000"],
     ]
+    assert lines[1].split()[-2:] == ["SAVED", "FOR"]
     assert lines[3].endswith("best")
     assert lines[4].endswith("newest")
 

@@ -18,11 +18,13 @@ from nightschool.cli.main import main
 from nightschool.cli.reference import reference
 from nightschool.config.load import load_recipe
 from nightschool.errors import Interrupted, Locked
+from nightschool.feedback.selection import Selection, write_selection
 from nightschool.jobs import detached
 from nightschool.jobs.cycle import cycle_lock_path
 from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.models.export import save_version_folder
 from nightschool.server.settings import ServerSettings
+from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, lock_to_hand_over
 from nightschool.store.registry import Registry
@@ -70,6 +72,7 @@ def _begun(home):
     """A run that a cycle of r.yaml began."""
     run = RunStore(home).create(load_recipe(Path("r.yaml"), env={}).recipe.as_plain(), name="bot")
     CycleRecord("manual", str(Path.cwd()), "new:tiny", None, "data", 1).write(run)
+    write_selection(run.path, Selection([], [], []))
     return run
 
 
@@ -109,10 +112,10 @@ def test_train_needs_something_to_train(home, cycles, capsys):
 def test_resume_takes_a_run_or_a_checkpoint(home, cycles, capsys):
     run = _begun(home)
     path = add_checkpoint(run, 4)
-    for wanted in (run.id, path.name, f"{run.id}/{path.name}", str(path)):
+    for wanted in (run.id, path.name, f"{run.id}/{path.name}", f"{run.id}/4", "4", str(path)):
         assert main(["train", "--resume", wanted]) == 0
     assert main(["train", "r.yaml", "--resume", run.id]) == 0
-    assert cycles.calls == [("continue", run.id, "latest"), *[("continue", run.id, path.name)] * 3, cycles.calls[0]]
+    assert cycles.calls == [("continue", run.id, "latest"), *[("continue", run.id, path.name)] * 5, cycles.calls[0]]
     capsys.readouterr()
     assert main(["train", "--resume", "bot-20200101_000000"]) == 4
     assert f"neither a run nor a checkpoint in {home.runs}. Runs: {run.id}" in capsys.readouterr().err
@@ -120,9 +123,39 @@ def test_resume_takes_a_run_or_a_checkpoint(home, cycles, capsys):
 
 def test_resume_with_another_recipe_is_refused_with_both_values(home, cycles, capsys):
     run = _begun(home)
-    assert main(["train", "r.yaml", "train.epochs=9", "--resume", run.id]) == 1
-    assert "train.epochs is 3 there and 9 here" in capsys.readouterr().err
+    assert main(["train", "r.yaml", "train.learning_rate=0.5", "--resume", run.id]) == 1
+    assert "train.learning_rate is 2e-06 there and 0.5 here" in capsys.readouterr().err
+    assert main(["train", "train.learning_rate=0.5", "--resume", run.id]) == 2
+    assert "keeps its recipe but for its length, and 'train.learning_rate=0.5' is none" in capsys.readouterr().err
     assert cycles.calls == []
+
+
+@pytest.mark.parametrize("words", [["train.epochs=9"], ["epochs=9"], ["r.yaml", "train.epochs=9"]])
+def test_resume_with_another_length_makes_a_run_of_its_own(words, home, cycles, capsys):
+    run = _begun(home)
+    path = add_checkpoint(run, 4)
+    before = run.recipe_path.read_bytes()
+    assert main(["train", *words, "--resume", run.id]) == 0
+    [(_, made, resume)] = cycles.calls
+    assert (made != run.id, resume) == (True, path.name)
+    new = RunStore(home).get(made)
+    assert (new.recipe()["train"]["epochs"], run.recipe_path.read_bytes()) == (9, before)
+    assert checkpoints.get(new, path.name).verify().facts == checkpoints.get(run, path.name).verify().facts
+    assert CycleRecord.read(new).trigger == "resume"
+
+
+def test_another_length_than_one_that_was_reached_or_of_a_run_that_saved_nothing_is_refused(home, cycles, capsys):
+    run = _begun(home)
+    assert main(["train", "train.epochs=9", "--resume", run.id]) == 4
+    assert "has no checkpoint to go on from" in capsys.readouterr().err
+    add_checkpoint(run, 4)
+    assert main(["train", "train.epochs=1", "--resume", run.id]) == 2
+    assert (
+        "train.epochs is 1, and checkpoint-epoch1-step4-files1 has reached epoch 1 already" in capsys.readouterr().err
+    )
+    assert main(["train", "train.max_steps=4", "--resume", run.id]) == 2
+    assert "has reached step 4 already" in capsys.readouterr().err
+    assert [one.id for one in RunStore(home).ls()] == [run.id]
 
 
 def test_detach_prints_the_run_and_leaves_a_process_with_it(home, monkeypatch, capsys):

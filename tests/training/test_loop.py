@@ -231,9 +231,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_where_losses_are_logged_rarely
     parameter = next(iter(task.trainable().values()))
     parameter.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteLoss, match=r"gradient norm became (nan|inf) in step 1 .*There is no checkpoint yet"):
-        train(
-            task, tmp_path, steps=10, log_every=5, save=lambda state: pytest.fail("saved"), save_every=Every(3, "steps")
-        )
+        train(task, tmp_path, steps=10, log_every=5, save=lambda *_: pytest.fail("saved"), save_every=Every(3, "steps"))
 
 
 def test_a_window_without_a_trained_token_is_refused(tmp_path):
@@ -254,7 +252,7 @@ def test_a_stop_before_step_1_saves_nothing(tmp_path):
     stop = Stop()
     stop.reason = "SIGINT"
     with pytest.raises(Interrupted, match="SIGINT stopped the run after step 0 of 5") as caught:
-        train(make_task(), tmp_path, steps=5, stop=stop, save=lambda state: pytest.fail("saved"))
+        train(make_task(), tmp_path, steps=5, stop=stop, save=lambda *_: pytest.fail("saved"))
     assert caught.value.exit_code == 75
 
 

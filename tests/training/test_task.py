@@ -115,8 +115,8 @@ class StreamedTask:
 
 
 def train(task, steps, folder, *, state=None):
-    def save(now):
-        contents = full_state.state_to_save(task, now, CONTEXT, SCHEDULE)
+    def save(now, reason):
+        contents = full_state.state_to_save(task, now, CONTEXT, SCHEDULE, reason=reason)
         write_folder(folder / f"checkpoint-{now.step}", contents.facts, contents.stream)
 
     return fit(

@@ -26,7 +26,9 @@ def find_run_or_checkpoint(home: Home, wanted: str | None) -> tuple[Run, Checkpo
 
 
 def find_checkpoint(home: Home, wanted: str) -> tuple[Run, Checkpoint]:
-    """A checkpoint by its folder, by `RUN/CHECKPOINT`, or by its name alone where one run has it.
+    """A checkpoint by its folder, by `RUN/CHECKPOINT` or `RUN/STEP`, or by its name alone where one run has it.
+
+    A step alone is one of the newest run.
 
     Raises:
         NotFound: If there is none.
@@ -39,8 +41,8 @@ def find_checkpoint(home: Home, wanted: str) -> tuple[Run, Checkpoint]:
         run = store.get(inside.id)
         return run, checkpoints.get(run, given.name)
     run_id, slash, name = wanted.rpartition("/")
-    if slash:
-        run = store.get(run_id)
+    if slash or wanted.isdecimal():
+        run = store.get(run_id) if slash else store.find(None)
         return run, checkpoints.get(run, name)
     found = [(run, point) for run in store.ls() for point in checkpoints.ls(run) if point.name == wanted]
     if not found:

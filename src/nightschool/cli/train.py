@@ -19,9 +19,11 @@ from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
 from nightschool.jobs.cycle import begin_cycle, continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import CycleContext, child_environment, start_process
+from nightschool.jobs.lengthened import LENGTHS, lengthened
 from nightschool.jobs.outcome import CycleRecord, CycleResult
 from nightschool.jobs.starting_weights import starting_weights
 from nightschool.remotes.address import is_url
+from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.locks import lock_to_hand_over
 from nightschool.store.manifest import read_manifest
@@ -50,8 +52,9 @@ def train(
 
     Args:
         recipe: A recipe file. Not needed with --resume.
-        overrides: Settings, as train.epochs=3 or data.0.path=train.json.
-        resume: Go on with this run from its newest whole checkpoint, or from this checkpoint, also one in a bucket:
+        overrides: Settings, as train.epochs=3 or data.0.path=train.json. With --resume only train.epochs or train.max_steps, which
+            make a run of its own that goes on from the checkpoint.
+        resume: Go on with this run from its newest whole checkpoint, or from this checkpoint (RUN/STEP, RUN/NAME, a folder), also one in a bucket:
             gs://bucket/folder for the newest there, or the address of one.
         detach: Leave it running by itself and print the id of the run.
         dry_run: Only print the plan, as nightschool plan does.
@@ -72,8 +75,16 @@ def train(
             raise UsageError("A dry run plans a recipe: nightschool train RECIPE -n, without --resume.")
         return plan(recipe, *overrides)
     if resume is not None:
+        if recipe is not None and "=" in recipe.name:  # a setting, where no recipe is needed
+            recipe, overrides = None, (str(recipe), *overrides)
         run, checkpoint = _to_resume(home, resume, recipe, overrides)
-        _refuse_other_recipe(run, recipe, overrides)
+        lengths = _other_lengths(run, recipe, overrides)
+        if lengths:
+            point = checkpoints.to_resume(run, checkpoint, note)
+            if point is None:
+                raise NotFound(f"The run {run.id} has no checkpoint to go on from. Start a new run.")
+            run, checkpoint = lengthened(run, point, lengths), point.name
+            note(f"The run {run.id} goes on from {point.name}.")
         if detach:
             with lock_to_hand_over(cycle_lock_path(home, run.name), f"a cycle of {run.name}") as held:
                 return _detach(home, run, checkpoint, held)
@@ -181,23 +192,39 @@ def _from_bucket(home: Home, url: str, name: str) -> tuple[Run, str]:
     return run, checkpoint.name
 
 
-def _refuse_other_recipe(run: Run, recipe: Path | None, overrides: tuple[str, ...]) -> None:
-    """A resumed run keeps its recipe, so another one would be ignored in silence.
+def _other_lengths(run: Run, recipe: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """How much longer than the run so far it is to be trained, by setting; empty if as long.
 
     Raises:
-        Conflict: If the recipe that was given differs from the run's.
+        Conflict: If the recipe that was given differs from the run's in more than that, which would be ignored in silence.
+        UsageError: If settings other than that are changed without a recipe.
     """
     if recipe is None:
-        return
+        wanted = dict(_length(override) for override in overrides)
+        kept = flatten(Recipe.model_validate(run.recipe()).as_plain())
+        return {key: value for key, value in wanted.items() if kept.get(key) != value}
     given = flatten(read_recipe(recipe, overrides).as_plain())
     kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleRecord.read(run).recipe_base}
     differing = [key for key in given | kept if given.get(key) != kept.get(key)]
-    if differing:
+    if not set(differing) <= set(LENGTHS):
         values = "; ".join(f"{key} is {kept.get(key)} there and {given.get(key)} here" for key in differing[:5])
         raise Conflict(
-            f"The run {run.id} was begun with another recipe: {values}. A resumed run keeps its own; resume without a "
-            "recipe, or begin a new run."
+            f"The run {run.id} was begun with another recipe: {values}. A resumed run keeps its own but for train.epochs and "
+            "train.max_steps; resume without a recipe, or begin a new run."
         )
+    return {key: given[key] for key in differing}
+
+
+def _length(override: str) -> tuple[str, int]:
+    """The setting and the number of `train.epochs=5` or `train.max_steps=900`."""
+    key, _, text = override.partition("=")
+    key = next((length for length in LENGTHS if key in (length, length.removeprefix("train."))), "")
+    if not key or not text.isdecimal():
+        raise UsageError(
+            f"A resumed run keeps its recipe but for its length, and {override!r} is none. Write train.epochs=5 or "
+            "train.max_steps=900, or begin a new run."
+        )
+    return key, int(text)
 
 
 def _detach(home: Home, run: Run, checkpoint: str | None, held_lock: int) -> int:

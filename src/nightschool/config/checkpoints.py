@@ -58,6 +58,9 @@ class Checkpoints(Section):
     every: Rhythm | None = Field(
         None, description="How often: `500 steps`, `1 epochs`, `10m`; without it, at the end of each epoch."
     )
+    each_epoch: bool = Field(
+        default=False, description="Also at the end of each epoch, where `every` says something else."
+    )
     keep: Keep = Field(default_factory=Keep, description="Retention.")
     background: bool = Field(
         default=True,

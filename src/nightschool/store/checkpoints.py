@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nightschool.errors import Conflict, Damaged, MadeByNewer, NotFound
 from nightschool.store.atomic import remove_folder, sweep_partials
@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and who lists runs needs no
 
 HELDOUT_LOSS = "heldout_loss"
 ATTEMPT = "attempt"
+# Why it was saved: what the rhythm asked for, the end of an epoch, a held-out loss that is the lowest, the end of the run, a
+# signal, or an error that ended the run between two steps.
+REASON = "reason"
+Reason = Literal["interval", "epoch", "best", "final", "interrupted", "emergency"]
 # A file beside the checkpoints with the name of the one that was written last: for people and for other programs.
 # Whoever resumes looks at the checkpoints themselves, because a crash can come between the two.
 LATEST = "latest"
@@ -119,10 +123,10 @@ def ls(run: Run) -> list[Checkpoint]:
 
 
 def get(run: Run, name: str) -> Checkpoint:
-    """The checkpoint of this name. Raises NotFound, naming those that exist."""
+    """The checkpoint of this name, or of this step. Raises NotFound, naming those that exist."""
     points = ls(run)
-    for point in points:
-        if point.name == name:
+    for point in reversed(by_age(points) if name.isdecimal() else points):
+        if name in (point.name, str(point.step)):
             return point
     exists = f"It has {', '.join(point.name for point in points)}." if points else "It has none."
     raise NotFound(f"The run {run.id} has no checkpoint {name!r}. {exists}")

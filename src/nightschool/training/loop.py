@@ -13,7 +13,9 @@ from torch import Tensor
 
 from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
+from nightschool.store.checkpoints import Reason
 from nightschool.training.distributed.world import ALONE, World
+from nightschool.training.emergency import Rescue, Soundness, saved_in_emergency
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import Interval, TrainState
@@ -27,7 +29,7 @@ Accumulate = Callable[[Task, Sequence[Batch], int, torch.amp.GradScaler | None],
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run is, and how often it looks up. A rhythm of None is once per epoch.
+    """How long a run is, and how often it looks up. A rhythm of None is once per epoch; `save_each_epoch` adds that to another.
 
     With `patience`, it ends after so many held-out losses that were not lower than the best by more than `min_delta`.
     """
@@ -38,6 +40,7 @@ class Budget:
     log_every: int = 1
     evaluate_every: Every | None = None
     save_every: Every | None = None
+    save_each_epoch: bool = False
     patience: int | None = None
     min_delta: float = 0.0
 
@@ -73,7 +76,8 @@ def fit(
     schedule: Schedule,
     metrics: MetricsLog | None,
     evaluate: Callable[[], float] | None = None,
-    save: Callable[[TrainState], None] | None = None,
+    save: Callable[[TrainState, Reason], None] | None = None,
+    rescue: Rescue | None = None,
     stop: Stop | None = None,
     last_step: int | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -91,7 +95,8 @@ def fit(
         schedule: The learning rate of each step.
         metrics: Where rows go; None in a process that writes nothing.
         evaluate: Returns the held-out loss in nats per token; it must leave the random state as it was.
-        save: Writes a checkpoint.
+        save: Writes a checkpoint, and is told why.
+        rescue: Writes one when an error ends the run, if the state is whole.
         stop: Asked once per turn; when it is requested, the state is saved and `Interrupted` is raised.
         last_step: After this step as well, in whichever process knows of it.
         scaler: The gradient scaler of fp16.
@@ -106,67 +111,94 @@ def fit(
         NothingToTrain: If no token of an accumulation window carries loss.
     """
     log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None, world=world)
+    soundness = Soundness()
     task.model.train()
-    while True:
-        finished = budget.is_used_up(state)
-        # Clocks and signals differ between processes, so they agree on what is due.
-        stopping, evaluation_due, save_due = world.any(
-            (stop is not None and stop.requested) or state.step == last_step,
-            evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished),
-            save is not None and state.save_due(budget.save_every, finished=finished),
-        )
-
-        if evaluate is not None and evaluation_due:
-            log.settle()
-            started = time.perf_counter()
-            state.heldout_history.append(evaluate())
-            state.heldout_steps.append(state.step)
-            state.evaluated_at = state.seconds
-            log.add_heldout(state.heldout_history[-1], time.perf_counter() - started)
+    with saved_in_emergency(task, state, soundness, settle=log.settle, rescue=rescue):
+        while True:
             finished = budget.is_used_up(state)
-            # What is best so far is what will be published, so it has to be there.
-            is_best = state.best_heldout == (state.step, state.heldout_history[-1])
-            save_due = save_due or (
+            # Clocks and signals differ between processes, so they agree on what is due.
+            stopping, evaluation_due, save_due = world.any(
+                (stop is not None and stop.requested) or state.step == last_step,
+                evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished),
                 save is not None
-                and budget.patience is not None
-                and (finished or is_best)
-                and state.save_due(None, finished=True)
-            )
-        log.write()
-
-        if save is not None and (save_due or (stopping and state.save_due(None, finished=True))):
-            log.settle()
-            state.saved_at, state.saved_step = state.seconds, state.step
-            save(state)
-
-        if finished:
-            return state
-        if stopping:
-            reason = (
-                "The end of the steps that were asked for" if state.step == last_step else "A signal to another process"
-            )
-            reason = stop.reason if stop is not None and stop.reason else reason
-            raise Interrupted(
-                f"{reason} stopped the run after step {state.step} of {budget.steps_total}. "
-                "Continue it with --resume latest."
+                and state.save_due(budget.save_every, finished=finished, each_epoch=budget.save_each_epoch),
             )
 
-        started = time.perf_counter()
-        window = _next_window(task, state, budget.accumulation_steps)
-        tokens_trained, tokens_consumed, units = world.sums(
-            sum(batch.tokens_trained for batch in window),
-            sum(batch.tokens_consumed for batch in window),
-            sum(batch.loss_units for batch in window),
-        )
-        rate = schedule.rate(state.step)
-        loss = _gradients(task, state, window, (tokens_trained, units), scaler, accumulate)
-        outcome = _update(task, state, loss, (tokens_trained, units), budget.max_grad_norm, rate, scaler, world)
-        _advance(task, state, len(window), tokens_trained, tokens_consumed)
+            if evaluate is not None and evaluation_due:
+                log.settle()
+                started = time.perf_counter()
+                state.heldout_history.append(evaluate())
+                state.heldout_steps.append(state.step)
+                state.evaluated_at = state.seconds
+                log.add_heldout(state.heldout_history[-1], time.perf_counter() - started)
+                finished = budget.is_used_up(state)
+                # What is best so far is what will be published, so it has to be there.
+                is_best = state.best_heldout == (state.step, state.heldout_history[-1])
+                save_due = save_due or (
+                    save is not None
+                    and budget.patience is not None
+                    and (finished or is_best)
+                    and state.save_due(None, finished=True)
+                )
+            log.write()
 
-        log.collect(outcome, time.perf_counter() - started)
-        if state.step % budget.log_every == 0 or state.step == budget.steps_total:
-            log.settle()
-            log.make_row()
+            if save is not None and (save_due or (stopping and state.save_due(None, finished=True))):
+                log.settle()
+                _save(state, save, _reason(state, budget, finished=finished, stopping=stopping))
+
+            if finished:
+                return state
+            if stopping:
+                reason = (
+                    "The end of the steps that were asked for"
+                    if state.step == last_step
+                    else "A signal to another process"
+                )
+                reason = stop.reason if stop is not None and stop.reason else reason
+                raise Interrupted(
+                    f"{reason} stopped the run after step {state.step} of {budget.steps_total}. "
+                    "Continue it with --resume latest."
+                )
+
+            started = time.perf_counter()
+            window = _next_window(task, state, budget.accumulation_steps)
+            tokens_trained, tokens_consumed, units = world.sums(
+                sum(batch.tokens_trained for batch in window),
+                sum(batch.tokens_consumed for batch in window),
+                sum(batch.loss_units for batch in window),
+            )
+            rate = schedule.rate(state.step)
+            loss = _gradients(task, state, window, (tokens_trained, units), scaler, accumulate)
+            with soundness.updating():
+                outcome = _update(task, state, loss, (tokens_trained, units), budget.max_grad_norm, rate, scaler, world)
+                _advance(task, state, len(window), tokens_trained, tokens_consumed)
+
+            log.collect(outcome, time.perf_counter() - started)
+            if state.step % budget.log_every == 0 or state.step == budget.steps_total:
+                log.settle()
+                log.make_row()
+
+
+def _reason(state: TrainState, budget: Budget, *, finished: bool, stopping: bool) -> Reason:
+    """Why a checkpoint is saved now."""
+    if finished or stopping:
+        return "final" if finished else "interrupted"
+    if state.batch_index == 0 and (
+        budget.save_each_epoch or budget.save_every is None or budget.save_every.unit == "epochs"
+    ):
+        return "epoch"
+    return "interval" if state.save_due(budget.save_every, finished=False) else "best"
+
+
+def _save(state: TrainState, save: Callable[[TrainState, Reason], None], reason: Reason) -> None:
+    """Save, with the checkpoint as the last one in what it says of itself."""
+    before = state.saved_at, state.saved_step
+    state.saved_at, state.saved_step = state.seconds, state.step
+    try:
+        save(state, reason)
+    except BaseException:
+        state.saved_at, state.saved_step = before
+        raise
 
 
 def _next_window(task: Task, state: TrainState, accumulation_steps: int) -> list[Batch]:

@@ -35,7 +35,7 @@ from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
 from nightschool.store.atomic import write_json
 from nightschool.store.candidate_files import CandidateFiles
-from nightschool.store.checkpoints import Checkpoint, checkpoint_path
+from nightschool.store.checkpoints import Checkpoint, Reason, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
@@ -336,16 +336,26 @@ def _train(
     if start.point is not None:
         state = full_state.load(start.point.path, task, context, schedule, scaler, world)
 
-    def save(now: TrainState) -> None:
-        rngs = world.gathered(rng.capture())
+    def target_of(now: TrainState) -> Path:
+        return checkpoint_path(run, now.epoch, now.step, context.files_processed)
+
+    def save(now: TrainState, reason: Reason, random_state: rng.RandomState | None = None) -> None:
+        rngs = world.gathered(rng.capture(random_state))
         if saver is None:
             return
-        contents = full_state.state_to_save(task, now, context, schedule, scaler, rngs, world.rank)
-        target = checkpoint_path(run, now.epoch, now.step, context.files_processed)
+        contents = full_state.state_to_save(task, now, context, schedule, scaler, rngs, world.rank, reason=reason)
         if writes:
             say(f"Saving checkpoint at step {now.step}")
             run.update_status(step=now.step)
-        saver.save(target, contents, last=now.step >= budget.steps_total)
+        saver.save(target_of(now), contents, last=now.step >= budget.steps_total or reason == "emergency")
+
+    def rescue(now: TrainState, random_state: rng.RandomState) -> None:
+        assert saver is not None
+        save(now, "emergency", random_state)
+        saver.settle()
+        checkpoints.get(
+            run, target_of(now).name
+        )  # a full disk is no error where the recipe goes on without a checkpoint
 
     def evaluate() -> float:
         assert evaluate_heldout is not None
@@ -377,6 +387,8 @@ def _train(
             metrics=metrics,
             evaluate=None if evaluate_heldout is None else evaluate,
             save=save,
+            # The others may be waiting for this one, and never come to where all save.
+            rescue=rescue if saver is not None and world.size == 1 else None,
             stop=stop,
             last_step=None if steps is None else state.step + steps,
             scaler=scaler,
@@ -398,7 +410,9 @@ def _train(
 def _saves_more_than_once(budget: Budget) -> bool:
     """Whether a run saves before its end, so that it is worth while to make memory for copies ready."""
     every = budget.save_every
-    return budget.patience is not None or every is None or every.unit != "steps" or every.amount < budget.steps_total
+    if budget.patience is not None or budget.save_each_epoch:
+        return True
+    return every is None or every.unit != "steps" or every.amount < budget.steps_total
 
 
 def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any]:

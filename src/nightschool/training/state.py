@@ -95,11 +95,11 @@ class TrainState:
             return False
         return self.step == 0 or finished or self._due(every, self.evaluated_at)
 
-    def save_due(self, every: Every | None, *, finished: bool) -> bool:
+    def save_due(self, every: Every | None, *, finished: bool, each_epoch: bool = False) -> bool:
         """Say whether a checkpoint is written now; at the end in any case, never twice for one step."""
         if self.step == 0 or self.saved_step == self.step:
             return False
-        return finished or self._due(every, self.saved_at)
+        return finished or (each_epoch and self.batch_index == 0) or self._due(every, self.saved_at)
 
     def _due(self, every: Every | None, last_at: float) -> bool:
         every = every or Every(1, "epochs")

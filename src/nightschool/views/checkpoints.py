@@ -58,6 +58,7 @@ def checkpoint_summary(run: Run, point: Checkpoint) -> dict[str, Any]:
         "heldout_loss": None,
         "size_bytes": None,
         "created_at": None,
+        "reason": None,
         "damaged": None,
     }
     try:
@@ -67,6 +68,7 @@ def checkpoint_summary(run: Run, point: Checkpoint) -> dict[str, Any]:
             "heldout_loss": point.heldout_loss(),
             "size_bytes": manifest.size_bytes,
             "created_at": manifest.created_at.isoformat(),
+            "reason": manifest.facts.get(checkpoints.REASON),
         }
     except (Damaged, NotFound) as error:
         facts["damaged"] = str(error)

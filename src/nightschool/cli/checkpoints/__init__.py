@@ -53,10 +53,11 @@ def _listed(rows: list[dict[str, Any]]) -> str:
                 loss(row["heldout_loss"]),
                 size,
                 moment(row["created_at"]),
+                row["reason"],
                 "DAMAGED" if row["damaged"] else marks,
             )
         )
-    return table(("#", "CHECKPOINT", "EPOCH", "STEP", "LOSS", "HELD-OUT", "SIZE", "TIME", ""), lines)
+    return table(("#", "CHECKPOINT", "EPOCH", "STEP", "LOSS", "HELD-OUT", "SIZE", "TIME", "SAVED FOR", ""), lines)
 
 
 def _none_of(run_id: str) -> str:
@@ -96,6 +97,7 @@ def _shown(data: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str | 
         ("step", str(data["step"])),
         ("epoch", str(data["epoch"])),
         ("files processed", str(data["num_files"])),
+        ("saved for", data["reason"]),
         ("size", format_bytes(data["size_bytes"])),
         ("CUDA", {True: "yes", False: "no"}.get(kept["cuda_available"])),
         ("GPUs", _text(kept["device_count"])),

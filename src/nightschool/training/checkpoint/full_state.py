@@ -34,6 +34,7 @@ from nightschool.layers.expert_streaming.record import WEIGHTS
 from nightschool.models.expert_adapters import streamed_shapes
 from nightschool.models.quantize import scales
 from nightschool.store.atomic import read_json
+from nightschool.store.checkpoints import REASON, Reason
 from nightschool.store.manifest import verify
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group, open_group, rank_group
@@ -122,6 +123,8 @@ def state_to_save(
     scaler: torch.amp.GradScaler | None = None,
     rngs: Sequence[tuple[dict[str, Any], dict[str, Tensor]]] | None = None,
     rank: int = 0,
+    *,
+    reason: Reason = "interval",
 ) -> CheckpointContents:
     """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step.
 
@@ -160,6 +163,7 @@ def state_to_save(
         facts={
             "kind": "checkpoint",
             "format": FORMAT,
+            REASON: reason,
             "step": state.step,
             "epoch": state.epoch,
             "loss": state.current_loss,
@@ -268,6 +272,10 @@ def _check_plain(
         task.optimizer_facts() | {"schedule": asdict(schedule)},
     )
     theirs = _must_be_equal(plain, optimizer)
+    if _lengths(training_config(context.recipe_yaml)) != _lengths(
+        training_config((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    ):
+        mine["schedule steps_total"] = theirs["schedule steps_total"]  # the run was made to be longer, or shorter
     different = [
         f"{key} (checkpoint: {_short(theirs.get(key))}, run: {_short(mine.get(key))})"
         for key in sorted(mine.keys() | theirs.keys())
@@ -278,6 +286,11 @@ def _check_plain(
             f"The checkpoint {folder.name} does not fit this run: {'; '.join(different)}. "
             "Resume with the recipe and the data that it was saved with, or start a new run from it."
         )
+
+
+def _lengths(recipe: dict[str, Any]) -> tuple[Any, Any]:
+    train = recipe.get("train", {})
+    return train.get("epochs"), train.get("max_steps")
 
 
 def _must_be_equal(plain: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:

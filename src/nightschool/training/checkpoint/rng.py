@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,18 +36,33 @@ def group_of(rank: int) -> str:
     return "rng" if rank == 0 else f"rng-rank{rank}"
 
 
-def capture() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the random state as JSON-able values and as byte tensors (`torch`, and `cuda.0` … per device)."""
-    version, words, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
+@dataclass(frozen=True)
+class RandomState:
+    """The random state of a process at a moment, as Python, NumPy and torch have it."""
+
+    python: Any
+    numpy: Any
+    tensors: dict[str, Tensor]
+
+
+def take() -> RandomState:
+    """The random state as it is now, in some 20 µs: for every step."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return RandomState(random.getstate(), np.random.get_state(legacy=True), tensors)
+
+
+def capture(taken: RandomState | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the random state as JSON-able values and as byte tensors (`torch`, and `cuda.0` … per device); that of now, or one that was taken."""
+    taken = taken or take()
+    version, words, gauss = taken.python
+    algorithm, keys, position, has_gauss, cached_gauss = taken.numpy
     plain = {
         "python": [version, list(words), gauss],
         "numpy": [algorithm, [int(key) for key in keys], int(position), int(has_gauss), float(cached_gauss)],
     }
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return plain, tensors
+    return plain, taken.tensors
 
 
 def restore(plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -169,6 +169,7 @@ class PreparedRun(ABC, Generic[Data]):
                 log_every=train.log_every,
                 evaluate_every=train.evaluate_every,
                 save_every=recipe.checkpoints.every,
+                save_each_epoch=recipe.checkpoints.each_epoch,
                 patience=train.early_stopping.patience,
                 min_delta=train.early_stopping.min_delta,
             ),
