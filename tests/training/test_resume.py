@@ -13,6 +13,7 @@ from nightschool.jobs.bitwise import compare_checkpoints
 from nightschool.layers.expert_balance import ExpertBalance
 from nightschool.store import atomic, checkpoints
 from nightschool.store.manifest import write_manifest
+from nightschool.store.runs import recipe_yaml
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.full_state import REQUIRED
 from nightschool.training.optimizer import Schedule
@@ -133,7 +134,7 @@ def resume(run, folder, **changes):
 
 def load(prepared, folder, **changes):
     schedule = changes.pop("schedule", prepared.schedule)
-    context = replace(prepared.checkpoint_context("base: x\n"), **changes)
+    context = replace(prepared.checkpoint_context(recipe_yaml(prepared.recipe.as_plain())), **changes)
     return full_state.load(folder, prepared.task, context, schedule)
 
 
