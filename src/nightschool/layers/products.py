@@ -52,6 +52,8 @@ def multiplies_wider(x: Tensor, weight: Tensor) -> bool:
 def _mkl_is_narrow() -> bool:
     """Told from what the processor is and not from a measurement, so that a run that goes on has the bits that it began with."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    # What torch's own compiler calls: no promise, so another version may lack it.
+    has_both = has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     is_narrow = has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_made_by_intel()
     if is_narrow:
         for limit in _LIMITS:
