@@ -312,6 +312,11 @@ def open_source(recipe: Recipe, home: Home, root: Path) -> tuple[ShardSource, Pr
         DataError: If the recipe names no shards or several sources, or the tokenizer is not the shards' own.
         ModelError: If there is no tokenizer.
     """
+    if any(source.dataset is not None for source in recipe.data):
+        raise DataError(
+            "method: pretrain learns from token shards, and `dataset` names questions with answers. Write method: full, which learns them "
+            "with all weights (and train.max_steps: null, where the recipe counts steps)."
+        )
     if len(recipe.data) != 1 or recipe.data[0].path is None:
         raise DataError(
             f"method: pretrain learns from one place with token shards, and data has {len(recipe.data)} sources. "
