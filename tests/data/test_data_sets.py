@@ -236,6 +236,13 @@ def test_weights_say_how_much_of_an_epoch_a_source_is() -> None:
     assert {one.digest for one in left.examples} < {one.digest for one in more.examples}
 
 
+def test_weights_of_a_recipe_say_how_much_is_studied(folder: Path) -> None:
+    sources = [named(folder, dataset="alpaca", weight=2), named(folder, dataset="gsm8k", weight=1)]
+    loaded = load_sources(sources, root=folder)
+    sets = [one.id.split("/")[0] for one in loaded.examples]
+    assert (sets.count("alpaca"), sets.count("gsm8k")) == (60, 30)
+
+
 def test_names_mean_data_sets() -> None:
     assert data_sets_named(["chat", "code"], trained=True) == ["alpaca", "codealpaca", "mbpp"]
     assert data_sets_named(["code"], trained=False) == ["codealpaca", "mbpp", "humaneval"]

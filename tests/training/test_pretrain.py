@@ -237,6 +237,8 @@ def test_bad_input_is_refused_before_step_1(tmp_path, corpus):
         prepare(data=[{"path": str(bare)}], tokenizer=str(tmp_path / "own"))
     with pytest.raises(DataError, match="2 sources"):
         prepare(data=[{"path": "a"}, {"path": "b"}])
+    with pytest.raises(DataError, match="`dataset` names questions with answers"):
+        prepare(data=[{"dataset": "gsm8k"}])
     for name, remedy, changes in (
         ("held_out.path is mine.txt", "held_out.share", {"held_out": {"path": "mine.txt"}}),
         ("held_out.min_examples is 5", "held_out.share: 0", {"held_out": {"min_examples": 5}}),
