@@ -466,6 +466,7 @@ OBSERVED = {
     "experts.resident": "layers/test_expert_stores.py::test_a_file_keeps_what_memory_keeps",
     "experts.load_balancing_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
     "experts.z_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
+    "train.local_blocks": "layers/test_local_blocks.py::test_no_gradient_crosses_a_block_and_the_last_loss_is_that_of_the_whole_model",
     "train.expert_learning_rate": (
         "layers/test_expert_balance.py::test_experts_learn_at_a_rate_of_their_own_and_everything_else_as_without_it"
     ),

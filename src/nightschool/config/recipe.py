@@ -238,6 +238,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "dpo": (("dpo",), ""),
     "memory": (("memory",), ""),
     "experts": (("full", "pretrain", "lora"), ""),
+    "train.local_blocks": (("full", "pretrain"), ", of which too little learns"),
     "experts.load_balancing_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "pretrain": (("pretrain",), ""),
@@ -338,6 +339,8 @@ class Recipe(Section):
             raise ValueError("`train.zero_stage` shares out weights that learn, and an adapter has few; write 0")
         if self.train.zero_stage and self.method == "memory":
             raise ValueError("`train.zero_stage` shares out weights that learn, and memory modules have few; write 0")
+        if self.train.zero_stage and self.train.local_blocks > 1:
+            raise ValueError("`train.local_blocks` and `train.zero_stage` do not go together; write zero_stage: 0")
         if self.train.zero_stage and self.train.optimizer != "adamw":
             raise ValueError(f"`train.optimizer: {self.train.optimizer}` cannot be shared out; write zero_stage: 0")
         return self

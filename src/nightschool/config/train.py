@@ -32,6 +32,12 @@ class Train(Section):
     expert_learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of the experts of a mixture; without it, that of all weights."
     )
+    local_blocks: int = Field(
+        1,
+        ge=1,
+        description="Experimental: blocks of layers that learn by themselves, with no gradient between them (methods full and "
+        "pretrain); 1 is ordinary backpropagation.",
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw",
         description="AdamW with moments of 32 bits, or of 8 (bitsandbytes); paged ones leave a GPU that is full, and elsewhere "

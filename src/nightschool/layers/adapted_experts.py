@@ -67,14 +67,17 @@ def adapted_experts(
     expert_of_s, order_s = torch.sort(chosen_tk.reshape(-1))
     numbers_n = torch.arange(experts.num_experts, device=expert_of_s.device)
     ends_n = torch.searchsorted(expert_of_s, numbers_n, right=True).to(torch.int32)
-    x_sd = hidden_td[order_s // num_active]
-    passing = _passing(experts, x_sd.device)
+    token_of_s = order_s // num_active
+    passing = _passing(experts, hidden_td.device)
     if passing is None:
+        x_sd = hidden_td[token_of_s]
         inner_se = experts._apply_gate(_product(experts, adapters, "gate_up_proj", x_sd, ends_n))
         out_sd = _product(experts, adapters, "down_proj", inner_se, ends_n)
     else:
         counts = torch.diff(ends_n, prepend=ends_n.new_zeros(1)).tolist()
-        out_sd = pass_through(passing, x_sd, counts, adapters.get("gate_up_proj"), adapters.get("down_proj"))
+        out_sd = pass_through(
+            passing, hidden_td, token_of_s, counts, adapters.get("gate_up_proj"), adapters.get("down_proj")
+        )
     out_sd = out_sd * scores_tk.reshape(-1)[order_s, None]
     place_s = torch.empty_like(order_s)
     place_s[order_s] = torch.arange(len(order_s), device=order_s.device)

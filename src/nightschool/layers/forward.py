@@ -121,10 +121,10 @@ def document_loss(
         hidden, head = forward_hidden(model, path, batch)
         return chunked_cross_entropy(hidden, head, labels, weights, chunk_tokens, likeliest)
     layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
-    hidden = _backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
+    hidden = backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
     if layout.order is not None:  # cheaper than restoring the order of the hidden states, and the sum is the same
         labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
-    return chunked_cross_entropy(hidden, _head(model), labels, weights, chunk_tokens, likeliest)
+    return chunked_cross_entropy(hidden, output_head(model), labels, weights, chunk_tokens, likeliest)
 
 
 def losses_of_batches(
@@ -147,7 +147,7 @@ def losses_of_batches(
         torch.cat(rows, dim=1)
         for rows in ([batch.input_ids for batch in batches], [batch.position_ids for batch in batches])
     )
-    hidden = _backbone(model)(**packed_arguments(whole, input_ids, position_ids)).last_hidden_state[0]
+    hidden = backbone(model)(**packed_arguments(whole, input_ids, position_ids)).last_hidden_state[0]
     labels, weights = (
         torch.cat(rows) for rows in ([batch.labels[0] for batch in batches], [batch.weights[0] for batch in batches])
     )
@@ -156,7 +156,7 @@ def losses_of_batches(
     counted = torch.zeros(len(batches), dtype=torch.int64, device=device)
     sizes = [layout.num_tokens for layout in layouts]
     with at_head or nullcontext():
-        losses = cross_entropy_of_parts(hidden, cast(nn.Linear, _head(model)), labels, weights, sizes, counted)
+        losses = cross_entropy_of_parts(hidden, cast(nn.Linear, output_head(model)), labels, weights, sizes, counted)
     for counter, number in zip(likeliest, counted, strict=True):
         counter += number
     return losses
@@ -164,7 +164,7 @@ def losses_of_batches(
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the output head is a linear layer with nothing around it."""
-    return type(_head(model)) is nn.Linear
+    return type(output_head(model)) is nn.Linear
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def draws_at_random(model: nn.Module) -> bool:
     training, before = model.training, torch.get_rng_state()
     model.train()
     try:
-        _backbone(model)(**packed_arguments(layout, documents.input_ids, documents.position_ids))
+        backbone(model)(**packed_arguments(layout, documents.input_ids, documents.position_ids))
         return not torch.equal(before, torch.get_rng_state())
     finally:
         model.train(training)
@@ -206,11 +206,11 @@ def forward_hidden(model: nn.Module, path: ForwardPath, batch: Documents) -> tup
     """
     if path.packed:
         layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
-        hidden = _backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
-        return _restored(hidden, layout), _head(model)
+        hidden = backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
+        return _restored(hidden, layout), output_head(model)
     padded = pad_documents(batch)
-    hidden = _backbone(model)(**_padded_arguments(padded)).last_hidden_state
-    return hidden[padded.attention_mask.bool()], _head(model)
+    hidden = backbone(model)(**_padded_arguments(padded)).last_hidden_state
+    return hidden[padded.attention_mask.bool()], output_head(model)
 
 
 def document_logits(model: nn.Module, path: ForwardPath, batch: Documents) -> Tensor:
@@ -301,8 +301,8 @@ def _head_is_everything(model: nn.Module) -> tuple[bool, str]:
     try:
         with torch.no_grad():
             logits = inner(input_ids=documents.input_ids, use_cache=False).logits[0]
-            hidden = _backbone(model)(input_ids=documents.input_ids, use_cache=False).last_hidden_state[0]
-            difference = _relative_difference(_head(model)(hidden), logits)
+            hidden = backbone(model)(input_ids=documents.input_ids, use_cache=False).last_hidden_state[0]
+            difference = _relative_difference(output_head(model)(hidden), logits)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         return False, f"{type(inner).__name__} has no head that can be taken apart: {error}"
     finally:
@@ -355,12 +355,14 @@ def _padded_arguments(padded: PaddedDocuments) -> dict[str, Any]:
     }
 
 
-def _backbone(model: nn.Module) -> Any:
+def backbone(model: nn.Module) -> Any:
+    """The transformers model below the head, adapters included."""
     inner = causal_lm(model)
     return getattr(inner, inner.base_model_prefix)
 
 
-def _head(model: nn.Module) -> nn.Module:
+def output_head(model: nn.Module) -> nn.Module:
+    """The output head."""
     head = causal_lm(model).get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise AttributeError("get_output_embeddings() returns no module")

@@ -1,6 +1,6 @@
 """Frozen experts that are there one at a time, with adapters beside them: packed ones, which are unpacked, or streamed ones.
 
-An expert's two matrices pass once forward and once on the way back. For the way back the rows and the first product are kept,
+An expert's two matrices pass once forward and once on the way back. For the way back the tokens and the first product are kept,
 and nothing of the experts.
 
 Shapes: S rows in the order of their experts, N experts, D width of the model, E of an expert, r rank. `gate_up` is [2E, D],
@@ -51,14 +51,29 @@ class Factors:
 
 
 def pass_through(
-    experts: PassingExperts, x_sd: Tensor, counts: Sequence[int], gate_up: Factors | None, down: Factors | None
+    experts: PassingExperts,
+    hidden_td: Tensor,
+    token_of_s: Tensor,
+    counts: Sequence[int],
+    gate_up: Factors | None,
+    down: Factors | None,
 ) -> Tensor:
-    """Rows [S, D] through their experts, of which each has `counts` rows: [S, D]."""
+    """Rows through their experts: [S, D].
+
+    Args:
+        experts: Those of the layer.
+        hidden_td: The tokens, which are kept for the way back, and not the rows.
+        token_of_s: Which token each row is.
+        counts: How many rows each expert has.
+        gate_up: The adapter of the first matrix.
+        down: That of the second.
+    """
     dtype = experts.dtype
     tensors = [part for one in (gate_up, down) for part in ((one.down_nri, one.up_nor) if one else (None, None))]
     factors = [None if part is None else part.to(dtype).contiguous() for part in tensors]
     scalings = tuple(0.0 if one is None else one.scaling for one in (gate_up, down))
-    out: Tensor = _Passing.apply(x_sd.to(dtype), experts, list(counts), scalings, *factors)  # type: ignore[no-untyped-call]
+    arguments = hidden_td.to(dtype), token_of_s, experts, list(counts), scalings
+    out: Tensor = _Passing.apply(*arguments, *factors)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -66,41 +81,42 @@ class _Passing(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_sd: Tensor,
+        hidden_td: Tensor,
+        token_of_s: Tensor,
         experts: PassingExperts,
         counts: list[int],
         scalings: tuple[float, float],
         *factors: Tensor | None,
     ) -> Tensor:
         kept = any(ctx.needs_input_grad)
-        both_s = x_sd.new_empty(len(x_sd), 2 * experts.expert_size) if kept else None
-        out_sd = torch.empty_like(x_sd)
-        first, second = (_Adapter(*one, x_sd) for one in _pairs(factors, factors, scalings))
+        both_s = hidden_td.new_empty(len(token_of_s), 2 * experts.expert_size) if kept else None
+        out_sd = hidden_td.new_empty(len(token_of_s), hidden_td.shape[1])
+        first, second = (_Adapter(*one, out_sd) for one in _pairs(factors, factors, scalings))
         places, busy = _places(counts)
-        with torch.autocast(x_sd.device.type, enabled=False):
+        with torch.autocast(hidden_td.device.type, enabled=False):
             for expert, gate_up, down in experts.walk(busy, back=False):
                 rows = places[expert]
-                x = x_sd[rows]
+                x = hidden_td[token_of_s[rows]]
                 both = torch.mm(x, gate_up.T, out=None if both_s is None else both_s[rows])
                 first.add(both, x, expert, rows)
                 inner = experts.gate(both)
                 second.add(torch.mm(inner, down.T, out=out_sd[rows]), inner, expert, rows)
         if both_s is not None:
-            ctx.save_for_backward(x_sd, both_s, *factors)
+            ctx.save_for_backward(hidden_td, token_of_s, both_s, *factors)
             ctx.experts, ctx.counts, ctx.scalings = experts, counts, scalings
         return out_sd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sd: Tensor) -> tuple[Any, ...]:
-        x_sd, both_s, *factors = ctx.saved_tensors
+        hidden_td, token_of_s, both_s, *factors = ctx.saved_tensors
         experts: PassingExperts = ctx.experts
-        grad_sd = grad_sd.to(x_sd.dtype)
+        grad_sd = grad_sd.to(hidden_td.dtype)
         grads = [None if factor is None else torch.zeros_like(factor) for factor in factors]
-        first, second = (_Adapter(*one, x_sd) for one in _pairs(factors, grads, ctx.scalings))
-        grad_x_sd = torch.empty_like(x_sd)
+        grad_x_sd = torch.empty_like(grad_sd)
+        first, second = (_Adapter(*one, grad_x_sd) for one in _pairs(factors, grads, ctx.scalings))
         places, busy = _places(ctx.counts)
-        with torch.autocast(x_sd.device.type, enabled=False):
+        with torch.autocast(hidden_td.device.type, enabled=False):
             for expert, gate_up, down in experts.walk(busy, back=True):
                 rows = places[expert]
                 grad = grad_sd[rows]
@@ -109,8 +125,10 @@ class _Passing(torch.autograd.Function):
                 second.add_back(grad_inner, grad, inner, expert, rows)
                 grad_both = back_through_gate(grad_inner)
                 grad_x = torch.mm(grad_both, gate_up, out=grad_x_sd[rows])
-                first.add_back(grad_x, grad_both, x_sd[rows], expert, rows)
-        return grad_x_sd, None, None, None, *grads
+                first.add_back(grad_x, grad_both, hidden_td[token_of_s[rows]], expert, rows)
+        # In the order in which indexing itself would add them up.
+        grad_td = torch.zeros_like(hidden_td).index_put_((token_of_s,), grad_x_sd, accumulate=True)
+        return grad_td, None, None, None, None, *grads
 
 
 class _Adapter:
@@ -121,13 +139,14 @@ class _Adapter:
     """
 
     def __init__(
-        self, factors: Sequence[Tensor | None], grads: Sequence[Tensor | None], scaling: float, x_sd: Tensor
+        self, factors: Sequence[Tensor | None], grads: Sequence[Tensor | None], scaling: float, rows_sd: Tensor
     ) -> None:
         self._down, self._up = factors
         self._grad_down, self._grad_up = grads
         self._scaling = scaling
         rank = 0 if self._down is None else self._down.shape[1]
-        self._low_sr, self._grad_low_sr = x_sd.new_empty(len(x_sd), rank), x_sd.new_empty(len(x_sd), rank)
+        size = len(rows_sd), rank
+        self._low_sr, self._grad_low_sr = rows_sd.new_empty(size), rows_sd.new_empty(size)
 
     def add(self, out: Tensor, x: Tensor, expert: int, rows: slice) -> None:
         """Add up(down(x)) · scaling of an expert, whose rows these are."""

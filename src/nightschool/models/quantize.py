@@ -75,6 +75,8 @@ def steady(model: nn.Module, device: torch.device | str) -> None:
     bf16, for good. Layers of 8 bits would round what comes in when they are asked, which they do not in training.
     """
     for layer in model.modules():
+        if isinstance(layer, PackedExperts):  # no checkpoint needs the scales of what does not learn
+            layer._non_persistent_buffers_set.update(layer._buffers)
         if not is_quantized(layer) or torch.device(device).type != "cpu":
             continue
         if hasattr(layer, "support_avx512bf16_for_cpu"):

@@ -16,7 +16,8 @@ from nightschool.data.shards.token_batches import TokenBatches
 from nightschool.errors import DataError, ModelError
 from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
 from nightschool.layers.expert_balance import ExpertBalance
-from nightschool.layers.forward import ForwardPath, checkpoint_activations, document_loss, prepare
+from nightschool.layers.forward import ForwardPath, checkpoint_activations, prepare
+from nightschool.layers.local_blocks import LocalBlocks
 from nightschool.models.cost import expert_names
 from nightschool.models.streamed import expert_stream
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
@@ -183,9 +184,11 @@ class CausalTask(Task, Generic[Source]):
             checkpoint_activations(model)
         if train.compile:
             _compile_feed_forward(model)
+        self._blocks = LocalBlocks(model, self.path, train.local_blocks)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise ModelError("No parameter of the model learns. Use method: full, or check lora.target_modules.")
+        self._trainable |= self._blocks.parameters()
         self._balance = ExpertBalance(model, experts)
         self._train = train
         self._rate_factors = self._factors_of_rates(train)
@@ -241,11 +244,18 @@ class CausalTask(Task, Generic[Source]):
     def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         loss: Tensor | None = None
         self.begin_window(scaler)
-        with self._balance.watching(partial(self._token_scale, window, units, scaler)):
+
+        def scaled(part: Tensor) -> Tensor:
+            return part if scaler is None else scaler.scale(part)
+
+        with (
+            self._balance.watching(partial(self._token_scale, window, units, scaler)),
+            self._blocks.learning(lambda total: scaled(total / units)),
+        ):
             for batch in window:
                 # Each part is divided by the units of the window before `backward`, so the parts just add up.
                 part = self.loss(batch).sum / units
-                (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+                scaled(part).backward()  # type: ignore[no-untyped-call]
                 loss = part.detach() if loss is None else loss + part.detach()
         assert loss is not None, "a window has a micro-batch"
         self.end_window(loss, units)
@@ -273,7 +283,7 @@ class CausalTask(Task, Generic[Source]):
 
     def end_window(self, loss: Tensor, units: int) -> None:
         """Make the figures of a window whose loss is found: `token_accuracy`, with dropout as it is."""
-        self._figures = {"token_accuracy": self.likeliest.to(loss.dtype) / units}
+        self._figures = {"token_accuracy": self.likeliest.to(loss.dtype) / units} | self._blocks.figures(units)
 
     def figures(self) -> Mapping[str, Tensor]:
         return self._figures
@@ -306,7 +316,7 @@ class CausalTask(Task, Generic[Source]):
         if self._sharded is not None:
             result: tuple[Tensor, int] = self._sharded(batch, self.likeliest)
             return result
-        return document_loss(self.model, self.path, batch, likeliest=self.likeliest)
+        return self._blocks.loss(self.model, self.path, batch, self.likeliest)
 
     def _heldout_loss(self, batches: Sequence[Callable[[], Batch]]) -> tuple[float, int]:
         """The mean over all batches, of which each process computes every `world.size`-th.

@@ -117,15 +117,24 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
             {"disk_needed_bytes": needed, "disk_free_bytes": free},
         ),
     ]
-    if method.notes is not None:
-        rows.append(PlanRow("", "", {"notes": method.notes}))
+    notes = [*(method.notes or []), *_experimental(recipe)]
+    rows.append(PlanRow("", "", {"notes": notes}))
     return Plan(
         title=f"Plan: {recipe.name} by method {recipe.method} from {recipe.base}",
         rows=rows,
-        findings=[*method.findings, *(method.notes or [])],
+        findings=[*method.findings, *notes],
         loss_masks=method.loss_masks,
         masked=method.masked,
     )
+
+
+def _experimental(recipe: Recipe) -> list[str]:
+    if recipe.train.local_blocks == 1:
+        return []
+    return [
+        f"Experimental: {recipe.train.local_blocks} blocks of layers learn by themselves. What that costs in loss against "
+        "train.local_blocks=1 is not measured by a run; benchmarks/local_learning.py measures it."
+    ]
 
 
 def _experts(task: Task, active: int, moment_bytes: int) -> list[PlanRow]:
