@@ -145,6 +145,7 @@ def test_what_is_not_there_is_an_error_that_says_what_to_do(folder: Path, monkey
     ) as caught:
         load_sources([named(folder, dataset="mbpp, gsm8k")], root=folder)
     assert "put gsm8k_train.jsonl and gsm8k_test.jsonl into" in str(caught.value)
+    assert str(caught.value).endswith("\nOf the 2 data sets, these are there: mbpp.")
     with pytest.raises(NotFound, match=r"data\.0\.path: the data set a/b is not in the Hub's cache"):
         load_sources([DataSource(path="hf://datasets/a/b/*.json")], root=folder)
     with pytest.raises(NotFound, match=r"names no files. Write hf://datasets/OWNER/NAME/"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nightschool.cli.formatting import figure
 from nightschool.cli.output import answer, bold, note
 from nightschool.config.data_sets import PromptStyle, data_sets_named
-from nightschool.data.sources.data_sets import NamedRows, find_files, read_data_set
+from nightschool.data.sources.data_sets import NamedRows, find_all, read_data_set
 from nightschool.data.sources.problems import Problems
 from nightschool.errors import UsageError
 from nightschool.feedback.training_data import folders_of_data_sets
@@ -113,13 +113,13 @@ def _read(names: list[str], home: Home, data_dir: Path | None, max_samples: int 
     sets = [
         read_data_set(
             name,
-            find_files(name, folders, trained=False),
+            files,
             root=Path.cwd(),
             problems=problems,
             max_samples=max_samples,
             trained=False,
         )
-        for name in names
+        for name, files in find_all(names, folders, trained=False).items()
     ]
     problems.check()
     return sets

@@ -12,7 +12,7 @@ from typing import get_args
 from nightschool.config.data_sets import PromptStyle, data_sets_named
 from nightschool.config.recipe import ANY_NAME, DataSource
 from nightschool.data.redact import Redactor
-from nightschool.data.sources.data_sets import find_files, last_rows_begin, read_data_set
+from nightschool.data.sources.data_sets import find_all, last_rows_begin, read_data_set
 from nightschool.data.sources.hub_files import files_named, is_on_hub
 from nightschool.data.sources.load import Loaded, SourceReport, read_into
 from nightschool.data.sources.mixing import joined, mixed
@@ -86,12 +86,12 @@ def _read_data_sets(
     source: DataSource, names: Sequence[str], root: Path, home: Home | None, key: str, problems: Problems
 ) -> Loaded:
     """Data sets by name, each parted as the table says."""
+    try:
+        found = find_all(data_sets_named(names, trained=True), folders_of_data_sets(source.folder, root, home))
+    except NotFound as error:
+        raise NotFound(f"{key}: {error}") from None
     parts = []
-    for name in data_sets_named(names, trained=True):
-        try:
-            files = find_files(name, folders_of_data_sets(source.folder, root, home))
-        except NotFound as error:
-            raise NotFound(f"{key}: {error}") from None
+    for name, files in found.items():
         rows = read_data_set(name, files, root=root, problems=problems, max_samples=source.max_samples)
         trained = rows.examples(rows.trained, source.prompt_style, problems)
         held_out = rows.examples(rows.held_out, source.prompt_style, problems)

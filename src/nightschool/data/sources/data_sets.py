@@ -77,6 +77,26 @@ def find_files(name: str, folders: Sequence[Path], *, trained: bool = True) -> F
     return Files(*([path for path in found if side and path.stem.lower().startswith(side)] for side in sides))
 
 
+def find_all(names: Sequence[str], folders: Sequence[Path], *, trained: bool = True) -> dict[str, Files]:
+    """As `find_files`, of several.
+
+    Raises:
+        NotFound: With every data set that is not there, and the names of those that are.
+    """
+    found: dict[str, Files] = {}
+    missing = []
+    for name in names:
+        try:
+            found[name] = find_files(name, folders, trained=trained)
+        except NotFound as error:
+            missing.append(str(error))
+    if missing and len(names) > 1:
+        missing.append(f"Of the {len(names)} data sets, these are there: {','.join(found) or 'none'}.")
+    if missing:
+        raise NotFound("\n".join(missing))
+    return found
+
+
 def read_data_set(
     name: str, files: Files, *, root: Path, problems: Problems, max_samples: int | None = None, trained: bool = True
 ) -> NamedRows:
