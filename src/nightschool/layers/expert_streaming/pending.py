@@ -43,6 +43,7 @@ class PendingUpdates:
         """All experts have seen `num_updates`, and nothing is put off."""
         self._before = num_updates
         self._updates: list[Update] = []
+        self._counts: list[Tensor] = []
         self._seen = [0] * self._num_records
         self._window_of: list[int | None] = [None] * self._num_records
         self._zeros: Tensor | None = None
@@ -55,6 +56,7 @@ class PendingUpdates:
 
     def add(self, update: Update) -> None:
         self._updates.append(update)
+        self._counts.append(torch.tensor(float(self.num_updates)))
 
     def behind(self, index: int) -> bool:
         """Whether an update of this expert is still to be done."""
@@ -67,7 +69,6 @@ class PendingUpdates:
     def has_gradient(self, index: int, window: int) -> bool:
         return self._window_of[index] == window
 
-    @torch.no_grad()
     def catch_up(self, index: int, record: Record) -> None:
         """Do what is still to be done to a record that is there in full."""
         for number in range(self._seen[index], len(self._updates)):
@@ -80,7 +81,7 @@ class PendingUpdates:
                 [record[FIRST_MOMENT]],
                 [record[SECOND_MOMENT]],
                 [],
-                [torch.tensor(float(self._before + number + 1))],
+                [self._counts[number]],
                 lr=update.learning_rate,
                 beta1=update.beta1,
                 beta2=update.beta2,

@@ -84,24 +84,26 @@ class ExpertStream:
     def backward(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Record, bool]]:
         """The same again on the way back, and whether `GRADIENT` has that of this window already, to be added to.
 
-        `keep_gradient` is to be called once it is there.
+        Of experts that learn, it must be there when the next one is asked for. The norms of all are noted at the end.
         """
         indices = [self.index(layer, expert) for expert in experts]
-        has = {i: self._pending.has_gradient(i, self._window) for i in indices}
+        has = [self._pending.has_gradient(index, self._window) for index in indices]
         writes = (GRADIENT,) if self.learns else ()
-        visits = (Visit(i, (WEIGHTS, GRADIENT) if has[i] else (WEIGHTS,), writes) for i in indices)
-        for index, record in self.store.walk(visits):
-            yield index % self.shape.num_experts, record, has[index]
-
-    def keep_gradient(self, layer: int, expert: int, record: Record) -> None:
-        """The gradient in the record is now that of this window, as far as it was computed; its norms are taken."""
-        index = self.index(layer, expert)
-        gradients = record.matrices(GRADIENT)
-        if self._unscale is not None:
-            gradients = self.shape.matrices(record[GRADIENT] * self._unscale)
-        norms = torch._foreach_norm(gradients)
-        self.norms_l2n[layer, 0, expert], self.norms_l2n[layer, 1, expert] = norms
-        self._pending.note_gradient(index, self._window)
+        visits = (
+            Visit(index, (WEIGHTS, GRADIENT) if added else (WEIGHTS,), writes)
+            for index, added in zip(indices, has, strict=True)
+        )
+        norms: list[Tensor] = []
+        for expert, added, (index, record) in zip(experts, has, self.store.walk(visits), strict=True):
+            yield expert, record, added
+            if self.learns:
+                self._pending.note_gradient(index, self._window)
+                gradients = record.matrices(GRADIENT)
+                if self._unscale is not None:
+                    gradients = self.shape.matrices(record[GRADIENT] * self._unscale)
+                norms += torch._foreach_norm(gradients)
+        if norms:
+            self.norms_l2n[layer, :, list(experts)] = torch.stack(norms).view(-1, 2).T
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
