@@ -2,7 +2,7 @@
 
 The peak of the resident set of a process of its own, over three steps after the model was made; the counter is reset before. Experts in
 a file are mapped a few at a time and count with the rest; pages of the file that nobody maps are the kernel's and do not. The
-model has 4 layers of width 256 with experts of width 512, and a step 2,048 tokens. Then both again at 128 experts with all
+model has 4 layers of width 256 with experts of width 768, and a step 1,024 tokens. Then both again at 128 experts with all
 memory of their own (RLIMIT_DATA) limited to a third of what the resident one took.
 """
 
@@ -19,10 +19,10 @@ from harness import Benchmark
 MEASURING = Path(__file__).with_name("expert_setups.py")
 
 
-def measured(tier: str, num_experts: int, size: tuple[int, int, int], limit: int | None = None) -> int | None:
+def measured(tier: str, num_experts: int, size: tuple[int, int, int, int], limit: int | None = None) -> int | None:
     """The peak in bytes; None if the process did not get through."""
-    tokens, width, layers = size
-    arguments = [tier, num_experts, tokens, 3, width, layers, *([] if limit is None else [limit])]
+    tokens, *shape = size
+    arguments = [tier, num_experts, tokens, 3, *shape, *([] if limit is None else [limit])]
     done = subprocess.run(
         [sys.executable, str(MEASURING), *map(str, arguments)],
         capture_output=True,
@@ -47,7 +47,7 @@ def main() -> None:
             "resident_runs_in_a_third": {"max": 0},
         },
     )
-    size = (512, 128, 2) if benchmark.quick else (2048, 256, 4)
+    size = (512, 128, 512, 2) if benchmark.quick else (1024, 256, 768, 4)
     rounds = 1 if benchmark.quick else 3
     figures: dict[str, float] = {}
     for num_experts in (8, 128) if benchmark.quick else (8, 32, 128, 256):

@@ -24,7 +24,9 @@ def digests(task: Any) -> dict[str, str]:
 
 def trained(tier: str, num_experts: int, steps: int, **train: Any) -> tuple[list[tuple[float, float]], dict[str, str]]:
     """Losses and norms of all steps, and the digests after them."""
-    task = new_task(tier, num_experts, TOKENS, micro_batches=2, width=64, layers=2, weight_decay=0.1, **train)
+    task = new_task(
+        tier, num_experts, TOKENS, micro_batches=2, width=64, expert_size=128, layers=2, weight_decay=0.1, **train
+    )
     seen = [step(task, rate=1e-2 * (1 - number / steps), clip=0.5) for number in range(steps)]
     return seen, digests(task)
 

@@ -1,6 +1,6 @@
 """One task of a mixture on each tier, for the benchmarks of experts; and a process of its own that measures the peak of one.
 
-`python benchmarks/expert_setups.py TIER NUM_EXPERTS TOKENS STEPS WIDTH LAYERS [LIMIT_BYTES]` prints the peak of the resident
+`python benchmarks/expert_setups.py TIER NUM_EXPERTS TOKENS STEPS WIDTH EXPERT_SIZE LAYERS [LIMIT_BYTES]` prints the peak of the resident
 set over so many steps in bytes, counted anew after the model was made. Nothing here maps a file that it reads experts from, so
 the page cache is not in it. With a limit, that is of the process's own memory (RLIMIT_DATA).
 """
@@ -20,9 +20,17 @@ RESIDENT = 4
 
 
 def new_task(
-    tier: str, num_experts: int, tokens: int, *, micro_batches: int = 1, width: int = 256, layers: int = 4, **train: Any
+    tier: str,
+    num_experts: int,
+    tokens: int,
+    *,
+    micro_batches: int = 1,
+    width: int = 256,
+    expert_size: int = 512,
+    layers: int = 4,
+    **train: Any,
 ) -> Any:
-    """A task whose window has so many tokens, in so many micro-batches; experts are twice as wide as the model."""
+    """A task whose window has so many tokens, in so many micro-batches."""
     from nightschool.config.recipe import Recipe, Train
     from nightschool.data.batches import Batches
     from nightschool.data.chat.render import Rendered
@@ -31,7 +39,7 @@ def new_task(
     from nightschool.training.environment import keep_freed_memory
     from nightschool.training.methods.finetune import FinetuneTask
 
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_experts": num_experts, "expert_size": 2 * width}
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_experts": num_experts, "expert_size": expert_size}
     if tier == "device":
         model = build_model("new:moe-tiny", VOCAB_SIZE, 0, shape=shape)
     else:
@@ -66,11 +74,12 @@ def forget_peak() -> None:
 
 
 def main() -> None:
-    tier, num_experts, tokens, steps, width, layers, *limit = sys.argv[1:]
+    tier, num_experts, tokens, steps, width, expert_size, layers, *limit = sys.argv[1:]
     torch.set_num_threads(1)
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit[0]), int(limit[0])))
-    task = new_task(tier, int(num_experts), int(tokens), width=int(width), layers=int(layers))
+    shape = {"width": int(width), "expert_size": int(expert_size), "layers": int(layers)}
+    task = new_task(tier, int(num_experts), int(tokens), **shape)
     forget_peak()
     for _ in range(int(steps)):
         step(task)

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +17,7 @@ from nightschool.data.batches import Batches
 from nightschool.errors import Damaged, Interrupted, ModelError, NonFiniteLoss
 from nightschool.layers.expert_streaming.record import WEIGHTS
 from nightschool.layers.expert_streaming.store import Visit
+from nightschool.models import streamed
 from nightschool.models.build import build_config, build_model
 from nightschool.models.cost import count_parameters
 from nightschool.models.export import save_version_folder
@@ -26,6 +31,7 @@ from nightschool.training.distributed.world import ALONE
 from nightschool.training.methods.finetune import FinetuneTask
 from nightschool.training.planning.plan import make_plan
 from nightschool.training.run import execute
+from nightschool.work.host_memory import HostBytes
 from nightschool.work.stop import Stop
 from tests.support.shard_setups import write_shards
 from tests.support.tokenizers_for_tests import byte_tokenizer
@@ -233,15 +239,60 @@ def trained(corpus, folder, *tiers):
         run.recipe_path.write_text(json.dumps(run.recipe() | {"experts": {"tier": tiers[1], "resident": 2}}))
         run = RunStore(home).get(run.id)
     execute(home, run, resume="latest" if len(tiers) > 1 else None, root=corpus, stop=Stop())
+    return digests_of(run), Registry(home).resolve(run.status.candidate).path
+
+
+def digests_of(run):
     last = max(checkpoints.ls(run), key=lambda point: point.step).path
     names = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors")
-    digests = {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names}
-    return digests, Registry(home).resolve(run.status.candidate).path
+    return {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names}
+
+
+@pytest.fixture(scope="module")
+def resident_run(tmp_path_factory, corpus):
+    with deterministic_threads():
+        return trained(corpus, tmp_path_factory.mktemp("resident"), "device")
+
+
+# Dies with half of an expert written.
+KILLED = """
+import os, signal, sys
+from nightschool.layers.expert_streaming import file
+from nightschool.training import run
+
+count, plain = 0, os.pwrite
+
+def killed(descriptor, data, place):
+    global count
+    count += 1
+    if count == int(sys.argv[1]):
+        plain(descriptor, data[: len(data) // 2], place)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(descriptor, data, place)
+
+file.os.pwrite = killed
+run.main(sys.argv[2:])
+"""
 
 
 @pytest.mark.trains
-def test_a_run_goes_on_on_any_other_tier_and_becomes_the_same_folder(tmp_path, corpus):
-    wanted, folder = trained(corpus, tmp_path / "resident", "device")
+def test_a_run_that_was_killed_while_it_wrote_an_expert_goes_on_exactly(tmp_path, corpus, resident_run):
+    home = Home(tmp_path)
+    home.ensure()
+    recipe = recipe_of(corpus, "disk") | {"checkpoints": {"every": "1 steps"}}
+    run = RunStore(home).create(recipe, name="moe")
+    arguments = ["230", "--home", str(tmp_path), "--run", run.id, "--root", str(corpus)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in run.path.iterdir() if path.stat().st_size > 10**5] == []  # no file of experts is left
+    assert 0 < max(point.step for point in checkpoints.ls(run)) < 5
+    execute(home, RunStore(home).get(run.id), resume="latest", root=corpus, stop=Stop())
+    assert digests_of(run) == resident_run[0]
+
+
+@pytest.mark.trains
+def test_a_run_goes_on_on_any_other_tier_and_becomes_the_same_folder(tmp_path, corpus, resident_run):
+    wanted, folder = resident_run
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for tiers in (("disk", "host"), ("device", "disk"), ("host", "device")):
         digests, folder = trained(corpus, tmp_path / "-".join(tiers), *tiers)
@@ -261,3 +312,18 @@ def test_the_plan_says_on_which_tier_the_bytes_lie(tmp_path, corpus):
     assert plans["disk"]["expert_bytes"]["device"] * 4 == plans["disk"]["expert_bytes"]["disk"]
     assert len({plan["parameters_total"] for plan in plans.values()}) == 1
     assert plans["disk"]["expected_peak_bytes"] < plans["device"]["expected_peak_bytes"]
+    micro_batches, sections = 2, experts // 4
+    assert plans["disk"]["expert_step_bytes"] == (9 + 4 * (micro_batches - 1)) * sections
+    assert plans["device"]["expert_step_bytes"] == plans["host"]["expert_step_bytes"] == 0
+
+
+def test_a_budget_that_cannot_hold_is_refused_with_one_that_would(tmp_path, monkeypatch):
+    one = 16 * 3 * 32 * 24
+    monkeypatch.setattr(streamed, "host_bytes", lambda: HostBytes(10**9, 5 * one))
+    config = build_config("new:moe-tiny", VOCAB_SIZE, shape=SHAPE)
+    with pytest.raises(ModelError, match=r"12 experts .* Write experts\.tier: disk"):
+        build_streamed(config, 1, ExpertPlace("host", tmp_path, 2), "cpu")
+    with pytest.raises(ModelError, match=r"6 experts .* Write experts\.resident: 5, where 2 is the least"):
+        build_streamed(config, 1, ExpertPlace("disk", tmp_path, 6), "cpu")
+    with pytest.raises(ValidationError, match=r"experts\.resident\s+Input should be greater than or equal to 2"):
+        Recipe.model_validate(recipe_of(tmp_path, "disk", resident=1))

@@ -164,6 +164,21 @@ def expert_tiers(model: nn.Module, moment_bytes: int = 8) -> TierBytes:
     return TierBytes(device, host, disk)
 
 
+def expert_step_bytes(model: nn.Module, micro_batches: int) -> int:
+    """Bytes of experts that pass between their tier and where they are computed with in a step, if each gets a token in each
+    micro-batch: weights on the way forward and back, gradients, which later micro-batches add to, and an update.
+    """
+    stream = next((module.stream for module in _streamed(model)), None)
+    if stream is None:
+        return 0
+    section = stream.shape.num_records * stream.shape.numbers * stream.store.layout.dtype.itemsize
+    if stream.store.disk_bytes:
+        # The first: all four sections are read and three written, weights are read again, and the gradient is written.
+        return section * ((9 + 4 * (micro_batches - 1)) if stream.learns else 2 * micro_batches)
+    on_host = causal_lm(model).get_input_embeddings().weight.device.type == "cpu"
+    return 0 if on_host else section * micro_batches * (3 if stream.learns else 2)
+
+
 def flops_per_token(model: nn.Module, context_tokens: int = 0, *, training: bool = True) -> int:
     """Floating-point operations for one token, forward (2 per weight and token), and backward if `training`.
 

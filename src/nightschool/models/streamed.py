@@ -28,6 +28,8 @@ from nightschool.layers.expert_streaming.stream import ExpertShape, ExpertStream
 from nightschool.models.folder import FolderInfo
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_values, is_derived
+from nightschool.units import format_bytes
+from nightschool.work.host_memory import host_bytes
 
 # Modules of SwiGLU experts with `gate_up_proj` [N,2E,D] and `down_proj` [N,D,E].
 _MODULES = ("Qwen3MoeExperts", "Qwen3NextExperts", "MixtralExperts", "OlmoeExperts")
@@ -53,7 +55,23 @@ class ExpertPlace:
     learns: bool = True
 
     def new_store(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> ExpertStore:
+        """Take the room that the experts need.
+
+        Raises:
+            ModelError: If there is not enough memory.
+            DiskFull: If there is not enough room on the disk.
+        """
         sections = LEARNING if self.learns else (WEIGHTS,)
+        one = len(sections) * shape.numbers * dtype.itemsize
+        free, held = host_bytes().free, shape.num_records if self.tier == "host" else self.resident
+        if held * one > free:
+            remedy = "Write experts.tier: disk, or fewer experts."
+            if self.tier == "disk":
+                remedy = f"Write experts.resident: {max(2, free // one)}, where 2 is the least."
+            raise ModelError(
+                f"{held:,} experts of {format_bytes(one)} each, with what they learn by, take {format_bytes(held * one)} of memory, and "
+                f"{format_bytes(free)} are free. {remedy}"
+            )
         if self.tier == "host":
             layout = RecordLayout(sections, shape.numbers, dtype, _RAM_ALIGNMENT_BYTES, shape.matrices)
             return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")

@@ -60,9 +60,9 @@ class _Experts(torch.autograd.Function):
         gate_up_s, silu_se = rows_sd.new_empty(num_rows, 2 * size), rows_sd.new_empty(num_rows, size)
         out_sd = torch.empty_like(rows_sd)
         # All cuts at once: one by one they would take a tenth of the time of a small product.
-        rows, outs = rows_sd.split(counts), out_sd.split(counts)
-        boths = gate_up_s.split(kept) if kept else [gate_up_s[:count] for count in counts]
-        silus = silu_se.split(kept) if kept else [silu_se[:count] for count in counts]
+        rows, outs = rows_sd.split_with_sizes(counts), out_sd.split_with_sizes(counts)
+        boths = gate_up_s.split_with_sizes(kept) if kept else [gate_up_s[:count] for count in counts]
+        silus = silu_se.split_with_sizes(kept) if kept else [silu_se[:count] for count in counts]
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record in stream.current(experts.layer, _busy(counts)):
                 gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
@@ -82,7 +82,7 @@ class _Experts(torch.autograd.Function):
         stream = experts.stream
         grad_rows_sd = torch.empty_like(rows_sd)
         tensors = (rows_sd, gate_up_s, silu_se, grad_sd, grad_rows_sd)
-        parts = list(zip(*(tensor.split(ctx.counts) for tensor in tensors), strict=True))
+        parts = list(zip(*(tensor.split_with_sizes(ctx.counts) for tensor in tensors), strict=True))
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record, has_gradient in stream.backward(experts.layer, _busy(ctx.counts)):
                 gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))

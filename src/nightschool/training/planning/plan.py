@@ -13,7 +13,14 @@ from rich.text import Text
 
 from nightschool.config.recipe import Recipe
 from nightschool.layers.forward import causal_lm
-from nightschool.models.cost import count_parameters, expected_peak_bytes, expert_counts, expert_tiers, flops_per_token
+from nightschool.models.cost import (
+    count_parameters,
+    expected_peak_bytes,
+    expert_counts,
+    expert_step_bytes,
+    expert_tiers,
+    flops_per_token,
+)
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
@@ -95,7 +102,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
             f"{count.total:,}, of which {count.trainable:,} learn",
             {"parameters_total": count.total, "parameters_trainable": count.trainable},
         ),
-        *_experts(task, count.active, moment_bytes),
+        *_experts(task, count.active, moment_bytes, recipe.train.accumulation_steps),
         PlanRow(
             "rate",
             f"{recipe.train.learning_rate:g}, {recipe.train.lr_schedule}, by {recipe.train.optimizer}"
@@ -137,20 +144,23 @@ def _experimental(recipe: Recipe) -> list[str]:
     ]
 
 
-def _experts(task: Task, active: int, moment_bytes: int) -> list[PlanRow]:
+def _experts(task: Task, active: int, moment_bytes: int, micro_batches: int) -> list[PlanRow]:
     """What is said of a mixture: its experts, and on which tier their bytes lie."""
     counts = expert_counts(causal_lm(task.model).config)
     if counts is None:
         return []
     tiers = asdict(expert_tiers(task.model, moment_bytes))
     where = ", ".join(f"{format_bytes(size)} on the {tier}" for tier, size in tiers.items())
-    facts = {
+    facts: dict[str, Any] = {
         "num_experts": counts.experts,
         "num_active_experts": counts.active,
         "parameters_active": active,
         "expert_bytes": tiers,
+        "expert_step_bytes": expert_step_bytes(task.model, micro_batches),
     }
     text = f"{counts.experts} in a layer, {counts.active} for a token, so {active:,} parameters are active; {where}"
+    if facts["expert_step_bytes"]:
+        text += f"; at most {format_bytes(facts['expert_step_bytes'])} to and fro in a step"
     return [PlanRow("experts", text, facts)]
 
 
