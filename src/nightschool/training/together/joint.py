@@ -35,7 +35,7 @@ from nightschool.training.together.member import Member, Window, serve, serve_on
 # A pass takes micro-batches up to so many tokens. Memory grows with them, and so does speed, because weights are read and packed for
 # each pass: SmolLM2 took 3.7 ms a token (with MKL) where a pass has 193, 3.2 where it has 388; sixteen adapters on 10 million weights, ms of
 # CPU with 256 / 512 / 1,024 tokens a pass: 2,210 / 1,965 / 1,902 (one adapter, all in one pass: 1,767). With 388 tokens a pass
-# sixteen runs on SmolLM2 peak at 1.29 × one of them.
+# sixteen runs on SmolLM2 peak at 1.29 × one of them, and at 1.24 × with oneDNN, which leaves too little room.
 _FEWEST_TOKENS, _MOST_TOKENS = 256, 1024
 _TOKENS_TIMES_WEIGHTS = 6_000_000_000
 # Threads that wait without spinning are woken for each operation. Where the hidden states of a pass are so many numbers or fewer,
