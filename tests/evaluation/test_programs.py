@@ -49,6 +49,9 @@ def test_what_an_honest_program_needs_is_there(program: str) -> None:
         ("import ctypes\nctypes.string_at(0)", "ended", "before its last line"),
         ("def f():\n    f()\nf()", "failed", "RecursionError"),
         ("import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"passed\": \"yes\"}\\n')\n    except OSError: pass", "failed", "of its own"),
+        ("raise ValueError('\\ud800')", "failed", "ValueError: ?"),
+        ("class E(Exception):\n    def __str__(self):\n        raise self\nraise E", "ended", "before its last line"),
+        ("import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[' * 60_000 + b'\\n')\n    except OSError: pass\nos._exit(0)", "ended", "before"),
         ("import os\nos.closerange(3, 64)\nimport time\ntime.sleep(99)", "ended", "closed what it speaks through"),
     ],
 )  # fmt: skip

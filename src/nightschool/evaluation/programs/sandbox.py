@@ -196,7 +196,7 @@ def _watch(
 def _verdict(child: subprocess.Popen[bytes], said: bytes, limits: Limits, token: str) -> Ended:
     try:
         facts = json.loads(said.partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         return _end_without_a_word(child, limits)
@@ -206,7 +206,8 @@ def _verdict(child: subprocess.Popen[bytes], said: bytes, limits: Limits, token:
         )
     if facts.get("passed") == token:
         return Ended("passed")
-    why = str(facts.get("failed", "it said something of its own"))
+    # Half a character could be written nowhere.
+    why = str(facts.get("failed", "it said something of its own")).encode("utf-8", "replace").decode("utf-8")
     return Ended("room" if why.startswith("MemoryError") else "failed", why)
 
 
