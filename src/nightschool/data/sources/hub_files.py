@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import constants, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
 from nightschool.data.sources.rows import ENDINGS
 from nightschool.errors import NotFound
 
@@ -42,6 +38,11 @@ def hub_files(repository: str, patterns: Sequence[str]) -> list[Path]:
     Raises:
         NotFound: If the repository, or such a file in it, is neither in the cache nor to be had.
     """
+    # It takes 0.3 s to import, and few runs read data of the Hub.
+    from huggingface_hub import constants, get_token, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
     offline = constants.is_offline_mode()
     disable_progress_bars()
     try:
