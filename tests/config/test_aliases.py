@@ -178,3 +178,10 @@ def test_what_is_no_preset_and_no_key_of_a_mixture_is_refused_with_those_that_ar
     )
     assert "did you mean num_experts?" in refused(MINIMAL, "model.num_expert=3")
     assert "could mean base" in refused(MINIMAL, "model=3B")
+
+
+def test_experts_that_are_offloaded_live_on_the_host():
+    for value, tier in (("true", "host"), ("false", "device")):
+        recipe = parse_recipe(MINIMAL, [f"offload_to_cpu={value}"], env={}).recipe
+        assert recipe.experts.tier == tier
+    assert "a model has the words of its tokenizer" in refused(MINIMAL, "vocab_size=50257")

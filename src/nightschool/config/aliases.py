@@ -52,13 +52,13 @@ def _files(value: Any) -> Any:
     return value
 
 
-def _flag(dtype: str) -> Callable[[Any], Any]:
+def _flag(meant: str) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} is neither true nor false")
         if not value:
             raise SaysNothing
-        return dtype
+        return meant
 
     return convert
 
@@ -159,6 +159,7 @@ ALIASES: Mapping[str, Alias] = {
     "hidden_size": _shape("hidden_size"),
     "num_layers": _shape("num_hidden_layers"),
     "local_learning_rate": _train("expert_learning_rate"),
+    "offload_to_cpu": Alias(("experts", "tier"), _flag("host")),
     "router_aux_loss_coef": Alias(("experts", "load_balancing_loss_coef")),
     "router_z_loss_coef": Alias(("experts", "z_loss_coef")),
     "lora_r": Alias(("lora", "r")),
@@ -210,6 +211,7 @@ _SENT_NOWHERE = "is not a setting: nothing is sent anywhere, and metrics lie in 
 _EVAL_OPTION = "is not a setting of a recipe; answers are judged by nightschool eval MODEL, see its --help"
 
 REFUSED: Mapping[str, str] = {
+    "vocab_size": "is not a setting: a model has the words of its tokenizer; write tokenizer: FOLDER for shards, or take the line out",
     "out_dir": _HOME,
     "output_dir": _HOME,
     "save_dir": _HOME,
