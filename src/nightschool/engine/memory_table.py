@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
+from nightschool.engine.private_copy import private_copy
 from nightschool.engine.step_context import SpanReading, StepContext
+from nightschool.layers.attention import PACKED_ATTENTION
+from nightschool.layers.forward import causal_lm
 from nightschool.layers.memory_fusion import side_by_side
 from nightschool.layers.memory_reading import MemoryReading, Prepared, TokenSource
 from nightschool.models.memory_encoder import EntryEncoder
@@ -73,6 +76,7 @@ class MemoryTable:
 
     def __init__(self, running: nn.Module, base: nn.Module) -> None:
         self._running, self._base = running, base
+        self._packed: nn.Module | None = None
         self._standing: dict[int, _Standing] = {}
         self._numbers = itertools.count(1)
         self._steps: dict[int, MemoryStep] = {}
@@ -82,7 +86,11 @@ class MemoryTable:
         check_fits(self._base, modules.shape)
         number = next(self._numbers)
         modules = modules.to(next(self._running.parameters()).device).eval().requires_grad_(requires_grad=False)
-        standing = _Standing(modules, EntryEncoder(self._base, modules, most_bytes=_KEPT_BYTES))
+        if self._packed is None:
+            # Entries are packed; to say so at each pass, and to take it back, would cost a tenth of a short one.
+            self._packed = private_copy(self._base)
+            causal_lm(self._packed).set_attn_implementation(PACKED_ATTENTION)
+        standing = _Standing(modules, EntryEncoder(self._packed, modules, most_bytes=_KEPT_BYTES))
         layers = decoder_layers(self._running)
         for index in modules.shape.layers:
             hook = partial(self._after_layer, number, index)

@@ -5,11 +5,9 @@ S spans that want an answer, V entries of the vocabulary, T tokens of a step.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +20,7 @@ from nightschool.engine.binding import Binding
 from nightschool.engine.cache import LayerShape, RowCache
 from nightschool.engine.compute import COMPUTE
 from nightschool.engine.memory_table import MemoryTable
+from nightschool.engine.private_copy import private_copy
 from nightschool.engine.scheduler import Span, StepPlan
 from nightschool.engine.step_context import SpanReading, StepContext
 from nightschool.engine.weights import lay_out
@@ -53,7 +52,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: nn.Module, *, layout_bytes: int = 0, packed_folder: Path | None = None) -> None:
-        self._model: Any = _private_copy(model)
+        self._model: Any = private_copy(model)
         parameter = next(self._model.parameters())
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
@@ -255,11 +254,3 @@ def exact_context(config: Any) -> int:
         if kind.get("rope_type") == "longrope"
     ]
     return min((int(limit) for limit in limits if limit), default=sys.maxsize)
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    """The same modules and the same tensors under a new configuration."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    # deepcopy keeps what its memo knows, so that only the Python objects around the tensors are copied.
-    private = copy.deepcopy(model, cast(dict[int, Any], shared))
-    return private.eval()

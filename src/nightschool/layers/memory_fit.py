@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from nightschool.layers.memory_gate import GateFeatures
+from nightschool.layers.memory_reading import padded_ids
 
 # Weights of the four signs and the bias before training: an entry that lacks nothing fits, one that lacks a word does not.
 _MISSING, _WORST, _BESIDE, _BROKEN = 6.0, 6.0, 6.0, 6.0
@@ -44,12 +45,7 @@ class PaddedTexts(NamedTuple):
     @classmethod
     def of(cls, features: GateFeatures, texts: Sequence[Sequence[int]], device: torch.device | str) -> PaddedTexts:
         """Token ids of at least one text."""
-        longest = max(1, *(len(text) for text in texts))
-        ids = torch.zeros(len(texts), longest, dtype=torch.int64)
-        is_token = torch.zeros(len(texts), longest, dtype=torch.bool)
-        for number, text in enumerate(texts):
-            ids[number, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
-            is_token[number, : len(text)] = True
+        ids, is_token = padded_ids(texts, least=1)
         ids, is_token = ids.to(device), is_token.to(device)
         of_tokens, log_priors = features(ids.flatten())
         of_tokens = of_tokens.view(*ids.shape, -1) * is_token[..., None]

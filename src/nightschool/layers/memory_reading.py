@@ -38,6 +38,14 @@ class Candidate(NamedTuple):
     address: Address | None = None
 
 
+def padded_ids(texts: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids [n, L], filled up with 0 to the longest text, or to `least`, and which of them are there [n, L]."""
+    longest = max((least, *map(len, texts)))
+    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], dtype=torch.int64)
+    lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+    return ids.view(len(texts), longest), torch.arange(longest) < lengths[:, None]
+
+
 @dataclass(frozen=True)
 class EncodedEntries:
     """The entries of a reading after the first layers of the base, end to end.
@@ -102,12 +110,7 @@ class MemoryReading:
     def of(cls, candidates: Iterable[Candidate], device: torch.device | str = "cpu") -> MemoryReading:
         """A reading of what was found; entries without a token are left out."""
         found = sorted((c for c in candidates if len(c.token_ids)), key=lambda c: c.row)
-        longest = max((len(c.token_ids) for c in found), default=0)
-        token_ids = torch.zeros(len(found), longest, dtype=torch.int64)
-        mask = torch.zeros(len(found), longest, dtype=torch.bool)
-        for number, candidate in enumerate(found):
-            token_ids[number, : len(candidate.token_ids)] = torch.tensor(candidate.token_ids)
-            mask[number, : len(candidate.token_ids)] = True
+        token_ids, mask = padded_ids([c.token_ids for c in found])
         scores = torch.tensor([c.score for c in found], dtype=torch.float32)
         return cls(
             entries=tuple(c.entry for c in found),

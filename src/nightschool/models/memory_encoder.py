@@ -116,16 +116,20 @@ class EntryEncoder:
         if not pairs:
             return list(named)
         texts = reading.texts()
-        numbers = torch.tensor([number for number, _, _ in pairs], device=self.device)
-        questions = [(states[asked][1:], places_asked(asked, address.subject)) for _, address, asked in pairs]
-        entries = [
-            (states[texts[number]][1:], places_told(texts[number], address.subject, address.told))
-            for number, address, _ in pairs
-        ]
+        # Of most requests all entries are of one subject, asked for in one way: each question is looked at once.
+        asked_of = {
+            key: n for n, key in enumerate(dict.fromkeys((asked, address.subject) for _, address, asked in pairs))
+        }
+        questions = [(states[asked][1:], places_asked(asked, subject)) for asked, subject in asked_of]
+        place_of = {number: n for n, number in enumerate(dict.fromkeys(number for number, _, _ in pairs))}
+        known = [(texts[number], cast(Address, reading.addresses[number])) for number in place_of]
+        entries = [(states[text][1:], places_told(text, address.subject, address.told)) for text, address in known]
+        of_pairs = [(asked_of[asked, address.subject], place_of[number]) for number, address, asked in pairs]
+        which, numbers = torch.tensor(of_pairs, device=self.device).T, torch.tensor(list(place_of), device=self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             logits = self._reader.relation_fit(*(Told.of(*zip(*one, strict=True)) for one in (questions, entries)))
             best = torch.full((len(reading),), -torch.inf, device=self.device)
-            best = best.scatter_reduce(0, numbers, F.logsigmoid(logits.diagonal()), "amax")
+            best = best.scatter_reduce(0, numbers[which[1]], F.logsigmoid(logits[which[0], which[1]]), "amax")
             meant = torch.where(best.isinf(), 0.0, best)
         assert reading.fits is not None
         reading.fits = reading.fits + meant
