@@ -93,8 +93,8 @@ def test_the_doctor_looks_at_everything_and_says_what_to_do(home, probed, capsys
     said = json.loads(capsys.readouterr().out)
     findings = {one["subject"]: one for one in said["findings"]}
     assert list(findings) == [
-        "system", "versions", "optional", "TensorBoard", "CPU", "RAM", "container", "environment", "driver", "torch",
-        "GPU", "products", "dtype", "home", "disk", "ports", "network",
+        "system", "versions", "optional", "programs", "TensorBoard", "CPU", "RAM", "container", "environment", "driver",
+        "torch", "GPU", "products", "dtype", "home", "disk", "ports", "network",
     ]  # fmt: skip
     assert "everything but downloading models works offline" in findings["network"]["found"]
     assert "name@version" in findings["network"]["todo"]
@@ -272,6 +272,14 @@ def test_a_library_that_is_missing_or_too_old_fails_and_says_what_to_type(monkey
     declared[:] = ["torch>=99"]
     assert software.versions().verdict == "FAIL"
     assert software.versions().found.startswith("torch: 2")
+
+
+def test_a_kernel_that_cannot_hold_programs_is_no_failure(monkeypatch):
+    monkeypatch.setattr(software, "why_not_confined", lambda: "the kernel has no seccomp")
+    finding = software.programs()
+    assert finding.verdict == "WARN"
+    assert "the kernel has no seccomp" in finding.found
+    assert "--programs off" in finding.todo
 
 
 def test_extras_that_are_missing_are_no_failure(monkeypatch):

@@ -16,6 +16,7 @@ LOOKS: dict[str, Callable[[], Finding]] = {
     "system": software.system,
     "versions": software.versions,
     "optional": software.optional,
+    "programs": software.programs,
     "TensorBoard": software.tensorboard,
     "CPU": machine.processor,
     "RAM": machine.main_memory,

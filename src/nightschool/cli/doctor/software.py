@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from nightschool import __version__
 from nightschool.cli.doctor.devices import system_facts
 from nightschool.cli.doctor.finding import Finding
+from nightschool.evaluation.programs.sandbox import landlock_version, why_not_confined
 from nightschool.store.home import Home
 
 # Shown with their versions, because they decide about speed and results.
@@ -48,6 +49,18 @@ def versions() -> Finding:
         found = ", ".join(f"{requirement.name}: {present or 'missing'}" for requirement, present in wrong)
         return Finding("FAIL", found, f"pip install {wanted}")
     return Finding("PASS", ", ".join(shown))
+
+
+def programs() -> Finding:
+    """Whether the kernel can hold programs that a model wrote (`nightschool eval --dataset code`)."""
+    why = why_not_confined()
+    if why is not None:
+        return Finding(
+            "WARN",
+            f"programs that models write cannot be run confined: {why}",
+            "Where questions ask for programs: nightschool eval MODEL --dataset code --programs off",
+        )
+    return Finding("PASS", f"those that models write can be confined: Landlock {landlock_version()}, seccomp")
 
 
 def optional() -> Finding:
