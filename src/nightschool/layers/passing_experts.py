@@ -50,6 +50,7 @@ class Factors:
     scaling: float
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def pass_through(
     experts: PassingExperts,
     hidden_td: Tensor,
