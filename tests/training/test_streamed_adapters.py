@@ -33,8 +33,12 @@ def on(tier, folder, **more):
 
 
 @pytest.mark.trains
-def test_a_run_learns_the_same_on_every_tier_and_goes_on_on_another(tmp_path):
+def test_a_run_learns_the_same_on_every_tier_and_goes_on_on_another(tmp_path, capsys):
     resident = on("device", tmp_path / "resident").go()
+    assert (
+        "Adapter of rank 4 on 12 layers: 2 experts.down_proj, 2 experts.gate_up_proj, 2 k_proj"
+        in capsys.readouterr().out
+    )
     first = on("disk", tmp_path / "parts").go(stop_after=3)
     first.run.recipe_path.write_text(json.dumps(first.run.recipe() | {"experts": {"tier": "host"}}))
     second = on("host", tmp_path / "parts").go(resume=first.saved[-1], stop_after=4)

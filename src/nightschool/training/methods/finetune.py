@@ -34,6 +34,7 @@ from nightschool.store.names import split_quantization
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
+from nightschool.training.metrics import say
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.state import TrainState
@@ -335,6 +336,13 @@ class LoraFinetune(Finetune):
         frozen = cast(PreTrainedModel, loaded.model)
         wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
         return replace(loaded, model=wrapped, adapter=True)
+
+    def begin(self, folder: Path) -> None:
+        """Say what the adapter reaches: what learns nothing should not look like success."""
+        super().begin(folder)
+        if self.task.world.rank == 0:
+            info = describe_adapter(cast(PeftModel, self.task.model))
+            say(f"Adapter of rank {self.recipe.lora.r} on {info.text}. {info.note}".strip())
 
     def plan_rows(self, num_processes: int) -> MethodPlan:
         """With what the adapter reaches, and how the base below it is kept."""
