@@ -13,10 +13,14 @@ from nightschool.cli import chat as chat_module
 from nightschool.cli.chat.backends import ContextFull, Reply
 from nightschool.cli.chat.commands import COMMANDS
 from nightschool.cli.chat.local_backend import LocalBackend
+from nightschool.cli.chat.modes import MODES
 from nightschool.cli.chat.params import SETTINGS, Params
 from nightschool.cli.chat.server_backend import ServerBackend
 from nightschool.cli.main import main
+from nightschool.config.data_sets import DATA_SETS
 from nightschool.data.example import Message
+from nightschool.data.sources.row_templates import RowTemplate
+from nightschool.data.sources.rows import Row
 from nightschool.engine.request import SamplingParams
 from nightschool.errors import NightschoolError, NotFound, UsageError
 from nightschool.feedback.conversations import ConversationStore
@@ -174,11 +178,17 @@ def test_in_code_mode_a_line_is_a_task_to_write_code_for(talk):
     out, parrot = talk("/code", "sort a list", "/chat", "thanks")
     assert [out[0], out[-2]] == ["Switched to code mode", "Switched to chat mode"]
     assert parrot.asked[1] == [
-        "user: ### Code Task:\nsort a list\n\n### Solution:\n",
-        "assistant: ### Code Task:\nsort a list\n\n### Solution:\n!",
+        "user: ### Code Task:\nsort a list\n\n### Solution:",
+        "assistant: ### Code Task:\nsort a list\n\n### Solution:!",
         "user: thanks",
     ]
-    assert talk("sort", options=["--code"])[1].asked == [["user: ### Code Task:\nsort\n\n### Solution:\n"]]
+    assert talk("sort", options=["--code"])[1].asked == [["user: ### Code Task:\nsort\n\n### Solution:"]]
+
+
+def test_code_mode_asks_as_data_sets_under_headings_are_trained():
+    row = Row({"instruction": "sort a list", "output": "sorted"}, "codealpaca", 1)
+    example = RowTemplate(DATA_SETS["codealpaca"].headings, "{output}").example(row)
+    assert MODES["code"]("sort a list") == example.messages[0].content
 
 
 def test_the_oldest_turns_give_way_when_the_context_is_full_and_that_is_said(talk, tmp_path):

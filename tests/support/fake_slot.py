@@ -113,6 +113,7 @@ class FakeEngine:
     closed: bool = False
     fails_with: Exception | None = None
     handles: list[FakeHandle] = field(default_factory=list)
+    experts: None = None
 
     def submit(self, request: GenerationRequest) -> FakeHandle:
         if self.closed:

@@ -54,6 +54,7 @@ def serve(
     max_loaded_names: int = 256,
     max_loaded_bytes: int | None = None,
     max_host_bytes: int = 512_000_000,
+    experts_resident: int | None = None,
     memory: str | None = None,
     memory_read: Literal["layers", "prompt"] | None = None,
     shared_memories: list[str] | None = None,
@@ -101,6 +102,8 @@ def serve(
         max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
         max_loaded_bytes: What their weights may take, bases under adapters apart; over it, the same. Unbounded without it.
         max_host_bytes: What adapters that left may take in host memory, until they are asked for again.
+        experts_resident: So many experts of a mixture are in memory at a time, those that are used most; the others lie in a file
+            below the home. All of them without it.
         memory: A memory that requests read which name none, each tenant its own; see nightschool memory.
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question; without
             it, layers where the model was trained by method: memory.
@@ -149,6 +152,7 @@ def serve(
             max_loaded_names=max_loaded_names,
             max_loaded_bytes=max_loaded_bytes,
             max_host_bytes=max_host_bytes,
+            experts_resident=experts_resident,
             memory=memory,
             memory_read=memory_read,
             shared_memories=tuple(shared_memories or ()),

@@ -13,13 +13,13 @@ from nightschool.store.registry import Version
 _ROOM = 1.15
 
 
-def needed_bytes(version: Version, home: Home, dtype: torch.dtype) -> int:
-    """What serving a version takes. An adapter is merged, so it takes what its whole base takes.
+def needed_bytes(version: Version, home: Home, dtype: torch.dtype, experts_resident: int | None = None) -> int:
+    """What serving a version takes, with so many experts in memory. An adapter is merged, so it takes what its whole base takes.
 
     Raises:
         NotFound, ModelError, Damaged: If its base is not there, or cannot be read.
     """
-    return int(_ROOM * stored_weights_of(version, home).loaded_bytes(dtype))
+    return int(_ROOM * stored_weights_of(version, home).loaded_bytes(dtype, experts_resident))
 
 
 def free_bytes(device: torch.device | str) -> int:

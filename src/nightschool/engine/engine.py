@@ -35,6 +35,7 @@ from nightschool.errors import ModelError, NotLoaded, PromptTooLong, UsageError
 from nightschool.layers.memory_reading import TokenSource
 from nightschool.models.load import LoadedModel
 from nightschool.models.memory_modules import MemoryModules
+from nightschool.models.streamed import expert_stream
 from nightschool.models.unmerged import UnmergedAdapter
 
 log = logging.getLogger("nightschool.engine")
@@ -96,7 +97,9 @@ class Engine:
         exact_tokens = exact_context(loaded.model.config)
         self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens, exact_tokens)
         self._residents: dict[str | None, Resident] = {}
+        self.experts = expert_stream(loaded.model)
         weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+        weights += 0 if self.experts is None else self.experts.store.host_bytes
         self._residents[None] = self._resident(0, loaded.tokenizer, weights)
         free = free_bytes(next(loaded.model.parameters()).device)
         self._runner = ModelRunner(loaded.model, layout_bytes=int(free * _LAYOUT_SHARE), packed_folder=packed_folder)

@@ -28,12 +28,22 @@ from nightschool.engine.memory_table import MemoryOnBase
 from nightschool.engine.packed_cache import folder_of
 from nightschool.engine.proofs import Proofs
 from nightschool.engine.request import GenerationRequest, SamplingParams
-from nightschool.errors import Conflict
+from nightschool.errors import Conflict, UsageError
 from nightschool.events import now
 from nightschool.models.folder import is_memory_folder
-from nightschool.models.load import LoadedModel, Located, load_base, load_located, locate, located_version
+from nightschool.models.load import (
+    LoadedModel,
+    Located,
+    down_to_weights,
+    load_config,
+    load_located,
+    locate,
+    located_version,
+)
 from nightschool.models.memory_version import MemoryVersion, read_memory_folder
+from nightschool.models.streamed import FEWEST_RESIDENT, ExpertPlace, is_mixture
 from nightschool.models.unmerged import NeedsMerging, UnmergedAdapter, base_under, load_unmerged, why_merged
+from nightschool.store.atomic import make_folder
 from nightschool.store.home import Home
 from nightschool.store.registry import Version
 
@@ -90,6 +100,8 @@ class EnginePool:
         dtype: Of the parameters.
         device: Where they go.
         merge_adapters: Whether every adapter is merged into a copy of its base: as fast as a base, and as large.
+        experts_resident: How many experts of a mixture are in memory at a time, those that are used most; the others lie in a file
+            below the home. All of them without it.
         host_bytes: What adapters that have left their engine may take in host memory, until they are asked for again.
         engine: Settings of every `Engine`, such as `num_rows`.
     """
@@ -102,12 +114,18 @@ class EnginePool:
         device: torch.device | str = "cpu",
         merge_adapters: bool = False,
         host_bytes: int = 0,
+        experts_resident: int | None = None,
         **engine: Any,
     ) -> None:
         self.home = home
         self.device = device
         self.dtype = dtype
         self._merge_adapters = merge_adapters
+        if experts_resident is not None and experts_resident < FEWEST_RESIDENT:
+            raise UsageError(
+                f"experts_resident is {experts_resident}, and experts pass by where at least {FEWEST_RESIDENT} have room. Raise it."
+            )
+        self._experts_resident = experts_resident
         self._engine_settings = engine
         self._engines: dict[str, Engine] = {}
         self._holders: dict[str, int] = {}
@@ -129,7 +147,7 @@ class EnginePool:
         with self._lock:
             if (base or version.ref) in self._engines:
                 return 0
-        return needed_bytes(version, self.home, self.dtype)
+        return needed_bytes(version, self.home, self.dtype, self._experts_resident)
 
     def open(self, version: Version, stage: Stage, *, merged: bool = False) -> Generation:
         """Load what is missing of a version. A new engine answers once, so that the first client pays for no first time.
@@ -174,7 +192,7 @@ class EnginePool:
             except NeedsMerging as reason:
                 facts = {"version": found.ref, "reason": str(reason)}
                 log.warning("an adapter is merged into a copy of its base", extra={"facts": facts})
-            load = partial(load_located, found, self.home, dtype=self.dtype, device=self.device)
+            load = partial(self._load, found)
             with self._held(found.ref, load, stage) as engine:
                 return BoundEngine(engine.open(), engine, engine.loaded.tokenizer)
 
@@ -206,7 +224,7 @@ class EnginePool:
             reason = why_merged(found.folder)
             if reason is not None:
                 raise NeedsMerging(reason)
-        load = partial(load_base, base, self.home, dtype=self.dtype, device=self.device)
+        load = partial(self._load, locate(base, self.home))
         with self._held(base, load, stage) as engine:
             if is_memory_folder(found.folder):
                 with stage("load"):
@@ -218,6 +236,22 @@ class EnginePool:
                 adapter = self.host.take(found.ref) or load_unmerged(found, engine.loaded)
             with stage("warm_up"):
                 return BoundEngine(engine.open(adapter), engine, adapter.tokenizer)
+
+    def _load(self, found: Located) -> LoadedModel:
+        experts = self._place_of_experts(found)
+        return load_located(found, self.home, dtype=self.dtype, device=self.device, experts=experts)
+
+    def _place_of_experts(self, found: Located) -> ExpertPlace | None:
+        """Where the experts of a model live while it is served, if not with all other weights."""
+        if self._experts_resident is None:
+            return None
+        weights = down_to_weights(found, self.home)[-1]
+        if not is_mixture(load_config(weights.folder, weights.ref)):
+            facts = {"version": found.ref, "experts_resident": self._experts_resident}
+            log.warning("no mixture whose experts could be streamed: all weights are in memory", extra={"facts": facts})
+            return None
+        make_folder(self.home.cache)
+        return ExpertPlace("disk", self.home.cache, self._experts_resident, learns=False, serves=True)
 
     @contextmanager
     def _held(self, base: str, load: Callable[[], LoadedModel], stage: Stage) -> Iterator[Engine]:

@@ -133,10 +133,7 @@ def load_base(
     if ref.startswith("new:"):
         return _build_new(ref, tokenizer, seed, dtype, device, shape, experts)
     found = locate(ref, home, root)
-    if experts is not None:
-        _refuse_what_streams_not(found, home, merge=merge)
-        read = partial(_read_streamed, experts)
-    return load_located(found, home, dtype=dtype, device=device, merge=merge, read=read)
+    return load_located(found, home, dtype=dtype, device=device, merge=merge, read=read, experts=experts)
 
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
@@ -270,7 +267,7 @@ def _refuse_what_streams_not(found: Located, home: Home, *, merge: bool) -> None
     if len(chain) > (1 if merge else 2) or chain[-1].quantization is not None:
         raise ModelError(
             f"The base {found.ref} is an adapter or quantised, and experts are streamed from full weights. Write "
-            "experts.tier: device, or take the version that it stands on."
+            "experts.tier: device (to serve, leave --experts-resident out), or take the version that it stands on."
         )
 
 
@@ -291,8 +288,12 @@ def load_located(
     device: torch.device | str = "cpu",
     merge: bool = True,
     read: ReadFolder | None = None,
+    experts: ExpertPlace | None = None,
 ) -> LoadedModel:
     """Load what was found; an adapter brings its base with it. See `load_base`."""
+    if experts is not None:
+        _refuse_what_streams_not(found, home, merge=merge)
+        read = partial(_read_streamed, experts)
     folder, ref = found.folder, found.ref
     chain = down_to_weights(found, home)
     if len(chain) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from nightschool.store.registry import Version
 
 # Codes with their scales: a byte or four for each 64 of them.
 _SCALES = 1.07
+_EXPERT = re.compile(r"(.*\.experts\.\d+)\.")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -24,7 +26,8 @@ class StoredWeights:
 
     `num_elements` counts those of the model, adapters on it not included. `dtype` is the format of most of them: bf16
     or fp16; fp32 for all others, and where adapters were merged on the way, because a sum is rounded to no less.
-    `num_quantized` elements, those of linear layers, are loaded with `bits` each.
+    `num_quantized` elements, those of linear layers, are loaded with `bits` each. `num_in_experts` are those of the `num_experts`
+    of all layers of a mixture.
     """
 
     num_elements: int
@@ -32,10 +35,15 @@ class StoredWeights:
     hidden_size: int
     num_quantized: int = 0
     bits: int = 32
+    num_experts: int = 0
+    num_in_experts: int = 0
 
-    def loaded_bytes(self, dtype: torch.dtype) -> int:
-        """What they take in memory where those that are not quantised are kept in `dtype`."""
+    def loaded_bytes(self, dtype: torch.dtype, experts_resident: int | None = None) -> int:
+        """What they take in memory where those that are not quantised are kept in `dtype`, and no more experts than that."""
         size = torch.empty((), dtype=dtype).element_size()
+        if self.num_experts and experts_resident is not None:
+            resident = min(1.0, experts_resident / self.num_experts)
+            return size * (self.num_elements - int(self.num_in_experts * (1 - resident)))
         return size * (self.num_elements - self.num_quantized) + int(self.num_quantized * self.bits / 8 * _SCALES)
 
 
@@ -64,6 +72,8 @@ def _inspect(found: Located, home: Home) -> StoredWeights:
         dtype=torch.float32 if len(adapters) > 1 else _dtype_of_most(facts),
         hidden_size=int(config.get_text_config().hidden_size),
         num_quantized=0 if quantization is None else _in_linear_layers(facts),
+        num_experts=len({match[1] for tensor in facts.tensors if (match := _EXPERT.match(tensor.name))}),
+        num_in_experts=sum(tensor.num_elements for tensor in facts.tensors if _EXPERT.match(tensor.name)),
         bits=32 if quantization is None else 8 if quantization == "int8" else 4,
     )
 

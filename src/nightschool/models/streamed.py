@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from nightschool.errors import Damaged, ModelError
 from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.expert_streaming.file import PAGE_BYTES, FileStore
+from nightschool.layers.expert_streaming.kept import LastUsed, MostUsed
 from nightschool.layers.expert_streaming.ram import RamStore
 from nightschool.layers.expert_streaming.record import LEARNING, WEIGHTS, RecordLayout
 from nightschool.layers.expert_streaming.store import ExpertStore
@@ -40,19 +41,23 @@ _STOCK = {
 _USUAL = (".mlp.experts.{}.gate_proj.weight", ".mlp.experts.{}.up_proj.weight", ".mlp.experts.{}.down_proj.weight")
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _RAM_ALIGNMENT_BYTES = 64
+# One that is computed with, and one that is changed.
+FEWEST_RESIDENT = 2
 
 
 @dataclass(frozen=True)
 class ExpertPlace:
     """Where experts live: in the host's memory, or in a file on the disk of `folder`, of which `resident` are in memory.
 
-    Experts that learn have gradients and moments beside their weights.
+    Experts that learn have gradients and moments beside their weights. Where a model `serves`, those that answers use most
+    stay in memory.
     """
 
     tier: Literal["host", "disk"]
     folder: Path
     resident: int
     learns: bool = True
+    serves: bool = False
 
     def new_store(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> ExpertStore:
         """Take the room that the experts need.
@@ -76,14 +81,20 @@ class ExpertPlace:
             layout = RecordLayout(sections, shape.numbers, dtype, _RAM_ALIGNMENT_BYTES, shape.matrices)
             return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")
         layout = RecordLayout(sections, shape.numbers, dtype, PAGE_BYTES, shape.matrices)
+        kept = MostUsed(self.resident) if self.serves else LastUsed()
         return FileStore(
-            layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of
+            layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of, kept=kept
         )  # fmt: skip
 
 
 def expert_stream(model: nn.Module) -> ExpertStream | None:
     """The stream of a model's experts; None where they are parameters like all others, or there are none."""
     return next((module.stream for module in model.modules() if isinstance(module, StreamedExperts)), None)
+
+
+def is_mixture(config: Any) -> bool:
+    """Whether a configuration is of a model whose experts can be streamed."""
+    return bool(_modules_of_experts(config))
 
 
 def build_streamed(
@@ -143,9 +154,7 @@ def stock_dense_name(name: str, model_type: str) -> str:
 
 
 def _new_stream(config: Any, place: ExpertPlace, dtype: torch.dtype, device: torch.device) -> ExpertStream:
-    with torch.device("meta"), quiet_libraries():
-        outline: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    found = {name: module for name, module in outline.named_modules() if type(module).__name__ in _MODULES}
+    found = _modules_of_experts(config)
     if not found:
         raise ModelError(
             f"experts.tier is {place.tier}, and a {config.model_type} model has no experts that can be streamed. Take a mixture "
@@ -159,6 +168,13 @@ def _new_stream(config: Any, place: ExpertPlace, dtype: torch.dtype, device: tor
     num_experts, double, hidden = next(iter(found.values())).gate_up_proj.shape
     shape = ExpertShape(tuple(found), num_experts, hidden, double // 2)
     return ExpertStream(shape, place.new_store(shape, dtype, device))
+
+
+def _modules_of_experts(config: Any) -> dict[str, Any]:
+    """Modules of all experts of a layer, by name, without their numbers."""
+    with torch.device("meta"), quiet_libraries():
+        outline: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return {name: module for name, module in outline.named_modules() if type(module).__name__ in _MODULES}
 
 
 def _without_experts(config: Any, stream: ExpertStream, dtype: torch.dtype, *, draw: bool) -> PreTrainedModel:

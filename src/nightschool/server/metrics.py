@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
+from nightschool.layers.expert_streaming.store import ExpertStore
 from nightschool.server.served_names import ServedNames
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -87,8 +88,27 @@ class _SlotGauges:
         ):
             yield GaugeMetricFamily(f"nightschool_{name}", what, value=value)
         # Names on one base share an engine, which counts once.
-        loads = [engine.load() for engine in {id(g.engine): g.engine for _, g in serving if g is not None}.values()]
+        engines = {id(g.engine): g.engine for _, g in serving if g is not None}.values()
+        yield from _expert_figures([engine.experts.store for engine in engines if engine.experts is not None])
+        loads = [engine.load() for engine in engines]
         yield GaugeMetricFamily(
             "nightschool_requests_waiting", "Requests in the queue.", value=sum(w for w, _ in loads)
         )
         yield GaugeMetricFamily("nightschool_rows_running", "Answers being generated.", value=sum(r for _, r in loads))
+
+
+def _expert_figures(stores: Sequence[ExpertStore]) -> Iterable[Metric]:
+    """What experts that pass by cost: nothing where all of them are in memory."""
+    turns = CounterMetricFamily(
+        "nightschool_expert_turns",
+        "Times that an expert was computed with, by whether it was in memory: hit, or miss.",
+        labels=["outcome"],
+    )
+    for place, outcome in enumerate(("hit", "miss")):
+        turns.add_metric([outcome], sum(store.turns[place] for store in stores))
+    yield turns
+    yield GaugeMetricFamily(
+        "nightschool_expert_bytes",
+        "What experts that pass by may take in memory.",
+        value=sum(store.host_bytes for store in stores),
+    )

@@ -57,7 +57,9 @@ def serve(
         conversations = ConversationStore(home.database.connect()) if settings.record_conversations else None
         chosen = dict(engine or {})
         device = torch.device(chosen.get("device", "cpu")).type
-        pool = EnginePool(home, host_bytes=settings.max_host_bytes, **chosen)
+        pool = EnginePool(
+            home, host_bytes=settings.max_host_bytes, experts_resident=settings.experts_resident, **chosen
+        )
 
         def open_slot(key: str) -> Slot:
             name, _, version = key.partition("@")

@@ -93,6 +93,11 @@ class ServerSettings(BaseModel):
         ge=0,
         description="What adapters that left in this way may take in host memory, until they are asked for again.",
     )
+    experts_resident: int | None = Field(
+        None,
+        ge=2,
+        description="Experts of a mixture that are in memory at a time, those that are used most; null is all of them.",
+    )
     memory: str | None = Field(
         None, description="The memory of its tenant that a request reads which names none; null reads none."
     )

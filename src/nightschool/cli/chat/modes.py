@@ -10,8 +10,8 @@ def _as_it_is(text: str) -> str:
 
 
 def code_task(text: str) -> str:
-    """A request for code, in words after which instruction models begin with the code itself."""
-    return f"### Code Task:\n{text}\n\n### Solution:\n"
+    """A request for code, put as `prompt_style: headings` puts those of data sets; models begin with the code itself then."""
+    return f"### Code Task:\n{text}\n\n### Solution:"
 
 
 MODES: dict[str, Callable[[str], str]] = {"chat": _as_it_is, "code": code_task}

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from nightschool.errors import Damaged, DiskFull
+from nightschool.layers.expert_streaming.kept import Kept, LastUsed
 from nightschool.layers.expert_streaming.record import Record, RecordLayout
 from nightschool.layers.expert_streaming.store import ExpertStore, Visit
 from nightschool.store.atomic import room_needed
@@ -55,6 +56,7 @@ class FileStore(ExpertStore):
         folder: Path,
         resident: int,
         name_of: Callable[[int], str] = str,
+        kept: Kept | None = None,
     ) -> None:
         """Take the room.
 
@@ -62,8 +64,9 @@ class FileStore(ExpertStore):
             layout: Of a record; aligned to pages.
             num_records: How many there are.
             folder: On whose disk the file lies.
-            resident: How many records stay in memory, of those that had their turn last.
+            resident: How many records stay in memory.
             name_of: What a record is called in messages.
+            kept: Which ones; those that had their turn last without it.
 
         Raises:
             DiskFull: If there is not enough room.
@@ -86,7 +89,8 @@ class FileStore(ExpertStore):
         self._block = torch.frombuffer(memoryview(self._map), dtype=torch.uint8)
         self._populates = True
         self._most_mapped = resident - 1
-        self._mapped: deque[int] = deque()
+        self._mapped = LastUsed() if kept is None else kept
+        self._num_hits = self._num_misses = 0
         self._bytes = memoryview(mmap.mmap(-1, layout.stride))
         self._buffer = layout.views(torch.frombuffer(self._bytes, dtype=torch.uint8), layout.sections)
         self._cold_for = 0
@@ -110,6 +114,10 @@ class FileStore(ExpertStore):
     @property
     def disk_bytes(self) -> int:
         return self._num_records * self._layout.stride
+
+    @property
+    def turns(self) -> tuple[int, int]:
+        return self._num_hits, self._num_misses
 
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         left = iter(visits)
@@ -158,14 +166,14 @@ class FileStore(ExpertStore):
 
     def _map_record(self, index: int, sections: set[str]) -> None:
         """Have sections in memory, and no more records than there may be."""
-        if index in self._mapped:
-            self._mapped.remove(index)
-        while len(self._mapped) >= self._most_mapped:
-            begin = self._mapped.popleft() * self._layout.stride
+        is_there = index in self._mapped
+        self._num_hits, self._num_misses = self._num_hits + is_there, self._num_misses + (not is_there)
+        while not is_there and len(self._mapped) >= self._most_mapped:
+            begin = self._mapped.let_go() * self._layout.stride
             end = min(begin + self._layout.stride + _AROUND_BYTES, self.disk_bytes)
             begin = max(0, begin - _AROUND_BYTES)
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-        self._mapped.append(index)
+        self._mapped.use(index)
         self._populate(index, sections)
 
     def _populate(self, index: int, sections: Iterable[str]) -> None:

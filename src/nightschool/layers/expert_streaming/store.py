@@ -37,6 +37,11 @@ class ExpertStore(Protocol):
         """Bytes of a disk that it holds."""
         ...
 
+    @property
+    def turns(self) -> tuple[int, int]:
+        """How many times a record that was only read was in memory when its turn came, and how many times it was not."""
+        ...
+
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         """Yield records in order, one at a time, to be looked at and changed until the next one is asked for.
 

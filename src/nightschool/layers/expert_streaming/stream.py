@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,10 @@ class ExpertStream:
         self._window = 0
         self._unscale: float | None = None
         self.norms_l2n = torch.zeros(len(shape.layers), 2, shape.num_experts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStream:
+        """Itself: a copy of a model that shares its weights goes through the same experts."""
+        return self
 
     def index(self, layer: int, expert: int) -> int:
         return layer * self.shape.num_experts + expert

@@ -48,6 +48,7 @@ class Settings(BaseModel):
     max_loaded_names: int | None = Field(..., description="Null where nothing is loaded on demand.")
     max_loaded_bytes: int | None
     max_host_bytes: int
+    experts_resident: int | None = Field(..., description="Of mixtures, in memory at a time; null is all.")
     record_conversations: bool
     model_check_interval_seconds: float
     max_body_bytes: int
@@ -106,6 +107,7 @@ async def settings(service: ServiceOf, principal: PrincipalOf) -> Response:
             "max_loaded_names": chosen.max_loaded_names if service.names.on_demand is not None else None,
             "max_loaded_bytes": chosen.max_loaded_bytes,
             "max_host_bytes": chosen.max_host_bytes,
+            "experts_resident": chosen.experts_resident,
             "record_conversations": service.recorder.on,
             "model_check_interval_seconds": chosen.model_check_interval,
             "max_body_bytes": chosen.max_body_bytes,
