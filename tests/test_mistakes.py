@@ -423,6 +423,7 @@ OBSERVED = {
     "checkpoints.background": (
         "training/test_saver.py::test_what_is_saved_is_the_state_at_the_call_whatever_the_next_step_does"
     ),
+    "checkpoints.each_epoch": "training/test_emergency.py::test_every_checkpoint_says_what_it_was_saved_for",
     "checkpoints.on_full_disk": "training/test_saver.py::test_a_full_disk_lets_the_run_go_on_if_the_recipe_says_so",
     "checkpoints.publish": "training/test_run.py::test_the_newest_checkpoints_become_versions_under_aliases_and_the_last_weights_are_the_candidate",
     "checkpoints.upload.url": "uploads/test_uploads.py::test_what_is_committed_is_pending_until_it_is_uploaded",
