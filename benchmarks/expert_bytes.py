@@ -2,7 +2,7 @@
 
 The peak of the resident set of a process of its own, over three steps after the model was made; the counter is reset before. Experts in
 a file are mapped a few at a time and count with the rest; pages of the file that nobody maps are the kernel's and do not. The
-model has 4 layers of width 256 with experts of width 768, and a step 1,024 tokens. Then both again at 128 experts with all
+model has 4 layers of width 256 with experts of width 512, and a step 512 tokens. Then both again at 128 experts with all
 memory of their own (RLIMIT_DATA) limited to a third of what the resident one took.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
             "resident_runs_in_a_third": {"max": 0},
         },
     )
-    size = (512, 128, 512, 2) if benchmark.quick else (1024, 256, 768, 4)
+    size = (512, 128, 512, 2) if benchmark.quick else (512, 256, 512, 4)
     rounds = 1 if benchmark.quick else 3
     figures: dict[str, float] = {}
     for num_experts in (8, 128) if benchmark.quick else (8, 32, 128, 256):

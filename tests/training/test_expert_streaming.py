@@ -27,6 +27,7 @@ from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
+from nightschool.training.checkpoint.accelerate_layout import export_accelerate
 from nightschool.training.distributed.world import ALONE
 from nightschool.training.methods.finetune import FinetuneTask
 from nightschool.training.planning.plan import make_plan
@@ -288,6 +289,10 @@ def test_a_run_that_was_killed_while_it_wrote_an_expert_goes_on_exactly(tmp_path
     assert 0 < max(point.step for point in checkpoints.ls(run)) < 5
     execute(home, RunStore(home).get(run.id), resume="latest", root=corpus, stop=Stop())
     assert digests_of(run) == resident_run[0]
+    last = max(checkpoints.ls(run), key=lambda point: point.step)
+    export_accelerate(home, run, last, tmp_path / "accelerate", root=corpus)
+    exported = {name for file in (tmp_path / "accelerate").rglob("*.safetensors") for name in load_file(file)}
+    assert exported >= {f"model.layers.1.mlp.experts.{matrix}" for matrix in ("gate_up_proj", "down_proj")}
 
 
 @pytest.mark.trains

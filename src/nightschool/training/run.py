@@ -294,9 +294,15 @@ def prepare(
     point: Checkpoint | None,
     world: World = ALONE,
     company: Company | None = None,
+    resident: bool = False,
 ) -> PreparedRun[Any]:
-    """Everything before step 1, as the recipe's method has it; to go on from `point`, if that is given."""
+    """Everything before step 1, as the recipe's method has it; to go on from `point`, if that is given.
+
+    With `resident`, experts are parameters like all others, wherever the recipe lets them live: for who looks at all of them.
+    """
     recipe = Recipe.model_validate(run.recipe())
+    if resident:
+        recipe = recipe.model_copy(update={"experts": recipe.experts.model_copy(update={"tier": "device"})})
     rerun = Rerun.of(point.path) if point else None
     setup = Setup(recipe, home, root, run.path, rerun, world)
     if company is not None:

@@ -68,7 +68,7 @@ def export_accelerate(home: Home, run: Run, point: Checkpoint, folder: Path, *, 
         UsageError: If experts have a learning rate of their own, which this layout has no place for.
     """
     with publish_directory(folder) as partial:
-        prepared = prepare(home, run, root=root, point=point)
+        prepared = prepare(home, run, root=root, point=point, resident=True)
         context = prepared.checkpoint_context(run.recipe_path.read_text(encoding="utf-8"))
         task, schedule, scaler = _task_of(prepared), prepared.schedule, prepared.scaler
         if not task.optimizer.has_one_rate:
@@ -135,7 +135,7 @@ def import_accelerate(home: Home, run: Run, source: Path, *, root: Path) -> Impo
 
 def _import_folder(home: Home, run: Run, folder: Path, original: str, root: Path) -> Imported:
     weights = _read_weights(folder)
-    prepared = prepare(home, run, root=root, point=None)
+    prepared = prepare(home, run, root=root, point=None, resident=True)
     task = _task_of(prepared)
     _take_weights(task, weights, original)
     missing: list[str] = []
