@@ -1,6 +1,7 @@
 """A mixture whose experts pass by while it is served: the same numbers as with all of them in memory, and fewer bytes."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
-from nightschool.errors import UsageError
+from nightschool.errors import ModelError, UsageError
 from nightschool.layers.expert_streaming.kept import LastUsed, MostUsed
 from nightschool.models.build import build_model
 from nightschool.models.export import save_version_folder
+from nightschool.models.load import located_version
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.versions import VersionMetadata
@@ -168,6 +170,9 @@ def test_an_adapter_stands_apart_on_a_mixture_whose_experts_pass_by(home):
     whole, few = (answer(slot) for slot in slots)
     assert few == pytest.approx(whole, abs=1e-3)
     assert slots[1].current.engine.experts.store.turns[0] > 0
+    found = located_version(version_of(home, "adapted"))
+    with pytest.raises(ModelError, match="is an adapter or quantised.*leave --experts-resident out"):
+        EnginePool(home, experts_resident=4).bind(found, lambda _: nullcontext(), merged=True)
     plain = slot_of(home, "moe")
     assert answer(plain) != pytest.approx(whole, abs=1e-2)
     for slot in (*slots, plain):

@@ -231,3 +231,20 @@ def test_every_checkpoint_says_what_it_was_saved_for(tmp_path):
         (2, "interval", 0), (3, "interrupted", 0), (4, "interval", 0), (5, "epoch", 1), (6, "interval", 1), (8, "interval", 1),
         (10, "final", 2),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_experts_that_pass_by_are_saved_as_after_the_last_step(tier, tmp_path, monkeypatch):
+    """When the error comes, some experts have had what was put off of the last step, and gradients of the next one."""
+    recipe = {"experts": {"tier": tier, "resident": 3}}
+    straight = MiniRun(tmp_path / "straight", "tiny-qwen3-moe", recipe=recipe).go()
+    run = MiniRun(tmp_path / "run", "tiny-qwen3-moe", recipe=recipe)
+    with monkeypatch.context() as patch:
+        break_forward(patch)
+        with pytest.raises(RuntimeError):
+            run.go()
+    assert reasons(run) == [(3, "emergency", 0)]
+    resumed = MiniRun(tmp_path / "run", "tiny-qwen3-moe", recipe=recipe).go(resume=run.saved[-1])
+    compared = compare_checkpoints(straight.saved[-1], resumed.saved[-1])
+    assert compared.differences == ()
+    assert compared.num_tensors > 0
