@@ -118,9 +118,15 @@ class _Packed:
 
     def walk(self, experts: Sequence[int], *, back: bool) -> Iterator[tuple[int, Tensor, Tensor]]:  # noqa: ARG002 - the same
         kept = self._experts
+        gate_up, down = (
+            packed.unpacking(codes)
+            for packed, codes in (
+                (kept.packed_gate_up_proj, kept.gate_up_proj),
+                (kept.packed_down_proj, kept.down_proj),
+            )
+        )
         for expert in experts:
-            gate_up = kept.packed_gate_up_proj.unpack(kept.gate_up_proj, expert)
-            yield expert, gate_up, kept.packed_down_proj.unpack(kept.down_proj, expert)
+            yield expert, gate_up(expert), down(expert)
 
 
 class _Streamed:

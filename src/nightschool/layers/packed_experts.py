@@ -7,6 +7,7 @@ Shapes: N experts, B blocks of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, cast
 
@@ -61,35 +62,43 @@ class PackedExperts(nn.Module):
             scales["code_of_scales"] = state.state2.code
         return codes, scales
 
+    def unpacking(self, codes_nb: Tensor) -> Callable[[int], Tensor]:
+        """What gives the weight [out, in] of an expert by its number; the scales of all of them are made ready once."""
+        shape, scales = self.shape[1:], self._scales()
+        functional: Any = None if self.kind == "int8" else _functional()
+
+        def unpack(expert: int) -> Tensor:
+            codes = codes_nb[expert]
+            if self.kind == "int8":
+                return codes.view(torch.int8).view(shape).to(self.dtype).mul_(scales[expert][:, None])
+            state = functional.QuantState(
+                absmax=scales[expert],
+                shape=shape,
+                code=self.code,
+                blocksize=_BLOCK,
+                quant_type=self.kind,
+                dtype=self.dtype,
+            )
+            return cast(Tensor, functional.dequantize_4bit(codes.view(-1, 1), state))
+
+        return unpack
+
+    def _scales(self) -> Tensor:
+        """A scale for each row of 8 bits [N, out], for each block of 4 bits [N, B]."""
+        if self.kind == "int8":
+            return self.absmax.to(self.dtype)
+        if not self.is_double:
+            return self.absmax
+        of_blocks = self.scale_of_scales.repeat_interleave(_BLOCK_OF_SCALES, dim=1)[:, : self.absmax.shape[1]]
+        return self.code_of_scales[self.absmax.long()] * of_blocks + self.offset[:, None]
+
     def unpack(self, codes_nb: Tensor, expert: int) -> Tensor:
         """The weight [out, in] of one expert."""
-        shape, codes = self.shape[1:], codes_nb[expert]
-        if self.kind == "int8":
-            return codes.view(torch.int8).view(shape).to(self.dtype).mul_(self.absmax[expert].to(self.dtype)[:, None])
-        functional = _functional()
-        nested: dict[str, Any] = {}
-        if self.is_double:
-            of_scales = functional.QuantState(
-                absmax=self.scale_of_scales[expert],
-                code=self.code_of_scales,
-                blocksize=_BLOCK_OF_SCALES,
-                dtype=torch.float32,
-            )
-            nested = {"offset": self.offset[expert], "state2": of_scales}
-        state = functional.QuantState(
-            absmax=self.absmax[expert],
-            shape=shape,
-            code=self.code,
-            blocksize=_BLOCK,
-            quant_type=self.kind,
-            dtype=self.dtype,
-            **nested,
-        )
-        return cast(Tensor, functional.dequantize_4bit(codes.view(-1, 1), state))
+        return self.unpacking(codes_nb)(expert)
 
     def unpack_all(self, codes_nb: Tensor) -> Tensor:
         """The weight [N, out, in]."""
-        return torch.stack([self.unpack(codes_nb, expert) for expert in range(self.shape[0])])
+        return torch.stack([*map(self.unpacking(codes_nb), range(self.shape[0]))])
 
 
 def _functional() -> Any:
