@@ -288,6 +288,26 @@ def test_answers_over_many_adapters_are_those_of_each_alone(tmp_path):
         assert any(answer.usage.cached_tokens for answer in answers)
 
 
+def test_a_given_answer_is_scored_by_what_answers_for_a_binding(tmp_path):
+    dice = random.Random(9)
+    prompt, answer = random_prompt(dice, 30), random_prompt(dice, 6)
+    wrapped, base = lively_adapter(), lively_model("tiny-llama")
+    with running(loaded_model(model=lively_model("tiny-llama"))) as engine:
+        binding = engine.open(unmerged(wrapped, tmp_path))
+        scores = {
+            model: engine.log_probs(by, prompt, answer) for model, by in ((wrapped, binding), (base, engine.binding))
+        }
+        engine.retire(binding)
+        with pytest.raises(NotLoaded, match="bot@2 is no longer served"):
+            engine.log_probs(binding, prompt, answer)
+    for model, actual in scores.items():
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(answer)), answer]
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+    assert (scores[wrapped] - scores[base]).abs().max() > 0.05
+
+
 def test_an_adapter_reads_no_prefix_of_its_base(tmp_path):
     prompt = random_prompt(random.Random(8), 70)
     with running(loaded_model(model=lively_model("tiny-llama"))) as engine:

@@ -1,10 +1,13 @@
 """Requests that read a memory, on real weights: what was found stands in the prompt, and an edit counts for the next request."""
 
+import copy
 import json
 import logging
 
 import httpx2
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Message
@@ -12,7 +15,9 @@ from nightschool.engine.pool import EnginePool
 from nightschool.engine.slot import Slot
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
+from nightschool.models.export import save_version_folder
 from nightschool.store.names import memory_path
+from nightschool.store.versions import VersionMetadata
 from tests.support.live_server import live
 from tests.support.memory_setups import MemoryBot
 
@@ -216,6 +221,39 @@ def test_why_tells_of_each_token_how_likely_it_would_have_been_without_each_entr
         if read == "prompt" or one["without"]:
             assert one["without"][entry["id"]] == pytest.approx(one["without_memory"], abs=1e-4)
     assert any(abs(one["probability"] - one["without_memory"]) > 0.01 * one["probability"] for one in named)
+
+
+def test_why_is_told_of_an_adapter_whose_prompt_has_the_entries(bot):
+    wrapped = get_peft_model(
+        copy.deepcopy(bot.model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_(generator=torch.Generator().manual_seed(4), std=0.2)
+    wrapped.eval()
+    base = bot.registry.resolve("bot")
+    version = bot.registry.publish(
+        "tuned",
+        lambda folder: save_version_folder(wrapped, bot.tokenizer, folder, base_path=str(base.path)),
+        VersionMetadata(kind="adapter", method="lora", base=base.ref),
+    )
+    bot.registry.promote("tuned", version.id, by="test")
+    with live(Slot("tuned", EnginePool(bot.home, num_rows=4)), registry=bot.registry) as server:
+        answer = chat(server, model="tuned", memory={"name": "facts", "read": "prompt"}, why=True)
+    assert answer.status_code == 200, answer.text
+    why = answer.json()["choices"][0]["why"]
+    (entry,) = answer.json()["memory"][0]["entries"]
+    first_tokens = []
+    for text in (f"{HEADING}{entry['text']}\n\n{QUESTION}", QUESTION):
+        ids = torch.tensor([render_prompt(bot.tokenizer, [Message("user", text)])])
+        with torch.inference_mode():
+            first_tokens.append(wrapped(input_ids=ids).logits[0, -1].softmax(-1))
+    given = int(first_tokens[0].argmax())
+    assert [why[0]["probability"], why[0]["without_memory"]] == pytest.approx(
+        [float(p[given]) for p in first_tokens], abs=1e-3
+    )
+    assert all(one["without"] == {entry["id"]: one["without_memory"]} for one in why)
 
 
 def test_a_stream_tells_why_as_it_goes_and_the_rest_at_its_end(both):

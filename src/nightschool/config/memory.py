@@ -55,7 +55,7 @@ class Memory(Section):
         description="An entry is not read at all whose subject is less likely than this to be what the question names.",
     )
     relation_closed_below: Share = Field(
-        0.5,
+        0.3,
         description="The same of its relation and of what is asked; less lets more wordings pass that were never trained.",
     )
     redraw_values: bool = Field(

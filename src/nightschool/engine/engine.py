@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.data.chat.render import stop_token_ids
@@ -254,6 +255,22 @@ class Engine:
         with self._lock:
             resident = self._residents.get(binding.adapter)
             return None if resident is None or resident.memory is None else self._runner.memory(resident.memory)
+
+    def log_probs(self, binding: Binding, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """Log-probabilities [A] of A tokens that are given, by what answers for a binding; no memory is read in its layers.
+
+        Raises:
+            NotLoaded: If the engine answers for it no more.
+        """
+
+        def turn() -> Tensor:
+            with self._lock:
+                resident = self._residents.get(binding.adapter) if binding.base == self.base else None
+            if resident is None:
+                raise NotLoaded(f"{binding.label} is no longer served, so it cannot say why. Ask again.")
+            return self._runner.log_probs(prompt_ids, answer_ids, resident.number)
+
+        return COMPUTE.call(turn)
 
     def capture(self, layer: str, hook: LayerHook) -> Callable[[], None]:
         """See what a layer computes in every step; see `ModelRunner.capture`. Returns how to stop that."""

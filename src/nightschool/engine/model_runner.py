@@ -130,6 +130,13 @@ class ModelRunner:
         """Make entries ready to be read. On the compute thread."""
         self._memories.encode(readings)
 
+    def log_probs(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: int) -> Tensor:
+        """Log-probabilities [A] of A tokens that are given, with an adapter, or 0 for none. On the compute thread."""
+        ids = [*prompt_ids, *answer_ids[:-1]]
+        logits = self._alone(ids, range(len(prompt_ids) - 1, len(ids)), adapter)
+        answered = torch.tensor(list(answer_ids), device=self.device)
+        return logits.float().log_softmax(-1).gather(1, answered[:, None])[:, 0]
+
     def run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf, context: StepContext | None = None) -> Tensor:
         """Read the tokens of all spans, keep their keys and values, and return logits [S,V] of the spans that answer.
 
@@ -143,17 +150,22 @@ class ModelRunner:
 
     def _add_adapter(self, weights: LoraWeights) -> int:
         number = self._adapters.add(weights)
-        ids = [0] * _TRIED_TOKENS
-        span = Span(0, 0, 0, len(ids))
-        self._context = StepContext((span,), (Binding(""),), (number,))
         try:
-            self._forward(ids, range(len(ids)), RowStep(None, device=self.device, dtype=self.dtype), [len(ids) - 1])
+            self._alone([0] * _TRIED_TOKENS, [_TRIED_TOKENS - 1], number)
         except BaseException:
             self._adapters.remove(number)
             raise
+        return number
+
+    def _alone(self, token_ids: Sequence[int], wanted: Sequence[int], adapter: int) -> Tensor:
+        """Logits [S,V] of one prompt at the places `wanted`, of which nothing is kept."""
+        span = Span(0, 0, 0, len(token_ids))
+        self._context = StepContext((span,), (Binding(""),), (adapter,))
+        try:
+            step = RowStep(None, device=self.device, dtype=self.dtype)
+            return self._forward(token_ids, range(len(token_ids)), step, wanted)
         finally:
             self._context = None
-        return number
 
     def _run(self, plan: StepPlan, cache: RowCache, tokens_of: TokensOf) -> Tensor:
         token_ids: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -45,23 +46,17 @@ class Explained:
         }
 
 
-def refuse_unknowable(bound: BoundEngine, found: Recall | None) -> None:
+def refuse_unknowable(found: Recall | None) -> None:
     """Refuse to say why before anything is generated. Raises UsageError with the reason."""
     if found is None:
         raise UsageError("why is told of answers that read a memory, and this one reads none. Name one in memory.name.")
-    if found.read == "prompt" and bound.binding.adapter is not None and bound.memory is None:
-        raise UsageError(
-            f"{bound.binding.label} is an adapter, of which why is not told while its prompt has the entries "
-            "(memory.read is prompt). Ask its base, or leave why out."
-        )
 
 
 def explained_answer(model: LocalModel, question: str, max_new_tokens: int) -> Explained:
     """Ask a model greedily, and why it says what it says.
 
     Raises:
-        UsageError: If it reads no memory, cannot read in the way that is wanted, or is an adapter, of which why is not told while the
-            prompt is read.
+        UsageError: If it reads no memory, or cannot read in the way that is wanted.
         PromptTooLong: If prompt and answer do not fit the context.
     """
     asked = model.begin("why", [Message("user", question)], SamplingParams(max_new_tokens, temperature=0))
@@ -75,10 +70,10 @@ def reasons_of(model: LocalModel, asked: Asked, answer_ids: Sequence[int]) -> li
     """Why a model here said what it said, as `shown` shows it.
 
     Raises:
-        UsageError: If the answer read no memory, or is an adapter's, of which why is not told while the prompt is read.
+        UsageError: If the answer read no memory.
     """
     bound, found = model.bound, asked.found
-    refuse_unknowable(bound, found)
+    refuse_unknowable(found)
     assert found is not None, "it was refused otherwise"
 
     def encode(prompt: Prompt) -> list[int]:
@@ -109,7 +104,7 @@ def reasons(
     prompts: dict[str | None, Sequence[int]] = {None: prompt_ids}
     for one in found.found:
         prompts[one.id] = encode(with_facts(prompt, [other for other in found.found if other is not one]))
-    return explain_prompt(bound.engine.loaded.model, prompts, encode(prompt), answer_ids, COMPUTE.call)
+    return explain_prompt(partial(bound.engine.log_probs, bound.binding), prompts, encode(prompt), answer_ids)
 
 
 def shown(why: Sequence[TokenWhy], text_of: Callable[[int], str]) -> list[dict[str, Any]]:

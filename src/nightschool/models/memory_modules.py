@@ -14,7 +14,7 @@ from nightschool.layers.forward import causal_lm
 from nightschool.layers.memory_fusion import MemoryReader
 from nightschool.layers.memory_gate import MemoryGate
 
-CLOSED_BELOW = 0.5
+SUBJECT_CLOSED_BELOW, RELATION_CLOSED_BELOW = 0.5, 0.3
 """An entry whose subject or relation is less likely than this to be its question's is not read, unless a shape says otherwise."""
 
 
@@ -35,8 +35,8 @@ class MemoryShape:
     knowledge_dim: int = 1536
     gate_rank: int = 128
     fusion_rank: int = 128
-    subject_closed_below: float = CLOSED_BELOW
-    relation_closed_below: float = CLOSED_BELOW
+    subject_closed_below: float = SUBJECT_CLOSED_BELOW
+    relation_closed_below: float = RELATION_CLOSED_BELOW
 
     @property
     def layers(self) -> tuple[int, ...]:

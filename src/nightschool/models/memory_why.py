@@ -51,6 +51,8 @@ class TokenWhy:
 
 
 Run = Callable[[Callable[[], "Scored"]], "Scored"]
+# Log-probabilities [A] of an answer's tokens after those of a prompt.
+LogProbs = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 class Scored(NamedTuple):
@@ -111,31 +113,27 @@ def explain(
 
 
 def explain_prompt(
-    model: nn.Module,
+    log_probs: LogProbs,
     prompts: Mapping[str | None, Sequence[int]],
     plain_ids: Sequence[int],
     answer_ids: Sequence[int],
-    run: Run = at_once,
 ) -> list[TokenWhy]:
     """Score an answer with and without each of the entries that stood in its prompt.
 
     A token is ascribed to an entry by the share of its probability that goes with the entry.
 
     Args:
-        model: What answered.
+        log_probs: Scores an answer after a prompt, by what answered.
         prompts: The prompt as it was under None, and by entry what it would have been without it.
         plain_ids: The prompt without any entry.
         answer_ids: A tokens that it gave.
-        run: As in `explain`.
     """
     if not answer_ids:
         return []
-    alone = run(partial(score, model, plain_ids, answer_ids)).log_probs.exp().tolist()
-    probabilities = run(partial(score, model, prompts[None], answer_ids)).log_probs.exp().tolist()
+    alone = log_probs(plain_ids, answer_ids).exp().tolist()
+    probabilities = log_probs(prompts[None], answer_ids).exp().tolist()
     entries = [entry for entry in prompts if entry is not None][:_MOST_TRIED]
-    without = {
-        entry: run(partial(score, model, prompts[entry], answer_ids)).log_probs.exp().tolist() for entry in entries
-    }
+    without = {entry: log_probs(prompts[entry], answer_ids).exp().tolist() for entry in entries}
     found = []
     for place, token in enumerate(answer_ids):
         there = {entry: values[place] for entry, values in without.items()}

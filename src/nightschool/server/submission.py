@@ -136,7 +136,7 @@ class Answering:
         recalls = self._recalls(generation, ask)
         if ask.wants_why:
             for found in recalls:
-                refuse_unknowable(generation, found)
+                refuse_unknowable(found)
         asked = [
             prompt if found is None else with_facts(prompt, found.in_prompt)
             for prompt, found in zip(ask.prompts, recalls, strict=True)
