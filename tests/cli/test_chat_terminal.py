@@ -58,7 +58,7 @@ def test_a_person_talks_edits_stops_an_answer_and_goes_on(tmp_path):
     def answer(prompt):
         return "On and on. " * 500 if "long" in prompt.rpartition("user")[2] else "Hello, wörld!"
 
-    slot = FakeSlot(answer=answer, seconds_per_token=0.002)
+    slot = FakeSlot(answer=answer, seconds_per_token=0.02)
     with live(slot) as server:
         typist = Typist("chat", "--url", server.url, cwd=tmp_path, env={"NIGHTSCHOOL_HOME": str(tmp_path / "home")})
         try:

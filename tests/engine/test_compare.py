@@ -487,8 +487,8 @@ def test_adapters_on_one_base_are_compared_on_one_copy_of_it(tmp_path, monkeypat
     examples = "".join(json.dumps(example.to_json()) + "\n" for example in OLD)
     for name in ("new_examples", "heldout"):
         (run.path / f"{name}.jsonl").write_text(examples)
-    loads, load = [], pool.load_base
-    monkeypatch.setattr(pool, "load_base", lambda *args, **more: loads.append(args[0]) or load(*args, **more))
+    loads, load = [], pool.load_located
+    monkeypatch.setattr(pool, "load_located", lambda *args, **more: loads.append(args[0].ref) or load(*args, **more))
     report = compare(house.home, run.id, house.two.ref, house.one.ref, root=tmp_path)
     assert loads == [house.base.ref]
     sheets = house.registry.load_report(*report.candidate.split("@"))["sheets"]

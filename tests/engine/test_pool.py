@@ -59,7 +59,6 @@ def test_names_that_stand_on_one_base_share_one_engine(house, pool, slots):
 def test_a_swap_between_adapters_loads_no_second_base_and_disturbs_no_answer(house, pool, slots, monkeypatch):
     slot = slots["bot"]
     slot.swap(house.one.ref)
-    monkeypatch.setattr(pool_module, "load_base", lambda *_, **__: pytest.fail("the base is here"))
     monkeypatch.setattr(pool_module, "load_located", lambda *_, **__: pytest.fail("the base is here"))
     handle = ask(slot, PROMPT, 200)
     eventually(lambda: handle._chunks)
