@@ -3,7 +3,8 @@
 Each question is answered freely and greedily, as a server would: the memory finds entries, the layers read them, and each token says
 where it came from. Then the entry that is named first, of the first token that came from one, is really removed from the memory, and
 the question is asked anew; then, with that one back, another of those that were read is removed. An answer ends with its sentence.
-Facts are of subjects that the reader never saw, and on SmolLM2 counterfactual.
+Facts are of subjects that the reader never saw, and on SmolLM2 counterfactual. What the base alone happens to say without any
+entry, too (one of a dozen values, by chance), would not change whoever made the answer: it is counted apart, and not asked.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class Asker:
         reading = reading_of(found.found)
         return GenerationRequest("q", binding, question.prompt_ids, params, reading=reading, wants_sources=True)
 
+    def alone(self, question: Question) -> GenerationRequest:
+        """The same, asked without any memory."""
+        return replace(self.request(question), reading=None)
+
     def without(self, entry: str, question: Question) -> GenerationRequest:
         """The same, asked while an entry is not there."""
         self.store.remove(entry, author="benchmark")
@@ -93,8 +98,8 @@ class Asker:
             text = handle.result(600).text
             sources = [chunk.source for chunk in handle.chunks() if chunk.source is not None]
             named = next((source.entries[0].entry for source in sources if source.entries), None)
-            assert request.reading is not None
-            answered.append(Answered(first_sentence(text), request.reading.entries, named))
+            read = () if request.reading is None else request.reading.entries
+            answered.append(Answered(first_sentence(text), read, named))
         return answered
 
     def close(self) -> None:
@@ -111,7 +116,12 @@ def first_sentence(text: str) -> str:
 def attribution(asker: Asker, questions: Sequence[Question], seed: int = 7) -> dict[str, float]:
     """All figures of these questions."""
     chance = random.Random(seed)
+    asked = len(questions)
+    alone = asker.answers([asker.alone(question) for question in questions])
     first = asker.answers([asker.request(question) for question in questions])
+    known = [a.text == b.text for a, b in zip(first, alone, strict=True)]
+    questions = [question for question, is_known in zip(questions, known, strict=True) if not is_known]
+    first = [answer for answer, is_known in zip(first, known, strict=True) if not is_known]
     ascribed = [(q, a, a.named) for q, a in zip(questions, first, strict=True) if a.named is not None]
     several = [
         (question, answer, chance.choice([entry for entry in answer.read if entry != named]))
@@ -124,7 +134,8 @@ def attribution(asker: Asker, questions: Sequence[Question], seed: int = 7) -> d
     for question, answer, gone in ascribed[:3]:
         print(f"  {question.text} → {answer.text} ({gone})", flush=True)
     return {
-        "questions": len(questions),
+        "questions": asked,
+        "said_by_the_base_too": sum(known),
         "right": share(right),
         "ascribed": len(ascribed),
         "entries_read": sum(len(answer.read) for answer in first) / max(1, len(first)),
