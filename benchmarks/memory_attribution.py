@@ -4,7 +4,7 @@ Each question is answered freely and greedily, as a server would: the memory fin
 where it came from. Then the entry that is named first, of the first token that came from one, is really removed from the memory, and
 the question is asked anew; then, with that one back, another of those that were read is removed. An answer ends with its sentence.
 Facts are of subjects that the reader never saw, and on SmolLM2 counterfactual. What the base alone happens to say without any
-entry, too (one of a dozen values, by chance), would not change whoever made the answer: it is counted apart, and not asked.
+entry, too (one of a dozen values, by chance), would not change whoever made the answer: the figure is told without these questions, and of all.
 """
 
 from __future__ import annotations
@@ -116,12 +116,9 @@ def first_sentence(text: str) -> str:
 def attribution(asker: Asker, questions: Sequence[Question], seed: int = 7) -> dict[str, float]:
     """All figures of these questions."""
     chance = random.Random(seed)
-    asked = len(questions)
     alone = asker.answers([asker.alone(question) for question in questions])
     first = asker.answers([asker.request(question) for question in questions])
-    known = [a.text == b.text for a, b in zip(first, alone, strict=True)]
-    questions = [question for question, is_known in zip(questions, known, strict=True) if not is_known]
-    first = [answer for answer, is_known in zip(first, known, strict=True) if not is_known]
+    known = {question.text for question, a, b in zip(questions, first, alone, strict=True) if a.text == b.text}
     ascribed = [(q, a, a.named) for q, a in zip(questions, first, strict=True) if a.named is not None]
     several = [
         (question, answer, chance.choice([entry for entry in answer.read if entry != named]))
@@ -130,16 +127,18 @@ def attribution(asker: Asker, questions: Sequence[Question], seed: int = 7) -> d
     ]
     changed = _changed(asker, ascribed)
     moved = _changed(asker, several)
+    by_entry = [is_changed for is_changed, (q, _, _) in zip(changed, ascribed, strict=True) if q.text not in known]
     right = [question.right in answer.text for question, answer in zip(questions, first, strict=True)]
     for question, answer, gone in ascribed[:3]:
         print(f"  {question.text} → {answer.text} ({gone})", flush=True)
     return {
-        "questions": asked,
-        "said_by_the_base_too": sum(known),
+        "questions": len(questions),
+        "said_by_the_base_too": len(known),
         "right": share(right),
         "ascribed": len(ascribed),
         "entries_read": sum(len(answer.read) for answer in first) / max(1, len(first)),
-        "named_removed_changed": share(changed),
+        "named_removed_changed": share(by_entry),
+        "named_removed_changed_of_all": share(changed),
         "named_removed_changed_where_right": share(
             [is_changed for is_changed, (q, a, _) in zip(changed, ascribed, strict=True) if q.right in a.text]
         ),

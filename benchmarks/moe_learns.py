@@ -16,12 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import learns
 import torch
 from harness import DATA, Benchmark
 from kept import Kept
 from learns import ngram_losses, ours, prepared_run
 
-VOCAB_SIZE, SEQ_LEN, BATCH = 4096, 256, 8
+VOCAB_SIZE = 4096
 STEPS, QUICK_STEPS = 1500, 6
 HELD_OUT_TOKENS, QUICK_HELD_OUT_TOKENS = 60_000, 8_000
 EXPERT_SIZE, ACTIVE, EXPERTS = 192, 2, 8
@@ -47,33 +48,10 @@ SOURCES = ("layers/*.py", "models/mixture.py", "models/build.py", "training/loop
 
 
 def recipe(model: str, place: Path, steps: int, held_out_tokens: int) -> dict[str, Any]:
-    """The run of one of the models; all but the model is the same."""
-    return {
-        "name": model,
-        "method": "pretrain",
-        **MODELS[model],
-        "data": [{"path": str(place)}],
-        "held_out": {"share": 0.04},
-        "pretrain": {"held_out_tokens": held_out_tokens, "loss_across_documents": True, "sample_tokens": 0},
-        "train": {
-            "max_steps": steps,
-            "max_seq_len": SEQ_LEN,
-            "batch_size": BATCH,
-            "accumulation_steps": 1,
-            "learning_rate": 3e-3,
-            "warmup_steps": min(50, steps // 2),
-            "min_lr_ratio": 0.05,
-            "weight_decay": 0.1,
-            "beta2": 0.95,
-            "max_grad_norm": 1.0,
-            "dtype": "fp32",
-            "num_threads": 1,
-            "log_every": 1,
-            "evaluate_every": "500 steps",
-        },
-        "checkpoints": {"every": "500 steps", "keep": {"last": 1}},
-        "serve": {"promote": "never"},
-    }
+    """The run of one of the models; all but the model is the same, and most of it as in `learns.py`."""
+    plain = learns.recipe(str(place), steps, held_out_tokens)
+    plain["train"]["warmup_steps"] = min(50, steps // 2)
+    return plain | {"name": model, "held_out": {"share": 0.04}} | MODELS[model]
 
 
 def make_shards(folder: Path) -> Path:
@@ -92,7 +70,7 @@ def make_shards(folder: Path) -> Path:
         documents += [row["prompt"] + row["canonical_solution"] for row in code[1]]
         programs.write_text("".join(json.dumps({"text": text.replace("\r\n", "\n")}) + "\n" for text in documents))
         files = [*texts, programs]
-        tokenize(files, place, train_tokenizer(files, f"train:bpe-{VOCAB_SIZE}"), row_tokens=SEQ_LEN)
+        tokenize(files, place, train_tokenizer(files, f"train:bpe-{VOCAB_SIZE}"), row_tokens=learns.SEQ_LEN)
     return place
 
 

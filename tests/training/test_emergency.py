@@ -118,7 +118,7 @@ def test_an_error_between_updates_saves_the_last_step_and_a_resume_from_it_is_ex
 
 def test_the_random_state_of_the_failed_step_would_be_noticed(straight, tmp_path, monkeypatch):
     """The twin of the test above: what the first micro-batch drew makes the rest of the run another."""
-    monkeypatch.setattr("nightschool.training.emergency.Soundness.random_state", None)
+    monkeypatch.setattr("nightschool.training.state.Soundness.random_state", None)
     run = MiniRun(tmp_path / "run", lora=DROPOUT)
     with monkeypatch.context() as patch:
         break_forward(patch)

@@ -7,13 +7,12 @@ update, and that is never saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from nightschool.errors import DiskFull, Interrupted, NonFiniteLoss
 from nightschool.training.checkpoint import rng
 from nightschool.training.metrics import say
-from nightschool.training.state import TrainState
+from nightschool.training.state import Soundness, TrainState
 from nightschool.training.task import Task
 
 # Writes a checkpoint with this random state, and returns when it is on the disk.
@@ -23,55 +22,7 @@ Rescue = Callable[[TrainState, rng.RandomState], None]
 _NOT_RESCUED = (Interrupted, NonFiniteLoss, DiskFull)
 
 
-class Soundness:
-    """Whether what a run holds is the state after its last step, and which random state goes with it."""
-
-    def __init__(self) -> None:
-        self._is_updating = False
-        self._random_state = rng.take()
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Around what changes the state. Whatever draws random numbers afterwards belongs to the next step."""
-        self._is_updating = True
-        yield
-        self._is_updating = False
-        self._random_state = rng.take()
-
-    @property
-    def holds(self) -> bool:
-        return not self._is_updating
-
-    @property
-    def random_state(self) -> rng.RandomState:
-        """The one after the last step."""
-        return self._random_state
-
-
-@contextmanager
-def saved_in_emergency(
-    task: Task, state: TrainState, soundness: Soundness, *, settle: Callable[[], None], rescue: Rescue | None
-) -> Iterator[None]:
-    """Around the steps of a run: save what an error leaves, say what became of it, and let the error go on.
-
-    Args:
-        task: What learns.
-        state: Where the run is.
-        soundness: Told by whoever makes the steps.
-        settle: Takes the losses of the steps so far into the state; raises NonFiniteLoss if one is none.
-        rescue: Saves; None in a process that cannot, and then nothing is done.
-    """
-    try:
-        yield
-    except _NOT_RESCUED:
-        raise
-    except Exception as error:
-        if rescue is not None:
-            _save(error, task, state, soundness, settle, rescue)
-        raise
-
-
-def _save(
+def save_in_emergency(
     error: Exception,
     task: Task,
     state: TrainState,
@@ -79,6 +30,18 @@ def _save(
     settle: Callable[[], None],
     rescue: Rescue,
 ) -> None:
+    """Save what an error leaves, unless it ended the run after saving or says that the weights are not worth it; say what became of it.
+
+    Args:
+        error: What ends the run; whoever calls lets it go on.
+        task: What learns.
+        state: Where the run is.
+        soundness: Told by whoever makes the steps.
+        settle: Takes the losses of the steps so far into the state; raises NonFiniteLoss if one is none.
+        rescue: Saves.
+    """
+    if isinstance(error, _NOT_RESCUED):
+        return
     kind = type(error).__name__
     last = (
         "There is no checkpoint"

@@ -15,10 +15,10 @@ from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
 from nightschool.store.checkpoints import Reason
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.emergency import Rescue, Soundness, saved_in_emergency
+from nightschool.training.emergency import Rescue, save_in_emergency
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
-from nightschool.training.state import Interval, TrainState
+from nightschool.training.state import Interval, Soundness, TrainState
 from nightschool.training.task import Task
 from nightschool.units import Every
 from nightschool.work.stop import Stop
@@ -113,7 +113,7 @@ def fit(
     log = _Log(task, state, metrics, on_row, describe, overflow_is_handled=scaler is not None, world=world)
     soundness = Soundness()
     task.model.train()
-    with saved_in_emergency(task, state, soundness, settle=log.settle, rescue=rescue):
+    try:
         while True:
             finished = budget.is_used_up(state)
             # Clocks and signals differ between processes, so they agree on what is due.
@@ -177,6 +177,10 @@ def fit(
             if state.step % budget.log_every == 0 or state.step == budget.steps_total:
                 log.settle()
                 log.make_row()
+    except Exception as error:
+        if rescue is not None:
+            save_in_emergency(error, task, state, soundness, log.settle, rescue)
+        raise
 
 
 def _reason(state: TrainState, budget: Budget, *, finished: bool, stopping: bool) -> Reason:

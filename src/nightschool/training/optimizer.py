@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nightschool.config.recipe import Train
-from nightschool.training.checkpoint.checkpoint_reader import check_tensors
+from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
+from nightschool.training.checkpoint.contents import TensorSource
 from nightschool.training.distributed.sharding import like, put
 
 LrSchedule = Literal["cosine", "linear", "constant"]
+
+# What precedes a name in the optimizer state.
+MOMENTS = ("first_moment", "second_moment")
 
 
 @dataclass(frozen=True)
@@ -118,34 +122,63 @@ def total_norm(gradients: Mapping[str, Tensor], stacked: Set[str], norms_elsewhe
     return total
 
 
-class Elsewhere(Protocol):
-    """What is updated together with the parameters, and lies elsewhere: experts that are streamed."""
+class Elsewhere:
+    """What a task trains beside the parameters of its model, and where it lies; this one is nothing, nowhere."""
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def begin_window(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Forget gradients that no update has used; the next ones will be scaled by `scaler`."""
 
     def norms(self) -> Tensor:
-        """The norms of its gradients, not scaled any more; empty if there is nothing."""
-        ...
-
-    def refuse_non_finite(self, norm: Tensor) -> None:
-        """Raise `NonFiniteLoss` rather than be updated by gradients of such a norm."""
-        ...
-
-    def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
-        """Update it by its gradients, times `unscale`, times `clip_factor`."""
-        ...
-
-
-class _Nowhere(Elsewhere):
-    def norms(self) -> Tensor:
+        """The norms of the gradients of this window, not scaled any more, in the order in which they are added up."""
         return torch.zeros(0)
 
     def refuse_non_finite(self, norm: Tensor) -> None:
-        pass
+        """Raise `NonFiniteLoss` rather than be updated by gradients of such a norm."""
 
     def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
-        pass
+        """Update it by its gradients, times `unscale`, times `clip_factor`."""
+
+    # --- the state --------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Do what was put off, so that what is read is the state after the last step."""
+
+    def weights(self) -> list[TensorSource]:
+        """The weights, under the names and in the shapes of the stock model."""
+        return []
+
+    def optimizer_state(self) -> list[TensorSource]:
+        """Moments and counters, as `AdamW.state` has them; empty before the first update."""
+        return []
+
+    def without_state(self) -> set[str]:
+        """The names that have no optimizer state yet."""
+        return set()
+
+    def decayed(self) -> set[str]:
+        """The names whose weights decay."""
+        return set()
+
+    def expected(self) -> dict[str, Tensor]:
+        """Shapes and dtypes of the weights, without their numbers."""
+        return {}
+
+    def expected_optimizer(self, without_state: set[str]) -> dict[str, Tensor]:
+        """The same of the optimizer state, if these names have none."""
+        tensors = {name: tensor for name, tensor in self.expected().items() if name not in without_state}
+        moments = {f"{kind}.{name}": tensor for kind in MOMENTS for name, tensor in tensors.items()}
+        return moments | {f"updates.{name}": torch.empty((), device="meta") for name in tensors}
+
+    def load_weights(self, weights: StoredTensors) -> None:
+        """Take over weights that were checked; moments stay as they are."""
+
+    def load_optimizer(self, optimizer: StoredTensors, without_state: set[str]) -> None:
+        """Take over moments that were checked."""
 
 
-NOWHERE = _Nowhere()
+NOWHERE = Elsewhere()
 
 
 class AdamW:

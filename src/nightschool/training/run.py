@@ -359,9 +359,8 @@ def _train(
         assert saver is not None
         save(now, "emergency", random_state)
         saver.settle()
-        checkpoints.get(
-            run, target_of(now).name
-        )  # a full disk is no error where the recipe goes on without a checkpoint
+        # Where the recipe goes on without a checkpoint when the disk is full, nothing else says that there is none.
+        checkpoints.get(run, target_of(now).name)
 
     def evaluate() -> float:
         assert evaluate_heldout is not None

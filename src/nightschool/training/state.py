@@ -1,12 +1,15 @@
-"""All that must survive a restart besides weights, optimizer and random state: plain numbers."""
+"""All that must survive a restart besides weights, optimizer and random state: plain numbers. And whether that is whole now."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nightschool.errors import StateMismatch
+from nightschool.training.checkpoint import rng
 from nightschool.units import Every
 
 
@@ -126,3 +129,28 @@ class TrainState:
                 "Resume with the version of nightschool that saved the checkpoint."
             )
         return cls(**(plain | {"interval": Interval.from_json(plain["interval"])}))
+
+
+class Soundness:
+    """Whether what a run holds is the state after its last step, and which random state goes with it."""
+
+    def __init__(self) -> None:
+        self._is_updating = False
+        self._random_state = rng.take()
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around what changes the state. Whatever draws random numbers afterwards belongs to the next step."""
+        self._is_updating = True
+        yield
+        self._is_updating = False
+        self._random_state = rng.take()
+
+    @property
+    def holds(self) -> bool:
+        return not self._is_updating
+
+    @property
+    def random_state(self) -> rng.RandomState:
+        """The one after the last step."""
+        return self._random_state

@@ -1,40 +1,36 @@
-"""Experts that are streamed, as a task sees them: their part of a step, and of the state. There may be none, and then nothing happens."""
+"""Experts that are streamed, as a task sees them: their part of a step, and of the state."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nightschool.config.train import Train
 from nightschool.errors import ModelError, NonFiniteLoss
 from nightschool.layers.expert_streaming.pending import Update
 from nightschool.layers.expert_streaming.record import FIRST_MOMENT, SECOND_MOMENT, WEIGHTS
 from nightschool.layers.expert_streaming.stream import ExpertStream
-from nightschool.models.streamed import expert_stream
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors
 from nightschool.training.checkpoint.contents import TensorSource
-from nightschool.training.optimizer import AdamWSettings
+from nightschool.training.optimizer import MOMENTS, AdamWSettings, Elsewhere
 
-_MOMENTS = {"first_moment": FIRST_MOMENT, "second_moment": SECOND_MOMENT}
+_SECTIONS = dict(zip(MOMENTS, (FIRST_MOMENT, SECOND_MOMENT), strict=True))
 
 
-class StreamedExperts:
+class StreamedExperts(Elsewhere):
     """The experts that a task streams and trains."""
 
-    def __init__(self, model: nn.Module, train: Train, rate_factor: float) -> None:
-        """Look for them in the model.
+    def __init__(self, stream: ExpertStream, train: Train, rate_factor: float) -> None:
+        """Look whether they can learn by these settings.
 
         Raises:
-            ModelError: If there are some, and the settings are none that they can learn by.
+            ModelError: If not.
         """
-        stream = expert_stream(model)
-        self._stream: ExpertStream | None = stream if stream is not None and stream.learns else None
+        self._stream = stream
         self._settings = AdamWSettings.from_recipe(train)
         self._rate_factor = rate_factor
-        if self._stream is None:
-            return
         if train.optimizer != "adamw":
             raise ModelError(
                 f"train.optimizer is {train.optimizer}, and experts that are streamed learn by adamw alone. Write adamw, or "
@@ -48,18 +44,16 @@ class StreamedExperts:
     @property
     def names(self) -> set[str]:
         """The names that their stacked tensors have in the stock model."""
-        return set() if self._stream is None else set(self._stream.shape.stacked())
+        return set(self._stream.shape.stacked())
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def begin_window(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Forget gradients that no update has used; the next ones will be scaled by `scaler`."""
-        if self._stream is not None:
-            self._stream.begin_window(None if scaler is None else 1 / scaler.get_scale())
+        self._stream.begin_window(None if scaler is None else 1 / scaler.get_scale())
 
     def norms(self) -> Tensor:
         """The norms of the gradients of this window, not scaled any more: of each matrix of each expert, layer by layer."""
-        return torch.zeros(0) if self._stream is None else self._stream.norms_l2n.reshape(-1)
+        return self._stream.norms_l2n.reshape(-1)
 
     def refuse_non_finite(self, norm: Tensor) -> None:
         """Refuse the step if the norm of all gradients is NaN or infinite, before anything is changed.
@@ -67,7 +61,7 @@ class StreamedExperts:
         Raises:
             NonFiniteLoss: With the expert that it came from, if it was one.
         """
-        if self._stream is None or bool(torch.isfinite(norm)):
+        if bool(torch.isfinite(norm)):
             return
         shape = self._stream.shape
         if (name := self._stream.not_finite()) is not None:
@@ -84,8 +78,6 @@ class StreamedExperts:
 
     def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
         """Update them, each when it is next loaded."""
-        if self._stream is None:
-            return
         settings = self._settings
 
         def update(window: int) -> Update:
@@ -105,58 +97,39 @@ class StreamedExperts:
     # --- the state --------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Do what was put off, so that what is read is the state after the last step."""
-        if self._stream is not None:
-            self._stream.flush()
+        self._stream.flush()
 
     def weights(self) -> list[TensorSource]:
-        """The weights, under the names and in the shapes of the stock model."""
         return self._sources("", WEIGHTS)
 
     def optimizer_state(self) -> list[TensorSource]:
-        """Moments and counters, as `AdamW.state` has them; empty before the first update."""
-        if self._stream is None or self._stream.num_updates == 0:
+        if self._stream.num_updates == 0:
             return []
         updates = torch.tensor(float(self._stream.num_updates))
         counters = [TensorSource(f"updates.{name}", (), torch.float32, lambda: updates) for name in self.names]
-        return [*(s for kind, section in _MOMENTS.items() for s in self._sources(f"{kind}.", section)), *counters]
+        return [*(s for kind, section in _SECTIONS.items() for s in self._sources(f"{kind}.", section)), *counters]
 
     def without_state(self) -> set[str]:
-        """The names that have no optimizer state yet."""
-        return set() if self._stream is None or self._stream.num_updates else self.names
+        return set() if self._stream.num_updates else self.names
 
     def decayed(self) -> set[str]:
-        """The names whose weights decay."""
         return self.names if self._settings.weight_decay > 0 else set()
 
     def expected(self) -> dict[str, Tensor]:
-        """Shapes and dtypes of the weights, without their numbers."""
         return {source.name: torch.empty(source.shape, dtype=source.dtype, device="meta") for source in self.weights()}
 
-    def expected_optimizer(self, without_state: set[str]) -> dict[str, Tensor]:
-        """The same of the optimizer state, if these names have none."""
-        tensors = {name: tensor for name, tensor in self.expected().items() if name not in without_state}
-        counters = {f"updates.{name}": torch.empty((), device="meta") for name in tensors}
-        return counters | {f"{kind}.{name}": tensor for kind in _MOMENTS for name, tensor in tensors.items()}
-
     def load_weights(self, weights: StoredTensors) -> None:
-        """Take over weights that were checked; moments stay as they are."""
         self._fill("", WEIGHTS, weights)
 
     def load_optimizer(self, optimizer: StoredTensors, without_state: set[str]) -> None:
-        """Take over moments that were checked."""
-        if self._stream is None:
-            return
         counts = {int(optimizer[f"updates.{name}"]) for name in self.names - without_state}
         assert len(counts) < 2, "experts are updated all together"
-        for kind, section in _MOMENTS.items() if counts else ():
+        for kind, section in _SECTIONS.items() if counts else ():
             self._fill(f"{kind}.", section, optimizer)
         self._stream.begin(counts.pop() if counts else 0)
 
     def _sources(self, prefix: str, section: str) -> list[TensorSource]:
         stream = self._stream
-        if stream is None:
-            return []
         return [
             TensorSource(
                 prefix + name,
@@ -168,7 +141,5 @@ class StreamedExperts:
         ]
 
     def _fill(self, prefix: str, section: str, stored: StoredTensors) -> None:
-        if self._stream is None:
-            return
         for name, (layer, which) in self._stream.shape.stacked().items():
             self._stream.fill(section, layer, which, stored.rows(prefix + name))

@@ -24,7 +24,7 @@ from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, che
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.optimizer import embedding_names, new_optimizer
+from nightschool.training.optimizer import NOWHERE, embedding_names, new_optimizer
 from nightschool.training.streamed_experts import StreamedExperts
 
 Source = TypeVar("Source", bound=Batches | TokenBatches)
@@ -192,7 +192,10 @@ class CausalTask(Task, Generic[Source]):
         self._balance = ExpertBalance(model, experts)
         self._train = train
         self._rate_factors = self._factors_of_rates(train)
-        self._streamed = StreamedExperts(model, train, self._expert_rate_factor)
+        stream = expert_stream(model)
+        self._elsewhere = (
+            NOWHERE if stream is None or not stream.learns else StreamedExperts(stream, train, self._expert_rate_factor)
+        )
         self._stacked = {
             name for name in expert_names(model) & self._trainable.keys() if self._trainable[name].ndim == 3
         }
@@ -279,7 +282,7 @@ class CausalTask(Task, Generic[Source]):
     def begin_window(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Count anew. Whoever finds the gradients in place of `accumulate` calls this before, and `end_window` after it."""
         self.likeliest.zero_()
-        self._streamed.begin_window(scaler)
+        self._elsewhere.begin_window(scaler)
 
     def end_window(self, loss: Tensor, units: int) -> None:
         """Make the figures of a window whose loss is found: `token_accuracy`, with dropout as it is."""
@@ -295,11 +298,11 @@ class CausalTask(Task, Generic[Source]):
         self._figures |= {name: figure / world.size for name, figure in self._balance.take().items()}
         if not self.is_sharded:  # sharded gradients are summed on their way already
             world.add_up(gradients)
-        return self.optimizer.step(gradients, rate, clip, scaler, self._streamed)
+        return self.optimizer.step(gradients, rate, clip, scaler, self._elsewhere)
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad()
-        self._streamed.begin_window()
+        self._elsewhere.begin_window()
 
     def release(self) -> None:
         self.optimizer.release()
@@ -367,19 +370,19 @@ class CausalTask(Task, Generic[Source]):
         return tensors
 
     def weights(self) -> list[TensorSource]:
-        self._streamed.flush()
-        return [*sources_of(self._mine(self.saved_tensors())), *self._streamed.weights()]
+        self._elsewhere.flush()
+        return [*sources_of(self._mine(self.saved_tensors())), *self._elsewhere.weights()]
 
     def optimizer_state(self) -> list[TensorSource]:
-        self._streamed.flush()
-        return [*sources_of(self._mine(self.optimizer.state())), *self._streamed.optimizer_state()]
+        self._elsewhere.flush()
+        return [*sources_of(self._mine(self.optimizer.state())), *self._elsewhere.optimizer_state()]
 
     def optimizer_facts(self) -> dict[str, Any]:
         settings = self.optimizer.hyper_parameters()
-        settings["decayed"] = sorted([*settings["decayed"], *self._streamed.decayed()])
+        settings["decayed"] = sorted([*settings["decayed"], *self._elsewhere.decayed()])
         return {
             "hyper_parameters": settings | self._balance.hyper_parameters(),
-            "without_state": sorted(self.optimizer.without_state() | self._streamed.without_state()),
+            "without_state": sorted(self.optimizer.without_state() | self._elsewhere.without_state()),
             **self._balance.state(),
         }
 
@@ -395,23 +398,23 @@ class CausalTask(Task, Generic[Source]):
 
     def load_state(self, weights: StoredTensors, optimizer: StoredTensors, facts: dict[str, Any], where: str) -> None:
         without_state = set(facts["without_state"])
-        streamed = self._streamed.expected_optimizer(without_state)
-        check_tensors(weights, self.saved_tensors() | self._streamed.expected(), what=f"weights of {where}")
-        check_tensors(optimizer, streamed, what=f"optimizer state of {where}", more=True)
-        self.optimizer.load_state(optimizer.without(streamed.keys()), without_state)
-        self._streamed.load_optimizer(optimizer, without_state)
+        elsewhere = self._elsewhere.expected_optimizer(without_state)
+        check_tensors(weights, self.saved_tensors() | self._elsewhere.expected(), what=f"weights of {where}")
+        check_tensors(optimizer, elsewhere, what=f"optimizer state of {where}", more=True)
+        self.optimizer.load_state(optimizer.without(elsewhere.keys()), without_state)
+        self._elsewhere.load_optimizer(optimizer, without_state)
         self._balance.load_state(facts)
         self._copy(weights)
 
     def load_weights(self, weights: StoredTensors, where: str) -> None:
-        check_tensors(weights, self.saved_tensors() | self._streamed.expected(), what=f"weights of {where}")
+        check_tensors(weights, self.saved_tensors() | self._elsewhere.expected(), what=f"weights of {where}")
         self._copy(weights)
         self.optimizer.take_masters(weights)
 
     def _copy(self, weights: StoredTensors) -> None:
         for name, tensor in self.saved_tensors().items():
             put(tensor, weights[name])
-        self._streamed.load_weights(weights)
+        self._elsewhere.load_weights(weights)
 
     def _mine(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return own_parts(tensors, self.world.rank) if self.is_sharded else tensors
