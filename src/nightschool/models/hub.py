@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from huggingface_hub import constants, get_token, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from nightschool.errors import NotFound
 from nightschool.models.quiet import quiet_libraries
+from nightschool.remotes.hub_token import hub_token
 
 # Only what a model needs, only from the top of the repository, and no pickle.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-
-
-def _token() -> str | None:
-    """What opens gated models: the library's own (HF_TOKEN, or that of `hf auth login`), else HUGGINGFACE_TOKEN."""
-    return get_token() or os.environ.get("HUGGINGFACE_TOKEN") or None
 
 
 def fetch_from_hub(ref: str) -> Path:
@@ -30,7 +25,7 @@ def fetch_from_hub(ref: str) -> Path:
     with quiet_libraries():
         try:
             folder = snapshot_download(
-                ref, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=offline, token=_token()
+                ref, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=offline, token=hub_token()
             )
         except HFValidationError:
             raise NotFound(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nightschool.data.sources.rows import ENDINGS
 from nightschool.errors import NotFound
+from nightschool.remotes.hub_token import hub_token
 
 SCHEME = "hf://datasets/"
 
@@ -39,7 +40,7 @@ def hub_files(repository: str, patterns: Sequence[str]) -> list[Path]:
         NotFound: If the repository, or such a file in it, is neither in the cache nor to be had.
     """
     # It takes 0.3 s to import, and few runs read data of the Hub.
-    from huggingface_hub import constants, get_token, snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -52,7 +53,7 @@ def hub_files(repository: str, patterns: Sequence[str]) -> list[Path]:
                 repo_type="dataset",
                 allow_patterns=list(patterns),
                 local_files_only=offline,
-                token=get_token(),
+                token=hub_token(),
             )
         )
     except HFValidationError:
