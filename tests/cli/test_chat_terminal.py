@@ -15,8 +15,10 @@ PATIENCE_SECONDS = 60
 CONTROL_C, UP, BACKSPACE, ENTER = "\x03", "\x1b[A", "\x7f", "\r"
 # The terminal is made its own, so that Ctrl-C reaches it.
 _COMMAND = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+# Tests that run in the background of a shell ignore Ctrl-C, and what they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nightschool.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
