@@ -113,7 +113,7 @@ def test_settings_of_experts_are_refused_where_none_learn(tmp_path, corpus):
         Recipe.model_validate(recipe_of(corpus, method="lora", shape={}, base="x/y", experts={"z_loss_coef": 0.1}))
 
 
-@pytest.mark.parametrize(("name", "base"), [("moe-tiny", "new:moe-tiny"), ("moe-350m", "new:moe-350m")])
+@pytest.mark.parametrize(("name", "base"), [("moe-tiny", "new:moe-tiny"), ("moe-350m-shards", "new:moe-350m")])
 def test_the_recipes_that_come_along_are_mixtures(name, base):
     path = Path(f"recipes/{name}.yaml")
     recipe = load_recipe(path, env={}).recipe
@@ -122,3 +122,13 @@ def test_the_recipes_that_come_along_are_mixtures(name, base):
     assert (larger.base, larger.shape.num_experts) == ("new:moe-7b", 128)
     with pytest.raises(RecipeError, match="'2B' is not a preset of mixtures"):
         load_recipe(path, ["model.preset=2B"], env={})
+
+
+def test_the_recipe_of_a_mixture_takes_data_sets_experts_and_epochs_from_the_command_line():
+    settings = ["dataset=chat,code", "model.num_experts=8", "epochs=1"]
+    recipe = load_recipe(Path("recipes/moe-350m.yaml"), settings, env={}).recipe
+    assert (recipe.method, recipe.base, recipe.shape.num_experts) == ("full", "new:moe-350m", 8)
+    assert [source.dataset for source in recipe.data] == [["chat", "code"]]
+    assert (recipe.train.epochs, recipe.train.max_steps) == (1, None)
+    # A preset brings its own number of experts where none is named.
+    assert load_recipe(Path("recipes/moe-350m.yaml"), ["model.preset=7B"], env={}).recipe.shape.num_experts is None
