@@ -162,6 +162,7 @@ ALIASES: Mapping[str, Alias] = {
     "offload_to_cpu": Alias(("experts", "tier"), _flag("host")),
     "router_aux_loss_coef": Alias(("experts", "load_balancing_loss_coef")),
     "router_z_loss_coef": Alias(("experts", "z_loss_coef")),
+    "moe_router_bias_update_rate": Alias(("experts", "bias_update_rate")),
     "lora_r": Alias(("lora", "r")),
     "lora_rank": Alias(("lora", "r")),
     "lora_alpha": Alias(("lora", "alpha")),

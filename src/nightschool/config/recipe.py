@@ -241,6 +241,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "train.local_blocks": (("full", "pretrain"), ", of which too little learns"),
     "experts.load_balancing_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
+    "experts.bias_update_rate": (("full", "pretrain"), ", whose expert routers do not learn"),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
 }

@@ -218,6 +218,12 @@ class Experts(Section):
     z_loss_coef: float = Field(
         0.001, ge=0, description="Weight of the loss that keeps the logits of an expert router small; 0 for none."
     )
+    bias_update_rate: float = Field(
+        0.001,
+        ge=0,
+        description="How much the bias that corrects the choice of an expert router changes in a step, where it has one (DeepSeek-V3, "
+        "GLM-4-MoE), in place of both losses; 0 for not at all.",
+    )
 
 
 class Pretrain(Section):

@@ -1,4 +1,4 @@
-"""What keeps the expert routers of a mixture in balance: two losses, and figures of where tokens went.
+"""What keeps the expert routers of a mixture in balance: two losses, or a bias (expert_bias.py), and figures of where tokens went.
 
 Shapes: T tokens, L layers with experts, N experts of a layer, K of them active.
 
@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from nightschool.config.train import Experts
 from nightschool.errors import ModelError
+from nightschool.layers.expert_bias import BIAS, BiasCorrection, corrected_routers
 
 # Expert routers that return their logits [T,N], and scores and numbers of the chosen experts [T,K], and choose by softmax.
 _ROUTERS = ("Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "MixtralTopKRouter", "OlmoeTopKRouter")
-# The settings that say how they learn.
-_OF_ROUTERS = ("load_balancing_loss_coef", "z_loss_coef")
+# The settings that say how they learn, and how those with a bias do.
+_OF_LOSSES, _OF_BIAS = ("load_balancing_loss_coef", "z_loss_coef"), ("bias_update_rate",)
 
 
 class ExpertBalance:
@@ -39,18 +40,17 @@ class ExpertBalance:
         """Find the routers.
 
         Raises:
-            ModelError: If there are none, and the settings are other than the defaults.
+            ModelError: If there are none of a kind, and its settings are other than the defaults.
         """
         self._routers: list[Any] = [
             module
             for module in model.modules()
             if type(module).__name__ in _ROUTERS and all(p.requires_grad for p in module.parameters())
         ]
-        if not self._routers and any(getattr(settings, name) != getattr(Experts(), name) for name in _OF_ROUTERS):
-            raise ModelError(
-                "experts says how the expert routers of a mixture learn, and none learns here. Take the section out, or "
-                "method: full or pretrain with a mixture, such as base: new:moe-tiny."
-            )
+        corrected = corrected_routers(model)
+        self._bias = BiasCorrection(corrected, settings.bias_update_rate)
+        self.note = _note(model, {*self._routers, *corrected})
+        _refuse_unused(settings, self.note, has_losses=bool(self._routers), has_bias=bool(corrected))
         self._settings = settings
         self._scale = 0.0
         shape = (len(self._routers), self._routers[0].num_experts) if self._routers else (0, 0)
@@ -65,6 +65,11 @@ class ExpertBalance:
 
         `token_scale` says what a token's gradient is multiplied by for a mean over the window; asked where there are routers.
         """
+        with self._bias.counting(), self._watching_losses(token_scale):
+            yield
+
+    @contextmanager
+    def _watching_losses(self, token_scale: Callable[[], float]) -> Iterator[None]:
         if not self._routers:
             yield
             return
@@ -117,16 +122,18 @@ class ExpertBalance:
 
     def counters(self) -> list[Tensor]:
         """What was counted in the window, to be added up over all processes in place, before `take`."""
-        return [self._counts_ln, self._probabilities_ln, self._entropies_l] if self._routers else []
+        mine = [self._counts_ln, self._probabilities_ln, self._entropies_l] if self._routers else []
+        return [*mine, *self._bias.counters()]
 
     def take(self) -> dict[str, Tensor]:
         """Let the loads of the window be those that the next one is balanced by, as it becomes a step; return its figures.
 
         These are means over layers and tokens: `load_balancing_loss` is 1 where all experts of a layer get alike,
-        `expert_router_entropy` is in nats, and `dead_experts` counts those of all layers that no token was sent to.
+        `expert_router_entropy` is in nats, and `dead_experts` counts those of all layers that no token was sent to. Routers with a
+        bias have those of `BiasCorrection.figures`.
         """
         if not self._routers:
-            return {}
+            return self._bias.figures()
         counts_ln = self._counts_ln
         self._loads_ln = counts_ln.to("cpu", torch.int64)
         tokens = (counts_ln[0].sum() / self._routers[0].top_k).clamp(min=1)
@@ -138,9 +145,14 @@ class ExpertBalance:
             "dead_experts": (counts_ln == 0).sum().double(),
         }
 
+    def correct(self) -> None:
+        """Change the biases of routers that have one, after a step."""
+        self._bias.correct()
+
     def hyper_parameters(self) -> dict[str, Any]:
         """What must be equal in a run that resumes."""
-        return {f"experts.{name}": getattr(self._settings, name) for name in _OF_ROUTERS} if self._routers else {}
+        names = (*(_OF_LOSSES if self._routers else ()), *(_OF_BIAS if self._bias.counters() else ()))
+        return {f"experts.{name}": getattr(self._settings, name) for name in names}
 
     def state(self) -> dict[str, Any]:
         """What the next step needs besides the weights, as plain values."""
@@ -150,6 +162,51 @@ class ExpertBalance:
         """Take over what `state` returned."""
         if self._routers:
             self._loads_ln = torch.tensor(facts["expert_loads"], dtype=torch.int64)
+
+
+def _note(model: nn.Module, balanced: set[nn.Module]) -> str:
+    """Which blocks have experts that learn behind routers that nothing here balances; empty if there are none."""
+    blocks = {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+        and _learns_whole(module)
+        and balanced.isdisjoint(module.modules())
+    }
+    if not blocks:
+        return ""
+    return (
+        f"Nothing keeps the expert routers of {', '.join(sorted(blocks))} in balance: they choose otherwise than by a softmax of their own, "
+        "and have no bias that corrects their choice. Experts may die."
+    )
+
+
+def _learns_whole(module: nn.Module) -> bool:
+    """Whether all of it learns; a bias of its choice never has a gradient."""
+    learning = {p.requires_grad for name, p in module.named_parameters() if not name.endswith(BIAS)}
+    return learning == {True}
+
+
+def _refuse_unused(settings: Experts, note: str, *, has_losses: bool, has_bias: bool) -> None:
+    """Raise ModelError if settings of routers were written that are not there."""
+    given = [name for name in (*_OF_LOSSES, *_OF_BIAS) if getattr(settings, name) != getattr(Experts(), name)]
+    if not given or (has_losses and has_bias):
+        return
+    if not has_losses and not has_bias:
+        raise ModelError(
+            f"{note} Take experts.{given[0]} out."
+            if note
+            else "experts says how the expert routers of a mixture learn, and none learns here. Take the section out, or "
+            "method: full or pretrain with a mixture, such as base: new:moe-tiny."
+        )
+    unused = [name for name in given if name in (_OF_BIAS if has_losses else _OF_LOSSES)]
+    if unused:
+        how = (
+            "choose by a softmax and are balanced by losses: write experts.load_balancing_loss_coef"
+            if has_losses
+            else "have a bias that corrects their choice, and no loss: write experts.bias_update_rate"
+        )
+        raise ModelError(f"experts.{unused[0]} does nothing here. The expert routers of this mixture {how}.")
 
 
 class _Balanced(torch.autograd.Function):

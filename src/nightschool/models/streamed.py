@@ -33,7 +33,9 @@ from nightschool.units import format_bytes
 from nightschool.work.host_memory import host_bytes
 
 # Modules of SwiGLU experts with `gate_up_proj` [N,2E,D] and `down_proj` [N,D,E].
-_MODULES = ("Qwen3MoeExperts", "Qwen3NextExperts", "MixtralExperts", "OlmoeExperts")
+_MODULES = (
+    "Qwen3MoeExperts", "Qwen3NextExperts", "MixtralExperts", "OlmoeExperts", "DeepseekV3Experts", "Glm4MoeExperts",
+)  # fmt: skip
 # How stock folders name one matrix of one expert: gate and up, which are one here, and down.
 _STOCK = {
     "mixtral": (".block_sparse_moe.experts.{}.w1.weight", ".block_sparse_moe.experts.{}.w3.weight", ".block_sparse_moe.experts.{}.w2.weight"),
@@ -158,7 +160,7 @@ def _new_stream(config: Any, place: ExpertPlace, dtype: torch.dtype, device: tor
     if not found:
         raise ModelError(
             f"experts.tier is {place.tier}, and a {config.model_type} model has no experts that can be streamed. Take a mixture "
-            "(Qwen3-MoE, Mixtral or OLMoE), such as base: new:moe-tiny, or write experts.tier: device."
+            "(Qwen3-MoE, Mixtral, OLMoE, GLM-4-MoE or DeepSeek-V3), such as base: new:moe-tiny, or write experts.tier: device."
         )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ModelError(
@@ -181,6 +183,10 @@ def _without_experts(config: Any, stream: ExpertStream, dtype: torch.dtype, *, d
     """The model with all weights but those of the experts, which `draw` fills in their store in their turn."""
     with quiet_libraries(), _ExpertsElsewhere(stream, draw=draw):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ():  # as `from_pretrained` keeps them
+        for module in model.modules():
+            if isinstance(buffer := module._buffers.get(name), Tensor):
+                module._buffers[name] = buffer.float()
     for layer, name in enumerate(stream.shape.layers):
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, StreamedExperts(stream, layer))

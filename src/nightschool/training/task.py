@@ -230,6 +230,11 @@ class CausalTask(Task, Generic[Source]):
         return self.path.why_padded
 
     @property
+    def note_on_experts(self) -> str:
+        """What is not kept in balance of a mixture that learns; empty where nothing is to be said."""
+        return self._balance.note
+
+    @property
     def fingerprint(self) -> str:
         return self.batches.fingerprint
 
@@ -298,7 +303,9 @@ class CausalTask(Task, Generic[Source]):
         self._figures |= {name: figure / world.size for name, figure in self._balance.take().items()}
         if not self.is_sharded:  # sharded gradients are summed on their way already
             world.add_up(gradients)
-        return self.optimizer.step(gradients, rate, clip, scaler, self._elsewhere)
+        norm = self.optimizer.step(gradients, rate, clip, scaler, self._elsewhere)
+        self._balance.correct()
+        return norm
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad()

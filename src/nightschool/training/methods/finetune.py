@@ -301,6 +301,7 @@ class Finetune(PreparedRun[FinetuneData]):
             path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
             path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
             path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
+            self.task.note_on_experts,
             "" if self.data.held_out else "Nothing is held out, so no held-out loss is taken.",
             NO_PAGES if self.recipe.train.optimizer == "paged_adamw_8bit" and self.task.device.type != "cuda" else "",
             "train.early_stopping needs a held-out loss, and there is none: the run ends at its last step."

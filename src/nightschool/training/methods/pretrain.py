@@ -247,6 +247,7 @@ class Pretrain(PreparedRun[PretrainData]):
             loss_masks=[self._first_mask()],
             masked="tokens",
             findings=[],
+            notes=[note for note in (self.task.note_on_experts,) if note],
             processes=num_processes,
             sequence_tokens=train.max_seq_len,
         )
