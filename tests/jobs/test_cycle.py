@@ -203,6 +203,19 @@ def test_held_out_examples_are_not_new(school):
     assert 60 < facts.num_new_examples < 140
 
 
+def test_a_new_shape_is_that_of_the_first_night_and_of_no_later_one(school):
+    school.cycle(shape={"hidden_size": 32})
+    champion = Registry(school.home).champion("bot")
+    school.teach(3)
+    assert school.cycle(shape={"hidden_size": 32}).outcome == "promoted"
+    run = RunStore(school.home).ls()[0]
+    assert (run.recipe()["base"], Recipe.model_validate(run.recipe()).shape.given()) == (champion.ref, {})
+    school.teach(3)
+    school.cycle(shape={"hidden_size": 64})
+    assert RunStore(school.home).ls()[0].recipe()["base"] == "new:tiny"
+    assert any("grew from new:tiny with hidden_size=32: starting anew" in line for line in school.news)
+
+
 def test_another_base_in_the_recipe_starts_anew_and_says_so(school):
     school.cycle()
     school.teach(3)

@@ -67,7 +67,7 @@ def check(source: Path, /, *overrides: str) -> int:
     }
     if recipe is not None:
         home = Home.find()
-        wanted = recipe.model_copy(update={"base": starting_weights(home, recipe)})
+        wanted = recipe.begun_with(starting_weights(home, recipe))
         selection = select_loaded(loaded, wanted, home, Path.cwd())
         data |= {
             "held_out": len(selection.held_out),

@@ -113,7 +113,7 @@ def plan(recipe: Path, /, *overrides: str) -> int:
     home = Home.find()
     settings = read_recipe(recipe, overrides)
     keep_freed_memory(settings)  # what is measured here shall be what the run will do
-    settings = settings.model_copy(update={"base": starting_weights(home, settings, say=note)})
+    settings = settings.begun_with(starting_weights(home, settings, say=note))
     made = make_plan(settings, home, Path.cwd())
     answer(
         made.to_json(),
@@ -185,6 +185,7 @@ def _from_bucket(home: Home, url: str, name: str) -> tuple[Run, str]:
             trigger="resume",
             root=str(Path.cwd().resolve()),
             recipe_base=run.recipe()["base"],
+            recipe_shape=Recipe.model_validate(run.recipe()).shape.given(),
             champion=None,
             data_fingerprint=str(read_manifest(checkpoint.path).facts.get("data_fingerprint", "")),
             num_new_examples=0,
@@ -204,7 +205,8 @@ def _other_lengths(run: Run, recipe: Path | None, overrides: tuple[str, ...]) ->
         kept = flatten(Recipe.model_validate(run.recipe()).as_plain())
         return {key: value for key, value in wanted.items() if kept.get(key) != value}
     given = flatten(read_recipe(recipe, overrides).as_plain())
-    kept = flatten(Recipe.model_validate(run.recipe()).as_plain()) | {"base": CycleRecord.read(run).recipe_base}
+    record, kept = CycleRecord.read(run), flatten(Recipe.model_validate(run.recipe()).as_plain())
+    kept |= {"base": record.recipe_base} | {f"shape.{key}": value for key, value in (record.recipe_shape or {}).items()}
     differing = [key for key in given | kept if given.get(key) != kept.get(key)]
     if not set(differing) <= set(LENGTHS):
         values = "; ".join(f"{key} is {kept.get(key)} there and {given.get(key)} here" for key in differing[:5])

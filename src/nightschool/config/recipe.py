@@ -328,6 +328,11 @@ class Recipe(Section):
             )
         return data
 
+    def begun_with(self, base: str) -> Recipe:
+        """The same with other weights to begin with. Those that exist have their shape, which is then no setting."""
+        shape = self.shape if base.startswith("new:") else Shape()
+        return self.model_copy(update={"base": base, "shape": shape})
+
     @model_validator(mode="after")
     def _shape_of_something_new(self) -> Recipe:
         if self.shape.given() and not self.base.startswith("new:"):

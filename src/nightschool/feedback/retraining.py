@@ -77,7 +77,8 @@ def _clean_recipe(home: Home, name: str) -> tuple[Recipe, Path]:
         for run, recipe in zip(runs, recipes, strict=True)
         for row in _sources(recipe, _root_of(run))
     }
-    plain = recipes[-1].as_plain() | {"base": base, "start": "base", "data": list(data.values())}
+    first = {"base": base, "shape": recipes[0].as_plain()["shape"]}
+    plain = recipes[-1].as_plain() | first | {"start": "base", "data": list(data.values())}
     return Recipe.model_validate(plain), _root_of(runs[-1])
 
 

@@ -107,7 +107,7 @@ def begin_cycle(
         settle(home, name)  # what an earlier cycle may have been killed before
     general_prompts(recipe.gate.general, root)  # what the gate could not read is said before a night is spent
     base = starting_weights(home, recipe, say=around.say)
-    wanted = recipe.model_copy(update={"base": base})
+    wanted = recipe.begun_with(base)
     selection = select(wanted, home, root)
     fingerprint = fingerprint_of(wanted, selection)
     around.stop.check("the run was created")
@@ -124,6 +124,7 @@ def begin_cycle(
         trigger=trigger,
         root=str(root.resolve()),
         recipe_base=recipe.base,
+        recipe_shape=recipe.shape.given(),
         champion=champion.ref if champion else None,
         data_fingerprint=fingerprint,
         num_new_examples=selection.num_new,

@@ -57,7 +57,11 @@ class CycleResult:
 
 @dataclass(frozen=True)
 class CycleRecord:
-    """What one stage of a cycle leaves for the next, in `cycle.json`."""
+    """What one stage of a cycle leaves for the next, in `cycle.json`.
+
+    `recipe_base` and `recipe_shape` are those of the recipe that was given; the run's own begins with the champion. Older records
+    have no shape.
+    """
 
     trigger: str
     root: str
@@ -65,6 +69,7 @@ class CycleRecord:
     champion: str | None
     data_fingerprint: str
     num_new_examples: int
+    recipe_shape: dict[str, Any] | None = None
 
     @staticmethod
     def path(run: Run) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nightschool.config.recipe import Recipe
 from nightschool.feedback.selection import DATA_PLANS
 from nightschool.jobs.launch import OnLine
@@ -25,12 +27,14 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
     if champion is None or anew or recipe.base.startswith(f"{recipe.name}@"):
         return recipe.base
     run = RunStore(home).which_made(champion)
-    began_with = recipe.base
+    wanted = began_with = _first_weights(recipe.base, recipe.shape.given())
     if run is not None and CycleRecord.path(run).exists():
-        began_with = CycleRecord.read(run).recipe_base
-    if began_with != recipe.base:
+        record = CycleRecord.read(run)
+        shape = recipe.shape.given() if record.recipe_shape is None else record.recipe_shape
+        began_with = _first_weights(record.recipe_base, shape)
+    if began_with != wanted:
         if say is not None:
-            say(f"The recipe's base is {recipe.base}, and {champion.ref} grew from {began_with}: starting anew")
+            say(f"The recipe's base is {wanted}, and {champion.ref} grew from {began_with}: starting anew")
         return recipe.base
     differing = _other_adapter(run, recipe, champion)
     if differing:
@@ -39,6 +43,11 @@ def starting_weights(home: Home, recipe: Recipe, *, say: OnLine | None = None) -
         quantization = split_quantization(recipe.base)[1]
         return split_quantization(champion.facts.base)[0] + (f"[{quantization}]" if quantization else "")
     return champion.ref
+
+
+def _first_weights(base: str, shape: Mapping[str, object]) -> str:
+    """What a line began with: its base, and where that is new its shape."""
+    return f"{base} with {', '.join(f'{name}={value}' for name, value in sorted(shape.items()))}" if shape else base
 
 
 def _other_adapter(run: Run | None, recipe: Recipe, champion: Version) -> list[str]:
