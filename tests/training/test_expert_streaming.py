@@ -320,6 +320,8 @@ def test_the_plan_says_on_which_tier_the_bytes_lie(tmp_path, corpus):
     micro_batches, sections = 2, experts // 4
     assert plans["disk"]["expert_step_bytes"] == (9 + 4 * (micro_batches - 1)) * sections
     assert plans["device"]["expert_step_bytes"] == plans["host"]["expert_step_bytes"] == 0
+    assert plans["disk"]["expected_step_seconds"] > plans["disk"]["expected_moving_seconds"] > 0
+    assert plans["device"]["expected_moving_seconds"] == plans["host"]["expected_moving_seconds"] == 0
 
 
 def test_a_budget_that_cannot_hold_is_refused_with_one_that_would(tmp_path, monkeypatch):

@@ -193,10 +193,16 @@ def test_the_run_leaves_its_records(taught):
     assert list((run.path / "tensorboard").iterdir())
     plan = json.loads((run.path / "plan.json").read_text())
     assert plan["steps_total"] == STEPS
-    assert [event["event"] for event in read_events(run.events_path)] == [
+    events = list(read_events(run.events_path))
+    measured = next(event for event in events if event["event"] == "measured")
+    assert measured["step_seconds"] > 0
+    assert measured["expected_step_seconds"] == pytest.approx(plan["expected_step_seconds"])
+    assert 0.5 < measured["process_bytes"] / measured["expected_process_bytes"] < 2
+    assert [event["event"] for event in events] == [
         "training",
         "checkpoint",
         "saving",
+        "measured",
         "published",
     ]
 

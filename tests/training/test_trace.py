@@ -10,7 +10,7 @@ from nightschool.training.methods.finetune import FinetuneTask
 from tests.support.training_setups import MiniRun, deterministic_threads
 
 TRAINING = Path(nightschool.training.__file__).parent
-MOST_FILES, MOST_CLIMBS = 15, 6
+MOST_FILES, MOST_CLIMBS = 14, 6
 
 
 class Trace:
@@ -24,6 +24,8 @@ class Trace:
         if event not in ("call", "return") or not path.is_relative_to(TRAINING) or frame.f_code.co_name[0] == "<":
             return
         name = path.relative_to(TRAINING).as_posix()
+        # The plan is printed on the way, and changes nothing: whoever reads a run passes by that room.
+        name = "planning" if name.startswith("planning/") else name
         if event == "return":
             if self.stack:
                 self.stack.pop()

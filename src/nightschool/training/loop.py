@@ -44,6 +44,14 @@ class Budget:
     patience: int | None = None
     min_delta: float = 0.0
 
+    @property
+    def saves_before_its_end(self) -> bool:
+        """Whether there is a save before the last one, so that it is worth while to make memory for copies ready."""
+        every = self.save_every
+        if self.patience is not None or self.save_each_epoch:
+            return True
+        return every is None or every.unit != "steps" or every.amount < self.steps_total
+
     def is_used_up(self, state: TrainState) -> bool:
         """Whether the run ends here: no step is left, or the held-out loss falls no more."""
         in_vain = 0 if self.patience is None else state.evaluations_in_vain(self.min_delta)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from nightschool.events import EventLog, now, read_events
 from nightschool.store.atomic import write_bytes
 from nightschool.store.runs import Run
 from nightschool.units import format_seconds, printable
+from nightschool.work.peak_memory import peak_resident_bytes
 
 _CHARTS = (
     "loss", "heldout_loss", "token_accuracy", "heldout_token_accuracy", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
@@ -32,11 +31,8 @@ def say(text: str) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most bytes that were held at once: of the GPU if one trains, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    """Return the most bytes that were held at once since the plan: of the GPU if one trains, else resident in this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def truncate_after(metrics_path: Path, step: int) -> int:

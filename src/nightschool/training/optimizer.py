@@ -15,6 +15,7 @@ from nightschool.config.recipe import Train
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource
 from nightschool.training.distributed.sharding import like, put
+from nightschool.training.update_cost import UpdateCost
 
 LrSchedule = Literal["cosine", "linear", "constant"]
 
@@ -139,6 +140,10 @@ class Elsewhere:
 
     def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
         """Update it by its gradients, times `unscale`, times `clip_factor`."""
+
+    def update_cost(self) -> UpdateCost:
+        """What an update of it takes, found without one."""
+        return UpdateCost()
 
     # --- the state --------------------------------------------------------------------------------------------------
 

@@ -43,10 +43,11 @@ from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.saver import Ranks, Saver, open_saver
 from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world, started_ranks
 from nightschool.training.environment import Rerun, describe_environment, keep_freed_memory
-from nightschool.training.loop import Budget, fit
+from nightschool.training.loop import fit
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import PreparedRun, Setup
 from nightschool.training.metrics import MetricsLog, Progress, say
+from nightschool.training.planning.measured import saves_in_background, say_measured
 from nightschool.training.planning.plan import plan_of, render_plan
 from nightschool.training.publish import publish
 from nightschool.training.state import TrainState
@@ -262,7 +263,7 @@ def _started(
     whose experts are streamed: it would hold a copy of all of them.
     """
     settings = recipe.checkpoints
-    if company is not None or recipe.experts.tier != "device":
+    if company is not None or not saves_in_background(recipe):
         settings = settings.model_copy(update={"background": False})
     sharded = _wants_shards(recipe, world)
     ranks = Ranks(world.rank, world.size, num_neighbours=world.local_size - 1) if sharded else Ranks()
@@ -380,9 +381,10 @@ def _train(
         run.update_status(step=state.step, steps_total=budget.steps_total)
         resumed_from = start.point and start.point.name
         run.events.write("training", step=state.step, steps_total=budget.steps_total, resumed_from=resumed_from)
-    if saver is not None and _saves_more_than_once(budget):
+    if saver is not None and budget.saves_before_its_end:
         saver.expect(task.expected_bytes())
     metrics = MetricsLog(run.metrics_path, run.path / "tensorboard", resumed_step=state.step) if writes else None
+    first = state.step, state.seconds
     try:
         state = fit(
             task,
@@ -405,19 +407,13 @@ def _train(
     finally:
         if metrics is not None:
             metrics.close()
+    if writes and company is None and state.step > first[0]:
+        say_measured(run, task.device, state.step - first[0], state.seconds - first[1])
     if writes and state.step < budget.steps_total:
         say(f"Ended after step {state.step} of {budget.steps_total}: the held-out loss falls no more")
         run.events.write("early_stop", step=state.step, steps_total=budget.steps_total)
         run.update_status(step=state.step, steps_total=state.step)
     return state
-
-
-def _saves_more_than_once(budget: Budget) -> bool:
-    """Whether a run saves before its end, so that it is worth while to make memory for copies ready."""
-    every = budget.save_every
-    if budget.patience is not None or budget.save_each_epoch:
-        return True
-    return every is None or every.unit != "steps" or every.amount < budget.steps_total
 
 
 def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any]:

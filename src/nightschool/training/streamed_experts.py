@@ -15,6 +15,7 @@ from nightschool.layers.expert_streaming.stream import ExpertStream
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors
 from nightschool.training.checkpoint.contents import TensorSource
 from nightschool.training.optimizer import MOMENTS, AdamWSettings, Elsewhere
+from nightschool.training.update_cost import UpdateCost
 
 _SECTIONS = dict(zip(MOMENTS, (FIRST_MOMENT, SECOND_MOMENT), strict=True))
 
@@ -78,21 +79,26 @@ class StreamedExperts(Elsewhere):
 
     def put_off(self, rate: float, clip_factor: Tensor | None, unscale: float | None) -> None:
         """Update them, each when it is next loaded."""
+        self._stream.put_off(partial(self._update, rate, clip_factor, unscale))
+
+    def update_cost(self) -> UpdateCost:
+        seconds, moving_seconds = self._stream.tried_update(partial(self._update, 0.0, torch.ones(()), None))
+        # What stands for the gradient of an expert that got no token, and a place for one that is scaled.
+        scratch = 2 * self._stream.shape.numbers * self._stream.store.layout.dtype.itemsize
+        return UpdateCost(seconds, moving_seconds, scratch)
+
+    def _update(self, rate: float, clip_factor: Tensor | None, unscale: float | None, window: int) -> Update:
         settings = self._settings
-
-        def update(window: int) -> Update:
-            return Update(
-                window=window,
-                learning_rate=rate * self._rate_factor,
-                beta1=settings.beta1,
-                beta2=settings.beta2,
-                epsilon=settings.epsilon,
-                weight_decay=settings.weight_decay,
-                unscale=unscale,
-                clip_factor=None if clip_factor is None else clip_factor.detach().cpu(),
-            )
-
-        self._stream.put_off(update)
+        return Update(
+            window=window,
+            learning_rate=rate * self._rate_factor,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            unscale=unscale,
+            clip_factor=None if clip_factor is None else clip_factor.detach().cpu(),
+        )
 
     # --- the state --------------------------------------------------------------------------------------------------
 

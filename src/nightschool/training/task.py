@@ -24,8 +24,9 @@ from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, che
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.optimizer import NOWHERE, embedding_names, new_optimizer
+from nightschool.training.optimizer import NOWHERE, AdamW, embedding_names, new_optimizer
 from nightschool.training.streamed_experts import StreamedExperts
+from nightschool.training.update_cost import UpdateCost, cost_of_update
 
 Source = TypeVar("Source", bound=Batches | TokenBatches)
 
@@ -104,6 +105,15 @@ class Task(Protocol):
 
     def discard_gradients(self) -> None:
         """Forget what `accumulate` found, as if it had not been called."""
+        ...
+
+    def update_cost(self) -> UpdateCost:
+        """What `update` takes, found without one; nothing is changed."""
+        ...
+
+    @property
+    def moving_seconds(self) -> float:
+        """Seconds that were spent so far to read and write weights that lie elsewhere."""
         ...
 
     def release(self) -> None:
@@ -310,6 +320,18 @@ class CausalTask(Task, Generic[Source]):
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad()
         self._elsewhere.begin_window()
+
+    def update_cost(self) -> UpdateCost:
+        def new(parameters: dict[str, nn.Parameter]) -> AdamW:
+            return new_optimizer(parameters, self._train, set())
+
+        numbers = sum(parameter.numel() for parameter in self._trainable.values())
+        return cost_of_update(new, numbers, self.device) + self._elsewhere.update_cost()
+
+    @property
+    def moving_seconds(self) -> float:
+        stream = expert_stream(self.model)
+        return 0.0 if stream is None else stream.store.moving_seconds
 
     def release(self) -> None:
         self.optimizer.release()

@@ -63,12 +63,14 @@ class _Experts(torch.autograd.Function):
         rows, outs = rows_sd.split_with_sizes(counts), out_sd.split_with_sizes(counts)
         boths = gate_up_s.split_with_sizes(kept) if kept else [gate_up_s[:count] for count in counts]
         silus = silu_se.split_with_sizes(kept) if kept else [silu_se[:count] for count in counts]
+        products_me = rows_sd.new_empty(max(counts), size)
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record in stream.current(experts.layer, _busy(counts)):
                 gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
                 gate, up = torch.mm(rows[expert], gate_up.T, out=boths[expert]).chunk(2, dim=-1)
                 silu = torch.ops.aten.silu.out(gate, out=silus[expert])
-                torch.mm(silu * up, down.T, out=outs[expert])
+                product = torch.mul(silu, up, out=products_me[: counts[expert]])
+                torch.mm(product, down.T, out=outs[expert])
         if keeps:
             ctx.save_for_backward(rows_sd, gate_up_s, silu_se)
             ctx.experts, ctx.counts = experts, counts
@@ -82,14 +84,19 @@ class _Experts(torch.autograd.Function):
         stream = experts.stream
         grad_rows_sd = torch.empty_like(rows_sd)
         tensors = (rows_sd, gate_up_s, silu_se, grad_sd, grad_rows_sd)
+        # One place for what is found of each expert in turn: sizes that differ with every step would leave holes in the heap.
+        widest, size = max(ctx.counts), stream.shape.expert_size
+        products_me, grad_products_me = rows_sd.new_empty(widest, size), rows_sd.new_empty(widest, size)
+        grad_both_mf = rows_sd.new_empty(widest, 2 * size)
         parts = list(zip(*(tensor.split_with_sizes(ctx.counts) for tensor in tensors), strict=True))
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record, has_gradient in stream.backward(experts.layer, _busy(ctx.counts)):
                 gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
                 rows, both, silu, grad, grad_rows = parts[expert]
                 gate, up = both.chunk(2, dim=-1)
-                grad_product = grad @ down
-                grad_both = torch.empty_like(both)
+                count = ctx.counts[expert]
+                grad_product = torch.mm(grad, down, out=grad_products_me[:count])
+                grad_both = grad_both_mf[:count]
                 grad_gate, grad_up = grad_both.chunk(2, dim=-1)
                 torch.mul(grad_product, silu, out=grad_up)
                 torch.ops.aten.silu_backward.grad_input(grad_product.mul_(up), gate, grad_input=grad_gate)
@@ -97,7 +104,7 @@ class _Experts(torch.autograd.Function):
                 if stream.learns:
                     of_gate_up, of_down = record.matrices(GRADIENT)
                     _add_product(of_gate_up, grad_both.T, rows, add=has_gradient)
-                    _add_product(of_down, grad.T, silu * up, add=has_gradient)
+                    _add_product(of_down, grad.T, torch.mul(silu, up, out=products_me[:count]), add=has_gradient)
         return grad_rows_sd, None, None
 
 

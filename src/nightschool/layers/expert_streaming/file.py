@@ -18,6 +18,7 @@ import os
 import resource
 import shutil
 import tempfile
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -91,6 +92,7 @@ class FileStore(ExpertStore):
         self._most_mapped = resident - 1
         self._mapped = LastUsed() if kept is None else kept
         self._num_hits = self._num_misses = 0
+        self._moving_seconds = 0.0
         self._bytes = memoryview(mmap.mmap(-1, layout.stride))
         self._buffer = layout.views(torch.frombuffer(self._bytes, dtype=torch.uint8), layout.sections)
         self._cold_for = 0
@@ -119,6 +121,10 @@ class FileStore(ExpertStore):
     def turns(self) -> tuple[int, int]:
         return self._num_hits, self._num_misses
 
+    @property
+    def moving_seconds(self) -> float:
+        return self._moving_seconds
+
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         left = iter(visits)
         ahead = deque(islice(left, _AHEAD))
@@ -126,8 +132,13 @@ class FileStore(ExpertStore):
             self._read_ahead(visit)
         while ahead:
             visit = ahead.popleft()
-            yield visit.index, self._load(visit)
+            began = time.perf_counter()
+            record = self._load(visit)
+            self._moving_seconds += time.perf_counter() - began
+            yield visit.index, record
+            began = time.perf_counter()
             self._store(visit)
+            self._moving_seconds += time.perf_counter() - began
             for one in islice(left, 1):
                 self._read_ahead(one)
                 ahead.append(one)

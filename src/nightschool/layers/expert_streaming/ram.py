@@ -41,6 +41,10 @@ class RamStore(ExpertStore):
     def turns(self) -> tuple[int, int]:
         return self._num_turns, 0
 
+    @property
+    def moving_seconds(self) -> float:
+        return 0.0
+
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         for visit in visits:
             self._num_turns += 1

@@ -78,6 +78,10 @@ class Record:
     def __getitem__(self, section: str) -> Tensor:
         return self._sections[section]
 
+    def copy(self) -> Record:
+        """The same in memory of its own."""
+        return Record({name: section.clone() for name, section in self._sections.items()}, self._cut)
+
     def matrices(self, section: str) -> tuple[Tensor, Tensor]:
         """A section as the two matrices of the expert, without a copy."""
         found = self._matrices.get(section)

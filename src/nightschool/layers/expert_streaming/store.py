@@ -42,6 +42,11 @@ class ExpertStore(Protocol):
         """How many times a record that was only read was in memory when its turn came, and how many times it was not."""
         ...
 
+    @property
+    def moving_seconds(self) -> float:
+        """How long it took so far to load records to where they are computed with, and to store them."""
+        ...
+
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         """Yield records in order, one at a time, to be looked at and changed until the next one is asked for.
 

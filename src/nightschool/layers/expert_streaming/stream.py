@@ -6,6 +6,7 @@ Shapes: L layers with experts, N experts of a layer, D width of the model, E of 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from nightschool.layers.expert_streaming.pending import PendingUpdates, Update
 from nightschool.layers.expert_streaming.record import GRADIENT, LEARNING, UPDATED, WEIGHTS, Record
 from nightschool.layers.expert_streaming.store import ExpertStore, Visit
+
+_TRIED_RECORDS = 8
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,31 @@ class ExpertStream:
         for index, record in self.store.walk(Visit(index, LEARNING, UPDATED) for index in behind):
             self._pending.catch_up(index, record)
         self._pending.all_seen()
+
+    def tried_update(self, make: Callable[[int], Update]) -> tuple[float, float]:
+        """Seconds that an update of all experts takes, and those of them to load and store; found on a few, which stay as they are."""
+        tried = range(0, self.shape.num_records, -(-self.shape.num_records // _TRIED_RECORDS))
+        pending = PendingUpdates(len(tried), self.shape.numbers)
+        update, before, hot_seconds = make(0), self.store.moving_seconds, 0.0
+        copies: list[Record] = []
+
+        def timed() -> float:
+            began = time.perf_counter()
+            for number, record in enumerate(copies):
+                pending.catch_up(number, record)
+            return time.perf_counter() - began
+
+        pending.add(update)
+        for number, (_, record) in enumerate(self.store.walk(Visit(index, LEARNING, UPDATED) for index in tried)):
+            pending.note_gradient(number, 0)
+            copies.append(record.copy())
+            hot_seconds += timed()
+        moving_seconds = self.store.moving_seconds - before
+        pending.add(update)
+        # What is not moved before it is updated is in no cache.
+        seconds = hot_seconds + moving_seconds if moving_seconds else timed()
+        share = self.shape.num_records / len(tried)
+        return seconds * share, moving_seconds * share
 
     # --- the state --------------------------------------------------------------------------------------------------
 

@@ -19,14 +19,12 @@ from nightschool.models.cost import (
     expert_counts,
     expert_step_bytes,
     expert_tiers,
-    flops_per_token,
 )
-from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
+from nightschool.training.methods.prepared import PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, render_mask
-from nightschool.training.planning.speed import Probe, measure
+from nightschool.training.planning.measured import measured_rows
 from nightschool.training.task import Task
 from nightschool.units import format_bytes
 
@@ -116,8 +114,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
             + (f"; {method.processes} processes together" if method.processes > 1 else ""),
             {"dtype": prepared.dtype.why, "device": task.device.type, "num_threads": prepared.num_threads},
         ),
-        PlanRow("peak", f"about {format_bytes(cost.total)} of tensors", {"expected_peak_bytes": cost.total}),
-        _time(prepared, method, measure(task)),
+        *measured_rows(prepared, method, cost.total),
         PlanRow(
             "disk",
             f"{format_bytes(needed)} needed at most, {format_bytes(free)} free",
@@ -162,26 +159,6 @@ def _experts(task: Task, active: int, moment_bytes: int, micro_batches: int) -> 
     if facts["expert_step_bytes"]:
         text += f"; at most {format_bytes(facts['expert_step_bytes'])} to and fro in a step"
     return [PlanRow("experts", text, facts)]
-
-
-def _time(prepared: PreparedRun[Any], method: MethodPlan, probe: Probe) -> PlanRow:
-    task = prepared.task
-    # Processes that are not there yet will share the cores that this one has alone; each has a GPU of its own.
-    rate = probe.tokens_per_second * (method.processes if task.device.type == "cuda" else task.world.size)
-    expected_seconds = method.tokens_computed / rate
-    facts: dict[str, Any] = {
-        "expected_seconds": expected_seconds,
-        "measured_batches": probe.batches,
-        "measured_tokens_per_second": rate,
-    }
-    of_peak = ""
-    if method.sequence_tokens is not None:
-        peak, _ = peak_flops(task.device, task.compute_dtype)
-        used = probe.tokens_per_second * flops_per_token(task.model, method.sequence_tokens) / peak
-        facts["model_flops_utilization"] = used
-        of_peak = f", {used:.0%} of what products reach" if probe.batches else ""
-    minutes, seconds = divmod(round(expected_seconds), 60)
-    return PlanRow("time", f"about {minutes} min {seconds} s, {probe.how} ({rate:,.0f} tokens/s{of_peak})", facts)
 
 
 def _disk_needed(prepared: PreparedRun[Any], total: int, trainable: int) -> int:

@@ -13,7 +13,9 @@ from nightschool.models.cost import flops_per_token
 from nightschool.models.dtype import DtypeChoice, bf16_speedup
 from nightschool.models.peak import peak_flops
 from nightschool.training.checkpoint import rng
+from nightschool.training.metrics import peak_bytes
 from nightschool.training.task import Task
+from nightschool.work.peak_memory import forget_peak
 
 # bf16 rounds to 8 bits, so it has to be worth it; and a product alone says at least that it is not emulated.
 WORTH_IT = 1.15
@@ -29,11 +31,15 @@ LONGEST_BATCH_SECONDS = 10.0
 class Probe:
     """How fast forward and backward passes were; `batches` micro-batches were measured after one to warm up.
 
-    Where that would take too long, none was: then the speed is that of the best product, which no step reaches.
+    Where that would take too long, none was: then the speed is that of the best product, which no step reaches. Of their
+    seconds, `moving_share` went by with reading and writing experts. `peak_bytes` is the most that was held during
+    them, of the GPU or resident in this process; None where nothing was measured, or the system does not say.
     """
 
     batches: int
     tokens_per_second: float
+    moving_share: float = 0.0
+    peak_bytes: int | None = None
 
     @property
     def how(self) -> str:
@@ -45,15 +51,23 @@ class Probe:
         )
 
 
-def measure(task: Task) -> Probe:
-    """Compute a few micro-batches forward and backward, without an update, and leave everything as it was."""
+def measure(task: Task, micro_batches: int = 1) -> Probe:
+    """Compute a few micro-batches forward and backward, without an update, and leave everything as it was.
+
+    `micro_batches` are those of a step: from the second one on, gradients are found beside those that are there.
+    """
     if reckoned_seconds(task, task.compute_dtype) > LONGEST_BATCH_SECONDS:
         flops = flops_per_token(task.model)
         return Probe(0, peak_flops(task.device, task.compute_dtype)[0] / flops)
     sizes = _sizes(task)
     tokens, seconds, batches = 0, 0.0, 0
+    anew = task.device.type == "cuda" or forget_peak()
     with measuring(task):
-        compute(task, min(sizes)[1])
+        largest = max(sizes)[1]
+        compute(task, *[largest] * min(micro_batches, 2))
+        # Sizes that differ leave holes in the heap, as in the run.
+        sizes = [sorted(sizes)[place * (len(sizes) - 1) // (PROBE_BATCHES - 1)] for place in range(PROBE_BATCHES)]
+        moved = task.moving_seconds
         while batches == 0 or (batches < PROBE_BATCHES and seconds < PROBE_SECONDS):
             size, index = sizes[batches % len(sizes)]
             started = time.perf_counter()
@@ -61,7 +75,12 @@ def measure(task: Task) -> Probe:
             seconds += time.perf_counter() - started
             tokens += size
             batches += 1
-    return Probe(batches, tokens / max(seconds, 1e-9))
+    return Probe(
+        batches,
+        tokens / max(seconds, 1e-9),
+        (task.moving_seconds - moved) / max(seconds, 1e-9),
+        peak_bytes(task.device) if anew else None,
+    )
 
 
 def choose_by_measuring(task: Task, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
@@ -107,10 +126,10 @@ def reckoned_seconds(task: Task, dtype: torch.dtype) -> float:
     return max(_sizes(task))[0] * flops_per_token(task.model) / peak_flops(task.device, dtype)[0]
 
 
-def compute(task: Task, batch_index: int) -> None:
-    """One micro-batch of epoch 0, forward and backward, waiting for the end; leaves no gradients."""
-    batch = task.batch(0, batch_index)
-    task.accumulate([batch], max(1, batch.tokens_trained)).item()
+def compute(task: Task, *batch_indices: int) -> None:
+    """Micro-batches of epoch 0 as one step, forward and backward, waiting for the end; leaves no gradients."""
+    window = [task.batch(0, index) for index in batch_indices]
+    task.accumulate(window, max(1, sum(batch.tokens_trained for batch in window))).item()
     task.discard_gradients()
 
 
