@@ -1,6 +1,7 @@
 """What a store of experts is given it gives back, wherever it keeps it, and what is lost on the way is named."""
 
 import os
+import resource
 from collections import namedtuple
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     monkeypatch.setattr(file.shutil, "disk_usage", lambda _: usage(1, 1, 1000))
     with pytest.raises(DiskFull, match=r"The experts take 164 kB .* and 1 kB are free"):
         file_store(tmp_path)
+
+
+def test_a_file_that_may_not_become_so_long_is_refused(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(DiskFull, match=r"longer than files may become here.* Raise the limit"):
+            file_store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_on_the_disk(tmp_path):

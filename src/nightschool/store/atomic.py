@@ -66,6 +66,11 @@ def refusal_of(error: Exception, path: object) -> NightschoolError | None:
             f"Free some space, or move the home with NIGHTSCHOOL_HOME, and try again."
         )
     path = getattr(error, "filename", None) or path
+    if said((errno.EFBIG,)):
+        return DiskFull(
+            f"{path} takes a file that is longer than files may become here; what was stored before is still whole. Raise the limit "
+            "(ulimit -f), or move the home with NIGHTSCHOOL_HOME to another file system, and try again."
+        )
     if said((errno.EROFS,)):
         return Conflict(
             f"{path} cannot be written: its file system is read-only. Make it writable, or copy the home and name the "
