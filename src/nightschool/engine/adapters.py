@@ -3,7 +3,7 @@
 A linear layer that an adapter reaches is wrapped, whatever it is (plain, with further layouts as in `engine.weights`, or
 quantised). It computes all rows of a step at once, and then adds to the rows of each adapter what its two factors give.
 Rows without an adapter are not touched, so their numbers are those of the base, bit for bit; a layer that no adapter
-reaches any more is unwrapped, so that a base alone is as fast as ever.
+reaches any more is unwrapped, so that a base alone is as fast as ever. Experts are wrapped a layer at a time (`engine.adapter_experts`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,29 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.engine import kernels
+from nightschool.engine.adapter_experts import AdapterExperts, names_of
 from nightschool.engine.adapter_kernel import MOST_RANK, KernelFactors, block_of, items
 from nightschool.engine.adapter_torch import Pieces, TorchFactors, pieces
 from nightschool.engine.step_context import StepContext
 from nightschool.engine.weights import LaidOutLinear
+from nightschool.layers.mixed_adapters import FactorPair
 from nightschool.models.unmerged import LoraWeights, NeedsMerging
 
 
 class StepRows:
     """The rows of each adapter of a step, by its number; made ready for those who compute with them, when they first ask."""
 
-    def __init__(self, rows_of: Sequence[tuple[int, Sequence[int]]], like: Tensor) -> None:
-        self._rows_of = rows_of
+    def __init__(self, rows_of: Sequence[tuple[int, Sequence[int]]], like: Tensor, num_rows: int) -> None:
+        self._rows_of, self._num_rows = rows_of, num_rows
         self._like = like
+
+    @cached_property
+    def adapter_of(self) -> Tensor:
+        """The number of each row's adapter, 0 for none."""
+        numbers = torch.zeros(self._num_rows, dtype=torch.int64)
+        for number, rows in self._rows_of:
+            numbers[list(rows)] = number
+        return numbers.to(self._like.device)
 
     @cached_property
     def items(self) -> Tensor:
@@ -101,6 +111,7 @@ class AdapterTable:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers: dict[str, AdapterLinear] = {}
+        self._experts: dict[str, AdapterExperts] = {}
         self._numbers: set[int] = set()
         self._rows: dict[int, StepRows] = {}
         # Quantised layers hold codes; what goes into them and comes out is of the format of the rest.
@@ -122,11 +133,22 @@ class AdapterTable:
                 )
             if down.shape[1] > MOST_RANK:
                 raise NeedsMerging(f"its rank for {path} is {down.shape[1]}, and at most {MOST_RANK} stays apart")
+        for path, pairs in weights.experts.items():
+            names_of(self._experts_at(path), path, pairs)
+            most = max(down.shape[1] for down, _ in pairs)
+            if most > MOST_RANK:
+                raise NeedsMerging(f"its rank for {path} is {most}, and at most {MOST_RANK} stays apart")
         number = next(free for free in range(1, len(self._numbers) + 2) if free not in self._numbers)
         self._numbers.add(number)
         for path, (down, up) in weights.factors.items():
             layer = self._layers.get(path) or self._wrapped(path)
             layer.factors.put(number, down.to(self._like), up.to(self._like))
+        for path, pairs in weights.experts.items():
+            experts = self._experts.get(path)
+            if experts is None:
+                experts = self._experts[path] = AdapterExperts(self._experts_at(path), self)
+                self._replace(path, experts)
+            experts.put(number, [(down.to(self._like), up.to(self._like)) for down, up in pairs])
         return number
 
     def remove(self, number: int) -> LoraWeights:
@@ -140,7 +162,15 @@ class AdapterTable:
             if not len(layer.factors):
                 self._replace(path, layer.layer)
                 del self._layers[path]
-        return LoraWeights(factors)
+        of_experts: dict[str, tuple[FactorPair, ...]] = {}
+        for path, experts in list(self._experts.items()):
+            pairs = experts.drop(number)
+            if pairs:
+                of_experts[path] = pairs
+            if not len(experts):
+                self._replace(path, experts.experts)
+                del self._experts[path]
+        return LoraWeights(factors, of_experts)
 
     def begin(self, context: StepContext | None, wanted: Sequence[int] | None) -> None:
         """Say whose the tokens of the next step are, and of which of them logits are wanted (None: of all)."""
@@ -165,11 +195,22 @@ class AdapterTable:
             raise NeedsMerging(f"one of its layers sees {num_rows} rows, which are not the tokens of the step")
         return self._rows[num_rows]
 
-    def _layer(self, path: str) -> nn.Linear | LaidOutLinear:
+    def adapter_of(self, num_rows: int) -> Tensor:
+        """The number of each row's adapter among so many, 0 for none. Raises as `rows`."""
+        return self.rows(num_rows).adapter_of
+
+    def _module(self, path: str) -> nn.Module:
         try:
-            layer = self._model.get_submodule(path)
+            return self._model.get_submodule(path)
         except AttributeError:
             raise NeedsMerging(f"its layer {path} is not in the base") from None
+
+    def _experts_at(self, path: str) -> nn.Module:
+        module = self._module(path)
+        return module.experts if isinstance(module, AdapterExperts) else module
+
+    def _layer(self, path: str) -> nn.Linear | LaidOutLinear:
+        layer = self._module(path)
         if isinstance(layer, AdapterLinear):
             return layer.layer
         if not isinstance(layer, LaidOutLinear | nn.Linear):
@@ -204,4 +245,4 @@ def _step_rows(numbers: Sequence[int], like: Tensor) -> StepRows:
     for place, number in enumerate(numbers):
         if number:
             places.setdefault(number, []).append(place)
-    return StepRows(list(places.items()), like)
+    return StepRows(list(places.items()), like, len(numbers))

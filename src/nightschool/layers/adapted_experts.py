@@ -22,7 +22,8 @@ from nightschool.layers.packed_experts import PackedExperts
 from nightschool.layers.passing_experts import Factors, PassingExperts, pass_through
 
 # Rows of matrices that are multiplied in groups are whole multiples of so many bytes.
-_ALIGNED_BYTES = 16
+ALIGNED_BYTES = 16
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def grouped_linear(x_si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
@@ -51,6 +52,18 @@ def can_be_adapted(experts: nn.Module) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def weight_shapes(experts: Any) -> dict[str, tuple[int, int, int]]:
+    """[N, out, in] of the two weights, by their names, of a module of which `can_be_adapted` is true."""
+    if isinstance(experts, StreamedExperts):
+        return {name: experts.stream.shape.stacked_shape(which) for which, name in enumerate(EXPERT_WEIGHTS)}
+    found = {}
+    for name in EXPERT_WEIGHTS:
+        packed = getattr(experts, f"packed_{name}", None)
+        num_experts, out, width = getattr(experts, name).shape if packed is None else packed.shape
+        found[name] = (num_experts, out, width)
+    return found
+
+
 def adapted_experts(
     experts: Any, adapters: Mapping[str, Factors], hidden_td: Tensor, chosen_tk: Tensor, scores_tk: Tensor
 ) -> Tensor:
@@ -68,7 +81,7 @@ def adapted_experts(
     numbers_n = torch.arange(experts.num_experts, device=expert_of_s.device)
     ends_n = torch.searchsorted(expert_of_s, numbers_n, right=True).to(torch.int32)
     token_of_s = order_s // num_active
-    passing = _passing(experts, hidden_td.device)
+    passing = passing_experts(experts, hidden_td.device)
     if passing is None:
         x_sd = hidden_td[token_of_s]
         inner_se = experts._apply_gate(_product(experts, adapters, "gate_up_proj", x_sd, ends_n))
@@ -90,14 +103,14 @@ def _product(experts: Any, adapters: Mapping[str, Factors], name: str, x_si: Ten
     if adapter is None:
         return out_so
     down_nri, up_nor = adapter.down_nri.to(out_so.dtype), adapter.up_nor.to(out_so.dtype)
-    missing = -down_nri.shape[1] % (_ALIGNED_BYTES // down_nri.element_size())
+    missing = -down_nri.shape[1] % (ALIGNED_BYTES // down_nri.element_size())
     if missing:
         down_nri, up_nor = F.pad(down_nri, (0, 0, 0, missing)), F.pad(up_nor, (0, missing))
     low_sr = grouped_linear(x_si, down_nri, ends_n) * adapter.scaling
     return out_so.add_(grouped_linear(low_sr, up_nor.contiguous(), ends_n))
 
 
-def _passing(experts: Any, device: torch.device) -> PassingExperts | None:
+def passing_experts(experts: Any, device: torch.device) -> PassingExperts | None:
     """Experts that are there one at a time; None for those that are all there."""
     if isinstance(experts, StreamedExperts):
         return _Streamed(experts, device)
