@@ -1,7 +1,8 @@
 """Does a mixture learn the same whose experts are streamed, bit by bit: every weight, every moment, every loss?
 
 Against the ordinary run with all experts resident: transformers' `grouped_mm`, torch's AdamW. Fifty steps with clipping, two
-micro-batches a step, weight decay, a falling learning rate, experts at a rate of their own; some get no token in a step.
+micro-batches a step, weight decay, a falling learning rate, experts at a rate of their own; some get no token in a step. Experts in a file
+learn layer by layer, unless the micro-batches are told to pass one after the other.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
         "plain": {},
         "own rate of experts": {"expert_learning_rate": 5e-3, "learning_rate": 1e-2},
         "recomputed": {"gradient_checkpointing": True},
+        "one after the other": {"accumulation_steps": 1},
     }
     benchmark = Benchmark(
         "expert_parity",

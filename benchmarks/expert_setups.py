@@ -48,7 +48,8 @@ def new_task(
     chance = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB_SIZE, (tokens // TOKENS_PER_DOCUMENT, TOKENS_PER_DOCUMENT), generator=chance)
     documents = [Rendered(row, [1.0] * len(row), ["text"] * len(row)) for row in ids.tolist()]
-    task = FinetuneTask(model, Batches(documents, batch_size=len(documents) // micro_batches, seed=0), Train(**train))
+    settings = Train(**({"accumulation_steps": micro_batches} | train))
+    task = FinetuneTask(model, Batches(documents, batch_size=len(documents) // micro_batches, seed=0), settings)
     model.train()
     # As in a run, which keeps what it frees; without that, resident gradients would be new pages in each step.
     keep_freed_memory(Recipe.model_validate({"base": "new:moe-tiny", "data": [{"path": "none"}]}))

@@ -122,9 +122,23 @@ def document_loss(
         return chunked_cross_entropy(hidden, head, labels, weights, chunk_tokens, likeliest)
     layout = lay_out(batch.cu_seqlens, batch.input_ids.device)
     hidden = backbone(model)(**packed_arguments(layout, batch.input_ids, batch.position_ids)).last_hidden_state[0]
+    return loss_of_hidden(model, hidden, layout, batch, chunk_tokens, likeliest=likeliest)
+
+
+def loss_of_hidden(
+    model: nn.Module,
+    hidden_nd: Tensor,
+    layout: DocumentLayout,
+    batch: Documents,
+    chunk_tokens: int | None = None,
+    *,
+    likeliest: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """As `document_loss`, from the last hidden states in the order of the layout, where the head is everything."""
+    labels, weights = batch.labels[0], batch.weights[0]
     if layout.order is not None:  # cheaper than restoring the order of the hidden states, and the sum is the same
         labels, weights = labels.index_select(0, layout.order), weights.index_select(0, layout.order)
-    return chunked_cross_entropy(hidden, output_head(model), labels, weights, chunk_tokens, likeliest)
+    return chunked_cross_entropy(hidden_nd, output_head(model), labels, weights, chunk_tokens, likeliest)
 
 
 def losses_of_batches(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from nightschool.errors import ModelError
 from nightschool.layers.attention import lay_out
-from nightschool.layers.forward import Documents, ForwardPath, backbone, document_loss, output_head
+from nightschool.layers.forward import Documents, ForwardPath, document_loss, output_head
 from nightschool.layers.loss import chunked_cross_entropy
+from nightschool.layers.stack import last_norm, stacked_layers
 
 FEWEST_LAYERS = 2
 _RANK = 8
@@ -44,7 +45,7 @@ class LocalBlocks:
         self._batch: Documents | None = None
         if num_blocks == 1:
             return
-        layers = _layers(model)
+        layers = stacked_layers(model)
         if not (path.packed and path.fused_head) or layers is None:
             raise ModelError(
                 f"train.local_blocks is {num_blocks}, and this model is not a plain stack of layers with a head on top. "
@@ -57,7 +58,9 @@ class LocalBlocks:
                 f"{FEWEST_LAYERS} or more. Write train.local_blocks: {most}."
             )
         self._firsts = [layers[len(layers) * block // num_blocks] for block in range(1, num_blocks)]
-        norm, head = _last_norm(model), output_head(model)
+        norm, head = last_norm(model), output_head(model)
+        if norm is None:
+            raise ModelError("train.local_blocks needs a norm before the head, and this model has none. Write 1.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same in all processes, and nobody else draws other numbers for it
             self.heads.extend(_AuxiliaryHead(norm, head) for _ in self._firsts)
@@ -140,18 +143,3 @@ class _AuxiliaryHead(nn.Module):
         normed = self.norm(hidden_nd)
         changed: Tensor = normed + self.up(self.down(normed))
         return changed
-
-
-def _layers(model: nn.Module) -> nn.ModuleList | None:
-    """The decoder layers, in their order."""
-    config = backbone(model).config.get_text_config()
-    lists = (module for module in backbone(model).children() if isinstance(module, nn.ModuleList))
-    return next((layers for layers in lists if len(layers) == config.num_hidden_layers), None)
-
-
-def _last_norm(model: nn.Module) -> nn.Module:
-    """What the last layer's output passes before the head."""
-    found: list[nn.Module] = [module for name, module in backbone(model).named_children() if "norm" in name]
-    if not found:
-        raise ModelError("train.local_blocks needs a norm before the head, and this model has none. Write 1.")
-    return found[-1]

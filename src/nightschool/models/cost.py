@@ -164,9 +164,9 @@ def expert_tiers(model: nn.Module, moment_bytes: int = 8) -> TierBytes:
     return TierBytes(device, host, disk)
 
 
-def expert_step_bytes(model: nn.Module, micro_batches: int) -> int:
-    """Bytes of experts that pass between their tier and where they are computed with in a step, if each gets a token in each
-    micro-batch: weights on the way forward and back, gradients, which later micro-batches add to, and an update.
+def expert_step_bytes(model: nn.Module, loads: int) -> int:
+    """Bytes of experts that pass between their tier and where they are computed with in a step, if each is loaded so many times in
+    each direction: weights on the way forward and back, gradients, which later loads add to, and an update.
     """
     stream = next((module.stream for module in _streamed(model)), None)
     if stream is None:
@@ -174,9 +174,9 @@ def expert_step_bytes(model: nn.Module, micro_batches: int) -> int:
     section = stream.shape.num_records * stream.shape.numbers * stream.store.layout.dtype.itemsize
     if stream.store.disk_bytes:
         # The first: all four sections are read and three written, weights are read again, and the gradient is written.
-        return section * ((9 + 4 * (micro_batches - 1)) if stream.learns else 2 * micro_batches)
+        return section * ((9 + 4 * (loads - 1)) if stream.learns else 2 * loads)
     on_host = causal_lm(model).get_input_embeddings().weight.device.type == "cpu"
-    return 0 if on_host else section * micro_batches * (3 if stream.learns else 2)
+    return 0 if on_host else section * loads * (3 if stream.learns else 2)
 
 
 def flops_per_token(model: nn.Module, context_tokens: int = 0, *, training: bool = True) -> int:
@@ -202,6 +202,7 @@ def expected_peak_bytes(
     tokens_per_batch: int,
     *,
     gradient_checkpointing: bool = False,
+    layer_by_layer_bytes: int = 0,
     compute: torch.dtype = torch.float32,
     moment_bytes: int = 8,
 ) -> TrainingBytes:
@@ -209,7 +210,8 @@ def expected_peak_bytes(
 
     AdamW keeps two moments of each trainable element, `moment_bytes` together, and an fp32 master where the parameter is in
     16 bits. With
-    gradient checkpointing only the input of each layer is kept, and one layer at a time is held in full.
+    gradient checkpointing only the input of each layer is kept, and one layer at a time is held in full. So it is where micro-batches
+    pass layer by layer, all of which together keep `layer_by_layer_bytes`.
     """
     inner = causal_lm(model)
     config = inner.config.get_text_config()
@@ -230,7 +232,11 @@ def expected_peak_bytes(
         * (_KEPT_PER_LAYER_HIDDEN * hidden + _KEPT_PER_LAYER_FEED_FORWARD * _feed_forward_width(config))
     )
     # The layer at work holds its gradients beside what it kept.
-    kept = layers * tokens_per_batch * 4 * hidden + 2 * layer if gradient_checkpointing else (layers + 1) * layer
+    kept = (layers + 1) * layer
+    if layer_by_layer_bytes:
+        kept = layer_by_layer_bytes + 2 * layer
+    elif gradient_checkpointing:
+        kept = layers * tokens_per_batch * 4 * hidden + 2 * layer
     head = inner.get_output_embeddings()
     vocab = config.vocab_size
     logits = 3 * 4 * min(tokens_per_batch, chunk_tokens_for(vocab)) * vocab

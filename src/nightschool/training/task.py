@@ -16,9 +16,10 @@ from nightschool.data.shards.token_batches import TokenBatches
 from nightschool.errors import DataError, ModelError
 from nightschool.evaluation.heldout import autocast, heldout_sum, on_device
 from nightschool.layers.expert_balance import ExpertBalance
-from nightschool.layers.forward import ForwardPath, checkpoint_activations, prepare
+from nightschool.layers.forward import ForwardPath, checkpoint_activations, draws_at_random, prepare
+from nightschool.layers.layer_by_layer import LayerByLayer
 from nightschool.layers.local_blocks import LocalBlocks
-from nightschool.models.cost import expert_names
+from nightschool.models.cost import expert_names, expert_step_bytes
 from nightschool.models.streamed import expert_stream
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
@@ -83,6 +84,14 @@ class Task(Protocol):
         Returns:
             This process's part of the loss in nats per unit, a scalar on the device; those of all processes add up.
         """
+        ...
+
+    def expert_loads(self, micro_batches: int) -> int:
+        """How many times experts that are streamed are loaded in each direction for the micro-batches of a step, at most."""
+        ...
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes that stay of each micro-batch of so many tokens until all of the step are through; 0 if they pass one after the other."""
         ...
 
     def figures(self) -> Mapping[str, Tensor]:
@@ -213,6 +222,7 @@ class CausalTask(Task, Generic[Source]):
             self._trainable, train, embedding_names(model), self._rate_factors, self._stacked
         )
         self._sharded: LossModule | None = None
+        self._layer_by_layer = self._schedule()
         # Tokens that carry loss and whose label was the likeliest; on the device, so that no step waits for them.
         self.likeliest = torch.zeros((), dtype=torch.int64, device=self.device)
         self._figures: dict[str, Tensor] = {}
@@ -232,6 +242,26 @@ class CausalTask(Task, Generic[Source]):
                 "out, or method: full or pretrain with a mixture, such as base: new:moe-tiny."
             )
         return dict.fromkeys(names, self._expert_rate_factor)
+
+    def _schedule(self) -> LayerByLayer | None:
+        """How the micro-batches of a step pass the layers: one after the other, which is None, or layer by layer.
+
+        That is for experts that have to be moved to where they are computed with. Random numbers would be drawn in another order.
+        """
+        stream, train = expert_stream(self.model), self._train
+        if stream is None or not stream.learns or expert_step_bytes(self.model, 1) == 0:
+            return None
+        if train.accumulation_steps == 1 or train.local_blocks > 1 or train.compile:
+            return None
+        if not (self.path.packed and self.path.fused_head) or draws_at_random(self.model):
+            return None
+        return LayerByLayer(self.model, stream)
+
+    def expert_loads(self, micro_batches: int) -> int:
+        return micro_batches if self._layer_by_layer is None else LayerByLayer.loads(micro_batches)
+
+    def kept_bytes(self, tokens: int) -> int:
+        return 0 if self._layer_by_layer is None else self._layer_by_layer.kept_bytes(tokens)
 
     @property
     def why_not_served(self) -> str:
@@ -260,7 +290,6 @@ class CausalTask(Task, Generic[Source]):
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def accumulate(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        loss: Tensor | None = None
         self.begin_window(scaler)
 
         def scaled(part: Tensor) -> Tensor:
@@ -270,13 +299,26 @@ class CausalTask(Task, Generic[Source]):
             self._balance.watching(partial(self._token_scale, window, units, scaler)),
             self._blocks.learning(lambda total: scaled(total / units)),
         ):
-            for batch in window:
-                # Each part is divided by the units of the window before `backward`, so the parts just add up.
-                part = self.loss(batch).sum / units
-                scaled(part).backward()  # type: ignore[no-untyped-call]
-                loss = part.detach() if loss is None else loss + part.detach()
-        assert loss is not None, "a window has a micro-batch"
+            # Each part is divided by the units of the window before `backward`, so the parts just add up.
+            if self._layer_by_layer is not None:
+                loss = self._layer_by_layer.gradients(
+                    [on_device(batch, self.device) for batch in window],
+                    lambda total: ((part := total / units), scaled(part)),
+                    lambda: autocast(self.device, self.compute_dtype),
+                    self.likeliest,
+                )
+            else:
+                loss = self._one_by_one(window, units, scaled)
         self.end_window(loss, units)
+        return loss
+
+    def _one_by_one(self, window: Sequence[Batch], units: int, scaled: Callable[[Tensor], Tensor]) -> Tensor:
+        loss: Tensor | None = None
+        for batch in window:
+            part = self.loss(batch).sum / units
+            scaled(part).backward()  # type: ignore[no-untyped-call]
+            loss = part.detach() if loss is None else loss + part.detach()
+        assert loss is not None, "a window has a micro-batch"
         return loss
 
     def _token_scale(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None) -> float:

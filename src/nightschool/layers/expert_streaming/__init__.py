@@ -5,4 +5,5 @@ store      what holds the records: `ram` and `file`
 pending    AdamW of an expert, put off until it is next loaded
 stream     all experts of a model: the order of loading, gradients, what is still to be done
 experts    the module that stands in a layer for its experts
+window     the experts of a layer for all micro-batches of a step at once
 """

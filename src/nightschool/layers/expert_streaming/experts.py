@@ -34,18 +34,31 @@ class StreamedExperts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return [T,D] of rows [T,D], the chosen experts [T,K] and their weights [T,K]."""
-        num_tokens, num_active = top_k_index.shape
-        experts_s, order_s = torch.sort(top_k_index.reshape(-1))
-        rows_sd = hidden_states[order_s // num_active].to(self.stream.store.layout.dtype)
-        counts = torch.bincount(experts_s, minlength=self.num_experts).tolist()
+        if self.stream.instead is not None:
+            return self.stream.instead(self, hidden_states, top_k_index, top_k_weights)
+        order = Order(top_k_index, self.num_experts)
+        rows_sd = hidden_states[order.tokens_s].to(self.stream.store.layout.dtype)
         if torch.is_grad_enabled() and self.stream.learns and not rows_sd.requires_grad:
             rows_sd.requires_grad_()  # experts learn also where nothing below them does
-        out_sd = cast(Tensor, _Experts.apply(rows_sd, self, counts))  # type: ignore[no-untyped-call]
-        weighted_sd = out_sd * top_k_weights.reshape(-1)[order_s].unsqueeze(-1)
-        back_s = torch.empty_like(order_s)
-        back_s[order_s] = torch.arange(len(order_s), device=order_s.device)
-        summed_td = weighted_sd[back_s].view(num_tokens, num_active, -1).sum(dim=1)
-        return summed_td.to(hidden_states.dtype)
+        out_sd = cast(Tensor, _Experts.apply(rows_sd, self, order.counts))  # type: ignore[no-untyped-call]
+        return order.combine(out_sd, top_k_weights, hidden_states.dtype)
+
+
+class Order:
+    """Rows of a micro-batch in the order of their experts: `order_s` has the places in [T·K], `tokens_s` those in [T]."""
+
+    def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
+        self._shape = top_k_index.shape
+        experts_s, self.order_s = torch.sort(top_k_index.reshape(-1))
+        self.tokens_s = self.order_s // self._shape[1]
+        self.counts: list[int] = torch.bincount(experts_s, minlength=num_experts).tolist()
+
+    def combine(self, out_sd: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weighted sum of what the experts of each token say: [T,D]."""
+        weighted_sd = out_sd * top_k_weights.reshape(-1)[self.order_s].unsqueeze(-1)
+        back_s = torch.empty_like(self.order_s)
+        back_s[self.order_s] = torch.arange(len(self.order_s), device=self.order_s.device)
+        return weighted_sd[back_s].view(*self._shape, -1).sum(dim=1).to(dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -66,7 +79,7 @@ class _Experts(torch.autograd.Function):
         products_me = rows_sd.new_empty(max(counts), size)
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record in stream.current(experts.layer, _busy(counts)):
-                gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
+                gate_up, down = on_device(rows_sd.device, record.matrices(WEIGHTS))
                 gate, up = torch.mm(rows[expert], gate_up.T, out=boths[expert]).chunk(2, dim=-1)
                 silu = torch.ops.aten.silu.out(gate, out=silus[expert])
                 product = torch.mul(silu, up, out=products_me[: counts[expert]])
@@ -91,7 +104,7 @@ class _Experts(torch.autograd.Function):
         parts = list(zip(*(tensor.split_with_sizes(ctx.counts) for tensor in tensors), strict=True))
         with torch.autocast(rows_sd.device.type, enabled=False):
             for expert, record, has_gradient in stream.backward(experts.layer, _busy(ctx.counts)):
-                gate_up, down = _on(rows_sd.device, record.matrices(WEIGHTS))
+                gate_up, down = on_device(rows_sd.device, record.matrices(WEIGHTS))
                 rows, both, silu, grad, grad_rows = parts[expert]
                 gate, up = both.chunk(2, dim=-1)
                 count = ctx.counts[expert]
@@ -103,17 +116,17 @@ class _Experts(torch.autograd.Function):
                 torch.mm(grad_both, gate_up, out=grad_rows)
                 if stream.learns:
                     of_gate_up, of_down = record.matrices(GRADIENT)
-                    _add_product(of_gate_up, grad_both.T, rows, add=has_gradient)
-                    _add_product(of_down, grad.T, torch.mul(silu, up, out=products_me[:count]), add=has_gradient)
+                    add_product(of_gate_up, grad_both.T, rows, add=has_gradient)
+                    add_product(of_down, grad.T, torch.mul(silu, up, out=products_me[:count]), add=has_gradient)
         return grad_rows_sd, None, None
 
 
-def _on(device: torch.device, matrices: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def on_device(device: torch.device, matrices: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The matrices of an expert where they are computed with."""
     return matrices if matrices[0].device == device else (matrices[0].to(device), matrices[1].to(device))
 
 
-def _add_product(into: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+def add_product(into: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
     """Let `into`, wherever it lies, be the product, or the sum with it."""
     if add:
         into.add_((left @ right).to(into.device))

@@ -71,6 +71,8 @@ class ExpertStream:
         self._window = 0
         self._unscale: float | None = None
         self.norms_l2n = torch.zeros(len(shape.layers), 2, shape.num_experts)
+        # What takes the place of a layer's experts for a while: gets the module and what its `forward` gets, and returns as that does.
+        self.instead: Callable[..., Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStream:
         """Itself: a copy of a model that shares its weights goes through the same experts."""

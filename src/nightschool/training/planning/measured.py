@@ -27,8 +27,9 @@ def measured_rows(prepared: PreparedRun[Any], method: MethodPlan, tensor_bytes: 
 
     `tensor_bytes` are those of tensors at the peak, as reckoned.
     """
-    probe, update = measure(prepared.task, prepared.budget.accumulation_steps), prepared.task.update_cost()
-    kept = update.new_bytes
+    micro_batches = prepared.budget.accumulation_steps
+    probe, update = measure(prepared.task, micro_batches), prepared.task.update_cost()
+    kept = update.new_bytes + max(0, micro_batches - 2) * prepared.task.kept_bytes(method.largest_batch_tokens)
     if prepared.task.device.type == "cpu" and probe.peak_bytes is not None:
         kept += int(_HOLES_SHARE * probe.peak_bytes)
     if saves_in_background(prepared.recipe) and prepared.budget.saves_before_its_end:

@@ -74,6 +74,7 @@ def peak_bytes(
             task.model,
             tokens,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
+            layer_by_layer_bytes=recipe.train.accumulation_steps * task.kept_bytes(tokens),
             compute=task.compute_dtype,
         )
         for tokens in (method.largest_batch_tokens, max(pass_tokens(task.model), method.largest_batch_tokens))

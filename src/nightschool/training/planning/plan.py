@@ -89,6 +89,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
         task.model,
         method.largest_batch_tokens,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
+        layer_by_layer_bytes=recipe.train.accumulation_steps * task.kept_bytes(method.largest_batch_tokens),
         compute=task.compute_dtype,
         moment_bytes=moment_bytes,
     )
@@ -153,7 +154,7 @@ def _experts(task: Task, active: int, moment_bytes: int, micro_batches: int) -> 
         "num_active_experts": counts.active,
         "parameters_active": active,
         "expert_bytes": tiers,
-        "expert_step_bytes": expert_step_bytes(task.model, micro_batches),
+        "expert_step_bytes": expert_step_bytes(task.model, task.expert_loads(micro_batches)),
     }
     text = f"{counts.experts} in a layer, {counts.active} for a token, so {active:,} parameters are active; {where}"
     if facts["expert_step_bytes"]:

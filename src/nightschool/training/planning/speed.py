@@ -75,12 +75,11 @@ def measure(task: Task, micro_batches: int = 1) -> Probe:
             seconds += time.perf_counter() - started
             tokens += size
             batches += 1
-    return Probe(
-        batches,
-        tokens / max(seconds, 1e-9),
-        (task.moving_seconds - moved) / max(seconds, 1e-9),
-        peak_bytes(task.device) if anew else None,
-    )
+    moving = task.moving_seconds - moved
+    # Each micro-batch loaded the experts for itself here; in a step they may be loaded for several at once.
+    moving_of_step = moving * task.expert_loads(micro_batches) / micro_batches
+    seconds = max(seconds - moving + moving_of_step, 1e-9)
+    return Probe(batches, tokens / seconds, moving_of_step / seconds, peak_bytes(task.device) if anew else None)
 
 
 def choose_by_measuring(task: Task, choice: DtypeChoice, hidden_size: int) -> DtypeChoice:
