@@ -109,7 +109,8 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
         assert together[name].run.status.shares_process
         assert not solo.run.status.shares_process
         events = [[row["event"] for row in read_events(one.run.events_path)] for one in (together[name], solo)]
-        assert events[0] == events[1]
+        # A process that others share has no peak of this run's own.
+        assert events[0] == [event for event in events[1] if event != "measured"]
         log = together[name].run.log_path.read_text()
         assert f"Published {together[name].run.status.candidate}" in log
         assert all(other.run.id not in log for other in together.values() if other is not together[name])

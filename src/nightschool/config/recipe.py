@@ -102,7 +102,30 @@ class Replay(Section):
 
 
 GENERAL_OF_NIGHTSCHOOL = "default"
-"""In `gate.general`: the prompts that come with nightschool."""
+"""In `gate.general` and `rehearse.prompts`: the prompts that come with nightschool."""
+
+
+class Rehearse(Section):
+    """What the model is not to unlearn, even if nobody taught it here: its own answers to general prompts.
+
+    They are sampled once and trained with the KL divergence from the distribution that it had, not with their words.
+    """
+
+    prompts: NotBlank | None = Field(
+        None,
+        description="A file of general prompts; `default`: those of nightschool; off: nothing is rehearsed. Those of "
+        "`gate.general` are left out.",
+    )
+    ratio: float = Field(
+        0.5, gt=0, le=10, description="Rehearsed answers per example of a micro-batch; one at the least."
+    )
+    weight: float = Field(1.0, gt=0, description="Of the divergence, in nats a token, beside the loss.")
+    max_new_tokens: int = Field(64, ge=1, le=1024, description="Length of an answer in tokens.")
+
+    @field_validator("prompts")
+    @classmethod
+    def _off_is_none(cls, place: str | None) -> str | None:
+        return None if place is not None and place.strip() == "off" else place
 
 
 class Gate(Section):
@@ -242,6 +265,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "experts.load_balancing_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.bias_update_rate": (("full", "pretrain"), ", whose expert routers do not learn"),
+    "rehearse.prompts": (("full", "lora", "qlora"), ""),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
 }
@@ -283,6 +307,7 @@ class Recipe(Section):
     )
     held_out: HeldOut = Field(default_factory=HeldOut, description="What is never trained.")
     replay: Replay = Field(default_factory=Replay, description="What is trained again.")
+    rehearse: Rehearse = Field(default_factory=Rehearse, description="What is not to be unlearned.")
     train: Train = Field(default_factory=Train, description="The optimization.")
     lora: Lora = Field(default_factory=Lora, description="The adapters.")
     quantization: Quantization = Field(default_factory=Quantization, description="The base below an adapter.")
@@ -349,6 +374,15 @@ class Recipe(Section):
             raise ValueError("`train.local_blocks` and `train.zero_stage` do not go together; write zero_stage: 0")
         if self.train.zero_stage and self.train.optimizer != "adamw":
             raise ValueError(f"`train.optimizer: {self.train.optimizer}` cannot be shared out; write zero_stage: 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rehearsed_in_whole_passes(self) -> Recipe:
+        if self.rehearse.prompts is not None and (self.train.zero_stage or self.train.local_blocks > 1):
+            raise ValueError(
+                "`rehearse.prompts` needs the whole model in each process and no `train.local_blocks`; write "
+                "train.zero_stage: 0 and train.local_blocks: 1, or rehearse.prompts: off"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,8 @@ def share_key(plain: Mapping[str, Any], root: str) -> str | None:
     # A new base is made for each run; a checkpoint brings its own; the scaler of fp16 knows of one run alone.
     if not may or base.startswith("new:") or plain.get("from_checkpoint") is not None or train.get("dtype") == "fp16":
         return None
+    if plain.get("rehearse", {}).get("prompts") is not None:
+        return None  # its passes are over answers of its own
     if any(train.get(name, absent) != absent for name, absent in _ABSENT.items()):
         return None
     common = {"base": _absolute(base, root)} | {name: train.get(name) for name in _ALIKE}

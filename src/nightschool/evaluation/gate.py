@@ -94,8 +94,9 @@ _SUGGESTIONS = {
         "or replay general conversations (replay.path). For a model that need know nothing else, write gate.general: off."
     ),
     "drift": (
-        "The candidate answers general prompts unlike the champion. Lower train.learning_rate or train.epochs, or train an "
-        "adapter (method: lora)."
+        "The candidate answers general prompts unlike the champion. Rehearse what that one says to others "
+        "(rehearse.prompts: default), or raise rehearse.weight; lower train.learning_rate or train.epochs, or train an adapter "
+        "(method: lora)."
     ),
     "preferences": (
         "The candidate prefers the better answers less clearly than the champion does. Lower train.learning_rate or "

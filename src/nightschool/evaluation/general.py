@@ -1,7 +1,8 @@
-"""General prompts: what nobody taught, asked so that a night's losses elsewhere are seen."""
+"""General prompts: what nobody taught. Some are asked in the exam, so that a night's losses are seen; others are rehearsed."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nightschool.data.sources.rows import expand, read_rows
 from nightschool.errors import DataError
 
 OWN_FILE = Path(__file__).with_name("general.jsonl")
+REHEARSED_FILE = Path(__file__).with_name("rehearsed.jsonl")
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,29 @@ def general_prompts(place: str | None, root: Path) -> list[GeneralPrompt]:
         NotFound: If the file is not there.
         DataError: If a row has no question, or is malformed.
     """
+    return _read(place, OWN_FILE, root, "gate.general")
+
+
+def rehearsed_prompts(place: str | None, exam: str | None, root: Path) -> list[str]:
+    """The prompts of `place`, which is what `rehearse.prompts` says, without those that the exam asks (`gate.general`).
+
+    Raises:
+        NotFound, DataError: As `general_prompts`.
+    """
+    asked = {_bare(prompt.question) for prompt in general_prompts(exam, root)}
+    prompts = _read(place, REHEARSED_FILE, root, "rehearse.prompts")
+    return list(dict.fromkeys(p.question for p in prompts if _bare(p.question) not in asked))
+
+
+def _bare(question: str) -> str:
+    """A question without what two writings of the same one may differ in."""
+    return " ".join(re.findall(r"\w+", question.casefold()))
+
+
+def _read(place: str | None, own: Path, root: Path, key: str) -> list[GeneralPrompt]:
     if place is None:
         return []
-    paths = [OWN_FILE] if place == GENERAL_OF_NIGHTSCHOOL else expand(place, root, "gate.general")
+    paths = [own] if place == GENERAL_OF_NIGHTSCHOOL else expand(place, root, key)
     prompts: list[GeneralPrompt] = []
     for path in paths:
         for row in read_rows(path):

@@ -201,13 +201,13 @@ def document_log_probs(
     model: nn.Module, path: ForwardPath, batch: Documents, chunk_tokens: int | None = None
 ) -> Tensor:
     """The log-likelihood [D] in nats of what carries loss in each document, weighted; gradients flow into the model."""
-    kept = _trained(batch)
+    kept = trained_places(batch)
     labels, weights = batch.labels[0][kept], batch.weights[0][kept]
     if path.fused_head:
         hidden, head = forward_hidden(model, path, batch)
         losses_m = chunked_token_losses(hidden[kept], head, labels, chunk_tokens)
     else:
-        losses_m = token_losses(_own_logits(model, path, batch, kept), labels)
+        losses_m = token_losses(own_logits(model, path, batch, kept), labels)
     ends = batch.cu_seqlens[1:].to(kept.device)
     documents_m = torch.searchsorted(ends, kept, right=True)
     return losses_m.new_zeros(len(ends)).index_add(0, documents_m, -losses_m * weights)
@@ -333,20 +333,20 @@ def _loss_of_own_logits(
     model: nn.Module, path: ForwardPath, batch: Documents, likeliest: Tensor | None
 ) -> tuple[Tensor, int]:
     """Loss over the model's own logits, at once for all trained positions."""
-    kept = _trained(batch)
-    logits_mv, labels_m = _own_logits(model, path, batch, kept), batch.labels[0][kept]
+    kept = trained_places(batch)
+    logits_mv, labels_m = own_logits(model, path, batch, kept), batch.labels[0][kept]
     losses_m = token_losses(logits_mv, labels_m)
     if likeliest is not None:
         likeliest += labels_likeliest(logits_mv, labels_m).sum()
     return (losses_m * batch.weights[0][kept]).sum(), kept.numel()
 
 
-def _trained(batch: Documents) -> Tensor:
+def trained_places(batch: Documents) -> Tensor:
     """The places of the row [M] that carry loss."""
     return ((batch.weights[0] > 0) & (batch.labels[0] >= 0)).nonzero().squeeze(1)
 
 
-def _own_logits(model: nn.Module, path: ForwardPath, batch: Documents, kept: Tensor) -> Tensor:
+def own_logits(model: nn.Module, path: ForwardPath, batch: Documents, kept: Tensor) -> Tensor:
     """The model's own logits [M,V] at some places of the row."""
     if not path.packed:
         return document_logits(model, path, batch)[kept]

@@ -307,6 +307,8 @@ class CausalTask(Task, Generic[Source]):
                     lambda: autocast(self.device, self.compute_dtype),
                     self.likeliest,
                 )
+                for batch in window:
+                    self._learn_beside(batch, units, scaled)
             else:
                 loss = self._one_by_one(window, units, scaled)
         self.end_window(loss, units)
@@ -318,8 +320,12 @@ class CausalTask(Task, Generic[Source]):
             part = self.loss(batch).sum / units
             scaled(part).backward()  # type: ignore[no-untyped-call]
             loss = part.detach() if loss is None else loss + part.detach()
+            self._learn_beside(batch, units, scaled)
         assert loss is not None, "a window has a micro-batch"
         return loss
+
+    def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Add the gradients of what is learned beside a micro-batch of a window, which counts in no loss; here nothing is."""
 
     def _token_scale(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None) -> float:
         """What gradients of a token's loss are multiplied by where it is one of a mean over all tokens of a window.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nightschool.config.recipe import Recipe
@@ -37,6 +38,7 @@ from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedR
 from nightschool.training.metrics import say
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
+from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
 from nightschool.training.state import TrainState
 from nightschool.training.task import CausalTask
 from nightschool.units import format_bytes
@@ -48,12 +50,21 @@ PREVIEWED_EXAMPLES = 3
 LISTED_CUTS = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class NumberedBatch(Batch):
+    """A micro-batch that knows which one of the run it is, so that what is rehearsed beside it is always the same."""
+
+    number: int
+
+
 class FinetuneTask(CausalTask[Batches]):
     """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches.
 
     Several processes take one micro-batch each; one for which none is left at the end of an epoch takes the step without
-    loss.
+    loss. With a `rehearsal`, answers of the model as it was are rehearsed beside each of them.
     """
+
+    rehearsal: Rehearsal | None = None
 
     @property
     def stride(self) -> int:
@@ -65,11 +76,31 @@ class FinetuneTask(CausalTask[Batches]):
     def batch(self, epoch: int, place: int) -> Batch:
         mine = place + self.world.rank
         if mine < self.batches.num_batches(epoch):
-            return self.batches.get(epoch, mine)
+            batch = self.batches.get(epoch, mine)
+            if self.rehearsal is None:
+                return batch
+            return NumberedBatch(**vars(batch), number=epoch * self.batches.num_batches(0) + mine)
         return self.batches.get(epoch, place).without_loss()
 
     def where(self, epoch: int, place: int) -> str:
         return f"epoch {epoch}, micro-batch {place}"
+
+    def begin_window(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        super().begin_window(scaler)
+        self._divergences: list[Tensor] = []
+
+    def end_window(self, loss: Tensor, units: int) -> None:
+        super().end_window(loss, units)
+        if self.rehearsal is not None:
+            found = torch.stack(self._divergences).sum() if self._divergences else torch.zeros_like(loss)
+            self._figures |= {"rehearsal_divergence": found / units}
+
+    def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> None:
+        if self.rehearsal is not None and isinstance(batch, NumberedBatch):
+            # A pass of its own, so that its activations need no room beside those of the micro-batch.
+            mean = self.rehearsal.divergence(self.model, self.path, batch, batch.number, self.compute_dtype)
+            scaled(mean * (self.rehearsal.weight * batch.loss_units / units)).backward()  # type: ignore[no-untyped-call]
+            self._divergences.append(mean.detach() * batch.loss_units)
 
     def heldout_loss(self, batches: Batches) -> tuple[float, int]:
         """Loss in nats per token and tokens of the held-out batches, with dropout off."""
@@ -114,6 +145,7 @@ class FinetuneData:
     whole: Selection
     rendered: RenderedData = RenderedData([], [], [])
     held_out: Batches | None = None
+    rehearsed: RehearsedPrompts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +191,9 @@ class Finetune(PreparedRun[FinetuneData]):
         batches = cls.pack(rendered.all, **size, seed=train.seed)
         task = cls.new_task(setup.recipe, loaded, batches, compute_dtype=compute_dtype, world=setup.world)
         held_out = cls._held_out(tokenizer, data.selection.held_out, train.max_seq_len)
-        return replace(data, rendered=rendered, held_out=held_out), task
+        wanted = setup.recipe.rehearse.prompts is not None
+        rehearsed = RehearsedPrompts.of(setup.recipe, setup.home, setup.root) if wanted else None
+        return replace(data, rendered=rendered, held_out=held_out, rehearsed=rehearsed), task
 
     @classmethod
     def pack(cls, rendered: Iterable[Rendered], **settings: Any) -> Batches:
@@ -196,6 +230,19 @@ class Finetune(PreparedRun[FinetuneData]):
     def figures(self, state: TrainState) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa: ARG002
         """The figures of what is held out, in rows that have its loss."""
         return lambda row: self.task.heldout_figures if "heldout_loss" in row else {}
+
+    def begin(self, folder: Path) -> None:
+        """Ask the model what is rehearsed, or read what it said when the run began, or to another run with the same weights."""
+        if self.data.rehearsed is None:
+            return
+        with self.task.world.first_goes_first():
+            self.task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, self.task)
+
+    def numerics(self) -> dict[str, Any]:
+        if self.data.rehearsed is None:
+            return super().numerics()
+        rehearse = self.recipe.rehearse.model_dump(mode="json").items()
+        return super().numerics() | {f"rehearse.{key}": value for key, value in rehearse}
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
@@ -257,9 +304,16 @@ class Finetune(PreparedRun[FinetuneData]):
                 {"epochs": train.epochs, "steps_per_epoch": per_epoch, "steps_total": steps_total},
             ),
         ]
+        tokens_computed, rehearsed = batches.tokens * scale, self.data.rehearsed
+        if rehearsed is not None:
+            more = rehearsed.expected_tokens(self.loaded.tokenizer, len(whole.train))
+            tokens_computed += more
+            facts = {"prompts_rehearsed": len(rehearsed.prompts), "tokens_rehearsed": more}
+            text = f"answers of {self.loaded.ref} to {len(rehearsed.prompts)} general prompts, at most {more:,} tokens an epoch"
+            rows.append(PlanRow("rehearsed", text, facts))
         return MethodPlan(
             rows=rows,
-            tokens_computed=batches.tokens * scale * steps_total / max(1, per_epoch),
+            tokens_computed=tokens_computed * steps_total / max(1, per_epoch),
             steps_total=steps_total,
             largest_batch_tokens=max(
                 self.task.batch(0, index).input_ids.shape[-1] for index in range(min(64, batches.num_batches(0)))

@@ -1,0 +1,74 @@
+"""Learning a distribution in place of words: how far a model is from what a teacher gave the likeliest tokens.
+
+Shapes: M places of which something is learned, K likeliest tokens of the teacher at each, V vocabulary, D hidden size.
+
+All that the teacher gives the other V − K tokens is one event, so that both distributions sum up to 1 and the divergence is 0 only
+where they agree on the K tokens and on the rest. It is never more than the divergence of the whole distributions, by the inequality of
+log sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nightschool.layers.forward import Documents, ForwardPath, forward_hidden, own_logits, trained_places
+from nightschool.layers.loss import chunk_tokens_for
+
+# Below it a probability counts as this one, so that no logarithm is infinite.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The likeliest tokens of a teacher at each place, the likeliest first: ids [M,K] int64, log-probabilities [M,K] fp32."""
+
+    ids: Tensor
+    log_probs: Tensor
+
+    @classmethod
+    def of(cls, logits_mv: Tensor, count: int) -> TopTokens:
+        """Of logits [M,V]; fewer than `count` where the vocabulary is smaller."""
+        log_probs, ids = logits_mv.float().log_softmax(-1).topk(min(count, logits_mv.shape[-1]))
+        return cls(ids, log_probs)
+
+    def to(self, device: torch.device) -> TopTokens:
+        return TopTokens(self.ids.to(device), self.log_probs.to(device))
+
+
+def document_divergence(model: nn.Module, path: ForwardPath, batch: Documents, teacher: TopTokens) -> Tensor:
+    """KL(teacher ‖ model) in nats, summed over the places of a batch that carry loss; gradients flow into the model.
+
+    `teacher` has what follows at each of these places, in their order.
+    """
+    kept = trained_places(batch)
+    if not path.fused_head:
+        return divergence(own_logits(model, path, batch, kept), teacher)
+    hidden, head = forward_hidden(model, path, batch)
+    hidden_md = hidden[kept]
+    chunk = chunk_tokens_for(getattr(head, "out_features", 32_768))
+    total = hidden_md.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(kept), chunk):
+        part = slice(start, start + chunk)
+        total = total + checkpoint(
+            _of_hidden, head, hidden_md[part], teacher.ids[part], teacher.log_probs[part], use_reentrant=False
+        )
+    return total
+
+
+def divergence(logits_mv: Tensor, teacher: TopTokens) -> Tensor:
+    """KL(teacher ‖ model) in nats, summed over the places, of the model's logits."""
+    log_q_mk = logits_mv.float().log_softmax(-1).gather(1, teacher.ids)
+    p_mk = teacher.log_probs.exp()
+    rest_p_m, rest_q_m = (1 - probs_mk.sum(-1) for probs_mk in (p_mk, log_q_mk.exp()))
+    of_tokens = (p_mk * (teacher.log_probs - log_q_mk)).sum()
+    rest_p_m, rest_q_m = rest_p_m.clamp_min(_LEAST), rest_q_m.clamp_min(_LEAST)
+    return of_tokens + (rest_p_m * (rest_p_m.log() - rest_q_m.log())).sum()
+
+
+def _of_hidden(head: Any, hidden_md: Tensor, ids_mk: Tensor, log_probs_mk: Tensor) -> Tensor:
+    return divergence(head(hidden_md), TopTokens(ids_mk, log_probs_mk))

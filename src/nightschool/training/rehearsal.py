@@ -1,0 +1,256 @@
+"""What a run rehearses: the answers that the model gave to general prompts before it learned, with the distribution that it had.
+
+Rehearsing the words teaches those answers; rehearsing the distribution keeps what made them, also for prompts that are
+never rehearsed (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282; of what a model itself says, on-policy
+distillation, Agarwal et al. 2024, arXiv 2306.13649). The teacher is asked once: its likeliest tokens at each place are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nightschool.config.recipe import Recipe, Rehearse
+from nightschool.data.batches import Batch, Batches
+from nightschool.data.chat.render import Rendered, render_prompt, stop_token_ids
+from nightschool.data.example import Message
+from nightschool.errors import Damaged
+from nightschool.evaluation.general import rehearsed_prompts
+from nightschool.evaluation.heldout import as_found, autocast, on_device
+from nightschool.layers.distillation import TopTokens, document_divergence
+from nightschool.layers.forward import ForwardPath, causal_lm, document_logits, trained_places
+from nightschool.models.load import LoadedModel
+from nightschool.models.quiet import quiet_libraries
+from nightschool.store.atomic import write_bytes
+from nightschool.store.home import Home
+from nightschool.training.metrics import say
+
+# In the folder of a run.
+FILE = "rehearsal.safetensors"
+
+# What they leave out counts as one event.
+KEPT_TOKENS = 64
+_PROMPTS_PER_PASS = 16
+_SHORTEST_ANSWER = 2
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """One prompt and answer as tokens, and what the teacher gave each place of the answer: [tokens of the answer, K]."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    teacher: TopTokens
+
+    @property
+    def document(self) -> Rendered:
+        weights = [0.0] * len(self.prompt_ids) + [1.0] * len(self.answer_ids)
+        roles = ["user"] * len(self.prompt_ids) + ["assistant"] * len(self.answer_ids)
+        return Rendered([*self.prompt_ids, *self.answer_ids], weights, roles)
+
+
+class Rehearsal:
+    """Answers to rehearse, some of them beside each micro-batch, in an order of its own.
+
+    Args:
+        rows: At least one.
+        ratio: Of them for each example of a micro-batch.
+        weight: Of the divergence beside the loss.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: Sequence[Rehearsed], *, ratio: float, weight: float, seed: int) -> None:
+        assert rows, "there is something to rehearse"
+        self._rows, self._ratio, self.weight = list(rows), ratio, weight
+        self._order = np.random.default_rng(seed).permutation(len(rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all of them, with their prompts."""
+        return sum(len(row.prompt_ids) + len(row.answer_ids) for row in self._rows)
+
+    def beside(self, batch: Batch, number: int) -> tuple[Batch, TopTokens]:
+        """What is rehearsed beside a micro-batch, the `number`th of the run; equal for equal arguments."""
+        examples = len(batch.cu_seqlens) - 1
+        count = min(len(self._rows), max(1, round(self._ratio * examples)))
+        chosen = [self._rows[self._order[(number * count + i) % len(self._rows)]] for i in range(count)]
+        documents = [row.document for row in chosen]
+        packed = Batches(documents, batch_size=1, seed=0, documents_per_example=len(documents)).get(0, 0)
+        teacher = TopTokens(
+            torch.cat([row.teacher.ids for row in chosen]), torch.cat([row.teacher.log_probs for row in chosen])
+        )
+        return packed, teacher
+
+    def divergence(self, model: nn.Module, path: ForwardPath, batch: Batch, number: int, dtype: torch.dtype) -> Tensor:
+        """KL(teacher ‖ model) in nats, a mean over the tokens of what is rehearsed beside a micro-batch."""
+        packed, teacher = self.beside(batch, number)
+        device = next(model.parameters()).device
+        with autocast(device, dtype):
+            total = document_divergence(model, path, on_device(packed, device), teacher.to(device))
+        return total / packed.tokens_trained
+
+
+def ask(
+    model: nn.Module, path: ForwardPath, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[Rehearsed]:
+    """Let the model, as it is now, answer prompts greedily, and note what it gave each place of its answers."""
+    asked = [tuple(render_prompt(tokenizer, [Message("user", prompt)])) for prompt in prompts]
+    said: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    with quiet_libraries(), as_found(model), torch.no_grad():
+        for start in range(0, len(asked), _PROMPTS_PER_PASS):
+            some = asked[start : start + _PROMPTS_PER_PASS]
+            said += zip(some, _answers(model, tokenizer, some, max_new_tokens), strict=True)
+        rows = []
+        for prompt_ids, answer_ids in said:
+            if len(answer_ids) >= _SHORTEST_ANSWER:
+                rows.append(Rehearsed(prompt_ids, answer_ids, _teacher(model, path, prompt_ids, answer_ids)))
+    return rows
+
+
+def _answers(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """Greedy answers, each with the token that ends it, if it came to its end."""
+    inner = causal_lm(model)
+    device, stops = next(model.parameters()).device, stop_token_ids(tokenizer)
+    filler, longest = next(iter(stops)), max(map(len, prompts))
+    ids = torch.tensor([[filler] * (longest - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
+    # Packed attention knows no padding.
+    packed = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+    try:
+        found = cast(Any, model).generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops),
+            pad_token_id=filler,
+        )  # fmt: skip
+    finally:
+        inner.set_attn_implementation(packed)
+    return [_to_end(row, stops) for row in found[:, longest:].tolist()]
+
+
+def _to_end(ids: Sequence[int], stops: Any) -> tuple[int, ...]:
+    end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+    return tuple(ids[:end])
+
+
+def _teacher(model: nn.Module, path: ForwardPath, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TopTokens:
+    document = Rehearsed(tuple(prompt_ids), tuple(answer_ids), TopTokens(torch.empty(0), torch.empty(0))).document
+    device = next(model.parameters()).device
+    batch = on_device(Batches([document], batch_size=1, seed=0).get(0, 0), device)
+    return TopTokens.of(document_logits(model, path, batch)[trained_places(batch)], KEPT_TOKENS).to(torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class RehearsedPrompts:
+    """What a recipe wants rehearsed, before the model was asked."""
+
+    prompts: tuple[str, ...]
+    settings: Rehearse
+    seed: int
+    cache: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, home: Home, root: Path) -> RehearsedPrompts | None:
+        """None where nothing is to be rehearsed: the recipe says so, or new weights know nothing yet.
+
+        Raises:
+            NotFound, DataError: If the prompts cannot be read.
+        """
+        prompts = rehearsed_prompts(recipe.rehearse.prompts, recipe.gate.general, root)
+        if not prompts or recipe.base.startswith("new:"):
+            return None
+        return cls(tuple(prompts), recipe.rehearse, recipe.train.seed, home.cache / "rehearsals")
+
+    def answered(self, folder: Path, loaded: LoadedModel, task: Any) -> Rehearsal | None:
+        """The answers: those in the run's folder, or of an earlier run with the same weights, or asked for now.
+
+        None where the model says nothing to any of the prompts.
+        """
+        path = folder / FILE
+        rows = read(path)
+        if rows is None:
+            digest = self._digest(loaded)
+            kept = self.cache / f"{digest}.safetensors"
+            rows = read(kept)
+            if rows is None:
+                say(f"Asking {loaded.ref} {len(self.prompts)} general prompts, whose answers are rehearsed")
+                rows = ask(task.model, task.path, loaded.tokenizer, self.prompts, self.settings.max_new_tokens)
+                write(kept, rows)
+            write(path, rows)
+            rows = read(path)  # what a resumed run has: numbers rounded as they are kept
+        if not rows:
+            say(f"{loaded.ref} says nothing to the general prompts, so nothing is rehearsed")
+            return None
+        return Rehearsal(rows, ratio=self.settings.ratio, weight=self.settings.weight, seed=self.seed)
+
+    def expected_tokens(self, tokenizer: Any, examples: int) -> int:
+        """Tokens of what is rehearsed beside so many examples, where no answer ends early."""
+        longest = [len(render_prompt(tokenizer, [Message("user", p)])) for p in self.prompts]
+        return round(self.settings.ratio * examples * (sum(longest) / len(longest) + self.settings.max_new_tokens))
+
+    def _digest(self, loaded: LoadedModel) -> str:
+        """Of all that answers depend on, the weights among it."""
+        facts = [loaded.ref, list(self.prompts), self.settings.max_new_tokens, KEPT_TOKENS]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for name, tensor in sorted(loaded.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+# --- on disk ------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, rows: Sequence[Rehearsed]) -> None:
+    """Keep answers."""
+    lengths = torch.tensor([[len(row.prompt_ids), len(row.answer_ids)] for row in rows])
+    tensors = {
+        "lengths": lengths,
+        "ids": torch.tensor([token for row in rows for token in (*row.prompt_ids, *row.answer_ids)], dtype=torch.int32),
+        "teacher_ids": _joined([row.teacher.ids for row in rows]).to(torch.int32),
+        "teacher_log_probs": _joined([row.teacher.log_probs for row in rows]).half(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(tensors))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, KEPT_TOKENS)
+
+
+def read(path: Path) -> list[Rehearsed] | None:
+    """The answers that were kept; None if none were.
+
+    Raises:
+        Damaged: If the file is broken.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("lengths", "ids", "teacher_ids", "teacher_log_probs")}
+        lengths = tensors["lengths"].tolist()
+        ids = tensors["ids"].split([size for pair in lengths for size in pair])
+        answers = [answer for _, answer in lengths]
+        teacher_ids = tensors["teacher_ids"].long().split(answers)
+        log_probs = tensors["teacher_log_probs"].float().split(answers)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise Damaged(f"{path} cannot be read ({error}). Remove it; the next run asks the model again.") from None
+    return [
+        Rehearsed(tuple(prompt.tolist()), tuple(answer.tolist()), TopTokens(one, given))
+        for prompt, answer, one, given in zip(ids[::2], ids[1::2], teacher_ids, log_probs, strict=True)
+    ]

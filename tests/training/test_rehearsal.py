@@ -1,0 +1,118 @@
+"""Rehearsal: what a model said to general prompts stays as likely as it was, while it learns something else."""
+
+import json
+
+import pytest
+import torch
+
+from nightschool.config.recipe import Recipe
+from nightschool.errors import Damaged
+from nightschool.evaluation.general import OWN_FILE, REHEARSED_FILE, _bare, rehearsed_prompts
+from nightschool.events import read_events
+from nightschool.layers.distillation import TopTokens, divergence
+from nightschool.training import rehearsal
+from nightschool.training.rehearsal import FILE, Rehearsal
+from tests.support.training_setups import LORA, MiniRun, deterministic_threads
+from tests.training.test_resume import assert_equal_runs
+
+pytestmark = pytest.mark.trains
+PROMPTS = ["hello there", "abc?", "what is it", "tell me"]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    with deterministic_threads():
+        yield
+
+
+def a_run(folder, *, weight=1.0, home=None, prompts=True, lora=LORA, **train):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"question": one}) + "\n" for one in PROMPTS))
+    rehearse = {"prompts": "prompts.jsonl", "weight": weight, "max_new_tokens": 8} if prompts else {}
+    return MiniRun(folder, lora=lora, home=home, recipe={"rehearse": rehearse}, **train)
+
+
+def test_the_divergence_is_none_from_itself_and_that_of_all_tokens_where_all_are_kept():
+    chance = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(5, 40, generator=chance) * 2 for _ in range(2))
+    whole = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
+    assert divergence(p, TopTokens.of(p, 8)).item() == pytest.approx(0, abs=1e-5)
+    assert divergence(q, TopTokens.of(p, 40)).item() == pytest.approx(whole.item(), rel=1e-4)
+    assert 0 < divergence(q, TopTokens.of(p, 8)).item() < whole.item()
+    q.requires_grad_()
+    divergence(q, TopTokens.of(p, 39)).backward()
+    assert torch.allclose(q.grad, q.detach().softmax(-1) - p.softmax(-1), atol=1e-4)
+
+
+def test_what_the_exam_asks_is_never_rehearsed(tmp_path):
+    exam, ours = (
+        {_bare(json.loads(line)["question"]) for line in file.read_text().splitlines()}
+        for file in (OWN_FILE, REHEARSED_FILE)
+    )
+    assert len(ours) > 100
+    assert not exam & ours
+    rows = [
+        {"question": "What is frozen water called"},
+        {"question": "Something else?"},
+        {"question": "Something else?"},
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rehearsed_prompts("own.jsonl", "default", tmp_path) == ["Something else?"]
+    assert rehearsed_prompts(None, "default", tmp_path) == []
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = a_run(tmp_path / "whole").go()
+    parts = a_run(tmp_path / "parts").go(stop_after=4)
+    parts.go(resume=parts.saved[-1])
+    assert_equal_runs(whole, parts)
+    rows = list(read_events(whole.run.metrics_path))
+    assert all(row["rehearsal_divergence"] >= 0 for row in rows)
+    assert rows[0]["rehearsal_divergence"] == pytest.approx(0, abs=1e-3)  # half precision, and nothing was learned yet
+
+
+def test_another_run_with_the_same_weights_asks_nothing(tmp_path, monkeypatch):
+    first = a_run(tmp_path / "first").go(stop_after=1)
+    monkeypatch.setattr(rehearsal, "ask", lambda *_: pytest.fail("was asked"))
+    second = a_run(tmp_path / "second", home=first.home).go(stop_after=1)
+    assert (second.run.path / FILE).read_bytes() == (first.run.path / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_with_a_rehearsal_less_is_unlearned(tmp_path, lora):
+    drifted = []
+    for weight in (None, 5.0):
+        name = "with" if weight else "without"
+        run = a_run(tmp_path / name, prompts=weight is not None, weight=weight or 1.0, lora=lora)
+        prepared = run.prepared()
+        rows = rehearsal.ask(prepared.task.model, prepared.task.path, prepared.loaded.tokenizer, PROMPTS, 8)
+        kept = Rehearsal(rows, ratio=9, weight=1, seed=0)
+        run.run.path.mkdir(exist_ok=True)
+        prepared.begin(run.run.path)
+        task = prepared.task
+        task.model.train()
+        for _ in range(3):
+            for place in range(task.epoch_length(0)):
+                batch = task.batch(0, place)
+                task.accumulate([batch], batch.loss_units)
+                task.update(1e-2, 1.0, None, task.world)
+        task.model.eval()
+        with torch.no_grad():
+            beside = kept.divergence(task.model, task.path, task.batches.get(0, 0), 0, torch.float32)
+        drifted.append(beside.item())
+    assert 0 < drifted[1] < 0.6 * drifted[0]
+
+
+def test_a_broken_file_is_named(tmp_path):
+    run = a_run(tmp_path / "run").go(stop_after=1)
+    path = run.run.path / FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Damaged, match=r"rehearsal\.safetensors cannot be read"):
+        run.go(resume=run.saved[-1])
+
+
+def test_what_rehearses_neither_shards_nor_shares(tmp_path):
+    plain = {"base": "x", "data": [{"path": "y"}], "rehearse": {"prompts": "default"}}
+    for method, train in (("full", {"local_blocks": 2}), ("full", {"zero_stage": 2}), ("dpo", {})):
+        with pytest.raises(ValueError, match=r"rehearse\.prompts"):
+            Recipe.model_validate(plain | {"method": method, "train": train})
