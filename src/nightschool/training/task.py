@@ -307,25 +307,39 @@ class CausalTask(Task, Generic[Source]):
                     lambda: autocast(self.device, self.compute_dtype),
                     self.likeliest,
                 )
-                for batch in window:
-                    self._learn_beside(batch, units, scaled)
+                beside = [self._learn_beside(batch, units, scaled) for batch in window]
             else:
-                loss = self._one_by_one(window, units, scaled)
+                loss, beside = self._one_by_one(window, units, scaled)
         self.end_window(loss, units)
+        for name in {name for figures in beside for name in figures}:
+            self._figures |= {name: torch.stack([figures[name] for figures in beside if name in figures]).sum()}
         return loss
 
-    def _one_by_one(self, window: Sequence[Batch], units: int, scaled: Callable[[Tensor], Tensor]) -> Tensor:
+    def _one_by_one(
+        self, window: Sequence[Batch], units: int, scaled: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The loss of a window, and the figures of what was learned beside each micro-batch."""
         loss: Tensor | None = None
+        beside = []
         for batch in window:
             part = self.loss(batch).sum / units
             scaled(part).backward()  # type: ignore[no-untyped-call]
             loss = part.detach() if loss is None else loss + part.detach()
-            self._learn_beside(batch, units, scaled)
+            beside.append(self._learn_beside(batch, units, scaled))
         assert loss is not None, "a window has a micro-batch"
-        return loss
+        return loss, beside
 
-    def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> None:
-        """Add the gradients of what is learned beside a micro-batch of a window, which counts in no loss; here nothing is."""
+    def _learn_beside(
+        self,
+        batch: Batch,  # noqa: ARG002
+        units: int,  # noqa: ARG002
+        scaled: Callable[[Tensor], Tensor],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Add the gradients of what is learned beside a micro-batch of a window, which counts in no loss; here nothing is.
+
+        Returns its part of figures that are sums over the window.
+        """
+        return {}
 
     def _token_scale(self, window: Sequence[Batch], units: int, scaler: torch.amp.GradScaler | None) -> float:
         """What gradients of a token's loss are multiplied by where it is one of a mean over all tokens of a window.

@@ -85,22 +85,14 @@ class FinetuneTask(CausalTask[Batches]):
     def where(self, epoch: int, place: int) -> str:
         return f"epoch {epoch}, micro-batch {place}"
 
-    def begin_window(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        super().begin_window(scaler)
-        self._divergences: list[Tensor] = []
-
-    def end_window(self, loss: Tensor, units: int) -> None:
-        super().end_window(loss, units)
-        if self.rehearsal is not None:
-            found = torch.stack(self._divergences).sum() if self._divergences else torch.zeros_like(loss)
-            self._figures |= {"rehearsal_divergence": found / units}
-
-    def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> None:
-        if self.rehearsal is not None and isinstance(batch, NumberedBatch):
-            # A pass of its own, so that its activations need no room beside those of the micro-batch.
-            mean = self.rehearsal.divergence(self.model, self.path, batch, batch.number, self.compute_dtype)
-            scaled(mean * (self.rehearsal.weight * batch.loss_units / units)).backward()  # type: ignore[no-untyped-call]
-            self._divergences.append(mean.detach() * batch.loss_units)
+    def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        if self.rehearsal is None or not isinstance(batch, NumberedBatch):
+            return {}
+        # A pass of its own, so that its activations need no room beside those of the micro-batch.
+        mean = self.rehearsal.divergence(self.model, self.path, batch, batch.number, self.compute_dtype)
+        part = mean * (batch.loss_units / units)
+        scaled(part * self.rehearsal.weight).backward()  # type: ignore[no-untyped-call]
+        return {"rehearsal_divergence": part.detach()}
 
     def heldout_loss(self, batches: Batches) -> tuple[float, int]:
         """Loss in nats per token and tokens of the held-out batches, with dropout off."""
