@@ -26,7 +26,7 @@ def documents(ids: list[int], count: int) -> list[Any]:
     return [Rendered(row, [1.0] * len(row), ["text"] * len(row)) for row in rows]
 
 
-def run(blocks: int, steps: int, batch_size: int, seed: int) -> dict[str, float]:
+def run(blocks: int, steps: int, batch_size: int, num_chats: int, seed: int) -> dict[str, float]:
     """Train in this process; its figures."""
     from real_chats import chats, tokenizer
 
@@ -37,7 +37,7 @@ def run(blocks: int, steps: int, batch_size: int, seed: int) -> dict[str, float]
     from nightschool.training.methods.finetune import FinetuneTask
 
     torch.set_num_threads(1)
-    everything = chats(3000)
+    everything = chats(num_chats)
     learned = tokenizer(everything, vocab_size=2048)
     text = "\n".join(message["content"] for chat in everything for message in chat)
     ids = learned(text)["input_ids"]
@@ -72,9 +72,9 @@ def run(blocks: int, steps: int, batch_size: int, seed: int) -> dict[str, float]
 
 def main() -> None:
     bench = Benchmark("local_learning", "backpropagation against local blocks: held-out loss, bytes, time", {})
-    steps, batch_size, seeds = (8, 2, (0,)) if bench.quick else (200, 4, (0, 1))
+    steps, batch_size, num_chats, seeds = (8, 2, 300, (0,)) if bench.quick else (200, 4, 3000, (0, 1))
     of = {
-        blocks: [apart(run, blocks, steps, batch_size, seed) for seed in seeds]
+        blocks: [apart(run, blocks, steps, batch_size, num_chats, seed) for seed in seeds]
         for blocks in (BLOCKS[:2] if bench.quick else BLOCKS)
     }
     figures: dict[str, float] = {}
