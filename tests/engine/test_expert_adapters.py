@@ -80,7 +80,7 @@ def last_logits(model):
         )
 
 
-@pytest.mark.parametrize(("label", "tier"), [(None, None), (None, "disk"), ("nf4-double", None)])
+@pytest.mark.parametrize(("label", "tier"), [(None, None), (None, "disk"), ("nf4-double", None), ("int8", "disk")])
 def test_every_row_of_a_step_gets_the_logits_of_its_own_adapter(label, tier, home, folders):
     if label is not None and find_spec("bitsandbytes") is None:
         pytest.skip("the extra `qlora` is not installed")

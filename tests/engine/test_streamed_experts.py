@@ -171,7 +171,7 @@ def test_an_adapter_stands_apart_on_a_mixture_whose_experts_pass_by(home):
     assert few == pytest.approx(whole, abs=1e-3)
     assert slots[1].current.engine.experts.store.turns[0] > 0
     found = located_version(version_of(home, "adapted"))
-    with pytest.raises(ModelError, match=r"is an adapter or quantised.*leave --experts-resident out"):
+    with pytest.raises(ModelError, match=r"is an adapter, and experts are streamed.*leave --experts-resident out"):
         EnginePool(home, experts_resident=4).bind(found, lambda _: nullcontext(), merged=True)
     plain = slot_of(home, "moe")
     assert answer(plain) != pytest.approx(whole, abs=1e-2)

@@ -1,6 +1,7 @@
 """Adapters above experts that live elsewhere: the same numbers as above resident ones, on any tier, and a version like any other."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from nightschool.config.recipe import Lora, Recipe
-from nightschool.errors import ModelError
+from nightschool.errors import Damaged
 from nightschool.models.adapters import attach_lora, describe_adapter
+from nightschool.models.cost import count_parameters, expert_tiers
 from nightschool.models.load import load_base
 from nightschool.models.streamed import ExpertPlace
 from nightschool.store.registry import Registry
@@ -104,12 +106,79 @@ def test_the_plan_says_on_which_tier_frozen_experts_lie(tmp_path):
 
 def test_what_cannot_be_is_refused_with_what_to_write(tmp_path):
     recipe = on("disk", tmp_path / "run").run.recipe()
-    packed = on("disk", tmp_path / "nf4", base=f"{base_folder('tiny-qwen3-moe')}[nf4]")
-    with pytest.raises(ModelError, match=r"quantised, and experts are streamed from full weights"):
-        packed.prepared()
     with pytest.raises(
         ValueError, match=r"`experts\.z_loss_coef` belongs to `method: full` or `method: pretrain`, and"
     ):
         Recipe.model_validate(recipe | {"experts": {"tier": "disk", "z_loss_coef": 0.1}})
-    with pytest.raises(ValueError, match=r"`experts` belongs to `method: full`, `method: pretrain` or `method: lora`"):
-        Recipe.model_validate(recipe | {"method": "qlora"})
+    with pytest.raises(
+        ValueError, match=r"`experts` belongs to `method: full`, `method: pretrain`, `method: lora` or `method: qlora`"
+    ):
+        Recipe.model_validate(recipe | {"method": "dpo"})
+
+
+packs = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra `qlora` is not installed")
+
+
+@packs
+@pytest.mark.parametrize(("label", "tier"), [("nf4-double", "disk"), ("nf4", "host"), ("int8", "disk")])
+def test_packed_experts_that_are_streamed_compute_what_packed_ones_compute_that_are_all_there(label, tier, tmp_path):
+    from nightschool.store.home import Home
+
+    home = Home(tmp_path).ensure()
+    ref = f"{base_folder('tiny-mixtral')}[{label}]"
+    found = []
+    for place in (None, ExpertPlace(tier, tmp_path, 2, learns=False)):
+        base = load_base(ref, home, merge=False, experts=place).model
+        with torch.no_grad():
+            alone = base(IDS).logits
+        wrapped = attach_lora(base, LORA, seed=1)
+        torch.manual_seed(2)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        out = wrapped(IDS, labels=IDS)
+        out.loss.backward()
+        gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+        found.append(
+            (
+                {"alone": alone, "logits": out.logits.detach()} | gradients,
+                frozen_fingerprint(wrapped),
+                expert_tiers(wrapped),
+            )
+        )
+    (resident, fingerprint, _), (streamed, same, tiers) = found
+    assert differing(resident, streamed) == []
+    assert same == fingerprint, "so a run goes on on another tier"
+    plain = 4 * count_parameters(wrapped).experts
+    assert 0 < (tiers.disk or tiers.device) < plain * (0.35 if label == "int8" else 0.25)
+    assert tiers.disk == 0 or tiers.device == tiers.disk / 4, "two of eight experts are in memory"
+
+
+@packs
+@pytest.mark.trains
+def test_a_run_on_packed_experts_goes_on_on_another_tier(tmp_path):
+    def qlora(tier, folder):
+        return MiniRun(
+            folder, "tiny-qwen3-moe", lora=LORA, recipe={"method": "qlora", "experts": {"tier": tier, "resident": 2}}
+        )
+
+    resident = qlora("device", tmp_path / "resident").go()
+    first = qlora("disk", tmp_path / "parts").go(stop_after=3)
+    first.run.recipe_path.write_text(json.dumps(first.run.recipe() | {"experts": {"tier": "device"}}))
+    assert_equal_runs(resident, qlora("device", tmp_path / "parts").go(resume=first.saved[-1]))
+
+
+def test_an_expert_that_is_not_finite_is_named_while_it_is_read(tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from nightschool.store.home import Home
+
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder("tiny-qwen3-moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Damaged, match=r"expert 2 of layer model\.layers\.1\.mlp\.experts .* hold NaN or infinity"):
+        load_base(str(folder), Home(tmp_path).ensure(), experts=ExpertPlace("host", tmp_path, 2, learns=False))

@@ -260,7 +260,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "quantization": (("qlora",), ""),
     "dpo": (("dpo",), ""),
     "memory": (("memory",), ""),
-    "experts": (("full", "pretrain", "lora"), ""),
+    "experts": (("full", "pretrain", "lora", "qlora"), ""),
     "train.local_blocks": (("full", "pretrain"), ", of which too little learns"),
     "experts.load_balancing_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),

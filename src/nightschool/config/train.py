@@ -197,7 +197,7 @@ class Shape(Section):
 
 class Experts(Section):
     """The experts of a mixture, and how their routers learn, where all weights do (methods full and pretrain; `tier` also below an
-    adapter of method lora).
+    adapter of method lora or qlora).
     """
 
     tier: Literal["device", "host", "disk"] = Field(

@@ -147,7 +147,7 @@ class _Streamed:
 
     def __init__(self, experts: StreamedExperts, device: torch.device) -> None:
         self._layer, self._stream, self._device = experts.layer, experts.stream, device
-        self.dtype = self._stream.store.layout.dtype
+        self.dtype = self._stream.content.dtype
         self.expert_size = self._stream.shape.expert_size
 
     def gate(self, both_s: Tensor) -> Tensor:
@@ -158,4 +158,4 @@ class _Streamed:
         stream = self._stream
         passes = stream.backward(self._layer, experts) if back else stream.current(self._layer, experts)
         for expert, record, *_ in passes:
-            yield expert, *stream.shape.matrices(record[WEIGHTS].to(self._device))
+            yield expert, *stream.content.cut(record[WEIGHTS].to(self._device))

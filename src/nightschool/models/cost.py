@@ -171,7 +171,7 @@ def expert_step_bytes(model: nn.Module, loads: int) -> int:
     stream = next((module.stream for module in _streamed(model)), None)
     if stream is None:
         return 0
-    section = stream.shape.num_records * stream.shape.numbers * stream.store.layout.dtype.itemsize
+    section = stream.shape.num_records * stream.content.numbers * stream.content.stored_dtype.itemsize
     if stream.store.disk_bytes:
         # The first: all four sections are read and three written, weights are read again, and the gradient is written.
         return section * ((9 + 4 * (loads - 1)) if stream.learns else 2 * loads)

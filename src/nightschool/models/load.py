@@ -264,9 +264,9 @@ def _build_new(
 def _refuse_what_streams_not(found: Located, home: Home, *, merge: bool) -> None:
     """Experts are streamed from a folder of full weights alone, on which an adapter may stand that is kept apart."""
     chain = down_to_weights(found, home)
-    if len(chain) > (1 if merge else 2) or chain[-1].quantization is not None:
+    if len(chain) > (1 if merge else 2):
         raise ModelError(
-            f"The base {found.ref} is an adapter or quantised, and experts are streamed from full weights. Write "
+            f"The base {found.ref} is an adapter, and experts are streamed from full weights. Write "
             "experts.tier: device (to serve, leave --experts-resident out), or take the version that it stands on."
         )
 
@@ -275,9 +275,9 @@ def _read_streamed(
     place: ExpertPlace, folder: Path, ref: str, dtype: torch.dtype, device: torch.device | str, quantization: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `read_folder`, with experts where `place` says."""
-    assert quantization is None
     facts = inspect_folder(folder, ref)
-    return read_streamed(facts, load_config(folder, ref), ref, place, dtype, device), load_tokenizer(folder, ref)
+    model = read_streamed(facts, load_config(folder, ref), ref, place, dtype, device, quantization)
+    return model, load_tokenizer(folder, ref)
 
 
 def load_located(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from nightschool.errors import ModelError
+from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.packed_experts import PackedExperts
 from nightschool.models.quantized_experts import WithExperts, unpack_experts
 from nightschool.models.quiet import quiet_libraries
@@ -98,6 +99,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, PackedExperts):
             layer.dtype = dtype
+        if isinstance(layer, StreamedExperts) and not layer.stream.content.stored_dtype.is_floating_point:
+            layer.stream.content.dtype = dtype
         if is_quantized(layer) and hasattr(layer, "compute_dtype"):
             layer.compute_dtype = dtype  # type: ignore[assignment]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -86,6 +87,39 @@ class _EightBits(Bnb8BitHfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Packing(self, super().get_quantize_ops())  # type: ignore[no-untyped-call]
+
+
+def quantizer_of(config: WithExperts) -> HfQuantizer:
+    """What quantises by these settings, a model that is not packed yet."""
+    return (_EightBits if config.load_in_8bit else _FourBits)(config, pre_quantized=False)
+
+
+class QuantizedWhileRead:
+    """A block in which the linear layers of a model, whose experts are elsewhere, get their weights and are packed at once."""
+
+    def __init__(self, model: Any, config: WithExperts, device: torch.device) -> None:
+        self._model, self._device = model, device
+        quantizer: Any = quantizer_of(config)
+        self._quantizer, self._packing = quantizer, quantizer.get_quantize_ops()
+
+    def __enter__(self) -> QuantizedWhileRead:
+        self._quantizer.preprocess_model(self._model, device_map={"": self._device})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None:
+            self._quantizer.postprocess_model(self._model)
+            self._model.hf_quantizer = self._quantizer
+
+    def take(self, name: str, value: Tensor) -> bool:
+        """Have a parameter be this, packed; False, and nothing done, if it is not to be."""
+        if not self._quantizer.param_needs_quantization(self._model, name):
+            return False
+        here = value.to(self._device, self._model.dtype)
+        packed = self._packing.convert({name: here}, model=self._model)[name]
+        module, own = get_module_from_name(self._model, name)
+        setattr(module, own, packed)
+        return True
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, PackedExperts]]:

@@ -41,10 +41,12 @@ class StoredWeights:
     def loaded_bytes(self, dtype: torch.dtype, experts_resident: int | None = None) -> int:
         """What they take in memory where those that are not quantised are kept in `dtype`, and no more experts than that."""
         size = torch.empty((), dtype=dtype).element_size()
-        if self.num_experts and experts_resident is not None:
-            resident = min(1.0, experts_resident / self.num_experts)
-            return size * (self.num_elements - int(self.num_in_experts * (1 - resident)))
-        return size * (self.num_elements - self.num_quantized) + int(self.num_quantized * self.bits / 8 * _SCALES)
+        each_quantized = self.bits / 8 * _SCALES
+        whole = size * (self.num_elements - self.num_quantized) + int(self.num_quantized * each_quantized)
+        if not self.num_experts or experts_resident is None:
+            return whole
+        elsewhere = self.num_in_experts * (1 - min(1.0, experts_resident / self.num_experts))
+        return whole - int(elsewhere * (each_quantized if self.num_quantized else size))
 
 
 def stored_weights(ref: str, home: Home, root: Path | None = None) -> StoredWeights:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nightschool.errors import Damaged, ModelError
+from nightschool.layers.adapted_experts import adapted_experts
+from nightschool.layers.expert_streaming.content import Content, PackedContent, PlainContent
 from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.expert_streaming.file import PAGE_BYTES, FileStore
 from nightschool.layers.expert_streaming.kept import LastUsed, MostUsed
@@ -27,6 +30,8 @@ from nightschool.layers.expert_streaming.record import LEARNING, WEIGHTS, Record
 from nightschool.layers.expert_streaming.store import ExpertStore
 from nightschool.layers.expert_streaming.stream import ExpertShape, ExpertStream
 from nightschool.models.folder import FolderInfo
+from nightschool.models.quantize import quantization_config, steady
+from nightschool.models.quantized_experts import QuantizedWhileRead, WithExperts
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_values, is_derived
 from nightschool.units import format_bytes
@@ -61,7 +66,7 @@ class ExpertPlace:
     learns: bool = True
     serves: bool = False
 
-    def new_store(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> ExpertStore:
+    def new_store(self, shape: ExpertShape, content: Content, device: torch.device) -> ExpertStore:
         """Take the room that the experts need.
 
         Raises:
@@ -69,7 +74,8 @@ class ExpertPlace:
             DiskFull: If there is not enough room on the disk.
         """
         sections = LEARNING if self.learns else (WEIGHTS,)
-        one = len(sections) * shape.numbers * dtype.itemsize
+        numbers, dtype = content.numbers, content.stored_dtype
+        one = len(sections) * numbers * dtype.itemsize
         free, held = host_bytes().free, shape.num_records if self.tier == "host" else self.resident
         if held * one > free:
             remedy = "Write experts.tier: disk, or fewer experts."
@@ -80,9 +86,9 @@ class ExpertPlace:
                 f"{format_bytes(free)} are free. {remedy}"
             )
         if self.tier == "host":
-            layout = RecordLayout(sections, shape.numbers, dtype, _RAM_ALIGNMENT_BYTES, shape.matrices)
+            layout = RecordLayout(sections, numbers, dtype, _RAM_ALIGNMENT_BYTES, content.cut)
             return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")
-        layout = RecordLayout(sections, shape.numbers, dtype, PAGE_BYTES, shape.matrices)
+        layout = RecordLayout(sections, numbers, dtype, PAGE_BYTES, content.cut)
         kept = MostUsed(self.resident) if self.serves else LastUsed()
         return FileStore(
             layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of, kept=kept
@@ -116,12 +122,18 @@ def build_streamed(
 
 
 def read_streamed(
-    facts: FolderInfo, config: Any, ref: str, place: ExpertPlace, dtype: torch.dtype, device: torch.device | str
+    facts: FolderInfo,
+    config: Any,
+    ref: str,
+    place: ExpertPlace,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The model that a stock folder of full weights holds.
+    """The model that a stock folder of full weights holds, or with a `quantization` what that makes of it, expert by expert.
 
     Raises:
-        ModelError: If it is no mixture whose experts can be streamed, or quantised.
+        ModelError: If it is no mixture whose experts can be streamed, or quantised already.
         Damaged: If a tensor is missing, unexpected, of another shape, or not finite.
         DiskFull: If its experts find no room.
     """
@@ -129,15 +141,19 @@ def read_streamed(
         raise ModelError(
             f"The base {ref!r} is quantised, and its experts cannot be streamed. Write experts.tier: device."
         )
-    stream = _new_stream(config, place, dtype, torch.device(device))
-    model = _without_experts(config, stream, dtype, draw=False)
+    stream = _new_stream(config, place, dtype, torch.device(device), quantization)
+    model: Any = cast(Any, _without_experts(config, stream, dtype, draw=False)).to(device)
     files = _Files(facts, ref)
-    _fill_dense(model, files, ref)
+    if quantization is None:
+        _fill_dense(model, files, ref)
+    else:
+        settings = cast(WithExperts, quantization_config(quantization, dtype, ref))
+        with quiet_libraries(), QuantizedWhileRead(model, settings, torch.device(device)) as quantized:
+            _fill_dense(model, files, ref, quantized)
+        steady(model, device)
     _fill_experts(stream, str(config.model_type), files)
     check_values(model, ref)
-    if (name := stream.not_finite()) is not None:
-        raise Damaged(f"The weights of {name} of the base {ref!r} hold NaN or infinity. Fetch it again.")
-    return cast(PreTrainedModel, cast(Any, model).to(device))
+    return cast(PreTrainedModel, model)
 
 
 def stock_names(model_type: str) -> tuple[str, str, str]:
@@ -155,7 +171,9 @@ def stock_dense_name(name: str, model_type: str) -> str:
     return name.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else name
 
 
-def _new_stream(config: Any, place: ExpertPlace, dtype: torch.dtype, device: torch.device) -> ExpertStream:
+def _new_stream(
+    config: Any, place: ExpertPlace, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> ExpertStream:
     found = _modules_of_experts(config)
     if not found:
         raise ModelError(
@@ -169,7 +187,10 @@ def _new_stream(config: Any, place: ExpertPlace, dtype: torch.dtype, device: tor
         )
     num_experts, double, hidden = next(iter(found.values())).gate_up_proj.shape
     shape = ExpertShape(tuple(found), num_experts, hidden, double // 2)
-    return ExpertStream(shape, place.new_store(shape, dtype, device))
+    content: Content = PlainContent(hidden, shape.expert_size, dtype)
+    if quantization is not None:
+        content = PackedContent(quantization, hidden, shape.expert_size, dtype)
+    return ExpertStream(shape, place.new_store(shape, content, device), content)
 
 
 def _modules_of_experts(config: Any) -> dict[str, Any]:
@@ -189,7 +210,10 @@ def _without_experts(config: Any, stream: ExpertStream, dtype: torch.dtype, *, d
                 module._buffers[name] = buffer.float()
     for layer, name in enumerate(stream.shape.layers):
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, StreamedExperts(stream, layer))
+        experts = StreamedExperts(stream, layer)
+        if not stream.content.stored_dtype.is_floating_point:  # as packed ones that are all there
+            setattr(experts, "forward", partial(adapted_experts, experts, {}))  # noqa: B010 - a method, for mypy
+        setattr(model.get_submodule(parent), last, experts)
     return cast(PreTrainedModel, model)
 
 
@@ -242,8 +266,8 @@ class _Files:
         return cast(Tensor, self._open[1].get_tensor(name))
 
 
-def _fill_dense(model: Any, files: _Files, ref: str) -> None:
-    """Read everything but experts."""
+def _fill_dense(model: Any, files: _Files, ref: str, quantized: QuantizedWhileRead | None = None) -> None:
+    """Read everything but experts; `quantized` takes what it wants of it."""
     model_type, tied = str(model.config.model_type), set(getattr(model, "all_tied_weights_keys", None) or ())
     wanted: Mapping[str, Tensor] = model.state_dict()
     stock = {stock_dense_name(name, model_type): name for name in wanted}
@@ -257,7 +281,9 @@ def _fill_dense(model: Any, files: _Files, ref: str) -> None:
     with torch.no_grad():
         for name, own in stock.items():
             if name in files.facts or own not in tied:
-                wanted[own].copy_(files.read(name, tuple(wanted[own].shape)))
+                tensor = files.read(name, tuple(wanted[own].shape))
+                if quantized is None or not quantized.take(own, tensor):
+                    wanted[own].copy_(tensor)
     model.tie_weights()
 
 
@@ -270,7 +296,11 @@ def _fill_experts(stream: ExpertStream, model_type: str, files: _Files) -> None:
         for expert in range(shape.num_experts):
             parts = [layer + pattern.format(expert) for pattern in patterns]
             known.update(parts)
-            yield torch.cat([files.read(part, size) for part in parts])
+            matrix = torch.cat([files.read(part, size) for part in parts]).to(stream.content.dtype)
+            if not bool(torch.isfinite(matrix).all()):
+                name = shape.name_of(stream.index(shape.layers.index(f"{layer}.mlp.experts"), expert))
+                raise Damaged(f"The weights of {name} of the base hold NaN or infinity. Fetch it again.")
+            yield matrix
 
     for layer, name in enumerate(shape.layers):
         stream.fill(WEIGHTS, layer, 0, rows(layer_of(name), names[:2], (e, d)))

@@ -37,7 +37,7 @@ class StreamedExperts(nn.Module):
         if self.stream.instead is not None:
             return self.stream.instead(self, hidden_states, top_k_index, top_k_weights)
         order = Order(top_k_index, self.num_experts)
-        rows_sd = hidden_states[order.tokens_s].to(self.stream.store.layout.dtype)
+        rows_sd = hidden_states[order.tokens_s].to(self.stream.content.dtype)
         if torch.is_grad_enabled() and self.stream.learns and not rows_sd.requires_grad:
             rows_sd.requires_grad_()  # experts learn also where nothing below them does
         out_sd = cast(Tensor, _Experts.apply(rows_sd, self, order.counts))  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nightschool.layers.expert_streaming.content import Content
 from nightschool.layers.expert_streaming.pending import PendingUpdates, Update
 from nightschool.layers.expert_streaming.record import GRADIENT, LEARNING, UPDATED, WEIGHTS, Record
 from nightschool.layers.expert_streaming.store import ExpertStore, Visit
@@ -64,8 +65,8 @@ class ExpertShape:
 class ExpertStream:
     """The experts of a model in their store. What learns has all of `LEARNING` in its records, what is frozen only weights."""
 
-    def __init__(self, shape: ExpertShape, store: ExpertStore) -> None:
-        self.shape, self.store = shape, store
+    def __init__(self, shape: ExpertShape, store: ExpertStore, content: Content) -> None:
+        self.shape, self.store, self.content = shape, store, content
         self.learns = GRADIENT in store.layout.sections
         self._pending = PendingUpdates(shape.num_records, shape.numbers)
         self._window = 0
@@ -178,13 +179,19 @@ class ExpertStream:
         """One matrix of each expert of a layer, in order, without what was put off; look at each before the next."""
         indices = range(self.index(layer, 0), self.index(layer + 1, 0))
         for _, record in self.store.walk(Visit(index, (section,)) for index in indices):
-            yield record.matrices(section)[which]
+            yield self.content.cut(record[section])[which]
+
+    def stored(self, layer: int, which: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """As what one matrix of each expert of a layer is kept, in order, see `Content.stored`; look at each before the next."""
+        indices = range(self.index(layer, 0), self.index(layer + 1, 0))
+        for _, record in self.store.walk(Visit(index, (WEIGHTS,)) for index in indices):
+            yield self.content.stored(record[WEIGHTS], which)
 
     def fill(self, section: str, layer: int, which: int, rows: Iterator[Tensor]) -> None:
         """Let one matrix of each expert of a layer be what `rows` yields."""
         indices = range(self.index(layer, 0), self.index(layer + 1, 0))
         for _, record in self.store.walk(Visit(index, (section,), (section,)) for index in indices):
-            record.matrices(section)[which].copy_(next(rows))
+            self.content.put(record[section], which, next(rows))
 
     def not_finite(self) -> str | None:
         """The first expert whose weights hold NaN or infinity; None if all are finite. Reads all of them."""

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.errors import MadeByNewer, StateMismatch
+from nightschool.layers.adapted_experts import EXPERT_WEIGHTS
 from nightschool.layers.expert_streaming.experts import StreamedExperts
-from nightschool.layers.expert_streaming.record import WEIGHTS
-from nightschool.models.expert_adapters import streamed_shapes
+from nightschool.layers.packed_weights import Packing
 from nightschool.models.quantize import scales
 from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import REASON, Reason
@@ -87,10 +87,11 @@ def frozen_fingerprint(model: nn.Module) -> str:
     ]
     frozen += _streamed_weights(model)
     frozen.sort(key=lambda weight: weight[0])
+    of_modules = {name: scales(layer) for name, layer in model.named_modules()} | _streamed_scales(model)
     frozen += [
         (f"{name}.scale", scale.shape, scale.dtype, [scale])
-        for name, layer in sorted(model.named_modules(), key=lambda named: named[0])
-        for scale in scales(layer)
+        for name in sorted(of_modules)
+        for scale in of_modules[name]
     ]
     for name, shape, dtype, parts in frozen:
         digest.update(f"{name} {list(shape)} {dtype}\n".encode())
@@ -105,13 +106,38 @@ def _streamed_weights(model: nn.Module) -> list[tuple[str, torch.Size, torch.dty
     return [
         (
             f"{name}.{weight}",
-            shape,
-            module.stream.store.layout.dtype,
-            module.stream.rows(WEIGHTS, module.layer, which),
+            torch.Size((experts.num_experts, *experts.stream.content.stored_shape(which))),
+            experts.stream.content.stored_dtype,
+            (kept for kept, _ in experts.stream.stored(experts.layer, which)),
         )
+        for name, experts in _frozen_streamed(model)
+        for which, weight in enumerate(EXPERT_WEIGHTS)
+    ]
+
+
+def _streamed_scales(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The scales and tables of codes of such weights, by the names of the modules that would hold them."""
+    found: dict[str, list[Tensor]] = {}
+    for name, experts in _frozen_streamed(model):
+        if experts.stream.content.stored_dtype.is_floating_point:
+            continue
+        for which, weight in enumerate(EXPERT_WEIGHTS):
+            of_experts = [
+                {part: scale.clone() for part, scale in parts.items()}
+                for _, parts in experts.stream.stored(experts.layer, which)
+            ]
+            found[f"{name}.packed_{weight}"] = [
+                scale if Packing.is_table(part) else torch.stack([parts[part] for parts in of_experts])
+                for part, scale in of_experts[0].items()
+            ]
+    return found
+
+
+def _frozen_streamed(model: nn.Module) -> list[tuple[str, StreamedExperts]]:
+    return [
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, StreamedExperts) and not module.stream.learns
-        for which, (weight, shape) in enumerate(streamed_shapes(module).items())
     ]
 
 
