@@ -44,14 +44,16 @@ def forward_together(experts: StreamedExperts, parts: Sequence[Routed]) -> list[
     stream = experts.stream
     sorted_parts = [_Sorted(part, experts) for part in parts]
     outs = [part.new_rows() for part in sorted_parts]
+    # All cuts at once: one by one they would take as long as a small product.
+    of_experts = [part.cut(out_sd) for part, out_sd in zip(sorted_parts, outs, strict=True)]
     device = parts[0].hidden_td.device
     with torch.autocast(device.type, enabled=False):
         for expert, record in stream.current(experts.layer, _busy(sorted_parts)):
             gate_up, down = on_device(device, record.matrices(WEIGHTS))
-            for part, out_sd in zip(sorted_parts, outs, strict=True):
+            for part, outs_of_experts in zip(sorted_parts, of_experts, strict=True):
                 if part.counts[expert]:
                     gate, up = torch.mm(part.rows(expert), gate_up.T).chunk(2, dim=-1)
-                    torch.mm(torch.nn.functional.silu(gate) * up, down.T, out=part.cut(out_sd)[expert])
+                    torch.mm(torch.nn.functional.silu(gate) * up, down.T, out=outs_of_experts[expert])
     return [part.order.combine(out_sd, part.routed.top_k_weights, part.routed.hidden_td.dtype)
             for part, out_sd in zip(sorted_parts, outs, strict=True)]  # fmt: skip
 
