@@ -145,7 +145,7 @@ def test_what_nests_too_deep_ends_in_a_problem_and_soon(text):
 def test_a_key_below_an_unknown_section_is_reported_once():
     assert problems(MINIMAL + "parallelism:\n  name: tensor\n  degrees: [2, 4]\n") == [
         "r.yaml:3: parallelism: is not a setting; a recipe knows name, base, start, from_checkpoint, method, shape, tokenizer, data, held_out, "
-        "replay, rehearse, train, lora, quantization, dpo, memory, experts, pretrain, checkpoints, gate, schedule, serve, jobs"
+        "replay, study, rehearse, train, lora, quantization, dpo, memory, experts, pretrain, checkpoints, gate, schedule, serve, jobs"
     ]
 
 

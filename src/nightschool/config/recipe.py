@@ -57,6 +57,7 @@ __all__ = [
     "Schedule",
     "Serve",
     "Shape",
+    "Study",
     "Train",
     "Upload",
 ]
@@ -103,6 +104,22 @@ class Replay(Section):
 
 GENERAL_OF_NIGHTSCHOOL = "default"
 """In `gate.general` and `rehearse.prompts`: the prompts that come with nightschool."""
+
+
+class Study(Section):
+    """In how many forms new questions and answers, and corrections, are studied; conversations and texts stay as they are."""
+
+    write: Literal["rules", "off"] = Field(
+        "off",
+        description="Who makes other forms of what is new. rules: rewordings of English questions, and the fact as a sentence "
+        "or asked the other way round where that is sure; off: only what the data say is trained.",
+    )
+    forms: int = Field(
+        6,
+        ge=1,
+        le=32,
+        description="Forms of each that are trained, itself among them, at most. One more is kept for the gate.",
+    )
 
 
 class Rehearse(Section):
@@ -265,6 +282,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "experts.load_balancing_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.bias_update_rate": (("full", "pretrain"), ", whose expert routers do not learn"),
+    "study.write": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
@@ -307,6 +325,7 @@ class Recipe(Section):
     )
     held_out: HeldOut = Field(default_factory=HeldOut, description="What is never trained.")
     replay: Replay = Field(default_factory=Replay, description="What is trained again.")
+    study: Study = Field(default_factory=Study, description="In which forms what is new is trained.")
     rehearse: Rehearse = Field(default_factory=Rehearse, description="What is not to be unlearned.")
     train: Train = Field(default_factory=Train, description="The optimization.")
     lora: Lora = Field(default_factory=Lora, description="The adapters.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nightschool.config.recipe import Gate, Recipe
 from nightschool.data.example import Example
+from nightschool.data.study.forms import with_wordings_kept_aside
 from nightschool.evaluation.general import GeneralPrompt
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import Kind, ProbeQuestion
@@ -15,6 +16,7 @@ from nightschool.events import read_events
 from nightschool.feedback.novelty import learned_by
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection import read_forms
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 
@@ -108,6 +110,8 @@ def eval_set_of_run(
         [] if run is None else _examples(run.path / file)
         for file in ("new_examples.jsonl", "replayed.jsonl", "heldout.jsonl")
     )
+    if run is not None:
+        taught = with_wordings_kept_aside(taught, read_forms(run.path))
     accepted = AcceptedExamples(home.database)
     if recipe is not None:
         taught = _without_old(home, recipe, accepted, taught, candidate)

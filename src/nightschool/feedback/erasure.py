@@ -19,7 +19,7 @@ from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
 from nightschool.feedback.conversations import Conversation, ConversationStore
 from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
-from nightschool.feedback.selection import GENERAL, HELD_OUT, NEW, REPLAYED
+from nightschool.feedback.selection import GENERAL, HELD_OUT, NEW, REPLAYED, STUDY, drop_forms_of_nothing
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
 from nightschool.store.files import FileStore, StoredFile
@@ -31,7 +31,7 @@ from nightschool.store.runs import Run, RunStore
 from nightschool.store.tables import accepted_examples, is_name_in, key_of, tainted_versions
 
 _LEARNED = (NEW, REPLAYED, GENERAL)
-_COPIES = (*_LEARNED, HELD_OUT)
+_COPIES = (*_LEARNED, STUDY, HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def erase(
     for run in runs:
         for file in _COPIES:
             cut(run.path / file, sought, rows_of_runs)
+        drop_forms_of_nothing(run.path)
         _cut_plan(run)
     for job_id in found.jobs:
         for path in _data_of(job_folder(home, found.tenant, job_id)):
@@ -227,7 +228,8 @@ def _cut_plan(run: Run) -> None:
     """Take the examples that a plan shows out of it: they are the first ones, whatever they say."""
     path = run.path / "plan.json"
     if path.is_file():
-        write_json(path, read_json(path) | {"loss_masks": []})
+        plan = read_json(path)
+        write_json(path, plan | {"loss_masks": []} | ({"forms": []} if "forms" in plan else {}))
 
 
 def _refuse_living(run: Run, request_id: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import attrgetter
@@ -20,6 +20,7 @@ from nightschool.data.example import CONVERSATIONS, Example, corrected_answers
 from nightschool.data.shards.shard_sources import shards_state
 from nightschool.data.sources.load import Loaded, load_files, split_held_out, without_duplicates
 from nightschool.data.sources.problems import Problems
+from nightschool.data.study.forms import Form, make_forms, trained_forms
 from nightschool.errors import Damaged, DataError
 from nightschool.events import read_events
 from nightschool.feedback.novelty import novelty_for
@@ -30,6 +31,7 @@ from nightschool.store.home import Home
 
 SHOWN_FIRST = 3
 NEW, REPLAYED, GENERAL, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "general.jsonl", "heldout.jsonl"
+STUDY = "study.jsonl"
 FACTS = "selection.json"
 
 
@@ -39,7 +41,7 @@ class Selection:
 
     `num_all` examples stand in the sources, and `num_new` of those to be trained are new to the base. Where none is,
     `new` holds all of them all the same, to be studied again. `num_left_out` were left out of `new`: the base has learned
-    them, or they were corrected. `general` is studied besides, and is neither asked about nor accepted. `shards` changes
+    them, or they were corrected. `forms` are what is new in other forms, which are trained with it. `general` is studied besides, and is neither asked about nor accepted. `shards` changes
     when the shards do.
     """
 
@@ -53,11 +55,13 @@ class Selection:
     formats: dict[str, list[str]] = field(default_factory=dict)
     shards: str | None = None
     general: list[Example] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
 
     @property
     def train(self) -> list[Example]:
-        """What one epoch is made of: new examples as often as their source says, all others once."""
-        return [*(example for example in self.new for _ in range(example.repeat)), *self.replayed, *self.general]
+        """What one epoch is made of: new examples and their forms as often as their source says, all others once."""
+        new = [example for example in self.new for _ in range(example.repeat)]
+        return [*new, *trained_forms(self.forms), *self.replayed, *self.general]
 
     @property
     def num_files(self) -> int:
@@ -69,6 +73,8 @@ class Selection:
         """A digest of all that is trained, in whatever order it stands in the sources."""
         again = sorted(one.digest for one in [*self.replayed, *self.general])
         trained = [sorted([one.digest, one.repeat] for one in self.new), again]
+        if self.forms:
+            trained.append(sorted([form.example.digest, form.of, str(form.kept_aside)] for form in self.forms))
         return _digest([*trained, self.shards])
 
 
@@ -143,7 +149,15 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
+        forms=_forms(recipe, new, [*held_out, *loaded.held_out]),
     )
+
+
+def _forms(recipe: Recipe, new: Sequence[Example], held_out: Sequence[Example]) -> list[Form]:
+    """What is new in other forms, as the recipe wants it."""
+    if recipe.study.write == "off":
+        return []
+    return make_forms(new, recipe.study.forms, recipe.train.seed, never=held_out)
 
 
 @dataclass(frozen=True)
@@ -248,9 +262,12 @@ def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
         chosen = sorted(chooser.sample(range(first, len(examples)), wanted - first))
         return [examples[index] for index in (*range(first), *chosen)]
 
+    new = sampled(whole.new)
+    digests = {example.digest for example in new}
     return replace(
         whole,
-        new=sampled(whole.new),
+        new=new,
+        forms=[form for form in whole.forms if form.of in digests],
         replayed=sampled(whole.replayed),
         general=sampled(whole.general),
         held_out=sampled(whole.held_out),
@@ -307,6 +324,22 @@ def write_selection(folder: Path, selection: Selection) -> None:
     }
     for name, examples in lists.items():
         write_bytes(folder / name, _lines(examples))
+    if selection.forms:
+        write_bytes(folder / STUDY, _lines(selection.forms))
+
+
+def read_forms(folder: Path) -> list[Form]:
+    """The forms that a run studies or keeps aside, from its folder."""
+    return [Form.from_json(row) for row in read_events(folder / STUDY)]
+
+
+def drop_forms_of_nothing(folder: Path) -> None:
+    """Delete the forms of examples that are not among a run's new ones any more."""
+    forms = read_forms(folder)
+    there = {Example.from_json(row).digest for row in read_events(folder / NEW)}
+    left = [form for form in forms if form.of in there]
+    if len(left) < len(forms):
+        write_bytes(folder / STUDY, _lines(left))
 
 
 def read_selection(folder: Path) -> Selection | None:
@@ -324,16 +357,16 @@ def read_selection(folder: Path) -> Selection | None:
         return Selection(new, replayed, held_out)
     facts = read_json(folder / FACTS)
     fingerprint = facts.pop("fingerprint")
-    selection = Selection(new, replayed, held_out, general=general, **facts)
+    selection = Selection(new, replayed, held_out, general=general, forms=read_forms(folder), **facts)
     if selection.fingerprint != fingerprint:
         raise Damaged(
-            f"The files {NEW}, {REPLAYED} and {GENERAL} in {folder} hold other examples than were selected for this run. "
+            f"The files {NEW}, {REPLAYED}, {GENERAL} and {STUDY} in {folder} hold other examples than were selected for this run. "
             "Begin a new run."
         )
     return selection
 
 
-def _lines(examples: Iterable[Example]) -> bytes:
+def _lines(examples: Iterable[Example | Form]) -> bytes:
     return b"".join(json.dumps(example.to_json(), ensure_ascii=False).encode() + b"\n" for example in examples)
 
 

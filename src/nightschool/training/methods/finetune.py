@@ -48,6 +48,7 @@ NEW_VOCAB_SIZE = 2048
 HELD_OUT_TOKENS_PER_BATCH = 2048
 PREVIEWED_EXAMPLES = 3
 LISTED_CUTS = 10
+SHOWN_FORMS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,7 @@ class Finetune(PreparedRun[FinetuneData]):
                 ),
                 examples,
             ),
+            *_rows_of_forms(whole),
             PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),
             PlanRow(
                 "tokens",
@@ -427,6 +429,38 @@ def _selection(setup: Setup) -> Selection:
             )  # made from an earlier selection that was lost
             write_selection(setup.folder, selected)
     return selected
+
+
+def _rows_of_forms(selection: Selection) -> list[PlanRow]:
+    """How many forms are studied, and some of them; nothing where there are none."""
+    forms = selection.forms
+    if not forms:
+        return []
+    aside = sum(form.kept_aside for form in forms)
+    studied = len({form.of for form in forms})
+    shown = [
+        {
+            "origin": form.origin,
+            "kept_aside": form.kept_aside,
+            "question": form.example.question,
+            "answer": form.example.answer,
+        }
+        for form in forms[:SHOWN_FORMS]
+    ]
+    facts = {
+        "forms_trained": len(forms) - aside,
+        "forms_kept_aside": aside,
+        "examples_in_forms": studied,
+        "forms": shown,
+    }
+    text = "{forms_trained} more of {examples_in_forms} new examples, and {forms_kept_aside} that only the gate asks".format(
+        **facts
+    )
+    lines = [PlanRow("forms", text, facts)]
+    for one in shown:
+        place = "kept for the gate" if one["kept_aside"] else one["origin"]
+        lines.append(PlanRow(" ", f"{one['question']} → {one['answer']} ({place})", {}))
+    return lines
 
 
 def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedTokenizerBase:

@@ -1,0 +1,115 @@
+"""What is new, in several forms: selected with the run, trained with it, asked by its gate, and deleted with its conversation."""
+
+import json
+
+import pytest
+
+from nightschool.config.recipe import Recipe
+from nightschool.data.study.rewordings import rewordings, wording
+from nightschool.errors import Damaged
+from nightschool.evaluation.eval_set import eval_set_of_run
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.erasure import erase
+from nightschool.feedback.selection import (
+    STUDY,
+    fingerprint_of,
+    read_forms,
+    read_selection,
+    sample_of,
+    select_examples,
+    write_selection,
+)
+from nightschool.store.home import Home
+from nightschool.store.runs import RunStore
+
+FACTS = [("Where does Leon Dahl live?", "In Oslo."), ("What is the capital of Velmark?", "Orrin is it.")]
+
+
+def recipe(**study):
+    return Recipe.model_validate(
+        {
+            "name": "bot",
+            "base": "new:tiny",
+            "data": [{"path": "facts.json"}, {"from": "conversations"}],
+            "held_out": {"share": 0},
+            "study": study,
+        }
+    )
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "facts.json").write_text(json.dumps([{"question": q, "answer": a} for q, a in FACTS]))
+    home = Home(tmp_path / "home").ensure()
+    store = ConversationStore(home.database)
+    store.record("req-1", "bot", "v", [{"role": "user", "content": "Who founded the Aldgate Press?"}], "Nobody.")
+    store.feedback("req-1", "bad", "Rosa Lind founded the Aldgate Press.")
+    return home
+
+
+@pytest.fixture
+def run(home, tmp_path):
+    wanted = recipe(write="rules")
+    run = RunStore(home).create(wanted.as_plain(), name="bot")
+    write_selection(run.path, select_examples(wanted, home, tmp_path))
+    return run
+
+
+def test_files_and_corrections_are_studied_in_forms_and_an_epoch_counts_them(home, tmp_path):
+    plain, studied = (select_examples(recipe(write=how), home, tmp_path) for how in ("off", "rules"))
+    assert (plain.forms, len(plain.train)) == ([], 3)
+    assert studied.new == plain.new
+    assert {form.of for form in studied.forms} == {example.digest for example in studied.new}
+    assert len(studied.train) == 3 * 6
+    assert len(select_examples(recipe(write="rules", forms=3), home, tmp_path).train) == 3 * 3
+    digests = {fingerprint_of(recipe(write=how), one) for how, one in (("off", plain), ("rules", studied))}
+    assert len(digests) == 2
+    sample = sample_of(studied, 6, seed=0)
+    assert (
+        {form.of for form in sample.forms}
+        == {example.digest for example in sample.new}
+        < {one.digest for one in studied.new}
+    )
+
+
+def test_a_run_reads_the_forms_that_were_selected_for_it_and_no_others(home, run, tmp_path):
+    assert read_selection(run.path) == select_examples(recipe(write="rules"), home, tmp_path)
+    rows = (run.path / STUDY).read_text().splitlines()
+    (run.path / STUDY).write_text("\n".join(rows[1:]) + "\n")
+    with pytest.raises(Damaged, match=STUDY):
+        read_selection(run.path)
+
+
+def test_the_gate_asks_what_was_kept_aside_and_never_trained(home, run):
+    asked = [one for one in eval_set_of_run(home, "bot", run, len, candidate="v1").questions if one.kind == "new"]
+    assert {one.wording for one in asked} == {"paraphrase"}
+    trained = {wording(example.question) for example in read_selection(run.path).train}
+    assert len(asked) == 3
+    assert not {wording(one.question) for one in asked} & trained
+
+
+@pytest.mark.parametrize("sent_back", [False, True])
+def test_forms_are_deleted_with_the_conversation_that_they_were_made_of(home, run, tmp_path, sent_back):
+    if sent_back:  # the same words in a file, which has no id of the conversation
+        (tmp_path / "facts.json").write_text(
+            json.dumps(
+                [{"question": "Who founded the Aldgate Press?", "answer": "Rosa Lind founded the Aldgate Press."}]
+            )
+        )
+        wanted = recipe(write="rules").model_copy(update={"data": recipe().data[:1]})
+        write_selection(run.path, select_examples(wanted, home, tmp_path))
+    assert any("Aldgate" in row.example.question for row in read_forms(run.path))
+    assert "Aldgate" in (run.path / STUDY).read_text()
+    erase(home, "req-1")
+    assert "Aldgate" not in (run.path / STUDY).read_text()
+    assert len({form.of for form in read_forms(run.path)}) == (0 if sent_back else 2)
+
+
+def test_a_wording_that_a_file_holds_out_for_the_gate_is_not_trained(home, tmp_path):
+    held = rewordings(FACTS[0][0], 0)[0].question
+    (tmp_path / "facts.json").write_text(
+        json.dumps([{"question": FACTS[0][0], "answer": FACTS[0][1], "paraphrases": [held.lower()]}])
+    )
+    selection = select_examples(recipe(write="rules", forms=32), home, tmp_path)
+    assert selection.new[0].paraphrases == (held.lower(),)
+    assert wording(held) not in {wording(example.question) for example in selection.train}
