@@ -37,7 +37,7 @@ class Parrot:
     Its context holds so many characters, of turns and of an answer.
     """
 
-    def __init__(self, home, model, *, record, memory=None, stops_at=None, context=1_000_000):
+    def __init__(self, home, model, *, record, memory=None, experts_resident=None, stops_at=None, context=1_000_000):
         self.model, self.record, self.marks, self.asked, self.params = model, record, [], [], []
         self.stops_at, self.closed, self.context = stops_at, False, context
 
@@ -77,7 +77,7 @@ def talk(tmp_path, monkeypatch, capsys):
     made = []
 
     def type_lines(*lines, options=(), **traits):
-        def backend(home, model, *, record, memory=None):
+        def backend(home, model, *, record, memory=None, experts_resident=None):
             made.append(Parrot(home, model, record=record, memory=memory, **traits))
             return made[-1]
 
@@ -449,6 +449,7 @@ def test_no_server_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):
     assert "No server answers at http://127.0.0.1:9" in capsys.readouterr().err
     assert main(["ask", "hi", "--url", "ftp://x"]) == 2
     assert main(["chat", "--url", "http://127.0.0.1:9", "--record"]) == 2
+    assert main(["chat", "--url", "http://127.0.0.1:9", "--experts-resident", "4"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_a_local_answer_is_kept_with_the_version_as_a_server_keeps_it(model, ref
         return SimpleNamespace(handle=handle, found=None)
 
     loaded = SimpleNamespace(ref=ref, begin=answer_hello, reads=None, close=lambda: None)
-    monkeypatch.setattr("nightschool.engine.local_model.LocalModel", lambda home, model, memory: loaded)
+    monkeypatch.setattr("nightschool.engine.local_model.LocalModel", lambda home, model, **_: loaded)
     home = Home(tmp_path).ensure()
     backend, reply = LocalBackend(home, model, record=True), Reply()
     assert list(backend.stream([Message("user", "hi")], Params(), reply)) == ["Hello."]

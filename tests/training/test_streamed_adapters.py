@@ -1,6 +1,7 @@
 """Adapters above experts that live elsewhere: the same numbers as above resident ones, on any tier, and a version like any other."""
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -9,10 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from nightschool.config.recipe import Lora, Recipe
+from nightschool.engine.comparison import Comparison
 from nightschool.errors import Damaged
 from nightschool.models.adapters import attach_lora, describe_adapter
 from nightschool.models.cost import count_parameters, expert_tiers
-from nightschool.models.load import load_base
+from nightschool.models.load import load_base, located_version
 from nightschool.models.streamed import ExpertPlace
 from nightschool.store.registry import Registry
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
@@ -182,3 +184,17 @@ def test_an_expert_that_is_not_finite_is_named_while_it_is_read(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Damaged, match=r"expert 2 of layer model\.layers\.1\.mlp\.experts .* hold NaN or infinity"):
         load_base(str(folder), Home(tmp_path).ensure(), experts=ExpertPlace("host", tmp_path, 2, learns=False))
+
+
+def test_the_gate_of_a_run_that_streams_its_experts_streams_them_too(tmp_path):
+    done = on("disk", tmp_path / "run").go()
+    registry = Registry(done.home)
+    candidate = registry.resolve(done.run.status.candidate)
+    with Comparison(done.home, done.run.id) as comparison:
+        report = comparison.of(candidate.ref, None)
+        pool = comparison._pool
+    assert report.candidate == candidate.ref
+    bound = pool.bind(located_version(candidate), lambda _: nullcontext())
+    assert bound.engine.experts.store.host_bytes == 2 * bound.engine.experts.store.layout.stride
+    assert bound.engine.base != candidate.ref, "and the adapter is not merged"
+    pool.close(bound)

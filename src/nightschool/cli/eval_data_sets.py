@@ -39,6 +39,7 @@ def evaluate_data_sets(
     max_seq_len: int | None,
     show_examples: int,
     output_file: Path | None,
+    experts_resident: int | None,
 ) -> None:
     """See `cli.evaluate.evaluate`."""
     from nightschool.engine.local_model import local_model
@@ -59,7 +60,7 @@ def evaluate_data_sets(
     # All of it is read before a model is loaded: what is missing is said at once.
     sets = _read(names, home, data_dir, max_samples)
     figures: list[DataSetFigures] = []
-    with local_model(home, model, num_rows=NUM_ROWS) as local:
+    with local_model(home, model, num_rows=NUM_ROWS, experts_resident=experts_resident) as local:
         for rows in sets:
             figures.append(
                 examine_data_set(

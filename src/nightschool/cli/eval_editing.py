@@ -31,6 +31,7 @@ def evaluate_editing(
     max_new_tokens: int | None,
     show_examples: int,
     output_file: Path | None,
+    experts_resident: int | None,
 ) -> None:
     """See `cli.evaluate.evaluate`."""
     from nightschool.engine.edited_model import EditedModel, edited_model
@@ -48,7 +49,7 @@ def evaluate_editing(
     if found.blank:
         note(f"Left out {len(found.blank)} with a blank text: {', '.join(found.blank[:5])}.")
     longest = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
-    with local_model(home, model, num_rows=NUM_ROWS) as local:
+    with local_model(home, model, num_rows=NUM_ROWS, experts_resident=experts_resident) as local:
         if memory_read == "off":
             way: str = "off"
             sheet = measure(EditedModel(local, None, "prompt", longest), read_rows, None)

@@ -54,6 +54,7 @@ def evaluate(
     cases: Path | None = None,
     memory: str | None = None,
     memory_read: Literal["layers", "prompt", "off"] | None = None,
+    experts_resident: int | None = None,
 ) -> None:
     """Ask a model questions, greedily, and take its loss on what it was never trained on.
 
@@ -84,6 +85,7 @@ def evaluate(
         cases: Of editing: the file with edits and their questions (docs/memory.md); CounterFact, zsRE and MQuAKE, too.
         memory: Of editing: the memory that the edits lie over; without it they stand alone.
         memory_read: Of editing: how the model reads, through its layers or in its prompt, or off; without it as it can.
+        experts_resident: So many experts of a mixture are in memory at a time, those that are used most. All of them without it.
     """
     from nightschool.engine.local_model import local_model
     from nightschool.evaluation.examiner import examine
@@ -94,6 +96,7 @@ def evaluate(
         evaluate_data_sets(
             model, dataset, data_dir=data_dir, max_samples=max_samples, sample=sample, prompt_style=prompt_style, programs=programs,
             max_new_tokens=max_new_tokens, max_seq_len=max_seq_len, show_examples=show_examples, output_file=output_file,
+            experts_resident=experts_resident,
         )  # fmt: skip
         return
     if data_dir is not None or max_samples is not None or prompt_style != "plain" or programs != "confined":
@@ -103,7 +106,7 @@ def evaluate(
     if suite in EXAMS:
         EXAMS[suite](
             model, cases=cases, memory=memory, memory_read=memory_read, sample=sample, max_new_tokens=max_new_tokens,
-            show_examples=show_examples, output_file=output_file,
+            show_examples=show_examples, output_file=output_file, experts_resident=experts_resident,
         )  # fmt: skip
         return
     if cases is not None or memory is not None or memory_read is not None:
@@ -112,7 +115,7 @@ def evaluate(
     version = _version(home, model)
     examples = _examples_of(model, version, suite)
     given = {"sample": sample, "max_new_tokens": max_new_tokens, "max_seq_len": max_seq_len}
-    with local_model(home, model, num_rows=NUM_ROWS) as local:
+    with local_model(home, model, num_rows=NUM_ROWS, experts_resident=experts_resident) as local:
         eval_set = _eval_set(home, local, version, suite, examples, {k: v for k, v in given.items() if v is not None})
         if eval_set.is_empty:
             raise NothingToTrain(

@@ -90,7 +90,8 @@ class Comparison:
         home: Where the run and the versions are.
         run_id: The run that makes the candidate.
         root: Where relative paths of the recipe begin; the working directory without it.
-        pool: What else stands on the bases of this process; one of its own without it.
+        pool: What else stands on the bases of this process; one of its own without it, and where the run streams its experts, which
+            are streamed here, too.
     """
 
     def __init__(self, home: Home, run_id: str, *, root: Path | None = None, pool: EnginePool | None = None) -> None:
@@ -99,7 +100,11 @@ class Comparison:
         self._registry = Registry(home)
         self._run = RunStore(home).get(run_id)
         self._recipe = Recipe.model_validate(self._run.recipe())
-        self._pool = pool or local_pool(home, num_rows=NUM_ROWS)
+        # What was trained with few experts in memory may fit in no other way.
+        experts = self._recipe.experts
+        self._experts_resident = None if experts.tier == "device" else experts.resident
+        shared = pool if self._experts_resident is None else None
+        self._pool = shared or local_pool(home, num_rows=NUM_ROWS, experts_resident=self._experts_resident)
         self._asked: tuple[str | None, EvalSet, Champion] | None = None
         self._kept: BoundEngine | None = None
         self._ahead: _Ahead | None = None
@@ -115,7 +120,7 @@ class Comparison:
             return
         base = champion.ref if champion is not None else self._recipe.base
         stored = stored_weights(base, self._home, self._root)
-        if free_bytes(self._pool.device) < _ROOM_AHEAD * stored.loaded_bytes(self._pool.dtype):
+        if free_bytes(self._pool.device) < _ROOM_AHEAD * stored.loaded_bytes(self._pool.dtype, self._experts_resident):
             return
         folder = locate(base, self._home, self._root).folder
         self._ask(champion, self._eval_set(load_tokenizer(folder, base), NO_CANDIDATE))

@@ -49,7 +49,8 @@ class LocalModel:
     """A model, and the engine that answers with it as it would be served: an adapter stays apart from its base if it can.
 
     `ref` is `name@version` for a version of the registry, else what was asked for; or the place where a model lies. `memory` says
-    which memory is read, and how; without it, the one that a version was trained with, in its layers.
+    which memory is read, and how; without it, the one that a version was trained with, in its layers. `experts_resident` experts of a
+    mixture are in memory at a time where no `pool` is given, all of them without it.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class LocalModel:
         root: Path | None = None,
         pool: EnginePool | None = None,
         memory: MemoryChoice | None = None,
+        experts_resident: int | None = None,
     ) -> None:
         self._choice = memory or MemoryChoice(None)
-        self._pool = pool or local_pool(home, num_rows=num_rows)
+        self._pool = pool or local_pool(home, num_rows=num_rows, experts_resident=experts_resident)
         with quiet_libraries():
             self._found = ref if isinstance(ref, Located) else locate(ref, home, root)
             self._bound = self._pool.bind(self._found, lambda _: nullcontext())
@@ -223,10 +225,12 @@ class LocalModel:
         self._pool.close(self._bound)
 
 
-def local_pool(home: Home, *, num_rows: int) -> EnginePool:
+def local_pool(home: Home, *, num_rows: int, experts_resident: int | None = None) -> EnginePool:
     """What models of this process stand on; two that are given the same one share their base."""
     device = resolve_device()
-    return EnginePool(home, device=device, dtype=serving_dtype(device), num_rows=num_rows)
+    return EnginePool(
+        home, device=device, dtype=serving_dtype(device), num_rows=num_rows, experts_resident=experts_resident
+    )
 
 
 @contextmanager
@@ -238,9 +242,12 @@ def local_model(
     root: Path | None = None,
     pool: EnginePool | None = None,
     memory: MemoryChoice | None = None,
+    experts_resident: int | None = None,
 ) -> Iterator[LocalModel]:
     """Load a model for the time of a block; a relative folder is taken against `root`."""
-    model = LocalModel(home, ref, num_rows=num_rows, root=root, pool=pool, memory=memory)
+    model = LocalModel(
+        home, ref, num_rows=num_rows, root=root, pool=pool, memory=memory, experts_resident=experts_resident
+    )
     try:
         yield model
     finally:

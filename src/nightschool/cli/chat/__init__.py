@@ -38,6 +38,7 @@ def chat(
     memory: str | None = None,
     overlay: Annotated[list[str] | None, Parameter(negative=())] = None,
     memory_read: Literal["layers", "prompt", "off"] | None = None,
+    experts_resident: int | None = None,
     system: str | None = None,
     code: bool = False,
     params: Params = _BALANCED,
@@ -55,6 +56,7 @@ def chat(
             several times, each lies over those before it.
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question, off reads
             nothing; without it, layers where the model was trained by method: memory.
+        experts_resident: So many experts of a mixture are in memory at a time, those that are used most. All of them without it.
         system: A system message.
         code: Begin in code mode, where each line is a task to write code for.
         params: How answers are drawn.
@@ -62,7 +64,9 @@ def chat(
     home = Home.find()
     overlays = tuple(overlay or ())
     choice = _choice(memory, overlays, memory_read)
-    with closing(_backend(home, model, url, record=record, memory=choice)) as backend:
+    with closing(
+        _backend(home, model, url, record=record, memory=choice, experts_resident=experts_resident)
+    ) as backend:
         terminal = Terminal(home)
         state = Chat(
             home, backend, params, say=terminal.say, show=terminal.show, memory=overlays[-1] if overlays else memory
@@ -123,13 +127,21 @@ def _choice(
 
 
 def _backend(
-    home: Home, model: str | None, url: str | None, *, record: bool, memory: MemoryChoice | None = None
+    home: Home,
+    model: str | None,
+    url: str | None,
+    *,
+    record: bool,
+    memory: MemoryChoice | None = None,
+    experts_resident: int | None = None,
 ) -> Backend:
     if url is not None:
         if record:
             raise UsageError("--record keeps answers of a model in this process; a server is told when it starts.")
+        if experts_resident is not None:
+            raise UsageError("--experts-resident is of a model in this process; a server is told when it starts.")
         return ServerBackend(url, model, memory)
-    return LocalBackend(home, model or DEFAULT_MODEL, record=record, memory=memory)
+    return LocalBackend(home, model or DEFAULT_MODEL, record=record, memory=memory, experts_resident=experts_resident)
 
 
 def _converse(chat: Chat, terminal: Terminal) -> int:

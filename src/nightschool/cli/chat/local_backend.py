@@ -25,9 +25,17 @@ LOCAL = "local"
 class LocalBackend:
     """A model in this process. With `record`, answers are kept in the home, so that they can be marked."""
 
-    def __init__(self, home: Home, model: str, *, record: bool, memory: MemoryChoice | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        model: str,
+        *,
+        record: bool,
+        memory: MemoryChoice | None = None,
+        experts_resident: int | None = None,
+    ) -> None:
         self._home = home
-        self._memory = memory
+        self._memory, self._experts_resident = memory, experts_resident
         self._asked: tuple[str, Asked] | None = None
         self._loaded: LocalModel | None = None
         self._conversations = ConversationStore(home.database) if record else None
@@ -82,7 +90,7 @@ class LocalBackend:
         from nightschool.engine.local_model import LocalModel
 
         # The new one first: if it cannot be loaded, the old one goes on answering.
-        loaded = LocalModel(self._home, model, memory=self._memory)
+        loaded = LocalModel(self._home, model, memory=self._memory, experts_resident=self._experts_resident)
         try:
             _ = loaded.reads
         except BaseException:
