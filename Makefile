@@ -61,7 +61,7 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml constraints.txt
 # What tests are skipped without. Of TRL only the templates are read, so none of what it needs is installed. mem0's client wants an older
 # protobuf than ours, for vector stores that it does not use; what it does use beside what is here are the packages named with it.
 $(VENV)/.installed-ci: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,emulators,postgres,gguf,redact,deploy,ray]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,emulators,postgres,gguf,redact,deploy,ray,lm-eval]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps trl mem0ai qdrant-client posthog distro
 	@touch $@
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nightschool.cli.eval_data_sets import Programs, evaluate_data_sets
 from nightschool.cli.eval_editing import evaluate_editing
+from nightschool.cli.eval_tasks import evaluate_tasks
 from nightschool.cli.formatting import figure
 from nightschool.cli.output import answer, bold, note
 from nightschool.config.data_sets import PromptStyle
@@ -43,6 +44,9 @@ def evaluate(
     suite: str | None = None,
     dataset: str | None = None,
     data_dir: Path | None = None,
+    tasks: str | None = None,
+    task_dir: Path | None = None,
+    num_fewshot: int | None = None,
     max_samples: int | None = None,
     prompt_style: PromptStyle = "plain",
     programs: Programs = "confined",
@@ -68,12 +72,17 @@ def evaluate(
     --dataset takes loss, perplexity and token accuracy on what data sets hold out, and judges answers: the last number of GSM8K's, the
     programs of MBPP's and HumanEval's by their tests. Programs run confined: no network, no other process, no file but their own.
 
+    --tasks asks tasks of lm-eval by its own harness (pip install 'nightschool[lm-eval]'), whose data come from the Hub or from files of yours.
+
     Args:
         model: NAME (its champion), NAME@VERSION, a folder, a GGUF file or a hub id.
         suite: A data file with questions and answers, or one of new, old, pins, general and editing.
         dataset: Data sets with commas, as chat,code,reasoning or all, or single ones as gsm8k,humaneval (docs/evaluation.md).
         data_dir: Of data sets: the folder where they lie; without it datasets/ of the home, else the Hub.
-        max_samples: Of data sets: at most this many held-out rows of each, the first ones.
+        tasks: Tasks or groups of lm-eval with commas, as arc_easy,hellaswag, or those of --task-dir.
+        task_dir: Of tasks: a folder with task files of yours. Python that they hold runs here.
+        num_fewshot: Of tasks: solved examples before each question; by default as the task says.
+        max_samples: Of data sets and tasks: at most this many held-out rows of each, the first ones.
         prompt_style: Of data sets: how questions are put, as a person would or under headings.
         programs: Of data sets: how programs that a model wrote are run; off asks for none.
         sample: At most this many questions of a kind, or of a data set; by default as its run's recipe says, else 200.
@@ -90,9 +99,18 @@ def evaluate(
     from nightschool.engine.local_model import local_model
     from nightschool.evaluation.examiner import examine
 
+    if sum(one is not None for one in (suite, dataset, tasks)) > 1:
+        raise UsageError("--suite, --dataset and --tasks each say what is asked. Name one of them.")
+    if tasks is None and (task_dir is not None or num_fewshot is not None):
+        raise UsageError("--task-dir and --num-fewshot belong to --tasks. Name it, or leave them out.")
+    if tasks is not None:
+        _refuse_others(data_dir=data_dir, sample=sample, max_new_tokens=max_new_tokens, cases=cases, memory=memory)
+        evaluate_tasks(
+            model, tasks, task_dir=task_dir, num_fewshot=num_fewshot, max_samples=max_samples, max_seq_len=max_seq_len,
+            output_file=output_file,
+        )  # fmt: skip
+        return
     if dataset is not None:
-        if suite is not None:
-            raise UsageError("--suite and --dataset each say what is asked. Name one of them.")
         evaluate_data_sets(
             model, dataset, data_dir=data_dir, max_samples=max_samples, sample=sample, prompt_style=prompt_style, programs=programs,
             max_new_tokens=max_new_tokens, max_seq_len=max_seq_len, show_examples=show_examples, output_file=output_file,
@@ -128,6 +146,13 @@ def evaluate(
         write_text(output_file, "".join(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in sheet.answers))
         note(f"Wrote {len(sheet.answers)} answers to {output_file}.")
     _show(sheet, context_tokens, show_examples)
+
+
+def _refuse_others(**given: object) -> None:
+    """Raise UsageError for an option that has no meaning for tasks."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} does not belong to --tasks. Leave it out.")
 
 
 def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int) -> None:
