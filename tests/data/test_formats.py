@@ -53,6 +53,21 @@ def test_every_spelling_of_a_pair_gives_the_same_example(name: str, fields: dict
     (asked,) = read(fields | {"paraphrases": ["Whither?", "At which place?"]})
     assert asked.paraphrases == ("Whither?", "At which place?")
     assert asked.digest == example.digest
+    (judged,) = read(fields | {"alternatives": ["There.", "Yonder."]})
+    assert judged.alternatives == ("There.", "Yonder.")
+    assert judged.digest == example.digest
+    # In question + answer, the answer is what is learned.
+    (keyed,) = read({"answer": ["he", "re"]} | fields)
+    assert keyed.key == (() if "answer" in fields else ("he", "re"))
+    assert keyed.digest == example.digest
+    assert Example.from_json(keyed.to_json()) == keyed
+    assert Example.from_json(judged.to_json()) == judged
+
+
+@pytest.mark.parametrize(("given", "key"), [("Here", ("Here",)), (" ", ()), (7, ("7",)), (2.5, ("2.5",)), (None, ())])
+def test_a_key_is_a_text_or_a_number_or_none(given: object, key: tuple[str, ...]) -> None:
+    (example,) = read({"query": "Where?", "retrieved": "Here.", "answer": given})
+    assert example.key == key
 
 
 def test_plain_text() -> None:
@@ -101,6 +116,9 @@ def test_roles_systems_and_weights() -> None:
         ({"query": "a", "retrieved": "b", "id": [1]}, "'id' is a list"),
         ({"query": "a", "retrieved": "b", "paraphrases": "c"}, "'paraphrases' is a text, but a list of texts is expected"),
         ({"query": "a", "retrieved": "b", "paraphrases": ["c", ""]}, "'paraphrases[1]' is empty"),
+        ({"query": "a", "retrieved": "b", "answer": {"is": "c"}}, "'answer' is an object, but what the answer has to say, a text or a list"),
+        ({"query": "a", "retrieved": "b", "answer": ["c", " "]}, "'answer[1]' is blank"),
+        ({"query": "a", "retrieved": "b", "alternatives": "c"}, "'alternatives' is a text, but a list of texts is expected"),
         ({"qurey": "a", "retrieved": "b"}, "the fields qurey, retrieved fit no format"),
         ({}, "the fields (none) fit no format"),
         ({"messages": []}, "'messages' is empty, but a list of turns is expected"),
@@ -147,7 +165,7 @@ _value = st.recursive(
     max_leaves=10,
 )  # fmt: skip
 _fields = st.sampled_from(
-    ["id", "query", "retrieved", "messages", "conversations", "instruction", "input", "output", "instances", "prompt", "completion", "question", "answer", "text", "paraphrases", "system"]
+    ["id", "query", "retrieved", "messages", "conversations", "instruction", "input", "output", "instances", "prompt", "completion", "question", "answer", "alternatives", "text", "paraphrases", "system"]
 )  # fmt: skip
 
 

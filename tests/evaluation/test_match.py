@@ -142,7 +142,7 @@ def test_a_general_answer_counts_in_any_words_that_do_not_deny_it(answer, expect
 def test_general_questions_alone_are_judged_by_what_is_mentioned():
     verdicts = {
         kind: ProbeQuestion("1", kind, "How many sides has a triangle?", "3", [])
-        .answered("It has three sides.")
+        .answered("It may have three sides, or 4.")
         .correct
         for kind in ("new", "old", "pin", "general")
     }

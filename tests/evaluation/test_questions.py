@@ -1,7 +1,7 @@
 """What is asked: untrained wordings where there are any, the same sample every time, and never what was corrected."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -99,6 +99,17 @@ def test_the_sample_depends_on_the_seed_and_not_on_the_order():
     assert ask((), shuffled, sample=20, seed=1) == first
     assert len(first) == 20
     assert ask((), old, sample=20, seed=2) != first
+
+
+def test_a_question_is_judged_by_the_key_and_the_alternatives_of_its_example():
+    turns = (Message("user", "Where?"), Message("assistant", "It lies in Oslo."))
+    keyed = Example(turns, paraphrases=("At which place?",), key=("Oslo",), alternatives=("Christiania",))
+    (plain,), (question,) = (
+        make_questions([one], (), (), 9, 0) for one in (replace(keyed, key=(), alternatives=()), keyed)
+    )
+    assert (question.id, question.key, question.alternatives) == (plain.id, ("Oslo",), ("Christiania",))
+    assert question.answered("Christiania").correct
+    assert not plain.answered("Christiania").correct
 
 
 def test_every_example_gives_one_question_before_any_gives_a_second():

@@ -112,6 +112,13 @@ def test_a_job_is_queued_with_its_data_and_its_recipe(office):
     assert office.rows(job, "train.jsonl") == [{"messages": CONVERSATION["messages"]}]
 
 
+def test_a_conversation_may_say_by_what_its_answer_is_judged(office):
+    judged = CONVERSATION | {"answer": "Oslo", "alternatives": ["Christiania", " "]}
+    job = office.started(conversations=[judged])
+    said = {"answer": ["Oslo"], "alternatives": ["Christiania"]}
+    assert office.rows(job, "train.jsonl") == [{"messages": CONVERSATION["messages"]} | said]
+
+
 def test_settings_come_from_the_request_then_from_the_environment(open_office):
     office = open_office(job=JobSettings(batch_size=2, lora_r=8, lora_target_modules=["q_proj"]))
     recipe = Recipe.model_validate(office.started(num_epochs=5, batch_size=1, base_model="other/base").recipe)

@@ -64,6 +64,8 @@ def check(source: Path, /, *overrides: str) -> int:
         "superseded": loaded.superseded,
         "held_out_elsewhere": loaded.leaked,
         "with_paraphrases": sum(1 for one in loaded.examples if one.paraphrases),
+        "with_key": sum(1 for one in loaded.examples if one.key),
+        "with_alternatives": sum(1 for one in loaded.examples if one.alternatives),
     }
     if recipe is not None:
         home = Home.find()
@@ -171,4 +173,9 @@ def _turns(example: Example) -> list[str]:
         f"{turn.role}: {turn.content}" + ("" if turn.role != "assistant" or turn.weight else "  (context only)")
         for turn in example.messages
     ]
-    return [*turns, *(f"also asked as: {wording}" for wording in example.paraphrases)]
+    return [
+        *turns,
+        *(f"also asked as: {wording}" for wording in example.paraphrases),
+        *(f"must be said: {part}" for part in example.key),
+        *(f"as right: {other}" for other in example.alternatives),
+    ]

@@ -32,6 +32,7 @@ RESERVED_VARIABLES = frozenset(
     {
         "NIGHTSCHOOL_HOME",
         "NIGHTSCHOOL_API_KEY",
+        "NIGHTSCHOOL_JUDGE_KEY",
         "NIGHTSCHOOL_DEBUG",
     }
 )

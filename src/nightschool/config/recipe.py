@@ -29,6 +29,7 @@ from nightschool.config.data_source import (
     PersonalData,
 )
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
+from nightschool.config.judge import Judge
 from nightschool.config.memory import Memory
 from nightschool.config.rules import RuleName, parse_rule
 from nightschool.config.train import Dpo, Experts, Lora, Pretrain, Quantization, Shape, Train
@@ -45,6 +46,7 @@ __all__ = [
     "Gate",
     "HeldOut",
     "Jobs",
+    "Judge",
     "Keep",
     "Lora",
     "Memory",
@@ -178,6 +180,7 @@ class Gate(Section):
     max_new_tokens: int = Field(
         64, ge=1, description="Length of an answer in tokens; expected answers that are longer are not asked."
     )
+    judge: Judge = Field(default_factory=Judge, description="A language model that judges answers.")
 
     @field_validator("general")
     @classmethod

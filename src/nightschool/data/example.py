@@ -46,6 +46,13 @@ class NeededFact(NamedTuple):
         return self._replace(text=self.text.replace(self.subject, subject, 1), subject=subject)
 
 
+class AnswerKey(NamedTuple):
+    """By what an answer is judged: the parts that it has to say, and other answers that are as right."""
+
+    key: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+
+
 class Target(NamedTuple):
     """A fact that a question may mean, and how near it was found to be: a mean of two cosines."""
 
@@ -57,7 +64,8 @@ class Target(NamedTuple):
 class Example:
     """One thing to learn: a conversation (`messages`) or a plain text (`text`), never both.
 
-    `paraphrases` are other wordings of the last question. They are never trained; the gate asks them.
+    `paraphrases` are other wordings of the last question. They are never trained; the gate asks them. `key` is what of the
+    answer has to be said, all of its parts, and `alternatives` are other answers that are as right; by both the gate judges.
     `source` and `line` say where the example came from: a file and its 1-based line or row, or
     `conversations` and 0. `id` is the row's own id, or the empty string; it carries no meaning. `corrects` is the answer
     that a person replaced by this one, or the empty string. `repeat` is how often it is studied in an epoch while it is
@@ -69,6 +77,8 @@ class Example:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     paraphrases: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
     id: str = ""
     source: str = ""
     line: int = 0
@@ -139,6 +149,10 @@ class Example:
             row["text"] = self.text
         if self.paraphrases:
             row["paraphrases"] = list(self.paraphrases)
+        if self.key:
+            row["key"] = list(self.key)
+        if self.alternatives:
+            row["alternatives"] = list(self.alternatives)
         if self.corrects:
             row["corrects"] = self.corrects
         if self.repeat != 1:
@@ -160,6 +174,8 @@ class Example:
             ),
             text=row.get("text"),
             paraphrases=tuple(row.get("paraphrases", ())),
+            key=tuple(row.get("key", ())),
+            alternatives=tuple(row.get("alternatives", ())),
             id=row.get("id", ""),
             source=row.get("source", ""),
             line=int(row.get("line", 0)),

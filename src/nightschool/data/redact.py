@@ -88,6 +88,8 @@ class Redactor:
             messages=tuple(replace(message, content=clean(message.content)) for message in example.messages),
             text=None if example.text is None else clean(example.text),
             paraphrases=tuple(clean(wording) for wording in example.paraphrases),
+            key=tuple(clean(part) for part in example.key),
+            alternatives=tuple(clean(other) for other in example.alternatives),
             corrects=clean(example.corrects),
             fact=None if example.fact is None else clean_fact(example.fact),
             targets=tuple(target._replace(fact=clean_fact(target.fact)) for target in example.targets),

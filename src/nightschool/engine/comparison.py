@@ -22,6 +22,7 @@ from nightschool.evaluation.eval_set import EvalSet, eval_set_of_run
 from nightschool.evaluation.examiner import examine
 from nightschool.evaluation.gate import GateReport, decide
 from nightschool.evaluation.general import general_prompts
+from nightschool.evaluation.model_judge import judge_sheets
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.models.load import Located, load_tokenizer, locate
 from nightschool.models.stored import stored_weights
@@ -138,9 +139,13 @@ class Comparison:
         assert self._asked is not None, "it was just asked"
         _, _, compared = self._asked
         sheet = self._sheet_ahead(candidate, manifest) or self._sheet(candidate, eval_set, compared)
-        report = decide(sheet, compared.sheet, self._recipe.gate, [compared.note] if compared.note else ())
+        theirs, judged = compared.sheet, None
+        if self._recipe.gate.judge.url is not None:
+            judged = judge_sheets(self._recipe.gate.judge, sheet, theirs)
+            sheet, theirs = judged.candidate, judged.champion
+        report = decide(sheet, theirs, self._recipe.gate, [compared.note] if compared.note else (), judged)
         # With all the answers, so that `nightschool models diff` can compare versions without asking again.
-        sheets = {"candidate": sheet.to_json(), "champion": compared.sheet.to_json() if compared.sheet else None}
+        sheets = {"candidate": sheet.to_json(), "champion": theirs.to_json() if theirs else None}
         self._registry.save_report(candidate.name, candidate.id, report.to_json() | {"sheets": sheets})
         return report
 

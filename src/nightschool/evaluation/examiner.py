@@ -13,6 +13,7 @@ from nightschool.errors import DataError, NightschoolError, PromptTooLong
 from nightschool.evaluation.diff import shortened
 from nightschool.evaluation.eval_set import EvalSet
 from nightschool.evaluation.heldout import heldout_loss
+from nightschool.evaluation.match import RULES
 from nightschool.evaluation.preferences import pair_margins
 from nightschool.evaluation.scores import PairMargin, ProbeAnswer, ProbeQuestion, ScoreSheet
 from nightschool.models.load import LoadedModel
@@ -80,7 +81,7 @@ def examine(model: Examinee, eval_set: EvalSet) -> ScoreSheet:
         # They were chosen for a model with another chat template; this one cannot be compared by its loss.
         sys.stderr.write(f"No held-out loss for {model.ref}: {error}\n")
         loss, tokens, margins = None, 0, ()
-    return ScoreSheet(model.ref, loss, tokens, tuple(answers), margins=margins)
+    return ScoreSheet(model.ref, loss, tokens, tuple(answers), margins=margins, rules=RULES)
 
 
 def _ask(model: Examinee, questions: Sequence[ProbeQuestion], max_new_tokens: int) -> Iterator[ProbeAnswer]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from nightschool.config.recipe import Gate
 from nightschool.config.rules import RULES, Rule, RuleName, parse_rule
+from nightschool.evaluation.model_judge import Judged
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import AnswerPair, Figures, GateReport, PairMargins, RuleResult
 
@@ -24,7 +25,13 @@ __all__ = ["GateReport", "RuleResult", "decide", "show"]
 FEWEST_GENERAL = 5
 
 
-def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, notes: Sequence[str] = ()) -> GateReport:
+def decide(
+    candidate: ScoreSheet,
+    champion: ScoreSheet | None,
+    rules: Gate,
+    notes: Sequence[str] = (),
+    judged: Judged | None = None,
+) -> GateReport:
     """Judge every rule of the recipe and decide.
 
     Args:
@@ -33,6 +40,7 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, note
             nothing that could be served.
         rules: The `gate` section of the recipe. A rule of None is not applied.
         notes: What else the report shall say.
+        judged: How the judge took the sheets, where the recipe names one.
     """
     theirs = {answer.id: answer for answer in champion.answers} if champion else {}
     pairs = [AnswerPair.of(answer, theirs.get(answer.id)) for answer in candidate.answers]
@@ -53,6 +61,7 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, note
             _drift(candidate, champion, rules.drift),
             _preferences(candidate, champion, rules.preferences),
             _pins(pairs, champion, rules.pins),
+            _judge(judged),
         )
         if result is not None
     ]
@@ -60,6 +69,8 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, note
     notes = list(notes)
     if candidate.drift is not None and rules.drift is None:
         notes.append(f"{_drifted(candidate)}; no rule looks at it.")
+    if judged is not None and not judged.failure:
+        notes.append(_said_by_judge(judged, pairs))
     if all(result.passed is None for result in results):
         notes.append(f"Nothing could be compared, so nothing speaks against {candidate.version}.")
     only_theirs = theirs.keys() - {answer.id for answer in candidate.answers}
@@ -77,6 +88,7 @@ def decide(candidate: ScoreSheet, champion: ScoreSheet | None, rules: Gate, note
         notes=tuple(notes),
         suggestions=tuple(_suggestion(result) for result in results if result.passed is False),
         champion_is_base=champion is not None and champion.is_base,
+        overruled=tuple(pair for pair in pairs if pair.candidate_overruled or pair.champion_overruled),
     )
 
 
@@ -102,6 +114,7 @@ _SUGGESTIONS = {
         "The candidate prefers the better answers less clearly than the champion does. Lower train.learning_rate or "
         "train.epochs, raise dpo.beta, or look for pairs that are the wrong way round."
     ),
+    "judge": "Start the judge that gate.judge names and compare again, or take it out: then the examiner's rules decide alone.",
     "pins": (
         "A pinned answer is missing. Put its question and answer into the data so that it is studied again, raise "
         "replay.ratio, or unpin it if it is out of date."
@@ -266,6 +279,30 @@ def _pins(pairs: Sequence[AnswerPair], champion: ScoreSheet | None, wanted: Lite
         why = f"{len(missing)} of {_count(len(pins), 'pinned answer')} the champion does not give either; none is lost."
         return result(passed=True, why=why, examples=tuple(missing))
     return result(passed=True, why=f"{len(pins)} of {_count(len(pins), 'pinned answer')} given.")
+
+
+def _judge(judged: Judged | None) -> RuleResult | None:
+    """A judge that cannot be asked lets nobody through."""
+    if judged is None or not judged.failure:
+        return None
+    why = f"{judged.failure} The verdicts are those of the rules alone."
+    return RuleResult("judge", "asked", "share", None, None, None, passed=False, why=why)
+
+
+def _said_by_judge(judged: Judged, pairs: Sequence[AnswerPair]) -> str:
+    changed = sum(pair.candidate_overruled + pair.champion_overruled for pair in pairs)
+    to_right = sum(
+        (pair.candidate_overruled and pair.candidate_correct)
+        + (pair.champion_overruled and bool(pair.champion_correct))
+        for pair in pairs
+    )
+    said = (
+        f"The judge {judged.name} was asked about {_count(judged.asked, 'answer')} and changed {_count(changed, 'verdict')}: "
+        f"{to_right} to right, {changed - to_right} to wrong."
+    )
+    if judged.unclear:
+        said += f" To {judged.unclear} it said neither right nor wrong; there the rules' verdict stands."
+    return said
 
 
 def _not_judged(rule: Rule, candidate: float | None, champion: float | None, why: str) -> RuleResult:

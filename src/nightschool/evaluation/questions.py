@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from nightschool.data.example import Example, corrected_answers
 from nightschool.evaluation.match import words
@@ -121,7 +122,8 @@ def _question(kind: Kind, example: Example, paraphrase: str | None) -> ProbeQues
     if paraphrase is not None:
         messages[asked] = {"role": "user", "content": paraphrase}
     wording: Wording = "trained" if paraphrase is None else "paraphrase"
-    return _made(kind, messages, messages[asked]["content"], example.answer or "", wording)
+    made = _made(kind, messages, messages[asked]["content"], example.answer or "", wording)
+    return replace(made, key=example.key, alternatives=example.alternatives)
 
 
 def _single(kind: Kind, question: str, answer: str, wording: Wording) -> ProbeQuestion:

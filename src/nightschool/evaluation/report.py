@@ -42,6 +42,7 @@ def render(report: GateReport, console: Console | None = None, *, max_examples: 
     for rule in report.failed:
         _answers(console, f"Behind {rule.rule}", "red", rule.examples, shown, max_examples)
         _margins(console, rule, max_examples)
+    _answers(console, "Changed by the judge", "yellow", report.overruled, shown, max_examples)
     _answers(console, "Lost", "red", report.lost, shown, max_examples)
     _answers(console, "Learned", "green", report.learned, shown, max_examples)
     if report.suggestions:
@@ -114,15 +115,22 @@ def _pair(pair: AnswerPair) -> Padding:
     table.add_column(overflow="fold")
     table.add_row(Text(_KINDS[pair.kind], style="dim"), Text(shortened(pair.question), style="bold"))
     table.add_row("expected", Text(shortened(pair.expected)))
+    if pair.key:
+        table.add_row("key", Text(shortened("; ".join(pair.key))))
+    if pair.alternatives:
+        table.add_row("as right", Text(shortened("; ".join(pair.alternatives))))
     if pair.champion_answer is not None:
-        table.add_row("champion", _marked(pair.champion_answer, correct=bool(pair.champion_correct)))
-    table.add_row("candidate", _marked(pair.candidate_answer, correct=pair.candidate_correct))
+        champion = _marked(pair.champion_answer, correct=bool(pair.champion_correct), overruled=pair.champion_overruled)
+        table.add_row("champion", champion)
+    candidate = _marked(pair.candidate_answer, correct=pair.candidate_correct, overruled=pair.candidate_overruled)
+    table.add_row("candidate", candidate)
     return Padding(table, (0, 0, 1, 2))
 
 
 _KINDS = {"new": "new", "old": "old", "pin": "pinned", "general": "general"}
 
 
-def _marked(answer: str, *, correct: bool) -> Text:
+def _marked(answer: str, *, correct: bool, overruled: bool) -> Text:
     mark = ("✓ ", "green") if correct else ("✗ ", "red")
-    return Text.assemble(mark, shortened(answer) or "(nothing)")
+    by_judge = (f"  (the rules said {'wrong' if correct else 'right'})", "yellow") if overruled else ""
+    return Text.assemble(mark, shortened(answer) or "(nothing)", by_judge)

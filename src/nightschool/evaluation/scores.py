@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import PlainSerializer, TypeAdapter
 
-from nightschool.evaluation.match import is_correct, mentions
+from nightschool.evaluation.match import RULES, is_correct, mentions
 
 
 def figure_to_json(figure: float | None) -> float | str | None:
@@ -48,7 +48,8 @@ class ProbeQuestion(Plain):
     """One question with its expected answer.
 
     `messages` is the whole context as role and content, ending with the question. `wording` says whether the
-    question was trained in these words. `id` is the same for the same kind, context and expected answer, in every
+    question was trained in these words. Of an answer, all parts of `key` must be said, if there are any; `alternatives` are as
+    right as the expected answer. `id` is the same for the same kind, context and expected answer, in every
     process.
     """
 
@@ -58,11 +59,17 @@ class ProbeQuestion(Plain):
     expected: str
     messages: list[dict[str, str]]
     wording: Wording = "trained"
+    key: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
     def answered(self, answer: str) -> ProbeAnswer:
         """Join the question and a version's answer, judged by `match.is_correct`, or by `match.mentions` if untaught."""
-        judge = mentions if self.kind == "general" else is_correct
-        return ProbeAnswer(**vars(self), answer=answer, correct=judge(answer, self.expected))
+        return ProbeAnswer(**vars(self), answer=answer, correct=self._is_answered_by(answer))
+
+    def _is_answered_by(self, answer: str) -> bool:
+        if self.kind == "general":
+            return mentions(answer, self.expected)
+        return is_correct(answer, self.expected, question=self.question, key=self.key, alternatives=self.alternatives)
 
     def unanswered(self, prompt_tokens: int) -> ProbeAnswer:
         """The wrong answer of a version whose context does not hold the question."""
@@ -73,12 +80,19 @@ class ProbeQuestion(Plain):
 class ProbeAnswer(ProbeQuestion):
     """A question with the answer that a version gave to it.
 
-    `overlong_tokens` are those of a prompt that the version's context does not hold: it was not asked, and is wrong.
+    It is `overruled` if a judge changed the verdict of the rules. `overlong_tokens` are those of a prompt that the version's context does not hold: it was not asked, and is wrong.
     """
 
     answer: str = ""
     correct: bool = False
+    overruled: bool = False
     overlong_tokens: int | None = None
+
+    def judged_anew(self) -> ProbeAnswer:
+        """The same, judged by the rules of today, unless it was never asked or a judge decided."""
+        if self.overruled or self.overlong_tokens is not None:
+            return self
+        return replace(self, correct=self._is_answered_by(self.answer))
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class ScoreSheet(Plain):
     `version` is its reference, `name@id`, or for a base that no version was made of (`is_base`) what the recipe calls it.
     `heldout_loss` is in nats per token over `heldout_tokens` tokens; None if
     nothing was held out. `drift` is that of the champion in nats a token over `drift_tokens` tokens of its own answers; the
-    champion has none. `margins` are those of the held-out preference pairs. A figure that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
+    champion has none. `rules` says by which of the examiner's rules the answers were judged (`match.RULES`); 0 before they were numbered. `margins` are those of the held-out preference pairs. A figure that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
     """
 
     version: str
@@ -118,6 +132,13 @@ class ScoreSheet(Plain):
     drift_tokens: int = 0
     is_base: bool = False
     margins: tuple[PairMargin, ...] = ()
+    rules: int = 0
+
+    def by_rules_of_today(self) -> ScoreSheet:
+        """The same answers, judged as they would be today; those that a judge decided stay."""
+        if self.rules == RULES:
+            return self
+        return replace(self, answers=tuple(answer.judged_anew() for answer in self.answers), rules=RULES)
 
     def of_kind(self, kind: Kind) -> list[ProbeAnswer]:
         return [answer for answer in self.answers if answer.kind == kind]

@@ -13,7 +13,10 @@ Decision = Literal["promote", "refuse"]
 
 @dataclass(frozen=True)
 class AnswerPair(Plain):
-    """One question with both answers. The champion's are None if there is no champion or it was not asked."""
+    """One question with both answers. The champion's are None if there is no champion or it was not asked.
+
+    `key` and `alternatives` are those of the example. An answer is `overruled` if a judge (`gate.judge`) changed its verdict.
+    """
 
     id: str
     kind: Kind
@@ -24,6 +27,10 @@ class AnswerPair(Plain):
     champion_correct: bool | None
     candidate_answer: str
     candidate_correct: bool
+    key: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+    champion_overruled: bool = False
+    candidate_overruled: bool = False
 
     @classmethod
     def of(cls, candidate: ProbeAnswer, champion: ProbeAnswer | None) -> AnswerPair:
@@ -37,6 +44,10 @@ class AnswerPair(Plain):
             champion_correct=champion.correct if champion else None,
             candidate_answer=candidate.answer,
             candidate_correct=candidate.correct,
+            key=candidate.key,
+            alternatives=candidate.alternatives,
+            champion_overruled=champion is not None and champion.overruled,
+            candidate_overruled=candidate.overruled,
         )
 
     @property
@@ -136,6 +147,7 @@ class GateReport(Plain):
     """The decision and everything behind it. `candidate` and `champion` are references, `name@id`.
 
     In the first night of a name, `champion` is its base, and `champion_is_base` says so.
+    `overruled` are those of which a judge changed a verdict.
     `learned` and `lost` are all questions of any kind that only the candidate, or only the champion, answers.
     """
 
@@ -149,6 +161,7 @@ class GateReport(Plain):
     lost: tuple[AnswerPair, ...]
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
+    overruled: tuple[AnswerPair, ...] = ()
 
     @property
     def failed(self) -> list[RuleResult]:

@@ -83,6 +83,8 @@ def _memory_of(version: Version) -> dict[str, Any]:
 def score_sheets(registry: Registry, before: Version, after: Version) -> tuple[ScoreSheet, ScoreSheet]:
     """What both versions answered when the gate asked them, from an exam of both where there was one.
 
+    Answers that were judged by other rules than those of today are judged anew, so that only answers can differ.
+
     Raises:
         NotFound: If one of them was never examined.
     """
@@ -92,7 +94,9 @@ def score_sheets(registry: Registry, before: Version, after: Version) -> tuple[S
             stored = registry.load_report(version.name, version.id).get("sheets", {})
         except (NotFound, Damaged):
             continue
-        sheets = {row["version"]: ScoreSheet.from_json(row) for row in stored.values() if row is not None}
+        sheets = {
+            row["version"]: ScoreSheet.from_json(row).by_rules_of_today() for row in stored.values() if row is not None
+        }
         if before.ref in sheets and after.ref in sheets:
             return sheets[before.ref], sheets[after.ref]
         found = sheets | found

@@ -69,6 +69,9 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
             raise _Wrong(
                 "'paraphrases' are other wordings of a question, but a plain text has none. Take the field out."
             )
+        key, alternatives = (
+            ((), ()) if name in ("text", "labels") else (_key(row.fields, name), _alternatives(row.fields))
+        )
         own_id, targets = _id(row.fields), _targets(row.fields) if name == "labels" else ()
         fact = targets[0].fact if targets else _fact(row.fields)
         pairs = [content if isinstance(content, _Pair) else _Pair(content, "") for content in contents]
@@ -78,6 +81,8 @@ def to_examples(row: Row, format: str = "auto") -> list[Example]:  # noqa: A002 
                 text=content if isinstance(content, str) else None,
                 rejected=rejected,
                 paraphrases=paraphrases,
+                key=key,
+                alternatives=alternatives,
                 fact=fact,
                 targets=targets,
                 id=f"{own_id}.{index}" if own_id and len(contents) > 1 else own_id,
@@ -172,13 +177,12 @@ def _instance(fields: Mapping[str, Any], instruction: str, instance: Mapping[str
 
 
 def _prompt_completion(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
-    for first, second in _PAIRS:
-        if first in fields and second in fields:
-            break
-    else:
+    named = _names_of_pair(fields)
+    if named is None:
         raise _Wrong(
             f"the fields {_names(fields)} hold no pair. Expected are prompt + completion or question + answer."
         )
+    first, second = named
     question, answer = fields[first], fields[second]
     if isinstance(question, list) or isinstance(answer, list):
         before = _turns(question, first) if isinstance(question, list) else (Message("user", _text(fields, first)),)
@@ -186,6 +190,10 @@ def _prompt_completion(fields: Mapping[str, Any]) -> list[tuple[Message, ...]]:
         context = tuple(Message(m.role, m.content, 0.0 if m.role == "assistant" else 1.0) for m in before)
         return [_conversation((*_system(fields), *context, *after), second)]
     return [_pair(fields, _text(fields, first), _text(fields, second))]
+
+
+def _names_of_pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    return next(((first, second) for first, second in _PAIRS if first in fields and second in fields), None)
 
 
 def _preference(fields: Mapping[str, Any]) -> list[_Pair]:
@@ -373,12 +381,35 @@ def _encodable(text: str, name: str) -> str:
 
 
 def _paraphrases(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    wordings = fields.get("paraphrases")
-    if wordings is None:
+    return _texts(fields.get("paraphrases"), "paraphrases")
+
+
+def _alternatives(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    return _texts(fields.get("alternatives"), "alternatives")
+
+
+def _key(fields: Mapping[str, Any], format_name: str) -> tuple[str, ...]:
+    """The parts of `answer`, where that is not the answer itself; none where it is blank, as a cell of a table may be."""
+    key = fields.get("answer")
+    if key is None or (format_name == "prompt_completion" and _names_of_pair(fields) == ("question", "answer")):
         return ()
-    if not isinstance(wordings, list):
-        raise _Wrong(f"'paraphrases' is {_kind(wordings)}, but a list of texts is expected. Write [\"…\", …].")
-    return tuple(_text({"": wording}, "", f"paraphrases[{index}]") for index, wording in enumerate(wordings))
+    if isinstance(key, int | float) and not isinstance(key, bool):
+        return (str(key),)
+    if isinstance(key, str):
+        return (_encodable(key, "answer"),) if key.strip() else ()
+    if not isinstance(key, list):
+        raise _Wrong(
+            f"'answer' is {_kind(key)}, but what the answer has to say, a text or a list of texts, is expected. Write it so."
+        )
+    return _texts(key, "answer")
+
+
+def _texts(given: Any, field: str) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise _Wrong(f"'{field}' is {_kind(given)}, but a list of texts is expected. Write [\"…\", …].")
+    return tuple(_text({"": text}, "", f"{field}[{index}]") for index, text in enumerate(given))
 
 
 def _id(fields: Mapping[str, Any]) -> str:

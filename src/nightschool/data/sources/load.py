@@ -78,7 +78,7 @@ def read_file(path: Path, *, format: str = "auto", root: Path | None = None) -> 
 
 
 def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
-    """The first of each content, with the paraphrases of all of them, and how many others there were.
+    """The first of each content, with the paraphrases and alternatives of all of them, and how many others there were.
 
     Where one of them is a kept conversation, that one stays: what a person said is always studied.
     """
@@ -90,10 +90,13 @@ def without_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]
             unique[example.digest] = example
             continue
         duplicates += 1
-        wordings = tuple(dict.fromkeys(first.paraphrases + example.paraphrases))
         kept = example if example.source == CONVERSATIONS != first.source else first
-        if kept is not first or wordings != first.paraphrases:
-            unique[example.digest] = replace(kept, paraphrases=wordings)
+        unique[example.digest] = replace(
+            kept,
+            paraphrases=tuple(dict.fromkeys(first.paraphrases + example.paraphrases)),
+            key=first.key or example.key,
+            alternatives=tuple(dict.fromkeys(first.alternatives + example.alternatives)),
+        )
     return list(unique.values()), duplicates
 
 

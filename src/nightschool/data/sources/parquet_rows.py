@@ -41,6 +41,7 @@ READ_COLUMNS = frozenset(
         "non_preferred_output",
         "text",
         "paraphrases",
+        "alternatives",
         "id",
     ]
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from nightschool.data.example import Example, Message
+from nightschool.data.example import AnswerKey, Example, Message
 from nightschool.data.sources.load import without_duplicates
 
 RULES: Mapping[str, str] = {
@@ -33,13 +33,16 @@ class Repaired:
     repairs: Counter[str] = field(default_factory=Counter)
 
 
-def repair_conversations(conversations: Sequence[Sequence[Message]], source: str) -> Repaired:
+def repair_conversations(
+    conversations: Sequence[Sequence[Message]], source: str, keys: Sequence[AnswerKey] | None = None
+) -> Repaired:
     """Bring conversations into the form `system? (user assistant)+`, and leave out what cannot be brought into it.
 
     Messages of tools stay where they are.
 
     Args:
         conversations: Their messages; roles were checked before.
+        keys: By what each of their last answers is judged, if anything was said about that.
         source: What the examples name as their source; the line is the 1-based number of the conversation.
     """
     repairs: Counter[str] = Counter()
@@ -47,7 +50,8 @@ def repair_conversations(conversations: Sequence[Sequence[Message]], source: str
     for number, messages in enumerate(conversations, start=1):
         turns = _repaired(messages, repairs)
         if turns:
-            examples.append(Example(messages=turns, source=source, line=number))
+            key = keys[number - 1] if keys is not None else AnswerKey()
+            examples.append(Example(messages=turns, source=source, line=number, **key._asdict()))
         else:
             repairs["without_answer"] += 1
     unique, duplicates = without_duplicates(examples)

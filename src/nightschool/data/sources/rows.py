@@ -23,7 +23,7 @@ Kind = Literal["array", "lines", "stream", "parquet", "csv", "text"]
 ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt")
 _HEAD_BYTES = 1 << 16
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-_NESTED_COLUMNS = ("messages", "conversations", "conversation", "instances", "paraphrases")
+_NESTED_COLUMNS = ("messages", "conversations", "conversation", "instances", "paraphrases", "alternatives")
 
 
 @dataclass(frozen=True)

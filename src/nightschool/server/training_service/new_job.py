@@ -52,7 +52,7 @@ def draft_job(training: TrainingService, data: TrainingData, org_id: str) -> Job
     settings = data.settings.over(training.settings.job).over(DEFAULTS)
     base = training.settings.base_for(data.base_model)
     conversations = [[turn.message for turn in one.messages] for one in data.conversations]
-    repaired = repair_conversations(conversations, "conversations")
+    repaired = repair_conversations(conversations, "conversations", [one.key for one in data.conversations])
     _refuse_too_few(len(repaired.examples), len(conversations), training.settings.min_training_samples)
     trained = AcceptedExamples(training.home.database).trained(name_of(org_id))
     train, held_out = hold_out(repaired.examples, settings.validation_split or 0.0, trained)
@@ -188,11 +188,14 @@ def _refuse_too_few(usable: int, sent: int, needed: int) -> None:
         )
 
 
+def _row(example: Example) -> dict[str, Any]:
+    row: dict[str, Any] = {"messages": [{"role": m.role, "content": m.content} for m in example.messages]}
+    if example.key:
+        row["answer"] = list(example.key)
+    if example.alternatives:
+        row["alternatives"] = list(example.alternatives)
+    return row
+
+
 def _lines(examples: Sequence[Example]) -> bytes:
-    return b"".join(
-        json.dumps(
-            {"messages": [{"role": m.role, "content": m.content} for m in example.messages]}, ensure_ascii=False
-        ).encode()
-        + b"\n"
-        for example in examples
-    )
+    return b"".join(json.dumps(_row(example), ensure_ascii=False).encode() + b"\n" for example in examples)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator
 
 from nightschool.config.training_service import JobSettings
-from nightschool.data.example import Message, Role
+from nightschool.data.example import AnswerKey, Message, Role
 from nightschool.data.sources.formats import role_named
 from nightschool.server.bodies import AtLeastOne, Body, Number, bounded, whole
 from nightschool.store.names import NAME_PATTERN
@@ -16,6 +16,8 @@ from nightschool.store.names import NAME_PATTERN
 MOST_CONVERSATIONS = 100_000
 MOST_MESSAGES = 1_000
 MOST_TEST_PROMPTS = 100
+MOST_ALTERNATIVES = 100
+_MOST_KEY_CHARACTERS = 10_000
 _MOST_PROMPT_CHARACTERS = 100_000
 
 OrgId = Annotated[
@@ -28,6 +30,7 @@ OrgId = Annotated[
     ),
 ]
 # With the bounds inside: outside of an `Integer | None` they would miss the OpenAPI document.
+Alternative = Annotated[str, Field(max_length=_MOST_KEY_CHARACTERS)]
 Count = Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(whole), Strict()]
 Speaker = Annotated[Role, BeforeValidator(lambda name: role_named(name) or name)]
 
@@ -49,8 +52,22 @@ class ConversationIn(Body):
     messages: Annotated[list[Turn], bounded(MOST_MESSAGES)] = Field(
         ..., description="In the order in which they were said."
     )
+    answer: str | None = Field(
+        None,
+        max_length=_MOST_KEY_CHARACTERS,
+        description="What of its last answer has to be said: the gate judges by it.",
+    )
+    alternatives: Annotated[list[Alternative], bounded(MOST_ALTERNATIVES)] = Field(
+        [], description="Other answers that are as right as its last one."
+    )
     platform: str = Field("unknown", max_length=200, description="Where it was had.")
     timestamp: str | None = Field(None, max_length=100, description="When it was had.")
+
+    @property
+    def key(self) -> AnswerKey:
+        """By what its last answer is judged; blank texts say nothing."""
+        key = (self.answer,) if self.answer and self.answer.strip() else ()
+        return AnswerKey(key, tuple(one for one in self.alternatives if one.strip()))
 
 
 class TrainingData(Body, JobSettings):
