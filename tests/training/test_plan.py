@@ -14,8 +14,9 @@ from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
 from nightschool.feedback.selection import Selection, sample_of
 from nightschool.store.home import Home
-from nightschool.training.methods.finetune import Finetune, refuse_nothing_to_train
+from nightschool.training.methods.finetune import Finetune
 from nightschool.training.methods.prepared import Setup
+from nightschool.training.methods.rendered import refuse_nothing_to_train
 from nightschool.training.planning import plan as planning
 from nightschool.training.planning import speed
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask

@@ -32,6 +32,7 @@ from nightschool.store.atomic import publish_directory, read_json
 from nightschool.store.checkpoints import ATTEMPT, Checkpoint, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
+from nightschool.training.causal_task import CausalTask
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.checkpoint_reader import check_tensors, load_group
 from nightschool.training.checkpoint.full_state import state_to_save
@@ -39,7 +40,6 @@ from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.optimizer import Schedule
 from nightschool.training.run import prepare
 from nightschool.training.state import TrainState
-from nightschool.training.task import CausalTask
 from nightschool.uploads.archive import unpack_archive
 
 _COPIED = ("training_config.json", "metadata.json", "training_metrics.json")

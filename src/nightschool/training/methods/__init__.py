@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nightschool.training.methods.dpo import DpoFinetune
-from nightschool.training.methods.finetune import Finetune, LoraFinetune
+from nightschool.training.methods.finetune import Finetune
+from nightschool.training.methods.lora import LoraFinetune
 from nightschool.training.methods.memory import MemoryTraining
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.methods.pretrain import Pretrain

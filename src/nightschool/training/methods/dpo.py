@@ -31,7 +31,7 @@ from nightschool.layers.forward import document_log_probs
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import write_bytes
 from nightschool.training.methods.figures_task import FiguresTask
-from nightschool.training.methods.finetune import LoraFinetune
+from nightschool.training.methods.lora import LoraFinetune
 from nightschool.training.metrics import say
 
 REFERENCE = "reference.safetensors"

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.batches import Batch, Batches
 from nightschool.data.chat.render import Rendered, ensure_template
-from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
-from nightschool.errors import ModelError, NothingToTrain, UsageError
+from nightschool.errors import NothingToTrain
 from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
-from nightschool.models.adapter_targets import find_targets, kind, reached_layers
-from nightschool.models.adapters import attach_lora, describe_adapter
-from nightschool.models.cost import stored_bytes_by_kind
 from nightschool.models.load import LoadedModel
-from nightschool.models.quantize import num_elements, stored_bytes
-from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.store.atomic import publish_directory
-from nightschool.store.names import split_quantization
-from nightschool.training.checkpoint.full_state import frozen_fingerprint
+from nightschool.training.causal_task import CausalTask
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
-from nightschool.training.metrics import say
+from nightschool.training.methods.rendered import (
+    RenderedData,
+    refuse_nothing_to_train,
+    render_data,
+    tokens_by_role,
+)
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
 from nightschool.training.state import TrainState
-from nightschool.training.task import CausalTask
-from nightschool.units import format_bytes
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
 NEW_VOCAB_SIZE = 2048
@@ -101,27 +95,6 @@ class FinetuneTask(CausalTask[Batches]):
 
 
 @dataclass(frozen=True)
-class RenderedData:
-    """The examples as tokens. `chats` are in the order of the chat examples, as many documents of each as the method makes."""
-
-    chat_examples: list[Example]
-    chats: list[Rendered]
-    texts: list[Rendered]
-
-    @property
-    def all(self) -> list[Rendered]:
-        return [*self.chats, *self.texts]
-
-
-@dataclass(frozen=True)
-class RoleTokens:
-    """Tokens of one role in one epoch, and how many of them carry loss."""
-
-    tokens: int
-    trained: int
-
-
-@dataclass(frozen=True)
 class Cut:
     """An example that is longer than train.max_seq_len. `where` is `file:line`; `share` is of all its tokens."""
 
@@ -136,7 +109,7 @@ class FinetuneData:
 
     selection: Selection
     whole: Selection
-    rendered: RenderedData = RenderedData([], [], [])
+    rendered: RenderedData = field(default_factory=lambda: RenderedData([], [], []))
     held_out: Batches | None = None
     rehearsed: RehearsedPrompts | None = None
 
@@ -359,65 +332,6 @@ class Finetune(PreparedRun[FinetuneData]):
         return [note for note in notes if note]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraFinetune(Finetune):
-    """Fine-tuning of an adapter, a fresh one or the base's own, below which everything is frozen."""
-
-    @classmethod
-    def stored_in_16_bits(cls, setup: Setup) -> StoredWeights | None:
-        """The base if its files hold 16-bit numbers, which need not be widened: nothing is added to them."""
-        if setup.recipe.base.startswith("new:"):
-            return None
-        stored = stored_weights(setup.recipe.base, setup.home, setup.root)
-        return None if stored.dtype == torch.float32 else stored
-
-    @classmethod
-    def load(cls, recipe: Recipe, load: Callable[..., LoadedModel]) -> LoadedModel:
-        if recipe.base.startswith("new:"):
-            raise UsageError(
-                f"method: {recipe.method} needs a base that knows something, and base: {recipe.base} is made of random weights. "
-                "Write method: full, or another base."
-            )
-        loaded = load(merge=False)
-        if loaded.adapter:
-            _refuse_other_lora(cast(PeftModel, loaded.model), recipe, loaded.ref)
-            return loaded
-        frozen = cast(PreTrainedModel, loaded.model)
-        wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
-        return replace(loaded, model=wrapped, adapter=True)
-
-    def begin(self, folder: Path) -> None:
-        """Say what the adapter reaches: what learns nothing should not look like success."""
-        super().begin(folder)
-        if self.task.world.rank == 0:
-            info = describe_adapter(cast(PeftModel, self.task.model))
-            say(f"Adapter of rank {self.recipe.lora.r} on {info.text}. {info.note}".strip())
-
-    def plan_rows(self, num_processes: int) -> MethodPlan:
-        """With what the adapter reaches, and how the base below it is kept."""
-        plan = super().plan_rows(num_processes)
-        info = describe_adapter(cast(PeftModel, self.task.model))
-        facts = {"adapter_layers": info.reached, "adapter_missed": list(info.missed)}
-        rows = [PlanRow("adapter", f"rank {self.recipe.lora.r} on {info.text}", facts)]
-        _, quantization = split_quantization(self.loaded.base_ref)
-        if quantization is not None:
-            taken = stored_bytes(self.task.model)
-            plain = sum(4 * num_elements(parameter) for parameter in self.task.model.parameters())
-            kinds = stored_bytes_by_kind(self.task.model)
-            of_kinds = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(of_kind)}" for kind, of_kind in kinds.items())
-            text = f"{quantization}: {format_bytes(taken)} with what is not quantised ({of_kinds}), in fp32 {format_bytes(plain)}"
-            taken_facts = {"quantization": quantization, "parameter_bytes": taken, "parameter_bytes_by_kind": kinds}
-            rows.append(PlanRow("quantised", text, taken_facts))
-        return replace(plan, rows=[*rows, *plan.rows], notes=[*(plan.notes or []), *([info.note] if info.note else [])])
-
-    def numerics(self) -> dict[str, Any]:
-        lora = self.recipe.lora.model_dump(mode="json").items()
-        return super().numerics() | {f"lora.{key}": value for key, value in lora}
-
-    def base_fingerprint(self) -> str | None:
-        return frozen_fingerprint(self.task.model)
-
-
 def _selection(setup: Setup) -> Selection:
     """The examples that were selected for the run, by whoever began it; for a plan, or where nobody did, select them now."""
     selected = None if setup.folder is None else read_selection(setup.folder)
@@ -479,72 +393,3 @@ def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedToken
         with publish_directory(place) as partial_folder:
             tokenizer.save_pretrained(str(partial_folder))
     return tokenizer
-
-
-def _refuse_other_lora(model: PeftModel, recipe: Recipe, ref: str) -> None:
-    """An adapter goes on with the rank and the places that it has; dropout may change from run to run."""
-    config: Any = model.peft_config["default"]
-    lora = recipe.lora
-    wanted = lora.target_modules
-    if not isinstance(wanted, str):
-        meant, has = find_targets(model, wanted).layers, reached_layers(model)
-        if meant != has:
-            raise ModelError(
-                f"The recipe has lora.target_modules={', '.join(wanted)}, but the adapter {ref} has {_kinds(has)}. "
-                "Write the adapter's, or start again from its base."
-            )
-    if (config.r, float(config.lora_alpha)) != (lora.r, float(lora.alpha)):
-        raise ModelError(
-            f"The recipe has lora.r={lora.r} and lora.alpha={lora.alpha:g}, but the adapter {ref} has r={config.r} and "
-            f"alpha={config.lora_alpha:g}. Write the adapter's, or start again from its base."
-        )
-    for module in model.modules():
-        dropouts = getattr(module, "lora_dropout", None)
-        if isinstance(dropouts, torch.nn.ModuleDict):
-            for name in dropouts:
-                dropouts[name] = torch.nn.Dropout(lora.dropout) if lora.dropout > 0 else torch.nn.Identity()
-
-
-def _kinds(layers: Iterable[str]) -> str:
-    return ", ".join(sorted({kind(name) for name in layers}))
-
-
-def render_data(tokenizer: Any, examples: Sequence[Example], max_seq_len: int, num_workers: int) -> RenderedData:
-    """Render chats, one document each, and texts, as many documents as they need."""
-    chats = [example for example in examples if example.messages]
-    texts = [example for example in examples if not example.messages]
-    return RenderedData(
-        chats,
-        render_examples(tokenizer, chats, max_seq_len, num_workers=num_workers),
-        render_examples(tokenizer, texts, max_seq_len, num_workers=num_workers),
-    )
-
-
-def refuse_nothing_to_train(rendered: Sequence[Rendered], max_seq_len: int, max_cut_share: float) -> None:
-    """Raise NothingToTrain if nothing, or too little, of what should be trained would be."""
-    trained = sum(document.trained_tokens for document in rendered)
-    cut = sum(document.cut_trained for document in rendered)
-    if trained == 0:
-        why = f"all {cut} of them are cut off by train.max_seq_len={max_seq_len}" if cut else "the data has none"
-        raise NothingToTrain(
-            f"No token of the {len(rendered)} examples would carry loss: {why}. "
-            + ("Raise train.max_seq_len." if cut else "Examples need an answer, with a weight above 0.")
-        )
-    share = cut / (cut + trained)
-    if share > max_cut_share:
-        raise NothingToTrain(
-            f"train.max_seq_len={max_seq_len} cuts off {share:.0%} of the {cut + trained} tokens that would carry loss, "
-            f"and train.max_cut_share allows {max_cut_share:.0%}. Raise one of the two, or shorten the examples."
-        )
-
-
-def tokens_by_role(rendered: list[Rendered], scale: float = 1.0) -> dict[str, RoleTokens]:
-    """Count the tokens of each role, and those that carry loss, times `scale`; most frequent role first."""
-    tokens: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    for document in rendered:
-        tokens.update(document.roles)
-        trained.update(role for role, weight in zip(document.roles, document.weights, strict=True) if weight > 0)
-    return {
-        role: RoleTokens(round(count * scale), round(trained[role] * scale)) for role, count in tokens.most_common()
-    }

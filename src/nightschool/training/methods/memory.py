@@ -51,10 +51,9 @@ from nightschool.training.methods.finetune import (
     HELD_OUT_TOKENS_PER_BATCH,
     Finetune,
     FinetuneData,
-    RenderedData,
-    refuse_nothing_to_train,
 )
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
+from nightschool.training.methods.rendered import RenderedData, refuse_nothing_to_train
 from nightschool.training.nearest_facts import nearest_facts
 from nightschool.training.remembered_facts import as_remembered
 

@@ -27,12 +27,12 @@ from nightschool.models.cost import flops_per_token
 from nightschool.models.load import LoadedModel, find_tokenizer, load_tokenizer
 from nightschool.models.peak import peak_flops
 from nightschool.store.home import Home
+from nightschool.training.causal_task import CausalTask
 from nightschool.training.continuation import continuation
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask
 from nightschool.training.state import TrainState
-from nightschool.training.task import CausalTask
 
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_TEMPERATURE, SAMPLE_TOP = 0.8, 50

@@ -14,7 +14,8 @@ from nightschool.models.load import LoadedModel
 from nightschool.models.quantize import compute_in
 from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.store.names import split_quantization
-from nightschool.training.methods.finetune import FinetuneData, FinetuneTask, LoraFinetune
+from nightschool.training.methods.finetune import FinetuneData, FinetuneTask
+from nightschool.training.methods.lora import LoraFinetune
 from nightschool.training.methods.prepared import Setup
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -28,8 +28,9 @@ from nightschool.layers.forward import causal_lm, draws_at_random, has_plain_hea
 from nightschool.layers.gated_mlp import recompute_gates
 from nightschool.layers.products import linear
 from nightschool.models.resident import shell_of
+from nightschool.training.causal_task import CausalTask
 from nightschool.training.metrics import say
-from nightschool.training.task import CausalTask, Task
+from nightschool.training.task import Task
 from nightschool.training.together.member import Member, Window, serve, serve_one
 
 # A pass takes micro-batches up to so many tokens. Memory grows with them, and so does speed, because weights are read and packed for
