@@ -2,6 +2,7 @@
 
 import pytest
 
+from nightschool.data.chat import sandbox
 from nightschool.data.chat.render import render_example, render_prompt
 from nightschool.data.chat.template import CHATML_TEMPLATE, render_text
 from nightschool.data.example import Example, Message
@@ -81,7 +82,8 @@ def with_template(template):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_template_that_would_not_end_is_refused(name):
+def test_a_template_that_would_not_end_is_refused(name, monkeypatch):
+    monkeypatch.setattr(sandbox, "OPERATIONS", 100_000)  # the whole budget is spent below
     for template in (BOMBS[name], CHATML_TEMPLATE + BOMBS[name]):
         with pytest.raises(DataError, match="the model's chat template"):
             render_prompt(with_template(template), TURNS[:1])
