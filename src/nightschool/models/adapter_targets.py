@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from peft.tuners.lora import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nightschool.errors import ModelError
 from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.models.expert_adapters import streamed_shapes
+from nightschool.models.peft_layers import is_adapted_layer, is_adapted_parameter
 
 ALL_LINEAR, ATTENTION, EXPERTS = "all-linear", "attention", "experts"
 _PREFIX = "base_model.model."
@@ -44,7 +43,7 @@ def linear_layers(model: nn.Module) -> list[str]:
     head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
     found = []
     for name, module in model.named_modules():
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        layer = module.get_base_layer() if is_adapted_layer(module) else module
         if isinstance(layer, nn.Linear) and layer is not head and not _within_adapter(name):
             found.append(name.removeprefix(_PREFIX))
     return found
@@ -57,7 +56,7 @@ def expert_weights(model: nn.Module) -> dict[str, int]:
         place = name.removeprefix(_PREFIX).replace(".base_layer", "")
         if isinstance(module, StreamedExperts):
             found |= {f"{place}.{own}": shape.numel() for own, shape in streamed_shapes(module).items()}
-        if isinstance(module, ParamWrapper) or "expert" not in f"{place} {type(module).__name__}".lower():
+        if is_adapted_parameter(module) or "expert" not in f"{place} {type(module).__name__}".lower():
             continue
         for own, parameter in module.named_parameters(recurse=False):
             shape = getattr(parameter, "stands_for", parameter.shape)  # where it is packed, its codes are a matrix
@@ -70,9 +69,9 @@ def reached_layers(model: nn.Module) -> set[str]:
     """The full names of all layers and tensors with an adapter."""
     found = set()
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if is_adapted_layer(module):
             place = name.removeprefix(_PREFIX).replace(".base_layer", "")
-            tensor = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            tensor = module.parameter_name if is_adapted_parameter(module) else "weight"
             found.add(place if tensor == "weight" else f"{place}.{tensor}")
     return found
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -27,7 +25,11 @@ from nightschool.models.adapter_targets import (
 )
 from nightschool.models.expert_adapters import compute_beside, shown_whole
 from nightschool.models.folder import read_json
+from nightschool.models.peft_layers import is_adapted_layer
 from nightschool.models.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class LoraSettings(Protocol):
@@ -83,6 +85,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
         ModelError: If `target_modules` names nothing in this model, something that no adapter reaches, or the output head of a
             model whose head is tied.
     """
+    from peft import LoraConfig, get_peft_model
+
     wanted = lora.target_modules
     targets = find_targets(model, wanted)
     config = LoraConfig(
@@ -109,8 +113,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
                 f"lora.target_modules is {wanted!r}, which does not fit this model ({error}). "
                 f"Write all-linear, or names among {', '.join(names)}."
             ) from None
-    if model.config.get_text_config().tie_word_embeddings and isinstance(
-        cast(Any, model).get_output_embeddings(), BaseTunerLayer
+    if model.config.get_text_config().tie_word_embeddings and is_adapted_layer(
+        cast(Any, model).get_output_embeddings()
     ):
         raise ModelError(
             f"lora.target_modules is {wanted!r}, which names the output head, but the head of this model is its embedding: "
@@ -124,7 +128,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraSettings, seed: int, *, base_p
         names = getattr(adapter, field)
         setattr(adapter, field, sorted(names) if isinstance(names, set) else names)
     adapter.base_model_name_or_path = base_path
-    return cast(PeftModel, wrapped)
+    return cast("PeftModel", wrapped)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
@@ -134,6 +138,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
         Damaged: If a tensor is missing, unexpected, of another shape, or did not arrive as it lies in the file.
         ModelError: If the adapter does not fit this base.
     """
+    from peft import PeftModel
+
     stored = _stored_shapes(folder)
     with quiet_libraries(), shown_whole(model):
         try:
@@ -179,6 +185,8 @@ def merge_adapter(wrapped: PeftModel) -> PreTrainedModel:
 
 def adapter_tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the names of its file."""
+    from peft import get_peft_model_state_dict
+
     return cast(dict[str, torch.Tensor], get_peft_model_state_dict(wrapped, save_embedding_layers=False))
 
 

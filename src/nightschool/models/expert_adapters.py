@@ -9,22 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 from nightschool.layers.adapted_experts import adapted_experts, can_be_adapted
 from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.passing_experts import Factors
+from nightschool.models.peft_layers import is_adapted_parameter
 from nightschool.models.quantized_experts import WEIGHTS, packed_weights
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import ParamWrapper
 
 
 def compute_beside(model: nn.Module) -> None:
     """Have what adapters add to experts computed for the tokens alone, where the experts are laid out as usual."""
     for name, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or name.endswith(".base_layer"):
+        if not is_adapted_parameter(module) or name.endswith(".base_layer"):
             continue
         if can_be_adapted(module.get_base_layer()):
             setattr(module, "forward", partial(_forward, module))  # noqa: B010 - a method, for mypy
@@ -66,7 +69,7 @@ def _device_of(model: nn.Module) -> torch.device:
 def wrappers_of(outermost: ParamWrapper) -> Iterator[ParamWrapper]:
     """PEFT wraps a module once for each of its weights, one in the other."""
     layer: nn.Module = outermost
-    while isinstance(layer, ParamWrapper):
+    while is_adapted_parameter(layer):
         yield layer
         layer = layer.base_layer
 
@@ -75,7 +78,7 @@ def _forward(outermost: ParamWrapper, hidden_td: Tensor, chosen_tk: Tensor, scor
     wrappers = list(wrappers_of(outermost))
     active = outermost.active_adapters
     if len(active) != 1 or any(wrapper.disable_adapters or wrapper.merged for wrapper in wrappers):
-        output: Tensor = ParamWrapper.forward(outermost, hidden_td, chosen_tk, scores_tk)
+        output: Tensor = type(outermost).forward(outermost, hidden_td, chosen_tk, scores_tk)
         return output
     adapters = {w.parameter_name: _factors(w, active[0]) for w in wrappers if active[0] in w.lora_A}
     return adapted_experts(outermost.get_base_layer(), adapters, hidden_td, chosen_tk, scores_tk)

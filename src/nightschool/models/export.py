@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,9 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from nightschool.errors import ModelError
 from nightschool.models.adapters import adapter_tensors
 from nightschool.models.expert_adapters import shown_whole
+from nightschool.models.peft_layers import is_adapted
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import distinct_tensors, not_loaded
 from nightschool.store.atomic import room_needed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # The tensors are equal bit by bit; logits may still differ by the order of sums in kernels that choose their own
 # blocking (none does on a CPU with one thread). Relative to the largest logit.
@@ -65,7 +68,7 @@ def save_version_folder(
     generation = _generation_config(model, tokenizer, stops)
     with quiet_libraries(), room_needed(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, PeftModel):
+        if is_adapted(model):
             adapter = cast(Any, model.peft_config["default"])
             base = base_path or adapter.base_model_name_or_path
             if not base:
@@ -111,7 +114,7 @@ def prove_export(
     """
     weight = _embedding(model)
     device = weight.device
-    if isinstance(model, PeftModel):
+    if is_adapted(model):
         with _beside(model, folder) as stored:
             _compare_tensors(adapter_tensors(model), stored, folder)
             trained_logits, logits = _logits_of_both(model, seed)
@@ -156,6 +159,8 @@ def place_for_copy(needed_bytes: int, device: torch.device) -> torch.device:
 @contextmanager
 def _beside(model: PeftModel, folder: Path) -> Iterator[dict[str, Tensor]]:
     """Load the adapter of `folder` by plain peft beside the trained one, for the block; yields its tensors."""
+    from peft import get_peft_model_state_dict
+
     before, training = model.active_adapter, model.training
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:

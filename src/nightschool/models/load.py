@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nightschool.errors import Damaged, ModelError
@@ -38,6 +37,9 @@ from nightschool.models.weights_file import refuse_weights_file
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # A model that states no context gets this many tokens.
 _UNSTATED_CONTEXT_TOKENS = 2048

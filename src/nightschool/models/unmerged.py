@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -120,6 +119,8 @@ def why_merged(folder: Path) -> str | None:
         return f"its peft_type is {config.get('peft_type')}"
     if config.get("init_lora_weights", True) not in _PLAIN_BEGINNINGS:
         return f"its init_lora_weights is {config['init_lora_weights']!r}"
+    from peft import LoraConfig
+
     usual = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
     for name, value in config.items():
         if name in _UNDERSTOOD or name in ("peft_type", "init_lora_weights") or not value:

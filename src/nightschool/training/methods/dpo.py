@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -33,6 +32,9 @@ from nightschool.store.atomic import write_bytes
 from nightschool.training.methods.figures_task import FiguresTask
 from nightschool.training.methods.lora import LoraFinetune
 from nightschool.training.metrics import say
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 REFERENCE = "reference.safetensors"
 FIGURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
@@ -76,7 +78,7 @@ class DpoTask(FiguresTask):
 
     def reference_of(self, batches: PairBatches) -> Tensor:
         """The log-likelihoods [P, 2] of all pairs, on the CPU, of the base with the adapter off."""
-        model = cast(PeftModel, self.model)
+        model = cast("PeftModel", self.model)
         with model.disable_adapter():
             return pair_log_probs(model, self.path, batches, device=self.device, compute_dtype=self.compute_dtype)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nightschool.config.recipe import Recipe
@@ -25,6 +24,9 @@ from nightschool.training.methods.finetune import Finetune
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
 from nightschool.training.metrics import say
 from nightschool.units import format_bytes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class LoraFinetune(Finetune):
             )
         loaded = load(merge=False)
         if loaded.adapter:
-            _refuse_other_lora(cast(PeftModel, loaded.model), recipe, loaded.ref)
+            _refuse_other_lora(cast("PeftModel", loaded.model), recipe, loaded.ref)
             return loaded
         frozen = cast(PreTrainedModel, loaded.model)
         wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
@@ -58,13 +60,13 @@ class LoraFinetune(Finetune):
         """Say what the adapter reaches: what learns nothing should not look like success."""
         super().begin(folder)
         if self.task.world.rank == 0:
-            info = describe_adapter(cast(PeftModel, self.task.model))
+            info = describe_adapter(cast("PeftModel", self.task.model))
             say(f"Adapter of rank {self.recipe.lora.r} on {info.text}. {info.note}".strip())
 
     def plan_rows(self, num_processes: int) -> MethodPlan:
         """With what the adapter reaches, and how the base below it is kept."""
         plan = super().plan_rows(num_processes)
-        info = describe_adapter(cast(PeftModel, self.task.model))
+        info = describe_adapter(cast("PeftModel", self.task.model))
         facts = {"adapter_layers": info.reached, "adapter_missed": list(info.missed)}
         rows = [PlanRow("adapter", f"rank {self.recipe.lora.r} on {info.text}", facts)]
         _, quantization = split_quantization(self.loaded.base_ref)
