@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nightschool.config.recipe import Lora, Recipe
 from nightschool.engine.comparison import Comparison
-from nightschool.errors import Damaged
+from nightschool.errors import Damaged, ModelError
 from nightschool.models.adapters import attach_lora, describe_adapter
 from nightschool.models.cost import count_parameters, expert_tiers
 from nightschool.models.load import load_base, located_version
@@ -34,6 +34,16 @@ def _deterministic():
 
 def on(tier, folder, **more):
     return MiniRun(folder, "tiny-qwen3-moe", lora=LORA, recipe={"experts": {"tier": tier, "resident": 2}}, **more)
+
+
+def test_adapters_of_routers_that_could_not_be_served_are_refused_before_step_1(tmp_path):
+    lora = LORA.model_copy(update={"target_modules": ["experts", "gate"]})
+    experts = {"experts": {"tier": "disk", "resident": 2}}
+    run = MiniRun(tmp_path / "served", "tiny-qwen3-moe", lora=lora, recipe=experts)
+    with pytest.raises(ModelError, match=r"expert routers \(.*gate\).*experts\.tier is disk"):
+        run.prepared()
+    elsewhere = experts | {"serve": {"promote": "never"}}
+    MiniRun(tmp_path / "elsewhere", "tiny-qwen3-moe", lora=lora, recipe=elsewhere).prepared()
 
 
 @pytest.mark.trains

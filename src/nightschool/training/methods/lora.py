@@ -18,6 +18,7 @@ from nightschool.models.cost import stored_bytes_by_kind
 from nightschool.models.load import LoadedModel
 from nightschool.models.quantize import num_elements, stored_bytes
 from nightschool.models.stored import StoredWeights, stored_weights
+from nightschool.models.streamed import expert_stream
 from nightschool.store.names import split_quantization
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.methods.finetune import Finetune
@@ -54,6 +55,7 @@ class LoraFinetune(Finetune):
             return loaded
         frozen = cast(PreTrainedModel, loaded.model)
         wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
+        _refuse_unserved_routers(wrapped, recipe)
         return replace(loaded, model=wrapped, adapter=True)
 
     def begin(self, folder: Path) -> None:
@@ -86,6 +88,17 @@ class LoraFinetune(Finetune):
 
     def base_fingerprint(self) -> str | None:
         return frozen_fingerprint(self.task.model)
+
+
+def _refuse_unserved_routers(model: PeftModel, recipe: Recipe) -> None:
+    """An adapter of expert routers is merged to be served, and experts that are streamed are nowhere to be merged into."""
+    routers = sorted(name for name in reached_layers(model) if name.rsplit(".", 1)[-1] == "gate")
+    if routers and expert_stream(model) is not None and recipe.serve.promote != "never":
+        raise ModelError(
+            f"lora.target_modules reaches expert routers ({routers[0]}), and an adapter of these is served merged, which it cannot be "
+            f"where experts.tier is {recipe.experts.tier}. Name attention and experts alone, write experts.tier: device, or "
+            "serve.promote: never to train for use elsewhere."
+        )
 
 
 def _refuse_other_lora(model: PeftModel, recipe: Recipe, ref: str) -> None:
