@@ -22,7 +22,7 @@ def table():
     return found
 
 
-def test_questions_of_many_kinds_are_reworded_as_a_person_approved():
+def test_questions_of_many_kinds_are_reworded_as_one_reader_approved():
     read = table()
     assert len(read) >= 60
     made = {question: {one.question for one in rewordings(question, 0) if one.rule != "frame"} for question in read}

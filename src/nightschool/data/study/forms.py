@@ -39,25 +39,19 @@ class Form:
         return cls(Example.from_json(row), row["of"], row["origin"], bool(row["kept_aside"]))
 
 
-def make_forms(
-    new: Sequence[Example], most: int, seed: int, *, never: Iterable[Example] = (), rejected: Collection[str] = ()
-) -> list[Form]:
+def make_forms(new: Sequence[Example], most: int, seed: int, *, never: Iterable[Example] = ()) -> list[Form]:
     """Forms of all examples that ask one thing and answer it; the same for the same arguments.
 
-    No form has a wording that an example asks already, that is an example's `paraphrase`, that an example in `never` has, or that
-    is among the `rejected` (as `wording` writes it). An example without paraphrases has one form kept aside, if there are two.
+    No form has a wording that an example asks already, that is an example's `paraphrase`, or that an example in `never` has. An example without paraphrases has one form kept aside, if there are two.
 
     Args:
         new: Examples, in whose order the forms are.
         most: Forms of an example that are trained, itself among them.
         seed: Chooses among those that the rules make.
         never: Examples that are held out.
-        rejected: Wordings that a person does not want.
     """
     asked = [example for example in [*new, *never] if example.question is not None]
-    taken = {wording(text) for example in asked for text in (example.question or "", *example.paraphrases)} | set(
-        rejected
-    )
+    taken = {wording(text) for example in asked for text in (example.question or "", *example.paraphrases)}
     forms: list[Form] = []
     for example in new:
         if _is_studied(example):
