@@ -40,7 +40,7 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionMetadata
-from nightschool.training.methods import METHODS, finetune
+from nightschool.training.methods import METHODS, rendered
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import plan_of
 from nightschool.training.run import execute, prepare
@@ -202,7 +202,7 @@ def place(tmp_path_factory):
 def a_run(place, recipe, monkeypatch):
     """Everything that can be seen of a whole training, without files."""
     seen = {"evaluated": [], "saved": [], "rows": [], "compiled": 0, "blocks": 0}
-    render = finetune.render_examples
+    render = rendered.render_examples
 
     def rendering(*arguments, num_workers=1):
         seen["workers"] = max(seen.get("workers", 0), num_workers)
@@ -222,7 +222,7 @@ def a_run(place, recipe, monkeypatch):
                 module.register_forward_pre_hook(lambda *_: seen.update(blocks=seen["blocks"] + 1))
         return prepared
 
-    monkeypatch.setattr(finetune, "render_examples", rendering)
+    monkeypatch.setattr(rendered, "render_examples", rendering)
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
     monkeypatch.setattr("nightschool.training.run.prepare", preparing)
     run = RunStore(place.home).create(recipe.as_plain(), name=recipe.name)
@@ -455,6 +455,9 @@ OBSERVED = {
     "gate.drift": (judged, {}, {"gate.drift": "<= 0.5"}),
     "gate.preferences": (judged, {}, {"gate.preferences": ">= 60%"}),
     "gate.pins": "engine/test_compare.py::test_a_pin_that_is_lost_stands_in_the_way_alone",
+    "gate.judge.url": "evaluation/test_model_judge.py::test_what_the_judge_changes_decides_and_is_shown",
+    "gate.judge.model": "evaluation/test_model_judge.py::test_what_the_judge_changes_decides_and_is_shown",
+    "gate.judge.timeout": "evaluation/test_model_judge.py::test_a_judge_that_does_not_answer_in_time_lets_nobody_through",
     "gate.sample": (asked, {}, {"gate.sample": 2}),
     "gate.max_new_tokens": (asked, {}, {"gate.max_new_tokens": 7}),
     "schedule.every": (next_night, {}, {"schedule.every": "6h"}),
@@ -465,6 +468,15 @@ OBSERVED = {
     "schedule.min_new_examples": (skipped, {}, {"schedule.min_new_examples": 2}),
     "experts.tier": "training/test_expert_streaming.py::test_the_plan_says_on_which_tier_the_bytes_lie",
     "experts.resident": "layers/test_expert_stores.py::test_a_file_keeps_what_memory_keeps",
+    "experts.bias_update_rate": (
+        "layers/test_expert_bias.py::test_a_bias_grows_for_experts_with_little_and_shrinks_for_those_with_much"
+    ),
+    "study.write": "feedback/test_study.py::test_files_and_corrections_are_studied_in_forms_and_an_epoch_counts_them",
+    "study.forms": "data/study/test_forms.py::test_an_example_is_studied_in_as_many_forms_as_wanted_and_one_is_kept_aside",
+    "rehearse.prompts": "training/test_rehearsal.py::test_what_the_exam_asks_is_never_rehearsed",
+    "rehearse.ratio": "training/test_rehearsal.py::test_as_many_answers_as_the_ratio_says_lie_beside_a_micro_batch",
+    "rehearse.weight": "training/test_rehearsal.py::test_with_a_rehearsal_less_is_unlearned",
+    "rehearse.max_new_tokens": "training/test_rehearsal.py::test_as_many_answers_as_the_ratio_says_lie_beside_a_micro_batch",
     "experts.load_balancing_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
     "experts.z_loss_coef": "layers/test_expert_balance.py::test_gradients_are_those_of_the_formulas",
     "train.local_blocks": "layers/test_local_blocks.py::test_no_gradient_crosses_a_block_and_the_last_loss_is_that_of_the_whole_model",

@@ -205,7 +205,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(evaluate):
     ("words", "said"),
     [
         (["--dataset", "chta"], "did you mean chat?"),
-        (["--dataset", "gsm8k", "--suite", "new"], "--suite and --dataset each say what is asked"),
+        (["--dataset", "gsm8k", "--suite", "new"], "--suite, --dataset and --tasks each say what is asked"),
         (["--dataset", "gsm8k", "--max-samples", "0"], "--max-samples is 0; it must be 1 or more"),
         (["--suite", "general"], "belong to --dataset"),
     ],

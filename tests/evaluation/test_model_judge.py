@@ -129,6 +129,14 @@ def test_a_judge_that_cannot_be_asked_lets_nobody_through(reply, why):
     assert "judge" in printed(report)
 
 
+def test_a_judge_that_does_not_answer_in_time_lets_nobody_through():
+    answered = threading.Event()
+    with served(lambda _: answered.wait(10) and "right") as (judge, _):
+        judged = judge_sheets(judge.model_copy(update={"timeout": 0.05}), *sheets())
+        answered.set()
+    assert "could not be asked" in judged.failure
+
+
 def test_a_judge_that_is_not_there_lets_nobody_through():
     with served(lambda _: "right") as (judge, _):
         pass

@@ -11,6 +11,7 @@ from nightschool.events import read_events
 from nightschool.jobs.lengthened import lengthened
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.jobs.resume_check import compare_checkpoints
+from nightschool.layers.expert_streaming.stream import ExpertStream
 from nightschool.store import checkpoints
 from nightschool.store.manifest import read_manifest
 from nightschool.training.loop import fit
@@ -233,14 +234,27 @@ def test_every_checkpoint_says_what_it_was_saved_for(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tier", ["host", "disk"])
-def test_experts_that_pass_by_are_saved_as_after_the_last_step(tier, tmp_path, monkeypatch):
+def break_way_back(monkeypatch, call):
+    """Fail where experts are loaded on the way back for the `call`th time: those of later layers have their gradients."""
+    backward, count = ExpertStream.backward, counter_of_training(monkeypatch)
+
+    def failing(self, layer, experts):
+        if count() == call:
+            raise RuntimeError("CUDA out of memory.")
+        return backward(self, layer, experts)
+
+    monkeypatch.setattr(ExpertStream, "backward", failing)
+
+
+# Of two layers, in step 4: once for each of two micro-batches, or once for both.
+@pytest.mark.parametrize(("tier", "call"), [("host", 16), ("disk", 8)])
+def test_experts_that_pass_by_are_saved_as_after_the_last_step(tier, call, tmp_path, monkeypatch):
     """When the error comes, some experts have had what was put off of the last step, and gradients of the next one."""
     recipe = {"experts": {"tier": tier, "resident": 3}}
     straight = MiniRun(tmp_path / "straight", "tiny-qwen3-moe", recipe=recipe).go()
     run = MiniRun(tmp_path / "run", "tiny-qwen3-moe", recipe=recipe)
     with monkeypatch.context() as patch:
-        break_forward(patch)
+        break_way_back(patch, call)
         with pytest.raises(RuntimeError):
             run.go()
     assert reasons(run) == [(3, "emergency", 0)]

@@ -71,6 +71,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert rows[0]["rehearsal_divergence"] == pytest.approx(0, abs=1e-3)  # half precision, and nothing was learned yet
 
 
+def test_as_many_answers_as_the_ratio_says_lie_beside_a_micro_batch(tmp_path):
+    prepared = a_run(tmp_path / "run").prepared()
+    rows = rehearsal.ask(prepared.task.model, prepared.task.path, prepared.loaded.tokenizer, PROMPTS, 3)
+    assert all(len(row.answer_ids) <= 3 for row in rows)
+    batch = prepared.task.batches.get(0, 0)
+    assert len(batch.cu_seqlens) - 1 == 2  # examples
+    for ratio, count in ((0.1, 1), (1.0, 2), (9.0, len(rows))):
+        beside, teacher = Rehearsal(rows, ratio=ratio, weight=1, seed=0).beside(batch, 3)
+        assert len(beside.cu_seqlens) - 1 == count
+        assert len(teacher.ids) == beside.tokens_trained
+    one = Rehearsal(rows, ratio=1.0, weight=1, seed=0)
+    assert torch.equal(one.beside(batch, 1)[0].input_ids, one.beside(batch, 1)[0].input_ids)
+    assert not torch.equal(one.beside(batch, 0)[0].input_ids, one.beside(batch, 1)[0].input_ids)
+
+
 def test_another_run_with_the_same_weights_asks_nothing(tmp_path, monkeypatch):
     first = a_run(tmp_path / "first").go(stop_after=1)
     monkeypatch.setattr(rehearsal, "ask", lambda *_: pytest.fail("was asked"))
