@@ -25,11 +25,11 @@ def _deterministic():
         yield
 
 
-def a_run(folder, *, weight=1.0, home=None, prompts=True, lora=LORA, **train):
+def a_run(folder, *, weight=1.0, home=None, prompts=True, lora=LORA, recipe=None, **train):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"question": one}) + "\n" for one in PROMPTS))
     rehearse = {"prompts": "prompts.jsonl", "weight": weight, "max_new_tokens": 8} if prompts else {}
-    return MiniRun(folder, lora=lora, home=home, recipe={"rehearse": rehearse}, **train)
+    return MiniRun(folder, lora=lora, home=home, recipe={"rehearse": rehearse} | (recipe or {}), **train)
 
 
 def test_the_divergence_is_none_from_itself_and_that_of_all_tokens_where_all_are_kept():
@@ -91,6 +91,12 @@ def test_another_run_with_the_same_weights_asks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rehearsal, "ask", lambda *_: pytest.fail("was asked"))
     second = a_run(tmp_path / "second", home=first.home).go(stop_after=1)
     assert (second.run.path / FILE).read_bytes() == (first.run.path / FILE).read_bytes()
+
+
+def test_a_quantised_base_is_rehearsed_too(tmp_path):
+    recipe = {"method": "qlora", "quantization": {"bits": 8}}
+    run = a_run(tmp_path / "run", recipe=recipe).go(stop_after=2)
+    assert all(row["rehearsal_divergence"] >= 0 for row in read_events(run.run.metrics_path))
 
 
 @pytest.mark.parametrize("lora", [LORA, None])

@@ -173,27 +173,23 @@ class CausalTask(Task, Generic[Source]):
                     lambda: autocast(self.device, self.compute_dtype),
                     self.likeliest,
                 )
-                beside = [self._learn_beside(batch, units, scaled) for batch in window]
             else:
-                loss, beside = self._one_by_one(window, units, scaled)
+                loss = self._one_by_one(window, units, scaled)
+        # After all of the window, wherever its layers lie; no expert router is balanced by it, and no token counted.
+        beside = [self._learn_beside(batch, units, scaled) for batch in window]
         self.end_window(loss, units)
         for name in {name for figures in beside for name in figures}:
             self._figures |= {name: torch.stack([figures[name] for figures in beside if name in figures]).sum()}
         return loss
 
-    def _one_by_one(
-        self, window: Sequence[Batch], units: int, scaled: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The loss of a window, and the figures of what was learned beside each micro-batch."""
+    def _one_by_one(self, window: Sequence[Batch], units: int, scaled: Callable[[Tensor], Tensor]) -> Tensor:
         loss: Tensor | None = None
-        beside = []
         for batch in window:
             part = self.loss(batch).sum / units
             scaled(part).backward()  # type: ignore[no-untyped-call]
             loss = part.detach() if loss is None else loss + part.detach()
-            beside.append(self._learn_beside(batch, units, scaled))
         assert loss is not None, "a window has a micro-batch"
-        return loss, beside
+        return loss
 
     def _learn_beside(
         self,

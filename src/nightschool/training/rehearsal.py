@@ -74,14 +74,6 @@ class Rehearsal:
         self._rows, self._ratio, self.weight = list(rows), ratio, weight
         self._order = np.random.default_rng(seed).permutation(len(rows))
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all of them, with their prompts."""
-        return sum(len(row.prompt_ids) + len(row.answer_ids) for row in self._rows)
-
     def beside(self, batch: Batch, number: int) -> tuple[Batch, TopTokens]:
         """What is rehearsed beside a micro-batch, the `number`th of the run; equal for equal arguments."""
         examples = len(batch.cu_seqlens) - 1
@@ -176,7 +168,7 @@ class RehearsedPrompts:
         return cls(tuple(prompts), recipe.rehearse, recipe.train.seed, home.cache / "rehearsals")
 
     def answered(self, folder: Path, loaded: LoadedModel, task: Any) -> Rehearsal | None:
-        """The answers: those in the run's folder, or of an earlier run with the same weights, or asked for now.
+        """The answers: those in the run's folder, or of an earlier run with the same weights, or new ones.
 
         None where the model says nothing to any of the prompts.
         """
@@ -208,7 +200,7 @@ class RehearsedPrompts:
         digest = hashlib.sha256(json.dumps(facts).encode())
         for name, tensor in sorted(loaded.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 

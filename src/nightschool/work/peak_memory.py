@@ -6,15 +6,8 @@ import resource
 import sys
 from pathlib import Path
 
-import psutil
-
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"
-
-
-def resident_bytes() -> int:
-    """What is resident now."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
