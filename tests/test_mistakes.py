@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel
 
 from nightschool.config.recipe import Recipe, Shape
+from nightschool.data.chat import rendered_data
 from nightschool.data.chat.render import render_prompt
 from nightschool.data.example import Example, Message
 from nightschool.engine.pool import EnginePool
@@ -40,7 +41,7 @@ from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import RunStore
 from nightschool.store.versions import VersionMetadata
-from nightschool.training.methods import METHODS, rendered
+from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning.plan import plan_of
 from nightschool.training.run import execute, prepare
@@ -202,7 +203,7 @@ def place(tmp_path_factory):
 def a_run(place, recipe, monkeypatch):
     """Everything that can be seen of a whole training, without files."""
     seen = {"evaluated": [], "saved": [], "rows": [], "compiled": 0, "blocks": 0}
-    render = rendered.render_examples
+    render = rendered_data.render_examples
 
     def rendering(*arguments, num_workers=1):
         seen["workers"] = max(seen.get("workers", 0), num_workers)
@@ -222,7 +223,7 @@ def a_run(place, recipe, monkeypatch):
                 module.register_forward_pre_hook(lambda *_: seen.update(blocks=seen["blocks"] + 1))
         return prepared
 
-    monkeypatch.setattr(rendered, "render_examples", rendering)
+    monkeypatch.setattr(rendered_data, "render_examples", rendering)
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
     monkeypatch.setattr("nightschool.training.run.prepare", preparing)
     run = RunStore(place.home).create(recipe.as_plain(), name=recipe.name)

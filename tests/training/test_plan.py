@@ -9,6 +9,7 @@ from rich.console import Console
 from nightschool.config.recipe import Recipe
 from nightschool.data.chat import render as render_module
 from nightschool.data.chat.render import Rendered
+from nightschool.data.chat.rendered_data import refuse_nothing_to_train
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
@@ -16,7 +17,6 @@ from nightschool.feedback.selection import Selection, sample_of
 from nightschool.store.home import Home
 from nightschool.training.methods.finetune import Finetune
 from nightschool.training.methods.prepared import Setup
-from nightschool.training.methods.rendered import refuse_nothing_to_train
 from nightschool.training.planning import plan as planning
 from nightschool.training.planning import speed
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask

@@ -24,8 +24,6 @@ class Trace:
         if event not in ("call", "return") or not path.is_relative_to(TRAINING) or frame.f_code.co_name[0] == "<":
             return
         name = path.relative_to(TRAINING).as_posix()
-        # The plan is printed on the way, and changes nothing: whoever reads a run passes by that room.
-        name = "planning" if name.startswith("planning/") else name
         if event == "return":
             if self.stack:
                 self.stack.pop()

@@ -21,14 +21,14 @@ from nightschool.layers.layer_by_layer import LayerByLayer
 from nightschool.layers.local_blocks import LocalBlocks
 from nightschool.models.cost import expert_names, expert_step_bytes
 from nightschool.models.streamed import expert_stream
+from nightschool.models.update_cost import UpdateCost, cost_of_update
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource, sources_of
 from nightschool.training.distributed.sharding import LossModule, own_parts, put, scaled_gradient, shard_model
 from nightschool.training.distributed.world import ALONE, World
-from nightschool.training.optimizer import NOWHERE, AdamW, embedding_names, new_optimizer
+from nightschool.training.optimizer import NOWHERE, embedding_names, new_optimizer
 from nightschool.training.streamed_experts import StreamedExperts
 from nightschool.training.task import Task
-from nightschool.training.update_cost import UpdateCost, cost_of_update
 
 Source = TypeVar("Source", bound=Batches | TokenBatches)
 
@@ -246,11 +246,13 @@ class CausalTask(Task, Generic[Source]):
         self._elsewhere.begin_window()
 
     def update_cost(self) -> UpdateCost:
-        def new(parameters: dict[str, nn.Parameter]) -> AdamW:
-            return new_optimizer(parameters, self._train, set())
+        def updates(parameter: nn.Parameter) -> Callable[[], object]:
+            tried = new_optimizer({"tried": parameter}, self._train, set())
+            return lambda: tried.step(tried.gradients_ready(), 0.0, 1.0, None).item()
 
         numbers = sum(parameter.numel() for parameter in self._trainable.values())
-        return cost_of_update(new, numbers, self.device) + self._elsewhere.update_cost()
+        cost = cost_of_update(updates, numbers, self.optimizer.moment_bytes, self.device)
+        return cost + self._elsewhere.update_cost()
 
     @property
     def moving_seconds(self) -> float:

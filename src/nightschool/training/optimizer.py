@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nightschool.config.recipe import Train
+from nightschool.models.update_cost import UpdateCost
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors, check_tensors
 from nightschool.training.checkpoint.contents import TensorSource
 from nightschool.training.distributed.sharding import like, put
-from nightschool.training.update_cost import UpdateCost
 
 LrSchedule = Literal["cosine", "linear", "constant"]
 

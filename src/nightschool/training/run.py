@@ -47,8 +47,7 @@ from nightschool.training.loop import fit
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import PreparedRun, Setup
 from nightschool.training.metrics import MetricsLog, Progress, say
-from nightschool.training.planning.measured import saves_in_background, say_measured
-from nightschool.training.planning.plan import plan_of, render_plan
+from nightschool.training.planning.plan import plan_of, render_plan, saves_in_background, say_measured
 from nightschool.training.publish import publish
 from nightschool.training.state import TrainState
 from nightschool.training.task import Task
@@ -218,9 +217,9 @@ def execute(
             say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
         prepared = prepare(home, run, root=root, point=start.point, world=world, company=company)
         keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
+        prepared.begin(run.path)  # what is computed beside the examples is then in the plan's measurements
         if world.is_first:
             _describe(home, run, prepared)
-        prepared.begin(run.path)
         state = _train(run, prepared, start, stop, world, steps, company)
         if world.is_first:
             if start.saver is not None:

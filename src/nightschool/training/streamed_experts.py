@@ -12,10 +12,10 @@ from nightschool.errors import ModelError, NonFiniteLoss
 from nightschool.layers.expert_streaming.pending import Update
 from nightschool.layers.expert_streaming.record import FIRST_MOMENT, SECOND_MOMENT, WEIGHTS
 from nightschool.layers.expert_streaming.stream import ExpertStream
+from nightschool.models.update_cost import UpdateCost
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors
 from nightschool.training.checkpoint.contents import TensorSource
 from nightschool.training.optimizer import MOMENTS, AdamWSettings, Elsewhere
-from nightschool.training.update_cost import UpdateCost
 
 _SECTIONS = dict(zip(MOMENTS, (FIRST_MOMENT, SECOND_MOMENT), strict=True))
 

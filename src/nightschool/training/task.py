@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nightschool.data.batches import Batch
+from nightschool.models.update_cost import UpdateCost
 from nightschool.training.checkpoint.checkpoint_reader import StoredTensors
 from nightschool.training.checkpoint.contents import TensorSource
 from nightschool.training.distributed.world import World
-from nightschool.training.update_cost import UpdateCost
 
 
 class Task(Protocol):

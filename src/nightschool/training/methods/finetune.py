@@ -17,6 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nightschool.config.recipe import Recipe
 from nightschool.data.batches import Batch, Batches
 from nightschool.data.chat.render import Rendered, ensure_template
+from nightschool.data.chat.rendered_data import (
+    RenderedData,
+    refuse_nothing_to_train,
+    render_data,
+    tokens_by_role,
+)
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
@@ -26,12 +32,6 @@ from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
-from nightschool.training.methods.rendered import (
-    RenderedData,
-    refuse_nothing_to_train,
-    render_data,
-    tokens_by_role,
-)
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
@@ -274,7 +274,8 @@ class Finetune(PreparedRun[FinetuneData]):
         tokens_computed, rehearsed = batches.tokens * scale, self.data.rehearsed
         if rehearsed is not None:
             more = rehearsed.expected_tokens(self.loaded.tokenizer, len(whole.train))
-            tokens_computed += more
+            if self.task.rehearsal is None:  # else they are in what is measured of a micro-batch
+                tokens_computed += more
             facts = {"prompts_rehearsed": len(rehearsed.prompts), "tokens_rehearsed": more}
             text = f"answers of {self.loaded.ref} to {len(rehearsed.prompts)} general prompts, at most {more:,} tokens an epoch"
             rows.append(PlanRow("rehearsed", text, facts))

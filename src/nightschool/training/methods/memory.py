@@ -25,6 +25,7 @@ from torch import Tensor
 from nightschool.config.recipe import Memory, Recipe
 from nightschool.data.batches import IGNORED, Batch
 from nightschool.data.chat.render import ensure_template
+from nightschool.data.chat.rendered_data import RenderedData, refuse_nothing_to_train
 from nightschool.data.example import Example
 from nightschool.data.memory_batches import MemoryBatch, MemoryBatches, MemoryDraw
 from nightschool.data.memory_examples import FactRanges, entry_ids
@@ -53,7 +54,6 @@ from nightschool.training.methods.finetune import (
     FinetuneData,
 )
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
-from nightschool.training.methods.rendered import RenderedData, refuse_nothing_to_train
 from nightschool.training.nearest_facts import nearest_facts
 from nightschool.training.remembered_facts import as_remembered
 

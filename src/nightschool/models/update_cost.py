@@ -5,13 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from nightschool.training.optimizer import AdamW
 
 # More than a cache holds, so that it is memory that decides, as in an update.
 _TRIED_NUMBERS = 4 << 20
@@ -33,18 +29,23 @@ class UpdateCost:
         )
 
 
-def cost_of_update(new: Callable[[dict[str, nn.Parameter]], AdamW], numbers: int, device: torch.device) -> UpdateCost:
-    """What `numbers` parameters in memory take: those of one that is made for it, and of its `new` optimizer, in proportion."""
+def cost_of_update(
+    updates: Callable[[nn.Parameter], Callable[[], object]], numbers: int, moment_bytes: int, device: torch.device
+) -> UpdateCost:
+    """What `numbers` parameters in memory take: as one that is made for it, in proportion.
+
+    `updates` gets it, and returns what updates it by its gradient and waits for that; `moment_bytes` are kept of each number.
+    """
     if not numbers:
         return UpdateCost()
     tried = max(_ROWS, min(numbers, _TRIED_NUMBERS))
     parameter = nn.Parameter(torch.zeros(_ROWS, tried // _ROWS, device=device))
-    optimizer = new({"tried": parameter})
+    update = updates(parameter)
     best = float("inf")
     for attempt in range(_ATTEMPTS + 1):
         parameter.grad = torch.zeros_like(parameter)
         started = time.perf_counter()
-        optimizer.step(optimizer.gradients_ready(), 0.0, 1.0, None).item()
+        update()
         if attempt:  # the first one makes the moments
             best = min(best, time.perf_counter() - started)
-    return UpdateCost(best * numbers / parameter.numel(), 0.0, optimizer.moment_bytes * numbers)
+    return UpdateCost(best * numbers / parameter.numel(), 0.0, moment_bytes * numbers)
