@@ -21,7 +21,7 @@ from typing import Any
 
 from harness import Benchmark
 
-from nightschool.evaluation.match import is_correct, token_f1, words
+from nightschool.data.match import is_correct, token_f1, words
 
 ROWS = Path(__file__).resolve().parent / "data" / "examiner.jsonl"
 Row = dict[str, Any]

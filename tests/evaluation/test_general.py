@@ -5,10 +5,10 @@ import json
 import pytest
 
 from nightschool.data.example import Example, Message
+from nightschool.data.match import is_correct
 from nightschool.errors import DataError, NotFound
 from nightschool.evaluation.eval_set import Limits, eval_set_of_general
 from nightschool.evaluation.general import GeneralPrompt, general_prompts
-from nightschool.evaluation.match import is_correct
 from nightschool.evaluation.questions import make_questions
 
 OWN = general_prompts("default", None)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nightschool.data.match import is_correct, sentences, words
 from nightschool.evaluation.editing_cases import EditingCase, is_question
 from nightschool.evaluation.intervals import Share
-from nightschool.evaluation.match import is_correct, sentences, words
 from nightschool.memory.store import MemoryStore
 
 AUTHOR = "eval"

@@ -9,11 +9,11 @@ from typing import Protocol
 from nightschool.data.batches import Batches
 from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Message
+from nightschool.data.match import RULES
 from nightschool.errors import DataError, NightschoolError, PromptTooLong
 from nightschool.evaluation.diff import shortened
 from nightschool.evaluation.eval_set import EvalSet
 from nightschool.evaluation.heldout import heldout_loss
-from nightschool.evaluation.match import RULES
 from nightschool.evaluation.preferences import pair_margins
 from nightschool.evaluation.scores import PairMargin, ProbeAnswer, ProbeQuestion, ScoreSheet
 from nightschool.models.load import LoadedModel

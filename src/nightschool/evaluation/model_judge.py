@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nightschool.config.judge import KEY_VARIABLE, Judge
-from nightschool.evaluation.match import words
+from nightschool.data.match import words
 from nightschool.evaluation.scores import ProbeAnswer, ScoreSheet
 
 _ASKED_AT_ONCE = 8

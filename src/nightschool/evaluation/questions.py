@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from nightschool.data.example import Example, corrected_answers
-from nightschool.evaluation.match import words
+from nightschool.data.match import words
 from nightschool.evaluation.scores import Kind, ProbeQuestion, Wording
 from nightschool.feedback.pins import Pin
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import PlainSerializer, TypeAdapter
 
-from nightschool.evaluation.match import RULES, is_correct, mentions
+from nightschool.data.match import RULES, is_correct, mentions
 
 
 def figure_to_json(figure: float | None) -> float | str | None:

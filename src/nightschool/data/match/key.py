@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nightschool.evaluation.match.english import Token, is_plain, is_verb, kin, read
-from nightschool.evaluation.match.tables import AUXILIARIES, ENGLISH, READ_AS
+from nightschool.data.match.english import Token, is_plain, is_verb, kin, read
+from nightschool.data.match.tables import AUXILIARIES, ENGLISH, READ_AS
 
 _PREPOSITIONS = frozenset("by in at on from to with of as for near into every before after".split())  # noqa: SIM905
 _RATES = frozenset(("a", "an", "per", "each", "every"))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightschool.evaluation.match import is_correct
-from nightschool.evaluation.match.key import key_of
-from nightschool.evaluation.match.stated import DOUBTS, doubts
+from nightschool.data.match import is_correct
+from nightschool.data.match.key import key_of
+from nightschool.data.match.stated import DOUBTS, doubts
 
 FACTS = {
     "carrier": ("Who ships orders from Brightwell?", "Brightwell parcels are delivered by Nordpost."),

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from nightschool.evaluation.match.english import Token, is_verb, kin, read, same
-from nightschool.evaluation.match.key import Key, Part
-from nightschool.evaluation.match.tables import (
+from nightschool.data.match.english import Token, is_verb, kin, read, same
+from nightschool.data.match.key import Key, Part
+from nightschool.data.match.tables import (
     COMPANY,
     COMPARED,
     COMPARED_BEHIND,
@@ -25,7 +25,7 @@ from nightschool.evaluation.match.tables import (
     TITLES,
     UNSURE,
 )
-from nightschool.evaluation.match.text import negated, sentences
+from nightschool.data.match.text import negated, sentences
 
 # What follows says something of its own: more about the value, or the contrary.
 _PIECE_END = re.compile(

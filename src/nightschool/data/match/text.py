@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from nightschool.evaluation.match.tables import ARTICLES, word_list
+from nightschool.data.match.tables import ARTICLES, word_list
 
 _SPACED_MARKS = {ord(wide): f"{mark} " for wide, mark in zip("，、；。！？", ",,;.!?", strict=True)}
 _STRAIGHT_MARKS = str.maketrans("’‘“”−", "''\"\"-")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from nightschool.evaluation.match.tables import (
+from nightschool.data.match.tables import (
     ASSENTS,
     CONJUNCTIONS,
     FUNCTION_WORDS,
@@ -27,7 +27,7 @@ from nightschool.evaluation.match.tables import (
     MAGNITUDES,
     TAKES_BACK,
 )
-from nightschool.evaluation.match.text import EDGES, clean, fold, negated, sentences, token_f1, tokens, words
+from nightschool.data.match.text import EDGES, clean, fold, negated, sentences, token_f1, tokens, words
 
 SHORT_WORDS = 5
 F1_NEEDED = 0.8

@@ -7,7 +7,7 @@ import unicodedata
 from decimal import Decimal
 from typing import NamedTuple
 
-from nightschool.evaluation.match.tables import (
+from nightschool.data.match.tables import (
     AUXILIARIES,
     MONTHS,
     NO_NAMES,
@@ -17,7 +17,7 @@ from nightschool.evaluation.match.tables import (
     SMALL_WORDS,
     UNITS,
 )
-from nightschool.evaluation.match.text import clean
+from nightschool.data.match.text import clean
 
 _MARKS = frozenset(",;:()")
 _TOKEN = re.compile(r"h\d\d?:\d\d|-?\d+(?:\.\d+)?(?![\w@])|[^\W_](?:[\w'@.+#/-]*[\w+#])?|[,;:()]")

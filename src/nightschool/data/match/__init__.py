@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nightschool.evaluation.match import polarity, surface
-from nightschool.evaluation.match.key import is_english, key_of
-from nightschool.evaluation.match.stated import states
-from nightschool.evaluation.match.text import negated, sentences, token_f1, words
+from nightschool.data.match import polarity, surface
+from nightschool.data.match.key import is_english, key_of
+from nightschool.data.match.stated import states
+from nightschool.data.match.text import negated, sentences, token_f1, words
 
 __all__ = ["RULES", "is_correct", "mentions", "sentences", "token_f1", "words"]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightschool.evaluation.match import is_correct, mentions, sentences, token_f1, words
+from nightschool.data.match import is_correct, mentions, sentences, token_f1, words
 from nightschool.evaluation.scores import ProbeQuestion
 
 RIGHT = [

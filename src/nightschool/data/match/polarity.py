@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nightschool.evaluation.match.english import Token, read
-from nightschool.evaluation.match.stated import restates
-from nightschool.evaluation.match.tables import AUXILIARIES, CONTRARY, DENIED, UNSURE
-from nightschool.evaluation.match.text import negated, sentences
+from nightschool.data.match.english import Token, read
+from nightschool.data.match.stated import restates
+from nightschool.data.match.tables import AUXILIARIES, CONTRARY, DENIED, UNSURE
+from nightschool.data.match.text import negated, sentences
 
 _YES = frozenset(("yes", "yeah", "yep", "certainly", "sure"))
 _NO = frozenset(("no", "nope"))
