@@ -68,7 +68,7 @@ serve: {promote: if_gate_pass}
         ("schedule: {timezone: Mars/North}", "r.yaml:3: schedule.timezone: 'Mars/North' is not a time zone; write a name such as UTC or Europe/Paris"),
         ("schedule: {timezone: ../../etc/passwd}", "r.yaml:3: schedule.timezone: '../../etc/passwd' is not a time zone; write a name such as UTC or Europe/Paris"),
         ("gate: {forgetting: 2%}", "r.yaml:3: gate.forgetting: '2%' is not a rule; write for example '<= 2%'"),
-        ("every: 3h", "r.yaml:3: every: could mean checkpoints.every (how often) or checkpoints.keep.every (milestones that stay for ever) or schedule.every (seconds between the starts of two cycles); write the one that is meant"),
+        ("every: 3h", "r.yaml:3: every: could mean train.early_stopping.every (how often the model in training is spot-checked) or checkpoints.every (how often) or checkpoints.keep.every (milestones that stay for ever) or schedule.every (seconds between the starts of two cycles); write the one that is meant"),
         ("tain: {epochs: 3}", "r.yaml:3: tain: is not a setting; did you mean train?"),
         ("name: a..b", "r.yaml:3: name: 'a..b' holds '..'; a name is a folder on disk: write single dots"),
         ("held_out: {path: ' '}", "r.yaml:3: held_out.path: ' ' is blank; write a text, or leave the key out"),

@@ -286,6 +286,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.bias_update_rate": (("full", "pretrain"), ", whose expert routers do not learn"),
     "study.write": (("full", "lora", "qlora"), ""),
+    "train.early_stopping.every": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
@@ -409,8 +410,31 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> Recipe:
-        if self.train.early_stopping.patience is not None and self.checkpoints.keep.best == 0:
+        stopping = self.train.early_stopping
+        if (stopping.patience is not None or stopping.every is not None) and self.checkpoints.keep.best == 0:
             raise ValueError("`train.early_stopping` publishes the best checkpoint; write checkpoints.keep.best: 1")
+        return self
+
+    @model_validator(mode="after")
+    def _spot_checks(self) -> Recipe:
+        stopping = self.train.early_stopping
+        if stopping.every is None:
+            return self
+        rule = self.gate.new_facts
+        if stopping.learned is None and (rule is None or "champion" in rule):
+            raise ValueError(
+                f"`train.early_stopping` ends by `gate.new_facts`, which is {rule or 'off'}; write train.early_stopping.learned: "
+                "'>= 95%'"
+            )
+        if self.train.zero_stage:
+            raise ValueError(
+                "`train.early_stopping.every` needs the whole model in each process; write train.zero_stage: 0, or take it out"
+            )
+        if self.from_checkpoint is not None:
+            raise ValueError(
+                "`train.early_stopping.every` measures drift from the base, and `from_checkpoint` begins elsewhere; take one of the two "
+                "out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
     rule      := operator limit
     operator  := "<=" | "<" | ">=" | ">"
     limit     := number | "champion" [("+" | "-") number]
-    number    := digits ["." digits] ["%"]
+    number    := digits ["." digits] ["%" | "nats"]
 
 A share is written `2%` or `0.02`; `champion - 5%` means five percentage points below the champion's share. A loss is
 in nats per token; `champion + 5%` means five percent above the champion's loss.
@@ -28,7 +28,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 _RULE = re.compile(
     r"\s*(?P<operator><=|>=|<|>)\s*"
     r"(?:(?P<champion>champion)(?:\s*(?P<sign>[+-])\s*(?P<offset>\d+(?:\.\d+)?|\.\d+)\s*(?P<offset_percent>%?))?"
-    r"|(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<number_percent>%?))\s*"
+    r"|(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<number_percent>%?))\s*(?P<unit>nats)?\s*"
 )
 
 
@@ -93,6 +93,7 @@ def parse_rule(name: RuleName, text: str) -> Rule:
         ValueError: If the text is not a rule, or one that would ask for a worse model.
     """
     kind = RULES[name]
+    text = text.strip()
     match = _RULE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a rule; write for example {kind.example!r}")
@@ -107,6 +108,8 @@ def parse_rule(name: RuleName, text: str) -> Rule:
         raise ValueError(
             f"{text!r} names the champion, with which this rule compares anyway; write for example {kind.example!r}"
         )
+    if match["unit"] and kind.figure != "nats":
+        raise ValueError(f"{text!r} is a share, and not in nats; write for example {kind.example!r}")
     percent_sign = bool(match["offset_percent"] or match["number_percent"])
     number = float(match["offset"] or match["number"] or 0) / (100 if percent_sign else 1)
     if kind.figure == "share" and number > 1:
@@ -115,7 +118,7 @@ def parse_rule(name: RuleName, text: str) -> Rule:
         raise ValueError(f"{text!r} gives nats in percent of nothing; write for example {kind.example!r}")
     return Rule(
         name=name,
-        text=" ".join(text.split()),
+        text=" ".join(text.removesuffix(match["unit"] or "").split()),
         operator=match["operator"],
         number=-number if match["sign"] == "-" else number,
         relative_to_champion=relative,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from nightschool.config.fields import ByteCount, Rhythm, Section, Share, Tokens
+from nightschool.config.rules import RuleName, parse_rule
+
+_RULES_OF_SPOT_CHECKS: dict[str, RuleName] = {"learned": "new_facts", "drift": "drift"}
 
 
 class EarlyStopping(Section):
-    """The end of a run whose held-out loss falls no more. What is published has the lowest one in any case."""
+    """The end of a run whose held-out loss falls no more, or whose model knows enough. What is published is the best point so far:
+    the one that knows most of those that pass a spot check, else the one with the lowest held-out loss.
+    """
 
     patience: int | None = Field(
         None,
@@ -19,6 +24,36 @@ class EarlyStopping(Section):
         description="So many held-out losses in a row without a better one end the run; without it, none do.",
     )
     min_delta: float = Field(0.0, ge=0, description="A loss is better if it is lower than the best by more than this.")
+    every: Rhythm | None = Field(
+        None,
+        description="How often the model in training is spot-checked: asked what is new, in wordings that are not trained where there are "
+        "any, and measured for drift. Without it, never (methods full, lora and qlora).",
+    )
+    learned: str | None = Field(
+        None,
+        description="Share of those questions that are answered when the run ends: `>= 95%`; without it, what `gate.new_facts` says.",
+    )
+    drift: str | None = Field(
+        None,
+        description="The most drift that the run may end with, in nats a token: `<= 0.1`; without it, what `gate.drift` says.",
+    )
+
+    @field_validator("learned", "drift")
+    @classmethod
+    def _a_rule(cls, text: str | None, info: ValidationInfo) -> str | None:
+        return None if text is None else parse_rule(_RULES_OF_SPOT_CHECKS[info.field_name or ""], text).text
+
+    @model_validator(mode="after")
+    def _limits_of_spot_checks(self) -> EarlyStopping:
+        if self.every is None and (self.learned is not None or self.drift is not None):
+            raise ValueError(
+                "`learned` and `drift` are limits of spot checks; write `every` with them, such as 20 steps"
+            )
+        if self.learned is not None and "champion" in self.learned:
+            raise ValueError(
+                f"{self.learned!r} names the champion, whom no spot check asks; write for example '>= 95%'"
+            )
+        return self
 
 
 class Train(Section):

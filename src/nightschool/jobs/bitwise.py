@@ -20,7 +20,7 @@ from nightschool.store.manifest import MANIFEST
 # Names of files that only describe for people, or that list the others.
 _NOT_STATE = frozenset({MANIFEST, "metadata.json", "training_metrics.json", "training_config.json"})
 # Seconds of training, and when it was so far, differ between any two executions.
-_CLOCK = frozenset({"seconds", "saved_at", "evaluated_at", "timestamp"})
+_CLOCK = frozenset({"seconds", "saved_at", "evaluated_at", "checked_at", "timestamp"})
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _CHUNK_BYTES = 1 << 24
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and who lists runs needs no
     from nightschool.config.checkpoints import Keep
 
 HELDOUT_LOSS = "heldout_loss"
+# How good a spot check found it, as numbers of which the first that differs decides, the larger one for the better; only of one
+# that passes.
+MERIT = "merit"
 ATTEMPT = "attempt"
-# Why it was saved: what the rhythm asked for, the end of an epoch, a held-out loss that is the lowest, the end of the run, a
+# Why it was saved: what the rhythm asked for, the end of an epoch, a held-out loss or a spot check that is the best, the end of the run, a
 # signal, or an error that ended the run between two steps.
 REASON = "reason"
 Reason = Literal["interval", "epoch", "best", "final", "interrupted", "emergency"]
@@ -60,6 +63,13 @@ class Checkpoint:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return None
         return float(value)
+
+    def merit(self) -> tuple[float, ...]:
+        """How good a spot check found it, larger for better; empty where there was none, or where it did not pass."""
+        values = read_manifest(self.path).facts.get(MERIT)
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            return ()
+        return tuple(values)
 
     def attempt(self) -> int:
         """Which attempt to train the run wrote it, from 1; 0 if its manifest does not say, or cannot be read."""
@@ -227,7 +237,8 @@ def apply_retention(
 ) -> list[Checkpoint]:
     """Remove whole checkpoints that `keep` does not name, but none that must still be uploaded.
 
-    A milestone is the first checkpoint at or after each multiple of `keep.every`.
+    A milestone is the first checkpoint at or after each multiple of `keep.every`. The best are those with the lowest held-out
+    losses, and as many that spot checks found best.
 
     Only whole checkpoints (by names and sizes) count, so that a damaged one never pushes out the only one that can be
     resumed from. Damaged ones are left for their owner to look at. What dead writers left is swept.
@@ -245,6 +256,8 @@ def apply_retention(
     losses = {point: loss for point in whole if (loss := point.heldout_loss()) is not None}
     # Of equal losses the newer one is better: it has learned longer.
     best = sorted(losses, key=lambda point: (losses[point], -point.step))[: keep.best]
+    merits = {point: merit for point in whole if (merit := point.merit())}
+    best += sorted(merits, key=lambda point: (merits[point], -point.step), reverse=True)[: keep.best]
     kept = {*whole[-keep.last :], *best, *_milestones(whole, keep.every)}
     removed = [point for point in whole if point not in kept and not is_pending(point.path)]
     for point in removed:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from nightschool.data.chat.render import stop_token_ids
+from nightschool.layers.forward import causal_lm
 
 
 def continuation(
@@ -58,3 +62,33 @@ def greedy_continuation(
         return None if token_id in stop_ids or float(top.values[0] - top.values[1]) < min_margin else token_id
 
     return continuation(model, prompt_ids, max_new_tokens, choose)
+
+
+def greedy_answers(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """Greedy answers to several prompts at once, each with the token that ends it, if it came to its end.
+
+    The model is to be in the mode in which it shall answer; nothing is drawn at random.
+    """
+    inner = causal_lm(model)
+    device, stops = next(model.parameters()).device, stop_token_ids(tokenizer)
+    filler, longest = next(iter(stops)), max(map(len, prompts))
+    ids = torch.tensor([[filler] * (longest - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
+    # Packed attention knows no padding.
+    packed = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+    try:
+        found = cast(Any, model).generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops),
+            pad_token_id=filler,
+        )  # fmt: skip
+    finally:
+        inner.set_attn_implementation(packed)
+    return [_to_end(row, stops) for row in found[:, longest:].tolist()]
+
+
+def _to_end(ids: Sequence[int], stops: Any) -> tuple[int, ...]:
+    end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+    return tuple(ids[:end])

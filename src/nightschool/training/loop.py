@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
+from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of
 from nightschool.store.checkpoints import Reason
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.emergency import Rescue, save_in_emergency
@@ -31,7 +32,8 @@ Accumulate = Callable[[Task, Sequence[Batch], int, torch.amp.GradScaler | None],
 class Budget:
     """How long a run is, and how often it looks up. A rhythm of None is once per epoch; `save_each_epoch` adds that to another.
 
-    With `patience`, it ends after so many held-out losses that were not lower than the best by more than `min_delta`.
+    With `patience`, it ends after so many held-out losses that were not lower than the best by more than `min_delta`; with
+    `enough`, after a spot check that shows this. Of spot checks that are `good`, the best one's weights are kept.
     """
 
     steps_total: int
@@ -43,19 +45,41 @@ class Budget:
     save_each_epoch: bool = False
     patience: int | None = None
     min_delta: float = 0.0
+    check_every: Every | None = None
+    enough: Limits | None = None
+    good: Limits = field(default_factory=Limits)
 
     @property
     def saves_before_its_end(self) -> bool:
         """Whether there is a save before the last one, so that it is worth while to make memory for copies ready."""
         every = self.save_every
-        if self.patience is not None or self.save_each_epoch:
+        if self.patience is not None or self.enough is not None or self.save_each_epoch:
             return True
         return every is None or every.unit != "steps" or every.amount < self.steps_total
 
     def is_used_up(self, state: TrainState) -> bool:
-        """Whether the run ends here: no step is left, or the held-out loss falls no more."""
-        in_vain = 0 if self.patience is None else state.evaluations_in_vain(self.min_delta)
-        return state.step >= self.steps_total or (self.patience is not None and in_vain >= self.patience)
+        """Whether the run ends here: no step is left, the held-out loss falls no more, or a spot check showed enough."""
+        return state.step >= self.steps_total or self.falls_no_more(state) or self.knows_enough(state)
+
+    def falls_no_more(self, state: TrainState) -> bool:
+        """Whether the held-out loss was in vain as often as patience lasts."""
+        return self.patience is not None and state.evaluations_in_vain(self.min_delta) >= self.patience
+
+    def knows_enough(self, state: TrainState) -> bool:
+        """Whether the last spot check showed enough."""
+        checks = state.spot_checks[-1:]
+        return self.enough is not None and any(map(self.enough.hold, checks))
+
+    def merit(self, state: TrainState) -> tuple[float, ...]:
+        """How good the spot check of this very step found these weights; empty if there was none, or if it did not pass."""
+        checks = [check for check in state.spot_checks[-1:] if check.step == state.step]
+        return self.good.merit(checks[0]) if checks else ()
+
+    def is_best(self, state: TrainState) -> bool:
+        """Whether these weights are the best so far by what this run looks at, so that they may be published."""
+        by_loss = self.patience is not None and state.best_heldout == (state.step, state.heldout_loss)
+        best = None if self.enough is None else best_of(state.spot_checks, self.good)
+        return by_loss or (best is not None and best.step == state.step)
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,7 @@ def fit(
     schedule: Schedule,
     metrics: MetricsLog | None,
     evaluate: Callable[[], float] | None = None,
+    spot_check: Callable[[int], SpotCheck] | None = None,
     save: Callable[[TrainState, Reason], None] | None = None,
     rescue: Rescue | None = None,
     stop: Stop | None = None,
@@ -103,6 +128,7 @@ def fit(
         schedule: The learning rate of each step.
         metrics: Where rows go; None in a process that writes nothing.
         evaluate: Returns the held-out loss in nats per token; it must leave the random state as it was.
+        spot_check: Returns what the model has learned by a step, and its drift; as `evaluate`, it leaves all as it was.
         save: Writes a checkpoint, and is told why.
         rescue: Writes one when an error ends the run, if the state is whole.
         stop: Asked once per turn; when it is requested, the state is saved and `Interrupted` is raised.
@@ -110,7 +136,7 @@ def fit(
         scaler: The gradient scaler of fp16.
         on_row: Also gets each row of metrics.
         describe: Figures of the method for a row, added to it.
-        world: The processes that train together. All of them call `evaluate` and `save`, at the same steps.
+        world: The processes that train together. All of them call `evaluate`, `spot_check` and `save`, at the same steps.
         accumulate: Finds the gradients of a window in place of the task, whose own way it may take.
 
     Raises:
@@ -125,29 +151,25 @@ def fit(
         while True:
             finished = budget.is_used_up(state)
             # Clocks and signals differ between processes, so they agree on what is due.
-            stopping, evaluation_due, save_due = world.any(
+            stopping, evaluation_due, check_due, save_due = world.any(
                 (stop is not None and stop.requested) or state.step == last_step,
                 evaluate is not None and state.evaluation_due(budget.evaluate_every, finished=finished),
+                spot_check is not None and state.check_due(budget.check_every, finished=finished),
                 save is not None
                 and state.save_due(budget.save_every, finished=finished, each_epoch=budget.save_each_epoch),
             )
-
             if evaluate is not None and evaluation_due:
-                log.settle()
-                started = time.perf_counter()
-                state.heldout_history.append(evaluate())
-                state.heldout_steps.append(state.step)
-                state.evaluated_at = state.seconds
-                log.add_heldout(state.heldout_history[-1], time.perf_counter() - started)
+                _take_heldout_loss(state, log, evaluate)
+            finished = budget.is_used_up(state)
+            if spot_check is not None and (check_due or (finished and state.check_due(None, finished=True))):
+                _take_spot_check(state, log, spot_check)
                 finished = budget.is_used_up(state)
+                if evaluate is not None and finished and state.evaluation_due(None, finished=True):
+                    _take_heldout_loss(state, log, evaluate)
+            if evaluation_due or check_due:
                 # What is best so far is what will be published, so it has to be there.
-                is_best = state.best_heldout == (state.step, state.heldout_history[-1])
-                save_due = save_due or (
-                    save is not None
-                    and budget.patience is not None
-                    and (finished or is_best)
-                    and state.save_due(None, finished=True)
-                )
+                wanted = finished or budget.is_best(state)
+                save_due = save_due or (save is not None and wanted and state.save_due(None, finished=True))
             log.write()
 
             if save is not None and (save_due or (stopping and state.save_due(None, finished=True))):
@@ -189,6 +211,24 @@ def fit(
         if rescue is not None:
             save_in_emergency(error, task, state, soundness, log.settle, rescue)
         raise
+
+
+def _take_heldout_loss(state: TrainState, log: _Log, evaluate: Callable[[], float]) -> None:
+    log.settle()
+    started = time.perf_counter()
+    state.heldout_history.append(evaluate())
+    state.heldout_steps.append(state.step)
+    state.evaluated_at = state.seconds
+    log.add({"heldout_loss": state.heldout_history[-1], "heldout_seconds": time.perf_counter() - started})
+
+
+def _take_spot_check(state: TrainState, log: _Log, spot_check: Callable[[int], SpotCheck]) -> None:
+    log.settle()
+    started = time.perf_counter()
+    check = spot_check(state.step)
+    state.add_spot_check(check)
+    drifted = {} if check.drift is None else {"drift": check.drift}
+    log.add({"learned": check.learned, **drifted, "check_seconds": time.perf_counter() - started})
 
 
 def _reason(state: TrainState, budget: Budget, *, finished: bool, stopping: bool) -> Reason:
@@ -371,12 +411,12 @@ class _Log:
         }
         state.interval = Interval()
 
-    def add_heldout(self, loss: float, seconds: float) -> None:
-        """Add the held-out loss to the row of this step; step 0 has no row of metrics."""
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Add what was measured to the row of this step; step 0 has no row of metrics."""
         if self._row is None and self._last is not None and self._state.interval.steps > 0:
             self.make_row()
         if self._row is not None:
-            self._row |= {"heldout_loss": loss, "heldout_seconds": seconds}
+            self._row |= figures
 
     def write(self) -> None:
         """Write the row of this step, if there is one."""

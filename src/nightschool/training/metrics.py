@@ -19,7 +19,7 @@ from nightschool.work.peak_memory import peak_resident_bytes
 _CHARTS = (
     "loss", "heldout_loss", "token_accuracy", "heldout_token_accuracy", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "perplexity", "bits_per_byte",
     "mfu", "heldout_perplexity", "heldout_bits_per_byte", "reward_accuracy", "reward_margin", "chosen_reward",
-    "rejected_reward", "heldout_reward_accuracy", "heldout_reward_margin",
+    "rejected_reward", "heldout_reward_accuracy", "heldout_reward_margin", "learned", "drift",
 )  # fmt: skip
 STATUS_SECONDS = 2.0
 LINE_SECONDS = 1.0
@@ -89,7 +89,7 @@ class Progress:
     def __call__(self, row: dict[str, Any]) -> None:
         moment = time.monotonic()
         last = row["step"] == self._steps_total
-        if last or "heldout_loss" in row or moment - self._line_at >= LINE_SECONDS:
+        if last or "heldout_loss" in row or "learned" in row or moment - self._line_at >= LINE_SECONDS:
             self._line_at = moment
             heldout = f" held-out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
             say(
@@ -104,6 +104,8 @@ class Progress:
 def _more(row: dict[str, Any]) -> str:
     """What only some methods measure."""
     parts = []
+    if "learned" in row:
+        parts.append(f"learned {row['learned']:.0%}" + (f" drift {row['drift']:.3f}" if "drift" in row else ""))
     if "reward_accuracy" in row:
         parts.append(f"prefers {row['reward_accuracy']:.0%} by {row['reward_margin']:.3f}")
     if "bits_per_byte" in row:

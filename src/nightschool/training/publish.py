@@ -12,6 +12,7 @@ from torch import nn
 
 from nightschool.data.chat.render import render_prompt, stop_token_ids
 from nightschool.data.example import Example
+from nightschool.evaluation.spot_check import SpotCheck, best_of
 from nightschool.models.cost import count_parameters
 from nightschool.models.load import LoadedModel
 from nightschool.models.version_folder import OnWritten, write_version
@@ -25,6 +26,7 @@ from nightschool.store.runs import Run
 from nightschool.store.versions import Probe
 from nightschool.training.checkpoint import full_state
 from nightschool.training.continuation import greedy_continuation
+from nightschool.training.loop import Budget
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.metrics import say
 from nightschool.training.state import TrainState
@@ -38,7 +40,9 @@ MIN_MARGIN_16_BIT = 0.5
 
 
 def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState) -> None:
-    """Publish the weights with the lowest held-out loss of this run: the last ones, or those of a checkpoint.
+    """Publish the best weights of this run: the last ones, or those of a checkpoint.
+
+    The best are those of which a spot check that passes shows most; where none does, those with the lowest held-out loss.
 
     Before them come other checkpoints, as many as `checkpoints.publish` says, each under an alias of its own.
     """
@@ -58,12 +62,11 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
         dtype=str(task.weights()[0].dtype).removeprefix("torch."),
         context_tokens=loaded.context_tokens,
     )
-    best = _best_checkpoint(run, state)
+    best = _best_checkpoint(run, state, prepared.budget)
     _publish_others(registry, run, prepared, facts, state.step, state.step if best is None else best.step)
     step, heldout = state.step, state.heldout_loss
     if best is not None:
         step, heldout = best.step, best.heldout_loss()
-        say(f"The held-out loss was lowest at step {step}: {heldout:.4f}, against {state.heldout_loss:.4f} at the end")
         full_state.load_weights(best.path, task)
     facts = facts.model_copy(
         update={"heldout_loss": heldout, "version": registry.new_version_id(recipe.name)},
@@ -84,13 +87,42 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
     say(f"Published {version.ref}: loaded again, its logits differ by {difference:.1e} from the trained model's")
 
 
-def _best_checkpoint(run: Run, state: TrainState) -> Checkpoint | None:
-    """The checkpoint whose held-out loss is the lowest; None where that of the last step is, or there is none."""
+def _best_checkpoint(run: Run, state: TrainState, budget: Budget) -> Checkpoint | None:
+    """The checkpoint with the best weights; None where the last ones are the best, or the best were not kept."""
+    checked = None if budget.enough is None else best_of(state.spot_checks, budget.good)
+    if checked is not None:
+        return _of_spot_check(run, state, checked)
+    if budget.enough is not None and state.spot_checks:
+        most = max(state.spot_checks, key=lambda check: (check.learned, -(check.drift or 0.0)))
+        say(
+            f"No spot check passed (needed: {budget.good.text}). Most was learned at step {most.step}: {most.text}. "
+            f"See nightschool runs show {run.id}."
+        )
     saved = [(loss, point) for point in checkpoints.ls(run) if (loss := point.heldout_loss()) is not None]
     best = min(saved, key=lambda pair: (pair[0], -pair[1].step), default=None)
     if state.heldout_loss is None or best is None or best[0] >= state.heldout_loss:
         return None
+    say(
+        f"The held-out loss was lowest at step {best[1].step}: {best[0]:.4f}, against {state.heldout_loss:.4f} at the end"
+    )
     return best[1]
+
+
+def _of_spot_check(run: Run, state: TrainState, best: SpotCheck) -> Checkpoint | None:
+    """The checkpoint of the best spot check; None if that was taken of the last weights."""
+    if best.step == state.step:
+        return None
+    found = next(
+        (point for point in reversed(checkpoints.by_age(checkpoints.ls(run))) if point.step == best.step), None
+    )
+    last = f"{state.spot_checks[-1].text} at step {state.step}"
+    if found is None:
+        say(
+            f"Step {best.step} was the best ({best.text}), and its checkpoint is gone: the last weights are published, with {last}"
+        )
+        return None
+    say(f"Step {best.step} was the best: {best.text}, against {last}")
+    return found
 
 
 def _publish_others(

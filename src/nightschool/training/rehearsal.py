@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +22,18 @@ from torch import Tensor, nn
 
 from nightschool.config.recipe import Recipe, Rehearse
 from nightschool.data.batches import Batch, Batches
-from nightschool.data.chat.render import Rendered, render_prompt, stop_token_ids
+from nightschool.data.chat.render import Rendered, render_prompt
 from nightschool.data.example import Message
 from nightschool.errors import Damaged
 from nightschool.evaluation.general import rehearsed_prompts
 from nightschool.evaluation.heldout import as_found, autocast, on_device
 from nightschool.layers.distillation import TopTokens, document_divergence
-from nightschool.layers.forward import ForwardPath, causal_lm, document_logits, trained_places
+from nightschool.layers.forward import ForwardPath, document_logits, trained_places
 from nightschool.models.load import LoadedModel
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.atomic import write_bytes
 from nightschool.store.home import Home
+from nightschool.training.continuation import greedy_answers
 from nightschool.training.metrics import say
 
 # In the folder of a run.
@@ -104,39 +105,12 @@ def ask(
     with quiet_libraries(), as_found(model), torch.no_grad():
         for start in range(0, len(asked), _PROMPTS_PER_PASS):
             some = asked[start : start + _PROMPTS_PER_PASS]
-            said += zip(some, _answers(model, tokenizer, some, max_new_tokens), strict=True)
+            said += zip(some, greedy_answers(model, tokenizer, some, max_new_tokens), strict=True)
         rows = []
         for prompt_ids, answer_ids in said:
             if len(answer_ids) >= _SHORTEST_ANSWER:
                 rows.append(Rehearsed(prompt_ids, answer_ids, _teacher(model, path, prompt_ids, answer_ids)))
     return rows
-
-
-def _answers(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[tuple[int, ...]]:
-    """Greedy answers, each with the token that ends it, if it came to its end."""
-    inner = causal_lm(model)
-    device, stops = next(model.parameters()).device, stop_token_ids(tokenizer)
-    filler, longest = next(iter(stops)), max(map(len, prompts))
-    ids = torch.tensor([[filler] * (longest - len(one)) + list(one) for one in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
-    # Packed attention knows no padding.
-    packed = inner.config._attn_implementation
-    inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
-    try:
-        found = cast(Any, model).generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops),
-            pad_token_id=filler,
-        )  # fmt: skip
-    finally:
-        inner.set_attn_implementation(packed)
-    return [_to_end(row, stops) for row in found[:, longest:].tolist()]
-
-
-def _to_end(ids: Sequence[int], stops: Any) -> tuple[int, ...]:
-    end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
-    return tuple(ids[:end])
 
 
 def _teacher(model: nn.Module, path: ForwardPath, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TopTokens:

@@ -31,6 +31,7 @@ from nightschool import uploads
 from nightschool.config.recipe import Recipe
 from nightschool.data.batches import Batch
 from nightschool.errors import Conflict, Damaged, Interrupted, ModelError, NightschoolError, UsageError
+from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.models.load import LoadedModel
 from nightschool.store import checkpoints
 from nightschool.store.atomic import write_json
@@ -43,7 +44,7 @@ from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.saver import Ranks, Saver, open_saver
 from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world, started_ranks
 from nightschool.training.environment import Rerun, describe_environment, keep_freed_memory
-from nightschool.training.loop import fit
+from nightschool.training.loop import Budget, fit
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import PreparedRun, Setup
 from nightschool.training.metrics import MetricsLog, Progress, say
@@ -349,7 +350,9 @@ def _train(
         rngs = world.gathered(rng.capture(random_state))
         if saver is None:
             return
-        contents = full_state.state_to_save(task, now, context, schedule, scaler, rngs, world.rank, reason=reason)
+        contents = full_state.state_to_save(
+            task, now, context, schedule, scaler, rngs, world.rank, reason=reason, merit=budget.merit(now)
+        )
         if writes:
             say(f"Saving checkpoint at step {now.step}")
             run.update_status(step=now.step)
@@ -374,6 +377,13 @@ def _train(
                 say(f"held-out loss before training {loss:.4f} over {count} {prepared.loss_unit}")
         return loss
 
+    def spot_check(step: int) -> SpotCheck:
+        assert prepared.spot_check is not None
+        check = prepared.spot_check(step)
+        if writes:
+            run.events.write("spot_check", **check.to_json())
+        return check
+
     if writes:
         if start.point is not None:
             say(f"Resumed from {start.point.name}: step {state.step} of {budget.steps_total}")
@@ -392,6 +402,7 @@ def _train(
             schedule=schedule,
             metrics=metrics,
             evaluate=None if evaluate_heldout is None else evaluate,
+            spot_check=None if prepared.spot_check is None else spot_check,
             save=save,
             # The others may be waiting for this one, and never come to where all save.
             rescue=rescue if saver is not None and world.size == 1 else None,
@@ -409,10 +420,17 @@ def _train(
     if writes and company is None and state.step > first[0]:
         say_measured(run, task.device, state.step - first[0], state.seconds - first[1])
     if writes and state.step < budget.steps_total:
-        say(f"Ended after step {state.step} of {budget.steps_total}: the held-out loss falls no more")
-        run.events.write("early_stop", step=state.step, steps_total=budget.steps_total)
+        why = _why_ended(budget, state)
+        say(f"Ended after step {state.step} of {budget.steps_total}: {why}")
+        run.events.write("early_stop", step=state.step, steps_total=budget.steps_total, why=why)
         run.update_status(step=state.step, steps_total=state.step)
     return state
+
+
+def _why_ended(budget: Budget, state: TrainState) -> str:
+    if not budget.knows_enough(state):
+        return "the held-out loss falls no more"
+    return f"it shows enough, {state.spot_checks[-1].text}"
 
 
 def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any]:

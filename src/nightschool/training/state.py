@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nightschool.errors import StateMismatch
+from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.training.checkpoint import rng
 from nightschool.units import Every
 
@@ -56,6 +57,10 @@ class TrainState:
     heldout_steps: list[int] = field(default_factory=list)
     heldout_history: list[float] = field(default_factory=list)
     evaluated_at: float = 0.0
+    check_steps: list[int] = field(default_factory=list)
+    learned_history: list[float] = field(default_factory=list)
+    drift_history: list[float | None] = field(default_factory=list)
+    checked_at: float = 0.0
     saved_at: float = 0.0
     saved_step: int | None = None
     interval: Interval = field(default_factory=Interval)
@@ -81,6 +86,18 @@ class TrainState:
         taken = [(loss, step) for step, loss in zip(self.heldout_steps, self.heldout_history, strict=True) if step > 0]
         return (min(taken)[1], min(taken)[0]) if taken else None
 
+    @property
+    def spot_checks(self) -> list[SpotCheck]:
+        """Those so far, in the order of their steps."""
+        return list(map(SpotCheck, self.check_steps, self.learned_history, self.drift_history))
+
+    def add_spot_check(self, check: SpotCheck) -> None:
+        """Add the one of this very step."""
+        self.check_steps.append(check.step)
+        self.learned_history.append(check.learned)
+        self.drift_history.append(check.drift)
+        self.checked_at = self.seconds
+
     def evaluations_in_vain(self, min_delta: float) -> int:
         """Held-out losses since the last that was lower than the best before it by more than `min_delta`.
 
@@ -97,6 +114,12 @@ class TrainState:
         if self.heldout_steps and self.heldout_steps[-1] == self.step:
             return False
         return self.step == 0 or finished or self._due(every, self.evaluated_at)
+
+    def check_due(self, every: Every | None, *, finished: bool) -> bool:
+        """Say whether the model is spot-checked now; once at the end in any case, and never before training."""
+        if self.step == 0 or self.step in self.check_steps[-1:]:
+            return False
+        return finished or self._due(every, self.checked_at)
 
     def save_due(self, every: Every | None, *, finished: bool, each_epoch: bool = False) -> bool:
         """Say whether a checkpoint is written now; at the end in any case, never twice for one step."""
@@ -123,6 +146,8 @@ class TrainState:
             StateMismatch: If a field is missing or unknown.
         """
         known = {f.name for f in fields(cls)}
+        if "check_steps" not in plain:  # saved before there were spot checks
+            plain = plain | {"check_steps": [], "learned_history": [], "drift_history": [], "checked_at": 0.0}
         if plain.keys() != known:
             raise StateMismatch(
                 f"state.json lacks {sorted(known - plain.keys())} and has the unknown {sorted(plain.keys() - known)}. "

@@ -34,7 +34,7 @@ from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.packed_weights import Packing
 from nightschool.models.quantize import scales
 from nightschool.store.atomic import read_json
-from nightschool.store.checkpoints import REASON, Reason
+from nightschool.store.checkpoints import HELDOUT_LOSS, MERIT, REASON, Reason
 from nightschool.store.manifest import verify
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.checkpoint_reader import group_files, load_group, open_group, rank_group
@@ -151,10 +151,11 @@ def state_to_save(
     rank: int = 0,
     *,
     reason: Reason = "interval",
+    merit: Sequence[float] = (),
 ) -> CheckpointContents:
     """Everything that a checkpoint of this moment holds. The tensors are the run's own: save them before the next step.
 
-    `rngs` are the random states of all processes, in the order of ranks; without them, that of this one. A process of a
+    `merit` is that of a spot check that passed at this step. `rngs` are the random states of all processes, in the order of ranks; without them, that of this one. A process of a
     `rank` above 0 adds its part of the tensors, and nothing else.
     """
     if rank > 0:
@@ -193,7 +194,8 @@ def state_to_save(
             "step": state.step,
             "epoch": state.epoch,
             "loss": state.current_loss,
-            "heldout_loss": state.heldout_loss,
+            HELDOUT_LOSS: state.heldout_loss,
+            MERIT: list(merit),
             "data_fingerprint": state.fingerprint,
         },
     )

@@ -26,6 +26,7 @@ from nightschool.data.chat.rendered_data import (
 from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
+from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import publish_directory
@@ -35,6 +36,7 @@ from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedR
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
+from nightschool.training.spot_check import SpotChecks, SpotCheckSet
 from nightschool.training.state import TrainState
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
@@ -60,6 +62,7 @@ class FinetuneTask(CausalTask[Batches]):
     """
 
     rehearsal: Rehearsal | None = None
+    spot_checks: SpotChecks | None = None
 
     @property
     def stride(self) -> int:
@@ -112,6 +115,7 @@ class FinetuneData:
     rendered: RenderedData = field(default_factory=lambda: RenderedData([], [], []))
     held_out: Batches | None = None
     rehearsed: RehearsedPrompts | None = None
+    checked: SpotCheckSet | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,8 @@ class Finetune(PreparedRun[FinetuneData]):
         held_out = cls._held_out(tokenizer, data.selection.held_out, train.max_seq_len)
         wanted = setup.recipe.rehearse.prompts is not None
         rehearsed = RehearsedPrompts.of(setup.recipe, setup.home, setup.root) if wanted else None
-        return replace(data, rendered=rendered, held_out=held_out, rehearsed=rehearsed), task
+        checked = SpotCheckSet.of(setup.recipe, data.selection, setup.root, tokenizer)
+        return replace(data, rendered=rendered, held_out=held_out, rehearsed=rehearsed, checked=checked), task
 
     @classmethod
     def pack(cls, rendered: Iterable[Rendered], **settings: Any) -> Batches:
@@ -197,12 +202,21 @@ class Finetune(PreparedRun[FinetuneData]):
         """The figures of what is held out, in rows that have its loss."""
         return lambda row: self.task.heldout_figures if "heldout_loss" in row else {}
 
+    @property
+    def spot_check(self) -> Callable[[int], SpotCheck] | None:
+        return self.task.spot_checks
+
     def begin(self, folder: Path) -> None:
-        """Ask the model what is rehearsed, or read what it said when the run began, or to another run with the same weights."""
-        if self.data.rehearsed is None:
-            return
-        with self.task.world.first_goes_first():
-            self.task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, self.task)
+        """Ask the model what is rehearsed, or read what it said when the run began, or to another run with the same weights.
+
+        Ask it, too, what spot checks measure its drift from.
+        """
+        task = self.task
+        if self.data.rehearsed is not None:
+            with task.world.first_goes_first():
+                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task)
+        if self.data.checked is not None:
+            task.spot_checks = SpotChecks(self.data.checked, self.loaded, task.compute_dtype, task.world)
 
     def numerics(self) -> dict[str, Any]:
         if self.data.rehearsed is None:
@@ -279,6 +293,7 @@ class Finetune(PreparedRun[FinetuneData]):
             facts = {"prompts_rehearsed": len(rehearsed.prompts), "tokens_rehearsed": more}
             text = f"answers of {self.loaded.ref} to {len(rehearsed.prompts)} general prompts, at most {more:,} tokens an epoch"
             rows.append(PlanRow("rehearsed", text, facts))
+        rows += self._row_of_spot_checks()
         return MethodPlan(
             rows=rows,
             tokens_computed=tokens_computed * steps_total / max(1, per_epoch),
@@ -297,6 +312,15 @@ class Finetune(PreparedRun[FinetuneData]):
             ],
             notes=self._notes(),
         )
+
+    def _row_of_spot_checks(self) -> list[PlanRow]:
+        checked, enough = self.data.checked, self.budget.enough
+        if checked is None or enough is None:
+            return []
+        facts = {"questions_checked": len(checked.questions), "prompts_checked": len(checked.prompts)}
+        every = self.recipe.train.early_stopping.every
+        text = "{questions_checked} questions and {prompts_checked} open prompts every ".format(**facts)
+        return [PlanRow("spot checks", f"{text}{every}; the run ends at {enough.text}", facts)]
 
     def _cuts(self) -> list[Cut]:
         """The examples that lose something, those that lose most of their answer first. Texts are split, never cut."""
@@ -328,6 +352,9 @@ class Finetune(PreparedRun[FinetuneData]):
             NO_PAGES if self.recipe.train.optimizer == "paged_adamw_8bit" and self.task.device.type != "cuda" else "",
             "train.early_stopping needs a held-out loss, and there is none: the run ends at its last step."
             if self.recipe.train.early_stopping.patience and not self.data.held_out
+            else "",
+            "train.early_stopping.every: the gate could ask nothing of what is new, so nothing is spot-checked."
+            if self.recipe.train.early_stopping.every and self.data.checked is None
             else "",
         )
         return [note for note in notes if note]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nightschool.config.recipe import ADAPTER_METHODS, Recipe
 from nightschool.data.example import Example
 from nightschool.errors import ModelError, StateMismatch
+from nightschool.evaluation.spot_check import Limits, SpotCheck
 from nightschool.models.dtype import DtypeChoice, resolve_dtype
 from nightschool.models.load import LoadedModel, load_base
 from nightschool.models.quantize import quantization_of
@@ -172,6 +173,9 @@ class PreparedRun(ABC, Generic[Data]):
                 save_each_epoch=recipe.checkpoints.each_epoch,
                 patience=train.early_stopping.patience,
                 min_delta=train.early_stopping.min_delta,
+                check_every=train.early_stopping.every,
+                enough=Limits.to_end(recipe),
+                good=Limits.to_pass(recipe),
             ),
             scaler=torch.amp.GradScaler(device.type) if dtype.needs_loss_scaling else None,
         )
@@ -244,6 +248,11 @@ class PreparedRun(ABC, Generic[Data]):
     @abstractmethod
     def evaluate(self) -> Callable[[], tuple[float, int]] | None:
         """Returns the held-out loss in nats and over how many `loss_unit`s it is the mean; None where nothing is held out."""
+
+    @property
+    def spot_check(self) -> Callable[[int], SpotCheck] | None:
+        """Returns what the model has learned by a step, and its drift; None where nobody asks. All processes call it."""
+        return None
 
     def begin(self, folder: Path) -> None:
         """Compute what is needed before step 1, or read it from the run's folder, where it was left. All processes call this."""

@@ -174,7 +174,8 @@ def _disk_needed(prepared: PreparedRun[Any], total: int, trainable: int) -> int:
     keep = prepared.recipe.checkpoints.keep
     checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable
     version = TRAINED_DTYPE_BYTES * (trainable if prepared.loaded.adapter else total)
-    return (keep.last + keep.best + 1) * checkpoint + version + expert_tiers(prepared.task.model).disk
+    best = keep.best * (1 if prepared.budget.enough is None else 2)  # by the held-out loss, and by spot checks
+    return (keep.last + best + 1) * checkpoint + version + expert_tiers(prepared.task.model).disk
 
 
 def _disk_free(path: Path) -> int:
