@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+
 
 def now() -> datetime:
     """The present moment in UTC."""
@@ -51,3 +53,12 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def parse_row(line: bytes | str) -> Row | None:
+    """A line as a row, or None if it is no JSON object with a `step`."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

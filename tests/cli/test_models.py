@@ -7,8 +7,10 @@ import pytest
 
 from nightschool.cli.main import main
 from nightschool.config.recipe import Gate
+from nightschool.evaluation.effort import Effort
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.scores import ProbeQuestion, ScoreSheet
+from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.jobs.scheduler import schedule_lock_path
@@ -54,7 +56,8 @@ def _examined(home, champion, candidate):
         _sheet(candidate.ref, ["In 0land.", "In Paris."], 1.5),
         _sheet(champion.ref, ["In 0land.", "In 1land."], 1.0),
     )
-    report = decide(*sheets, Gate()).to_json()
+    checks = SpotCheck(5, 0.5, 0.01), SpotCheck(10, 0.75, 0.02)
+    report = decide(*sheets, Gate(), effort=Effort(checks, step=10, passing="learned >= 50%")).to_json()
     report["sheets"] = {"candidate": sheets[0].to_json(), "champion": sheets[1].to_json()}
     Registry(home).save_report("bot", candidate.id, report)
 
@@ -92,8 +95,18 @@ def test_the_report_names_the_rule_both_figures_and_the_lost_answer(home, capsys
     _examined(home, first, second)
     assert main(["models", "report", second.ref]) == 0
     out = capsys.readouterr().out
-    for part in ("REFUSED", "holdout_loss", "1.5000", "1.0000", "forgetting", "Where is 1?", "In Paris."):
+    for part in (
+        "REFUSED",
+        "holdout_loss",
+        "1.5000",
+        "1.0000",
+        "forgetting",
+        "Where is 1?",
+        "In Paris.",
+        "which pass with learned >= 50%",
+    ):
         assert part in out
+    assert out.splitlines()[-1].split() == ["10", "75%", "0.0200", "published"]
     assert main(["models", "report", "bot", "-q"]) == 0
     assert capsys.readouterr().out == "refuse\n"
     assert _json(capsys, "models", "report", second.ref)["decision"] == "refuse"

@@ -59,6 +59,24 @@ def test_show_has_figures_checkpoints_and_the_recipe(home, capsys):
     assert "best_heldout_loss 2" in out
 
 
+def test_show_draws_what_spot_checks_found_and_marks_what_was_published(home, capsys):
+    run = make_run(home)
+    with run.metrics_path.open("a") as file:
+        for number in range(1, 31):
+            file.write(json.dumps({"step": 100 + number, "learned": number / 30, "drift": number / 100}) + "\n")
+    run.events.write("published", step=104)
+    data = _json(capsys, "runs", "show")
+    assert data["spot_checks"][3] == {"step": 104, "learned": 4 / 30, "drift": 0.04}
+    assert main(["runs", "show"]) == 0
+    out = capsys.readouterr().out
+    assert "learned, % (up), against drift, nats a token (right), from step 101 to 130" in out
+    assert any(0x2800 < ord(letter) < 0x2900 for letter in out)
+    lines = [line.split() for line in out.splitlines() if line.startswith("1")]
+    assert ["104", "13%", "0.0400", "published"] in lines
+    assert lines[-1] == ["130", "100%", "0.3000"]
+    assert len(lines) <= 13, "a long run shows some of its steps"
+
+
 def test_unknown_runs_exit_4_and_say_what_exists(home, capsys):
     make_run(home)
     assert main(["runs", "show", "bot-20200101_000000"]) == 4

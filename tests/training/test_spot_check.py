@@ -8,6 +8,7 @@ from nightschool.config.recipe import Recipe
 from nightschool.data.example import Message
 from nightschool.errors import PromptTooLong
 from nightschool.evaluation.drift import champion_answers, drift
+from nightschool.evaluation.run_effort import effort_of
 from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of
 from nightschool.events import read_events
 from nightschool.store import checkpoints
@@ -115,6 +116,10 @@ def test_a_check_is_an_event_and_in_the_row_of_its_step(straight):
         assert (rows[check.step]["learned"], rows[check.step]["drift"]) == (check.learned, check.drift)
         assert check.drift > 0
     assert "learned" not in rows[3]
+    spent = effort_of(straight.run)
+    assert spent.checks == tuple(straight.state.spot_checks)
+    assert (spent.steps_total, spent.wordings, spent.rehearsed, spent.passing) == (10, 1.0, 0.0, "learned >= 50%")
+    assert spent.step == events(straight, "published")[0]["step"]
 
 
 def test_the_drift_is_the_one_of_the_gate_and_several_processes_find_what_one_finds(straight, monkeypatch):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nightschool.cli.formatting import figure, moment
 from nightschool.cli.output import Columns, answer, answer_rows, bold, colour_wanted, confirm, note, rendered, who
+from nightschool.cli.trade_off import trade_off
 from nightschool.errors import Damaged, UsageError
 from nightschool.evaluation.diff import AnswerDiff, answer_diff, shortened
 from nightschool.evaluation.scores import figure_to_json
@@ -94,7 +95,7 @@ def show(model: str, /) -> None:
 
 
 def report(model: str, /) -> None:
-    """Show what the gate found: each rule, both figures, the answers that were learned and lost.
+    """Show what the gate found: each rule, both figures, the answers that were learned and lost, what spot checks found by step.
 
     Args:
         model: NAME@VERSION or NAME@ALIAS; NAME is its newest version.
@@ -104,9 +105,16 @@ def report(model: str, /) -> None:
     registry = Registry(Home.find())
     version = registry.resolve(model if "@" in model else f"{model}@latest")
     stored = registry.load_report(version.name, version.id)
-    answer(
-        stored, lambda: rendered(partial(render, GateReport.from_json(stored))), quiet=lambda: str(stored["decision"])
-    )
+
+    def text() -> str:
+        found = GateReport.from_json(stored)
+        drawn = rendered(partial(render, found))
+        if found.effort is None or not found.effort.checks:
+            return drawn
+        curve = trade_off([(one.step, one.learned, one.drift) for one in found.effort.checks], found.effort.step)
+        return f"{drawn}\n\n{bold('Spot checks')}, which pass with {found.effort.passing}\n{curve}"
+
+    answer(stored, text, quiet=lambda: str(stored["decision"]))
 
 
 def diff(first: str, second: str, /) -> None:

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from nightschool.cli.formatting import duration, figure, moment, sparkline
 from nightschool.cli.output import Columns, Row, answer, answer_rows, confirm, session, table
+from nightschool.cli.trade_off import trade_off
 from nightschool.errors import NotFound
 from nightschool.jobs.processes import ask_to_stop
 from nightschool.store import checkpoints
@@ -23,9 +24,11 @@ from nightschool.views.runs import (
     POLL_SECONDS,
     figures_by_step,
     follow_metrics,
+    published_step,
     run_summary,
     seconds_left,
     settings_that_differ,
+    spot_checks_of,
     without_colours,
 )
 
@@ -50,7 +53,7 @@ def ls(*, name: str | None = None) -> None:
 
 
 def show(run_id: str | None = None, /) -> None:
-    """Show one run: state, figures, checkpoints, recipe.
+    """Show one run: state, figures, checkpoints, recipe, and what spot checks found by step.
 
     Args:
         run_id: The run; the newest without it.
@@ -58,10 +61,14 @@ def show(run_id: str | None = None, /) -> None:
     run = RunStore(Home.find()).find(run_id)
     rows = read_rows(run.metrics_path)
     points = [point.name for point in checkpoints.ls(run)]
+    checks, published = spot_checks_of(rows), published_step(run)
     data = {**run_summary(run, rows), "checkpoints": points, "path": str(run.path), "recipe": run.recipe()}
+    data["spot_checks"] = [dict(zip(("step", "learned", "drift"), check, strict=True)) for check in checks]
 
     def text() -> str:
-        facts = [(key, value) for key, value in data.items() if key not in ("recipe", "checkpoints", "error")]
+        facts = [
+            (key, value) for key, value in data.items() if key not in ("recipe", "checkpoints", "error", "spot_checks")
+        ]
         lines = [f"{key:<16} {figure(value, 6)}" for key, value in facts if value is not None]
         losses = [loss for _, loss in figures_by_step(rows, "loss")]
         if len(losses) > 1:
@@ -70,6 +77,7 @@ def show(run_id: str | None = None, /) -> None:
         if data["error"]:
             lines.append(f"{'error':<16} {data['error']}")
         lines.append(f"{'recipe':<16} {run.recipe_path}")
+        lines += ["", trade_off(checks, published)] if checks else []
         return "\n".join(lines)
 
     answer(data, text, quiet=run.id)
@@ -216,6 +224,8 @@ _WATCHED = {
     "tokens_per_second": "{:.0f} tok/s",
     "mfu": "MFU {:.1%}",
     "learning_rate": "lr {:.3g}",
+    "learned": "learned {:.0%}",
+    "drift": "drift {:.3f}",
 }
 
 

@@ -141,6 +141,8 @@ def _show(result: CycleResult) -> int:
         lines = [f"{result.outcome}: {result.detail}"]
         if result.candidate is not None:
             lines.append(f"candidate {result.candidate}; see nightschool models report {result.candidate}")
+        if result.outcome == "refused" and result.report is not None:
+            lines += [f"what to do: {suggestion}" for suggestion in result.report["suggestions"]]
         if result.outcome == "interrupted":
             lines.append(f"go on with nightschool train --resume {result.run_id}")
         return "\n".join(lines)

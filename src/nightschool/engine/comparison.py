@@ -23,6 +23,7 @@ from nightschool.evaluation.examiner import examine
 from nightschool.evaluation.gate import GateReport, decide
 from nightschool.evaluation.general import general_prompts
 from nightschool.evaluation.model_judge import judge_sheets
+from nightschool.evaluation.run_effort import effort_of
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.models.load import Located, load_tokenizer, locate
 from nightschool.models.stored import stored_weights
@@ -143,7 +144,9 @@ class Comparison:
         if self._recipe.gate.judge.url is not None:
             judged = judge_sheets(self._recipe.gate.judge, sheet, theirs)
             sheet, theirs = judged.candidate, judged.champion
-        report = decide(sheet, theirs, self._recipe.gate, [compared.note] if compared.note else (), judged)
+        report = decide(
+            sheet, theirs, self._recipe.gate, [compared.note] if compared.note else (), judged, effort_of(self._run)
+        )
         # With all the answers, so that `nightschool models diff` can compare versions without asking again.
         sheets = {"candidate": sheet.to_json(), "champion": theirs.to_json() if theirs else None}
         self._registry.save_report(candidate.name, candidate.id, report.to_json() | {"sheets": sheets})

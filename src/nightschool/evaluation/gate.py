@@ -14,6 +14,8 @@ from typing import Literal
 
 from nightschool.config.recipe import Gate
 from nightschool.config.rules import RULES, Rule, RuleName, parse_rule
+from nightschool.evaluation.advice import advise
+from nightschool.evaluation.effort import Effort
 from nightschool.evaluation.model_judge import Judged
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import AnswerPair, Figures, GateReport, PairMargins, RuleResult
@@ -31,6 +33,7 @@ def decide(
     rules: Gate,
     notes: Sequence[str] = (),
     judged: Judged | None = None,
+    effort: Effort | None = None,
 ) -> GateReport:
     """Judge every rule of the recipe and decide.
 
@@ -41,6 +44,7 @@ def decide(
         rules: The `gate` section of the recipe. A rule of None is not applied.
         notes: What else the report shall say.
         judged: How the judge took the sheets, where the recipe names one.
+        effort: How the candidate was trained, from which the report says what to do about a refusal.
     """
     theirs = {answer.id: answer for answer in champion.answers} if champion else {}
     pairs = [AnswerPair.of(answer, theirs.get(answer.id)) for answer in candidate.answers]
@@ -86,46 +90,11 @@ def decide(
         learned=tuple(pair for pair in pairs if pair.learned and (champion or pair.kind == "new")),
         lost=tuple(pair for pair in pairs if pair.lost),
         notes=tuple(notes),
-        suggestions=tuple(_suggestion(result) for result in results if result.passed is False),
+        suggestions=advise([result for result in results if result.passed is False], effort or Effort()),
         champion_is_base=champion is not None and champion.is_base,
+        effort=effort,
         overruled=tuple(pair for pair in pairs if pair.candidate_overruled or pair.champion_overruled),
     )
-
-
-_SUGGESTIONS = {
-    "holdout_loss": (
-        "The held-out loss rose, which is what too much training looks like. Lower train.epochs or "
-        "train.learning_rate, or raise replay.ratio."
-    ),
-    "new_facts": (
-        "The new facts did not stick. Raise train.epochs or train.learning_rate, or give each fact in several wordings."
-    ),
-    "forgetting": "Old answers were lost. Raise replay.ratio or replay.minimum, or lower train.learning_rate.",
-    "general_lost": (
-        "The candidate lost what nobody taught. Lower train.learning_rate or train.epochs, train an adapter (method: lora), "
-        "or replay general conversations (replay.path). For a model that need know nothing else, write gate.general: off."
-    ),
-    "drift": (
-        "The candidate answers general prompts unlike the champion. Rehearse what that one says to others "
-        "(rehearse.prompts: default), or raise rehearse.weight; lower train.learning_rate or train.epochs, or train an adapter "
-        "(method: lora)."
-    ),
-    "preferences": (
-        "The candidate prefers the better answers less clearly than the champion does. Lower train.learning_rate or "
-        "train.epochs, raise dpo.beta, or look for pairs that are the wrong way round."
-    ),
-    "judge": "Start the judge that gate.judge names and compare again, or take it out: then the examiner's rules decide alone.",
-    "pins": (
-        "A pinned answer is missing. Put its question and answer into the data so that it is studied again, raise "
-        "replay.ratio, or unpin it if it is out of date."
-    ),
-}
-
-
-def _suggestion(result: RuleResult) -> str:
-    if result.rule == "holdout_loss" and result.candidate is not None and not math.isfinite(result.candidate):
-        return "The weights are broken. Lower train.learning_rate, set train.max_grad_norm, or set train.dtype to fp32."
-    return _SUGGESTIONS[result.rule]
 
 
 def _holdout_loss(candidate: ScoreSheet, champion: ScoreSheet | None, text: str | None) -> RuleResult | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nightschool.evaluation.effort import Effort
 from nightschool.evaluation.scores import Figure, Kind, PairMargin, Plain, ProbeAnswer, ScoreSheet
 
 Decision = Literal["promote", "refuse"]
@@ -148,7 +149,7 @@ class GateReport(Plain):
 
     In the first night of a name, `champion` is its base, and `champion_is_base` says so.
     `overruled` are those of which a judge changed a verdict.
-    `learned` and `lost` are all questions of any kind that only the candidate, or only the champion, answers.
+    `effort` is that of the run that made the candidate. `learned` and `lost` are all questions of any kind that only the candidate, or only the champion, answers.
     """
 
     decision: Decision
@@ -162,6 +163,7 @@ class GateReport(Plain):
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
     overruled: tuple[AnswerPair, ...] = ()
+    effort: Effort | None = None
 
     @property
     def failed(self) -> list[RuleResult]:

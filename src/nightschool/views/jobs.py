@@ -11,13 +11,13 @@ from datetime import datetime
 from typing import Any
 
 from nightschool.errors import NotFound
-from nightschool.events import now
+from nightschool.events import Row, now, parse_row
 from nightschool.store.home import Home
 from nightschool.store.job_files import JobFiles
 from nightschool.store.job_queue import Job, JobQueue
 from nightschool.store.names import moment_of, split_name
 from nightschool.store.runs import Run, RunStatus, RunStore
-from nightschool.views.metrics_rows import Row, is_number, parse_row
+from nightschool.views.metrics_rows import is_number
 from nightschool.views.runs import figures_by_step, seconds_left, tail, tried
 
 DIRECT = "train"

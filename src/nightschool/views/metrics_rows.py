@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import IO, Any
 
-Row = dict[str, Any]
+from nightschool.events import Row, parse_row
 
 
 class RowsFollower:
@@ -54,12 +53,3 @@ def read_rows(path: Path) -> list[Row]:
 def is_number(value: Any) -> bool:
     """Whether a figure of a row is one."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def parse_row(line: bytes | str) -> Row | None:
-    """A line as a row, or None if it is no JSON object with a `step`."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

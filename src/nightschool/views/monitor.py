@@ -11,13 +11,13 @@ from typing import Any
 
 import psutil
 
-from nightschool.events import now
+from nightschool.events import Row, now
 from nightschool.store import checkpoints
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
 from nightschool.views.machine import machine_figures
-from nightschool.views.metrics_rows import Row, RowsFollower
+from nightschool.views.metrics_rows import RowsFollower
 from nightschool.views.runs import figures_by_step, figures_of, last_sample, log_tail, run_summary, seconds_left, tried
 from nightschool.views.uploads import upload_summary
 

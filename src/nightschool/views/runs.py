@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import psutil
 
 from nightschool.errors import NightschoolError
+from nightschool.events import Row, parse_row, read_events
 from nightschool.store.runs import Run, RunStatus
-from nightschool.views.metrics_rows import Row, RowsFollower, is_number, parse_row, read_rows
+from nightschool.views.metrics_rows import RowsFollower, is_number, read_rows
 
 POLL_SECONDS = 0.5
 LOG_LINES = 200
@@ -33,6 +34,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 T = TypeVar("T")
 Points = list[tuple[float, float]]
+Checked = tuple[int, float, float | None]
 
 
 def tried(look: Callable[[], T], otherwise: T) -> T:
@@ -74,6 +76,18 @@ def figures_of(row: Row) -> dict[str, float]:
 def figures_by_step(rows: list[Row], key: str) -> Points:
     """Every number of this name, with its step."""
     return [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
+
+
+def spot_checks_of(rows: list[Row]) -> list[Checked]:
+    """What spot checks found: the step, the share that was learned, and the drift in nats a token, where it was measured."""
+    return [(row["step"], row["learned"], row.get("drift")) for row in rows if is_number(row.get("learned"))]
+
+
+def published_step(run: Run) -> int | None:
+    """The step whose weights the run has published."""
+    none: list[Row] = []
+    events = tried(lambda: list(read_events(run.events_path)), none)
+    return next((event.get("step") for event in reversed(events) if event.get("event") == "published"), None)
 
 
 def _newest(rows: list[Row], key: str) -> float | None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from nightschool.errors import NotFound
-from nightschool.events import now, read_events
+from nightschool.events import Row, now, read_events
 from nightschool.server.openai.job_schema import JobStatus
 from nightschool.server.openai.model_names import fine_tuned_checkpoint, fine_tuned_model
 from nightschool.server.service import published_at
@@ -19,7 +19,7 @@ from nightschool.store.job_queue import Job
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
 from nightschool.views.jobs import JobView, job_view
-from nightschool.views.metrics_rows import Row, is_number, read_rows
+from nightschool.views.metrics_rows import is_number, read_rows
 from nightschool.views.runs import tried
 
 _STATUS: dict[str, JobStatus] = {
