@@ -32,7 +32,8 @@ from nightschool.evaluation.scores import ScoreSheet
 from nightschool.events import read_events
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.selection import Selection, reason_to_skip
+from nightschool.feedback.selection import Selection
+from nightschool.feedback.skipping import reason_to_skip
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.schedule import Timetable
 from nightschool.models.export import save_version_folder

@@ -18,7 +18,8 @@ from nightschool.cli.main import main
 from nightschool.cli.reference import reference
 from nightschool.config.load import load_recipe
 from nightschool.errors import Interrupted, Locked
-from nightschool.feedback.selection import Selection, write_selection
+from nightschool.feedback.selection import Selection
+from nightschool.feedback.selection_files import write_selection
 from nightschool.jobs import detached
 from nightschool.jobs.cycle import cycle_lock_path
 from nightschool.jobs.outcome import CycleRecord, CycleResult

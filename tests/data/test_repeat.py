@@ -11,7 +11,8 @@ from nightschool.evaluation.questions import make_questions
 from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.selection import read_selection, select_examples, write_selection
+from nightschool.feedback.selection import select_examples
+from nightschool.feedback.selection_files import read_selection, write_selection
 from nightschool.store.database import Database
 from nightschool.store.home import Home
 

@@ -11,7 +11,8 @@ from nightschool.errors import NotFound
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.selection import select_examples, write_selection
+from nightschool.feedback.selection import select_examples
+from nightschool.feedback.selection_files import write_selection
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.database import Database
 from nightschool.store.home import Home

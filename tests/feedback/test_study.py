@@ -10,15 +10,9 @@ from nightschool.errors import Damaged
 from nightschool.evaluation.eval_set import eval_set_of_run
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.erasure import erase
-from nightschool.feedback.selection import (
-    STUDY,
-    fingerprint_of,
-    read_forms,
-    read_selection,
-    sample_of,
-    select_examples,
-    write_selection,
-)
+from nightschool.feedback.selection import sample_of, select_examples
+from nightschool.feedback.selection_files import STUDY, read_forms, read_selection, write_selection
+from nightschool.feedback.skipping import fingerprint_of
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 

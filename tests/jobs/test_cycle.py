@@ -13,7 +13,7 @@ from nightschool.errors import Conflict, DataError, DiskFull, Locked
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, roll_back
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.selection import PreviousCycle
+from nightschool.feedback.skipping import PreviousCycle
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs import cycle as cycles
 from nightschool.jobs.cycle import continue_cycle, cycle_lock_path, run_cycle

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from nightschool.config.recipe import Recipe
-from nightschool.feedback.selection import fingerprint_of, read_selection
+from nightschool.feedback.selection_files import read_selection
+from nightschool.feedback.skipping import fingerprint_of
 from nightschool.jobs.cycle import begin_cycle
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.home import Home

@@ -14,7 +14,8 @@ from nightschool.data.chat.render_examples import render_examples
 from nightschool.data.example import Example, Message
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.scores import ScoreSheet
-from nightschool.feedback.selection import Selection, write_selection
+from nightschool.feedback.selection import Selection
+from nightschool.feedback.selection_files import write_selection
 from nightschool.models.export import save_version_folder
 from nightschool.server.training_service import new_job
 from nightschool.store.home import Home

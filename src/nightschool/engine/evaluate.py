@@ -23,7 +23,7 @@ from nightschool.errors import Damaged, ModelError, NightschoolError, NotFound
 from nightschool.evaluation.eval_set import EvalSet, Limits
 from nightschool.evaluation.examiner import examine
 from nightschool.evaluation.scores import ProbeQuestion, ScoreSheet, figure_to_json
-from nightschool.feedback.selection import read_selection
+from nightschool.feedback.selection_files import read_selection
 from nightschool.models.cost import count_parameters
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry, Version

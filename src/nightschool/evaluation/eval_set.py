@@ -16,7 +16,7 @@ from nightschool.events import read_events
 from nightschool.feedback.novelty import learned_by
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.selection import read_forms
+from nightschool.feedback.selection_files import read_forms
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 

@@ -19,7 +19,7 @@ from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
 from nightschool.feedback.conversations import Conversation, ConversationStore
 from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
-from nightschool.feedback.selection import GENERAL, HELD_OUT, NEW, REPLAYED, STUDY, drop_forms_of_nothing
+from nightschool.feedback.selection_files import GENERAL, HELD_OUT, NEW, REPLAYED, STUDY, drop_forms_of_nothing
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
 from nightschool.store.files import FileStore, StoredFile

@@ -21,18 +21,13 @@ from nightschool.data.shards.shard_sources import shards_state
 from nightschool.data.sources.load import Loaded, load_files, split_held_out, without_duplicates
 from nightschool.data.sources.problems import Problems
 from nightschool.data.study.forms import Form, make_forms, trained_forms
-from nightschool.errors import Damaged, DataError
-from nightschool.events import read_events
+from nightschool.errors import DataError
 from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.training_data import load_sources
-from nightschool.store.atomic import read_json, write_bytes, write_json
 from nightschool.store.home import Home
 
 SHOWN_FIRST = 3
-NEW, REPLAYED, GENERAL, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "general.jsonl", "heldout.jsonl"
-STUDY = "study.jsonl"
-FACTS = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -75,15 +70,7 @@ class Selection:
         trained = [sorted([one.digest, one.repeat] for one in self.new), again]
         if self.forms:
             trained.append(sorted([form.example.digest, form.of, str(form.kept_aside)] for form in self.forms))
-        return _digest([*trained, self.shards])
-
-
-@dataclass(frozen=True)
-class PreviousCycle:
-    """What the last finished cycle of a schedule had before it, so that the next can tell whether anything changed."""
-
-    data_fingerprint: str
-    outcome: str
+        return digest_of([*trained, self.shards])
 
 
 def select(recipe: Recipe, home: Home, root: Path) -> Selection:
@@ -274,101 +261,6 @@ def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
     )
 
 
-def fingerprint_of(recipe: Recipe, selection: Selection) -> str:
-    """A digest of all that the outcome depends on. When and how it is served, or done as a job, changes nothing."""
-    plain = recipe.as_plain()
-    settings = {
-        key: value for key, value in plain.items() if key not in ("schedule", "serve", "jobs", "start", "data", "base")
-    }
-    return _digest({"base": recipe.base, "settings": settings, "data": selection.fingerprint})
-
-
-def reason_to_skip(
-    recipe: Recipe, selection: Selection, fingerprint: str, previous: PreviousCycle | None
-) -> str | None:
-    """Why a cycle would be in vain: there is too little that is new, or nothing changed since the previous one."""
-    wanted, num_new = recipe.schedule.min_new_examples, selection.num_new
-    is_same = previous is not None and previous.data_fingerprint == fingerprint
-    unchanged = f"nothing changed since the last cycle, which was {previous.outcome if previous else ''}"
-    if selection.shards is not None:
-        return f"{unchanged}: the same shards, the same recipe" if is_same else None
-    if num_new == 0:
-        return f"no new data: {selection.num_all} examples, all studied before"
-    if num_new < wanted:
-        return (
-            f"too little new data: {num_new} new of {selection.num_all} examples, "
-            f"and schedule.min_new_examples is {wanted}"
-        )
-    if is_same:
-        return f"{unchanged}: the same {num_new} new examples, the same starting weights, the same recipe"
-    return None
-
-
-def write_selection(folder: Path, selection: Selection) -> None:
-    """Write the selection into the folder of a run, each file atomically and the one that says it is whole last."""
-    facts = {
-        "fingerprint": selection.fingerprint,
-        "num_all": selection.num_all,
-        "num_new": selection.num_new,
-        "num_left_out": selection.num_left_out,
-        "num_duplicates": selection.num_duplicates,
-        "formats": selection.formats,
-        "shards": selection.shards,
-    }
-    write_json(folder / FACTS, facts)
-    lists = {
-        REPLAYED: selection.replayed,
-        GENERAL: selection.general,
-        HELD_OUT: selection.held_out,
-        NEW: selection.new,
-    }
-    for name, examples in lists.items():
-        write_bytes(folder / name, _lines(examples))
-    if selection.forms:
-        write_bytes(folder / STUDY, _lines(selection.forms))
-
-
-def read_forms(folder: Path) -> list[Form]:
-    """The forms that a run studies or keeps aside, from its folder."""
-    return [Form.from_json(row) for row in read_events(folder / STUDY)]
-
-
-def drop_forms_of_nothing(folder: Path) -> None:
-    """Delete the forms of examples that are not among a run's new ones any more."""
-    forms = read_forms(folder)
-    there = {Example.from_json(row).digest for row in read_events(folder / NEW)}
-    left = [form for form in forms if form.of in there]
-    if len(left) < len(forms):
-        write_bytes(folder / STUDY, _lines(left))
-
-
-def read_selection(folder: Path) -> Selection | None:
-    """Return what `write_selection` wrote, or None if it did not come to its end.
-
-    Raises:
-        Damaged: If the files hold other data than was selected.
-    """
-    if not (folder / NEW).is_file():
-        return None
-    new, replayed, held_out, general = (
-        [Example.from_json(row) for row in read_events(folder / name)] for name in (NEW, REPLAYED, HELD_OUT, GENERAL)
-    )
-    if not (folder / FACTS).is_file():  # begun when the examples alone were written
-        return Selection(new, replayed, held_out)
-    facts = read_json(folder / FACTS)
-    fingerprint = facts.pop("fingerprint")
-    selection = Selection(new, replayed, held_out, general=general, forms=read_forms(folder), **facts)
-    if selection.fingerprint != fingerprint:
-        raise Damaged(
-            f"The files {NEW}, {REPLAYED}, {GENERAL} and {STUDY} in {folder} hold other examples than were selected for this run. "
-            "Begin a new run."
-        )
-    return selection
-
-
-def _lines(examples: Iterable[Example | Form]) -> bytes:
-    return b"".join(json.dumps(example.to_json(), ensure_ascii=False).encode() + b"\n" for example in examples)
-
-
-def _digest(facts: object) -> str:
+def digest_of(facts: object) -> str:
+    """A short digest of plain values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

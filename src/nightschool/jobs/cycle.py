@@ -17,7 +17,9 @@ from nightschool.errors import Conflict, Damaged, Interrupted, Locked, Nightscho
 from nightschool.evaluation.general import general_prompts
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
-from nightschool.feedback.selection import PreviousCycle, fingerprint_of, reason_to_skip, select, write_selection
+from nightschool.feedback.selection import select
+from nightschool.feedback.selection_files import write_selection
+from nightschool.feedback.skipping import PreviousCycle, fingerprint_of, reason_to_skip
 from nightschool.jobs.gate_ahead import GateAhead
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_gate, run_training
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger

@@ -13,7 +13,7 @@ from typing import Any
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Damaged, UsageError
-from nightschool.feedback.selection import read_selection, write_selection
+from nightschool.feedback.selection_files import read_selection, write_selection
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.atomic import publish_directory
 from nightschool.store.checkpoints import Checkpoint

@@ -15,7 +15,7 @@ from pathlib import Path
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, Interrupted, Locked, NightschoolError, NotFound
 from nightschool.events import now
-from nightschool.feedback.selection import PreviousCycle
+from nightschool.feedback.skipping import PreviousCycle
 from nightschool.jobs.cycle import continue_cycle, run_cycle
 from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Trigger, verdict_of

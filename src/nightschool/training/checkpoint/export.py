@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nightschool.errors import NotFound
-from nightschool.feedback.selection import read_selection
+from nightschool.feedback.selection_files import read_selection
 from nightschool.store.atomic import publish_directory
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home

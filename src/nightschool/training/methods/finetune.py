@@ -27,7 +27,8 @@ from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
 from nightschool.evaluation.spot_check import SpotCheck
-from nightschool.feedback.selection import Selection, read_selection, sample_of, select_examples, write_selection
+from nightschool.feedback.selection import Selection, sample_of, select_examples
+from nightschool.feedback.selection_files import read_selection, write_selection
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask

@@ -22,7 +22,8 @@ from nightschool.data.shards.shards import check_index
 from nightschool.data.shards.token_batches import TokenBatches
 from nightschool.data.shards.tokenize import end_of_text_id, tokenizer_fingerprint
 from nightschool.errors import Damaged, DataError, ModelError, UsageError
-from nightschool.feedback.selection import Selection, read_selection, select_shards, write_selection
+from nightschool.feedback.selection import Selection, select_shards
+from nightschool.feedback.selection_files import read_selection, write_selection
 from nightschool.models.cost import flops_per_token
 from nightschool.models.load import LoadedModel, find_tokenizer, load_tokenizer
 from nightschool.models.peak import peak_flops
