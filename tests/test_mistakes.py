@@ -477,6 +477,7 @@ OBSERVED = {
         "layers/test_expert_bias.py::test_a_bias_grows_for_experts_with_little_and_shrinks_for_those_with_much"
     ),
     "study.write": "feedback/test_study.py::test_files_and_corrections_are_studied_in_forms_and_an_epoch_counts_them",
+    "study.contradictions": "feedback/test_contradictions.py::test_two_answers_that_say_different_things_are_not_trained_or_the_later_one_is",
     "study.forms": "data/study/test_forms.py::test_an_example_is_studied_in_as_many_forms_as_wanted_and_one_is_kept_aside",
     "rehearse.prompts": "training/test_rehearsal.py::test_what_the_exam_asks_is_never_rehearsed",
     "rehearse.ratio": "training/test_rehearsal.py::test_as_many_answers_as_the_ratio_says_lie_beside_a_micro_batch",

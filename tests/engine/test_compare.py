@@ -27,8 +27,10 @@ from nightschool.evaluation.examiner import examine
 from nightschool.evaluation.report import render
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.verdict import GateReport
+from nightschool.feedback.contradictions import Contradiction, to_rows
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.selection_files import CONTRADICTIONS, lines_of
 from nightschool.models.build import build_model
 from nightschool.models.export import save_version_folder
 from nightschool.store.database import Database
@@ -162,9 +164,12 @@ def test_a_candidate_that_forgot_is_refused_for_that(room):
     assert {pair.question for pair in report.lost} == {"Bela?", "Mista?", "Toron?"}
 
 
-def test_a_candidate_that_learned_nothing_is_refused_for_that(room):
+def test_a_candidate_that_learned_nothing_is_refused_for_that_and_what_contradicted_is_said(room):
+    rows = to_rows([Contradiction(tuple(NEW[:2]), (False, True))])
+    (room.run.path / CONTRADICTIONS).write_bytes(lines_of(rows))
     report = room.compare("old", "old")
     assert failed(report) == {"new_facts"}
+    assert all(one.answer in report.notes[0] for one in NEW[:2])
 
 
 def test_the_report_is_kept_with_every_answer_of_both(room):

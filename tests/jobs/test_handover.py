@@ -8,7 +8,7 @@ import pytest
 from nightschool.config.recipe import Recipe
 from nightschool.feedback.selection_files import read_selection
 from nightschool.feedback.skipping import fingerprint_of
-from nightschool.jobs.cycle import begin_cycle
+from nightschool.jobs.beginning import begin_cycle
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry

@@ -14,6 +14,7 @@ from nightschool.data.shards.shard_sources import is_shard_folder, open_shards
 from nightschool.data.shards.shards import verify_shard
 from nightschool.data.sources.load import Loaded, read_file
 from nightschool.errors import Damaged, UsageError
+from nightschool.feedback.contradictions import notes_on, what_to_do
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.erasure import erase, traces_of
 from nightschool.feedback.retraining import retrain as train_anew
@@ -67,6 +68,7 @@ def check(source: Path, /, *overrides: str) -> int:
         "with_key": sum(1 for one in loaded.examples if one.key),
         "with_alternatives": sum(1 for one in loaded.examples if one.alternatives),
     }
+    shown: list[str] = []
     if recipe is not None:
         home = Home.find()
         wanted = recipe.begun_with(starting_weights(home, recipe))
@@ -75,7 +77,10 @@ def check(source: Path, /, *overrides: str) -> int:
             "held_out": len(selection.held_out),
             "new": selection.num_new,
             "studied_before": selection.num_left_out + len(selection.new) - selection.num_new,
+            "contradicting": sum(one.num_untrained for one in selection.contradictions),
         }
+        shown = [*notes_on(selection.contradictions), what_to_do(selection.contradictions, recipe.name)]
+        data["contradictions"] = [one.to_json() for one in selection.contradictions]
 
     def text() -> str:
         lines = [
@@ -86,6 +91,7 @@ def check(source: Path, /, *overrides: str) -> int:
             for report in loaded.sources
         ]
         lines += [f"{key.replace('_', ' '):<18} {value}" for key, value in data.items() if isinstance(value, int)]
+        lines += [line for line in shown if line]
         return "\n".join(lines)
 
     answer(data, text, quiet=str(len(loaded.examples)))

@@ -17,7 +17,8 @@ from nightschool.cli.output import answer, let_children_colour, note, rendered, 
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Conflict, NotFound, UsageError
-from nightschool.jobs.cycle import begin_cycle, continue_cycle, cycle_lock_path, run_cycle
+from nightschool.jobs.beginning import begin_cycle
+from nightschool.jobs.cycle import continue_cycle, cycle_lock_path, run_cycle
 from nightschool.jobs.launch import CycleContext, child_environment, start_process
 from nightschool.jobs.lengthened import LENGTHS, lengthened
 from nightschool.jobs.outcome import CycleRecord, CycleResult
@@ -96,7 +97,8 @@ def train(
         return _show(run_cycle(home, settings, trigger="manual", root=Path.cwd(), around=_around()))
     with lock_to_hand_over(cycle_lock_path(home, settings.name), f"a cycle of {settings.name}") as held:
         begun = begin_cycle(home, settings, trigger="manual", root=Path.cwd())
-        assert isinstance(begun, Run), "a manual cycle is never skipped"
+        if isinstance(begun, CycleResult):
+            return _show(begun)
         return _detach(home, begun, None, held)
 
 

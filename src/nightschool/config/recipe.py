@@ -122,6 +122,11 @@ class Study(Section):
         le=32,
         description="Forms of each that are trained, itself among them, at most. One more is kept for the gate.",
     )
+    contradictions: Literal["ask", "later", "all"] = Field(
+        "ask",
+        description="Of new short answers to the same question that say different things, ask: none is trained until one is "
+        "chosen; later: the one that stands later in the data; all: all. What contradicts a pin is never trained.",
+    )
 
 
 class Rehearse(Section):
@@ -287,6 +292,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "experts.bias_update_rate": (("full", "pretrain"), ", whose expert routers do not learn"),
     "study.write": (("full", "lora", "qlora"), ""),
     "train.early_stopping.every": (("full", "lora", "qlora"), ""),
+    "study.contradictions": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),

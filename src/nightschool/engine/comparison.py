@@ -25,6 +25,8 @@ from nightschool.evaluation.general import general_prompts
 from nightschool.evaluation.model_judge import judge_sheets
 from nightschool.evaluation.run_effort import effort_of
 from nightschool.evaluation.scores import ScoreSheet
+from nightschool.feedback.contradictions import notes_on
+from nightschool.feedback.selection_files import read_contradictions
 from nightschool.models.load import Located, load_tokenizer, locate
 from nightschool.models.stored import stored_weights
 from nightschool.models.unmerged import base_under, why_merged
@@ -144,9 +146,7 @@ class Comparison:
         if self._recipe.gate.judge.url is not None:
             judged = judge_sheets(self._recipe.gate.judge, sheet, theirs)
             sheet, theirs = judged.candidate, judged.champion
-        report = decide(
-            sheet, theirs, self._recipe.gate, [compared.note] if compared.note else (), judged, effort_of(self._run)
-        )
+        report = decide(sheet, theirs, self._recipe.gate, self._notes(compared), judged, effort_of(self._run))
         # With all the answers, so that `nightschool models diff` can compare versions without asking again.
         sheets = {"candidate": sheet.to_json(), "champion": theirs.to_json() if theirs else None}
         self._registry.save_report(candidate.name, candidate.id, report.to_json() | {"sheets": sheets})
@@ -176,6 +176,11 @@ class Comparison:
             self._ahead = _Ahead(digests, model, _examined(model, eval_set, compared))
             unless_examined.pop_all()
         return True
+
+    def _notes(self, compared: Champion) -> list[str]:
+        """What the report says besides: why there is nobody to compare with, and what of the data was not trained."""
+        said = [compared.note] if compared.note else []
+        return [*said, *notes_on(read_contradictions(self._run.path))]
 
     def _sheet_ahead(self, candidate: Version, manifest: Manifest) -> ScoreSheet | None:
         """What was found beforehand, if the candidate is what was examined, and answers as it was published."""

@@ -19,7 +19,15 @@ from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
 from nightschool.feedback.conversations import Conversation, ConversationStore
 from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
-from nightschool.feedback.selection_files import GENERAL, HELD_OUT, NEW, REPLAYED, STUDY, drop_forms_of_nothing
+from nightschool.feedback.selection_files import (
+    CONTRADICTIONS,
+    GENERAL,
+    HELD_OUT,
+    NEW,
+    REPLAYED,
+    STUDY,
+    drop_forms_of_nothing,
+)
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
 from nightschool.store.files import FileStore, StoredFile
@@ -31,7 +39,7 @@ from nightschool.store.runs import Run, RunStore
 from nightschool.store.tables import accepted_examples, is_name_in, key_of, tainted_versions
 
 _LEARNED = (NEW, REPLAYED, GENERAL)
-_COPIES = (*_LEARNED, STUDY, HELD_OUT)
+_COPIES = (*_LEARNED, STUDY, CONTRADICTIONS, HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ def _cut_plan(run: Run) -> None:
     path = run.path / "plan.json"
     if path.is_file():
         plan = read_json(path)
-        write_json(path, plan | {"loss_masks": []} | ({"forms": []} if "forms" in plan else {}))
+        write_json(path, plan | {key: [] for key in ("loss_masks", "forms", "contradictions") if key in plan})
 
 
 def _refuse_living(run: Run, request_id: str) -> None:

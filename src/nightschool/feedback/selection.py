@@ -22,7 +22,9 @@ from nightschool.data.sources.load import Loaded, load_files, split_held_out, wi
 from nightschool.data.sources.problems import Problems
 from nightschool.data.study.forms import Form, make_forms, trained_forms
 from nightschool.errors import DataError
+from nightschool.feedback.contradictions import Contradiction, without_contradictions
 from nightschool.feedback.novelty import novelty_for
+from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.home import Home
@@ -36,8 +38,9 @@ class Selection:
 
     `num_all` examples stand in the sources, and `num_new` of those to be trained are new to the base. Where none is,
     `new` holds all of them all the same, to be studied again. `num_left_out` were left out of `new`: the base has learned
-    them, or they were corrected. `forms` are what is new in other forms, which are trained with it. `general` is studied besides, and is neither asked about nor accepted. `shards` changes
-    when the shards do.
+    them, or they were corrected. `contradictions` are what was new and is answered in different ways, of which `new` holds what is
+    trained. `forms` are what is new in other forms, which are trained with it. `general` is studied besides, and is neither asked
+    about nor accepted. `shards` changes when the shards do.
     """
 
     new: list[Example] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Selection:
     shards: str | None = None
     general: list[Example] = field(default_factory=list)
     forms: list[Form] = field(default_factory=list)
+    contradictions: list[Contradiction] = field(default_factory=list)
 
     @property
     def train(self) -> list[Example]:
@@ -124,20 +128,29 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
     if recipe.held_out.path is None:
         held_out = without_duplicates([*held_out, *plan.read(loaded.held_out)[0]])[0]
     novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
-    new = novelty.new or novelty.all
+    new, contradictions = _chosen(recipe, home, novelty.new or novelty.all)
     replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out])
     return Selection(
         new=new,
         replayed=replayed,
         held_out=held_out,
         num_all=len(examples),
-        num_new=len(novelty.new),
-        num_left_out=len(split.train) - len(new),
+        num_new=len(new) if novelty.new else 0,
+        num_left_out=len(split.train) - len(new) - sum(one.num_untrained for one in contradictions),
         num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
         forms=_forms(recipe, new, [*held_out, *loaded.held_out]),
+        contradictions=contradictions,
     )
+
+
+def _chosen(recipe: Recipe, home: Home, new: list[Example]) -> tuple[list[Example], list[Contradiction]]:
+    """What of new examples is trained, as none contradicts another or a pin of which the gate would ask."""
+    if not DATA_PLANS[recipe.method].studies:
+        return new, []
+    pins = Pins(home.database).ls(recipe.name) if recipe.gate.pins == "all" else []
+    return without_contradictions(new, recipe.study.contradictions, pins)
 
 
 def _forms(recipe: Recipe, new: Sequence[Example], held_out: Sequence[Example]) -> list[Form]:
@@ -152,13 +165,14 @@ class DataPlan:
     """What a method does with data, as far as it needs no tensors. The other half of a method is in `training.methods`.
 
     `select` finds the data of a run. `continues` says whether the next night starts from the champion, and `adapter`
-    whether what is trained is one. `learns` says what is learned of an example, or that this method cannot learn it, and
+    whether what is trained is one. `studies` says whether questions and answers are learned as facts. `learns` says what is learned of an example, or that this method cannot learn it, and
     `refusal` why.
     """
 
     select: Callable[[Recipe, Home, Path], Selection]
     continues: bool = True
     adapter: bool = False
+    studies: bool = True
     learns: Callable[[Example], Example | None] = attrgetter("answered")
     refusal: str = (
         "this row says which facts a question means, and has no answer to learn. Only method: memory with memory.stage: router learns "
@@ -191,12 +205,13 @@ DATA_PLANS: Mapping[str, DataPlan] = {
     "dpo": DataPlan(
         select_examples,
         adapter=True,
+        studies=False,
         learns=Example.as_pair,
         refusal="this is no preference pair, and method: dpo learns from pairs. Write prompt, chosen and rejected, or take another "
         "method.",
     ),
-    "memory": DataPlan(select_examples, continues=False, learns=attrgetter("chosen")),
-    "pretrain": DataPlan(select_shards, continues=False),
+    "memory": DataPlan(select_examples, continues=False, studies=False, learns=attrgetter("chosen")),
+    "pretrain": DataPlan(select_shards, continues=False, studies=False),
 }
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nightschool.data.example import Example
 from nightschool.data.study.forms import Form
 from nightschool.errors import Damaged
 from nightschool.events import read_events
+from nightschool.feedback.contradictions import Contradiction, from_rows, to_rows
 from nightschool.feedback.selection import Selection
 from nightschool.store.atomic import read_json, write_bytes, write_json
 
 NEW, REPLAYED, GENERAL, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "general.jsonl", "heldout.jsonl"
-STUDY = "study.jsonl"
+STUDY, CONTRADICTIONS = "study.jsonl", "contradictions.jsonl"
 FACTS = "selection.json"
 
 
@@ -38,6 +40,8 @@ def write_selection(folder: Path, selection: Selection) -> None:
     }
     for name, examples in lists.items():
         write_bytes(folder / name, _lines(examples))
+    if selection.contradictions:
+        write_bytes(folder / CONTRADICTIONS, lines_of(to_rows(selection.contradictions)))
     if selection.forms:
         write_bytes(folder / STUDY, _lines(selection.forms))
 
@@ -45,6 +49,11 @@ def write_selection(folder: Path, selection: Selection) -> None:
 def read_forms(folder: Path) -> list[Form]:
     """The forms that a run studies or keeps aside, from its folder."""
     return [Form.from_json(row) for row in read_events(folder / STUDY)]
+
+
+def read_contradictions(folder: Path) -> list[Contradiction]:
+    """What contradicted in the data of a run, from its folder."""
+    return from_rows(read_events(folder / CONTRADICTIONS))
 
 
 def drop_forms_of_nothing(folder: Path) -> None:
@@ -71,7 +80,15 @@ def read_selection(folder: Path) -> Selection | None:
         return Selection(new, replayed, held_out)
     facts = read_json(folder / FACTS)
     fingerprint = facts.pop("fingerprint")
-    selection = Selection(new, replayed, held_out, general=general, forms=read_forms(folder), **facts)
+    selection = Selection(
+        new,
+        replayed,
+        held_out,
+        general=general,
+        forms=read_forms(folder),
+        contradictions=read_contradictions(folder),
+        **facts,
+    )
     if selection.fingerprint != fingerprint:
         raise Damaged(
             f"The files {NEW}, {REPLAYED}, {GENERAL} and {STUDY} in {folder} hold other examples than were selected for this run. "
@@ -81,4 +98,9 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def _lines(examples: Iterable[Example | Form]) -> bytes:
-    return b"".join(json.dumps(example.to_json(), ensure_ascii=False).encode() + b"\n" for example in examples)
+    return lines_of(example.to_json() for example in examples)
+
+
+def lines_of(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows as lines of JSON."""
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -25,6 +25,16 @@ def fingerprint_of(recipe: Recipe, selection: Selection) -> str:
     return digest_of({"base": recipe.base, "settings": settings, "data": selection.fingerprint})
 
 
+def nothing_to_train(selection: Selection) -> str | None:
+    """Why a run would learn nothing at all, whoever wants it; None if it would."""
+    if selection.new or selection.shards is not None:
+        return None
+    untrained = sum(one.num_untrained for one in selection.contradictions)
+    if untrained:
+        return f"nothing to train: {untrained} new examples contradict each other or a pin, and none is chosen yet"
+    return "nothing to train: no source has anything that can be learned"
+
+
 def reason_to_skip(
     recipe: Recipe, selection: Selection, fingerprint: str, previous: PreviousCycle | None
 ) -> str | None:

@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from nightschool.config.recipe import Recipe
-from nightschool.errors import Conflict, Damaged, Interrupted, Locked, NightschoolError, NotFound
-from nightschool.evaluation.general import general_prompts
+from nightschool.errors import Conflict, Damaged, Interrupted, NightschoolError, NotFound
 from nightschool.events import read_events
 from nightschool.feedback.promotion import promote, settle
-from nightschool.feedback.selection import select
-from nightschool.feedback.selection_files import write_selection
-from nightschool.feedback.skipping import PreviousCycle, fingerprint_of, reason_to_skip
+from nightschool.feedback.skipping import PreviousCycle
+from nightschool.jobs.beginning import begin_cycle
 from nightschool.jobs.gate_ahead import GateAhead
 from nightschool.jobs.launch import INTERRUPTED_EXIT_CODE, CycleContext, run_gate, run_training
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Outcome, Trigger
 from nightschool.jobs.processes import Killed, how_it_ended, is_trained, wait_for_stranger
-from nightschool.jobs.starting_weights import starting_weights
 from nightschool.store.home import Home
 from nightschool.store.locks import lock, taken_over
 from nightschool.store.names import CHAMPION, lock_path, split_name
@@ -89,61 +86,6 @@ def continue_cycle(
     path, what = cycle_lock_path(home, run.name), f"a cycle of {run.name}"
     with around.stop, lock(path, what) if held_lock is None else taken_over(held_lock):
         return _finish(run, resume, around)
-
-
-def begin_cycle(
-    home: Home,
-    recipe: Recipe,
-    *,
-    trigger: Trigger,
-    root: Path,
-    previous: PreviousCycle | None = None,
-    around: CycleContext | None = None,
-) -> Run | CycleResult:
-    """Decide whether there is something to study and create the run; trains nothing. The caller holds the lock."""
-    around = around or CycleContext()
-    name = recipe.name
-    _refuse_beside_another(home, name)
-    champion = Registry(home).champion(name)
-    if champion is not None:
-        settle(home, name)  # what an earlier cycle may have been killed before
-    general_prompts(recipe.gate.general, root)  # what the gate could not read is said before a night is spent
-    base = starting_weights(home, recipe, say=around.say)
-    wanted = recipe.begun_with(base)
-    selection = select(wanted, home, root)
-    fingerprint = fingerprint_of(wanted, selection)
-    around.stop.check("the run was created")
-    if trigger != "manual" and recipe.schedule.min_new_examples > 0:
-        reason = reason_to_skip(recipe, selection, fingerprint, previous)
-        if reason is not None:
-            around.say(f"Skipped: {reason}")
-            return CycleResult(
-                "skipped", reason, champion=champion.ref if champion else None, data_fingerprint=fingerprint
-            )
-    run = RunStore(home).create(wanted.as_plain(), name=name)
-    write_selection(run.path, selection)
-    CycleRecord(
-        trigger=trigger,
-        root=str(root.resolve()),
-        recipe_base=recipe.base,
-        recipe_shape=recipe.shape.given(),
-        champion=champion.ref if champion else None,
-        data_fingerprint=fingerprint,
-        num_new_examples=selection.num_new,
-    ).write(run)
-    data = "token shards" if selection.shards else f"{selection.num_new} new of {selection.num_all} examples"
-    around.say(f"Run {run.id}: {data}, starting from {base}")
-    return run
-
-
-def _refuse_beside_another(home: Home, name: str) -> None:
-    """A run whose cycle was killed may train on by itself, and two at once would not see each other's results."""
-    for run in RunStore(home).ls():
-        if run.name == name and not run.status.is_final and (process := run.status.find_process()) is not None:
-            raise Locked(
-                f"The run {run.id} is still being trained by process {process.pid}. Wait for it, "
-                f"or end it with nightschool runs stop {run.id}."
-            )
 
 
 def _finish(run: Run, resume: str | None, around: CycleContext) -> CycleResult:

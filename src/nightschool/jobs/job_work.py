@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Interrupted, Locked, NightschoolError
-from nightschool.jobs.cycle import begin_cycle, continue_cycle, cycle_lock_path
+from nightschool.jobs.beginning import begin_cycle
+from nightschool.jobs.cycle import continue_cycle, cycle_lock_path
 from nightschool.jobs.launch import CycleContext, OnLine
 from nightschool.jobs.outcome import CycleResult, verdict_of
 from nightschool.store.atomic import write_text

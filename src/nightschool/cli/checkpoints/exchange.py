@@ -8,13 +8,14 @@ from typing import Any, Literal
 from nightschool.cli.lookup import find_checkpoint
 from nightschool.cli.output import answer
 from nightschool.cli.recipes import read_recipe
-from nightschool.errors import NightschoolError
-from nightschool.jobs.cycle import begin_cycle, cycle_lock_path
-from nightschool.jobs.outcome import root_of
+from nightschool.errors import NightschoolError, NothingToTrain
+from nightschool.jobs.beginning import begin_cycle
+from nightschool.jobs.cycle import cycle_lock_path
+from nightschool.jobs.outcome import CycleResult, root_of
 from nightschool.store.atomic import folder_bytes
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
-from nightschool.store.runs import Run, RunStore
+from nightschool.store.runs import RunStore
 from nightschool.units import format_bytes
 
 
@@ -69,7 +70,8 @@ def import_(source: Path, recipe: Path, /, *overrides: str) -> None:
     settings = read_recipe(recipe, overrides)
     with lock(cycle_lock_path(home, settings.name), f"a cycle of {settings.name}"):
         run = begin_cycle(home, settings, trigger="manual", root=Path.cwd())
-        assert isinstance(run, Run), "a manual cycle is never skipped"
+        if isinstance(run, CycleResult):
+            raise NothingToTrain(f"There is {run.detail}. Correct the recipe's data, then import again.")
         try:
             done = import_accelerate(home, run, source.absolute(), root=Path.cwd())
         except NightschoolError:

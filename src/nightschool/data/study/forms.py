@@ -54,7 +54,7 @@ def make_forms(new: Sequence[Example], most: int, seed: int, *, never: Iterable[
     taken = {wording(text) for example in asked for text in (example.question or "", *example.paraphrases)}
     forms: list[Form] = []
     for example in new:
-        if _is_studied(example):
+        if is_studied(example):
             of_one = _forms_of(example, most, seed, taken)
             taken |= {wording(form.example.question or "") for form in of_one}
             forms += of_one
@@ -75,7 +75,7 @@ def with_wordings_kept_aside(examples: Iterable[Example], forms: Iterable[Form])
     return [replace(one, paraphrases=(*one.paraphrases, *aside.get(one.digest, ()))) for one in examples]
 
 
-def _is_studied(example: Example) -> bool:
+def is_studied(example: Example) -> bool:
     """Whether an example is a question and its answer, or a correction, and no conversation or text."""
     question, answer = example.question, example.answer
     if question is None or not answer or not answer.strip() or example.messages[-1].weight == 0:

@@ -27,6 +27,7 @@ from nightschool.data.example import Example
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
 from nightschool.evaluation.spot_check import SpotCheck
+from nightschool.feedback.contradictions import notes_on
 from nightschool.feedback.selection import Selection, sample_of, select_examples
 from nightschool.feedback.selection_files import read_selection, write_selection
 from nightschool.models.load import LoadedModel
@@ -36,6 +37,7 @@ from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
+from nightschool.training.planning.study_rows import study_notes, study_rows
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
 from nightschool.training.spot_check import SpotChecks, SpotCheckSet
 from nightschool.training.state import TrainState
@@ -45,7 +47,6 @@ NEW_VOCAB_SIZE = 2048
 HELD_OUT_TOKENS_PER_BATCH = 2048
 PREVIEWED_EXAMPLES = 3
 LISTED_CUTS = 10
-SHOWN_FORMS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,10 @@ class Finetune(PreparedRun[FinetuneData]):
         """
         train, tokenizer = setup.recipe.train, loaded.tokenizer
         ensure_template(tokenizer)
+        if not data.whole.new and data.whole.contradictions:
+            raise NothingToTrain(
+                " ".join([*notes_on(data.whole.contradictions), *study_notes(data.whole, setup.recipe.name)])
+            )
         rendered = render_data(tokenizer, data.selection.train, train.max_seq_len, train.num_workers)
         refuse_nothing_to_train(rendered.all, train.max_seq_len, train.max_cut_share)
         size: dict[str, int | None] = {"batch_size": train.batch_size, "tokens_per_batch": None}
@@ -267,7 +272,7 @@ class Finetune(PreparedRun[FinetuneData]):
                 ),
                 examples,
             ),
-            *_rows_of_forms(whole),
+            *study_rows(whole),
             PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),
             PlanRow(
                 "tokens",
@@ -311,7 +316,7 @@ class Finetune(PreparedRun[FinetuneData]):
                 f"cut: {each.where} loses {each.share:.0%} of its tokens, {each.trained_share:.0%} of its answer"
                 for each in cuts[:LISTED_CUTS]
             ],
-            notes=self._notes(),
+            notes=[*self._notes(), *study_notes(whole, self.recipe.name)],
         )
 
     def _row_of_spot_checks(self) -> list[PlanRow]:
@@ -372,38 +377,6 @@ def _selection(setup: Setup) -> Selection:
             )  # made from an earlier selection that was lost
             write_selection(setup.folder, selected)
     return selected
-
-
-def _rows_of_forms(selection: Selection) -> list[PlanRow]:
-    """How many forms are studied, and some of them; nothing where there are none."""
-    forms = selection.forms
-    if not forms:
-        return []
-    aside = sum(form.kept_aside for form in forms)
-    studied = len({form.of for form in forms})
-    shown = [
-        {
-            "origin": form.origin,
-            "kept_aside": form.kept_aside,
-            "question": form.example.question,
-            "answer": form.example.answer,
-        }
-        for form in forms[:SHOWN_FORMS]
-    ]
-    facts = {
-        "forms_trained": len(forms) - aside,
-        "forms_kept_aside": aside,
-        "examples_in_forms": studied,
-        "forms": shown,
-    }
-    text = "{forms_trained} more of {examples_in_forms} new examples, and {forms_kept_aside} that only the gate asks".format(
-        **facts
-    )
-    lines = [PlanRow("forms", text, facts)]
-    for one in shown:
-        place = "kept for the gate" if one["kept_aside"] else one["origin"]
-        lines.append(PlanRow(" ", f"{one['question']} → {one['answer']} ({place})", {}))
-    return lines
 
 
 def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedTokenizerBase:

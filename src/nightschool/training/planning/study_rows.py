@@ -1,0 +1,67 @@
+"""What a plan says of the forms of new examples, and of what contradicts in them."""
+
+from __future__ import annotations
+
+from nightschool.feedback.contradictions import what_to_do
+from nightschool.feedback.selection import Selection
+from nightschool.training.methods.prepared import PlanRow
+
+SHOWN_FORMS = 6
+SHOWN_CONTRADICTIONS = 5
+
+
+def study_rows(selection: Selection) -> list[PlanRow]:
+    """Contradictions, then forms: how many, and some of them; nothing where there are none."""
+    return [*_contradictions(selection), *_forms(selection)]
+
+
+def study_notes(selection: Selection, name: str) -> list[str]:
+    """How a person chooses between what contradicts."""
+    advice = what_to_do(selection.contradictions, name)
+    return [advice] if advice else []
+
+
+def _contradictions(selection: Selection) -> list[PlanRow]:
+    found = selection.contradictions
+    if not found:
+        return []
+    untrained = sum(one.num_untrained for one in found)
+    text = f"{len(found)} questions have different answers, and {untrained} examples are not trained"
+    facts = {
+        "num_contradictions": len(found),
+        "examples_contradicting": untrained,
+        "contradictions": [one.to_json() for one in found[:SHOWN_CONTRADICTIONS]],
+    }
+    shown = [PlanRow(" ", one.text, {}) for one in found[:SHOWN_CONTRADICTIONS]]
+    return [PlanRow("contradict", text, facts), *shown]
+
+
+def _forms(selection: Selection) -> list[PlanRow]:
+    forms = selection.forms
+    if not forms:
+        return []
+    aside = sum(form.kept_aside for form in forms)
+    studied = len({form.of for form in forms})
+    shown = [
+        {
+            "origin": form.origin,
+            "kept_aside": form.kept_aside,
+            "question": form.example.question,
+            "answer": form.example.answer,
+        }
+        for form in forms[:SHOWN_FORMS]
+    ]
+    facts = {
+        "forms_trained": len(forms) - aside,
+        "forms_kept_aside": aside,
+        "examples_in_forms": studied,
+        "forms": shown,
+    }
+    text = "{forms_trained} more of {examples_in_forms} new examples, and {forms_kept_aside} that only the gate asks".format(
+        **facts
+    )
+    lines = [PlanRow("forms", text, facts)]
+    for one in shown:
+        place = "kept for the gate" if one["kept_aside"] else one["origin"]
+        lines.append(PlanRow(" ", f"{one['question']} → {one['answer']} ({place})", {}))
+    return lines
