@@ -9,7 +9,8 @@ from nightschool.data.study.forms import trained_forms
 from nightschool.evaluation.effort import Effort
 from nightschool.evaluation.spot_check import Limits, SpotCheck
 from nightschool.events import Row, parse_row, read_events
-from nightschool.feedback.selection import Selection, read_selection
+from nightschool.feedback.selection import Selection
+from nightschool.feedback.selection_files import read_selection
 from nightschool.store.runs import Run
 
 # Methods that train what is new in several forms, and rehearse what a model says to others.
