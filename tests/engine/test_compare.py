@@ -331,6 +331,9 @@ def test_champions_drift_is_the_divergence_on_what_the_base_itself_answers(room)
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     sheet = ScoreSheet.from_json(room.kept("forgetful")["sheets"]["candidate"])
     assert (sheet.drift, sheet.drift_tokens) == (pytest.approx(expected, rel=1e-3), len(answer))
+    (pair,) = report.open
+    assert (pair.prompt, pair.champion_answer, pair.drift) == ("Toron?!", said, sheet.drift)
+    assert pair.candidate_answer == room.said("forgetful", [{"role": "user", "content": "Toron?!"}], max_new_tokens=32)
     assert room.compare("old", run=run).figures[0].drift == pytest.approx(0, abs=1e-5), "none from itself"
 
 

@@ -1,6 +1,7 @@
 """The report and the diff are read by people in a terminal."""
 
 import io
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from nightschool.config.recipe import Gate
 from nightschool.evaluation.diff import answer_diff, word_diff
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.report import render
-from nightschool.evaluation.scores import ProbeQuestion, ScoreSheet
+from nightschool.evaluation.scores import OpenPair, ProbeQuestion, ScoreSheet
 
 
 def question(kind, number, expected):
@@ -48,6 +49,23 @@ def test_a_refusal_shows_rules_figures_answers_and_what_to_do():
     assert "  candidate  ✓ It is Lima." in lines
     assert "replay.ratio" in text
     assert max(map(len, lines)) <= 80
+
+
+def test_open_answers_stand_side_by_side_as_they_come_worst_first():
+    candidate, champion = sheets()
+    said = (OpenPair("A haiku?", "Frogs leap.", "In the foam, a lotus.", 2.5), OpenPair("Why?", "So.", "So.", 0.01))
+    text = printed(decide(replace(candidate, drift=1.2, drift_tokens=9, open=said), champion, Gate()), max_examples=1)
+    lines = [line.strip() for line in text.splitlines()]
+    at = lines.index("Open answers, those first that drifted most (2)")
+    shown = [
+        "open       A haiku?",
+        "champion   Frogs leap.",
+        "candidate  In the foam, a lotus.",
+        "drift      2.5000 nats a token",
+    ]
+    assert lines[at + 1 : at + 5] == shown
+    assert "and 1 more" in lines[at:]
+    assert "the same" in printed(decide(replace(candidate, drift=1.2, drift_tokens=9, open=said), champion, Gate()))
 
 
 def test_what_was_shown_once_is_not_shown_again():

@@ -7,7 +7,7 @@ import pytest
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Message
 from nightschool.errors import PromptTooLong
-from nightschool.evaluation.drift import champion_answers, drift
+from nightschool.evaluation.drift import champion_answers, drift, drift_by_prompt, open_answers
 from nightschool.evaluation.run_effort import effort_of
 from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of
 from nightschool.events import read_events
@@ -136,6 +136,11 @@ def test_the_drift_is_the_one_of_the_gate_and_several_processes_find_what_one_fi
     whole = alone(10)
     assert whole == straight.state.spot_checks[-1]
     assert whole.drift == pytest.approx(drift(model, before)[0], rel=1e-6)
+    drifts = drift_by_prompt(model, before)
+    pairs = open_answers(model, before, drifts)
+    assert [pair.drift for pair in pairs] == sorted(drifts, reverse=True)
+    assert {pair.prompt for pair in pairs} == set(OPEN)
+    assert [pair.drift for pair in open_answers(model, before, [0.1, float("nan"), 0.2])][1:] == [0.2, 0.1]
     told = []
     monkeypatch.setattr(World, "float_sums", lambda _, *numbers: told.append(numbers) or numbers)
     for part in parts:

@@ -17,7 +17,7 @@ from nightschool.engine.capacity import free_bytes
 from nightschool.engine.local_model import LocalModel, local_model, local_pool
 from nightschool.engine.pool import BoundEngine, EnginePool
 from nightschool.errors import Damaged, ModelError, NotFound
-from nightschool.evaluation.drift import ChampionAnswers, champion_answers, drift
+from nightschool.evaluation.drift import ChampionAnswers, champion_answers, drift_by_prompt, mean_drift, open_answers
 from nightschool.evaluation.eval_set import EvalSet, eval_set_of_run
 from nightschool.evaluation.examiner import examine
 from nightschool.evaluation.gate import GateReport, decide
@@ -266,5 +266,7 @@ def _examined(model: LocalModel, eval_set: EvalSet, compared: Champion) -> Score
     sheet = examine(model, eval_set if compared.sheet is not None else eval_set.without_general())
     if compared.answers is None:
         return sheet
-    drifted, tokens = drift(model, compared.answers)
-    return replace(sheet, drift=drifted, drift_tokens=tokens)
+    drifts = drift_by_prompt(model, compared.answers)
+    drifted, tokens = mean_drift(compared.answers, drifts)
+    pairs = open_answers(model, compared.answers, drifts)
+    return replace(sheet, drift=drifted, drift_tokens=tokens, open=tuple(pairs))

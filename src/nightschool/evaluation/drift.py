@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +14,9 @@ from nightschool.data.batches import Batches
 from nightschool.data.chat.render import Rendered, render_prompt
 from nightschool.data.example import Message
 from nightschool.errors import PromptTooLong
-from nightschool.evaluation.examiner import Examinee
+from nightschool.evaluation.examiner import Answer, Examinee
 from nightschool.evaluation.heldout import as_found, on_device
+from nightschool.evaluation.scores import OpenPair
 from nightschool.layers.forward import document_logits, prepare
 from nightschool.models.quiet import quiet_libraries
 
@@ -30,6 +33,7 @@ class ChampionAnswer:
     """
 
     prompt: str
+    text: str
     answer_ids: Sequence[int]
     log_probs_tv: torch.Tensor
 
@@ -44,35 +48,75 @@ class ChampionAnswers:
 
 def champion_answers(champion: Examinee, prompts: Sequence[str]) -> ChampionAnswers:
     """Ask the champion the prompts. One that its context does not hold is left out."""
+    said = [(prompt, answer) for prompt, answer in _asked(champion, prompts) if answer.token_ids]
+    log_probs = _log_probs(champion, [(prompt, tuple(answer.token_ids)) for prompt, answer in said])
+    answers = [
+        ChampionAnswer(prompt, answer.text, tuple(answer.token_ids), log_probs_tv)
+        for (prompt, answer), log_probs_tv in zip(said, log_probs, strict=True)
+    ]
+    return ChampionAnswers(answers, champion.loaded.tokenizer.get_vocab())
+
+
+def open_answers(candidate: Examinee, champion: ChampionAnswers, drifts: Sequence[float]) -> list[OpenPair]:
+    """What both say to the prompts that the champion answered, those that drifted most first; `drifts` are those of each."""
+    said = dict(_asked(candidate, [one.prompt for one in champion.answers[: len(drifts)]]))
+    pairs = [
+        OpenPair(one.prompt, one.text, said[one.prompt].text if one.prompt in said else "", nats)
+        for one, nats in zip(champion.answers, drifts, strict=False)
+    ]
+    # What is no number is worse than any.
+    return sorted(pairs, key=lambda pair: -math.inf if pair.drift is None or math.isnan(pair.drift) else -pair.drift)
+
+
+def _asked(model: Examinee, prompts: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+    """The prompts with their answers; one that the context does not hold is left out."""
     pending = []
     for number, prompt in enumerate(prompts):
         try:
-            asked = champion.ask_greedily(f"drift-{number}", [Message("user", prompt)], MAX_ANSWER_TOKENS)
+            pending.append(
+                (prompt, model.ask_greedily(f"drift-{number}", [Message("user", prompt)], MAX_ANSWER_TOKENS))
+            )
         except PromptTooLong:
             continue
-        pending.append((prompt, asked))
-    said = [(prompt, tuple(ids)) for prompt, asked in pending if (ids := asked.result().token_ids)]
-    log_probs = _log_probs(champion, said)
-    answers = [ChampionAnswer(*one, log_probs_tv) for one, log_probs_tv in zip(said, log_probs, strict=True)]
-    return ChampionAnswers(answers, champion.loaded.tokenizer.get_vocab())
+    for prompt, asked in pending:
+        yield prompt, asked.result()
 
 
 def drift(candidate: Examinee, champion: ChampionAnswers) -> tuple[float | None, int]:
     """The mean KL divergence of the candidate from the champion, in nats a token of the champion's answers, and how many.
 
-    KL(champion ‖ candidate), teacher-forced: both are given the champion's answer up to each place, after the prompt in
-    their own template. None where they have different vocabularies, or nothing was answered.
+    None where they have different vocabularies, or nothing was answered.
     """
-    if not champion.answers or candidate.loaded.tokenizer.get_vocab() != champion.vocabulary:
-        return None, 0
-    total, tokens = 0.0, 0
+    return mean_drift(champion, drift_by_prompt(candidate, champion))
+
+
+def drift_by_prompt(candidate: Examinee, champion: ChampionAnswers) -> list[float]:
+    """KL(champion ‖ candidate) for each answer of the champion, in nats a token; none where they have different vocabularies.
+
+    Teacher-forced: both are given the champion's answer up to each place, after the prompt in their own template.
+    """
+    if candidate.loaded.tokenizer.get_vocab() != champion.vocabulary:
+        return []
     ours = _log_probs(candidate, [(one.prompt, one.answer_ids) for one in champion.answers])
-    for one, q_tv in zip(champion.answers, ours, strict=True):
-        size = min(q_tv.shape[1], one.log_probs_tv.shape[1])  # rows beyond the vocabulary fill up a multiple of 64
-        p_tv = one.log_probs_tv[:, :size]
-        total += float((p_tv.exp() * (p_tv - q_tv[:, :size])).sum(dtype=torch.float64))
-        tokens += len(one.answer_ids)
-    return total / tokens, tokens
+    return [
+        _divergence(one.log_probs_tv, q_tv) / len(one.answer_ids)
+        for one, q_tv in zip(champion.answers, ours, strict=True)
+    ]
+
+
+def mean_drift(champion: ChampionAnswers, drifts: Sequence[float]) -> tuple[float | None, int]:
+    """The mean over all tokens of the answers with these drifts, and how many; None where there are none."""
+    if not drifts:
+        return None, 0
+    tokens = [len(one.answer_ids) for one in champion.answers]
+    return sum(map(operator.mul, drifts, tokens)) / sum(tokens), sum(tokens)
+
+
+def _divergence(p_tv: torch.Tensor, q_tv: torch.Tensor) -> float:
+    """KL(p ‖ q), summed over places."""
+    size = min(q_tv.shape[1], p_tv.shape[1])  # rows beyond the vocabulary fill up a multiple of 64
+    p_tv = p_tv[:, :size]
+    return float((p_tv.exp() * (p_tv - q_tv[:, :size])).sum(dtype=torch.float64))
 
 
 def _log_probs(model: Examinee, said: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor]:

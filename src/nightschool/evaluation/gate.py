@@ -92,6 +92,7 @@ def decide(
         notes=tuple(notes),
         suggestions=advise([result for result in results if result.passed is False], effort or Effort()),
         champion_is_base=champion is not None and champion.is_base,
+        open=candidate.open,
         effort=effort,
         overruled=tuple(pair for pair in pairs if pair.candidate_overruled or pair.champion_overruled),
     )

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from nightschool.evaluation.diff import shortened
 from nightschool.evaluation.gate import show
+from nightschool.evaluation.scores import OpenPair
 from nightschool.evaluation.verdict import AnswerPair, GateReport, RuleResult
 
 
@@ -45,6 +46,7 @@ def render(report: GateReport, console: Console | None = None, *, max_examples: 
     _answers(console, "Changed by the judge", "yellow", report.overruled, shown, max_examples)
     _answers(console, "Lost", "red", report.lost, shown, max_examples)
     _answers(console, "Learned", "green", report.learned, shown, max_examples)
+    _open(console, report.open, max_examples)
     if report.suggestions:
         console.print(Text("\nWhat to do", style="bold"))
         for suggestion in report.suggestions:
@@ -107,6 +109,25 @@ def _margins(console: Console, rule: RuleResult, max_examples: int) -> None:
         console.print(Padding(table, (0, 0, 1, 2)))
     if len(rule.pairs) > max_examples:
         console.print(Text(f"  and {len(rule.pairs) - max_examples} more"))
+
+
+def _open(console: Console, pairs: Sequence[OpenPair], max_examples: int) -> None:
+    """Print the answers to open prompts that drifted most, beside the champion's."""
+    if not pairs:
+        return
+    console.print(Text(f"\nOpen answers, those first that drifted most ({len(pairs)})", style="bold"))
+    for pair in pairs[:max_examples]:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row(Text("open", style="dim"), Text(shortened(pair.prompt), style="bold"))
+        table.add_row("champion", Text(shortened(pair.champion_answer) or "(nothing)"))
+        same = pair.candidate_answer == pair.champion_answer
+        table.add_row("candidate", Text("the same" if same else shortened(pair.candidate_answer) or "(nothing)"))
+        table.add_row("drift", Text(f"{show(pair.drift, 'nats')} nats a token"))
+        console.print(Padding(table, (0, 0, 1, 2)))
+    if len(pairs) > max_examples:
+        console.print(Text(f"  and {len(pairs) - max_examples} more"))
 
 
 def _pair(pair: AnswerPair) -> Padding:

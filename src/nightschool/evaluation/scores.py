@@ -115,12 +115,22 @@ class PairMargin(Plain):
 
 
 @dataclass(frozen=True)
+class OpenPair(Plain):
+    """What both say to an open prompt, as far as they were asked, and how far the candidate drifted there, in nats a token."""
+
+    prompt: str
+    champion_answer: str
+    candidate_answer: str
+    drift: Figure
+
+
+@dataclass(frozen=True)
 class ScoreSheet(Plain):
     """All figures of one version.
 
     `version` is its reference, `name@id`, or for a base that no version was made of (`is_base`) what the recipe calls it.
     `heldout_loss` is in nats per token over `heldout_tokens` tokens; None if
-    nothing was held out. `drift` is that of the champion in nats a token over `drift_tokens` tokens of its own answers; the
+    nothing was held out. `drift` is that of the champion in nats a token over `drift_tokens` tokens of its own answers, and `open` are these answers beside the candidate's, worst first; the
     champion has none. `rules` says by which of the examiner's rules the answers were judged (`match.RULES`); 0 before they were numbered. `margins` are those of the held-out preference pairs. A figure that is not finite stays what it is, also in JSON (as the text `nan` or `inf`).
     """
 
@@ -130,6 +140,7 @@ class ScoreSheet(Plain):
     answers: tuple[ProbeAnswer, ...] = ()
     drift: Figure = None
     drift_tokens: int = 0
+    open: tuple[OpenPair, ...] = ()
     is_base: bool = False
     margins: tuple[PairMargin, ...] = ()
     rules: int = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nightschool.evaluation.effort import Effort
-from nightschool.evaluation.scores import Figure, Kind, PairMargin, Plain, ProbeAnswer, ScoreSheet
+from nightschool.evaluation.scores import Figure, Kind, OpenPair, PairMargin, Plain, ProbeAnswer, ScoreSheet
 
 Decision = Literal["promote", "refuse"]
 
@@ -149,7 +149,7 @@ class GateReport(Plain):
 
     In the first night of a name, `champion` is its base, and `champion_is_base` says so.
     `overruled` are those of which a judge changed a verdict.
-    `effort` is that of the run that made the candidate. `learned` and `lost` are all questions of any kind that only the candidate, or only the champion, answers.
+    `open` are answers that no rule judges by themselves, those that drifted most first. `effort` is that of the run that made the candidate. `learned` and `lost` are all questions of any kind that only the candidate, or only the champion, answers.
     """
 
     decision: Decision
@@ -163,6 +163,7 @@ class GateReport(Plain):
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
     overruled: tuple[AnswerPair, ...] = ()
+    open: tuple[OpenPair, ...] = ()
     effort: Effort | None = None
 
     @property
