@@ -4,15 +4,19 @@ import json
 
 import pytest
 
+from nightschool.cli.main import main
 from nightschool.config.recipe import Recipe
+from nightschool.data.study.forms import every_wording
 from nightschool.data.study.rewordings import rewordings, wording
 from nightschool.errors import Damaged
 from nightschool.evaluation.eval_set import eval_set_of_run
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.erasure import erase
+from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.selection import sample_of, select_examples
 from nightschool.feedback.selection_files import STUDY, read_forms, read_selection, write_selection
 from nightschool.feedback.skipping import fingerprint_of
+from nightschool.store.audit import AuditLog
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
 
@@ -82,6 +86,34 @@ def test_the_gate_asks_what_was_kept_aside_and_never_trained(home, run):
     assert not {wording(one.question) for one in asked} & trained
 
 
+def test_a_rejected_form_is_never_made_again_until_that_is_undone(home, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NIGHTSCHOOL_HOME", str(home.path))
+    of_run = read_forms(run.path)
+    by_id, by_text = of_run[0], of_run[-1]
+    assert json.loads((run.path / STUDY).read_text().splitlines()[0])["form"] == by_id.id
+    plain = "Who, pray, is it?"  # of no run
+    for form in (by_id.id, (by_text.example.question or "").upper(), plain, plain):
+        assert main(["data", "reject", form, "--name", "bot"]) == 0
+    assert main(["data", "reject", "0" * 12, "--name", "bot"]) == 4
+    rejected = {by_id.id, by_text.id}
+    made = select_examples(recipe(write="rules"), home, tmp_path).forms
+    assert {form.id for form in of_run} - {form.id for form in made} == rejected
+    assert select_examples(recipe(write="rules").model_copy(update={"name": "other"}), home, tmp_path).forms != made
+    capsys.readouterr()
+    main(["data", "rejected", "--name", "bot", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["question"] for row in listed] == [by_id.example.question, by_text.example.question, plain]
+    for form in (by_id.id, by_text.example.question, plain):
+        assert main(["data", "reject", form, "--name", "bot", "--undo"]) == 0
+    assert main(["data", "reject", plain, "--name", "bot", "--undo"]) == 4
+    assert select_examples(recipe(write="rules"), home, tmp_path).forms == of_run
+    # No text in a log that nobody can purge.
+    log = AuditLog(home.database).ls(action="form")
+    assert [row.target for row in log if row.action == "form.reject"][-1] == f"bot {by_id.id}"
+    assert {row.target.split()[0] for row in log} == {"bot"}
+    assert all(len(row.target.split()) == 2 for row in log)
+
+
 @pytest.mark.parametrize("sent_back", [False, True])
 def test_forms_are_deleted_with_the_conversation_that_they_were_made_of(home, run, tmp_path, sent_back):
     if sent_back:  # the same words in a file, which has no id of the conversation
@@ -94,7 +126,14 @@ def test_forms_are_deleted_with_the_conversation_that_they_were_made_of(home, ru
         write_selection(run.path, select_examples(wanted, home, tmp_path))
     assert any("Aldgate" in row.example.question for row in read_forms(run.path))
     assert "Aldgate" in (run.path / STUDY).read_text()
+    rejected = RejectedForms(home.database)
+    # A form of a run, one that only another seed makes, and one of another example.
+    of_run = next(row.example.question for row in read_forms(run.path) if "Aldgate" in row.example.question)
+    of_seed = next(one for one in every_wording(read_forms(run.path)[-1].example) if "aldgate" in one)
+    for question in (of_run, of_seed, "Where on earth does Leon Dahl live?"):
+        rejected.add("bot", question, by="test")
     erase(home, "req-1")
+    assert [one.question for one in rejected.ls("bot")] == ["Where on earth does Leon Dahl live?"]
     assert "Aldgate" not in (run.path / STUDY).read_text()
     assert len({form.of for form in read_forms(run.path)}) == (0 if sent_back else 2)
 

@@ -188,6 +188,8 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "check": ("nightschool.cli.data:check", "Read everything; say what is wrong, and where."),
             "convert": ("nightschool.cli.convert:convert", "Turn a file of another program into rows."),
             "forget": ("nightschool.cli.data:forget", "Delete a kept conversation."),
+            "reject": ("nightschool.cli.forms:reject", "Reject a form of new examples: it is never made again."),
+            "rejected": ("nightschool.cli.forms:rejected", "List the rejected forms."),
         },
     ),
     "keys": (
@@ -221,7 +223,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
         },
     ),
 }
-# What is noted after a verb has done it, and how the log calls it. Keys and tenants write their own rows, with the change.
+# What is noted after a verb has done it, and how the log calls it. Keys, tenants and rejected forms write their own rows, with the change.
 AUDITED: dict[tuple[str, str], str] = {
     ("models", "add"): "model.add",
     ("models", "promote"): "model.promote",

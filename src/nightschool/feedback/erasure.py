@@ -15,10 +15,15 @@ from typing import Any
 import sqlalchemy as sa
 
 from nightschool.data.example import Example
+from nightschool.data.sources.problems import Problems
+from nightschool.data.study.forms import every_wording
+from nightschool.data.study.rewordings import wording
 from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
+from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import Conversation, ConversationStore
 from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
+from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.selection_files import (
     CONTRADICTIONS,
     GENERAL,
@@ -27,6 +32,7 @@ from nightschool.feedback.selection_files import (
     REPLAYED,
     STUDY,
     drop_forms_of_nothing,
+    read_forms,
 )
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
@@ -125,11 +131,16 @@ def erase(
         _refuse_living(run, request_id)
     _refuse_running(JobQueue(home.database).ls(tenant=found.tenant, states=("running",)), found)
     taint(home.database, found.versions, found.request_id)
+    wordings = _wordings_of(conversation)
     for run in runs:
+        before = read_forms(run.path)
         for file in _COPIES:
             cut(run.path / file, sought, rows_of_runs)
         drop_forms_of_nothing(run.path)
+        studied = {form.id for form in read_forms(run.path)}
+        wordings |= {wording(form.example.question or "") for form in before if form.id not in studied}
         _cut_plan(run)
+    RejectedForms(home.database).forget(found.tenant, wordings)
     for job_id in found.jobs:
         for path in _data_of(job_folder(home, found.tenant, job_id)):
             cut(path, sought, rows_of_tenants)
@@ -198,6 +209,12 @@ def _fact(version: Version, field: str) -> str | None:
     except Damaged:
         return None
     return str(value) if value is not None else None
+
+
+def _wordings_of(conversation: Conversation) -> set[str]:
+    """In which forms it may have been studied."""
+    examples = examples_of([conversation], Problems()).examples
+    return {one for example in examples for one in every_wording(example)}
 
 
 def _in_any(run: Run, files: Sequence[str], sought: Wanted) -> bool:

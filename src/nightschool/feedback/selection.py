@@ -25,6 +25,7 @@ from nightschool.errors import DataError
 from nightschool.feedback.contradictions import Contradiction, without_contradictions
 from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.pins import Pins
+from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.home import Home
@@ -140,7 +141,7 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
-        forms=_forms(recipe, new, [*held_out, *loaded.held_out]),
+        forms=_forms(recipe, home, new, [*held_out, *loaded.held_out]),
         contradictions=contradictions,
     )
 
@@ -153,11 +154,12 @@ def _chosen(recipe: Recipe, home: Home, new: list[Example]) -> tuple[list[Exampl
     return without_contradictions(new, recipe.study.contradictions, pins)
 
 
-def _forms(recipe: Recipe, new: Sequence[Example], held_out: Sequence[Example]) -> list[Form]:
+def _forms(recipe: Recipe, home: Home, new: Sequence[Example], held_out: Sequence[Example]) -> list[Form]:
     """What is new in other forms, as the recipe wants it."""
     if recipe.study.write == "off":
         return []
-    return make_forms(new, recipe.study.forms, recipe.train.seed, never=held_out)
+    rejected = RejectedForms(home.database).wordings(recipe.name)
+    return make_forms(new, recipe.study.forms, recipe.train.seed, never=held_out, rejected=rejected)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,18 @@ jobs = sa.Table(
 )
 
 
+# Forms of a name's examples that are never made again. The question of a form, not its answer, makes its id.
+rejected_forms = sa.Table(
+    "rejected_forms",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("form", sa.String(16), primary_key=True),
+    sa.Column("question", AnyJson, nullable=False),
+    sa.Column("rejected_at", UtcDateTime, nullable=False),
+    sa.Column("rejected_by", sa.String(200), nullable=False),
+)
+
 # A key is kept as its SHA-256 in hex digits alone. Rows are revoked, never deleted.
 api_keys = sa.Table(
     "api_keys",

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nightschool.data.example import Example, Message
-from nightschool.data.study.rewordings import Rewording, reverse_question, rewordings, statement, wording
+from nightschool.data.study.rewordings import (
+    Rewording,
+    every_rewording,
+    reverse_question,
+    rewordings,
+    statement,
+    wording,
+)
 
 Origin = Literal["relation", "grammar", "frame", "statement", "reverse"]
 """By what rule a form was made of its example."""
 
+FORM_ID = re.compile(r"[0-9a-f]{12}")
 _LONGEST_QUESTION = 40
 _AS_A_SENTENCE = " Answer in a whole sentence."
 _LEAST_TO_KEEP_ASIDE = 2
@@ -29,9 +39,20 @@ class Form:
     origin: Origin
     kept_aside: bool = False
 
+    @property
+    def id(self) -> str:
+        """The same for each form with this wording, by which a person rejects it."""
+        return form_id(self.example.question or "")
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads, and `Example.from_json` as an example."""
-        return {**self.example.to_json(), "of": self.of, "origin": self.origin, "kept_aside": self.kept_aside}
+        return {
+            **self.example.to_json(),
+            "form": self.id,
+            "of": self.of,
+            "origin": self.origin,
+            "kept_aside": self.kept_aside,
+        }
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Form:
@@ -39,7 +60,19 @@ class Form:
         return cls(Example.from_json(row), row["of"], row["origin"], bool(row["kept_aside"]))
 
 
-def make_forms(new: Sequence[Example], most: int, seed: int, *, never: Iterable[Example] = ()) -> list[Form]:
+def form_id(question: str) -> str:
+    """The id of a form, from its wording: 12 hex digits."""
+    return hashlib.sha256(wording(question).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def make_forms(
+    new: Sequence[Example],
+    most: int,
+    seed: int,
+    *,
+    never: Iterable[Example] = (),
+    rejected: Collection[str] = (),
+) -> list[Form]:
     """Forms of all examples that ask one thing and answer it; the same for the same arguments.
 
     No form has a wording that an example asks already, that is an example's `paraphrase`, or that an example in `never` has. An example without paraphrases has one form kept aside, if there are two.
@@ -49,9 +82,11 @@ def make_forms(new: Sequence[Example], most: int, seed: int, *, never: Iterable[
         most: Forms of an example that are trained, itself among them.
         seed: Chooses among those that the rules make.
         never: Examples that are held out.
+        rejected: Wordings that a person rejected.
     """
     asked = [example for example in [*new, *never] if example.question is not None]
     taken = {wording(text) for example in asked for text in (example.question or "", *example.paraphrases)}
+    taken |= set(rejected)
     forms: list[Form] = []
     for example in new:
         if is_studied(example):
@@ -59,6 +94,13 @@ def make_forms(new: Sequence[Example], most: int, seed: int, *, never: Iterable[
             taken |= {wording(form.example.question or "") for form in of_one}
             forms += of_one
     return forms
+
+
+def every_wording(example: Example) -> set[str]:
+    """The wordings of all forms that rules can make of an example, whatever the seed."""
+    question, answer = example.question or "", example.answer or ""
+    found = [question, question.rstrip() + _AS_A_SENTENCE, *every_rewording(question)]
+    return {wording(one) for one in [*found, reverse_question(question, answer) or ""]} - {""}
 
 
 def trained_forms(forms: Iterable[Form]) -> list[Example]:

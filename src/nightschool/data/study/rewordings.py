@@ -51,11 +51,7 @@ def rewordings(question: str, seed: int) -> list[Rewording]:
     if not is_english(asked) or "\n" in question:
         return []
     order = random.Random(f"{seed}:{question}")
-    by_rule: dict[Rule, list[str]] = {
-        "relation": list(_of_family(match(asked))),
-        "grammar": list(_of_grammar(asked)),
-        "frame": [frame.format(q=asked) for frame in _FRAMES] if asked.endswith("?") else [],
-    }
+    by_rule = _by_rule(asked)
     for made in by_rule.values():
         order.shuffle(made)
     # Those that only say that something is asked differ least.
@@ -69,6 +65,20 @@ def rewordings(question: str, seed: int) -> list[Rewording]:
     for one in [*mixed, *(Rewording(text, "frame") for text in by_rule["frame"])]:
         found.setdefault(wording(one.question), one)
     return [one._replace(question=f"{one.question}{tail}") for one in list(found.values())[1:]]
+
+
+def every_rewording(question: str) -> list[str]:
+    """All that `rewordings` may make with any seed."""
+    asked, tail = _parted(question)
+    return [f"{one}{tail}" for made in _by_rule(asked).values() for one in made]
+
+
+def _by_rule(asked: str) -> dict[Rule, list[str]]:
+    return {
+        "relation": list(_of_family(match(asked))),
+        "grammar": list(_of_grammar(asked)),
+        "frame": [frame.format(q=asked) for frame in _FRAMES] if asked.endswith("?") else [],
+    }
 
 
 def reverse_question(question: str, answer: str) -> str | None:

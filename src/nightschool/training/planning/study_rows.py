@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from nightschool.feedback.contradictions import what_to_do
 from nightschool.feedback.selection import Selection
 from nightschool.training.methods.prepared import PlanRow
@@ -16,9 +18,13 @@ def study_rows(selection: Selection) -> list[PlanRow]:
 
 
 def study_notes(selection: Selection, name: str) -> list[str]:
-    """How a person chooses between what contradicts."""
+    """How a person rejects a form, and chooses between what contradicts."""
     advice = what_to_do(selection.contradictions, name)
-    return [advice] if advice else []
+    if not selection.forms:
+        return [advice] if advice else []
+    question = shlex.quote(selection.forms[0].example.question or "")
+    how = f"A form that is wrong is never made again after nightschool data reject {question} --name {name}."
+    return [how, *([advice] if advice else [])]
 
 
 def _contradictions(selection: Selection) -> list[PlanRow]:
@@ -44,6 +50,7 @@ def _forms(selection: Selection) -> list[PlanRow]:
     studied = len({form.of for form in forms})
     shown = [
         {
+            "form": form.id,
             "origin": form.origin,
             "kept_aside": form.kept_aside,
             "question": form.example.question,
