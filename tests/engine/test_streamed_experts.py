@@ -79,21 +79,21 @@ def resident(home):
     slot.close()
 
 
-@pytest.mark.parametrize("number", [2, 5, NUM_EXPERTS + 1])
+@pytest.mark.parametrize("number", [2, 5, NUM_EXPERTS])
 def test_a_mixture_answers_the_same_with_few_experts_in_memory(number, home, resident):
     slot = slot_of(home, "moe", experts_resident=number)
     try:
         store = slot.current.engine.experts.store
         assert store.host_bytes <= number * store.layout.stride
+        assert store.taken_disk_bytes == 0, "experts are read from the version's own files"
         # Which layout of weights an engine takes, and who is answered beside whom, changes the rounding; the model alone does not.
         torch.testing.assert_close(logits(slot), resident[0], rtol=0, atol=0)
         assert answer(slot) == pytest.approx(resident[1], abs=1e-3)
         before = store.turns
         assert answer(slot) == pytest.approx(resident[1], abs=1e-3)
         hits, misses = (after - one for after, one in zip(store.turns, before, strict=True))
-        # Of two, one is there to be changed.
-        assert (hits > 0) is (number > 2)
-        assert (misses == 0) is (number > NUM_EXPERTS)
+        assert hits > 0 or number == 2
+        assert (misses == 0) is (number >= NUM_EXPERTS)
     finally:
         slot.close()
 

@@ -177,20 +177,27 @@ def test_an_expert_that_is_not_a_number_is_named_and_the_step_refused(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in task.saved_tensors().items())
 
 
-@pytest.mark.parametrize("architecture", ["tiny-qwen3-moe", "tiny-mixtral"])
-def test_a_stock_folder_is_read_expert_by_expert(tmp_path, architecture):
-    tokenizer = byte_tokenizer()
-    model = build_model(architecture, len(tokenizer), seed=3, eos_token_id=0)
-    save_version_folder(model, tokenizer, tmp_path / "stock")
-    place = ExpertPlace("disk", tmp_path, 2)
-    loaded = load_base(str(tmp_path / "stock"), Home(tmp_path), experts=place).model
-    stream = expert_stream(loaded)
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("architecture", ["tiny-qwen3-moe", "tiny-mixtral", "stacked"])
+def test_a_stock_folder_is_read_expert_by_expert(tmp_path, architecture, learns):
+    tokenizer, folder = byte_tokenizer(), tmp_path / "stock"
+    stacked = architecture == "stacked"
+    model = build_model("tiny-qwen3-moe" if stacked else architecture, len(tokenizer), seed=3, eos_token_id=0)
+    save_version_folder(model, tokenizer, folder)
     plain = model.state_dict()
+    if stacked:
+        save_file({name: tensor.clone() for name, tensor in plain.items()}, folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    place = ExpertPlace("disk", tmp_path, 2, learns=learns)
+    loaded = load_base(str(folder), Home(tmp_path), experts=place).model
+    stream = expert_stream(loaded)
     for name, (layer, which) in stream.shape.stacked().items():
         assert all(torch.equal(a, b) for a, b in zip(stream.rows(WEIGHTS, layer, which), plain[name], strict=True))
     ids = torch.arange(24)[None]
     model.set_experts_implementation("grouped_mm")
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    # What does not learn is read where it lies.
+    assert stream.store.disk_bytes >= sum(plain[name].nbytes for name in stream.shape.stacked())
+    assert (stream.store.taken_disk_bytes == 0) is not learns
 
 
 def test_a_stock_folder_with_other_experts_is_refused(tmp_path):
@@ -200,8 +207,11 @@ def test_a_stock_folder_with_other_experts_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}))
     with pytest.raises(
-        Damaged, match=r"mlp\.gate\.weight .* has the shape \[4, 64\], and its configuration says \[5, 64\]"
+        Damaged, match=r"The tensor model\.layers\.0\.mlp\.experts\.4\.gate_proj\.weight .* is not in its files"
     ):
+        load_base(str(folder), Home(tmp_path), experts=place)
+    (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 40}))
+    with pytest.raises(Damaged, match=r"has the shape \[32, 64\], and its configuration says \[40, 64\]"):
         load_base(str(folder), Home(tmp_path), experts=place)
     (folder / "config.json").write_text(json.dumps(config))
     name = "model.layers.1.mlp.experts.2.up_proj.weight"

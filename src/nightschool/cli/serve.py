@@ -102,8 +102,8 @@ def serve(
         max_loaded_names: Names loaded on demand that stay loaded; over it, the idle one asked for longest ago leaves.
         max_loaded_bytes: What their weights may take, bases under adapters apart; over it, the same. Unbounded without it.
         max_host_bytes: What adapters that left may take in host memory, until they are asked for again.
-        experts_resident: So many experts of a mixture are in memory at a time, those that are used most; the others lie in a file
-            below the home. All of them without it.
+        experts_resident: So many experts of a mixture are in memory at a time, those that are used most; the others are read
+            from the version's files when they are needed. All of them without it.
         memory: A memory that requests read which name none, each tenant its own; see nightschool memory.
         memory_read: How: layers lets the model's own layers read the entries, prompt puts them before the question; without
             it, layers where the model was trained by method: memory.

@@ -100,8 +100,8 @@ class EnginePool:
         dtype: Of the parameters.
         device: Where they go.
         merge_adapters: Whether every adapter is merged into a copy of its base: as fast as a base, and as large.
-        experts_resident: How many experts of a mixture are in memory at a time, those that are used most; the others lie in a file
-            below the home. All of them without it.
+        experts_resident: How many experts of a mixture are in memory at a time, those that are used most; the others are read from the
+            version's files, or lie packed in a file below the home. All of them without it.
         host_bytes: What adapters that have left their engine may take in host memory, until they are asked for again.
         engine: Settings of every `Engine`, such as `num_rows`.
     """

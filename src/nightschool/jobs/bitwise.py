@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nightschool.checkpoint_writer.tensorfile_places import tensor_places
 from nightschool.errors import Damaged
 from nightschool.store.atomic import read_json
 from nightschool.store.manifest import MANIFEST
@@ -85,23 +86,11 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
 
 
 def _header(path: Path) -> dict[str, _Tensor]:
-    """Where each tensor of a safetensors file lies: 8 bytes of length, a JSON header, then the bytes."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        return {
-            name: _Tensor(
-                path,
-                str(facts["dtype"]),
-                tuple(facts["shape"]),
-                *(8 + length + int(offset) for offset in facts["data_offsets"]),
-            )
-            for name, facts in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        raise Damaged(f"{path} cannot be read as safetensors ({error!r}). Compare with another checkpoint.") from error
+        places = tensor_places(path)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} cannot be read as safetensors ({error}). Compare with another checkpoint.") from error
+    return {name: _Tensor(path, place.dtype, place.shape, place.begin, place.end) for name, place in places.items()}
 
 
 def _difference(one: _Tensor, two: _Tensor) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nightschool.layers.expert_streaming.experts import StreamedExperts
+from nightschool.layers.expert_streaming.store import ExpertStore
 from nightschool.layers.forward import causal_lm
 from nightschool.layers.loss import chunk_tokens_for
 from nightschool.models.quantize import num_elements, scales, stored_bytes
@@ -154,10 +155,15 @@ class TierBytes:
     disk: int
 
 
+def expert_stores(model: nn.Module) -> list[ExpertStore]:
+    """What holds the experts that are no parameters of the model."""
+    return [*{id(module.stream): module.stream.store for module in _streamed(model)}.values()]
+
+
 def expert_tiers(model: nn.Module, moment_bytes: int = 8) -> TierBytes:
     """Bytes of experts by tier: weights, and where they learn gradients and moments; buffers that they pass through, too."""
     device, host, disk = expert_bytes(model, moment_bytes), 0, 0
-    for store in {id(module.stream): module.stream.store for module in _streamed(model)}.values():
+    for store in expert_stores(model):
         host, disk = host + store.host_bytes, disk + store.disk_bytes
     if causal_lm(model).get_input_embeddings().weight.device.type == "cpu":
         device, host = device + host, 0
@@ -216,9 +222,7 @@ def expected_peak_bytes(
     inner = causal_lm(model)
     config = inner.config.get_text_config()
     parameters = stored_bytes(model) + sum(
-        {id(m.stream): m.stream.store.host_bytes for m in _streamed(model)}.values()
-        if inner.device.type == "cpu"
-        else ()
+        (store.host_bytes for store in expert_stores(model)) if inner.device.type == "cpu" else ()
     )
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trainable)

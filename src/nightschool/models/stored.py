@@ -17,6 +17,7 @@ from nightschool.store.registry import Version
 # Codes with their scales: a byte or four for each 64 of them.
 _SCALES = 1.07
 _EXPERT = re.compile(r"(.*\.experts\.\d+)\.")
+_ALL_OF_A_LAYER = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -69,13 +70,16 @@ def _inspect(found: Located, home: Home) -> StoredWeights:
     facts = inspect_folder(weights.folder, weights.ref)
     config = load_config(weights.folder, weights.ref)
     quantization = weights.quantization
+    stacked = [tensor for tensor in facts.tensors if _ALL_OF_A_LAYER.search(tensor.name)]
     return StoredWeights(
         num_elements=sum(tensor.num_elements for tensor in facts.tensors),
         dtype=torch.float32 if len(adapters) > 1 else _dtype_of_most(facts),
         hidden_size=int(config.get_text_config().hidden_size),
         num_quantized=0 if quantization is None else _in_linear_layers(facts),
-        num_experts=len({match[1] for tensor in facts.tensors if (match := _EXPERT.match(tensor.name))}),
-        num_in_experts=sum(tensor.num_elements for tensor in facts.tensors if _EXPERT.match(tensor.name)),
+        num_experts=len({match[1] for tensor in facts.tensors if (match := _EXPERT.match(tensor.name))})
+        + sum(tensor.shape[0] for tensor in stacked if tensor.name.endswith(".down_proj")),
+        num_in_experts=sum(tensor.num_elements for tensor in facts.tensors if _EXPERT.match(tensor.name))
+        + sum(tensor.num_elements for tensor in stacked),
         bits=32 if quantization is None else 8 if quantization == "int8" else 4,
     )
 
@@ -85,7 +89,8 @@ def _in_linear_layers(facts: FolderInfo) -> int:
     return sum(
         tensor.num_elements
         for tensor in facts.tensors
-        if len(tensor.shape) == 2 and not any(word in tensor.name for word in ("embed", "wte", "lm_head"))
+        if (len(tensor.shape) == 2 or _ALL_OF_A_LAYER.search(tensor.name))
+        and not any(word in tensor.name for word in ("embed", "wte", "lm_head"))
     )
 
 

@@ -6,8 +6,7 @@ same seed, where an expert's matrices have multiples of 16 numbers: the generato
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,13 @@ from nightschool.layers.adapted_experts import adapted_experts
 from nightschool.layers.expert_streaming.content import Content, PackedContent, PlainContent
 from nightschool.layers.expert_streaming.experts import StreamedExperts
 from nightschool.layers.expert_streaming.file import PAGE_BYTES, FileStore
-from nightschool.layers.expert_streaming.kept import LastUsed, MostUsed
+from nightschool.layers.expert_streaming.kept import Kept, LastUsed, MostUsed
 from nightschool.layers.expert_streaming.ram import RamStore
 from nightschool.layers.expert_streaming.record import LEARNING, WEIGHTS, RecordLayout
+from nightschool.layers.expert_streaming.stock import StockStore
 from nightschool.layers.expert_streaming.store import ExpertStore
 from nightschool.layers.expert_streaming.stream import ExpertShape, ExpertStream
+from nightschool.models.expert_files import ExpertFiles
 from nightschool.models.folder import FolderInfo
 from nightschool.models.quantize import quantization_config, steady
 from nightschool.models.quantized_experts import QuantizedWhileRead, WithExperts
@@ -41,13 +42,8 @@ from nightschool.work.host_memory import host_bytes
 _MODULES = (
     "Qwen3MoeExperts", "Qwen3NextExperts", "MixtralExperts", "OlmoeExperts", "DeepseekV3Experts", "Glm4MoeExperts",
 )  # fmt: skip
-# How stock folders name one matrix of one expert: gate and up, which are one here, and down.
-_STOCK = {
-    "mixtral": (".block_sparse_moe.experts.{}.w1.weight", ".block_sparse_moe.experts.{}.w3.weight", ".block_sparse_moe.experts.{}.w2.weight"),
-}  # fmt: skip
-_USUAL = (".mlp.experts.{}.gate_proj.weight", ".mlp.experts.{}.up_proj.weight", ".mlp.experts.{}.down_proj.weight")
-_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
-_RAM_ALIGNMENT_BYTES = 64
+# Products from such addresses have the same bits as from the start of a page.
+_ALIGNMENT_BYTES = 64
 # One that is computed with, and one that is changed.
 FEWEST_RESIDENT = 2
 
@@ -75,7 +71,27 @@ class ExpertPlace:
         """
         sections = LEARNING if self.learns else (WEIGHTS,)
         numbers, dtype = content.numbers, content.stored_dtype
-        one = len(sections) * numbers * dtype.itemsize
+        self._check_memory(shape, len(sections) * numbers * dtype.itemsize)
+        if self.tier == "host":
+            layout = RecordLayout(sections, numbers, dtype, _ALIGNMENT_BYTES, content.cut)
+            return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")
+        layout = RecordLayout(sections, numbers, dtype, PAGE_BYTES, content.cut)
+        return FileStore(
+            layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of, kept=self._kept()
+        )  # fmt: skip
+
+    def store_of(self, files: ExpertFiles, shape: ExpertShape, content: Content, device: torch.device) -> ExpertStore:
+        """The same for experts of a stock folder. Frozen ones that are not packed are read from its files, and take no room on a disk."""
+        if self.tier == "host" or self.learns or not isinstance(content, PlainContent):
+            return self.new_store(shape, content, device)
+        self._check_memory(shape, content.numbers * content.dtype.itemsize)
+        return stock_store(files, shape, content.dtype, self.resident, self._kept())
+
+    def _kept(self) -> Kept:
+        return MostUsed(self.resident) if self.serves else LastUsed()
+
+    def _check_memory(self, shape: ExpertShape, one: int) -> None:
+        """Refuse experts of so many bytes each that find no room in memory."""
         free, held = host_bytes().free, shape.num_records if self.tier == "host" else self.resident
         if held * one > free:
             remedy = "Write experts.tier: disk, or fewer experts."
@@ -85,14 +101,15 @@ class ExpertPlace:
                 f"{held:,} experts of {format_bytes(one)} each, with what they learn by, take {format_bytes(held * one)} of memory, and "
                 f"{format_bytes(free)} are free. {remedy}"
             )
-        if self.tier == "host":
-            layout = RecordLayout(sections, numbers, dtype, _RAM_ALIGNMENT_BYTES, content.cut)
-            return RamStore(layout, shape.num_records, page_locked=device.type == "cuda")
-        layout = RecordLayout(sections, numbers, dtype, PAGE_BYTES, content.cut)
-        kept = MostUsed(self.resident) if self.serves else LastUsed()
-        return FileStore(
-            layout, shape.num_records, folder=self.folder, resident=self.resident, name_of=shape.name_of, kept=kept
-        )  # fmt: skip
+
+
+def stock_store(
+    files: ExpertFiles, shape: ExpertShape, dtype: torch.dtype, resident: int, kept: Kept | None = None
+) -> StockStore:
+    """The experts of a folder as plain numbers, of which `resident` are in memory."""
+    content = PlainContent(shape.hidden_size, shape.expert_size, dtype)
+    layout = RecordLayout((WEIGHTS,), content.numbers, dtype, _ALIGNMENT_BYTES, content.cut)
+    return StockStore(layout, files.records, resident=resident, name_of=shape.name_of, kept=kept)
 
 
 def expert_stream(model: nn.Module) -> ExpertStream | None:
@@ -114,7 +131,8 @@ def build_streamed(
         ModelError: If it is no mixture whose experts can be streamed.
         DiskFull: If its experts find no room.
     """
-    stream = _new_stream(config, place, torch.float32, torch.device(device))
+    shape, content = _outline(config, place, torch.float32)
+    stream = ExpertStream(shape, place.new_store(shape, content, torch.device(device)), content)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _without_experts(config, stream, torch.float32, draw=True)
@@ -141,29 +159,23 @@ def read_streamed(
         raise ModelError(
             f"The base {ref!r} is quantised, and its experts cannot be streamed. Write experts.tier: device."
         )
-    stream = _new_stream(config, place, dtype, torch.device(device), quantization)
+    shape, content = _outline(config, place, dtype, quantization)
+    experts = ExpertFiles(facts, shape, str(config.model_type), ref)
+    store = place.store_of(experts, shape, content, torch.device(device))
+    stream = ExpertStream(shape, store, content)
+    if not isinstance(store, StockStore):
+        stream.fill_from(stock_store(experts, shape, dtype, resident=1))
     model: Any = cast(Any, _without_experts(config, stream, dtype, draw=False)).to(device)
     files = _Files(facts, ref)
     if quantization is None:
-        _fill_dense(model, files, ref)
+        _fill_dense(model, files, ref, experts.names)
     else:
         settings = cast(WithExperts, quantization_config(quantization, dtype, ref))
         with quiet_libraries(), QuantizedWhileRead(model, settings, torch.device(device)) as quantized:
-            _fill_dense(model, files, ref, quantized)
+            _fill_dense(model, files, ref, experts.names, quantized)
         steady(model, device)
-    _fill_experts(stream, str(config.model_type), files)
     check_values(model, ref)
     return cast(PreTrainedModel, model)
-
-
-def stock_names(model_type: str) -> tuple[str, str, str]:
-    """How a stock folder names gate, up and down of an expert, below the name of its layer."""
-    return _STOCK.get(model_type, _USUAL)
-
-
-def layer_of(experts: str) -> str:
-    """The name of the layer that a module of experts, `model.layers.0.mlp.experts`, is in."""
-    return experts.removesuffix(".mlp.experts")
 
 
 def stock_dense_name(name: str, model_type: str) -> str:
@@ -171,9 +183,10 @@ def stock_dense_name(name: str, model_type: str) -> str:
     return name.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else name
 
 
-def _new_stream(
-    config: Any, place: ExpertPlace, dtype: torch.dtype, device: torch.device, quantization: str | None = None
-) -> ExpertStream:
+def _outline(
+    config: Any, place: ExpertPlace, dtype: torch.dtype, quantization: str | None = None
+) -> tuple[ExpertShape, Content]:
+    """The experts that a configuration has, and as what they are kept."""
     found = _modules_of_experts(config)
     if not found:
         raise ModelError(
@@ -190,7 +203,7 @@ def _new_stream(
     content: Content = PlainContent(hidden, shape.expert_size, dtype)
     if quantization is not None:
         content = PackedContent(quantization, hidden, shape.expert_size, dtype)
-    return ExpertStream(shape, place.new_store(shape, content, device), content)
+    return shape, content
 
 
 def _modules_of_experts(config: Any) -> dict[str, Any]:
@@ -266,14 +279,14 @@ class _Files:
         return cast(Tensor, self._open[1].get_tensor(name))
 
 
-def _fill_dense(model: Any, files: _Files, ref: str, quantized: QuantizedWhileRead | None = None) -> None:
-    """Read everything but experts; `quantized` takes what it wants of it."""
+def _fill_dense(
+    model: Any, files: _Files, ref: str, experts: Set[str], quantized: QuantizedWhileRead | None = None
+) -> None:
+    """Read everything but `experts`; `quantized` takes what it wants of it."""
     model_type, tied = str(model.config.model_type), set(getattr(model, "all_tied_weights_keys", None) or ())
     wanted: Mapping[str, Tensor] = model.state_dict()
     stock = {stock_dense_name(name, model_type): name for name in wanted}
-    unexpected = [
-        name for name in files.facts if name not in stock and not _ONE_EXPERT.search(name) and not is_derived(name)
-    ]
+    unexpected = [name for name in files.facts if name not in stock and name not in experts and not is_derived(name)]
     if unexpected:
         raise Damaged(
             f"The files of the base {ref!r} hold {unexpected[0]}, which the model has no place for. Fetch it again."
@@ -285,29 +298,3 @@ def _fill_dense(model: Any, files: _Files, ref: str, quantized: QuantizedWhileRe
                 if quantized is None or not quantized.take(own, tensor):
                     wanted[own].copy_(tensor)
     model.tie_weights()
-
-
-def _fill_experts(stream: ExpertStream, model_type: str, files: _Files) -> None:
-    shape, names = stream.shape, stock_names(model_type)
-    d, e = shape.hidden_size, shape.expert_size
-    known: set[str] = set()
-
-    def rows(layer: str, patterns: tuple[str, ...], size: tuple[int, int]) -> Iterator[Tensor]:
-        for expert in range(shape.num_experts):
-            parts = [layer + pattern.format(expert) for pattern in patterns]
-            known.update(parts)
-            matrix = torch.cat([files.read(part, size) for part in parts]).to(stream.content.dtype)
-            if not bool(torch.isfinite(matrix).all()):
-                name = shape.name_of(stream.index(shape.layers.index(f"{layer}.mlp.experts"), expert))
-                raise Damaged(f"The weights of {name} of the base hold NaN or infinity. Fetch it again.")
-            yield matrix
-
-    for layer, name in enumerate(shape.layers):
-        stream.fill(WEIGHTS, layer, 0, rows(layer_of(name), names[:2], (e, d)))
-        stream.fill(WEIGHTS, layer, 1, rows(layer_of(name), names[2:], (d, e)))
-    more = [name for name in files.facts if _ONE_EXPERT.search(name) and name not in known]
-    if more:
-        raise Damaged(
-            f"The files of the base hold {more[0]}, and by its configuration there are {shape.num_experts} experts in "
-            f"{len(shape.layers)} layers. Fetch it again."
-        )

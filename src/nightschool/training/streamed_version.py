@@ -18,9 +18,10 @@ from nightschool.errors import ModelError
 from nightschool.layers.expert_streaming.record import WEIGHTS
 from nightschool.layers.expert_streaming.store import Visit
 from nightschool.layers.expert_streaming.stream import ExpertStream
+from nightschool.models.expert_files import layer_of, stock_names
 from nightschool.models.export import compare_tokenizers, save_version_folder
 from nightschool.models.load import LoadedModel
-from nightschool.models.streamed import layer_of, stock_dense_name, stock_names
+from nightschool.models.streamed import stock_dense_name
 from nightschool.models.strict import distinct_tensors
 from nightschool.models.version_folder import OnWritten
 from nightschool.training.checkpoint.checkpoint_reader import open_group

@@ -15,19 +15,17 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import resource
 import shutil
 import tempfile
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 from nightschool.errors import Damaged, DiskFull
+from nightschool.layers.expert_streaming.ahead import ReadAhead, blocks_read
 from nightschool.layers.expert_streaming.kept import Kept, LastUsed
 from nightschool.layers.expert_streaming.record import Record, RecordLayout
 from nightschool.layers.expert_streaming.store import ExpertStore, Visit
@@ -40,10 +38,6 @@ _LEFT_FREE_BYTES = 64 << 20
 _POPULATE_READ = 22
 # The kernel maps up to so much beside what is asked for.
 _AROUND_BYTES = 64 << 10
-# Records that the kernel is told of before their turn.
-_AHEAD = 2
-# For so many more records it is told, after one that was not in the page cache.
-_COLD_VISITS = 256
 
 
 class FileStore(ExpertStore):
@@ -95,7 +89,7 @@ class FileStore(ExpertStore):
         self._moving_seconds = 0.0
         self._bytes = memoryview(mmap.mmap(-1, layout.stride))
         self._buffer = layout.views(torch.frombuffer(self._bytes, dtype=torch.uint8), layout.sections)
-        self._cold_for = 0
+        self._ahead = ReadAhead(self._tell)
         # Pages that are written first come in large folios, which are mapped, read and written in a fifth of the time of single
         # pages, as reading ahead into an empty file would leave them.
         for index in range(num_records):
@@ -118,6 +112,10 @@ class FileStore(ExpertStore):
         return self._num_records * self._layout.stride
 
     @property
+    def taken_disk_bytes(self) -> int:
+        return self.disk_bytes
+
+    @property
     def turns(self) -> tuple[int, int]:
         return self._num_hits, self._num_misses
 
@@ -126,12 +124,7 @@ class FileStore(ExpertStore):
         return self._moving_seconds
 
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
-        left = iter(visits)
-        ahead = deque(islice(left, _AHEAD))
-        for visit in ahead:
-            self._read_ahead(visit)
-        while ahead:
-            visit = ahead.popleft()
+        for visit in self._ahead.walk(visits):
             began = time.perf_counter()
             record = self._load(visit)
             self._moving_seconds += time.perf_counter() - began
@@ -139,20 +132,14 @@ class FileStore(ExpertStore):
             began = time.perf_counter()
             self._store(visit)
             self._moving_seconds += time.perf_counter() - began
-            for one in islice(left, 1):
-                self._read_ahead(one)
-                ahead.append(one)
 
-    def _read_ahead(self, visit: Visit) -> None:
-        """Tell the kernel what comes next, if it had to read from the disk lately: asking costs as much as mapping does."""
-        if not self._cold_for:
-            return
+    def _tell(self, visit: Visit) -> None:
         place = visit.index * self._layout.stride
         for offset, size in self._layout.runs(visit.reads):
             os.posix_fadvise(self._file, place + offset, size, os.POSIX_FADV_WILLNEED)
 
     def _load(self, visit: Visit) -> Record:
-        place, read_before = visit.index * self._layout.stride, _blocks_read()
+        place, read_before = visit.index * self._layout.stride, blocks_read()
         mapped = set(visit.reads) - set(visit.writes)
         if mapped:
             self._map_record(visit.index, mapped)
@@ -163,7 +150,7 @@ class FileStore(ExpertStore):
                 if count == 0:
                     raise self._damaged(visit.index, "the file of experts has become shorter")
                 done += count
-        self._cold_for = _COLD_VISITS if _blocks_read() > read_before else max(0, self._cold_for - 1)
+        self._ahead.note(read_before)
         views = self._layout.views(self._block[place : place + self._layout.stride], mapped)
         return Record(views | {section: self._buffer[section] for section in visit.writes}, self._layout.cut)
 
@@ -205,8 +192,3 @@ class FileStore(ExpertStore):
             f"{name[0].upper()}{name[1:]} cannot be read from the disk of {self._folder}, or written to it: {what}. Check the disk, "
             "and go on with --resume latest, which makes the file of experts anew."
         )
-
-
-def _blocks_read() -> int:
-    """Blocks that this thread had to wait for a disk for."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock

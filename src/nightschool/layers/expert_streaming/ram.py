@@ -38,6 +38,10 @@ class RamStore(ExpertStore):
         return 0
 
     @property
+    def taken_disk_bytes(self) -> int:
+        return 0
+
+    @property
     def turns(self) -> tuple[int, int]:
         return self._num_turns, 0
 

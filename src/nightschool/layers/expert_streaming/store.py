@@ -19,7 +19,7 @@ class Visit:
 
 
 class ExpertStore(Protocol):
-    """Records by number. All of them begin as zeros."""
+    """Records by number. All of them begin as zeros, where they can be changed."""
 
     @property
     def layout(self) -> RecordLayout: ...
@@ -34,7 +34,12 @@ class ExpertStore(Protocol):
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of a disk that it holds."""
+        """Bytes of a disk where the records lie."""
+        ...
+
+    @property
+    def taken_disk_bytes(self) -> int:
+        """Those of them that it has taken for itself; none where records are read from a file that was there."""
         ...
 
     @property

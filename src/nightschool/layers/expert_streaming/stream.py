@@ -193,6 +193,14 @@ class ExpertStream:
         for _, record in self.store.walk(Visit(index, (section,), (section,)) for index in indices):
             self.content.put(record[section], which, next(rows))
 
+    def fill_from(self, source: ExpertStore) -> None:
+        """Let the weights of all experts be those of a store of plain numbers."""
+        written = self.store.walk(Visit(index, (), (WEIGHTS,)) for index in range(self.shape.num_records))
+        read = source.walk(Visit(index, (WEIGHTS,)) for index in range(self.shape.num_records))
+        for (_, record), (_, given) in zip(written, read, strict=True):
+            for which, matrix in enumerate(given.matrices(WEIGHTS)):
+                self.content.put(record[WEIGHTS], which, matrix)
+
     def not_finite(self) -> str | None:
         """The first expert whose weights hold NaN or infinity; None if all are finite. Reads all of them."""
         visits = (Visit(index, (WEIGHTS,)) for index in range(self.shape.num_records))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nightschool.checkpoint_writer.tensorfile_places import TensorPlace, tensor_places
 from nightschool.errors import ModelError, NotFound
 
 Floats = npt.NDArray[np.float32]
@@ -17,7 +18,6 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # How architectures call the table of their tokens.
 _NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_LARGEST_HEADER = 100 << 20
 
 
 class TokenEmbeddings:
@@ -35,26 +35,14 @@ class TokenEmbeddings:
             ModelError: If they hold no table of tokens, or one of other numbers than F32, F16 and BF16.
         """
         path, name = _file_of(folder)
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= _LARGEST_HEADER:
-                raise ModelError(f"{path} is no safetensors file: its header would have {size} bytes.")
-            try:
-                fact = json.loads(file.read(size))[name]
-                kind, shape, (begin, end) = (
-                    str(fact["dtype"]),
-                    [int(one) for one in fact["shape"]],
-                    fact["data_offsets"],
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"The header of {path} does not describe {name!r} ({error}).") from error
-        dtype = _TYPES.get(kind)
-        if dtype is None or len(shape) != 2 or end - begin != shape[0] * shape[1] * dtype.itemsize:
-            raise ModelError(f"{name!r} in {path} is {kind} {shape}; a table of F32, F16 or BF16 is needed.")
-        if path.stat().st_size < 8 + size + end:
-            raise ModelError(f"{path} is cut: {name!r} would end behind it. Copy the model's folder again.")
-        table = np.memmap(path, dtype, "r", 8 + size + begin, (shape[0], shape[1]))
-        return cls(table.view(np.ndarray), is_bfloat16=kind == "BF16")
+        place = _places(path).get(name)
+        if place is None:
+            raise ModelError(f"The header of {path} does not describe {name!r}. Copy the model's folder again.")
+        dtype, shape = _TYPES.get(place.dtype), place.shape
+        if dtype is None or len(shape) != 2:
+            raise ModelError(f"{name!r} in {path} is {place.dtype} {[*shape]}; a table of F32, F16 or BF16 is needed.")
+        table = np.memmap(path, dtype, "r", place.begin, (shape[0], shape[1]))
+        return cls(table.view(np.ndarray), is_bfloat16=place.dtype == "BF16")
 
     @property
     def vocab_size(self) -> int:
@@ -73,6 +61,13 @@ class TokenEmbeddings:
         return wide
 
 
+def _places(path: Path) -> dict[str, TensorPlace]:
+    try:
+        return tensor_places(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no safetensors file: {error}. Copy the model's folder again.") from error
+
+
 def _file_of(folder: Path) -> tuple[Path, str]:
     """The file with the table of tokens, and the table's name in it."""
     if (folder / _INDEX).is_file():
@@ -81,13 +76,7 @@ def _file_of(folder: Path) -> tuple[Path, str]:
         except (ValueError, KeyError) as error:
             raise ModelError(f"{folder / _INDEX} lists no weights ({error}). Copy the model's folder again.") from error
     elif (folder / _SINGLE).is_file():
-        with (folder / _SINGLE).open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                names = json.loads(file.read(min(size, _LARGEST_HEADER)))
-            except ValueError as error:
-                raise ModelError(f"{folder / _SINGLE} is no safetensors file ({error}).") from error
-        places = dict.fromkeys(names, _SINGLE)
+        places = dict.fromkeys(_places(folder / _SINGLE), _SINGLE)
     else:
         raise NotFound(f"{folder} has no {_SINGLE}, so the token embeddings of the base cannot be read.")
     for name in _NAMES:

@@ -19,6 +19,7 @@ from nightschool.models.cost import (
     expected_peak_bytes,
     expert_counts,
     expert_step_bytes,
+    expert_stores,
     expert_tiers,
     flops_per_token,
 )
@@ -170,12 +171,13 @@ def _experts(task: Task, active: int, moment_bytes: int, micro_batches: int) -> 
 
 
 def _disk_needed(prepared: PreparedRun[Any], total: int, trainable: int) -> int:
-    """Checkpoints (weights and two moments, in fp32) at their most, one of them half-written, and the version."""
+    """Checkpoints (weights and two moments, in fp32) at their most, one of them half-written, the version, and a file of experts."""
     keep = prepared.recipe.checkpoints.keep
     checkpoint = 3 * TRAINED_DTYPE_BYTES * trainable
     version = TRAINED_DTYPE_BYTES * (trainable if prepared.loaded.adapter else total)
     best = keep.best * (1 if prepared.budget.enough is None else 2)  # by the held-out loss, and by spot checks
-    return (keep.last + best + 1) * checkpoint + version + expert_tiers(prepared.task.model).disk
+    experts = sum(store.taken_disk_bytes for store in expert_stores(prepared.task.model))
+    return (keep.last + best + 1) * checkpoint + version + experts
 
 
 def _disk_free(path: Path) -> int:
