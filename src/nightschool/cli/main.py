@@ -158,6 +158,7 @@ NOUNS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "resolve": ("nightschool.cli.memory.revisions:resolve", "Settle a conflict."),
             "stale": ("nightschool.cli.memory.revisions:stale", "Versions that learned what a memory no longer says."),
             "relations": ("nightschool.cli.memory.revisions:relations", "How many values relations have at a time."),
+            "adopt": ("nightschool.cli.memory.adopting:adopt", "Remember what a version was taught and does not know."),
             "import": ("nightschool.cli.memory.files:import_", "Add the facts of files."),
             "export": ("nightschool.cli.memory.files:export", "Write the entries to a file."),
             "mcp": ("nightschool.cli.memory.mcp:mcp", "Serve a memory to a client of the Model Context Protocol."),

@@ -23,6 +23,7 @@ from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
 from nightschool.units import format_bytes
+from nightschool.views.runs import tried
 from nightschool.views.versions import score_sheets, version_story, version_summary
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def report(model: str, /) -> None:
         model: NAME@VERSION or NAME@ALIAS; NAME is its newest version.
     """
     from nightschool.evaluation.report import render
+    from nightschool.views.places import lines_of_places, places_of
 
     registry = Registry(Home.find())
     version = registry.resolve(model if "@" in model else f"{model}@latest")
@@ -109,6 +111,9 @@ def report(model: str, /) -> None:
     def text() -> str:
         found = GateReport.from_json(stored)
         drawn = rendered(partial(render, found))
+        places = tried(lambda: places_of(registry, version), None)
+        if places is not None:
+            drawn += "\n\n" + "\n".join(lines_of_places(places, version))
         if found.effort is None or not found.effort.checks:
             return drawn
         curve = trade_off([(one.step, one.learned, one.drift) for one in found.effort.checks], found.effort.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -29,6 +29,7 @@ from nightschool.views.runs import (
     seconds_left,
     settings_that_differ,
     spot_checks_of,
+    tried,
     without_colours,
 )
 
@@ -63,11 +64,15 @@ def show(run_id: str | None = None, /) -> None:
     points = [point.name for point in checkpoints.ls(run)]
     checks, published = spot_checks_of(rows), published_step(run)
     data = {**run_summary(run, rows), "checkpoints": points, "path": str(run.path), "recipe": run.recipe()}
+    places, where = _places(run)
+    data["facts"] = places
     data["spot_checks"] = [dict(zip(("step", "learned", "drift"), check, strict=True)) for check in checks]
 
     def text() -> str:
         facts = [
-            (key, value) for key, value in data.items() if key not in ("recipe", "checkpoints", "error", "spot_checks")
+            (key, value)
+            for key, value in data.items()
+            if key not in ("recipe", "checkpoints", "error", "spot_checks", "facts")
         ]
         lines = [f"{key:<16} {figure(value, 6)}" for key, value in facts if value is not None]
         losses = [loss for _, loss in figures_by_step(rows, "loss")]
@@ -77,10 +82,25 @@ def show(run_id: str | None = None, /) -> None:
         if data["error"]:
             lines.append(f"{'error':<16} {data['error']}")
         lines.append(f"{'recipe':<16} {run.recipe_path}")
+        lines += where
         lines += ["", trade_off(checks, published)] if checks else []
         return "\n".join(lines)
 
     answer(data, text, quiet=run.id)
+
+
+def _places(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
+    """Where the facts of a run are known, for programs and for people; nothing where the gate asked none, or all that is gone."""
+    from nightschool.store.registry import Registry
+    from nightschool.views.places import lines_of_places, places_of
+
+    candidate = run.status.candidate
+    if candidate is None:
+        return None, []
+    registry = Registry(run.home)
+    version = tried(lambda: registry.resolve(candidate), None)
+    places = None if version is None else tried(lambda: places_of(registry, version), None)
+    return places, [] if version is None or places is None else lines_of_places(places, version)
 
 
 def watch(run_id: str | None = None, /) -> int:
