@@ -6,7 +6,7 @@ import pytest
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Message
-from nightschool.errors import PromptTooLong
+from nightschool.errors import NonFiniteLoss, PromptTooLong
 from nightschool.evaluation.drift import champion_answers, drift, drift_by_prompt, open_answers
 from nightschool.evaluation.run_effort import effort_of
 from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of
@@ -205,6 +205,12 @@ def test_where_none_passes_the_run_says_so(tmp_path, monkeypatch, capsys):
     assert "No spot check passed (needed: learned >= 50% and drift <= 0.1 nats a token)" in said
     assert "Most was learned at step 8: 75% learned, drift 0.2000 nats a token" in said
     assert run.run.status.state == "completed"
+
+
+def test_broken_weights_end_the_run(tmp_path, monkeypatch):
+    found(monkeypatch, {2: (0.5, 0.05), 4: (0.0, float("nan"))})
+    with pytest.raises(NonFiniteLoss, match=r"drift is nan after step 4.*last good checkpoint is the one of step 2"):
+        a_run(tmp_path / "run").go()
 
 
 def test_the_plan_says_what_is_checked(tmp_path):

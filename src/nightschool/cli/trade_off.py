@@ -17,7 +17,7 @@ def trade_off(checks: Sequence[Checked], published: int | None) -> str:
     """The curve and its table, of long ones some steps; empty where nothing was checked."""
     if not checks:
         return ""
-    points = [(drift, 100 * learned) for _, learned, drift in checks if drift is not None]
+    points = [(round(drift, 4), 100 * learned) for _, learned, drift in checks if drift is not None]
     parts = []
     if len(points) > 1:
         title = f"learned, % (up), against drift, nats a token (right), from step {checks[0][0]} to {checks[-1][0]}"

@@ -226,6 +226,10 @@ def _take_spot_check(state: TrainState, log: _Log, spot_check: Callable[[int], S
     log.settle()
     started = time.perf_counter()
     check = spot_check(state.step)
+    if check.drift is not None and not math.isfinite(check.drift):
+        raise NonFiniteLoss(
+            f"The drift is {check.drift} after step {state.step}: the weights are broken. {_last_good(state)}; lower train.learning_rate."
+        )
     state.add_spot_check(check)
     drifted = {} if check.drift is None else {"drift": check.drift}
     log.add({"learned": check.learned, **drifted, "check_seconds": time.perf_counter() - started})
@@ -319,6 +323,11 @@ def _advance(task: Task, state: TrainState, num_batches: int, tokens_trained: in
         state.epoch, state.batch_index = state.epoch + 1, 0
 
 
+def _last_good(state: TrainState) -> str:
+    saved = state.saved_step
+    return f"The last good checkpoint is the one of step {saved}" if saved else "There is no checkpoint yet"
+
+
 class _Log:
     """Collects outcomes without waiting for the device, and turns them into rows when somebody asks."""
 
@@ -381,11 +390,9 @@ class _Log:
         if math.isfinite(loss) and (math.isfinite(norm) or self._overflow_is_handled):
             return
         what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
-        saved = self._state.saved_step
-        where = f"The last good checkpoint is the one of step {saved}" if saved else "There is no checkpoint yet"
         raise NonFiniteLoss(
             f"The {what} became {value} in step {outcome.step} "
-            f"({outcome.where}). {where}; lower train.learning_rate, or look at the data there."
+            f"({outcome.where}). {_last_good(self._state)}; lower train.learning_rate, or look at the data there."
         )
 
     def make_row(self) -> None:
