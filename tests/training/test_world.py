@@ -1,6 +1,5 @@
 """Several processes that train one model: the same learning, exact resume, any number of them after a resume, honest ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -177,23 +176,6 @@ def test_shards_of_an_adapter_are_refused(corpus):
     plain = recipe_of(corpus, method="lora", base="somewhere/else", shape={}, train={"zero_stage": 2})
     with pytest.raises(ValueError, match="zero_stage"):
         Recipe.model_validate(plain)
-
-
-def test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed(tmp_path, corpus):
-    home = Home(tmp_path / "home")
-    run = new_run(home, plain_recipe(corpus, 2, max_steps=100_000) | {"checkpoints": {"every": "5 steps"}})
-    process = start(home, run)
-    eventually(lambda: len(checkpoints.ls(run)) > 0, seconds=200)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "training.run"], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
-    code, output = finish(process)
-    assert code == 1
-    assert "Another process of this run is gone" in output
-    assert run.status.state == "failed"
-    assert checkpoints.newest_whole(run).checkpoint is not None
-    assert json.loads((run.path / "status.json").read_text())["error"]
 
 
 def test_a_process_that_never_began_is_not_waited_for_for_hours(monkeypatch):

@@ -233,10 +233,11 @@ class CausalTask(Task, Generic[Source]):
     def update(self, rate: float, clip: float, scaler: torch.amp.GradScaler | None, world: World) -> Tensor:
         gradients = self.optimizer.gradients_ready()
         world.add_up(self._balance.counters())
-        # All processes have the same figures of experts now, and those of all processes will be added up.
-        self._figures |= {name: figure / world.size for name, figure in self._balance.take().items()}
         if not self.is_sharded:  # sharded gradients are summed on their way already
             world.add_up(gradients)
+        # From here on nothing is done together, and the state changes. All processes have the same figures of experts, and those of
+        # all processes will be added up.
+        self._figures |= {name: figure / world.size for name, figure in self._balance.take().items()}
         norm = self.optimizer.step(gradients, rate, clip, scaler, self._elsewhere)
         self._balance.correct()
         return norm

@@ -208,8 +208,8 @@ def fit(
                 log.settle()
                 log.make_row()
     except Exception as error:
-        if rescue is not None:
-            save_in_emergency(error, task, state, soundness, log.settle, rescue)
+        if rescue is not None or world.size > 1:
+            save_in_emergency(error, task, state, soundness, log, rescue, world)
         raise
 
 
@@ -355,30 +355,38 @@ class _Log:
         self._state.seconds += seconds
         self._state.interval.seconds += seconds
 
-    def settle(self) -> None:
+    def parts(self) -> list[Tensor]:
+        """What this process has of the figures of the steps since the last time, which are sums over all processes."""
+        figures = (part for outcome in self._unsettled for part in outcome.figures.values())
+        return [part.clone() for part in (*(outcome.loss for outcome in self._unsettled), *figures)]
+
+    def settle(self, others: Sequence[Sequence[float]] | None = None) -> None:
         """Fetch the figures of the steps since the last time.
+
+        Args:
+            others: The parts of all other processes, where these cannot be asked.
 
         Raises:
             NonFiniteLoss: With the first step whose loss or gradient norm is NaN or infinite.
         """
         waited_from = time.perf_counter()
         interval = self._state.interval
-        losses = [outcome.loss for outcome in self._unsettled]
-        # All processes settle after the same steps.
-        self._world.add_up([*losses, *(part for outcome in self._unsettled for part in outcome.figures.values())])
-        for outcome, loss, norm in zip(
-            self._unsettled,
-            (loss.item() for loss in losses),
-            (outcome.grad_norm.item() for outcome in self._unsettled),
-            strict=True,
-        ):
+        parts = self.parts()
+        if others is None:
+            self._world.add_up(parts)  # all processes settle after the same steps
+        for part, *theirs in zip(parts, *(others or ()), strict=True):
+            part += sum(theirs)
+        sums = [part.item() for part in parts]
+        figures = iter(sums[len(self._unsettled) :])
+        for outcome, loss in zip(self._unsettled, sums, strict=False):
+            norm = outcome.grad_norm.item()
             self._refuse_non_finite(outcome, loss, norm)
             interval.steps += 1
             interval.tokens_trained += outcome.tokens_trained
             interval.loss_units += outcome.loss_units
             interval.loss_sum_nats += loss * outcome.loss_units
-            for name, mean in outcome.figures.items():
-                interval.figure_sums[name] = interval.figure_sums.get(name, 0.0) + mean.item() * outcome.loss_units
+            for name, mean in zip(outcome.figures, figures, strict=False):
+                interval.figure_sums[name] = interval.figure_sums.get(name, 0.0) + mean * outcome.loss_units
             self._last, self._last_norm = outcome, norm
         self._unsettled.clear()
         waited = time.perf_counter() - waited_from

@@ -42,6 +42,7 @@ from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.saver import Ranks, Saver, open_saver
+from nightschool.training.distributed.last_words import CapturedRandomState, any_failed
 from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world, started_ranks
 from nightschool.training.environment import Rerun, describe_environment, keep_freed_memory
 from nightschool.training.loop import Budget, fit
@@ -55,6 +56,9 @@ from nightschool.training.task import Task
 from nightschool.units import printable
 from nightschool.work.processes import live
 from nightschool.work.stop import Stop
+
+# So long the last words of another process are waited for that is gone.
+_WORDS_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +111,7 @@ def _follow(home: Home, root: Path, stop: Stop) -> int:
         except RuntimeError as error:
             if not is_about_others(error):
                 raise
-            return complain(error, 1)
+            return complain(_about_another(error, world), 1)
     return code
 
 
@@ -140,7 +144,7 @@ def guarded(
                 uploads.wait_at_stop(run, say=lambda text: print(printable(text), flush=True))  # noqa: T201
                 return complain(error, error.exit_code)
             except Exception as error:
-                error = _explained(error)
+                error = _explained(error, world)
                 code = error.exit_code if isinstance(error, NightschoolError) else 1
                 _note_failure(run, error, code)
                 if not isinstance(error, NightschoolError):
@@ -166,7 +170,7 @@ def complain(error: Exception, code: int) -> int:
     return code
 
 
-def _explained(error: Exception) -> Exception:
+def _explained(error: Exception, world: World) -> Exception:
     """Put what users can do about it into an error of a library."""
     if isinstance(error, torch.OutOfMemoryError):
         return ModelError(
@@ -174,11 +178,25 @@ def _explained(error: Exception) -> Exception:
             "or write train.gradient_checkpointing=true."
         )
     if isinstance(error, RuntimeError) and is_about_others(error):
-        return NightschoolError(
-            f"Another process of this run is gone, so it cannot go on: {str(error).splitlines()[0]} "
-            "See log-rank1.txt and so on in the run's folder; go on with --resume latest."
-        )
+        return _about_another(error, world)
     return error
+
+
+def _about_another(error: RuntimeError, world: World) -> NightschoolError:
+    """Which process is gone, and what it said of it."""
+    words = {} if world.board is None else world.board.read(_WORDS_SECONDS, any_failed)
+    failed = next((one for one in words.values() if one.error), None)
+    silent = [str(rank) for rank in range(world.size) if rank not in words]
+    if failed is not None:
+        what = f"Process {failed.rank} of this run ended by {failed.error.rstrip('.')}, so no other can go on."
+    elif len(silent) == 1:
+        what = f"Process {silent[0]} of this run is gone without a word, so no other can go on."
+    else:
+        what = f"Another process of this run is gone, so it cannot go on: {str(error).splitlines()[0]}"
+    return NightschoolError(
+        f"{what} See what it wrote (log-rank1.txt and so on in the run's folder, or what torchrun "
+        "printed), and go on with --resume latest."
+    )
 
 
 def execute(
@@ -210,7 +228,7 @@ def execute(
         RuntimeError: If another process is gone.
     """
     recipe = Recipe.model_validate(run.recipe())
-    with _started(run, recipe, resume, stop, world, company) as start:
+    with _started(run, recipe, resume, stop, world, company) as start, world.telling():
         if world.is_first:
             shares = company is not None
             CandidateFiles.forget(run)
@@ -346,8 +364,10 @@ def _train(
     def target_of(now: TrainState) -> Path:
         return checkpoint_path(run, now.epoch, now.step, context.files_processed)
 
-    def save(now: TrainState, reason: Reason, random_state: rng.RandomState | None = None) -> None:
-        rngs = world.gathered(rng.capture(random_state))
+    def save(now: TrainState, reason: Reason) -> None:
+        write(now, reason, world.gathered(rng.capture()))
+
+    def write(now: TrainState, reason: Reason, rngs: Sequence[CapturedRandomState]) -> None:
         if saver is None:
             return
         contents = full_state.state_to_save(
@@ -358,9 +378,9 @@ def _train(
             run.update_status(step=now.step)
         saver.save(target_of(now), contents, last=now.step >= budget.steps_total or reason == "emergency")
 
-    def rescue(now: TrainState, random_state: rng.RandomState) -> None:
+    def rescue(now: TrainState, rngs: Sequence[CapturedRandomState]) -> None:
         assert saver is not None
-        save(now, "emergency", random_state)
+        write(now, "emergency", rngs)
         saver.settle()
         # Where the recipe goes on without a checkpoint when the disk is full, nothing else says that there is none.
         checkpoints.get(run, target_of(now).name)
@@ -404,8 +424,8 @@ def _train(
             evaluate=None if evaluate_heldout is None else evaluate,
             spot_check=None if prepared.spot_check is None else spot_check,
             save=save,
-            # The others may be waiting for this one, and never come to where all save.
-            rescue=rescue if saver is not None and world.size == 1 else None,
+            # Each has only its part of the weights, and all of them would have to save at the same time.
+            rescue=None if saver is None or _wants_shards(prepared.recipe, world) else rescue,
             stop=stop,
             last_step=None if steps is None else state.step + steps,
             scaler=scaler,

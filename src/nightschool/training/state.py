@@ -11,6 +11,7 @@ from typing import Any
 from nightschool.errors import StateMismatch
 from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.training.checkpoint import rng
+from nightschool.training.distributed.world import OthersGone
 from nightschool.units import Every
 
 
@@ -165,9 +166,16 @@ class Soundness:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Around what changes the state. Whatever draws random numbers afterwards belongs to the next step."""
+        """Around what changes the state. Whatever draws random numbers afterwards belongs to the next step.
+
+        What processes do together in an update they do before it changes anything, so that one that is gone leaves the others whole.
+        """
         self._is_updating = True
-        yield
+        try:
+            yield
+        except OthersGone:
+            self._is_updating = False
+            raise
         self._is_updating = False
         self._random_state = rng.take()
 

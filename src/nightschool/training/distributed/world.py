@@ -16,7 +16,7 @@ import subprocess
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +27,18 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from nightschool.data.shards.token_batches import Portion
-from nightschool.errors import NightschoolError, UsageError
+from nightschool.errors import Interrupted, NightschoolError, UsageError
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
+from nightschool.training.distributed.last_words import Board, LastWords
 from nightschool.work.processes import command
 
 Value = TypeVar("Value")
+
+
+class OthersGone(RuntimeError):
+    """Something that all processes do together found one missing. Nothing was changed by it."""
+
 
 # Gradients are summed in pieces of this size: one message for each tensor would cost its delay thousands of times.
 _BUCKET_BYTES = 64 << 20
@@ -51,6 +57,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    board: Board | None = None
 
     @property
     def is_first(self) -> bool:
@@ -79,7 +86,8 @@ class World:
         if self.size == 1:
             return numbers
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        with _together():
+            dist.all_reduce(tensor)
         return tuple(tensor.tolist())
 
     def from_first(self, value: Value) -> Value:
@@ -87,7 +95,8 @@ class World:
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _together():
+            dist.broadcast_object_list(box, src=0)
         chosen: Value = box[0]
         return chosen
 
@@ -96,7 +105,8 @@ class World:
         if self.size == 1:
             return [value]
         boxes: list[Any] | None = [None] * self.size if self.is_first else None
-        dist.gather_object(value, boxes, dst=0)
+        with _together():
+            dist.gather_object(value, boxes, dst=0)
         return boxes or []
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -105,7 +115,8 @@ class World:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat)
+            with _together():
+                dist.all_reduce(flat)
             pieces = torch.split(flat, [tensor.numel() for tensor in bucket])
             torch._foreach_copy_(
                 list(bucket), [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)]
@@ -125,9 +136,28 @@ class World:
         if self.size > 1:
             self.sums(0)
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A block whose error ends this process: the others are told which."""
+        try:
+            yield
+        except Interrupted:  # which all agreed upon
+            raise
+        except Exception as error:
+            self.leave(LastWords(self.rank, said_of(error)))
+            raise
+
+    def leave(self, words: LastWords) -> None:
+        """Say what ends this process, unless it was said, and wake the others, who wait for it. Nothing is done together afterwards."""
+        if self.board is None or self.board.has_spoken:
+            return
+        self.board.write(words)
+        dist.destroy_process_group()
+
     def _reduced(self, numbers: Sequence[int], operation: Any) -> list[int]:
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(tensor, op=operation)
+        with _together():
+            dist.all_reduce(tensor, op=operation)
         values: list[int] = tensor.tolist()
         return values
 
@@ -173,11 +203,13 @@ def joined_world(environment: Mapping[str, str] | None = None) -> Iterator[World
             "See log-rank1.txt and so on in the run's folder, or what torchrun printed, and start them again."
         ) from None
     store.set_timeout(_LONGEST_WAIT)
+    world = replace(world, board=Board(store, rank, size))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
     try:
         yield world
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # nobody has left it before
+            dist.destroy_process_group()
 
 
 def log_of(run: Run, rank: int) -> Path:
@@ -222,11 +254,29 @@ def started_ranks(home: Home, run: Run, root: Path, count: int) -> Iterator[Mapp
 
 def is_about_others(error: RuntimeError) -> bool:
     """Whether another process is gone: then what torch raises comes out of the operation that all of them share."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | OthersGone):
         return True
     # gloo raises plain RuntimeErrors; where they were raised tells them apart, their words differ from release to release.
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(modules) and modules[-1].startswith("torch.distributed")
+
+
+def said_of(error: Exception) -> str:
+    """What a process says of the error that ends it; nothing where that is about another one."""
+    if isinstance(error, RuntimeError) and is_about_others(error):
+        return ""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if is_about_others(error):
+            raise OthersGone(str(error).splitlines()[0]) from error
+        raise
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
