@@ -1,5 +1,12 @@
 """Hooks for all tests."""
 
-from tests.support.no_skips import pytest_make_collect_report, pytest_runtest_makereport
+import os
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
+# Threads that wait without spinning, here and in every process that tests start: pytest-xdist has taken all cores. A training of two
+# threads beside other work took 128 s in place of 3. Before torch is loaded, which reads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tests.support.no_skips import pytest_make_collect_report, pytest_runtest_makereport
+from tests.support.warm_start import warm_children, warm_start
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport", "warm_children", "warm_start"]

@@ -14,8 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.warm_start import WarmStart
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INSTALLED = Path(sys.executable).parent
+# Pages whose commands are processes of their own, as a reader starts them; those of the others begin warm.
+COLD = ("evaluation.md", "models.md")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -35,20 +40,25 @@ def missing_packages(page: Path) -> list[str]:
     return [name for name in sorted(imported) if importlib.util.find_spec(name.partition(".")[0]) is None]
 
 
-def run_page(page: Path, folder: Path) -> None:
+def run_page(page: Path, folder: Path, programs: Path = INSTALLED) -> None:
     """Run the page's blocks in order in one shell, as a reader would who types them one after the other."""
-    script, earlier = ["set -e"], ""
-    for number, (language, text) in enumerate(blocks(page)):
+    script, earlier, found = ["set -e"], "", blocks(page)
+    for number, (language, text) in enumerate(found):
         if language == "python":
             earlier += text  # a page's Python is one session
+            if found[number + 1 : number + 2] and found[number + 1][0] == "python":
+                continue
             (folder / f"block{number}.py").write_text(earlier)
             text = f"python block{number}.py"
         script.append(text)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("NIGHTSCHOOL")}
     environment |= {
-        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "PATH": f"{programs}:{environment['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "NO_COLOR": "1",
+        # What would be measured first, for seconds, on a machine that has other tests to run.
+        "NIGHTSCHOOL_TRAIN__NUM_THREADS": "1",
+        "NIGHTSCHOOL_TRAIN__DTYPE": "fp32",
     }
     log = folder / "output.txt"
     with log.open("wb") as output:
@@ -72,12 +82,12 @@ def run_page(page: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def after_readme(tmp_path_factory: pytest.TempPathFactory, warm_start: WarmStart) -> Path:
     """A folder in which somebody has followed the README to its end."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("recipes", "data"):
         shutil.copytree(ROOT / name, folder / name)
-    run_page(ROOT / "README.md", folder)
+    run_page(ROOT / "README.md", folder, warm_start.bin)
     return folder
 
 
@@ -90,11 +100,11 @@ def test_readme_runs(after_readme: Path) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.name)
-def test_page_runs_after_readme(page: Path, after_readme: Path, tmp_path: Path) -> None:
+def test_page_runs_after_readme(page: Path, after_readme: Path, warm_start: WarmStart, tmp_path: Path) -> None:
     if missing := missing_packages(page):
         pytest.skip(f"{', '.join(missing)} is not installed: make install-ci")
     shutil.copytree(after_readme, tmp_path / "copy")
-    run_page(page, tmp_path / "copy")
+    run_page(page, tmp_path / "copy", INSTALLED if page.name in COLD else warm_start.bin)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

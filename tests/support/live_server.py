@@ -54,6 +54,12 @@ class LiveServer:
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
+    def is_ready(self) -> bool:
+        try:
+            return httpx2.get(f"{self.url}/readyz").status_code == 200
+        except httpx2.TimeoutException:
+            return False  # on a busy machine the first answer takes longer than a client waits
+
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(20)
@@ -75,7 +81,7 @@ def live(slot: Any, *, wait: bool = True, **settings: Any) -> Iterator[LiveServe
             and getattr(slot, "promoted", True) is not None
             and (not isinstance(slot, FakeSlot) or slot.may_load.is_set())
         ):
-            eventually(lambda: httpx2.get(f"{server.url}/readyz").status_code == 200)
+            eventually(server.is_ready)
         try:
             yield server
         finally:
