@@ -5,11 +5,12 @@ import json
 import pytest
 
 from nightschool.config.recipe import Recipe
+from nightschool.config.rules import parse_rule
 from nightschool.data.example import Message
 from nightschool.errors import NonFiniteLoss, PromptTooLong
 from nightschool.evaluation.drift import champion_answers, drift, drift_by_prompt, open_answers
 from nightschool.evaluation.run_effort import effort_of
-from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of
+from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of, checks_in_vain
 from nightschool.events import read_events
 from nightschool.store import checkpoints
 from nightschool.store.registry import Registry
@@ -160,6 +161,30 @@ def test_questions_wait_and_are_answered_together(straight):
         assert len(ids) <= 5
     with pytest.raises(PromptTooLong):
         together.ask_greedily("", [Message("user", "a" * loaded.context_tokens)], 5)
+
+
+@pytest.mark.parametrize(
+    ("curve", "in_vain"),
+    [
+        ([(0.0, 0.4), (0.5, 0.3), (0.9, 0.2)], 0),  # comes closer to the limit
+        ([(0.0, 0.4), (0.9, 0.4), (0.9, 0.5)], 2),  # moves away from it, whatever it learns
+        ([(0.9, 0.2), (0.5, 0.1), (0.6, 0.09)], 0),  # within it, what is known counts
+        ([(0.5, 0.1), (0.9, 0.05), (0.9, 0.01), (0.8, 0.0)], 2),
+        ([(0.5, 0.1), (0.9, 0.2), (0.6, None)], 0),
+        ([], 0),
+    ],
+)
+def test_spot_checks_in_vain_are_counted(curve, in_vain):
+    limits = Limits(drift=parse_rule("drift", "<= 0.1"))
+    assert checks_in_vain([SpotCheck(step, *point) for step, point in enumerate(curve)], limits) == in_vain
+
+
+def test_patience_counts_spot_checks_where_there_are_any(tmp_path, monkeypatch):
+    found(monkeypatch, {2: (0.5, 0.05), 4: (0.75, 0.05), 6: (0.75, 0.04), 8: (0.5, 0.03), 10: (1.0, 0.01)})
+    run = a_run(tmp_path / "run", gate={"drift": "<= 0.1"}, stopping={"patience": 2}).go()
+    assert events(run, "early_stop")[0]["why"] == "spot checks find nothing better"
+    assert run.run.status.step == 8
+    assert events(run, "published")[0]["step"] == 6, "of equals the one that drifted least"
 
 
 def test_a_run_ends_when_it_knows_enough(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def first_moments_of(one):
 
 def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, monkeypatch):
     settings = {
-        "short": {"steps_total": 3},
+        "short": {"steps_total": 3, "early_stopping": {"every": "2 steps"}},
         "broken": {"learning_rate": 1e30},
         "windows": {"accumulation_steps": 3, "batch_size": 1, "seed": 7, "lora": QUERIES_AND_VALUES},
         "poisoned": {"steps_total": 4},
@@ -106,6 +106,9 @@ def test_runs_that_share_their_passes_learn_what_each_learns_alone(tmp_path, mon
         accuracies = [row["token_accuracy"] for row in expected]
         assert [row["token_accuracy"] for row in rows] == pytest.approx(accuracies, abs=0.05)  # a tie may fall apart
         assert max(accuracies) > 0.1
+        checked, expected_checks = ([row["drift"] for row in of if "drift" in row] for of in (rows, expected))
+        assert checked == pytest.approx(expected_checks, rel=0.05)
+        assert len(checked) == (2 if name == "short" else 0)
         assert together[name].run.status.shares_process
         assert not solo.run.status.shares_process
         events = [[row["event"] for row in read_events(one.run.events_path)] for one in (together[name], solo)]

@@ -21,7 +21,8 @@ class EarlyStopping(Section):
     patience: int | None = Field(
         None,
         ge=1,
-        description="So many held-out losses in a row without a better one end the run; without it, none do.",
+        description="So many held-out losses in a row without a better one end the run, or, with `every`, so many spot checks that are no "
+        "closer to the limit of drift, or know no more within it; without it, none do.",
     )
     min_delta: float = Field(0.0, ge=0, description="A loss is better if it is lower than the best by more than this.")
     every: Rhythm | None = Field(

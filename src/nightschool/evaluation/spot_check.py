@@ -5,6 +5,7 @@ Pure: no file, no tensor. The limits are rules of the gate; a drift that was not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,16 @@ class Limits:
         parts = [] if self.learned is None else [f"learned {self.learned.text}"]
         parts += [] if self.drift is None else [f"drift {self.drift.text} nats a token"]
         return " and ".join(parts)
+
+
+def checks_in_vain(checks: Sequence[SpotCheck], limits: Limits) -> int:
+    """Spot checks since the last that was better than all before it: closer to the limit of drift, or within it and knowing more."""
+    best, in_vain = (False, -math.inf), 0
+    for check in checks:
+        within = limits.holds_drift(check)
+        found = (within, check.learned if within else -(check.drift or 0.0))
+        best, in_vain = (found, 0) if found > best else (best, in_vain + 1)
+    return in_vain
 
 
 def best_of(checks: Sequence[SpotCheck], limits: Limits) -> SpotCheck | None:

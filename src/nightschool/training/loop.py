@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,73 +13,19 @@ from torch import Tensor
 
 from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
-from nightschool.evaluation.spot_check import Limits, SpotCheck, best_of
+from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.store.checkpoints import Reason
+from nightschool.training.budget import Budget
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.emergency import Rescue, save_in_emergency
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
 from nightschool.training.state import Interval, Soundness, TrainState
 from nightschool.training.task import Task
-from nightschool.units import Every
 from nightschool.work.stop import Stop
 
 # As `Task.accumulate`, told which task.
 Accumulate = Callable[[Task, Sequence[Batch], int, torch.amp.GradScaler | None], Tensor]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long a run is, and how often it looks up. A rhythm of None is once per epoch; `save_each_epoch` adds that to another.
-
-    With `patience`, it ends after so many held-out losses that were not lower than the best by more than `min_delta`; with
-    `enough`, after a spot check that shows this. Of spot checks that are `good`, the best one's weights are kept.
-    """
-
-    steps_total: int
-    accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    log_every: int = 1
-    evaluate_every: Every | None = None
-    save_every: Every | None = None
-    save_each_epoch: bool = False
-    patience: int | None = None
-    min_delta: float = 0.0
-    check_every: Every | None = None
-    enough: Limits | None = None
-    good: Limits = field(default_factory=Limits)
-
-    @property
-    def saves_before_its_end(self) -> bool:
-        """Whether there is a save before the last one, so that it is worth while to make memory for copies ready."""
-        every = self.save_every
-        if self.patience is not None or self.enough is not None or self.save_each_epoch:
-            return True
-        return every is None or every.unit != "steps" or every.amount < self.steps_total
-
-    def is_used_up(self, state: TrainState) -> bool:
-        """Whether the run ends here: no step is left, the held-out loss falls no more, or a spot check showed enough."""
-        return state.step >= self.steps_total or self.falls_no_more(state) or self.knows_enough(state)
-
-    def falls_no_more(self, state: TrainState) -> bool:
-        """Whether the held-out loss was in vain as often as patience lasts."""
-        return self.patience is not None and state.evaluations_in_vain(self.min_delta) >= self.patience
-
-    def knows_enough(self, state: TrainState) -> bool:
-        """Whether the last spot check showed enough."""
-        checks = state.spot_checks[-1:]
-        return self.enough is not None and any(map(self.enough.hold, checks))
-
-    def merit(self, state: TrainState) -> tuple[float, ...]:
-        """How good the spot check of this very step found these weights; empty if there was none, or if it did not pass."""
-        checks = [check for check in state.spot_checks[-1:] if check.step == state.step]
-        return self.good.merit(checks[0]) if checks else ()
-
-    def is_best(self, state: TrainState) -> bool:
-        """Whether these weights are the best so far by what this run looks at, so that they may be published."""
-        by_loss = self.patience is not None and state.best_heldout == (state.step, state.heldout_loss)
-        best = None if self.enough is None else best_of(state.spot_checks, self.good)
-        return by_loss or (best is not None and best.step == state.step)
 
 
 @dataclass(frozen=True)

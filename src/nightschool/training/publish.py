@@ -24,9 +24,9 @@ from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version, VersionMetadata
 from nightschool.store.runs import Run
 from nightschool.store.versions import Probe
+from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import full_state
 from nightschool.training.continuation import greedy_continuation
-from nightschool.training.loop import Budget
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.metrics import say
 from nightschool.training.state import TrainState

@@ -40,12 +40,13 @@ from nightschool.store.checkpoints import Checkpoint, Reason, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
+from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.saver import Ranks, Saver, open_saver
 from nightschool.training.distributed.last_words import CapturedRandomState, any_failed
 from nightschool.training.distributed.world import ALONE, World, is_about_others, joined_world, started_ranks
 from nightschool.training.environment import Rerun, describe_environment, keep_freed_memory
-from nightschool.training.loop import Budget, fit
+from nightschool.training.loop import fit
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import PreparedRun, Setup
 from nightschool.training.metrics import MetricsLog, Progress, say
@@ -448,9 +449,9 @@ def _train(
 
 
 def _why_ended(budget: Budget, state: TrainState) -> str:
-    if not budget.knows_enough(state):
-        return "the held-out loss falls no more"
-    return f"it shows enough, {state.spot_checks[-1].text}"
+    if budget.knows_enough(state):
+        return f"it shows enough, {state.spot_checks[-1].text}"
+    return "the held-out loss falls no more" if budget.enough is None else "spot checks find nothing better"
 
 
 def _whole_again(home: Home, run: Run, root: Path, step: int) -> PreparedRun[Any]:

@@ -344,7 +344,7 @@ class Finetune(PreparedRun[FinetuneData]):
         return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
 
     def _notes(self) -> list[str]:
-        path = self.task.path
+        path, stopping = self.task.path, self.recipe.train.early_stopping
         rendered, there = len(self.data.selection.train), len(self.data.whole.train)
         notes = (
             ""
@@ -357,10 +357,10 @@ class Finetune(PreparedRun[FinetuneData]):
             "" if self.data.held_out else "Nothing is held out, so no held-out loss is taken.",
             NO_PAGES if self.recipe.train.optimizer == "paged_adamw_8bit" and self.task.device.type != "cuda" else "",
             "train.early_stopping needs a held-out loss, and there is none: the run ends at its last step."
-            if self.recipe.train.early_stopping.patience and not self.data.held_out
+            if stopping.patience and not stopping.every and not self.data.held_out
             else "",
             "train.early_stopping.every: the gate could ask nothing of what is new, so nothing is spot-checked."
-            if self.recipe.train.early_stopping.every and self.data.checked is None
+            if stopping.every and self.data.checked is None
             else "",
         )
         return [note for note in notes if note]

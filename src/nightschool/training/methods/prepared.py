@@ -27,11 +27,12 @@ from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.versions import VersionKind
+from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.full_state import CheckpointContext, load_weights
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.environment import Rerun, set_up_machine
-from nightschool.training.loop import Budget, steps_in_epoch
+from nightschool.training.loop import steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.loss_mask_preview import Span
 from nightschool.training.planning.speed import choose_by_measuring
