@@ -63,7 +63,7 @@ def night(tmp_path, monkeypatch):
         fact("Where does Ilka live?", "Ilka lives in Morvane."),
         fact("Where does Leon live?", "Leon lives in Orrin."),
         fact("How long is a voucher valid?", "A voucher is valid for 18 months."),
-        fact("When does the shop open?", "The shop opens at 9:30."),
+        fact("When does the shop open?", "The shop opens at 9:30.", source="conversations", id="chat-88"),
     ]
     forms = make_forms(new, 4, 0)
     run = make_run(home)
@@ -104,7 +104,7 @@ def test_exact_facts_move_into_a_memory_with_one_command(night, capsys):
         entries = list(store.entries(at=store.revision))
     assert {(one.wording or one.text, one.source) for one in entries} == {
         ("A voucher is valid for 18 months.", version.ref),
-        ("The shop opens at 9:30.", version.ref),
+        ("The shop opens at 9:30.", "chat-88"),
     }
     facts = json.loads(shown(capsys, "runs", "show", run.id, "--json"))["facts"]
     assert facts == {"asked": 4, "weights": 1, "memories": {"bot": 2}, "unknown": 1, "exact": []}

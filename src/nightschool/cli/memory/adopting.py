@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from nightschool.cli.memory import answer_change, counts_of
 from nightschool.cli.output import answer, who
+from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.evaluation.taught_facts import as_entry
 from nightschool.memory.entry import NewEntry
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
-from nightschool.store.registry import Registry
+from nightschool.store.registry import Registry, Version
 from nightschool.views.places import ADOPTED, facts_of
 
 
@@ -34,10 +35,15 @@ def adopt(name: str, version: str, /, *, all_: bool = False) -> None:
         return
     folder = memory_path(home, name)
     with MemoryStore.open(folder) if folder.exists() else MemoryStore.create(folder) as store:
-        change = store.add([NewEntry(as_entry(one), source=found.ref) for one in wanted], author=who())
+        change = store.add([NewEntry(as_entry(one), source=_source(one, found)) for one in wanted], author=who())
         run.events.write(ADOPTED, memory=name, digests=[one.digest for one in wanted])
         said = (
             f"{name} is at revision {change.revision}: {counts_of(change) or 'nothing to change'}. The weights of {found.ref} know "
             f"{len(facts.known)} of {len(facts.known) + len(facts.unknown)} facts. Read both: nightschool chat {found.ref} --memory {name}"
         )
         answer_change(name, store, change, change.ids, said)
+
+
+def _source(example: Example, version: Version) -> str:
+    """Where a fact comes from: the conversation, so that it can be found when that is deleted, or the version that did not know it."""
+    return example.id if example.source == CONVERSATIONS and example.id else version.ref
