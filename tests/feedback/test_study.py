@@ -1,12 +1,13 @@
 """What is new, in several forms: selected with the run, trained with it, asked by its gate, and deleted with its conversation."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from nightschool.cli.main import main
 from nightschool.config.recipe import Recipe
-from nightschool.data.study.forms import every_wording
+from nightschool.data.study.forms import every_wording, form_of
 from nightschool.data.study.rewordings import rewordings, wording
 from nightschool.errors import Damaged
 from nightschool.evaluation.eval_set import eval_set_of_run
@@ -16,6 +17,7 @@ from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.selection import sample_of, select_examples
 from nightschool.feedback.selection_files import STUDY, read_forms, read_selection, write_selection
 from nightschool.feedback.skipping import fingerprint_of
+from nightschool.feedback.written_forms import WrittenForms, cached, forms_written, write_written
 from nightschool.store.audit import AuditLog
 from nightschool.store.home import Home
 from nightschool.store.runs import RunStore
@@ -84,6 +86,11 @@ def test_the_gate_asks_what_was_kept_aside_and_never_trained(home, run):
     trained = {wording(example.question) for example in read_selection(run.path).train}
     assert len(asked) == 3
     assert not {wording(one.question) for one in asked} & trained
+    aside = next(form for form in read_forms(run.path) if form.kept_aside)
+    by_champion = replace(form_of(aside.example, "In which town is he?", "", "written"), of=aside.of, kept_aside=True)
+    write_written(run.path, WrittenForms([by_champion]))
+    asked = [one.question for one in eval_set_of_run(home, "bot", run, len, candidate="v1").questions]
+    assert "In which town is he?" in asked
 
 
 def test_a_rejected_form_is_never_made_again_until_that_is_undone(home, run, tmp_path, monkeypatch, capsys):
@@ -126,6 +133,10 @@ def test_forms_are_deleted_with_the_conversation_that_they_were_made_of(home, ru
         write_selection(run.path, select_examples(wanted, home, tmp_path))
     assert any("Aldgate" in row.example.question for row in read_forms(run.path))
     assert "Aldgate" in (run.path / STUDY).read_text()
+    by_champion = [replace(form, origin="written") for form in read_forms(run.path)[-2:]]
+    for folder in (run.path, cached(home, "x")):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_written(folder, WrittenForms(by_champion))
     rejected = RejectedForms(home.database)
     # A form of a run, one that only another seed makes, and one of another example.
     of_run = next(row.example.question for row in read_forms(run.path) if "Aldgate" in row.example.question)
@@ -136,6 +147,8 @@ def test_forms_are_deleted_with_the_conversation_that_they_were_made_of(home, ru
     assert [one.question for one in rejected.ls("bot")] == ["Where on earth does Leon Dahl live?"]
     assert "Aldgate" not in (run.path / STUDY).read_text()
     assert len({form.of for form in read_forms(run.path)}) == (0 if sent_back else 2)
+    assert forms_written(run.path) == []
+    assert not cached(home, "x").exists()
 
 
 def test_a_wording_that_a_file_holds_out_for_the_gate_is_not_trained(home, tmp_path):

@@ -10,6 +10,7 @@ from nightschool.data.study.forms import FORM_ID, form_id
 from nightschool.errors import NotFound
 from nightschool.feedback.rejected_forms import RejectedForm, RejectedForms
 from nightschool.feedback.selection_files import read_forms
+from nightschool.feedback.written_forms import forms_written
 from nightschool.store.home import Home
 from nightschool.store.names import split_name
 from nightschool.store.runs import RunStore
@@ -61,7 +62,7 @@ def _find(home: Home, name: str, form: str) -> tuple[str, bool]:
     wanted = _id_of(form)
     for run in reversed(RunStore(home).ls(split_name(name)[0])):
         if run.name == name:
-            for one in read_forms(run.path):
+            for one in [*read_forms(run.path), *forms_written(run.path)]:
                 if one.id == wanted:
                     return one.example.question or "", True
     if wanted == form.strip().lower():

@@ -111,11 +111,13 @@ GENERAL_OF_NIGHTSCHOOL = "default"
 class Study(Section):
     """In how many forms new questions and answers, and corrections, are studied; conversations and texts stay as they are."""
 
-    write: Literal["rules", "off"] = Field(
+    write: Literal["rules", "self", "both", "off"] = Field(
         "off",
         description="Who makes other forms of what is new. rules: rewordings of English questions, and the fact as a sentence "
-        "or asked the other way round where that is sure; off: only what the data say is trained.",
+        "or asked the other way round where that is sure; self: the champion, with the fact before its eyes, and rules where it writes "
+        "too little; both: half of them each; off: only what the data say is trained.",
     )
+    write_for: Seconds = Field(600.0, gt=0, description="Seconds that the champion may write, at most: `10m`.")
     forms: int = Field(
         6,
         ge=1,

@@ -26,6 +26,8 @@ def share_key(plain: Mapping[str, Any], root: str) -> str | None:
         return None
     if plain.get("rehearse", {}).get("prompts") is not None:
         return None  # its passes are over answers of its own
+    if plain.get("study", {}).get("write") in ("self", "both"):
+        return None  # it answers before others learn on its base
     if any(train.get(name, absent) != absent for name, absent in _ABSENT.items()):
         return None
     common = {"base": _absolute(base, root)} | {name: train.get(name) for name in _ALIKE}

@@ -27,6 +27,7 @@ from nightschool.evaluation.run_effort import effort_of
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.feedback.contradictions import notes_on
 from nightschool.feedback.selection_files import read_contradictions
+from nightschool.feedback.written_forms import read_written
 from nightschool.models.load import Located, load_tokenizer, locate
 from nightschool.models.stored import stored_weights
 from nightschool.models.unmerged import base_under, why_merged
@@ -180,7 +181,8 @@ class Comparison:
     def _notes(self, compared: Champion) -> list[str]:
         """What the report says besides: why there is nobody to compare with, and what of the data was not trained."""
         said = [compared.note] if compared.note else []
-        return [*said, *notes_on(read_contradictions(self._run.path))]
+        written = read_written(self._run.path)
+        return [*said, *notes_on(read_contradictions(self._run.path)), *([written.text] if written else [])]
 
     def _sheet_ahead(self, candidate: Version, manifest: Manifest) -> ScoreSheet | None:
         """What was found beforehand, if the candidate is what was examined, and answers as it was published."""

@@ -17,6 +17,7 @@ from nightschool.feedback.novelty import learned_by
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection_files import read_forms
+from nightschool.feedback.written_forms import forms_written
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 
@@ -111,7 +112,7 @@ def eval_set_of_run(
         for file in ("new_examples.jsonl", "replayed.jsonl", "heldout.jsonl")
     )
     if run is not None:
-        taught = with_wordings_kept_aside(taught, read_forms(run.path))
+        taught = with_wordings_kept_aside(taught, [*read_forms(run.path), *forms_written(run.path)])
     accepted = AcceptedExamples(home.database)
     if recipe is not None:
         taught = _without_old(home, recipe, accepted, taught, candidate)

@@ -34,6 +34,7 @@ from nightschool.feedback.selection_files import (
     drop_forms_of_nothing,
     read_forms,
 )
+from nightschool.feedback.written_forms import forget_cached, forms_written
 from nightschool.store.atomic import read_json, write_json
 from nightschool.store.database import Database
 from nightschool.store.files import FileStore, StoredFile
@@ -133,14 +134,15 @@ def erase(
     taint(home.database, found.versions, found.request_id)
     wordings = _wordings_of(conversation)
     for run in runs:
-        before = read_forms(run.path)
+        before = [*read_forms(run.path), *forms_written(run.path)]
         for file in _COPIES:
             cut(run.path / file, sought, rows_of_runs)
         drop_forms_of_nothing(run.path)
-        studied = {form.id for form in read_forms(run.path)}
+        studied = {form.id for form in [*read_forms(run.path), *forms_written(run.path)]}
         wordings |= {wording(form.example.question or "") for form in before if form.id not in studied}
         _cut_plan(run)
     RejectedForms(home.database).forget(found.tenant, wordings)
+    forget_cached(home)
     for job_id in found.jobs:
         for path in _data_of(job_folder(home, found.tenant, job_id)):
             cut(path, sought, rows_of_tenants)

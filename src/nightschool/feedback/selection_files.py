@@ -13,6 +13,7 @@ from nightschool.errors import Damaged
 from nightschool.events import read_events
 from nightschool.feedback.contradictions import Contradiction, from_rows, to_rows
 from nightschool.feedback.selection import Selection
+from nightschool.feedback.written_forms import keep_forms_of
 from nightschool.store.atomic import read_json, write_bytes, write_json
 
 NEW, REPLAYED, GENERAL, HELD_OUT = "new_examples.jsonl", "replayed.jsonl", "general.jsonl", "heldout.jsonl"
@@ -60,6 +61,7 @@ def drop_forms_of_nothing(folder: Path) -> None:
     """Delete the forms of examples that are not among a run's new ones any more."""
     forms = read_forms(folder)
     there = {Example.from_json(row).digest for row in read_events(folder / NEW)}
+    keep_forms_of(folder, there)
     left = [form for form in forms if form.of in there]
     if len(left) < len(forms):
         write_bytes(folder / STUDY, _lines(left))

@@ -14,6 +14,7 @@ from typing import Any
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Damaged, UsageError
 from nightschool.feedback.selection_files import read_selection, write_selection
+from nightschool.feedback.written_forms import read_written, write_written
 from nightschool.jobs.outcome import CycleRecord
 from nightschool.store.atomic import publish_directory
 from nightschool.store.checkpoints import Checkpoint
@@ -50,6 +51,9 @@ def lengthened(run: Run, point: Checkpoint, lengths: Mapping[str, Any]) -> Run:
         raise Damaged(f"The run {run.id} has no whole selection of data to go on with. Start a new run.")
     made = RunStore(run.home).create(recipe.as_plain(), name=run.name)
     write_selection(made.path, selection)
+    written = read_written(run.path)
+    if written is not None:
+        write_written(made.path, written)
     if run.metrics_path.is_file():
         shutil.copyfile(run.metrics_path, made.metrics_path)
     with publish_directory(made.checkpoints_path / point.name) as partial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,30 @@ def greedy_continuation(
     return continuation(model, prompt_ids, max_new_tokens, choose)
 
 
+class Sampling(NamedTuple):
+    """How an answer is drawn: at a temperature above 0, from the likeliest tokens that have `top_p` of the probability together."""
+
+    temperature: float
+    top_p: float
+
+
 def greedy_answers(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Greedy answers to several prompts at once, each with the token that ends it, if it came to its end.
+    """As `answers_of`; nothing is drawn at random."""
+    return answers_of(model, tokenizer, prompts, max_new_tokens)
 
-    The model is to be in the mode in which it shall answer; nothing is drawn at random.
+
+def answers_of(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+) -> list[tuple[int, ...]]:
+    """Answers to several prompts at once, each with the token that ends it, if it came to its end; greedy ones without `sampling`.
+
+    The model is to be in the mode in which it shall answer. What is drawn comes from torch's generator of the model's device.
     """
     inner = causal_lm(model)
     device, stops = next(model.parameters()).device, stop_token_ids(tokenizer)
@@ -79,10 +97,13 @@ def greedy_answers(
     # Packed attention knows no padding.
     packed = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+    drawn: dict[str, Any] = (
+        {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling._asdict()}
+    )
     try:
         found = cast(Any, model).generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops),
-            pad_token_id=filler,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=filler,
+            **drawn,
         )  # fmt: skip
     finally:
         inner.set_attn_implementation(packed)

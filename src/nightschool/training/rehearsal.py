@@ -171,11 +171,16 @@ class RehearsedPrompts:
     def _digest(self, loaded: LoadedModel) -> str:
         """Of all that answers depend on, the weights among it."""
         facts = [loaded.ref, list(self.prompts), self.settings.max_new_tokens, KEPT_TOKENS]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for name, tensor in sorted(loaded.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest_of_weights(loaded, json.dumps(facts))
+
+
+def digest_of_weights(loaded: LoadedModel, facts: str) -> str:
+    """A digest of weights and of what was done with them."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(loaded.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # --- on disk ------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from nightschool.data.study.rewordings import (
     wording,
 )
 
-Origin = Literal["relation", "grammar", "frame", "statement", "reverse"]
-"""By what rule a form was made of its example."""
+Origin = Literal["relation", "grammar", "frame", "statement", "reverse", "written"]
+"""By what rule a form was made of its example, or that a model has written it."""
 
+# Of two forms for which there is no room, the one with more leaves.
+_LEAVES: dict[Origin, int] = {"frame": 2, "grammar": 1, "relation": 0, "statement": 0, "reverse": 0, "written": 0}
 FORM_ID = re.compile(r"[0-9a-f]{12}")
 _LONGEST_QUESTION = 40
 _AS_A_SENTENCE = " Answer in a whole sentence."
@@ -108,6 +110,30 @@ def trained_forms(forms: Iterable[Form]) -> list[Example]:
     return [form.example for form in forms if not form.kept_aside for _ in range(form.example.repeat)]
 
 
+def merged(by_rules: Sequence[Form], written: Sequence[Form], most: int) -> list[Form]:
+    """Written forms first, and of those that rules made as many as there is room for, in the order of their examples.
+
+    What only says that something is asked leaves first. What is kept aside stays.
+    """
+    own: dict[str, list[Form]] = {}
+    for form in written:
+        own.setdefault(form.of, []).append(form)
+    made: dict[str, list[Form]] = {}
+    for form in by_rules:
+        made.setdefault(form.of, []).append(form)
+    made |= {of: [] for of in own if of not in made}
+    found: list[Form] = []
+    for of, forms in made.items():
+        aside = [form for form in forms if form.kept_aside]
+        left = [form for form in forms if not form.kept_aside]
+        mine = own.get(of, [])
+        room = max(0, most - 1 - sum(not form.kept_aside for form in mine))
+        while len(left) > room:
+            left.pop(max(range(len(left)), key=lambda at: (_LEAVES[left[at].origin], at)))
+        found += [*mine, *left, *aside]
+    return found
+
+
 def with_wordings_kept_aside(examples: Iterable[Example], forms: Iterable[Form]) -> list[Example]:
     """The examples, asked in the wordings that were kept aside for them."""
     aside: dict[str, tuple[str, ...]] = {}
@@ -132,21 +158,21 @@ def _forms_of(example: Example, most: int, seed: int, taken: Collection[str]) ->
     free = [one for one in rewordings(question, seed) if wording(one.question) not in taken]
     aside = _to_keep_aside(free) if not example.paraphrases else None
     trained = [one for one in free if one is not aside]
-    forms = [_form(example, one.question, answer, one.rule) for one in trained]
+    forms = [form_of(example, one.question, answer, one.rule) for one in trained]
     said = statement(question, answer)
     backwards = reverse_question(question, answer)
     others: list[Form] = []
     if said is not None and said != answer.strip():
-        others.append(_form(example, question.rstrip() + _AS_A_SENTENCE, said, "statement"))
+        others.append(form_of(example, question.rstrip() + _AS_A_SENTENCE, said, "statement"))
     if said is not None and backwards is not None:
-        others.append(_form(example, backwards, said, "reverse"))
+        others.append(form_of(example, backwards, said, "reverse"))
     others = [form for form in others if wording(form.example.question or "") not in taken]
     room = max(0, most - 1)
     chosen = [*forms[: max(0, room - len(others))], *others][:room]
     kept = (
         []
         if aside is None or not chosen
-        else [replace(_form(example, aside.question, answer, aside.rule), kept_aside=True)]
+        else [replace(form_of(example, aside.question, answer, aside.rule), kept_aside=True)]
     )
     return [*chosen, *kept]
 
@@ -157,7 +183,7 @@ def _to_keep_aside(free: Sequence[Rewording]) -> Rewording | None:
     return real[0] if len(real) >= _LEAST_TO_KEEP_ASIDE else None
 
 
-def _form(example: Example, question: str, answer: str, origin: Origin) -> Form:
+def form_of(example: Example, question: str, answer: str, origin: Origin) -> Form:
     """The example with another last question and answer; what it is not any more, it does not claim."""
     last = max(at for at, message in enumerate(example.messages) if message.role == "user")
     messages = [*example.messages[:last], Message("user", question), *example.messages[last + 1 : -1]]

@@ -24,12 +24,14 @@ from nightschool.data.chat.rendered_data import (
     tokens_by_role,
 )
 from nightschool.data.example import Example
+from nightschool.data.study.forms import merged
 from nightschool.data.tokenizer import train_bpe
 from nightschool.errors import NothingToTrain
 from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.feedback.contradictions import notes_on
 from nightschool.feedback.selection import Selection, sample_of, select_examples
 from nightschool.feedback.selection_files import read_selection, write_selection
+from nightschool.feedback.written_forms import WrittenForms
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask
@@ -41,6 +43,7 @@ from nightschool.training.planning.study_rows import study_notes, study_rows
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
 from nightschool.training.spot_check import SpotChecks, SpotCheckSet
 from nightschool.training.state import TrainState
+from nightschool.training.written_forms import written_for
 
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
 NEW_VOCAB_SIZE = 2048
@@ -117,6 +120,7 @@ class FinetuneData:
     rendered: RenderedData = field(default_factory=lambda: RenderedData([], [], []))
     held_out: Batches | None = None
     rehearsed: RehearsedPrompts | None = None
+    written: WrittenForms | None = None
     checked: SpotCheckSet | None = None
 
 
@@ -159,6 +163,7 @@ class Finetune(PreparedRun[FinetuneData]):
             raise NothingToTrain(
                 " ".join([*notes_on(data.whole.contradictions), *study_notes(data.whole, setup.recipe.name)])
             )
+        data = _with_written(setup, data, loaded)
         rendered = render_data(tokenizer, data.selection.train, train.max_seq_len, train.num_workers)
         refuse_nothing_to_train(rendered.all, train.max_seq_len, train.max_cut_share)
         size: dict[str, int | None] = {"batch_size": train.batch_size, "tokens_per_batch": None}
@@ -272,7 +277,7 @@ class Finetune(PreparedRun[FinetuneData]):
                 ),
                 examples,
             ),
-            *study_rows(whole),
+            *study_rows(whole, self.recipe.study, self.data.written),
             PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),
             PlanRow(
                 "tokens",
@@ -377,6 +382,18 @@ def _selection(setup: Setup) -> Selection:
             )  # made from an earlier selection that was lost
             write_selection(setup.folder, selected)
     return selected
+
+
+def _with_written(setup: Setup, data: FinetuneData, loaded: LoadedModel) -> FinetuneData:
+    """The data with the forms that the champion writes; a plan has those that rules make in their place."""
+    study = setup.recipe.study
+    # Random weights can't write.
+    if setup.folder is None or study.write not in ("self", "both") or setup.recipe.base.startswith("new:"):
+        return data
+    with setup.world.first_goes_first():
+        written = written_for(setup.recipe, setup.home, setup.folder, loaded, data.selection)
+    selection = replace(data.selection, forms=merged(data.selection.forms, written.forms, study.forms))
+    return replace(data, selection=selection, whole=selection, written=written)
 
 
 def _new_tokenizer(selection: Selection, folder: Path | None) -> PreTrainedTokenizerBase:

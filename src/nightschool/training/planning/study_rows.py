@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import shlex
 
+from nightschool.config.recipe import Study
 from nightschool.feedback.contradictions import what_to_do
 from nightschool.feedback.selection import Selection
+from nightschool.feedback.written_forms import WrittenForms
 from nightschool.training.methods.prepared import PlanRow
 
 SHOWN_FORMS = 6
 SHOWN_CONTRADICTIONS = 5
 
 
-def study_rows(selection: Selection) -> list[PlanRow]:
+def study_rows(selection: Selection, study: Study, written: WrittenForms | None) -> list[PlanRow]:
     """Contradictions, then forms: how many, and some of them; nothing where there are none."""
-    return [*_contradictions(selection), *_forms(selection)]
+    rows = [*_contradictions(selection), *_forms(selection)]
+    if written is not None:
+        rows.append(PlanRow("written", written.text, {"forms_written": written.counts}))
+    elif study.write in ("self", "both"):
+        text = f"by the champion before step 1, in {study.write_for:g} s at most; those above are what rules make in their place"
+        rows.append(PlanRow("written", text, {"write_for_seconds": study.write_for}))
+    return rows
 
 
 def study_notes(selection: Selection, name: str) -> list[str]:
