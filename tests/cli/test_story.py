@@ -38,6 +38,7 @@ def _until(condition, seconds=100):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("warm_children")
 def test_a_night_that_is_interrupted_goes_on_at_the_next_start(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     rows = [{"query": f"Where is {name}?", "retrieved": f"In {name}land."} for name in ("Ada", "Bo", "Cy", "Dee")]

@@ -14,7 +14,7 @@ from tests.support.job_setups import Jobs
 from tests.support.live_server import eventually, live
 from tests.support.training_setups import base_folder
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("warm_children")]
 ALIAS = "gpt-4o-mini-2024-07-18"
 ENDED = ("succeeded", "failed", "cancelled")
 

@@ -78,8 +78,9 @@ def warm_start() -> Iterator[WarmStart]:
         yield start
 
 
-@pytest.fixture
-def warm_children(warm_start: WarmStart, monkeypatch: pytest.MonkeyPatch) -> WarmStart:
-    """Have the processes that the test starts with `sys.executable` begin warm."""
-    monkeypatch.setattr(sys, "executable", warm_start.python)
-    return warm_start
+@pytest.fixture(scope="module")
+def warm_children(warm_start: WarmStart) -> Iterator[None]:
+    """Have the processes that the module starts with `sys.executable` begin warm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_start.python)
+        yield

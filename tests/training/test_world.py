@@ -22,8 +22,7 @@ from tests.support.live_server import eventually
 from tests.support.shard_setups import write_shards
 from tests.training.test_pretrain import recipe_of
 
-# Each test starts several processes, each of which loads torch: seconds here, a minute on a machine that is busy.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("warm_children")]
 
 
 @pytest.fixture(scope="module")
