@@ -18,7 +18,7 @@ from nightschool.errors import Damaged, Interrupted, ModelError, NonFiniteLoss
 from nightschool.layers import layer_by_layer
 from nightschool.layers.expert_streaming.record import WEIGHTS
 from nightschool.layers.expert_streaming.store import Visit
-from nightschool.models import streamed
+from nightschool.models import load, streamed
 from nightschool.models.build import build_config, build_model
 from nightschool.models.cost import count_parameters
 from nightschool.models.export import save_version_folder
@@ -232,6 +232,17 @@ def test_a_stock_folder_with_other_experts_is_refused(tmp_path):
         Damaged, match=r"weights of expert 2 of layer model\.layers\.1\.mlp\.experts .* hold NaN or infinity"
     ):
         load_base(str(folder), Home(tmp_path), experts=place)
+
+
+def test_a_new_model_without_room_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(load, "host_bytes", lambda: HostBytes(10**11, 10**10))
+    monkeypatch.setattr(load, "build_model", None)
+    with pytest.raises(
+        ModelError,
+        match=r"'new:moe-13b' has 13,\d{3},\d{3},\d{3} parameters: 52\.\d GB in fp32, and 209 GB with .* 10 GB of memory are free",
+    ):
+        load_base("new:moe-13b", Home(tmp_path), tokenizer=tokenizer)
 
 
 def test_a_model_without_experts_and_other_optimizers_are_refused(tmp_path):

@@ -37,6 +37,8 @@ from nightschool.models.weights_file import refuse_weights_file
 from nightschool.store.home import Home
 from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version
+from nightschool.units import format_bytes
+from nightschool.work.host_memory import host_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -259,8 +261,22 @@ def _build_new(
     if experts is not None:
         config = build_config(ref, len(tokenizer), **ids, shape=shape)
         return _finish(build_streamed(config, seed, experts, device), tokenizer, ref, None)
+    _check_room(ref, build_config(ref, len(tokenizer), **ids, shape=shape), torch.device(device))
     model = _moved(build_model(ref, len(tokenizer), seed, **ids, shape=shape), device, dtype)
     return _finish(model, tokenizer, ref, None)
+
+
+def _check_room(ref: str, config: Any, device: torch.device) -> None:
+    """Refuse a fresh model that finds no room while it is drawn in fp32, or on a CPU with its gradients, rather than have all memory filled."""
+    with torch.device("meta"), quiet_libraries():
+        outline: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    numbers = sum(parameter.numel() for parameter in outline.parameters())
+    free, needed = host_bytes().free, numbers * (8 if device.type == "cpu" else 4)
+    if needed > free:
+        raise ModelError(
+            f"The base {ref!r} has {numbers:,} parameters: {format_bytes(4 * numbers)} in fp32, and {format_bytes(16 * numbers)} with gradients and "
+            f"moments; {format_bytes(free)} of memory are free. Take a smaller one, or for a mixture write experts.tier: disk."
+        )
 
 
 def _refuse_what_streams_not(found: Located, home: Home, *, merge: bool) -> None:
