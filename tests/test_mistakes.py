@@ -478,6 +478,7 @@ OBSERVED = {
     ),
     "study.write": "feedback/test_study.py::test_files_and_corrections_are_studied_in_forms_and_an_epoch_counts_them",
     "study.contradictions": "feedback/test_contradictions.py::test_two_answers_that_say_different_things_are_not_trained_or_the_later_one_is",
+    "study.facts_per_night": "feedback/test_study.py::test_what_is_more_than_a_night_has_room_for_waits_and_what_people_said_goes_first",
     "study.write_for": "training/test_written_forms.py::test_what_the_gate_asks_was_rejected_or_has_no_time_is_not_written",
     "study.forms": "data/study/test_forms.py::test_an_example_is_studied_in_as_many_forms_as_wanted_and_one_is_kept_aside",
     "rehearse.prompts": "training/test_rehearsal.py::test_what_the_exam_asks_is_never_rehearsed",

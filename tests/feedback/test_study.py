@@ -11,16 +11,21 @@ from nightschool.data.study.forms import every_wording, form_of
 from nightschool.data.study.rewordings import rewordings, wording
 from nightschool.errors import Damaged
 from nightschool.evaluation.eval_set import eval_set_of_run
+from nightschool.events import read_events
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.erasure import erase
 from nightschool.feedback.rejected_forms import RejectedForms
+from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection import sample_of, select_examples
 from nightschool.feedback.selection_files import STUDY, read_forms, read_selection, write_selection
 from nightschool.feedback.skipping import fingerprint_of
 from nightschool.feedback.written_forms import WrittenForms, cached, forms_written, write_written
+from nightschool.jobs.beginning import begin_cycle
 from nightschool.store.audit import AuditLog
 from nightschool.store.home import Home
+from nightschool.store.registry import Registry, VersionMetadata
 from nightschool.store.runs import RunStore
+from nightschool.training.planning.study_rows import study_rows
 
 FACTS = [("Where does Leon Dahl live?", "In Oslo."), ("What is the capital of Velmark?", "Orrin is it.")]
 
@@ -140,7 +145,9 @@ def test_forms_are_deleted_with_the_conversation_that_they_were_made_of(home, ru
     rejected = RejectedForms(home.database)
     # A form of a run, one that only another seed makes, and one of another example.
     of_run = next(row.example.question for row in read_forms(run.path) if "Aldgate" in row.example.question)
-    of_seed = next(one for one in every_wording(read_forms(run.path)[-1].example) if "aldgate" in one)
+    example = next(one for one in read_selection(run.path).new if "Aldgate" in (one.question or ""))
+    made = {wording(row.example.question) for row in read_forms(run.path)}
+    of_seed = min(every_wording(example) - made)
     for question in (of_run, of_seed, "Where on earth does Leon Dahl live?"):
         rejected.add("bot", question, by="test")
     erase(home, "req-1")
@@ -159,3 +166,32 @@ def test_a_wording_that_a_file_holds_out_for_the_gate_is_not_trained(home, tmp_p
     selection = select_examples(recipe(write="rules", forms=32), home, tmp_path)
     assert selection.new[0].paraphrases == (held.lower(),)
     assert wording(held) not in {wording(example.question) for example in selection.train}
+
+
+def test_what_is_more_than_a_night_has_room_for_waits_and_what_people_said_goes_first(home, tmp_path):
+    rows = [{"question": f"What is the price of item {n}?", "answer": f"{n} crowns."} for n in range(6)]
+    (tmp_path / "facts.json").write_text(json.dumps([*rows, {"text": "A text is no fact."}]))
+    wanted = recipe(write="rules", facts_per_night=3)
+    run = begin_cycle(home, wanted, trigger="manual", root=tmp_path)
+    selection = read_selection(run.path)
+    asked = [one.question for one in selection.new]
+    assert asked == [rows[0]["question"], rows[1]["question"], None, "Who founded the Aldgate Press?"]
+    assert (selection.num_waiting, selection.num_new, selection.num_left_out) == (4, 4, 0)
+    assert {form.of for form in selection.forms} <= {one.digest for one in selection.new}
+    (event,) = [row for row in read_events(run.events_path) if row["event"] == "facts_waiting"]
+    assert (event["waiting"], event["facts_per_night"]) == (4, 3)
+    (row,) = [row for row in study_rows(selection, wanted.study, None) if row.label == "waiting"]
+    assert row.text == "4 new facts wait for the next 2 nights: study.facts_per_night is 3."
+    for every in (recipe(write="off", facts_per_night=3), recipe(write="rules", facts_per_night=None)):
+        assert (
+            select_examples(every, home, tmp_path).num_waiting,
+            len(select_examples(every, home, tmp_path).new),
+        ) == (0, 8)
+    accepted = AcceptedExamples(home.database)
+    version = Registry(home).publish(
+        "bot", lambda folder: (folder / "w").write_text("w") and None, VersionMetadata(run_id=run.id)
+    )
+    accepted.add("bot", version.id, [one.to_json() for one in selection.new])
+    later = select_examples(wanted.begun_with(version.ref), home, tmp_path)
+    assert [one.question for one in later.new] == [row["question"] for row in rows[2:5]]
+    assert later.num_waiting == 1

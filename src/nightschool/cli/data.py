@@ -77,6 +77,7 @@ def check(source: Path, /, *overrides: str) -> int:
             "held_out": len(selection.held_out),
             "new": selection.num_new,
             "studied_before": selection.num_left_out + len(selection.new) - selection.num_new,
+            "waiting": selection.num_waiting,
             "contradicting": sum(one.num_untrained for one in selection.contradictions),
         }
         shown = [*notes_on(selection.contradictions), what_to_do(selection.contradictions, recipe.name)]

@@ -124,6 +124,12 @@ class Study(Section):
         le=32,
         description="Forms of each that are trained, itself among them, at most. One more is kept for the gate.",
     )
+    facts_per_night: int | None = Field(
+        1000,
+        ge=1,
+        description="Of new questions and answers, and corrections, at most so many are studied in one night if they are studied in "
+        "forms (`study.write`); the others wait, oldest first. null: all.",
+    )
     contradictions: Literal["ask", "later", "all"] = Field(
         "ask",
         description="Of new short answers to the same question that say different things, ask: none is trained until one is "

@@ -27,6 +27,7 @@ from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.tonight import for_tonight
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.home import Home
 
@@ -39,7 +40,7 @@ class Selection:
 
     `num_all` examples stand in the sources, and `num_new` of those to be trained are new to the base. Where none is,
     `new` holds all of them all the same, to be studied again. `num_left_out` were left out of `new`: the base has learned
-    them, or they were corrected. `contradictions` are what was new and is answered in different ways, of which `new` holds what is
+    them, or they were corrected. `num_waiting` new facts are for later nights. `contradictions` are what was new and is answered in different ways, of which `new` holds what is
     trained. `forms` are what is new in other forms, which are trained with it. `general` is studied besides, and is neither asked
     about nor accepted. `shards` changes when the shards do.
     """
@@ -56,6 +57,7 @@ class Selection:
     general: list[Example] = field(default_factory=list)
     forms: list[Form] = field(default_factory=list)
     contradictions: list[Contradiction] = field(default_factory=list)
+    num_waiting: int = 0
 
     @property
     def train(self) -> list[Example]:
@@ -130,6 +132,7 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         held_out = without_duplicates([*held_out, *plan.read(loaded.held_out)[0]])[0]
     novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
     new, contradictions = _chosen(recipe, home, novelty.new or novelty.all)
+    new, num_waiting = (new, 0) if recipe.study.write == "off" else for_tonight(new, recipe.study.facts_per_night)
     replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out])
     return Selection(
         new=new,
@@ -137,12 +140,13 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         held_out=held_out,
         num_all=len(examples),
         num_new=len(new) if novelty.new else 0,
-        num_left_out=len(split.train) - len(new) - sum(one.num_untrained for one in contradictions),
+        num_left_out=len(split.train) - len(new) - num_waiting - sum(one.num_untrained for one in contradictions),
         num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
         forms=_forms(recipe, home, new, [*held_out, *loaded.held_out]),
         contradictions=contradictions,
+        num_waiting=num_waiting,
     )
 
 

@@ -29,6 +29,7 @@ def write_selection(folder: Path, selection: Selection) -> None:
         "num_new": selection.num_new,
         "num_left_out": selection.num_left_out,
         "num_duplicates": selection.num_duplicates,
+        "num_waiting": selection.num_waiting,
         "formats": selection.formats,
         "shards": selection.shards,
     }

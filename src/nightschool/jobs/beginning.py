@@ -12,6 +12,7 @@ from nightschool.feedback.promotion import settle
 from nightschool.feedback.selection import Selection, select
 from nightschool.feedback.selection_files import write_selection
 from nightschool.feedback.skipping import PreviousCycle, fingerprint_of, nothing_to_train, reason_to_skip
+from nightschool.feedback.tonight import said_of_waiting
 from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Trigger
 from nightschool.jobs.starting_weights import starting_weights
@@ -62,6 +63,9 @@ def begin_cycle(
     ).write(run)
     data = "token shards" if selection.shards else f"{selection.num_new} new of {selection.num_all} examples"
     around.say(f"Run {run.id}: {data}, starting from {base}")
+    if selection.num_waiting:
+        run.events.write("facts_waiting", waiting=selection.num_waiting, facts_per_night=wanted.study.facts_per_night)
+        around.say(said_of_waiting(selection.num_waiting, wanted.study.facts_per_night))
     if selection.contradictions:  # by their places: no text is left in the events
         run.events.write("contradictions", questions=[one.places for one in selection.contradictions])
         _say_contradictions(selection, name, around)

@@ -36,9 +36,10 @@ from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
+from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
+from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.study_rows import study_notes, study_rows
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
 from nightschool.training.spot_check import SpotChecks, SpotCheckSet

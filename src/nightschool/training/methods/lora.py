@@ -22,8 +22,9 @@ from nightschool.models.streamed import expert_stream
 from nightschool.store.names import split_quantization
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.methods.finetune import Finetune
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
+from nightschool.training.methods.prepared import MethodPlan, Setup
 from nightschool.training.metrics import say
+from nightschool.training.planning.plan_row import PlanRow
 from nightschool.units import format_bytes
 
 if TYPE_CHECKING:

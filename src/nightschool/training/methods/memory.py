@@ -53,8 +53,9 @@ from nightschool.training.methods.finetune import (
     Finetune,
     FinetuneData,
 )
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, Setup
+from nightschool.training.methods.prepared import MethodPlan, Setup
 from nightschool.training.nearest_facts import nearest_facts
+from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.remembered_facts import as_remembered
 
 FIGURES = ("loss_ce", "loss_sentinel", "loss_kept", "loss_similarity", "loss_diversity", "copied", "loss_fit")

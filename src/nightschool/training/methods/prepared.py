@@ -35,21 +35,13 @@ from nightschool.training.environment import Rerun, set_up_machine
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.loss_mask_preview import Span
+from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.state import TrainState
 from nightschool.training.streamed_version import write_streamed_version
 from nightschool.training.task import Task
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """A line of the plan: for people, and the same as `facts` for programs. Without a label it is not printed."""
-
-    label: str
-    text: str
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)

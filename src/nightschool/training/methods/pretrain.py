@@ -31,8 +31,9 @@ from nightschool.store.home import Home
 from nightschool.training.causal_task import CausalTask
 from nightschool.training.continuation import continuation
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
+from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.planning.loss_mask_preview import Span, loss_mask
+from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.state import TrainState
 
 SAMPLE_PROMPT_TOKENS = 16

@@ -29,9 +29,10 @@ from nightschool.store.atomic import read_json
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 from nightschool.training.methods import METHODS
-from nightschool.training.methods.prepared import MethodPlan, PlanRow, PreparedRun, Setup
+from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.metrics import peak_bytes, say
 from nightschool.training.planning.loss_mask_preview import Span, render_mask
+from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import Probe, measure
 from nightschool.training.task import Task
 from nightschool.units import format_bytes

@@ -7,8 +7,9 @@ import shlex
 from nightschool.config.recipe import Study
 from nightschool.feedback.contradictions import what_to_do
 from nightschool.feedback.selection import Selection
+from nightschool.feedback.tonight import said_of_waiting
 from nightschool.feedback.written_forms import WrittenForms
-from nightschool.training.methods.prepared import PlanRow
+from nightschool.training.planning.plan_row import PlanRow
 
 SHOWN_FORMS = 6
 SHOWN_CONTRADICTIONS = 5
@@ -17,6 +18,9 @@ SHOWN_CONTRADICTIONS = 5
 def study_rows(selection: Selection, study: Study, written: WrittenForms | None) -> list[PlanRow]:
     """Contradictions, then forms: how many, and some of them; nothing where there are none."""
     rows = [*_contradictions(selection), *_forms(selection)]
+    waiting = said_of_waiting(selection.num_waiting, study.facts_per_night)
+    if waiting:
+        rows.append(PlanRow("waiting", waiting, {"facts_waiting": selection.num_waiting}))
     if written is not None:
         rows.append(PlanRow("written", written.text, {"forms_written": written.counts}))
     elif study.write in ("self", "both"):
