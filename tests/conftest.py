@@ -2,8 +2,8 @@
 
 import os
 
-# Threads that wait without spinning, here and in every process that tests start: pytest-xdist has taken all cores. A training of two
-# threads beside other work took 128 s in place of 3. Before torch is loaded, which reads it.
+# Threads that wait without spinning, here and in every process that tests start: other tests have taken the cores. Set before
+# torch is loaded, which reads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.support.no_skips import pytest_make_collect_report, pytest_runtest_makereport
