@@ -77,8 +77,7 @@ class Rehearsal:
 
     def beside(self, batch: Batch, number: int) -> tuple[Batch, TopTokens]:
         """What is rehearsed beside a micro-batch, the `number`th of the run; equal for equal arguments."""
-        examples = len(batch.cu_seqlens) - 1
-        count = min(len(self._rows), max(1, round(self._ratio * examples)))
+        count = min(len(self._rows), answers_beside(self._ratio, len(batch.cu_seqlens) - 1))
         chosen = [self._rows[self._order[(number * count + i) % len(self._rows)]] for i in range(count)]
         documents = [row.document for row in chosen]
         packed = Batches(documents, batch_size=1, seed=0, documents_per_example=len(documents)).get(0, 0)
@@ -94,6 +93,11 @@ class Rehearsal:
         with autocast(device, dtype):
             total = document_divergence(model, path, on_device(packed, device), teacher.to(device))
         return total / packed.tokens_trained
+
+
+def answers_beside(ratio: float, examples: float) -> int:
+    """How many answers lie beside a micro-batch of so many examples."""
+    return max(1, round(ratio * examples))
 
 
 def ask(
@@ -141,20 +145,25 @@ class RehearsedPrompts:
             return None
         return cls(tuple(prompts), recipe.rehearse, recipe.train.seed, home.cache / "rehearsals")
 
-    def answered(self, folder: Path, loaded: LoadedModel, task: Any) -> Rehearsal | None:
+    def answered(
+        self, folder: Path, loaded: LoadedModel, task: Any, micro_batches: int, examples: float
+    ) -> Rehearsal | None:
         """The answers: those in the run's folder, or of an earlier run with the same weights, or new ones.
 
-        None where the model says nothing to any of the prompts.
+        No more prompts are asked than so many micro-batches of so many examples have room for. None where the model says
+        nothing to any of them.
         """
         path = folder / FILE
         rows = read(path)
         if rows is None:
-            digest = self._digest(loaded)
-            kept = self.cache / f"{digest}.safetensors"
+            room = micro_batches * answers_beside(self.settings.ratio, examples)
+            order = np.random.default_rng(self.seed).permutation(len(self.prompts))
+            prompts = [self.prompts[number] for number in order[:room]]
+            kept = self.cache / f"{self._digest(loaded, prompts)}.safetensors"
             rows = read(kept)
             if rows is None:
-                say(f"Asking {loaded.ref} {len(self.prompts)} general prompts, whose answers are rehearsed")
-                rows = ask(task.model, task.path, loaded.tokenizer, self.prompts, self.settings.max_new_tokens)
+                say(f"Asking {loaded.ref} {len(prompts)} general prompts, whose answers are rehearsed")
+                rows = ask(task.model, task.path, loaded.tokenizer, prompts, self.settings.max_new_tokens)
                 write(kept, rows)
             write(path, rows)
             rows = read(path)  # what a resumed run has: numbers rounded as they are kept
@@ -168,9 +177,9 @@ class RehearsedPrompts:
         longest = [len(render_prompt(tokenizer, [Message("user", p)])) for p in self.prompts]
         return round(self.settings.ratio * examples * (sum(longest) / len(longest) + self.settings.max_new_tokens))
 
-    def _digest(self, loaded: LoadedModel) -> str:
+    def _digest(self, loaded: LoadedModel, prompts: Sequence[str]) -> str:
         """Of all that answers depend on, the weights among it."""
-        facts = [loaded.ref, list(self.prompts), self.settings.max_new_tokens, KEPT_TOKENS]
+        facts = [loaded.ref, list(prompts), self.settings.max_new_tokens, KEPT_TOKENS]
         return digest_of_weights(loaded, json.dumps(facts))
 
 

@@ -225,8 +225,10 @@ class Finetune(PreparedRun[FinetuneData]):
         """
         task = self.task
         if self.data.rehearsed is not None:
+            micro_batches = self.budget.steps_total * self.recipe.train.accumulation_steps
+            examples = len(self.data.selection.train) / max(1, task.batches.num_batches(0))
             with task.world.first_goes_first():
-                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task)
+                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, micro_batches, examples)
         if self.data.checked is not None:
             task.spot_checks = SpotChecks(self.data.checked, self.loaded, task.compute_dtype, task.world)
 
