@@ -86,6 +86,18 @@ def test_as_many_answers_as_the_ratio_says_lie_beside_a_micro_batch(tmp_path):
     assert not torch.equal(one.beside(batch, 0)[0].input_ids, one.beside(batch, 1)[0].input_ids)
 
 
+def test_no_more_is_asked_than_there_is_room_for(tmp_path):
+    prepared = a_run(tmp_path / "run").prepared()
+    wanted = prepared.data.rehearsed
+    asked = [
+        len(wanted.answered(tmp_path / str(room), prepared.loaded, prepared.task, room, 2).documents)
+        for room in (1, 2, 9)
+    ]
+    assert asked[0] < asked[1] < asked[2]
+    assert asked[0] == 1  # ratio 0.5
+    assert asked[2] <= len(PROMPTS)
+
+
 def test_another_run_with_the_same_weights_asks_nothing(tmp_path, monkeypatch):
     first = a_run(tmp_path / "first").go(stop_after=1)
     monkeypatch.setattr(rehearsal, "ask", lambda *_: pytest.fail("was asked"))

@@ -299,6 +299,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "experts.z_loss_coef": (("full", "pretrain"), ", whose expert routers do not learn"),
     "experts.bias_update_rate": (("full", "pretrain"), ", whose expert routers do not learn"),
     "study.write": (("full", "lora", "qlora"), ""),
+    "lora.init": (("lora", "qlora"), ""),
     "train.early_stopping.every": (("full", "lora", "qlora"), ""),
     "study.contradictions": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
@@ -448,6 +449,19 @@ class Recipe(Section):
             raise ValueError(
                 "`train.early_stopping.every` measures drift from the base, and `from_checkpoint` begins elsewhere; take one of the two "
                 "out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _null_space(self) -> Recipe:
+        if self.lora.init == "null_space" and self.rehearse.prompts is None:
+            raise ValueError(
+                "`lora.init: null_space` looks at the answers that are rehearsed, and nothing is; write rehearse.prompts: default"
+            )
+        if self.lora.init == "null_space" and self.from_checkpoint is not None:
+            raise ValueError(
+                "`from_checkpoint` brings what was learned in other directions than `lora.init: null_space` draws; take one of the "
+                "two out"
             )
         return self
 

@@ -151,6 +151,11 @@ class Lora(Section):
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    init: Literal["default", "null_space"] = Field(
+        "default",
+        description="How a fresh adapter begins. null_space: on linear layers it learns only in directions that the model's own general "
+        "answers hardly use, and needs a higher learning rate (methods lora and qlora, with `rehearse.prompts`).",
+    )
     target_modules: str | list[str] = Field(
         "all-linear",
         description="`all-linear` (with the experts of a mixture), `attention`, `experts`, or names of modules: a list, or "

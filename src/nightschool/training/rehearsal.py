@@ -75,6 +75,11 @@ class Rehearsal:
         self._rows, self._ratio, self.weight = list(rows), ratio, weight
         self._order = np.random.default_rng(seed).permutation(len(rows))
 
+    @property
+    def documents(self) -> list[Rendered]:
+        """All that may be rehearsed."""
+        return [row.document for row in self._rows]
+
     def beside(self, batch: Batch, number: int) -> tuple[Batch, TopTokens]:
         """What is rehearsed beside a micro-batch, the `number`th of the run; equal for equal arguments."""
         count = min(len(self._rows), answers_beside(self._ratio, len(batch.cu_seqlens) - 1))

@@ -20,6 +20,7 @@ from nightschool.models.quantize import num_elements, stored_bytes
 from nightschool.models.stored import StoredWeights, stored_weights
 from nightschool.models.streamed import expert_stream
 from nightschool.store.names import split_quantization
+from nightschool.training import null_space
 from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.methods.finetune import Finetune
 from nightschool.training.methods.prepared import MethodPlan, Setup
@@ -53,18 +54,48 @@ class LoraFinetune(Finetune):
         loaded = load(merge=False)
         if loaded.adapter:
             _refuse_other_lora(cast("PeftModel", loaded.model), recipe, loaded.ref)
+            if recipe.lora.init == "null_space":
+                null_space.freeze(loaded.model)
             return loaded
         frozen = cast(PreTrainedModel, loaded.model)
         wrapped = attach_lora(frozen, recipe.lora, recipe.train.seed, base_path=loaded.base_location)
         _refuse_unserved_routers(wrapped, recipe)
+        if recipe.lora.init == "null_space" and not null_space.freeze(wrapped):
+            raise ModelError(
+                f"lora.init is null_space, which is for linear layers, and lora.target_modules ({recipe.lora.target_modules}) reaches none. "
+                "Name some, or take lora.init out."
+            )
         return replace(loaded, model=wrapped, adapter=True)
 
     def begin(self, folder: Path) -> None:
         """Say what the adapter reaches: what learns nothing should not look like success."""
         super().begin(folder)
+        if self.recipe.lora.init == "null_space":
+            self._take_directions(folder)
         if self.task.world.rank == 0:
             info = describe_adapter(cast("PeftModel", self.task.model))
             say(f"Adapter of rank {self.recipe.lora.r} on {info.text}. {info.note}".strip())
+
+    def _take_directions(self, folder: Path) -> None:
+        """Have a fresh adapter learn where the answers that are rehearsed leave room; one that goes on has its directions already."""
+        model, task, path = self.task.model, self.task, folder / null_space.FILE
+        if not null_space.is_fresh(model):
+            say(f"{self.loaded.ref} goes on learning in the directions that it has")
+            return
+        if task.rehearsal is None:
+            say(
+                f"{self.loaded.ref} says nothing that could be kept out of the adapter's way, so its directions stay as they were drawn"
+            )
+            return
+        with task.world.first_goes_first():
+            drawn = null_space.read(path)
+            if drawn is None:
+                say("Looking for directions that general answers hardly use")
+                documents = task.rehearsal.documents
+                null_space.write(path, null_space.draw(model, task.path, documents, self.recipe.train.seed))
+                drawn = null_space.read(path)
+            assert drawn is not None
+            null_space.place(model, drawn)
 
     def plan_rows(self, num_processes: int) -> MethodPlan:
         """With what the adapter reaches, and how the base below it is kept."""
@@ -85,7 +116,7 @@ class LoraFinetune(Finetune):
 
     def numerics(self) -> dict[str, Any]:
         lora = self.recipe.lora.model_dump(mode="json").items()
-        return super().numerics() | {f"lora.{key}": value for key, value in lora}
+        return super().numerics() | {f"lora.{key}": value for key, value in lora if (key, value) != ("init", "default")}
 
     def base_fingerprint(self) -> str | None:
         return frozen_fingerprint(self.task.model)
