@@ -94,7 +94,7 @@ PROVEN_ELSEWHERE = {
         "engine/test_compare.py::test_an_answer_that_fails_is_no_wrong_answer_but_the_end",
         "server/test_parametric_memory.py::test_a_failed_refresh_is_500_is_counted_and_the_old_version_serves_on",
         "server/test_openai.py::test_a_failure_in_the_middle_of_a_stream_reaches_the_client_as_an_error",
-        "training/test_world.py::test_when_one_process_is_killed_the_run_says_so_and_can_be_resumed",
+        "training/test_ranks_end.py::test_what_is_not_whole_everywhere_is_not_saved_and_said",
         "training/test_saver.py::test_a_full_disk_stops_the_run_at_the_next_save",
     ],
 }
@@ -446,6 +446,7 @@ OBSERVED = {
     "pretrain.max_files": "data/test_shards.py::test_a_folder_with_an_index",
     "pretrain.sample_tokens": "training/test_pretrain.py::test_a_run_learns_and_publishes_what_it_learned",
     "tokenizer": "training/test_pretrain.py::test_adding_padding_changes_no_loss",
+    "lora.init": "training/test_null_space.py::test_what_is_rehearsed_hardly_reaches_the_directions",
     "train.num_processes": "training/test_world.py::test_two_processes_learn_what_one_learns_from_twice_the_batch",
     "train.zero_stage": "training/test_world.py::test_sharded_processes_learn_the_same_and_each_saves_its_part",
     **dict.fromkeys(

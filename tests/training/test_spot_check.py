@@ -80,7 +80,6 @@ def test_the_best_point_knows_most_of_those_that_pass():
         ({"train": {"early_stopping": {"every": "5 steps", "learned": "<= 90%"}}}, "asks for a worse model"),
         ({"train": {"early_stopping": {"every": "5 steps", "learned": ">= 0.9 nats"}}}, "is a share, and not in nats"),
         ({"train": {"early_stopping": {"every": "5 steps", "learned": ">= champion"}}}, "no spot check asks"),
-        ({"train": {"early_stopping": {"every": "5 steps"}}, "gate": {"new_facts": None}}, "early_stopping.learned"),
         ({"train": {"early_stopping": {"every": "5 steps"}, "zero_stage": 2}}, "zero_stage: 0"),
         ({"train": {"early_stopping": {"every": "5 steps"}}, "method": "dpo"}, "belongs to `method: full`"),
         ({"train": {"early_stopping": {"every": "5 steps"}}, "from_checkpoint": "r"}, "begins elsewhere"),

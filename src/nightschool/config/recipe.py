@@ -435,12 +435,6 @@ class Recipe(Section):
         stopping = self.train.early_stopping
         if stopping.every is None:
             return self
-        rule = self.gate.new_facts
-        if stopping.learned is None and (rule is None or "champion" in rule):
-            raise ValueError(
-                f"`train.early_stopping` ends by `gate.new_facts`, which is {rule or 'off'}; write train.early_stopping.learned: "
-                "'>= 95%'"
-            )
         if self.train.zero_stage:
             raise ValueError(
                 "`train.early_stopping.every` needs the whole model in each process; write train.zero_stage: 0, or take it out"

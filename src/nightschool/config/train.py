@@ -10,6 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from nightschool.config.fields import ByteCount, Rhythm, Section, Share, Tokens
 from nightschool.config.rules import RuleName, parse_rule
 
+ENOUGH_LEARNED = ">= 95%"
+
 _RULES_OF_SPOT_CHECKS: dict[str, RuleName] = {"learned": "new_facts", "drift": "drift"}
 
 
@@ -32,7 +34,7 @@ class EarlyStopping(Section):
     )
     learned: str | None = Field(
         None,
-        description="Share of those questions that are answered when the run ends: `>= 95%`; without it, what `gate.new_facts` says.",
+        description="Share of those questions that are answered when the run ends, such as `>= 90%`; without it, `>= 95%`.",
     )
     drift: str | None = Field(
         None,

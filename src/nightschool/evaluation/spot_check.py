@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nightschool.config.recipe import Recipe
 from nightschool.config.rules import Rule, parse_rule
+from nightschool.config.train import ENOUGH_LEARNED
 from nightschool.evaluation.scores import Figure, Plain
 
 
@@ -47,13 +48,13 @@ class Limits:
         if stopping.every is None:
             return None
         gate = recipe.gate
-        return cls(*_rules(stopping.learned or gate.new_facts, stopping.drift or gate.drift))
+        return cls(*_rules(stopping.learned or ENOUGH_LEARNED, stopping.drift or gate.drift))
 
     @classmethod
     def to_pass(cls, recipe: Recipe) -> Limits:
         """At which the gate would pass it, as far as it goes by these two; where that has no rule, those to end at."""
         stopping, gate = recipe.train.early_stopping, recipe.gate
-        learned = gate.new_facts if gate.new_facts and "champion" not in gate.new_facts else stopping.learned
+        learned = gate.new_facts if gate.new_facts and "champion" not in gate.new_facts else stopping.learned or ENOUGH_LEARNED
         return cls(*_rules(learned, gate.drift or stopping.drift))
 
     def hold(self, check: SpotCheck) -> bool:
