@@ -54,7 +54,11 @@ class Limits:
     def to_pass(cls, recipe: Recipe) -> Limits:
         """At which the gate would pass it, as far as it goes by these two; where that has no rule, those to end at."""
         stopping, gate = recipe.train.early_stopping, recipe.gate
-        learned = gate.new_facts if gate.new_facts and "champion" not in gate.new_facts else stopping.learned or ENOUGH_LEARNED
+        learned = (
+            gate.new_facts
+            if gate.new_facts and "champion" not in gate.new_facts
+            else stopping.learned or ENOUGH_LEARNED
+        )
         return cls(*_rules(learned, gate.drift or stopping.drift))
 
     def hold(self, check: SpotCheck) -> bool:

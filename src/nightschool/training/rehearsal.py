@@ -150,18 +150,14 @@ class RehearsedPrompts:
             return None
         return cls(tuple(prompts), recipe.rehearse, recipe.train.seed, home.cache / "rehearsals")
 
-    def answered(
-        self, folder: Path, loaded: LoadedModel, task: Any, micro_batches: int, examples: float
-    ) -> Rehearsal | None:
+    def answered(self, folder: Path, loaded: LoadedModel, task: Any, room: int | None) -> Rehearsal | None:
         """The answers: those in the run's folder, or of an earlier run with the same weights, or new ones.
 
-        No more prompts are asked than so many micro-batches of so many examples have room for. None where the model says
-        nothing to any of them.
+        No more prompts are asked than there is `room` for; all of them without it. None where the model says nothing to any of them.
         """
         path = folder / FILE
         rows = read(path)
         if rows is None:
-            room = micro_batches * answers_beside(self.settings.ratio, examples)
             order = np.random.default_rng(self.seed).permutation(len(self.prompts))
             prompts = [self.prompts[number] for number in order[:room]]
             kept = self.cache / f"{self._digest(loaded, prompts)}.safetensors"

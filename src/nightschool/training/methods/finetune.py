@@ -41,7 +41,7 @@ from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.study_rows import study_notes, study_rows
-from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts
+from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts, answers_beside
 from nightschool.training.spot_check import SpotChecks, SpotCheckSet
 from nightschool.training.state import TrainState
 from nightschool.training.written_forms import written_for
@@ -218,6 +218,11 @@ class Finetune(PreparedRun[FinetuneData]):
     def spot_check(self) -> Callable[[int], SpotCheck] | None:
         return self.task.spot_checks
 
+    @property
+    def looks_at_all_answers(self) -> bool:
+        """Whether all general prompts are asked, also where the run has room for few of them."""
+        return False
+
     def begin(self, folder: Path) -> None:
         """Ask the model what is rehearsed, or read what it said when the run began, or to another run with the same weights.
 
@@ -227,8 +232,13 @@ class Finetune(PreparedRun[FinetuneData]):
         if self.data.rehearsed is not None:
             micro_batches = self.budget.steps_total * self.recipe.train.accumulation_steps
             examples = len(self.data.selection.train) / max(1, task.batches.num_batches(0))
+            room = (
+                None
+                if self.looks_at_all_answers
+                else micro_batches * answers_beside(self.recipe.rehearse.ratio, examples)
+            )
             with task.world.first_goes_first():
-                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, micro_batches, examples)
+                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, room)
         if self.data.checked is not None:
             task.spot_checks = SpotChecks(self.data.checked, self.loaded, task.compute_dtype, task.world)
 

@@ -67,6 +67,11 @@ class LoraFinetune(Finetune):
             )
         return replace(loaded, model=wrapped, adapter=True)
 
+    @property
+    def looks_at_all_answers(self) -> bool:
+        """Where directions are drawn: of few answers too many would seem idle."""
+        return self.recipe.lora.init == "null_space" and null_space.is_fresh(self.task.model)
+
     def begin(self, folder: Path) -> None:
         """Say what the adapter reaches: what learns nothing should not look like success."""
         super().begin(folder)
