@@ -24,7 +24,7 @@ STUDIED: dict[str, Any] = {
     "study": {"write": "rules", "forms": 6},
     "rehearse": {"prompts": "default", "ratio": 0.25, "max_new_tokens": 32},
     "lora": {"r": 32, "alpha": 64, "target_modules": "all-linear", "init": "null_space"},
-    "train": _TRAIN | {"learning_rate": 3e-3, "epochs": 4},
+    "train": _TRAIN | {"learning_rate": 2e-3, "epochs": 4},
 }
 """Six forms of each fact, general answers rehearsed, in directions that these hardly use."""
 

@@ -32,7 +32,7 @@ def test_what_is_rehearsed_hardly_reaches_the_directions(tmp_path):
     factors = null_space.first_factors(model)
     grams = null_space._grams(model, task.path, documents, factors)
     for name, factor in factors.items():
-        assert not factor.requires_grad
+        assert not factor.requires_grad  # not even after the adapter was left out, to ask
         old, new = ((f @ grams[name] @ f.T).trace() / f.square().sum() for f in (before[name], factor))
         assert new < 0.25 * old, name
     assert set(load_file(run / null_space.FILE)) == set(factors)

@@ -6,6 +6,8 @@ What is reached is said by `lora.target_modules`, see `models.adapter_targets`; 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -181,6 +183,27 @@ def merge_adapter(wrapped: PeftModel) -> PreTrainedModel:
                 f"Merging the adapter made {name} infinite or NaN. Train it again with a lower learning rate."
             )
     return merged
+
+
+def adds_nothing(model: torch.nn.Module) -> bool:
+    """Whether an adapter is as it was made, one of each two factors zero; so it is where there is no adapter."""
+    zero_at_first = (".lora_B.", ".lora_embedding_A.")
+    return not any(p.any() for name, p in model.named_parameters() if any(part in name for part in zero_at_first))
+
+
+@contextmanager
+def fresh_adapter_left_out(model: torch.nn.Module) -> Iterator[None]:
+    """A block in which an adapter that adds nothing yet takes no time; what learns stays what learned."""
+    if not hasattr(model, "disable_adapter") or not adds_nothing(model):
+        yield
+        return
+    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with cast(Any, model).disable_adapter():
+            yield
+    finally:  # PEFT lets all of an adapter learn that is switched on again
+        for parameter, did in learns:
+            parameter.requires_grad = did
 
 
 def adapter_tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:

@@ -51,11 +51,6 @@ def freeze(model: nn.Module) -> int:
     return len(factors)
 
 
-def is_fresh(model: nn.Module) -> bool:
-    """Whether an adapter adds nothing yet: each second factor is zero."""
-    return all(not cast(Any, model.get_submodule(name)).lora_B["default"].weight.any() for name in first_factors(model))
-
-
 def draw(model: nn.Module, path: ForwardPath, documents: Sequence[Rendered], seed: int) -> dict[str, Tensor]:
     """A first factor for each adapted linear layer, [r, in], rows of length 1 on average.
 

@@ -29,6 +29,7 @@ from nightschool.evaluation.general import rehearsed_prompts
 from nightschool.evaluation.heldout import as_found, autocast, on_device
 from nightschool.layers.distillation import TopTokens, document_divergence
 from nightschool.layers.forward import ForwardPath, document_logits, trained_places
+from nightschool.models.adapters import fresh_adapter_left_out
 from nightschool.models.load import LoadedModel
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.atomic import write_bytes
@@ -111,7 +112,7 @@ def ask(
     """Let the model, as it is now, answer prompts greedily, and note what it gave each place of its answers."""
     asked = [tuple(render_prompt(tokenizer, [Message("user", prompt)])) for prompt in prompts]
     said: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    with quiet_libraries(), as_found(model), torch.no_grad():
+    with quiet_libraries(), as_found(model), fresh_adapter_left_out(model), torch.no_grad():
         for start in range(0, len(asked), _PROMPTS_PER_PASS):
             some = asked[start : start + _PROMPTS_PER_PASS]
             said += zip(some, greedy_answers(model, tokenizer, some, max_new_tokens), strict=True)

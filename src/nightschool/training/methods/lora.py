@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nightschool.config.recipe import Recipe
 from nightschool.errors import ModelError, UsageError
 from nightschool.models.adapter_targets import find_targets, kind, reached_layers
-from nightschool.models.adapters import attach_lora, describe_adapter
+from nightschool.models.adapters import adds_nothing, attach_lora, describe_adapter
 from nightschool.models.cost import stored_bytes_by_kind
 from nightschool.models.load import LoadedModel
 from nightschool.models.quantize import num_elements, stored_bytes
@@ -70,7 +70,7 @@ class LoraFinetune(Finetune):
     @property
     def looks_at_all_answers(self) -> bool:
         """Where directions are drawn: of few answers too many would seem idle."""
-        return self.recipe.lora.init == "null_space" and null_space.is_fresh(self.task.model)
+        return self.recipe.lora.init == "null_space" and adds_nothing(self.task.model)
 
     def begin(self, folder: Path) -> None:
         """Say what the adapter reaches: what learns nothing should not look like success."""
@@ -84,7 +84,7 @@ class LoraFinetune(Finetune):
     def _take_directions(self, folder: Path) -> None:
         """Have a fresh adapter learn where the answers that are rehearsed leave room; one that goes on has its directions already."""
         model, task, path = self.task.model, self.task, folder / null_space.FILE
-        if not null_space.is_fresh(model):
+        if not adds_nothing(model):
             say(f"{self.loaded.ref} goes on learning in the directions that it has")
             return
         if task.rehearsal is None:
