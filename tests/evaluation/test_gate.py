@@ -227,7 +227,7 @@ def test_a_figure_that_is_no_number_is_text_in_json():
     row = ScoreSheet("m@1", math.inf, 1000).to_json()
     assert json.dumps(row, allow_nan=False) == (
         '{"version": "m@1", "heldout_loss": "inf", "heldout_tokens": 1000, "answers": [], "drift": null, '
-        '"drift_tokens": 0, "is_base": false, "margins": [], "rules": 0}'
+        '"drift_tokens": 0, "open": [], "is_base": false, "margins": [], "rules": 0}'
     )
     assert ScoreSheet.from_json(row).heldout_loss == math.inf
 

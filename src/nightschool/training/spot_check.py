@@ -50,13 +50,11 @@ class SpotCheckSet:
 
     @classmethod
     def of(cls, recipe: Recipe, selection: Selection, root: Path, tokenizer: Any) -> Self | None:
-        """None where the recipe wants no spot checks, or the gate could ask nothing of what is new.
+        """None where the gate could ask nothing of what is new.
 
         Raises:
             NotFound, DataError: If `gate.general` cannot be read.
         """
-        if recipe.train.early_stopping.every is None:
-            return None
 
         def count_tokens(text: str) -> int:
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])

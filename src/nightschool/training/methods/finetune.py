@@ -175,7 +175,8 @@ class Finetune(PreparedRun[FinetuneData]):
         held_out = cls._held_out(tokenizer, data.selection.held_out, train.max_seq_len)
         wanted = setup.recipe.rehearse.prompts is not None
         rehearsed = RehearsedPrompts.of(setup.recipe, setup.home, setup.root) if wanted else None
-        checked = SpotCheckSet.of(setup.recipe, data.selection, setup.root, tokenizer)
+        is_checked = train.early_stopping.every is not None
+        checked = SpotCheckSet.of(setup.recipe, data.selection, setup.root, tokenizer) if is_checked else None
         return replace(data, rendered=rendered, held_out=held_out, rehearsed=rehearsed, checked=checked), task
 
     @classmethod
