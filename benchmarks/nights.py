@@ -53,7 +53,7 @@ def main() -> None:
     who = list(CONTESTANTS) if bench.chosen["who"] == "all" else [bench.chosen["who"]]
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        exam = Exam(base, Home(Path(scratch) / "exam"), few=False)
+        exam = Exam(base, Home(Path(scratch) / "exam"), few=bench.quick)
         for name in who:
             make, settings = CONTESTANTS[name]
             one = make(Path(scratch) / name, base, int(bench.chosen["seed"]), settings)
