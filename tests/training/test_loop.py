@@ -12,13 +12,12 @@ from nightschool.evaluation.heldout import heldout_loss
 from nightschool.events import read_events
 from nightschool.models.build import build_model
 from nightschool.store import checkpoints
-from nightschool.training.budget import Budget
 from nightschool.training.continuation import greedy_continuation
 from nightschool.training.loop import fit, steps_in_epoch
 from nightschool.training.methods.finetune import FinetuneTask
 from nightschool.training.metrics import MetricsLog, truncate_after
 from nightschool.training.optimizer import Schedule
-from nightschool.training.state import TrainState
+from nightschool.training.state import Budget, TrainState
 from nightschool.units import Every
 from nightschool.work.stop import Stop
 from tests.support.documents import ARCHITECTURES

@@ -7,14 +7,13 @@ import torch
 from nightschool.checkpoint_writer.commit import write_folder
 from nightschool.data.batches import Batches
 from nightschool.errors import StateMismatch
-from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import full_state
 from nightschool.training.checkpoint.checkpoint_reader import check_tensors
 from nightschool.training.checkpoint.contents import CheckpointContents, TensorSource
 from nightschool.training.distributed.world import ALONE
 from nightschool.training.loop import fit
 from nightschool.training.optimizer import Schedule
-from nightschool.training.state import TrainState
+from nightschool.training.state import Budget, TrainState
 from tests.support.training_setups import VOCAB_SIZE, deterministic_threads, make_task, random_documents
 
 CONTEXT = full_state.CheckpointContext("base: x\n", "x", None, "fp32", 1, 1, 1, {}, {})

@@ -15,12 +15,11 @@ from nightschool.data.batches import Batch
 from nightschool.errors import Interrupted, NonFiniteLoss, NothingToTrain
 from nightschool.evaluation.spot_check import SpotCheck
 from nightschool.store.checkpoints import Reason
-from nightschool.training.budget import Budget
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.emergency import Rescue, save_in_emergency
 from nightschool.training.metrics import MetricsLog, peak_bytes
 from nightschool.training.optimizer import Schedule
-from nightschool.training.state import Interval, Soundness, TrainState
+from nightschool.training.state import Budget, Interval, Soundness, TrainState
 from nightschool.training.task import Task
 from nightschool.work.stop import Stop
 

@@ -24,12 +24,11 @@ from nightschool.store.names import split_quantization
 from nightschool.store.registry import Registry, Version, VersionMetadata
 from nightschool.store.runs import Run
 from nightschool.store.versions import Probe
-from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import full_state
 from nightschool.training.continuation import greedy_continuation
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.metrics import say
-from nightschool.training.state import TrainState
+from nightschool.training.state import Budget, TrainState
 
 NUM_PROBES = 3
 PROBE_TOKENS = 12

@@ -40,7 +40,6 @@ from nightschool.store.checkpoints import Checkpoint, Reason, checkpoint_path
 from nightschool.store.home import Home
 from nightschool.store.locks import lock
 from nightschool.store.runs import Run, RunStore
-from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import full_state, rng
 from nightschool.training.checkpoint.saver import Ranks, Saver, open_saver
 from nightschool.training.distributed.last_words import CapturedRandomState, any_failed
@@ -52,7 +51,7 @@ from nightschool.training.methods.prepared import PreparedRun, Setup
 from nightschool.training.metrics import MetricsLog, Progress, say
 from nightschool.training.planning.plan import plan_of, render_plan, saves_in_background, say_measured
 from nightschool.training.publish import publish
-from nightschool.training.state import TrainState
+from nightschool.training.state import Budget, TrainState
 from nightschool.training.task import Task
 from nightschool.units import printable
 from nightschool.work.processes import live

@@ -27,7 +27,6 @@ from nightschool.store.atomic import read_json
 from nightschool.store.checkpoints import Checkpoint
 from nightschool.store.home import Home
 from nightschool.store.versions import VersionKind
-from nightschool.training.budget import Budget
 from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.full_state import CheckpointContext, load_weights
 from nightschool.training.distributed.world import ALONE, World
@@ -37,7 +36,7 @@ from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.loss_mask_preview import Span
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import choose_by_measuring
-from nightschool.training.state import TrainState
+from nightschool.training.state import Budget, TrainState
 from nightschool.training.streamed_version import write_streamed_version
 from nightschool.training.task import Task
 
