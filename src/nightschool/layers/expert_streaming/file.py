@@ -68,7 +68,8 @@ class FileStore(ExpertStore):
         """
         assert layout.alignment % PAGE_BYTES == 0
         assert resident > 1
-        self._layout, self._num_records, self._name_of, self._folder = layout, num_records, name_of, folder
+        super().__init__(layout, num_records)
+        self._name_of, self._folder = name_of, folder
         size = num_records * layout.stride
         free = shutil.disk_usage(folder).free
         if size + _LEFT_FREE_BYTES > free:
@@ -85,8 +86,6 @@ class FileStore(ExpertStore):
         self._populates = True
         self._most_mapped = resident - 1
         self._mapped = LastUsed() if kept is None else kept
-        self._num_hits = self._num_misses = 0
-        self._moving_seconds = 0.0
         self._bytes = memoryview(mmap.mmap(-1, layout.stride))
         self._buffer = layout.views(torch.frombuffer(self._bytes, dtype=torch.uint8), layout.sections)
         self._ahead = ReadAhead(self._tell)
@@ -96,32 +95,16 @@ class FileStore(ExpertStore):
             self._store(Visit(index, writes=layout.sections))
 
     @property
-    def layout(self) -> RecordLayout:
-        return self._layout
-
-    @property
-    def num_records(self) -> int:
-        return self._num_records
-
-    @property
     def host_bytes(self) -> int:
-        return (1 + min(self._most_mapped, self._num_records)) * self._layout.stride
+        return (1 + min(self._most_mapped, self.num_records)) * self.layout.stride
 
     @property
     def disk_bytes(self) -> int:
-        return self._num_records * self._layout.stride
+        return self.num_records * self.layout.stride
 
     @property
     def taken_disk_bytes(self) -> int:
         return self.disk_bytes
-
-    @property
-    def turns(self) -> tuple[int, int]:
-        return self._num_hits, self._num_misses
-
-    @property
-    def moving_seconds(self) -> float:
-        return self._moving_seconds
 
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         for visit in self._ahead.walk(visits):
@@ -134,16 +117,16 @@ class FileStore(ExpertStore):
             self._moving_seconds += time.perf_counter() - began
 
     def _tell(self, visit: Visit) -> None:
-        place = visit.index * self._layout.stride
-        for offset, size in self._layout.runs(visit.reads):
+        place = visit.index * self.layout.stride
+        for offset, size in self.layout.runs(visit.reads):
             os.posix_fadvise(self._file, place + offset, size, os.POSIX_FADV_WILLNEED)
 
     def _load(self, visit: Visit) -> Record:
-        place, read_before = visit.index * self._layout.stride, blocks_read()
+        place, read_before = visit.index * self.layout.stride, blocks_read()
         mapped = set(visit.reads) - set(visit.writes)
         if mapped:
             self._map_record(visit.index, mapped)
-        for offset, size in self._layout.runs(set(visit.reads) & set(visit.writes)):
+        for offset, size in self.layout.runs(set(visit.reads) & set(visit.writes)):
             done = 0
             while done < size:
                 count = os.preadv(self._file, [self._bytes[offset + done : offset + size]], place + offset + done)
@@ -151,13 +134,13 @@ class FileStore(ExpertStore):
                     raise self._damaged(visit.index, "the file of experts has become shorter")
                 done += count
         self._ahead.note(read_before)
-        views = self._layout.views(self._block[place : place + self._layout.stride], mapped)
-        return Record(views | {section: self._buffer[section] for section in visit.writes}, self._layout.cut)
+        views = self.layout.views(self._block[place : place + self.layout.stride], mapped)
+        return Record(views | {section: self._buffer[section] for section in visit.writes}, self.layout.cut)
 
     def _store(self, visit: Visit) -> None:
-        place = visit.index * self._layout.stride
+        place = visit.index * self.layout.stride
         with room_needed(self._folder):
-            for offset, size in self._layout.runs(visit.writes):
+            for offset, size in self.layout.runs(visit.writes):
                 done = 0
                 while done < size:
                     done += os.pwrite(self._file, self._bytes[offset + done : offset + size], place + offset + done)
@@ -167,18 +150,18 @@ class FileStore(ExpertStore):
         is_there = index in self._mapped
         self._num_hits, self._num_misses = self._num_hits + is_there, self._num_misses + (not is_there)
         while not is_there and len(self._mapped) >= self._most_mapped:
-            begin = self._mapped.let_go() * self._layout.stride
-            end = min(begin + self._layout.stride + _AROUND_BYTES, self.disk_bytes)
+            begin = self._mapped.let_go() * self.layout.stride
+            end = min(begin + self.layout.stride + _AROUND_BYTES, self.disk_bytes)
             begin = max(0, begin - _AROUND_BYTES)
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
         self._mapped.use(index)
         self._populate(index, sections)
 
     def _populate(self, index: int, sections: Iterable[str]) -> None:
-        for offset, size in self._layout.runs(sections):
+        for offset, size in self.layout.runs(sections):
             try:
                 if self._populates:
-                    self._map.madvise(_POPULATE_READ, index * self._layout.stride + offset, size)
+                    self._map.madvise(_POPULATE_READ, index * self.layout.stride + offset, size)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise self._damaged(index, os.strerror(error.errno or 0)) from error

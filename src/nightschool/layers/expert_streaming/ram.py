@@ -14,7 +14,7 @@ class RamStore(ExpertStore):
     """Records in one block of memory; page-locked where a GPU is fed from it."""
 
     def __init__(self, layout: RecordLayout, num_records: int, *, page_locked: bool = False) -> None:
-        self._layout, self._num_records, self._num_turns = layout, num_records, 0
+        super().__init__(layout, num_records)
         block = torch.zeros(num_records * layout.stride, dtype=torch.uint8, pin_memory=page_locked)
         self._records = [
             Record(layout.views(block[place : place + layout.stride], layout.sections), layout.cut)
@@ -22,16 +22,8 @@ class RamStore(ExpertStore):
         ]
 
     @property
-    def layout(self) -> RecordLayout:
-        return self._layout
-
-    @property
-    def num_records(self) -> int:
-        return self._num_records
-
-    @property
     def host_bytes(self) -> int:
-        return self._num_records * self._layout.stride
+        return self.num_records * self.layout.stride
 
     @property
     def disk_bytes(self) -> int:
@@ -41,15 +33,7 @@ class RamStore(ExpertStore):
     def taken_disk_bytes(self) -> int:
         return 0
 
-    @property
-    def turns(self) -> tuple[int, int]:
-        return self._num_turns, 0
-
-    @property
-    def moving_seconds(self) -> float:
-        return 0.0
-
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         for visit in visits:
-            self._num_turns += 1
+            self._num_hits += 1
             yield visit.index, self._records[visit.index]

@@ -102,7 +102,8 @@ class StockStore(ExpertStore):
         """
         assert layout.sections == (WEIGHTS,)
         assert all(sum(piece.numbers for piece in record) == layout.numbers for record in records)
-        self._layout, self._pieces, self._name_of = layout, records, name_of
+        super().__init__(layout, len(records))
+        self._pieces, self._name_of = records, name_of
         self._num_slots = min(resident, len(records))
         self._slots = torch.empty(self._num_slots * layout.stride, dtype=torch.uint8)
         self._free = [*range(self._num_slots)]
@@ -112,20 +113,10 @@ class StockStore(ExpertStore):
         self._other_format = torch.empty(max(widest, default=0), dtype=torch.uint8)
         self._is_finite = bytearray(len(records))
         self._ahead = ReadAhead(self._tell)
-        self._num_hits = self._num_misses = 0
-        self._moving_seconds = 0.0
-
-    @property
-    def layout(self) -> RecordLayout:
-        return self._layout
-
-    @property
-    def num_records(self) -> int:
-        return len(self._pieces)
 
     @property
     def host_bytes(self) -> int:
-        return self._num_slots * self._layout.stride
+        return self._num_slots * self.layout.stride
 
     @property
     def disk_bytes(self) -> int:
@@ -134,14 +125,6 @@ class StockStore(ExpertStore):
     @property
     def taken_disk_bytes(self) -> int:
         return 0
-
-    @property
-    def turns(self) -> tuple[int, int]:
-        return self._num_hits, self._num_misses
-
-    @property
-    def moving_seconds(self) -> float:
-        return self._moving_seconds
 
     def walk(self, visits: Iterable[Visit]) -> Iterator[tuple[int, Record]]:
         for visit in self._ahead.walk(visits):
@@ -169,11 +152,11 @@ class StockStore(ExpertStore):
             self._ahead.note(read_before)
             slot = self._slot_of[index] = self._free.pop()
         self._kept.use(index)
-        return Record({WEIGHTS: self._section(slot)}, self._layout.cut)
+        return Record({WEIGHTS: self._section(slot)}, self.layout.cut)
 
     def _section(self, slot: int) -> Tensor:
-        begin = slot * self._layout.stride
-        return self._layout.views(self._slots[begin : begin + self._layout.stride], (WEIGHTS,))[WEIGHTS]
+        begin = slot * self.layout.stride
+        return self.layout.views(self._slots[begin : begin + self.layout.stride], (WEIGHTS,))[WEIGHTS]
 
     def _read(self, index: int, section: Tensor) -> None:
         """Let a section be the record, whose numbers are looked at when they are read for the first time."""
