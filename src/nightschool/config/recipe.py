@@ -111,9 +111,10 @@ GENERAL_OF_NIGHTSCHOOL = "default"
 class Study(Section):
     """In how many forms new questions and answers, and corrections, are studied; conversations and texts stay as they are."""
 
-    write: Literal["rules", "self", "both", "off"] = Field(
-        "off",
-        description="Who makes other forms of what is new. rules: rewordings of English questions, and the fact as a sentence "
+    write: Literal["auto", "rules", "self", "both", "off"] = Field(
+        "auto",
+        description="Who makes other forms of what is new. auto: rules, of corrections, and of questions with short answers unless there are more "
+        "than `facts_per_night`, which is a data set and no news; nothing for a `new:` base; rules: rewordings of English questions, and the fact as a sentence "
         "or asked the other way round where that is sure; self: the champion, with the fact before its eyes, and rules where it writes "
         "too little; both: half of them each; off: only what the data say is trained.",
     )
@@ -128,7 +129,7 @@ class Study(Section):
         1000,
         ge=1,
         description="Of new questions and answers, and corrections, at most so many are studied in one night if they are studied in "
-        "forms (`study.write`); the others wait, oldest first. null: all.",
+        "forms and `study.write` is not auto; the others wait, oldest first. null: all.",
     )
     contradictions: Literal["ask", "later", "all"] = Field(
         "ask",

@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.data.match import is_correct
-from nightschool.data.study.forms import is_studied
+from nightschool.data.study.forms import is_short_answer
 from nightschool.data.study.questions import QuestionKey, context_key, question_key
 from nightschool.feedback.pins import Pin
 
 Rule = Literal["ask", "later", "all"]
 
 # A longer answer is a text, of which two can be right.
-_LONGEST_ANSWER_WORDS = 30
 _SHOWN_IN_NOTES = 5
 
 
@@ -77,7 +76,7 @@ def without_contradictions(
     """
     told: dict[QuestionKey, list[Example]] = {}
     for example in new:
-        key = context_key(example) if _is_compared(example) else None
+        key = context_key(example) if is_short_answer(example) else None
         if key is not None:
             told.setdefault(key, []).append(example)
     pinned = {question_key(pin.question): pin for pin in pins}
@@ -96,10 +95,6 @@ def without_contradictions(
             found += contradiction
         out |= {one.digest for one in examples} - {one.digest for one in left}
     return [example for example in new if example.digest not in out], found
-
-
-def _is_compared(example: Example) -> bool:
-    return is_studied(example) and len((example.answer or "").split()) <= _LONGEST_ANSWER_WORDS
 
 
 def _settled(examples: list[Example], rule: Rule) -> tuple[list[Example], list[Contradiction]]:

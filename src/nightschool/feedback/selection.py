@@ -27,7 +27,7 @@ from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.replay_pool import AcceptedExamples
-from nightschool.feedback.tonight import for_tonight
+from nightschool.feedback.tonight import for_tonight, studied_in_forms
 from nightschool.feedback.training_data import load_sources
 from nightschool.store.home import Home
 
@@ -132,7 +132,10 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
         held_out = without_duplicates([*held_out, *plan.read(loaded.held_out)[0]])[0]
     novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
     new, contradictions = _chosen(recipe, home, novelty.new or novelty.all)
-    new, num_waiting = (new, 0) if recipe.study.write == "off" else for_tonight(new, recipe.study.facts_per_night)
+    if recipe.study.write in ("auto", "off"):
+        num_waiting = 0
+    else:
+        new, num_waiting = for_tonight(new, recipe.study.facts_per_night)
     replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out])
     return Selection(
         new=new,
@@ -160,10 +163,11 @@ def _chosen(recipe: Recipe, home: Home, new: list[Example]) -> tuple[list[Exampl
 
 def _forms(recipe: Recipe, home: Home, new: Sequence[Example], held_out: Sequence[Example]) -> list[Form]:
     """What is new in other forms, as the recipe wants it."""
-    if recipe.study.write == "off":
+    studied = studied_in_forms(recipe, new) if DATA_PLANS[recipe.method].studies else []
+    if not studied:
         return []
     rejected = RejectedForms(home.database).wordings(recipe.name)
-    return make_forms(new, recipe.study.forms, recipe.train.seed, never=held_out, rejected=rejected)
+    return make_forms(studied, recipe.study.forms, recipe.train.seed, never=[*new, *held_out], rejected=rejected)
 
 
 @dataclass(frozen=True)

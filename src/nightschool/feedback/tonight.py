@@ -1,11 +1,29 @@
-"""How many new facts are studied in one night; the others wait, and are as new the next night."""
+"""Which new facts are studied in forms, and how many in one night; the others wait, and are as new the next night."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nightschool.config.recipe import Recipe
 from nightschool.data.example import CONVERSATIONS, Example
-from nightschool.data.study.forms import is_studied
+from nightschool.data.study.forms import is_short_answer, is_studied
+
+
+def studied_in_forms(recipe: Recipe, new: Sequence[Example]) -> list[Example]:
+    """Those new examples of which forms are made, as the recipe has it.
+
+    A question and its answer may be news, or one row of a data set in which others ask the same in other words. So many rows are a data
+    set; what people correct is news.
+    """
+    study = recipe.study
+    if study.write == "off" or (study.write == "auto" and recipe.base.startswith("new:")):
+        return []
+    if study.write != "auto":
+        return list(new)
+    facts = [example for example in new if is_short_answer(example)]
+    if study.facts_per_night is None or len(facts) <= study.facts_per_night:
+        return facts
+    return [example for example in facts if example.corrects]
 
 
 def for_tonight(new: Sequence[Example], most: int | None) -> tuple[list[Example], int]:

@@ -25,6 +25,7 @@ Origin = Literal["relation", "grammar", "frame", "statement", "reverse", "writte
 _LEAVES: dict[Origin, int] = {"frame": 2, "grammar": 1, "relation": 0, "statement": 0, "reverse": 0, "written": 0}
 FORM_ID = re.compile(r"[0-9a-f]{12}")
 _LONGEST_QUESTION = 40
+_LONGEST_SHORT_ANSWER = 30
 _AS_A_SENTENCE = " Answer in a whole sentence."
 _LEAST_TO_KEEP_ASIDE = 2
 
@@ -151,6 +152,11 @@ def is_studied(example: Example) -> bool:
     num_asked = sum(message.role == "user" for message in example.messages)
     is_plain = not example.rejected and all(message.role != "tool" for message in example.messages)
     return is_plain and (num_asked == 1 or bool(example.corrects)) and len(question.split()) <= _LONGEST_QUESTION
+
+
+def is_short_answer(example: Example) -> bool:
+    """Whether an example is a question and an answer of a sentence or two, or a correction by one: a fact, as far as form can tell."""
+    return is_studied(example) and len((example.answer or "").split()) <= _LONGEST_SHORT_ANSWER
 
 
 def _forms_of(example: Example, most: int, seed: int, taken: Collection[str]) -> list[Form]:

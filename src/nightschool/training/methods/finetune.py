@@ -291,7 +291,7 @@ class Finetune(PreparedRun[FinetuneData]):
                 ),
                 examples,
             ),
-            *(study_rows(whole, self.recipe.study, self.data.written) if self._is_studied else []),
+            *study_rows(whole, self.recipe.study, self.data.written),
             PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),
             PlanRow(
                 "tokens",
@@ -335,13 +335,8 @@ class Finetune(PreparedRun[FinetuneData]):
                 f"cut: {each.where} loses {each.share:.0%} of its tokens, {each.trained_share:.0%} of its answer"
                 for each in cuts[:LISTED_CUTS]
             ],
-            notes=[*self._notes(), *(study_notes(whole, self.recipe.name) if self._is_studied else [])],
+            notes=[*self._notes(), *study_notes(whole, self.recipe.name)],
         )
-
-    @property
-    def _is_studied(self) -> bool:
-        """Whether a plan has something to say of forms, or of what contradicts."""
-        return self.recipe.study.write != "off" or bool(self.data.whole.contradictions)
 
     def _row_of_spot_checks(self) -> list[PlanRow]:
         checked, enough = self.data.checked, self.budget.enough
