@@ -302,6 +302,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "study.write": (("full", "lora", "qlora"), ""),
     "lora.init": (("lora", "qlora"), ""),
     "train.early_stopping.every": (("full", "lora", "qlora"), ""),
+    "train.early_stopping.interpolate": (("lora", "qlora"), ", which trains no adapter"),
     "study.contradictions": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
     "pretrain": (("pretrain",), ""),

@@ -40,6 +40,11 @@ class EarlyStopping(Section):
         None,
         description="The most drift that the run may end with, in nats a token: `<= 0.1`; without it, what `gate.drift` says.",
     )
+    interpolate: bool = Field(
+        default=False,
+        description="Publish, of the points at 80, 65 and 50 % of the way from what the run began with to what it learned, the nearest one that "
+        "answers as much at a spot check and drifts less (methods lora and qlora, one process).",
+    )
 
     @field_validator("learned", "drift")
     @classmethod
@@ -52,6 +57,8 @@ class EarlyStopping(Section):
             raise ValueError(
                 "`learned` and `drift` are limits of spot checks; write `every` with them, such as 20 steps"
             )
+        if self.every is None and self.interpolate:
+            raise ValueError("`interpolate` rests on spot checks; write `every` with it, such as 20 steps")
         if self.learned is not None and "champion" in self.learned:
             raise ValueError(
                 f"{self.learned!r} names the champion, whom no spot check asks; write for example '>= 95%'"

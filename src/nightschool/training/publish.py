@@ -26,6 +26,7 @@ from nightschool.store.runs import Run
 from nightschool.store.versions import Probe
 from nightschool.training.checkpoint import full_state
 from nightschool.training.continuation import greedy_continuation
+from nightschool.training.interpolation import go_back
 from nightschool.training.methods.prepared import PreparedRun
 from nightschool.training.metrics import say
 from nightschool.training.state import Budget, TrainState
@@ -67,6 +68,8 @@ def publish(home: Home, run: Run, prepared: PreparedRun[Any], state: TrainState)
     if best is not None:
         step, heldout = best.step, best.heldout_loss()
         full_state.load_weights(best.path, task)
+    if _go_back(run, prepared, state, step) and heldout is not None and prepared.evaluate is not None:
+        heldout, _ = prepared.evaluate()
     facts = facts.model_copy(
         update={"heldout_loss": heldout, "version": registry.new_version_id(recipe.name)},
     )
@@ -122,6 +125,18 @@ def _of_spot_check(run: Run, state: TrainState, best: SpotCheck) -> Checkpoint |
         return None
     say(f"Step {best.step} was the best: {best.text}, against {last}")
     return found
+
+
+def _go_back(run: Run, prepared: PreparedRun[Any], state: TrainState, step: int) -> bool:
+    """Take back what of the learned weights is not needed for what a spot check of this step found; whether there was anything."""
+    learned = next((check for check in reversed(state.spot_checks) if check.step == step), None)
+    if prepared.beginning is None or prepared.spot_check is None or learned is None:
+        return False
+    share, found = go_back(prepared.task.model, prepared.beginning, prepared.spot_check, learned)
+    run.events.write("interpolated", share=share, **found.to_json())
+    if share < 1.0:
+        say(f"At {share:.0%} of the way from the beginning it knows as much: {found.text}, against {learned.text}")
+    return share < 1.0
 
 
 def _publish_others(

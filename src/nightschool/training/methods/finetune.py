@@ -35,6 +35,7 @@ from nightschool.feedback.written_forms import WrittenForms
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask
+from nightschool.training.interpolation import Weights, learning_weights
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.optimizer_8bit import NO_PAGES
@@ -69,6 +70,7 @@ class FinetuneTask(CausalTask[Batches]):
 
     rehearsal: Rehearsal | None = None
     spot_checks: SpotChecks | None = None
+    beginning: Weights | None = None
 
     @property
     def stride(self) -> int:
@@ -220,6 +222,10 @@ class Finetune(PreparedRun[FinetuneData]):
         return self.task.spot_checks
 
     @property
+    def beginning(self) -> Weights | None:
+        return self.task.beginning
+
+    @property
     def looks_at_all_answers(self) -> bool:
         """Whether all general prompts are asked, also where the run has room for few of them."""
         return False
@@ -242,6 +248,8 @@ class Finetune(PreparedRun[FinetuneData]):
                 task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, room)
         if self.data.checked is not None:
             task.spot_checks = SpotChecks(self.data.checked, self.loaded, task.compute_dtype, task.world)
+            if self.recipe.train.early_stopping.interpolate and task.world.size == 1:
+                task.beginning = learning_weights(task.model)
 
     def numerics(self) -> dict[str, Any]:
         if self.data.rehearsed is None:

@@ -31,6 +31,7 @@ from nightschool.training.checkpoint import rng
 from nightschool.training.checkpoint.full_state import CheckpointContext, load_weights
 from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.environment import Rerun, set_up_machine
+from nightschool.training.interpolation import Weights
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.optimizer import Schedule
 from nightschool.training.planning.loss_mask_preview import Span
@@ -244,6 +245,11 @@ class PreparedRun(ABC, Generic[Data]):
     @property
     def spot_check(self) -> Callable[[int], SpotCheck] | None:
         """Returns what the model has learned by a step, and its drift; None where nobody asks. All processes call it."""
+        return None
+
+    @property
+    def beginning(self) -> Weights | None:
+        """The weights that the run began with, where what it learned may be published on a point between; by parameters' names."""
         return None
 
     def begin(self, folder: Path) -> None:
