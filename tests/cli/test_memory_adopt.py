@@ -5,15 +5,19 @@ import json
 import pytest
 
 from nightschool.cli.main import main
-from nightschool.config.recipe import Gate
+from nightschool.config.recipe import Gate, Recipe
 from nightschool.data.example import Example, Message
 from nightschool.data.study.forms import make_forms, with_wordings_kept_aside
+from nightschool.evaluation.eval_set import eval_set_of_run
 from nightschool.evaluation.gate import decide
 from nightschool.evaluation.questions import make_questions
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.taught_facts import as_entry, needs_exactness
-from nightschool.feedback.selection import Selection
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.promotion import promote
+from nightschool.feedback.selection import Selection, select_examples
 from nightschool.feedback.selection_files import write_selection
+from nightschool.memory.adopted import in_memories
 from nightschool.memory.store import MemoryStore
 from nightschool.store.home import Home
 from nightschool.store.names import memory_path
@@ -111,6 +115,79 @@ def test_exact_facts_move_into_a_memory_with_one_command(night, capsys):
     assert "1 of 4 known by the weights, 2 in the memory bot, 1 nowhere" in shown(capsys, "runs", "show", run.id)
     assert "2 known already" in shown(capsys, *command.split()[1:])
     assert "1 added, 2 known already" in shown(capsys, *command.split()[1:], "--all")
+
+
+def test_a_fact_in_a_memory_is_neither_studied_nor_asked_until_it_is_taken_back(night, capsys, tmp_path):
+    home, run, version = night
+    promote(home, "bot", version.id, by="test")  # it counts as learned, whether the version knows it or not
+    rows = [Example.from_json(json.loads(line)) for line in (run.path / "new_examples.jsonl").read_text().splitlines()]
+    taught = {one.question: one.answer for one in rows}
+    exact = {"How long is a voucher valid?", "When does the shop open?"}
+    data = tmp_path / "facts.json"
+
+    def write(**changed):
+        answers = taught | {"Who is Jo?": "Jo is new."} | changed
+        data.write_text(json.dumps([{"query": one, "retrieved": said} for one, said in answers.items()]))
+
+    def studied(base="bot@champion", **more):
+        """What the next night studies, and what it replays."""
+        plain = {"name": "bot", "base": base, "data": [{"path": "facts.json"}], "replay": {"ratio": 10}} | more
+        picked = select_examples(Recipe.model_validate(plain), home, tmp_path, in_memories(home, "bot"))
+        return {one.question for one in picked.new}, {one.question for one in picked.replayed}, picked.num_held
+
+    def asked_as_old():
+        asked = eval_set_of_run(home, "bot", None, lambda text: len(text.split()), candidate="none")
+        return {one.question for one in asked.questions if one.kind == "old"}
+
+    write()
+    assert studied() == ({"Who is Jo?"}, set(taught), 0)
+    assert asked_as_old() == set(taught)
+    shown(capsys, "memory", "adopt", "bot", version.ref)
+    assert studied() == ({"Who is Jo?"}, set(taught) - exact, 2)
+    assert studied("new:tiny")[0] == {"Who is Jo?", *taught} - exact, "new weights need not learn it either"
+    assert studied("new:tiny", method="memory", memory={"stage": "router"})[0] >= exact, (
+        "one that reads facts studies them"
+    )
+    assert asked_as_old() == set(taught) - exact
+
+    shown(capsys, "memory", "edit", "bot", "m1", "A voucher is valid for 19 months.")
+    assert studied()[2] == 2, "it was corrected where it lies"
+    shown(capsys, "memory", "rm", "bot", "m1", "--yes")
+    assert studied()[0] == {"Who is Jo?", "How long is a voucher valid?"}, "no place knows it"
+    assert "1 of 4 known by the weights, 1 in the memory bot, 2 nowhere" in shown(capsys, "runs", "show", run.id)
+    write(**{"When does the shop open?": "The shop opens at 10:15."})
+    assert "When does the shop open?" in studied()[0], "a correction is a new fact"
+
+    write()
+    taught_again = make_run(home, minutes=5)
+    write_selection(taught_again.path, Selection(new=rows))
+    later = add_version(home, run_id=taught_again.id, parent=version.ref)
+    promote(home, "bot", later.id, by="test")
+    assert studied()[0] == {"Who is Jo?"}, "a later version was taught it"
+
+
+def test_what_memories_hold_is_counted_where_data_are_checked_and_nights_begin(night, capsys, tmp_path):
+    _, _, version = night
+    shown(capsys, "memory", "adopt", "bot", version.ref)
+    (tmp_path / "facts.json").write_text(
+        json.dumps([{"query": "When does the shop open?", "retrieved": "The shop opens at 9:30."}])
+    )
+    (tmp_path / "night.yaml").write_text(
+        "{name: bot, base: new:tiny, data: [{path: facts.json}], serve: {promote: never}}"
+    )
+    assert "held by memories   1" in shown(capsys, "data", "check", "night.yaml")
+    assert "nothing to train: 1 fact is held by memories, and not studied" in shown(capsys, "train", "night.yaml")
+
+
+def test_a_deleted_conversation_takes_its_entry_with_it(night, capsys):
+    home, _, version = night
+    asked = [{"role": "user", "content": "When does the shop open?"}]
+    ConversationStore(home.database).record("chat-88", "bot", version.id, asked, "At noon.")
+    ConversationStore(home.database).feedback("chat-88", "bad", "The shop opens at 9:30.")
+    shown(capsys, "memory", "adopt", "bot", version.ref)
+    assert "Purged: bot/m2." in shown(capsys, "data", "forget", "chat-88", "--yes")
+    with MemoryStore.open(memory_path(home, "bot")) as store:
+        assert [one.source for one in store.entries()] == [version.ref]
 
 
 def test_what_cannot_be_adopted_is_said(night, capsys):

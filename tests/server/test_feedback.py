@@ -10,12 +10,15 @@ from nightschool.config.training_service import TrainingServiceSettings
 from nightschool.errors import DiskFull, UsageError
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.memory.entry import NewEntry
+from nightschool.memory.store import MemoryStore
 from nightschool.server.app import create_app
 from nightschool.server.settings import ApiKey, ServerSettings
 from nightschool.store.atomic import write_json
 from nightschool.store.database import Database
 from nightschool.store.home import Home
 from nightschool.store.job_queue import JobQueue, job_folder
+from nightschool.store.names import memory_path
 from nightschool.store.registry import Registry
 from tests.support.cli_home import add_version, make_run
 from tests.support.fake_slot import FakeSlot
@@ -110,9 +113,12 @@ def test_what_cannot_be_rated_by_its_id_is_not_kept(client, store):
 
 def test_an_exchange_can_be_forgotten(client, store):
     identity = client.post("/v1/chat/completions", json=CHAT).json()["id"]
-    nowhere = {"request_id": identity, "runs": [], "jobs": [], "files": [], "versions": []}
-    assert client.get(f"/api/conversations/{identity}/traces").json() == nowhere
-    assert client.delete(f"/api/conversations/{identity}").json() == nowhere | {"status": "forgotten"}
+    with MemoryStore.create(memory_path(store.home, "facts")) as memory:
+        memory.add([NewEntry("Leon lives in Oslo.", source=identity), NewEntry("Jo lives in Bonn.")], author="test")
+        traces = {"request_id": identity, "runs": [], "jobs": [], "files": [], "memories": ["facts/m1"], "versions": []}
+        assert client.get(f"/api/conversations/{identity}/traces").json() == traces
+        assert client.delete(f"/api/conversations/{identity}").json() == traces | {"status": "forgotten"}
+        assert [one.text for one in memory.entries()] == ["Jo lives in Bonn."]
     assert store.select() == []
     missing = client.delete(f"/api/conversations/{identity}")
     assert missing.status_code == 404

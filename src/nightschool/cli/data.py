@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nightschool.cli.output import answer, bold, confirm, note
+from nightschool.cli.output import answer, bold, confirm, note, who
 from nightschool.cli.recipes import read_recipe
 from nightschool.config.recipe import Recipe
 from nightschool.data.example import Example
@@ -16,11 +16,12 @@ from nightschool.data.sources.load import Loaded, read_file
 from nightschool.errors import Damaged, UsageError
 from nightschool.feedback.contradictions import notes_on, what_to_do
 from nightschool.feedback.conversations import ConversationStore
-from nightschool.feedback.erasure import erase, traces_of
 from nightschool.feedback.retraining import retrain as train_anew
 from nightschool.feedback.selection import select_loaded
 from nightschool.feedback.training_data import load_sources
 from nightschool.jobs.starting_weights import starting_weights
+from nightschool.memory.adopted import in_memories
+from nightschool.memory.forgetting import forget_conversation, traces_with_entries
 from nightschool.store.home import Home
 
 RECIPE_ENDINGS = (".yaml", ".yml")
@@ -72,12 +73,13 @@ def check(source: Path, /, *overrides: str) -> int:
     if recipe is not None:
         home = Home.find()
         wanted = recipe.begun_with(starting_weights(home, recipe))
-        selection = select_loaded(loaded, wanted, home, Path.cwd())
+        selection = select_loaded(loaded, wanted, home, Path.cwd(), in_memories(home, recipe.name))
         data |= {
             "held_out": len(selection.held_out),
             "new": selection.num_new,
             "studied_before": selection.num_left_out + len(selection.new) - selection.num_new,
             "waiting": selection.num_waiting,
+            "held_by_memories": selection.num_held,
             "contradicting": sum(one.num_untrained for one in selection.contradictions),
         }
         shown = [*notes_on(selection.contradictions), what_to_do(selection.contradictions, recipe.name)]
@@ -123,7 +125,7 @@ def _check_shards(folder: Path) -> int:
 
 
 def forget(request_id: str, /, *, retrain: bool = False, yes: bool = False) -> None:
-    """Delete a kept conversation, its copies in the data of runs, jobs and files, and what later nights would replay of it.
+    """Delete a kept conversation, its copies in the data of runs, jobs and files, what later nights would replay of it, and what memories have from it.
 
     Versions that studied it, and those that grew from them, keep what they learned and are marked as tainted: roll back,
     or train anew, which --retrain queues.
@@ -135,18 +137,21 @@ def forget(request_id: str, /, *, retrain: bool = False, yes: bool = False) -> N
     """
     home = Home.find()
     kept = ConversationStore(home.database).get(request_id)
-    traces = traces_of(home, kept)
+    traces = traces_with_entries(home, kept)
     copies = [*traces.runs, *traces.jobs, *traces.files]
     where = [f"in the data of {', '.join(copies)}"] if copies else []
+    where += [f"in the memories' entries {', '.join(traces.memories)}"] if traces.memories else []
     where += [f"known to {', '.join(traces.versions)}"] if traces.versions else []
     note(f"{request_id} is {' and '.join(where) or 'in no data and no version'}.")
     confirm(f"Delete the conversation {request_id} of {kept.time:%Y-%m-%d %H:%M} and its corrections?", yes=yes)
-    traces, replayed = erase(home, request_id)
+    traces, replayed = forget_conversation(home, request_id, author=who())
     text = f"Deleted {request_id}, and {replayed} examples that would have been replayed."
+    if traces.memories:
+        text += f" Purged: {', '.join(traces.memories)}."
     if traces.versions:
         text += f" Tainted: {', '.join(traces.versions)}."
     data: dict[str, Any] = {"forgotten": request_id, "accepted_examples_deleted": replayed}
-    data |= {kind: list(getattr(traces, kind)) for kind in ("runs", "jobs", "files")}
+    data |= {kind: list(getattr(traces, kind)) for kind in ("runs", "jobs", "files", "memories")}
     data |= {"tainted": list(traces.versions)}
     if retrain:
         anew = train_anew(home, traces, source="cli")

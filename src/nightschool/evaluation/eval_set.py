@@ -18,6 +18,7 @@ from nightschool.feedback.pins import Pins
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.selection_files import read_forms
 from nightschool.feedback.written_forms import forms_written
+from nightschool.memory.adopted import in_memories
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
 
@@ -116,7 +117,7 @@ def eval_set_of_run(
     accepted = AcceptedExamples(home.database)
     if recipe is not None:
         taught = _without_old(home, recipe, accepted, taught, candidate)
-    old = accepted.shuffled(name, seed + _SEED_APART, without=candidate)
+    old = accepted.shuffled(name, seed + _SEED_APART, without=candidate, but=in_memories(home, name).held)
     questions = make_questions(
         taught,
         [Example.from_json(row) for row in old[: _OLD_PER_QUESTION * limits.sample + len(replayed)]],

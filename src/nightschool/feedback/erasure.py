@@ -7,7 +7,7 @@ takes the copies away (`copies.py`) and marks the versions as tainted; only trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ _COPIES = (*_LEARNED, STUDY, CONTRADICTIONS, HELD_OUT)
 @dataclass(frozen=True)
 class Traces:
     """Where a conversation went: runs, jobs and uploaded files whose data hold it, and versions that learned it or grew from
-    one that did. `replayed` are the accepted examples made of it, by their numbers in the database.
+    one that did. `replayed` are the accepted examples made of it, by their numbers in the database, `memories` the entries of memories that
+    came from it, as `facts/m12`: whoever knows memories fills them in.
     """
 
     request_id: str
@@ -62,9 +63,11 @@ class Traces:
     files: tuple[str, ...]
     versions: tuple[str, ...]
     replayed: tuple[int, ...]
+    memories: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        shown = {"runs": self.runs, "jobs": self.jobs, "files": self.files, "versions": self.versions}
+        kinds = ("runs", "jobs", "files", "memories", "versions")
+        shown: dict[str, tuple[str, ...]] = {kind: getattr(self, kind) for kind in kinds}
         return {"request_id": self.request_id, **{kind: list(ids) for kind, ids in shown.items()}}
 
 
@@ -102,7 +105,13 @@ def versions_that_learned(home: Home, tenant: str, sought: Wanted) -> list[str]:
 
 
 def erase(
-    home: Home, request_id: str, *, owner: str | None = None, tenant: str | None = None, by_content: bool = True
+    home: Home,
+    request_id: str,
+    *,
+    owner: str | None = None,
+    tenant: str | None = None,
+    by_content: bool = True,
+    besides: Callable[[Traces], None] = lambda _: None,
 ) -> tuple[Traces, int]:
     """Delete a conversation, its feedback, and its copies in the data of runs, jobs and files, and mark what may know it.
 
@@ -115,6 +124,7 @@ def erase(
         owner: Who asks, if not everybody may; see `ConversationStore.feedback`.
         tenant: Whose it must be, if not anybody's.
         by_content: As `traces_of` has it.
+        besides: Deletes what is kept of it elsewhere, just before the conversation itself; what it raises, leaves that one there.
 
     Returns:
         Where it was, and how many accepted examples were deleted with it.
@@ -152,6 +162,7 @@ def erase(
         files.recount(file_id, left)
     with home.database.write() as connection:
         connection.execute(accepted_examples.delete().where(accepted_examples.c.id.in_(found.replayed)))
+    besides(found)
     store.forget(request_id, owner=owner)
     return found, len(found.replayed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nightschool.data.example import CONVERSATIONS, Example
@@ -22,13 +22,21 @@ class Novelty(NamedTuple):
     all: list[Example]
 
 
-def novelty_for(accepted: AcceptedExamples, home: Home, name: str, base: str, examples: Sequence[Example]) -> Novelty:
+def novelty_for(
+    accepted: AcceptedExamples,
+    home: Home,
+    name: str,
+    base: str,
+    examples: Sequence[Example],
+    *,
+    unlearned: Mapping[str, str],
+) -> Novelty:
     """Part what is new to a run of `name` that starts from `base`; everything is, if that is none of its versions.
 
     Raises:
         NotFound: If `base` names a version that does not exist.
     """
-    return novelty(examples, accepted.rows(name), learned_by(home, name, base))
+    return novelty(examples, accepted.rows(name), learned_by(home, name, base), unlearned)
 
 
 def learned_by(home: Home, name: str, base: str) -> Callable[[str], bool]:
@@ -42,12 +50,17 @@ def learned_by(home: Home, name: str, base: str) -> Callable[[str], bool]:
     return (lambda _: False) if start is None else line_of(registry, start).may_hold
 
 
-def novelty(examples: Sequence[Example], rows: Iterable[Accepted], learned: Callable[[str], bool]) -> Novelty:
+def novelty(
+    examples: Sequence[Example],
+    rows: Iterable[Accepted],
+    learned: Callable[[str], bool],
+    unlearned: Mapping[str, str] | None = None,
+) -> Novelty:
     """Drop what was replaced, then what was learned.
 
     An example that a newer accepted one replaced stays away while the sources still hold that one. Later it is new
     again: somebody took the correction back. Only a file cannot take back what a person said in a conversation, since
-    it said so before the person did.
+    it said so before the person did. What is `unlearned` was not learned by the version named there, nor by any before it.
     """
     rows = list(rows)
     now = current(rows)
@@ -65,7 +78,8 @@ def novelty(examples: Sequence[Example], rows: Iterable[Accepted], learned: Call
             example.source == CONVERSATIONS or all(origin_of(Example.from_json(row.example)) is None for row in newer)
         )
 
-    learned_digests = {row.digest for row in rows if learned(row.version)}
+    unknown = unlearned or {}
+    learned_digests = {row.digest for row in rows if learned(row.version) and row.version > unknown.get(row.digest, "")}
     everything, new = [], []
     for example in examples:
         again = example.digest in replaced

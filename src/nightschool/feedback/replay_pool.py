@@ -8,7 +8,7 @@ example is replaced: it is in the pool only while no version with a newer answer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,16 @@ class AcceptedExamples:
                 connection.execute(accepted_examples.insert(), rows)
         return len(rows)
 
-    def shuffled(self, name: str, seed: int, *, without: str | None = None) -> list[dict[str, Any]]:
-        """The whole pool in the order of a seed, as it is without what one version learned.
+    def shuffled(
+        self, name: str, seed: int, *, without: str | None = None, but: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """The whole pool in the order of a seed, as it is without what one version learned, but for examples of some digests.
 
         Each example has its place in that order whatever else is in the pool, so that the first ones of a pool which
         grew by a few examples are almost the same.
         """
         pool = self._pool(name, without)
-        order = sorted(pool, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        order = sorted(pool.keys() - set(but), key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
         return [pool[digest] for digest in order]
 
     def digests(self, name: str, *, without: str | None = None) -> set[str]:

@@ -22,6 +22,7 @@ from nightschool.data.sources.load import Loaded, load_files, split_held_out, wi
 from nightschool.data.sources.problems import Problems
 from nightschool.data.study.forms import Form, make_forms, trained_forms
 from nightschool.errors import DataError
+from nightschool.feedback.adopted_facts import HELD_NOWHERE, InMemories
 from nightschool.feedback.contradictions import Contradiction, without_contradictions
 from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.pins import Pins
@@ -41,7 +42,7 @@ class Selection:
     `num_all` examples stand in the sources, and `num_new` of those to be trained are new to the base. Where none is,
     `new` holds all of them all the same, to be studied again. `num_left_out` were left out of `new`: the base has learned
     them, or they were corrected. `num_waiting` new facts are for later nights. `contradictions` are what was new and is answered in different ways, of which `new` holds what is
-    trained. `forms` are what is new in other forms, which are trained with it. `general` is studied besides, and is neither asked
+    trained. `num_held` were left out of `new` because memories hold them. `forms` are what is new in other forms, which are trained with it. `general` is studied besides, and is neither asked
     about nor accepted. `shards` changes when the shards do.
     """
 
@@ -58,6 +59,7 @@ class Selection:
     forms: list[Form] = field(default_factory=list)
     contradictions: list[Contradiction] = field(default_factory=list)
     num_waiting: int = 0
+    num_held: int = 0
 
     @property
     def train(self) -> list[Example]:
@@ -80,17 +82,17 @@ class Selection:
         return digest_of([*trained, self.shards])
 
 
-def select(recipe: Recipe, home: Home, root: Path) -> Selection:
-    """Select what a run of this recipe studies; its `base` is what the run starts from.
+def select(recipe: Recipe, home: Home, root: Path, memories: InMemories = HELD_NOWHERE) -> Selection:
+    """Select what a run of this recipe studies; its `base` is what the run starts from, and `memories` what need not be learned.
 
     Raises:
         DataError: If a source cannot be read.
         NotFound: If a source is not there.
     """
-    return DATA_PLANS[recipe.method].select(recipe, home, root)
+    return DATA_PLANS[recipe.method].select(recipe, home, root, memories)
 
 
-def select_shards(recipe: Recipe, _home: Home, root: Path) -> Selection:
+def select_shards(recipe: Recipe, _home: Home, root: Path, _memories: InMemories = HELD_NOWHERE) -> Selection:
     """The token shards of a recipe, by their state; they are read when they are trained.
 
     Raises:
@@ -103,7 +105,7 @@ def select_shards(recipe: Recipe, _home: Home, root: Path) -> Selection:
     return Selection(shards=shards_state(place, root=root, max_files=recipe.pretrain.max_files))
 
 
-def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
+def select_examples(recipe: Recipe, home: Home, root: Path, memories: InMemories = HELD_NOWHERE) -> Selection:
     """Read the sources, hold some examples out, drop what the base has learned, and add replay.
 
     What accepted versions have learned is new to a base that is none of them. If nothing is new, everything is studied
@@ -113,10 +115,12 @@ def select_examples(recipe: Recipe, home: Home, root: Path) -> Selection:
         DataError: If a source cannot be read.
     """
     loaded = load_sources(recipe.data, root=root, home=home, name=recipe.name, base=recipe.base)
-    return select_loaded(loaded, recipe, home, root)
+    return select_loaded(loaded, recipe, home, root, memories)
 
 
-def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Selection:
+def select_loaded(
+    loaded: Loaded, recipe: Recipe, home: Home, root: Path, memories: InMemories = HELD_NOWHERE
+) -> Selection:
     """As `select_examples`, from sources that were read already."""
     accepted, plan = AcceptedExamples(home.database), DATA_PLANS[recipe.method]
     examples, num_alike = plan.read(loaded.examples)
@@ -130,26 +134,31 @@ def select_loaded(loaded: Loaded, recipe: Recipe, home: Home, root: Path) -> Sel
     held_out = split.held_out
     if recipe.held_out.path is None:
         held_out = without_duplicates([*held_out, *plan.read(loaded.held_out)[0]])[0]
-    novelty = novelty_for(accepted, home, recipe.name, recipe.base, split.train)
+    memories = memories if plan.studies else HELD_NOWHERE
+    trained = memories.without_held(split.train)
+    novelty = novelty_for(accepted, home, recipe.name, recipe.base, trained, unlearned=memories.taken_back)
     new, contradictions = _chosen(recipe, home, novelty.new or novelty.all)
     if recipe.study.write in ("auto", "off"):
         num_waiting = 0
     else:
         new, num_waiting = for_tonight(new, recipe.study.facts_per_night)
-    replayed, general = _replayed_and_general(recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out])
+    replayed, general = _replayed_and_general(
+        recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out], memories=memories
+    )
     return Selection(
         new=new,
         replayed=replayed,
         held_out=held_out,
         num_all=len(examples),
         num_new=len(new) if novelty.new else 0,
-        num_left_out=len(split.train) - len(new) - num_waiting - sum(one.num_untrained for one in contradictions),
+        num_left_out=len(trained) - len(new) - num_waiting - sum(one.num_untrained for one in contradictions),
         num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
         forms=_forms(recipe, home, new, [*held_out, *loaded.held_out]),
         contradictions=contradictions,
         num_waiting=num_waiting,
+        num_held=len(split.train) - len(trained),
     )
 
 
@@ -179,7 +188,7 @@ class DataPlan:
     `refusal` why.
     """
 
-    select: Callable[[Recipe, Home, Path], Selection]
+    select: Callable[[Recipe, Home, Path, InMemories], Selection]
     continues: bool = True
     adapter: bool = False
     studies: bool = True
@@ -226,7 +235,13 @@ DATA_PLANS: Mapping[str, DataPlan] = {
 
 
 def _replayed_and_general(
-    recipe: Recipe, accepted: AcceptedExamples, root: Path, *, new: list[Example], held_out: list[Example]
+    recipe: Recipe,
+    accepted: AcceptedExamples,
+    root: Path,
+    *,
+    new: list[Example],
+    held_out: list[Example],
+    memories: InMemories,
 ) -> tuple[list[Example], list[Example]]:
     """A sample of what was accepted before, the same for the same seed and pool, and all of `replay.path`.
 
@@ -248,7 +263,7 @@ def _replayed_and_general(
         is_wrong = example.answer is not None and example.answer.strip() in wrong
         return not (example.digest in taken or example.context in answered or is_wrong)
 
-    accepted_before = map(Example.from_json, accepted.shuffled(recipe.name, recipe.train.seed))
+    accepted_before = map(Example.from_json, accepted.shuffled(recipe.name, recipe.train.seed, but=memories.held))
     pool = [learned for example in accepted_before if (learned := plan.learns(example)) is not None]
     replayed = list(islice(filter(is_free, pool), wanted))
     if recipe.replay.path is None:

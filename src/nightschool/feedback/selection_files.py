@@ -30,6 +30,7 @@ def write_selection(folder: Path, selection: Selection) -> None:
         "num_left_out": selection.num_left_out,
         "num_duplicates": selection.num_duplicates,
         "num_waiting": selection.num_waiting,
+        "num_held": selection.num_held,
         "formats": selection.formats,
         "shards": selection.shards,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nightschool.config.recipe import Recipe
+from nightschool.feedback.adopted_facts import said_of_held
 from nightschool.feedback.selection import Selection, digest_of
 
 
@@ -29,6 +30,8 @@ def nothing_to_train(selection: Selection) -> str | None:
     """Why a run would learn nothing at all, whoever wants it; None if it would."""
     if selection.new or selection.shards is not None:
         return None
+    if selection.num_held:
+        return f"nothing to train: {said_of_held(selection.num_held)}"
     untrained = sum(one.num_untrained for one in selection.contradictions)
     if untrained:
         return f"nothing to train: {untrained} new examples contradict each other or a pin, and none is chosen yet"

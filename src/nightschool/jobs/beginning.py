@@ -7,6 +7,7 @@ from pathlib import Path
 from nightschool.config.recipe import Recipe
 from nightschool.errors import Locked
 from nightschool.evaluation.general import general_prompts
+from nightschool.feedback.adopted_facts import said_of_held
 from nightschool.feedback.contradictions import notes_on, what_to_do
 from nightschool.feedback.promotion import settle
 from nightschool.feedback.selection import Selection, select
@@ -16,6 +17,7 @@ from nightschool.feedback.tonight import said_of_waiting
 from nightschool.jobs.launch import CycleContext
 from nightschool.jobs.outcome import CycleRecord, CycleResult, Trigger
 from nightschool.jobs.starting_weights import starting_weights
+from nightschool.memory.adopted import in_memories
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.store.runs import Run, RunStore
@@ -40,7 +42,7 @@ def begin_cycle(
     general_prompts(recipe.gate.general, root)  # what the gate could not read is said before a night is spent
     base = starting_weights(home, recipe, say=around.say)
     wanted = recipe.begun_with(base)
-    selection = select(wanted, home, root)
+    selection = select(wanted, home, root, in_memories(home, name))
     fingerprint = fingerprint_of(wanted, selection)
     around.stop.check("the run was created")
     reason = nothing_to_train(selection)
@@ -63,6 +65,9 @@ def begin_cycle(
     ).write(run)
     data = "token shards" if selection.shards else f"{selection.num_new} new of {selection.num_all} examples"
     around.say(f"Run {run.id}: {data}, starting from {base}")
+    if selection.num_held:
+        run.events.write("facts_held", by_memories=selection.num_held)
+        around.say(said_of_held(selection.num_held))
     if selection.num_waiting:
         run.events.write("facts_waiting", waiting=selection.num_waiting, facts_per_night=wanted.study.facts_per_night)
         around.say(said_of_waiting(selection.num_waiting, wanted.study.facts_per_night))

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from nightschool.engine.memory_lookup import forget_entries
 from nightschool.feedback.conversations import ConversationStore, Rating
-from nightschool.feedback.erasure import Traces, erase, traces_of
+from nightschool.feedback.erasure import Traces
 from nightschool.feedback.retraining import Retraining, retrain
+from nightschool.memory.forgetting import forget_conversation, traces_with_entries
 from nightschool.server.errors import Refusal
+from nightschool.server.memories.access import author_of
 from nightschool.server.metrics import Metrics
 from nightschool.store.principal import Principal
 
@@ -90,7 +93,7 @@ class Recorder:
     async def traces(self, request_id: str, principal: Principal) -> Traces:
         """Where an exchange went; the errors are those of `feedback`."""
         return await self._run(
-            lambda kept: traces_of(
+            lambda kept: traces_with_entries(
                 kept.home, kept.get(request_id, **_whose(principal)), by_content=_sees_data(principal)
             )
         )
@@ -108,7 +111,15 @@ class Recorder:
         """
 
         def work(kept: ConversationStore) -> tuple[Traces, Retraining | None]:
-            found, _ = erase(kept.home, request_id, **_whose(principal), by_content=_sees_data(principal))
+            found, _ = forget_conversation(
+                kept.home,
+                request_id,
+                author=author_of(principal),
+                **_whose(principal),
+                by_content=_sees_data(principal),
+            )
+            if found.memories:  # what engines have read of them may still be kept
+                forget_entries()
             return found, retrain(kept.home, found, source="api", created_by=principal.key) if anew else None
 
         return await self._run(work)

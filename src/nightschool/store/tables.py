@@ -236,6 +236,20 @@ rejected_forms = sa.Table(
     sa.Column("rejected_by", sa.String(200), nullable=False),
 )
 
+# Which entry of a memory holds a fact in place of a name's weights: of the fact only the digest, so that nothing of it is kept here.
+adopted_facts = sa.Table(
+    "adopted_facts",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("memory", sa.String(200), primary_key=True),
+    sa.Column("identity", sa.String(32), nullable=False),
+    sa.Column("entry", sa.String(24), nullable=False),
+    sa.Column("version", sa.String(32), nullable=False),
+    sa.Column("adopted_at", UtcDateTime, nullable=False),
+)
+
 # A key is kept as its SHA-256 in hex digits alone. Rows are revoked, never deleted.
 api_keys = sa.Table(
     "api_keys",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from nightschool.errors import NotFound
 from nightschool.evaluation.scores import ScoreSheet
 from nightschool.evaluation.taught_facts import TaughtFacts, taught_facts
-from nightschool.events import read_events
+from nightschool.memory.adopted import in_memories
 from nightschool.store.registry import Registry, Version
 from nightschool.store.runs import Run, RunStore
-
-ADOPTED = "adopted"
-"""The event of a run that says which memory took facts of it: `memory`, `digests`."""
 
 
 def facts_of(registry: Registry, version: Version) -> tuple[Run, TaughtFacts]:
@@ -33,20 +31,17 @@ def facts_of(registry: Registry, version: Version) -> tuple[Run, TaughtFacts]:
 
 def places_of(registry: Registry, version: Version) -> dict[str, Any] | None:
     """How many facts each place knows, and those that belong into a memory and are in none; None where nothing was asked."""
-    run, facts = facts_of(registry, version)
+    _, facts = facts_of(registry, version)
     if not facts.known and not facts.unknown:
         return None
-    memories: dict[str, set[str]] = {}
-    for event in read_events(run.events_path):
-        if event["event"] == ADOPTED:
-            memories.setdefault(event["memory"], set()).update(event["digests"])
-    taken = set().union(*memories.values())
+    held = in_memories(registry.home, version.name).held
+    asked = [*facts.known, *facts.unknown]
     return {
-        "asked": len(facts.known) + len(facts.unknown),
+        "asked": len(asked),
         "weights": len(facts.known),
-        "memories": {name: len(digests) for name, digests in memories.items()},
-        "unknown": sum(one.digest not in taken for one in facts.unknown),
-        "exact": [{"question": one.question, "answer": one.answer} for one in facts.exact if one.digest not in taken],
+        "memories": dict(Counter(held[one.digest] for one in asked if one.digest in held)),
+        "unknown": sum(one.digest not in held for one in facts.unknown),
+        "exact": [{"question": one.question, "answer": one.answer} for one in facts.exact if one.digest not in held],
     }
 
 

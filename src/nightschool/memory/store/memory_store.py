@@ -241,6 +241,21 @@ class MemoryStore:
                 write.add(as_fact(retraction_of(entry, name)))
             return _finished(write)
 
+    def entries_from(self, source: str) -> list[str]:
+        """The entries that said something from this source at any time, oldest first. It reads the sources of all rows."""
+        with self._connections.reading() as connection:
+            return rows.entries_from(connection, source)
+
+    def set_apart(self, entries: Sequence[str], source: str, *, author: str) -> Change:
+        """Let what entries say now from any other source go on as entries of their own, without the past of those."""
+        with self._writing("set apart", author, note=_named(entries)) as write:
+            for entry in entries:
+                said = rows.alive_row(write.connection, entry_number(entry), write.revision - 1)
+                if said is not None and said.source != source and not said.damaged:
+                    kept = edited(said, text=None, value=None, source=said.source, valid_from=KEEP, valid_to=KEEP)
+                    write.set_apart(said, as_fact(kept))
+            return _finished(write)
+
     def is_purged(self, entry: str) -> bool:
         """Whether an entry was deleted for good."""
         with self._connections.reading() as connection:
@@ -257,15 +272,22 @@ class MemoryStore:
         with self._connections.alone() as connection:
             wanted = [one for one in dict.fromkeys(entries) if not rows.is_purged(connection, entry_number(one))]
             if not wanted and purge.is_pending(connection):
-                dropped = purge.drop_index(self.folder)
-                purge.write_anew(self._connections)
-                return Purge(rows.newest_revision(connection), tuple(entries), 0, (), dropped)
+                return Purge(rows.newest_revision(connection), tuple(entries), 0, (), self.finish_purge())
         with self._writing(versions.PURGE, author, note=_named(entries)) as write:
             done = purge.delete_rows(write, wanted or entries)
             write.finish(always=True)
         dropped = purge.drop_index(self.folder)
         purge.write_anew(self._connections)
         return replace(done, index_dropped=dropped)
+
+    def finish_purge(self) -> bool:
+        """Go on with a purge that was cut off, if one was. Returns whether an index was dropped. Raises Locked as `purge` does."""
+        with self._connections.reading() as connection:
+            if not purge.is_pending(connection):
+                return False
+        dropped = purge.drop_index(self.folder)
+        purge.write_anew(self._connections)
+        return dropped
 
     # --- revisions and versions
 

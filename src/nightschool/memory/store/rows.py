@@ -66,6 +66,12 @@ def by_numbers(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int,
     return found
 
 
+def entries_from(connection: sqlite3.Connection, source: str) -> list[str]:
+    """The entries of which any row has this source."""
+    query = "SELECT DISTINCT entry FROM rows WHERE source = ? ORDER BY entry"
+    return [entry_id(one[0]) for one in fetched(connection, query, (source,))]
+
+
 def last_row(connection: sqlite3.Connection, revision: int) -> int:
     """The newest row that a revision knows: rows are numbered in the order of their revisions."""
     query = "SELECT last_row FROM revisions WHERE revision <= ? ORDER BY revision DESC LIMIT 1"

@@ -93,6 +93,12 @@ class Write:
         self.end(row)
         self._insert(fact, entry, row)
 
+    def set_apart(self, old: MemoryEntry, fact: Fact) -> None:
+        """Let what an entry says go on as another one."""
+        self.end(old.row)
+        self._insert(fact, None, None)
+        self.superseded += 1
+
     def take_back(self, statement: StatementKey) -> None:
         """End what says the very statement: the same subject, relation and value, or the same sentence, and nothing else."""
         if isinstance(statement, int):

@@ -46,6 +46,7 @@ class Traces(BaseModel):
     runs: list[str] = Field(..., description="Runs whose data hold a copy.")
     jobs: list[str] = Field(..., description="Jobs whose data, or what they hold out, hold a copy.")
     files: list[str] = Field(..., description="Uploaded files that hold a copy.")
+    memories: list[str] = Field(..., description="Entries of memories that came from it, as `facts/m12`.")
     versions: list[str] = Field(..., description="Versions that learned it, or grew from one that did.")
 
 
@@ -74,7 +75,7 @@ async def feedback(body: Feedback, service: ServiceOf, owner: OwnerOf) -> Respon
 
 @router.get("/conversations/{request_id}/traces", response_model=Traces, responses=problems(404, 409))
 async def traces(request_id: str, service: ServiceOf, principal: PrincipalOf) -> Response:
-    """Which runs, jobs, files and versions contain an exchange: what deleting it would cut and mark."""
+    """Which runs, jobs, files, memories and versions contain an exchange: what deleting it would cut and mark."""
     return JSONResponse((await service.recorder.traces(request_id, principal)).to_json())
 
 
@@ -88,7 +89,8 @@ async def forget(
         bool, Query(description="Queue a job for each marked name that trains it without the exchange.")
     ] = False,
 ) -> Response:
-    """Forget one exchange, its feedback, and its copies in the data of runs, jobs and files. Versions that may know it are tainted.
+    """Forget one exchange, its feedback, its copies in the data of runs, jobs and files, and the entries of memories that came from it.
+    Versions that may know it are tainted.
 
     With keys, the key that asked may, and one of its tenant with the scope `admin`; with `retrain` it needs the scope `train`,
     too. A copy was selected by the id, or has the same turns one after the other; the latter are found for keys with the scope

@@ -32,6 +32,7 @@ from nightschool.feedback.contradictions import notes_on
 from nightschool.feedback.selection import Selection, sample_of, select_examples
 from nightschool.feedback.selection_files import read_selection, write_selection
 from nightschool.feedback.written_forms import WrittenForms
+from nightschool.memory.adopted import in_memories
 from nightschool.models.load import LoadedModel
 from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask
@@ -397,7 +398,7 @@ def _selection(setup: Setup) -> Selection:
     """The examples that were selected for the run, by whoever began it; for a plan, or where nobody did, select them now."""
     selected = None if setup.folder is None else read_selection(setup.folder)
     if selected is None:
-        selected = select_examples(setup.recipe, setup.home, setup.root)
+        selected = select_examples(setup.recipe, setup.home, setup.root, in_memories(setup.home, setup.recipe.name))
         if setup.folder is not None:
             shutil.rmtree(
                 setup.folder / "tokenizer", ignore_errors=True
