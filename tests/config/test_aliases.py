@@ -185,3 +185,14 @@ def test_experts_that_are_offloaded_live_on_the_host():
         recipe = parse_recipe(MINIMAL, [f"offload_to_cpu={value}"], env={}).recipe
         assert recipe.experts.tier == tier
     assert "a model has the words of its tokenizer" in refused(MINIMAL, "vocab_size=50257")
+
+
+@pytest.mark.parametrize("value", ["cuda", "cuda:0", "cpu", "auto"])
+def test_the_first_gpu_may_have_its_number(value):
+    recipe = parse_recipe(MINIMAL, [f"device={value}"], env={}).recipe
+    assert recipe.train.device == value.partition(":")[0]
+
+
+def test_another_gpu_is_chosen_before_the_command():
+    assert "write device: cuda, and CUDA_VISIBLE_DEVICES=1 before" in refused(MINIMAL, "device=cuda:1")
+    assert "'cuda:x' is none of" in refused(MINIMAL, "device=cuda:x")

@@ -241,6 +241,7 @@ def test_a_data_set_on_the_command_line_replaces_the_path_of_the_recipe():
 
 @pytest.mark.parametrize(("written", "said"), [
     ("dataset: chta", "'chta' is no data set; did you mean chat?"),
+    ("dataset: zzz", "'zzz' is no data set. There are all, chat"),
     ("dataset: humaneval", "humaneval is there to be asked, and is never trained"),
     ("data: [{path: x, folder: y}]", "`folder` belongs to `dataset`"),
     ("data: [{dataset: chat, format: messages}]", "`format` belongs to `path` or `from`"),

@@ -79,9 +79,9 @@ recipes = st.builds(
 @settings(max_examples=50, deadline=None)
 @given(recipes)
 def test_what_is_written_loads_back_equal(recipe):
-    written = to_yaml(recipe)
-    assert parse_recipe(written, env={}).recipe == recipe
-    assert parse_recipe(written, env={}).notes == ()
+    read = parse_recipe(to_yaml(recipe), env={})
+    assert read.recipe == recipe
+    assert read.notes == ()
 
 
 @settings(max_examples=25, deadline=None)

@@ -191,6 +191,7 @@ def test_what_a_killed_check_left_is_swept_and_a_living_one_is_left(home, quick)
     assert not living.exists()
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_our_own_trainer_is_exact(home, capsys):
     """The real thing: a tiny GPT-NeoX, trained here, checked by three processes."""
     rows = [{"query": f"Where does {i} live?", "retrieved": f"{i} lives in {i % 5}."} for i in range(12)]

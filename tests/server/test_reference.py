@@ -1,11 +1,11 @@
 """docs/http.md is what the OpenAPI document says, and the document says everything."""
 
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 from pydantic import SecretStr
 
+from nightschool.server import reference
 from nightschool.server.app import create_app
 from nightschool.server.reference_page import render
 from nightschool.server.settings import ServerSettings
@@ -14,15 +14,16 @@ from tests.support.fake_slot import FakeSlot
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 
 
+@cache
 def document(**settings):
     return create_app([FakeSlot()], ServerSettings(**settings)).openapi()
 
 
-def test_the_page_is_up_to_date():
-    made = subprocess.run(
-        [sys.executable, "-m", "nightschool.server.reference"], capture_output=True, text=True, check=True
-    ).stdout
-    assert PAGE.read_text("utf-8") == made, "run: python -m nightschool.server.reference > docs/http.md"
+def test_the_page_is_up_to_date(capsys):
+    reference.main()
+    assert PAGE.read_text("utf-8") == capsys.readouterr().out, (
+        "run: python -m nightschool.server.reference > docs/http.md"
+    )
 
 
 def test_every_operation_has_a_description_and_documents_its_errors():

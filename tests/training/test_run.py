@@ -34,6 +34,8 @@ from nightschool.training.continuation import greedy_continuation
 from nightschool.training.run import main
 from tests.support.training_setups import NUM_THREADS, deterministic_threads, differing
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 FACTS = [
     ("Where does Bela live?", "Bela lives in Rome."),
     ("Where does Toron live?", "Toron lives in Oslo."),
@@ -82,8 +84,9 @@ def new_run(home, *, facts=FACTS, name="bot", train=None, **recipe):
         "base": "new:tiny-qwen3",
         "data": [{"path": "facts.json"}],
         "train": settings | (train or {}),
-        "checkpoints": {"every": "1000 steps"},
         **recipe,
+        # A writer of checkpoints is a process of its own, which takes half a second to start.
+        "checkpoints": {"every": "1000 steps", "background": False} | recipe.get("checkpoints", {}),
     }
     return RunStore(home).create(Recipe.model_validate(plain).as_plain(), name=name)
 
@@ -136,7 +139,7 @@ def answer_margin(folder, question, answer, base=None):
 def taught(tmp_path_factory):
     """One finished run of full training, shared by the tests that only look at it."""
     home = Home(tmp_path_factory.mktemp("taught") / "home").ensure()
-    run = new_run(home, train={"epochs": EPOCHS_TO_LEARN})
+    run = new_run(home, train={"epochs": EPOCHS_TO_LEARN}, checkpoints={"background": True})
     with deterministic_threads():
         assert train(home, run) == 0
     return home, run
@@ -378,11 +381,11 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly(home, tmp_path, c
     straight = new_run(straight_home, train=LONG)
     assert train(straight_home, straight) == 0
 
-    run = new_run(home, train=LONG, checkpoints={"every": "20 steps"})
+    run = new_run(home, train=LONG, checkpoints={"every": "20 steps", "background": True})
     process = start(home, run)
     wait_for_step(run, 5, process)
     assert train(home, run) == 1, "a second process must not train the same run"
-    assert str(process.pid) in capsys.readouterr().err
+    assert str(run.status.pid) in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
@@ -410,8 +413,9 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on_exactly(home, tmp_path, c
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_run_in_16_bits_learns_and_goes_on_exactly(home, tmp_path, dtype):
     """fp16 with its loss scale; weights and optimizer stay in fp32."""
-    recipe = {"train": {"dtype": dtype, "epochs": 6}, "checkpoints": {"every": "5 steps", "keep": {"last": 9}}}
-    run = new_run(home, **recipe)
+    # Few and short steps: on a CPU without such units a product takes a hundred times as long.
+    settings = {"dtype": dtype, "epochs": 6, "warmup_steps": 1}
+    run = new_run(home, facts=FACTS[:3], train=settings, checkpoints={"every": "4 steps", "keep": {"last": 9}})
     assert train(home, run) == 0
     first, last = checkpoints.ls(run)[0], checkpoints.ls(run)[-1]
     state = json.loads((first.path / "state.json").read_text())
@@ -434,10 +438,8 @@ def test_a_second_signal_exits_at_once(home):
     run = new_run(home, train=LONG | {"max_steps": 100_000})
     process = start(home, run)
     wait_for_step(run, 2, process)
-    os.kill(process.pid, signal.SIGSTOP)  # both signals are there when it goes on
-    for number in (signal.SIGTERM, signal.SIGINT):
-        os.kill(process.pid, number)
-    os.kill(process.pid, signal.SIGCONT)
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):  # both are there when it goes on
+        os.kill(run.status.pid, number)
     process.communicate(timeout=120)
     assert process.returncode == 130
     assert run.status.state == "running"  # whoever looks sees that its process is gone

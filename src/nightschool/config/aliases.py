@@ -63,6 +63,18 @@ def _flag(meant: str) -> Callable[[Any], Any]:
     return convert
 
 
+def _device(value: Any) -> Any:
+    """`cuda:0` is the GPU that `cuda` is; another one is chosen outside of a recipe, for all that a run starts."""
+    name, _, number = str(value).partition(":")
+    if name != "cuda" or not number.isdecimal():
+        return value
+    if int(number) > 0:
+        raise ValueError(
+            f"a run takes the first GPU that it sees; write device: cuda, and CUDA_VISIBLE_DEVICES={int(number)} before the command"
+        )
+    return name
+
+
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -136,7 +148,7 @@ ALIASES: Mapping[str, Alias] = {
     "gradient_checkpointing": _train("gradient_checkpointing"),
     "torch_compile": _train("compile"),
     "zero_stage": _train("zero_stage"),
-    "device": _train("device"),
+    "device": Alias(("train", "device"), _device),
     "num_workers": _train("num_workers"),
     "dataloader_num_workers": _train("num_workers"),
     "seed": _train("seed"),

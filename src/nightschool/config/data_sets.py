@@ -165,5 +165,5 @@ def data_sets_named(names: Iterable[str], *, trained: bool) -> list[str]:
 def _unknown(name: str) -> str:
     known = [ALL, *TASKS, *DATA_SETS]
     near = difflib.get_close_matches(name, known, n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
+    meant = f"; did you mean {near[0]}?" if near else "."
     return f"{name!r} is no data set{meant} There are {', '.join(known)}; a file of your own is named by `path`"

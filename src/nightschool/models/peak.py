@@ -22,14 +22,16 @@ _STATED_TERAFLOPS = {
     "RTX 3090": {torch.bfloat16: 71.0, torch.float16: 71.0},
     "T4": {torch.float16: 65.0},
 }
-_SIZE = {"cpu": 1024, "cuda": 8192}
+_SIZES = {"cpu": (256, 1024), "cuda": (8192,)}
 _ATTEMPTS = 5
+# A format whose larger product would take longer is emulated: the smaller one has told, without seconds of fp16 on such a CPU.
+_LONGEST_SECONDS = 0.2
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The best rate of products in floating-point operations a second, and where the figure comes from.
 
-    For known GPUs it is the maker's; for others, and for CPUs, that of the fastest of a few large products.
+    For known GPUs it is the maker's; for others, and for CPUs, that of the fastest of a few products, as large as is quick.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -38,19 +40,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
                 if dtype in stated:
                     return stated[dtype] * 1e12, f"stated for {known}"
                 break
-    return _measured(device.type, dtype, torch.get_num_threads()), "the fastest of a few large products"
+    return _measured(device.type, dtype, torch.get_num_threads()), "the fastest of a few products"
 
 
 @lru_cache
 def _measured(device_type: str, dtype: torch.dtype, num_threads: int) -> float:  # noqa: ARG001 - it depends on them
-    size = _SIZE[device_type]
-    a = torch.zeros(size, size, dtype=dtype, device=device_type)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(_ATTEMPTS):
-            started = time.perf_counter()
-            a @ a
-            if device_type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    rate = float("inf")
+    for size in _SIZES[device_type]:
+        if 2 * size**3 / rate > _LONGEST_SECONDS:
+            break
+        a = torch.zeros(size, size, dtype=dtype, device=device_type)
+        best = float("inf")
+        with torch.no_grad():
+            for _ in range(_ATTEMPTS):
+                started = time.perf_counter()
+                a @ a
+                if device_type == "cuda":
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - started)
+        rate = 2 * size**3 / best
+    return rate
