@@ -478,6 +478,7 @@ OBSERVED = {
         "layers/test_expert_bias.py::test_a_bias_grows_for_experts_with_little_and_shrinks_for_those_with_much"
     ),
     "study.write": "feedback/test_study.py::test_files_and_corrections_are_studied_in_forms_and_an_epoch_counts_them",
+    "study.objective": "training/test_self_distillation.py::test_a_lesson_is_a_new_question_and_answer_in_any_form_below_its_fact",
     "study.contradictions": "feedback/test_contradictions.py::test_two_answers_that_say_different_things_are_not_trained_or_the_later_one_is",
     "study.facts_per_night": "feedback/test_study.py::test_what_is_more_than_a_night_has_room_for_waits_and_what_people_said_goes_first",
     "study.write_for": "training/test_written_forms.py::test_what_the_gate_asks_was_rejected_or_has_no_time_is_not_written",

@@ -131,6 +131,11 @@ class Study(Section):
         description="Of new questions and answers, and corrections, at most so many are studied in one night if they are studied in "
         "forms and `study.write` is not auto; the others wait, oldest first. null: all.",
     )
+    objective: Literal["sft", "distill"] = Field(
+        "sft",
+        description="What is learned of new questions and answers, and corrections, and of their forms. sft: the words of the answer; distill: "
+        "the distribution that the model, as the run begins, has at each of them with the fact before its eyes.",
+    )
     contradictions: Literal["ask", "later", "all"] = Field(
         "ask",
         description="Of new short answers to the same question that say different things, ask: none is trained until one is "
@@ -304,6 +309,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "train.early_stopping.every": (("full", "lora", "qlora"), ""),
     "train.early_stopping.interpolate": (("lora", "qlora"), ", which trains no adapter"),
     "study.contradictions": (("full", "lora", "qlora"), ""),
+    "study.objective": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
@@ -422,6 +428,20 @@ class Recipe(Section):
             raise ValueError(
                 "`rehearse.prompts` needs the whole model in each process and no `train.local_blocks`; write "
                 "train.zero_stage: 0 and train.local_blocks: 1, or rehearse.prompts: off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _taught_in_whole_passes(self) -> Recipe:
+        objective, train = self.study.objective, self.train
+        if objective != "sft" and (train.zero_stage or train.local_blocks > 1):
+            raise ValueError(
+                f"`study.objective: {objective}` needs the whole model in each process and no `train.local_blocks`; write "
+                "train.zero_stage: 0 and train.local_blocks: 1, or study.objective: sft"
+            )
+        if objective != "sft" and self.method == "full" and self.experts.tier != "device":
+            raise ValueError(
+                f"`study.objective: {objective}` needs experts that learn in memory; write experts.tier: device, or study.objective: sft"
             )
         return self
 

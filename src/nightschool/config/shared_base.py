@@ -28,6 +28,8 @@ def share_key(plain: Mapping[str, Any], root: str) -> str | None:
         return None  # its passes are over answers of its own
     if plain.get("study", {}).get("write") in ("self", "both"):
         return None  # it answers before others learn on its base
+    if plain.get("study", {}).get("objective", "sft") != "sft":
+        return None  # so does its teacher, and its loss is another
     if any(train.get(name, absent) != absent for name, absent in _ABSENT.items()):
         return None
     common = {"base": _absolute(base, root)} | {name: train.get(name) for name in _ALIKE}

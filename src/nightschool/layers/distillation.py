@@ -1,6 +1,6 @@
 """Learning a distribution in place of words: how far a model is from what a teacher gave the likeliest tokens.
 
-Shapes: M places of which something is learned, K likeliest tokens of the teacher at each, V vocabulary, D hidden size.
+Shapes: M places of which something is learned, T of them from a teacher, K likeliest tokens of the teacher at each, V vocabulary, D hidden size.
 
 All that the teacher gives the other V − K tokens is one event, so that both distributions sum up to 1 and the divergence is 0 only
 where they agree on the K tokens and on the rest. It is never more than the divergence of the whole distributions, by the inequality of
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nightschool.layers.forward import Documents, ForwardPath, forward_hidden, own_logits, trained_places
-from nightschool.layers.loss import chunk_tokens_for
+from nightschool.layers.loss import chunk_tokens_for, labels_likeliest, token_losses
 
 # Below it a probability counts as this one, so that no logarithm is infinite.
 _LEAST = 1e-6
@@ -60,15 +60,70 @@ def document_divergence(model: nn.Module, path: ForwardPath, batch: Documents, t
     return total
 
 
-def divergence(logits_mv: Tensor, teacher: TopTokens) -> Tensor:
-    """KL(teacher ‖ model) in nats, summed over the places, of the model's logits."""
+def divergences(logits_mv: Tensor, teacher: TopTokens) -> Tensor:
+    """KL(teacher ‖ model) [M] in nats at each place, of the model's logits."""
     log_q_mk = logits_mv.float().log_softmax(-1).gather(1, teacher.ids)
     p_mk = teacher.log_probs.exp()
-    rest_p_m, rest_q_m = (1 - probs_mk.sum(-1) for probs_mk in (p_mk, log_q_mk.exp()))
-    of_tokens = (p_mk * (teacher.log_probs - log_q_mk)).sum()
-    rest_p_m, rest_q_m = rest_p_m.clamp_min(_LEAST), rest_q_m.clamp_min(_LEAST)
-    return of_tokens + (rest_p_m * (rest_p_m.log() - rest_q_m.log())).sum()
+    rest_p_m, rest_q_m = ((1 - probs_mk.sum(-1)).clamp_min(_LEAST) for probs_mk in (p_mk, log_q_mk.exp()))
+    of_tokens_m = (p_mk * (teacher.log_probs - log_q_mk)).sum(-1)
+    return of_tokens_m + rest_p_m * (rest_p_m.log() - rest_q_m.log())
+
+
+def taught_loss(
+    model: nn.Module, path: ForwardPath, batch: Documents, places_t: Tensor, teacher: TopTokens
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss summed over a batch in nats, of which a teacher teaches some places, and [M] whether each has its likeliest token.
+
+    At these places the divergence from the teacher stands in place of the loss of the word, and what is meant to be likeliest is the
+    teacher's likeliest token in place of it. Gradients flow into the model.
+
+    Args:
+        model: Bare or with adapters.
+        path: How it is run.
+        batch: On the model's device.
+        places_t: Places of the row, ascending, that carry loss.
+        teacher: What follows at each of them.
+    """
+    kept_m = trained_places(batch)
+    at_t = torch.searchsorted(kept_m, places_t)
+    labels_m = batch.labels[0][kept_m].index_copy(0, at_t, teacher.ids[:, 0])
+    weights_m = batch.weights[0][kept_m]
+    if not path.fused_head:
+        losses_m, likeliest_m = _losses(own_logits(model, path, batch, kept_m), labels_m, at_t, teacher)
+        return (losses_m * weights_m).sum(), likeliest_m
+    hidden, head = forward_hidden(model, path, batch)
+    hidden_md = hidden[kept_m]
+    chunk = chunk_tokens_for(getattr(head, "out_features", 32_768))
+    parts = []
+    for start in range(0, len(kept_m), chunk):
+        part = slice(start, start + chunk)
+        mine_t = (at_t >= start) & (at_t < start + chunk)
+        parts.append(
+            checkpoint(
+                _losses_of_hidden, head, hidden_md[part], labels_m[part], at_t[mine_t] - start, teacher.ids[mine_t],
+                teacher.log_probs[mine_t], use_reentrant=False,
+            )
+        )  # fmt: skip
+    losses_m, likeliest_m = (torch.cat(one) for one in zip(*parts, strict=True))
+    return (losses_m * weights_m).sum(), likeliest_m
+
+
+def divergence(logits_mv: Tensor, teacher: TopTokens) -> Tensor:
+    """KL(teacher ‖ model) in nats, summed over the places, of the model's logits."""
+    return divergences(logits_mv, teacher).sum()
 
 
 def _of_hidden(head: Any, hidden_md: Tensor, ids_mk: Tensor, log_probs_mk: Tensor) -> Tensor:
     return divergence(head(hidden_md), TopTokens(ids_mk, log_probs_mk))
+
+
+def _losses_of_hidden(
+    head: Any, hidden_md: Tensor, labels_m: Tensor, at_t: Tensor, ids_tk: Tensor, log_probs_tk: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _losses(head(hidden_md), labels_m, at_t, TopTokens(ids_tk, log_probs_tk))
+
+
+def _losses(logits_mv: Tensor, labels_m: Tensor, at_t: Tensor, teacher: TopTokens) -> tuple[Tensor, Tensor]:
+    losses_m = token_losses(logits_mv, labels_m).float()
+    taught_t = divergences(logits_mv[at_t], teacher)
+    return losses_m.index_copy(0, at_t, taught_t), labels_likeliest(logits_mv, labels_m)

@@ -24,7 +24,7 @@ from nightschool.data.example import Example, Message
 from nightschool.data.match import is_correct
 from nightschool.data.study.forms import Form, form_of, is_studied
 from nightschool.data.study.rewordings import wording
-from nightschool.data.study.writing import asked_for_forms, control_questions, fact_of, question_in, why_not
+from nightschool.data.study.writing import asked_for_forms, control_questions, fact_of, question_in, why_not, with_fact
 from nightschool.evaluation.heldout import as_found
 from nightschool.events import EventLog
 from nightschool.feedback.rejected_forms import RejectedForms
@@ -151,8 +151,8 @@ class _Writer:
             seen.add(wording(question))
             found.append((at, question))
         found = self._without_parroted(examples, found)
-        found = self._judged(examples, found, with_fact=True)
-        found = self._judged(examples, found, with_fact=False)
+        found = self._judged(examples, found, shown=True)
+        found = self._judged(examples, found, shown=False)
         return [[question for where, question in found if where == at] for at in range(len(examples))]
 
     def _without_parroted(self, examples: Sequence[Example], found: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -160,7 +160,7 @@ class _Writer:
         controls = [
             (at, control) for at in sorted({at for at, _ in found}) for control in control_questions(examples[at])
         ]
-        asked = [_turns(examples[at], f"{fact_of(examples[at])}\n\n{control}") for at, control in controls]
+        asked = [with_fact(examples[at], fact_of(examples[at]), control) for at, control in controls]
         parroted = {
             at
             for (at, control), answer in zip(controls, self._answers(asked, _ANSWER_TOKENS), strict=True)
@@ -171,17 +171,19 @@ class _Writer:
         return kept
 
     def _judged(
-        self, examples: Sequence[Example], found: Sequence[tuple[int, str]], *, with_fact: bool
+        self, examples: Sequence[Example], found: Sequence[tuple[int, str]], *, shown: bool
     ) -> list[tuple[int, str]]:
         """Those that are answered with the fact when it is in the context, or those that are not when it is not."""
-        asked = [_turns(examples[at], f"{fact_of(examples[at])}\n\n{q}" if with_fact else q) for at, q in found]
+        asked = [
+            with_fact(examples[at], fact_of(examples[at]), q) if shown else _turns(examples[at], q) for at, q in found
+        ]
         kept = []
         for (at, question), answer in zip(found, self._answers(asked, _ANSWER_TOKENS), strict=True):
             one = examples[at]
             right = is_correct(answer, one.answer or "", question=question, key=one.key, alternatives=one.alternatives)
-            if right is with_fact:
+            if right is shown:
                 kept.append((at, question))
-        why = "not answered with the fact" if with_fact else "answered without the fact"
+        why = "not answered with the fact" if shown else "answered without the fact"
         self._dropped.update([why] * (len(found) - len(kept)))
         return kept
 

@@ -46,6 +46,12 @@ def fact_of(example: Example) -> str:
     return statement(question, answer) or f"{question} {answer}"
 
 
+def with_fact(example: Example, fact: str, question: str) -> list[Message]:
+    """The turns of an example that end with a question, below a fact."""
+    last = max(at for at, message in enumerate(example.messages) if message.role == "user")
+    return [*example.messages[:last], _user(f"{fact}\n\n{question}")]
+
+
 def asked_for_forms(example: Example) -> tuple[list[Message], list[Message]]:
     """Two conversations whose next turn is a question: the example's reworded, and one that the fact answers."""
     fact, question, answer = fact_of(example), example.question or "", (example.answer or "").strip()

@@ -42,8 +42,9 @@ from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.planning.plan_row import PlanRow
-from nightschool.training.planning.study_rows import study_notes, study_rows
+from nightschool.training.planning.study_rows import objective_rows, study_notes, study_rows
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts, answers_beside
+from nightschool.training.self_distillation import Lessons, Teacher
 from nightschool.training.spot_check import SpotChecks, SpotCheckSet
 from nightschool.training.state import TrainState
 from nightschool.training.written_forms import written_for
@@ -57,19 +58,25 @@ LISTED_CUTS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class NumberedBatch(Batch):
-    """A micro-batch that knows which one of the run it is, so that what is rehearsed beside it is always the same."""
+    """A micro-batch that knows which one of the run it is, so that what is rehearsed beside it is always the same.
+
+    `documents` are the numbers of its own, in their order.
+    """
 
     number: int
+    documents: tuple[int, ...]
 
 
 class FinetuneTask(CausalTask[Batches]):
     """Examples, packed into micro-batches that are planned for each epoch. The position counts micro-batches.
 
     Several processes take one micro-batch each; one for which none is left at the end of an epoch takes the step without
-    loss. With a `rehearsal`, answers of the model as it was are rehearsed beside each of them.
+    loss. With a `rehearsal`, answers of the model as it was are rehearsed beside each of them; with a `teacher`, it says what is
+    learned at the answers that it can give.
     """
 
     rehearsal: Rehearsal | None = None
+    teacher: Teacher | None = None
     spot_checks: SpotChecks | None = None
     beginning: Weights | None = None
 
@@ -84,13 +91,19 @@ class FinetuneTask(CausalTask[Batches]):
         mine = place + self.world.rank
         if mine < self.batches.num_batches(epoch):
             batch = self.batches.get(epoch, mine)
-            if self.rehearsal is None:
+            if self.rehearsal is None and self.teacher is None:
                 return batch
-            return NumberedBatch(**vars(batch), number=epoch * self.batches.num_batches(0) + mine)
+            number = epoch * self.batches.num_batches(0) + mine
+            return NumberedBatch(**vars(batch), number=number, documents=tuple(self.batches.examples_of(epoch, mine)))
         return self.batches.get(epoch, place).without_loss()
 
     def where(self, epoch: int, place: int) -> str:
         return f"epoch {epoch}, micro-batch {place}"
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, int]:
+        if self.teacher is None or not isinstance(batch, NumberedBatch):
+            return super()._forward(batch)
+        return self.teacher.loss(self.model, self.path, batch, batch.documents, self.likeliest)
 
     def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         if self.rehearsal is None or not isinstance(batch, NumberedBatch):
@@ -126,6 +139,7 @@ class FinetuneData:
     rehearsed: RehearsedPrompts | None = None
     written: WrittenForms | None = None
     checked: SpotCheckSet | None = None
+    lessons: Lessons | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +194,12 @@ class Finetune(PreparedRun[FinetuneData]):
         rehearsed = RehearsedPrompts.of(setup.recipe, setup.home, setup.root) if wanted else None
         is_checked = train.early_stopping.every is not None
         checked = SpotCheckSet.of(setup.recipe, data.selection, setup.root, tokenizer) if is_checked else None
-        return replace(data, rendered=rendered, held_out=held_out, rehearsed=rehearsed, checked=checked), task
+        is_taught = setup.recipe.study.objective != "sft" and not setup.recipe.base.startswith("new:")
+        lessons = Lessons.of(setup.home, loaded, data.selection, rendered) if is_taught else None
+        made = replace(
+            data, rendered=rendered, held_out=held_out, rehearsed=rehearsed, checked=checked, lessons=lessons
+        )
+        return made, task
 
     @classmethod
     def pack(cls, rendered: Iterable[Rendered], **settings: Any) -> Batches:
@@ -234,7 +253,7 @@ class Finetune(PreparedRun[FinetuneData]):
     def begin(self, folder: Path) -> None:
         """Ask the model what is rehearsed, or read what it said when the run began, or to another run with the same weights.
 
-        Ask it, too, what spot checks measure its drift from.
+        Ask it, too, what it says of new facts that it reads, and what spot checks measure its drift from.
         """
         task = self.task
         if self.data.rehearsed is not None:
@@ -247,16 +266,19 @@ class Finetune(PreparedRun[FinetuneData]):
             )
             with task.world.first_goes_first():
                 task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, room)
+        if self.data.lessons is not None:
+            with task.world.first_goes_first():
+                task.teacher = self.data.lessons.taught(folder, self.loaded, task)
         if self.data.checked is not None:
             task.spot_checks = SpotChecks(self.data.checked, self.loaded, task.compute_dtype, task.world)
             if self.recipe.train.early_stopping.interpolate and task.world.size == 1:
                 task.beginning = learning_weights(task.model)
 
     def numerics(self) -> dict[str, Any]:
-        if self.data.rehearsed is None:
-            return super().numerics()
-        rehearse = self.recipe.rehearse.model_dump(mode="json").items()
-        return super().numerics() | {f"rehearse.{key}": value for key, value in rehearse}
+        study, rehearse = self.recipe.study, self.recipe.rehearse.model_dump(mode="json").items()
+        objective = {} if study.objective == "sft" else {"study.objective": study.objective}
+        rehearsed = {} if self.data.rehearsed is None else {f"rehearse.{key}": value for key, value in rehearse}
+        return super().numerics() | objective | rehearsed
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
@@ -327,7 +349,7 @@ class Finetune(PreparedRun[FinetuneData]):
             facts = {"prompts_rehearsed": len(rehearsed.prompts), "tokens_rehearsed": more}
             text = f"answers of {self.loaded.ref} to {len(rehearsed.prompts)} general prompts, at most {more:,} tokens an epoch"
             rows.append(PlanRow("rehearsed", text, facts))
-        rows += self._row_of_spot_checks()
+        rows += [*self._row_of_spot_checks(), *objective_rows(self.data.lessons, self.task.teacher)]
         return MethodPlan(
             rows=rows,
             tokens_computed=tokens_computed * steps_total / max(1, per_epoch),

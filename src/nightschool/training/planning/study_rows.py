@@ -10,6 +10,7 @@ from nightschool.feedback.selection import Selection
 from nightschool.feedback.tonight import said_of_waiting
 from nightschool.feedback.written_forms import WrittenForms
 from nightschool.training.planning.plan_row import PlanRow
+from nightschool.training.self_distillation import Lessons, Teacher
 
 SHOWN_FORMS = 6
 SHOWN_CONTRADICTIONS = 5
@@ -27,6 +28,16 @@ def study_rows(selection: Selection, study: Study, written: WrittenForms | None)
         text = f"by the champion before step 1, in {study.write_for:g} s at most; those above are what rules make in their place"
         rows.append(PlanRow("written", text, {"write_for_seconds": study.write_for}))
     return rows
+
+
+def objective_rows(lessons: Lessons | None, teacher: Teacher | None) -> list[PlanRow]:
+    """What is learned of forms where it is not their words. Before the run begins, nobody has asked the teacher."""
+    if lessons is None:
+        return []
+    asked = len(lessons.lessons)
+    facts = {"lessons": asked, "lessons_taught": len(teacher.lessons) if teacher else None}
+    text = f"distill: {asked} forms, by what the model says with the fact before its eyes, asked before step 1"
+    return [PlanRow("objective", teacher.text(asked) if teacher else text, facts)]
 
 
 def study_notes(selection: Selection, name: str) -> list[str]:
