@@ -11,14 +11,13 @@ import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 
 from nightschool.config.recipe import Recipe
-from nightschool.data.example import CONVERSATIONS, Example, corrected_answers
+from nightschool.data.example import CONVERSATIONS, Example
 from nightschool.data.shards.shard_sources import shards_state
-from nightschool.data.sources.load import Loaded, load_files, split_held_out, without_duplicates
+from nightschool.data.sources.load import Loaded, split_held_out, without_duplicates
 from nightschool.data.sources.problems import Problems
 from nightschool.data.study.forms import Form, make_forms, trained_forms
 from nightschool.errors import DataError
@@ -27,6 +26,7 @@ from nightschool.feedback.contradictions import Contradiction, without_contradic
 from nightschool.feedback.novelty import novelty_for
 from nightschool.feedback.pins import Pins
 from nightschool.feedback.rejected_forms import RejectedForms
+from nightschool.feedback.replay import replayed_and_general
 from nightschool.feedback.replay_pool import AcceptedExamples
 from nightschool.feedback.tonight import for_tonight, studied_in_forms
 from nightschool.feedback.training_data import load_sources
@@ -142,8 +142,19 @@ def select_loaded(
         num_waiting = 0
     else:
         new, num_waiting = for_tonight(new, recipe.study.facts_per_night)
-    replayed, general = _replayed_and_general(
-        recipe, accepted, root, new=new, held_out=[*held_out, *loaded.held_out], memories=memories
+    out = [*held_out, *loaded.held_out]
+    forms = _forms(recipe, home, new, [*new, *out])
+    num_forms = sum(not form.kept_aside for form in forms)
+    replayed, general = replayed_and_general(
+        recipe,
+        plan,
+        accepted,
+        root,
+        new=new,
+        num_trained=len(new) + num_forms,
+        held_out=out,
+        held=memories.held,
+        forms_of=lambda examples: _forms(recipe, home, examples, [*new, *out]),
     )
     return Selection(
         new=new,
@@ -155,7 +166,7 @@ def select_loaded(
         num_duplicates=loaded.duplicates + num_alike,
         formats={report.source: sorted(report.formats) for report in loaded.sources},
         general=general,
-        forms=_forms(recipe, home, new, [*held_out, *loaded.held_out]),
+        forms=forms,
         contradictions=contradictions,
         num_waiting=num_waiting,
         num_held=len(split.train) - len(trained),
@@ -170,13 +181,13 @@ def _chosen(recipe: Recipe, home: Home, new: list[Example]) -> tuple[list[Exampl
     return without_contradictions(new, recipe.study.contradictions, pins)
 
 
-def _forms(recipe: Recipe, home: Home, new: Sequence[Example], held_out: Sequence[Example]) -> list[Form]:
-    """What is new in other forms, as the recipe wants it."""
-    studied = studied_in_forms(recipe, new) if DATA_PLANS[recipe.method].studies else []
+def _forms(recipe: Recipe, home: Home, examples: Sequence[Example], never: Sequence[Example]) -> list[Form]:
+    """Examples in other forms, as the recipe wants it, and none in the wording of those in `never`."""
+    studied = studied_in_forms(recipe, examples) if DATA_PLANS[recipe.method].studies else []
     if not studied:
         return []
     rejected = RejectedForms(home.database).wordings(recipe.name)
-    return make_forms(studied, recipe.study.forms, recipe.train.seed, never=[*new, *held_out], rejected=rejected)
+    return make_forms(studied, recipe.study.forms, recipe.train.seed, never=never, rejected=rejected)
 
 
 @dataclass(frozen=True)
@@ -232,45 +243,6 @@ DATA_PLANS: Mapping[str, DataPlan] = {
     "memory": DataPlan(select_examples, continues=False, studies=False, learns=attrgetter("chosen")),
     "pretrain": DataPlan(select_shards, continues=False, studies=False),
 }
-
-
-def _replayed_and_general(
-    recipe: Recipe,
-    accepted: AcceptedExamples,
-    root: Path,
-    *,
-    new: list[Example],
-    held_out: list[Example],
-    memories: InMemories,
-) -> tuple[list[Example], list[Example]]:
-    """A sample of what was accepted before, the same for the same seed and pool, and all of `replay.path`.
-
-    What a new example answers otherwise is no longer true, and is left out; so is the very sentence that a person
-    corrected, in whatever wording it was asked for. What was accepted goes before what the file says.
-
-    Raises:
-        NotFound, DataError: If `replay.path` cannot be read.
-    """
-    wanted = max(recipe.replay.minimum, round(recipe.replay.ratio * len(new))) if recipe.replay.ratio > 0 else 0
-    if wanted == 0 and recipe.replay.path is None:
-        return [], []
-    plan = DATA_PLANS[recipe.method]
-    taken = {example.digest for example in [*new, *held_out]}
-    answered = {example.context for example in new} - {None}
-    wrong = corrected_answers(new)
-
-    def is_free(example: Example) -> bool:
-        is_wrong = example.answer is not None and example.answer.strip() in wrong
-        return not (example.digest in taken or example.context in answered or is_wrong)
-
-    accepted_before = map(Example.from_json, accepted.shuffled(recipe.name, recipe.train.seed, but=memories.held))
-    pool = [learned for example in accepted_before if (learned := plan.learns(example)) is not None]
-    replayed = list(islice(filter(is_free, pool), wanted))
-    if recipe.replay.path is None:
-        return replayed, []
-    answered |= {example.context for example in pool} - {None}
-    taken |= {example.digest for example in pool}
-    return replayed, list(filter(is_free, plan.read(load_files(recipe.replay.path, root, "replay.path"))[0]))
 
 
 def sample_of(whole: Selection, num_examples: int, *, seed: int) -> Selection:
