@@ -159,6 +159,11 @@ class Rehearse(Section):
     )
     weight: float = Field(1.0, gt=0, description="Of the divergence, in nats a token, beside the loss.")
     max_new_tokens: int = Field(64, ge=1, le=1024, description="Length of an answer in tokens.")
+    teacher: Literal["champion", "base"] = Field(
+        "champion",
+        description="Whose answers. champion: those of the model with which the run begins; base: those of what stands below its adapter, asked once "
+        "for all nights, so that what each of them changes does not add up.",
+    )
 
     @field_validator("prompts")
     @classmethod
@@ -311,6 +316,7 @@ _OF_SOME_METHODS: dict[str, tuple[tuple[Method, ...], str]] = {
     "study.contradictions": (("full", "lora", "qlora"), ""),
     "study.objective": (("full", "lora", "qlora"), ""),
     "rehearse.prompts": (("full", "lora", "qlora"), ""),
+    "rehearse.teacher": (("lora", "qlora"), ", which has no adapter above a base"),
     "pretrain": (("pretrain",), ""),
     "tokenizer": (("pretrain",), ", whose base brings its own"),
 }

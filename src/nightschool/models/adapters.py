@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -193,8 +193,15 @@ def adds_nothing(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def fresh_adapter_left_out(model: torch.nn.Module) -> Iterator[None]:
-    """A block in which an adapter that adds nothing yet takes no time; what learns stays what learned."""
-    if not hasattr(model, "disable_adapter") or not adds_nothing(model):
+    """A block in which an adapter that adds nothing yet takes no time."""
+    with adapter_left_out(model) if adds_nothing(model) else nullcontext():
+        yield
+
+
+@contextmanager
+def adapter_left_out(model: torch.nn.Module) -> Iterator[None]:
+    """A block in which a model is what stands below its adapter, if it has one; what learns stays what learned."""
+    if not hasattr(model, "disable_adapter"):
         yield
         return
     learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

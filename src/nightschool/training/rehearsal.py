@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from nightschool.evaluation.general import rehearsed_prompts
 from nightschool.evaluation.heldout import as_found, autocast, on_device
 from nightschool.layers.distillation import TopTokens, document_divergence
 from nightschool.layers.forward import ForwardPath, document_logits, trained_places
-from nightschool.models.adapters import fresh_adapter_left_out
+from nightschool.models.adapters import adapter_left_out, fresh_adapter_left_out
 from nightschool.models.load import LoadedModel
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.atomic import write_bytes
@@ -107,12 +107,18 @@ def answers_beside(ratio: float, examples: float) -> int:
 
 
 def ask(
-    model: nn.Module, path: ForwardPath, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+    model: nn.Module,
+    path: ForwardPath,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    teacher: Literal["champion", "base"] = "champion",
 ) -> list[Rehearsed]:
-    """Let the model, as it is now, answer prompts greedily, and note what it gave each place of its answers."""
+    """Let the model, as it is now or without its adapter, answer prompts greedily, and note what it gave each place of its answers."""
+    left_out = adapter_left_out if teacher == "base" else fresh_adapter_left_out
     asked = [tuple(render_prompt(tokenizer, [Message("user", prompt)])) for prompt in prompts]
     said: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    with quiet_libraries(), as_found(model), fresh_adapter_left_out(model), torch.no_grad():
+    with quiet_libraries(), as_found(model), left_out(model), torch.no_grad():
         for start in range(0, len(asked), _PROMPTS_PER_PASS):
             some = asked[start : start + _PROMPTS_PER_PASS]
             said += zip(some, greedy_answers(model, tokenizer, some, max_new_tokens), strict=True)
@@ -160,12 +166,21 @@ class RehearsedPrompts:
         rows = read(path)
         if rows is None:
             order = np.random.default_rng(self.seed).permutation(len(self.prompts))
-            prompts = [self.prompts[number] for number in order[:room]]
+            # The answers of a base serve all nights, whatever room each of them has.
+            prompts = [self.prompts[number] for number in (order if self._of_base else order[:room])]
             kept = self.cache / f"{self._digest(loaded, prompts)}.safetensors"
             rows = read(kept)
             if rows is None:
-                say(f"Asking {loaded.ref} {len(prompts)} general prompts, whose answers are rehearsed")
-                rows = ask(task.model, task.path, loaded.tokenizer, prompts, self.settings.max_new_tokens)
+                asked = "what stands below the adapter" if self._of_base else loaded.ref
+                say(f"Asking {asked} {len(prompts)} general prompts, whose answers are rehearsed")
+                rows = ask(
+                    task.model,
+                    task.path,
+                    loaded.tokenizer,
+                    prompts,
+                    self.settings.max_new_tokens,
+                    self.settings.teacher,
+                )
                 write(kept, rows)
             write(path, rows)
             rows = read(path)  # what a resumed run has: numbers rounded as they are kept
@@ -181,14 +196,21 @@ class RehearsedPrompts:
 
     def _digest(self, loaded: LoadedModel, prompts: Sequence[str]) -> str:
         """Of all that answers depend on, the weights among it."""
-        facts = [loaded.ref, list(prompts), self.settings.max_new_tokens, KEPT_TOKENS]
-        return digest_of_weights(loaded, json.dumps(facts))
+        ref = "" if self._of_base else loaded.ref
+        facts = [ref, list(prompts), self.settings.max_new_tokens, KEPT_TOKENS]
+        return digest_of_weights(loaded, json.dumps(facts), with_adapter=not self._of_base)
+
+    @property
+    def _of_base(self) -> bool:
+        return self.settings.teacher == "base"
 
 
-def digest_of_weights(loaded: LoadedModel, facts: str) -> str:
+def digest_of_weights(loaded: LoadedModel, facts: str, *, with_adapter: bool = True) -> str:
     """A digest of weights and of what was done with them."""
     digest = hashlib.sha256(facts.encode())
     for name, tensor in sorted(loaded.model.state_dict().items()):
+        if not with_adapter and ".lora_" in name:
+            continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
