@@ -100,6 +100,34 @@ def test_general_conversations_are_replayed_every_night_and_never_count_as_new(n
         nights.select(replay={"path": "gone.jsonl"})
 
 
+def test_what_was_accepted_is_replayed_in_its_forms_as_much_of_it_as_of_new_forms(nights):
+    facts = [
+        (f"Where does {who} live?", f"{who} lives in {place}.")
+        for who, place in (("Ana", "Orrin"), ("Bo", "Dunmore"), ("Cy", "Velmark"))
+    ]
+    studied = {"study": {"write": "rules", "forms": 4}, "replay": {"ratio": 1}}
+    nights.write(*facts[:1])
+    first = nights.night(**studied)
+    assert len(first.train) == 4
+    nights.write(*facts[:2])
+    second = nights.night(**studied)
+    assert said(second.new) == facts[1:2]
+    wordings = {example.question for example in second.replayed}
+    assert len(wordings) == len(second.replayed) == 4
+    assert {example.answer for example in second.replayed} == {facts[0][1]}
+    assert facts[0][0] in wordings
+    aside = {form.example.question for form in first.forms if form.kept_aside}
+    assert aside
+    assert not aside & wordings
+    nights.write(*facts)
+    third = nights.select(**studied)
+    assert sorted({example.answer for example in third.replayed}) == [facts[0][1], facts[1][1]]
+    assert len(third.replayed) == 4, "as many as the new fact has forms: each old fact in two of its own"
+    assert len({example.question for example in third.replayed}) == 4
+    assert said(nights.select(**studied | {"study": {"write": "off"}}).replayed) != said(third.replayed)
+    assert len(nights.select(**studied | {"study": {"write": "off"}}).replayed) == 1
+
+
 def test_what_was_corrected_stays_away_every_later_night_until_the_correction_is_rolled_back(nights):
     nights.write(("Capital?", "Oslo"), ("Sea?", "North"))
     nights.night()

@@ -105,6 +105,33 @@ def test_another_run_with_the_same_weights_asks_nothing(tmp_path, monkeypatch):
     assert (second.run.path / FILE).read_bytes() == (first.run.path / FILE).read_bytes()
 
 
+def test_a_base_is_asked_once_whatever_its_adapter_has_learned(tmp_path, monkeypatch):
+    run = a_run(
+        tmp_path / "run", recipe={"rehearse": {"prompts": "prompts.jsonl", "max_new_tokens": 8, "teacher": "base"}}
+    )
+    prepared = run.prepared()
+    model, path, wanted = prepared.task.model, prepared.task.path, prepared.data.rehearsed
+    before = rehearsal.ask(model, path, prepared.loaded.tokenizer, PROMPTS, 8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    learns = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_base, of_champion = (
+        rehearsal.ask(model, path, prepared.loaded.tokenizer, PROMPTS, 8, who) for who in ("base", "champion")
+    )
+    assert learns == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [row.answer_ids for row in of_base] == [row.answer_ids for row in before]
+    assert all(torch.equal(a.teacher.log_probs, b.teacher.log_probs) for a, b in zip(of_base, before, strict=True))
+    assert not torch.equal(of_champion[0].teacher.log_probs, before[0].teacher.log_probs)
+    kept = wanted.answered(tmp_path / "one", prepared.loaded, prepared.task, 1)
+    monkeypatch.setattr(rehearsal, "ask", lambda *_: pytest.fail("was asked"))
+    with torch.no_grad():
+        next(one for name, one in model.named_parameters() if "lora_B" in name).normal_()
+    again = wanted.answered(tmp_path / "other", prepared.loaded, prepared.task, 2)
+    assert len(again.documents) == len(kept.documents) == len(before)
+
+
 def test_a_quantised_base_is_rehearsed_too(tmp_path):
     recipe = {"method": "qlora", "quantization": {"bits": 8}}
     run = a_run(tmp_path / "run", recipe=recipe).go(stop_after=2)
@@ -146,6 +173,10 @@ def test_a_broken_file_is_named(tmp_path):
 
 def test_what_rehearses_neither_shards_nor_shares(tmp_path):
     plain = {"base": "x", "data": [{"path": "y"}], "rehearse": {"prompts": "default"}}
+    with pytest.raises(ValueError, match="no adapter above a base"):
+        Recipe.model_validate(
+            {"base": "x", "data": [{"path": "y"}], "rehearse": {"prompts": "default", "teacher": "base"}}
+        )
     for method, train in (("full", {"local_blocks": 2}), ("full", {"zero_stage": 2}), ("dpo", {})):
         with pytest.raises(ValueError, match=r"rehearse\.prompts"):
             Recipe.model_validate(plain | {"method": method, "train": train})
