@@ -42,7 +42,7 @@ class EarlyStopping(Section):
     )
     interpolate: bool = Field(
         default=False,
-        description="Publish, of the points at 80, 65 and 50 % of the way from what the run began with to what it learned, the nearest one that "
+        description="Publish, of the points at 90 and 80 % of the way from what the run began with to what it learned, the nearest one that "
         "answers as much at a spot check and drifts less (methods lora and qlora, one process).",
     )
 
