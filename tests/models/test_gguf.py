@@ -4,6 +4,7 @@ import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import gguf
 import pytest
 import torch
 
@@ -96,6 +97,20 @@ def test_a_file_is_unpacked_once_and_again_when_the_cache_was_damaged(tmp_path, 
     again = load_base(str(tmp_path / "m.gguf"), home)
     assert again.path == first.path
     assert weights.stat().st_ino != made
+
+
+def test_its_keys_are_parsed_once(tmp_path, home, monkeypatch):
+    make_gguf(tmp_path / "m.gguf")
+    read, reader = [], gguf.GGUFReader
+
+    def counted(path):
+        read.append(path)
+        return reader(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    load_base(str(tmp_path / "m.gguf"), home)
+    assert len(read) == 1
+    assert gguf.GGUFReader is counted
 
 
 def test_several_processes_share_one_unpacking(tmp_path, home, monkeypatch):

@@ -24,6 +24,7 @@ from nightschool.errors import Damaged, ModelError, NightschoolError, NotFound
 from nightschool.models.export import prove_export, save_version_folder
 from nightschool.models.folder import FolderInfo
 from nightschool.models.gguf_header import SUFFIX, GgufHeader, read_header
+from nightschool.models.gguf_read_once import read_once
 from nightschool.models.quiet import quiet_libraries
 from nightschool.models.strict import check_elements, check_values, not_loaded
 from nightschool.store.atomic import publish_directory, sweep_partials
@@ -83,7 +84,7 @@ def _block_sizes(path: Path) -> dict[int, tuple[str, int, int]]:
 def _unpack(header: GgufHeader, folder: Path) -> None:
     path = header.path
     try:
-        with quiet_libraries(), publish_directory(folder, replace=True) as partial:
+        with quiet_libraries(), read_once(), publish_directory(folder, replace=True) as partial:
             config = _config_of(header)
             direct = _load(header, config)
             tokenizer = _tokenizer_of(header)
