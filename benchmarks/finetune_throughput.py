@@ -2,6 +2,10 @@
 
 Both start from the same weights, see the same number of tokens per step, and are judged by one held-out loss. The peer
 runs twice: as it comes (padding, recomputed activations), and in its packed mode.
+
+And how many of them are left where general answers are rehearsed beside the chats, as in a night (`--against rehearsal` asks that alone)? Counted are all tokens
+that something is learned from, rehearsed ones among them; and, beside that, those of the chats alone. Forms of new examples are examples
+like others, so that `study` changes nothing of it.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from real_chats import chats, qwen3, tokenizer
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tokens that carried loss per wall second of training, the held-out loss after it, and the dtype of the products."""
+    """Tokens that carried loss per wall second of training, the held-out loss after it, the dtype of the products, and the rate with rehearsed ones."""
 
     tokens_trained_per_second: float
     heldout_loss: float
     dtype: str
+    rehearsed_too_per_second: float = 0.0
 
 
 class Setting:
@@ -76,7 +81,15 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "fp32", "bf16"] = "auto") -> Outcome:
+def ours(
+    setting: Setting,
+    *,
+    steps: int,
+    packed: bool,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    rehearsal: Any = None,
+    judged: bool = True,
+) -> Outcome:
     """Our loop with the recipe's defaults but for batch and rate."""
     from nightschool.config.recipe import Train
     from nightschool.data.batches import Batches
@@ -98,6 +111,7 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
     task = FinetuneTask(model, batches, train, compute_dtype=choice.compute)
     if dtype == "auto":
         choice = choose_by_measuring(task, choice, model.config.hidden_size)
+    task.rehearsal = rehearsal
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsLog(Path(folder) / "metrics.jsonl")
@@ -111,10 +125,44 @@ def ours(setting: Setting, *, steps: int, packed: bool, dtype: Literal["auto", "
         )
         metrics.close()
     timed = rows[1:]  # the first step compiles what it has not seen; the peer's first step is left out as well
-    rate = sum(row["tokens_trained"] for row in timed) / sum(
-        row["tokens_trained"] / row["tokens_per_second"] for row in timed
-    )
-    return Outcome(rate, setting.judge(model), str(choice.compute).removeprefix("torch."))
+    seconds = sum(row["tokens_trained"] / row["tokens_per_second"] for row in timed)
+    trained = sum(row["tokens_trained"] for row in timed)
+    rehearsed = sum(row["tokens_trained"] * row.get("rehearsed_per_token", 0.0) for row in timed)
+    heldout = setting.judge(model) if judged else float("nan")
+    dtype_name = str(choice.compute).removeprefix("torch.")
+    return Outcome(trained / seconds, heldout, dtype_name, (trained + rehearsed) / seconds)
+
+
+def rehearsed(setting: Setting, num_prompts: int) -> Any:
+    """What the model says to general prompts, half as many beside a micro-batch as it has chats."""
+    from nightschool.evaluation.general import rehearsed_prompts
+    from nightschool.layers.forward import prepare
+    from nightschool.training.rehearsal import Rehearsal, ask
+
+    prompts = rehearsed_prompts("default", "default", Path())
+    model = copy.deepcopy(setting.model)
+    rows = ask(model, prepare(model), setting.tokenizer, prompts[:: len(prompts) // num_prompts], 64)
+    return Rehearsal(rows, ratio=0.5, weight=1.0, seed=0)
+
+
+def with_and_without(setting: Setting, *, steps: int, rounds: int, num_prompts: int) -> dict[str, float]:
+    """Tokens learned from per second with a rehearsal, by those without: all of them, and those of the chats alone; in turn, fp32."""
+    started = time.perf_counter()
+    rehearsal = rehearsed(setting, num_prompts)
+    asking = time.perf_counter() - started
+    pairs = []
+    for _ in range(rounds):
+        plain = ours(setting, steps=steps, packed=False, dtype="fp32", judged=False)
+        pairs.append((ours(setting, steps=steps, packed=False, dtype="fp32", judged=False, rehearsal=rehearsal), plain))
+    return {
+        "rehearsing": round(
+            statistics.median(a.rehearsed_too_per_second / b.tokens_trained_per_second for a, b in pairs), 3
+        ),
+        "rehearsing_chats_alone": round(
+            statistics.median(a.tokens_trained_per_second / b.tokens_trained_per_second for a, b in pairs), 3
+        ),
+        "rehearsing_asked_seconds": round(asking, 1),
+    }
 
 
 def trl(setting: Setting, *, steps: int, packed: bool) -> Outcome:
@@ -184,8 +232,10 @@ def main() -> None:
             "vs_trl_packed": {"min": 1.1},
             "heldout_difference_default": {"max": 0.01},
             "heldout_difference_packed": {"max": 0.01},
+            "rehearsing": {"min": 0.85},
         },
         has_real=True,
+        choices={"against": ("all", "trl", "rehearsal")},
     )
     torch.set_num_threads(2)
     setting = Setting(150 if bench.quick else 1500, bench.quick, bench.is_real)
@@ -193,7 +243,15 @@ def main() -> None:
     steps = {False: 9 if bench.quick else 24, True: 7 if bench.quick else 12}
     rounds = 1 if bench.quick else 3
     figures: dict[str, float] = {"parameters": setting.model.num_parameters()}
-    for packed, name in ((False, "default"), (True, "packed")):
+    against = bench.chosen["against"]
+    bench.goals = {
+        name: goal
+        for name, goal in bench.goals.items()
+        if against == "all" or (name == "rehearsing") == (against == "rehearsal")
+    }
+    if against != "trl":
+        figures |= with_and_without(setting, steps=steps[False], rounds=rounds, num_prompts=12 if bench.quick else 48)
+    for packed, name in ((False, "default"), (True, "packed")) if against != "rehearsal" else ():
         count = steps[packed]
         pairs = [
             (ours(setting, steps=count, packed=packed), trl(setting, steps=count, packed=packed)) for _ in range(rounds)

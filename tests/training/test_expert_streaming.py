@@ -236,13 +236,15 @@ def test_a_stock_folder_with_other_experts_is_refused(tmp_path):
 
 def test_a_new_model_without_room_is_refused_before_it_is_built(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr(load, "host_bytes", lambda: HostBytes(10**11, 10**10))
+    monkeypatch.setattr(load, "host_bytes", lambda: HostBytes(10**12, 2 * 10**11))
     monkeypatch.setattr(load, "build_model", None)
     with pytest.raises(
         ModelError,
-        match=r"'new:moe-13b' has 13,\d{3},\d{3},\d{3} parameters: 52\.\d GB in fp32, and 209 GB with .* 10 GB of memory are free",
+        match=r"'new:moe-13b' has 13,\d{3},\d{3},\d{3} parameters: 52\.\d GB in fp32, and 209 GB with .* 200 GB of memory are free",
     ):
-        load_base("new:moe-13b", Home(tmp_path), tokenizer=tokenizer)
+        load_base("new:moe-13b", Home(tmp_path), tokenizer=tokenizer, moment_bytes=8)
+    with pytest.raises(TypeError, match="not callable"):  # there is room for moments of 8 bits each
+        load_base("new:moe-13b", Home(tmp_path), tokenizer=tokenizer, moment_bytes=2)
 
 
 def test_a_model_without_experts_and_other_optimizers_are_refused(tmp_path):

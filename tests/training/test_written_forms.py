@@ -16,6 +16,7 @@ from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.selection import Selection
 from nightschool.feedback.written_forms import FILE, WrittenForms, forms_written, read_written
 from nightschool.training import written_forms
+from nightschool.training.continuation import answers_of
 from nightschool.training.written_forms import _taken, _Writer
 from tests.support.training_setups import LORA, MiniRun, deterministic_threads
 from tests.training.test_resume import assert_equal_runs
@@ -112,6 +113,20 @@ def test_what_the_gate_asks_was_rejected_or_has_no_time_is_not_written(monkeypat
     assert "For 1 examples no time was left (study.write_for)" in late.text
 
 
+def test_what_is_not_judged_when_time_is_up_is_as_if_it_was_never_asked_for(monkeypatch):
+    scripted = Scripted({(GOOD, True): "Oslo."})
+
+    def champion(_, conversations, most, sampling=None):
+        if any("Aldgate" in turns[-1].content and sampling is None for turns in conversations):
+            raise written_forms._TimeIsUp
+        return scripted(conversations, most, sampling)
+
+    found = write(monkeypatch, champion, Selection(new=NEW))
+    assert [form.example.question for form in found.forms] == [GOOD]
+    assert (found.num_asked, found.num_written) == (1, 6)
+    assert sum(found.dropped.values()) == 5
+
+
 def test_of_what_is_written_one_goes_to_the_gate_where_rules_made_none(monkeypatch):
     champion = Scripted({(GOOD, True): "Oslo.", (OTHER, True): "Oslo."})
     found = write(monkeypatch, champion, Selection(new=NEW[:1]))
@@ -174,9 +189,12 @@ def test_a_model_writes_within_its_own_random_numbers_and_trains_alone(tmp_path,
     """With the real generation, of a model that writes nothing of worth."""
     monkeypatch.undo()
     run = a_run(tmp_path / "run")
-    plain = run.prepared().data
+    prepared = run.prepared()
+    plain = prepared.data
     assert isinstance(plain.written, WrittenForms)
     assert plain.written.num_written == 12
+    loaded, prompt = prepared.loaded, [5, 6, 7]
+    assert [len(one) for one in answers_of(loaded.model, loaded.tokenizer, [prompt], 20, until=0.0)] == [1]
     assert len(plain.selection.train) == 12  # rules make what it does not
     assert share_key(run.run.recipe(), "/") is None
     assert share_key(run.run.recipe() | {"study": {"write": "rules"}}, "/") is not None

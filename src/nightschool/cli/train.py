@@ -109,14 +109,12 @@ def plan(recipe: Path, /, *overrides: str) -> int:
         recipe: A recipe file.
         overrides: Settings, as train.epochs=3.
     """
-    from nightschool.training.environment import keep_freed_memory
     from nightschool.training.planning.plan import make_plan, render_plan
 
     home = Home.find()
     settings = read_recipe(recipe, overrides)
-    keep_freed_memory(settings)  # what is measured here shall be what the run will do
     settings = settings.begun_with(starting_weights(home, settings, say=note))
-    made = make_plan(settings, home, Path.cwd())
+    made = make_plan(settings, home, Path.cwd(), alone=True)
     answer(
         made.to_json(),
         lambda: rendered(partial(render_plan, made)),

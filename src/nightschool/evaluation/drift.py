@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,12 +18,14 @@ from nightschool.errors import PromptTooLong
 from nightschool.evaluation.examiner import Answer, Examinee
 from nightschool.evaluation.heldout import as_found, on_device
 from nightschool.evaluation.scores import OpenPair
-from nightschool.layers.forward import document_logits, prepare
+from nightschool.layers.forward import document_logits, prepare, trained_places
 from nightschool.models.quiet import quiet_libraries
 
 MAX_ANSWER_TOKENS = 32
 # Logits of a pass, before those of the prompts are dropped: 64 MiB in fp32.
 _NUMBERS_PER_PASS = 1 << 24
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class ChampionAnswers:
 def champion_answers(champion: Examinee, prompts: Sequence[str]) -> ChampionAnswers:
     """Ask the champion the prompts. One that its context does not hold is left out."""
     said = [(prompt, answer) for prompt, answer in _asked(champion, prompts) if answer.token_ids]
-    log_probs = _log_probs(champion, [(prompt, tuple(answer.token_ids)) for prompt, answer in said])
+    asked = [(prompt, tuple(answer.token_ids)) for prompt, answer in said]
+    log_probs = _of_log_probs(champion, asked, lambda _, log_probs_tv: log_probs_tv.clone())
     answers = [
         ChampionAnswer(prompt, answer.text, tuple(answer.token_ids), log_probs_tv)
         for (prompt, answer), log_probs_tv in zip(said, log_probs, strict=True)
@@ -97,11 +101,12 @@ def drift_by_prompt(candidate: Examinee, champion: ChampionAnswers) -> list[floa
     """
     if candidate.loaded.tokenizer.get_vocab() != champion.vocabulary:
         return []
-    ours = _log_probs(candidate, [(one.prompt, one.answer_ids) for one in champion.answers])
-    return [
-        _divergence(one.log_probs_tv, q_tv) / len(one.answer_ids)
-        for one, q_tv in zip(champion.answers, ours, strict=True)
-    ]
+    answers = champion.answers
+
+    def divergence(place: int, q_tv: torch.Tensor) -> float:
+        return _divergence(answers[place].log_probs_tv, q_tv) / len(answers[place].answer_ids)
+
+    return _of_log_probs(candidate, [(one.prompt, one.answer_ids) for one in answers], divergence)
 
 
 def mean_drift(champion: ChampionAnswers, drifts: Sequence[float]) -> tuple[float | None, int]:
@@ -119,19 +124,26 @@ def _divergence(p_tv: torch.Tensor, q_tv: torch.Tensor) -> float:
     return float((p_tv.exp() * (p_tv - q_tv[:, :size])).sum(dtype=torch.float64))
 
 
-def _log_probs(model: Examinee, said: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor]:
-    """For each prompt and answer: [tokens of the answer, vocabulary], without a cache, as many documents a pass as fit."""
+def _of_log_probs(
+    model: Examinee, said: Sequence[tuple[str, Sequence[int]]], find: Callable[[int, torch.Tensor], Found]
+) -> list[Found]:
+    """What `find` makes of each prompt and answer, by its number and [tokens of the answer, vocabulary], without a cache.
+
+    As many documents a pass as fit, and no more log-probabilities at once than those of a pass, unless `find` keeps them.
+    """
     loaded = model.loaded
     device = next(loaded.model.parameters()).device
     documents = [_document(loaded.tokenizer, *one) for one in said]
-    found: list[torch.Tensor] = []
+    found: list[Found] = []
     with quiet_libraries(), as_found(loaded.model), torch.no_grad():
         path = prepare(loaded.model)
         for packed in _in_passes(documents, _NUMBERS_PER_PASS // loaded.vocab_size):
-            batch = Batches(packed, batch_size=1, seed=0, documents_per_example=len(packed)).get(0, 0)
-            logits_nv = document_logits(loaded.model, path, on_device(batch, device))
-            log_probs_tv = logits_nv[(batch.weights[0] > 0).to(device)].float().log_softmax(-1).cpu()
-            found += torch.split(log_probs_tv, [document.trained_tokens for document in packed])
+            plain = Batches(packed, batch_size=1, seed=0, documents_per_example=len(packed)).get(0, 0)
+            batch = on_device(plain, device)
+            logits_mv = document_logits(loaded.model, path, batch)[trained_places(batch)]
+            log_probs_mv = logits_mv.float().log_softmax(-1).cpu()
+            for log_probs_tv in torch.split(log_probs_mv, [document.trained_tokens for document in packed]):
+                found.append(find(len(found), log_probs_tv))
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nightschool.layers.forward import Documents, ForwardPath, forward_hidden, own_logits, trained_places
-from nightschool.layers.loss import chunk_tokens_for, labels_likeliest, token_losses
+from nightschool.layers.loss import chunk_tokens_for, labels_likeliest, linear_loss, token_losses
 
 # Below it a probability counts as this one, so that no logarithm is infinite.
 _LEAST = 1e-6
@@ -49,6 +49,8 @@ def document_divergence(model: nn.Module, path: ForwardPath, batch: Documents, t
     if not path.fused_head:
         return divergence(own_logits(model, path, batch, kept), teacher)
     hidden, head = forward_hidden(model, path, batch)
+    if type(head) is nn.Linear:
+        return linear_loss(hidden, head, kept, _Divergence(teacher))
     hidden_md = hidden[kept]
     chunk = chunk_tokens_for(getattr(head, "out_features", 32_768))
     total = hidden_md.new_zeros((), dtype=torch.float32)
@@ -62,11 +64,7 @@ def document_divergence(model: nn.Module, path: ForwardPath, batch: Documents, t
 
 def divergences(logits_mv: Tensor, teacher: TopTokens) -> Tensor:
     """KL(teacher ‖ model) [M] in nats at each place, of the model's logits."""
-    log_q_mk = logits_mv.float().log_softmax(-1).gather(1, teacher.ids)
-    p_mk = teacher.log_probs.exp()
-    rest_p_m, rest_q_m = ((1 - probs_mk.sum(-1)).clamp_min(_LEAST) for probs_mk in (p_mk, log_q_mk.exp()))
-    of_tokens_m = (p_mk * (teacher.log_probs - log_q_mk)).sum(-1)
-    return of_tokens_m + rest_p_m * (rest_p_m.log() - rest_q_m.log())
+    return _divergences(logits_mv.float().log_softmax(-1).gather(1, teacher.ids), teacher.log_probs)
 
 
 def taught_loss(
@@ -111,6 +109,40 @@ def taught_loss(
 def divergence(logits_mv: Tensor, teacher: TopTokens) -> Tensor:
     """KL(teacher ‖ model) in nats, summed over the places, of the model's logits."""
     return divergences(logits_mv, teacher).sum()
+
+
+class _Divergence:
+    """KL(teacher ‖ model), as `divergence`, of logits that come chunk by chunk.
+
+    It depends on the model's K log-probabilities alone: where g_k is the slope in each, that in a logit z_j is g_j − q_j · Σ g_k.
+    """
+
+    def __init__(self, teacher: TopTokens) -> None:
+        self._teacher = teacher
+
+    def __call__(self, part: slice, logits: Tensor, *, with_gradient: bool) -> Tensor:
+        ids_mk, log_p_mk = self._teacher.ids[part], self._teacher.log_probs[part]
+        chosen_mk, peak_m1 = logits.gather(1, ids_mk), logits.amax(dim=1, keepdim=True)
+        partition_m1 = logits.sub_(peak_m1).exp_().sum(dim=1, keepdim=True)
+        log_q_mk = chosen_mk - peak_m1 - partition_m1.log()
+        if with_gradient:
+            slopes_mk = _slopes(log_q_mk.exp(), log_p_mk.exp())
+            logits.mul_(-slopes_mk.sum(dim=1, keepdim=True) / partition_m1).scatter_add_(1, ids_mk, slopes_mk)
+        return _divergences(log_q_mk, log_p_mk)
+
+
+def _divergences(log_q_mk: Tensor, log_p_mk: Tensor) -> Tensor:
+    """KL [M] of what the teacher and the model give its likeliest tokens, and what is left of both."""
+    p_mk = log_p_mk.exp()
+    rest_p_m, rest_q_m = ((1 - probs_mk.sum(-1)).clamp_min(_LEAST) for probs_mk in (p_mk, log_q_mk.exp()))
+    return (p_mk * (log_p_mk - log_q_mk)).sum(-1) + rest_p_m * (rest_p_m.log() - rest_q_m.log())
+
+
+def _slopes(q_mk: Tensor, p_mk: Tensor) -> Tensor:
+    """The derivative of `_divergences` by each log-probability of the model."""
+    rest_p_m1, rest_q_m1 = (1 - probs_mk.sum(-1, keepdim=True) for probs_mk in (p_mk, q_mk))
+    of_rest_m1 = rest_p_m1.clamp_min(_LEAST) / rest_q_m1.clamp_min(_LEAST) * (rest_q_m1 >= _LEAST)
+    return of_rest_m1 * q_mk - p_mk
 
 
 def _of_hidden(head: Any, hidden_md: Tensor, ids_mk: Tensor, log_probs_mk: Tensor) -> Tensor:

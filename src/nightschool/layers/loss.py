@@ -9,7 +9,7 @@ chunk of logits exists at a time, and only for tokens that carry loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -51,11 +51,7 @@ def chunked_cross_entropy(
     tokens = kept.numel()
     labels, weights = labels_n[kept], weights_n[kept]
     if type(head) is nn.Linear:
-        chunk = chunk_tokens or chunk_tokens_for(head.out_features)
-        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_nd, head.weight, head.bias, kept, labels, weights, chunk, torch.is_grad_enabled(), likeliest, None
-        )
-        return total, tokens
+        return linear_loss(hidden_nd, head, kept, _CrossEntropy(labels, weights, likeliest), chunk_tokens), tokens
     losses_m = chunked_token_losses(hidden_nd[kept], head, labels, chunk_tokens, likeliest)
     return (losses_m * weights).sum(), tokens
 
@@ -70,12 +66,8 @@ def cross_entropy_of_parts(
     kept = ((weights_n > 0) & (labels_n >= 0)).nonzero().squeeze(1)
     ends = torch.tensor(sizes, device=kept.device).cumsum(0)
     parts_m = torch.searchsorted(ends, kept, right=True)
-    chunk = chunk_tokens_for(head.out_features)
-    sums: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_nd, head.weight, head.bias, kept, labels_n[kept], weights_n[kept], chunk, torch.is_grad_enabled(),
-        likeliest_p, parts_m,
-    )  # fmt: skip
-    return sums
+    of_logits = _CrossEntropy(labels_n[kept], weights_n[kept], likeliest_p, parts_m)
+    return linear_loss(hidden_nd, head, kept, of_logits, parts_m=parts_m, num_parts=len(sizes))
 
 
 def chunked_token_losses(
@@ -127,11 +119,61 @@ def _softmax_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ weight · nll(hidden · Wᵀ + b) with gradients taken while the logits exist.
+class _CrossEntropy:
+    """The weighted cross-entropy of logits; `likeliest` counts labels that are the likeliest, for each part where parts are given."""
 
-    With `parts_m`, the part of each token, there is a sum for each part: as many as `likeliest` has counters.
+    def __init__(
+        self, labels_m: Tensor, weights_m: Tensor, likeliest: Tensor | None = None, parts_m: Tensor | None = None
+    ) -> None:
+        self._labels_m, self._weights_m, self._likeliest, self._parts_m = labels_m, weights_m, likeliest, parts_m
+
+    def __call__(self, part: slice, logits: Tensor, *, with_gradient: bool) -> Tensor:
+        labels, scale = self._labels_m[part], self._weights_m[part].to(logits.dtype)
+        chosen = logits.gather(1, labels[:, None])
+        peak = logits.amax(dim=1, keepdim=True)
+        if self._likeliest is not None:
+            of_part = None if self._parts_m is None else self._parts_m[part]
+            _count(self._likeliest, (chosen >= peak).squeeze(1), of_part)
+        partition = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
+        losses = (partition.log() + peak - chosen).squeeze(1) * scale
+        if with_gradient:
+            logits.mul_(scale[:, None] / partition)  # the gradient of the logits, but for the labels' own part
+            logits[torch.arange(len(labels), device=logits.device), labels] -= scale
+        return losses
+
+
+class OfLogits(Protocol):
+    """A loss that is known chunk by chunk."""
+
+    def __call__(self, part: slice, logits: Tensor, *, with_gradient: bool) -> Tensor:
+        """The losses [K] of the places `part` of all M, of their logits [K,V], in whose place the gradient is written if it is wanted."""
+        ...
+
+
+def linear_loss(
+    hidden_nd: Tensor,
+    head: nn.Linear,
+    kept_m: Tensor,
+    of_logits: OfLogits,
+    chunk_tokens: int | None = None,
+    *,
+    parts_m: Tensor | None = None,
+    num_parts: int | None = None,
+) -> Tensor:
+    """The sum of a loss over places `kept_m` of the hidden states: a scalar, or one for each of `num_parts`, the part of each place being given.
+
+    Gradients are found in the forward pass, where the logits are. All chunks have their logits in the same memory: blocks of that size,
+    freed and asked for again among smaller ones, leave holes that a process grows by.
     """
+    chunk = chunk_tokens or chunk_tokens_for(head.out_features)
+    total: Tensor = _LinearLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_nd, head.weight, head.bias, kept_m, of_logits, chunk, torch.is_grad_enabled(), parts_m, num_parts
+    )
+    return total
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Σ loss(hidden · Wᵀ + b) with gradients taken while the logits exist: see `linear_loss`."""
 
     @staticmethod
     def forward(
@@ -140,43 +182,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_vd: Tensor,
         bias_v: Tensor | None,
         kept_m: Tensor,
-        labels_m: Tensor,
-        weights_m: Tensor,
+        of_logits: OfLogits,
         chunk: int,
         with_gradient: bool,  # noqa: FBT001 - autograd functions take positions only
-        likeliest: Tensor | None,
         parts_m: Tensor | None,
+        num_parts: int | None,
     ) -> Tensor:
         device = hidden_nd.device.type
         accurate = _softmax_dtype(hidden_nd)
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
         wants_hidden, wants_weight, wants_bias = (with_gradient and wanted for wanted in ctx.needs_input_grad[:3])
+        wants_any = wants_hidden or wants_weight or wants_bias
         with torch.autocast(device, enabled=False):
             hidden_md = hidden_nd.index_select(0, kept_m).to(product)
             weight = weight_vd.to(product)
             grad_hidden_md = torch.empty_like(hidden_md) if wants_hidden else None
             grad_weight = torch.zeros_like(weight_vd, dtype=accurate) if wants_weight else None
             grad_bias = torch.zeros_like(bias_v, dtype=accurate) if wants_bias and bias_v is not None else None
-            total = hidden_nd.new_zeros(() if likeliest is None else likeliest.shape, dtype=accurate)
+            total = hidden_nd.new_zeros(() if num_parts is None else num_parts, dtype=accurate)
+            room_kv = hidden_md.new_empty(min(chunk, len(kept_m)), len(weight))
+            accurate_kv = room_kv if product == accurate else torch.empty_like(room_kv, dtype=accurate)
             for start in range(0, len(kept_m), chunk):
                 part = slice(start, start + chunk)
-                hidden, labels, scale = hidden_md[part], labels_m[part], weights_m[part].to(accurate)
-                logits = (hidden @ weight.T).to(accurate)
+                hidden = hidden_md[part]
+                products, logits = room_kv[: len(hidden)], accurate_kv[: len(hidden)]
+                torch.mm(hidden, weight.T, out=products)
+                if product != accurate:
+                    logits.copy_(products)
                 if bias_v is not None:
                     logits += bias_v
-                chosen = logits.gather(1, labels[:, None])
-                peak = logits.amax(dim=1, keepdim=True)
-                if likeliest is not None:
-                    _count(likeliest, (chosen >= peak).squeeze(1), None if parts_m is None else parts_m[part])
-                logits.sub_(peak).exp_()
-                partition = logits.sum(dim=1, keepdim=True)
-                losses = (partition.log() + peak - chosen).squeeze(1) * scale
+                losses = of_logits(part, logits, with_gradient=wants_any)
                 _count(total, losses, None if parts_m is None else parts_m[part])
-                if not (wants_hidden or wants_weight or wants_bias):
+                if not wants_any:
                     continue
-                logits.mul_(scale[:, None] / partition)  # now the gradient of the logits, but for the labels' own part
-                logits[torch.arange(len(labels), device=logits.device), labels] -= scale
-                gradient = logits.to(product)
+                gradient = products if product == accurate else products.copy_(logits)
                 if grad_hidden_md is not None:
                     torch.mm(gradient, weight, out=grad_hidden_md[part])
                 if grad_weight is not None:
@@ -209,7 +248,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

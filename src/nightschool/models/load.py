@@ -112,6 +112,7 @@ def load_base(
     shape: Mapping[str, Any] | None = None,
     read: ReadFolder | None = None,
     experts: ExpertPlace | None = None,
+    moment_bytes: float = 0,
 ) -> LoadedModel:
     """Load what `ref` means.
 
@@ -128,6 +129,7 @@ def load_base(
         shape: Fields of the configuration of `new:<preset>` that differ from the preset's.
         read: What reads a folder of full weights, in place of `read_folder`.
         experts: Where the experts of a mixture live, if not with all other weights.
+        moment_bytes: What its optimizer will keep of each number of `new:<preset>`, for which there must be room.
 
     Raises:
         NotFound: If nothing of that name is here; the message says what to do.
@@ -135,7 +137,7 @@ def load_base(
         Damaged: If a file is broken, or a tensor is missing, unexpected or of the wrong shape.
     """
     if ref.startswith("new:"):
-        return _build_new(ref, tokenizer, seed, dtype, device, shape, experts)
+        return _build_new(ref, tokenizer, seed, dtype, device, shape, experts, moment_bytes)
     found = locate(ref, home, root)
     return load_located(found, home, dtype=dtype, device=device, merge=merge, read=read, experts=experts)
 
@@ -252,6 +254,7 @@ def _build_new(
     device: torch.device | str,
     shape: Mapping[str, Any] | None,
     experts: ExpertPlace | None,
+    moment_bytes: float,
 ) -> LoadedModel:
     if tokenizer is None:
         raise ModelError(
@@ -261,21 +264,21 @@ def _build_new(
     if experts is not None:
         config = build_config(ref, len(tokenizer), **ids, shape=shape)
         return _finish(build_streamed(config, seed, experts, device), tokenizer, ref, None)
-    _check_room(ref, build_config(ref, len(tokenizer), **ids, shape=shape), torch.device(device))
+    _check_room(ref, build_config(ref, len(tokenizer), **ids, shape=shape), torch.device(device), moment_bytes)
     model = _moved(build_model(ref, len(tokenizer), seed, **ids, shape=shape), device, dtype)
     return _finish(model, tokenizer, ref, None)
 
 
-def _check_room(ref: str, config: Any, device: torch.device) -> None:
-    """Refuse a fresh model that finds no room while it is drawn in fp32, or on a CPU with its gradients, rather than have all memory filled."""
+def _check_room(ref: str, config: Any, device: torch.device, moment_bytes: float) -> None:
+    """Refuse a fresh model that finds no room while it is drawn in fp32, or on a CPU with gradients and moments, rather than have all memory filled."""
     with torch.device("meta"), quiet_libraries():
         outline: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     numbers = sum(parameter.numel() for parameter in outline.parameters())
-    free, needed = host_bytes().free, numbers * (8 if device.type == "cpu" else 4)
+    free, needed = host_bytes().free, int(numbers * (8 + moment_bytes if device.type == "cpu" else 4))
     if needed > free:
         raise ModelError(
-            f"The base {ref!r} has {numbers:,} parameters: {format_bytes(4 * numbers)} in fp32, and {format_bytes(16 * numbers)} with gradients and "
-            f"moments; {format_bytes(free)} of memory are free. Take a smaller one, or for a mixture write experts.tier: disk."
+            f"The base {ref!r} has {numbers:,} parameters: {format_bytes(4 * numbers)} in fp32, and "
+            f"{format_bytes(int((8 + moment_bytes) * numbers))} with gradients and moments; {format_bytes(free)} of memory are free. Take a smaller one, or for a mixture write experts.tier: disk."
         )
 
 

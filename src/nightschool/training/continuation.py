@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from nightschool.data.chat.render import stop_token_ids
 from nightschool.layers.forward import causal_lm
@@ -84,9 +86,12 @@ def answers_of(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    *,
+    until: float | None = None,
 ) -> list[tuple[int, ...]]:
     """Answers to several prompts at once, each with the token that ends it, if it came to its end; greedy ones without `sampling`.
 
+    At the moment `until` of the monotonic clock all of them end where they are: whoever sets it looks at the clock after.
     The model is to be in the mode in which it shall answer. What is drawn comes from torch's generator of the model's device.
     """
     inner = causal_lm(model)
@@ -103,11 +108,21 @@ def answers_of(
     try:
         found = cast(Any, model).generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=filler,
-            **drawn,
+            stopping_criteria=None if until is None else StoppingCriteriaList([_Until(until)]), **drawn,
         )  # fmt: skip
     finally:
         inner.set_attn_implementation(packed)
     return [_to_end(row, stops) for row in found[:, longest:].tolist()]
+
+
+class _Until(StoppingCriteria):
+    """Ends all answers at a moment of the monotonic clock."""
+
+    def __init__(self, moment: float) -> None:
+        self._moment = moment
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002 - as transformers calls it
+        return torch.full(input_ids.shape[:1], time.monotonic() >= self._moment, device=input_ids.device)
 
 
 def _to_end(ids: Sequence[int], stops: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from nightschool.models.dtype import DtypeChoice, num_threads_here, resolve_devi
 from nightschool.store.atomic import read_json
 from nightschool.training.checkpoint import rng
 from nightschool.training.distributed.world import World
+from nightschool.work.heap import return_free_memory
 
 _PACKAGES = ("nightschool", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pydantic")
 
@@ -66,6 +67,7 @@ def keep_freed_memory(recipe: Recipe) -> bool:
     A step frees hundreds of megabytes and asks for them again. By itself glibc gives each large block back to the
     kernel, which must then find and clear every page anew: 41,000 page faults a step for `neox-30m` in place of 1,600,
     an eighth to a third of its time. What the process holds at most stays the same within some per cent; it no longer falls in between.
+    What is free already, as loading and asking left it, is given back first: it lies in pieces that no step would use again.
 
     Returns whether it does so: a run on a GPU, or with another C library than glibc, is left as it is.
 
@@ -73,6 +75,7 @@ def keep_freed_memory(recipe: Recipe) -> bool:
     """
     if resolve_device(recipe.train.device).type != "cpu":
         return False
+    return_free_memory()
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

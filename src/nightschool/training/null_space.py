@@ -9,6 +9,7 @@ al. 2024, arXiv 2410.02355), of adapters LoRA-Null's (Tang et al. 2025, arXiv 25
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ from nightschool.store.atomic import write_bytes
 
 # In the folder of a run.
 FILE = "null_space.safetensors"
+
+# Of a gram whose eigenvectors are found for a measurement; it takes the third power of its size.
+_TRIED_SIZE = 384
 
 ENERGY = 0.02
 """The share of the energy of a layer's inputs that the directions may carry together."""
@@ -64,18 +68,43 @@ def draw(model: nn.Module, path: ForwardPath, documents: Sequence[Rendered], see
     factors = first_factors(model)
     chance = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
-    bases: dict[int, Tensor] = {}
-    for name, gram_ii in _grams(model, path, documents, factors).items():
-        r = factors[name].shape[0]
-        if id(gram_ii) not in bases:
-            energies, vectors = torch.linalg.eigh(gram_ii)
-            shares = energies.clamp_min(0).double().cumsum(0)
-            idle = max(r, int((shares < ENERGY * shares[-1]).sum()))
-            bases[id(gram_ii)] = vectors[:, :idle].T
-        basis_ki = bases[id(gram_ii)]
+    grams = _grams(model, path, documents, factors)
+    last, basis_ki = None, torch.empty(0)
+    for name in list(grams):  # layers with the same inputs follow each other, and what was used is let go
+        gram_ii, r = grams.pop(name), factors[name].shape[0]
+        if gram_ii is not last:
+            last, basis_ki = gram_ii, _idle(gram_ii, r)
         mixed_rk = torch.randn(r, basis_ki.shape[0], generator=chance) / basis_ki.shape[0] ** 0.5
-        drawn[name] = mixed_rk @ basis_ki.cpu()
+        drawn[name] = mixed_rk @ basis_ki
     return drawn
+
+
+def seconds_to_draw(model: nn.Module, path: ForwardPath, document: Rendered, count: int) -> float:
+    """About how long `draw` takes with so many documents: by one of them, and by a small part of what each layer's inputs become."""
+    started = time.perf_counter()
+    grams = _grams(model, path, [document], first_factors(model))
+    looking = time.perf_counter() - started
+    whole = {id(gram): gram for gram in grams.values()}.values()
+    small = max(whole, key=len)[:_TRIED_SIZE, :_TRIED_SIZE]
+    started = time.perf_counter()
+    torch.linalg.eigh(small)
+    tried = time.perf_counter() - started
+    return count * looking + tried * sum((len(gram) / len(small)) ** 3 for gram in whole)
+
+
+def bytes_to_draw(model: nn.Module) -> int:
+    """Bytes of what `draw` holds at most: the grams of all layers, as if none shared another's, and three more while one is taken apart."""
+    sizes = [4 * factor.shape[1] ** 2 for factor in first_factors(model).values()]
+    return sum(sizes) + 3 * max(sizes, default=0)
+
+
+def _idle(gram_ii: Tensor, r: int) -> Tensor:
+    """The directions [k, in] that carry least energy: those with `ENERGY` of it together, and at least r."""
+    energies, vectors = torch.linalg.eigh(gram_ii)
+    shares = energies.clamp_min(0).double().cumsum(0)
+    idle = max(r, int((shares < ENERGY * shares[-1]).sum()))
+    basis_ki: Tensor = vectors[:, :idle].T.cpu()
+    return basis_ki
 
 
 def _grams(model: nn.Module, path: ForwardPath, documents: Sequence[Rendered], layers: Any) -> dict[str, Tensor]:

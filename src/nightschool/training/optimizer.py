@@ -98,13 +98,16 @@ def new_optimizer(
     Raises:
         ModelError: If it is one of bitsandbytes, which is not installed.
     """
-    settings = AdamWSettings.from_recipe(train)
-    if settings.algorithm == "adamw":
-        return AdamW(parameters, settings, no_decay, rate_factors, stacked)
+    return optimizer_class(train)(parameters, AdamWSettings.from_recipe(train), no_decay, rate_factors, stacked)
+
+
+def optimizer_class(train: Train) -> type[AdamW]:
+    """What the recipe's optimizer is, before there is one."""
+    if train.optimizer == "adamw":
+        return AdamW
     from nightschool.training.optimizer_8bit import AdamW8bit, PagedAdamW8bit  # which build on the class below
 
-    paged = train.optimizer.startswith("paged_")
-    return (PagedAdamW8bit if paged else AdamW8bit)(parameters, settings, no_decay, rate_factors, stacked)
+    return PagedAdamW8bit if train.optimizer.startswith("paged_") else AdamW8bit
 
 
 def total_norm(gradients: Mapping[str, Tensor], stacked: Set[str], norms_elsewhere: Tensor) -> Tensor:

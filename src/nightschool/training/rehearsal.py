@@ -36,6 +36,7 @@ from nightschool.store.atomic import write_bytes
 from nightschool.store.home import Home
 from nightschool.training.continuation import greedy_answers
 from nightschool.training.metrics import say
+from nightschool.training.planning.asking import seconds_of, seconds_to_answer
 
 # In the folder of a run.
 FILE = "rehearsal.safetensors"
@@ -69,11 +70,14 @@ class Rehearsal:
         ratio: Of them for each example of a micro-batch.
         weight: Of the divergence beside the loss.
         seed: Of the order.
+        stands_in: Whether nobody gave these answers, and they are there to be measured.
     """
 
-    def __init__(self, rows: Sequence[Rehearsed], *, ratio: float, weight: float, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[Rehearsed], *, ratio: float, weight: float, seed: int, stands_in: bool = False
+    ) -> None:
         assert rows, "there is something to rehearse"
-        self._rows, self._ratio, self.weight = list(rows), ratio, weight
+        self._rows, self._ratio, self.weight, self.stands_in = list(rows), ratio, weight, stands_in
         self._order = np.random.default_rng(seed).permutation(len(rows))
 
     @property
@@ -81,10 +85,23 @@ class Rehearsal:
         """All that may be rehearsed."""
         return [row.document for row in self._rows]
 
+    def expected_tokens(self, answers: int) -> tuple[int, int]:
+        """Tokens of so many answers with their prompts, and those that are learned from."""
+        learned = sum(len(row.answer_ids) for row in self._rows) / len(self._rows)
+        read = sum(len(row.prompt_ids) for row in self._rows) / len(self._rows)
+        return round(answers * (read + learned)), round(answers * learned)
+
+    def _chosen(self, batch: Batch, number: int) -> list[Rehearsed]:
+        count = min(len(self._rows), answers_beside(self._ratio, len(batch.cu_seqlens) - 1))
+        return [self._rows[self._order[(number * count + i) % len(self._rows)]] for i in range(count)]
+
+    def tokens_beside(self, batch: Batch, number: int) -> int:
+        """How many tokens are learned from beside a micro-batch."""
+        return sum(len(row.answer_ids) for row in self._chosen(batch, number))
+
     def beside(self, batch: Batch, number: int) -> tuple[Batch, TopTokens]:
         """What is rehearsed beside a micro-batch, the `number`th of the run; equal for equal arguments."""
-        count = min(len(self._rows), answers_beside(self._ratio, len(batch.cu_seqlens) - 1))
-        chosen = [self._rows[self._order[(number * count + i) % len(self._rows)]] for i in range(count)]
+        chosen = self._chosen(batch, number)
         documents = [row.document for row in chosen]
         packed = Batches(documents, batch_size=1, seed=0, documents_per_example=len(documents)).get(0, 0)
         teacher = TopTokens(
@@ -189,10 +206,30 @@ class RehearsedPrompts:
             return None
         return Rehearsal(rows, ratio=self.settings.ratio, weight=self.settings.weight, seed=self.seed)
 
-    def expected_tokens(self, tokenizer: Any, examples: int) -> int:
-        """Tokens of what is rehearsed beside so many examples, where no answer ends early."""
-        longest = [len(render_prompt(tokenizer, [Message("user", p)])) for p in self.prompts]
-        return round(self.settings.ratio * examples * (sum(longest) / len(longest) + self.settings.max_new_tokens))
+    def num_asked(self, room: int | None) -> int:
+        """How many prompts are asked where there is `room` for so many answers."""
+        return len(self.prompts if self._of_base else self.prompts[:room])
+
+    def asking_seconds(self, loaded: LoadedModel, task: Any, room: int | None) -> float:
+        """About how long it takes to ask for the answers that are wanted, none of which ends early, where nobody kept them."""
+        prompts = [render_prompt(loaded.tokenizer, [Message("user", one)]) for one in self.prompts]
+        asked, longest = self.num_asked(room), self.settings.max_new_tokens
+        with fresh_adapter_left_out(task.model):
+            answering = seconds_to_answer(task.model, loaded.tokenizer, prompts, longest, _PROMPTS_PER_PASS)
+            with as_found(task.model), torch.no_grad():
+                noting = seconds_of(lambda: _teacher(task.model, task.path, prompts[0], [0] * longest))
+        return answering * asked / len(prompts) + noting * asked
+
+    def stand_in(self, tokenizer: Any) -> Rehearsal:
+        """What takes as much time and room as the answers would, none of which ends early: for a plan, before anybody is asked."""
+        count, kept = self.settings.max_new_tokens, min(KEPT_TOKENS, len(tokenizer))
+        any_tokens = TopTokens(torch.arange(kept).repeat(count, 1), torch.full((count, kept), -10.0))
+        rows = [
+            Rehearsed(tuple(render_prompt(tokenizer, [Message("user", one)])), (0,) * count, any_tokens)
+            for one in self.prompts
+        ]
+        settings = self.settings
+        return Rehearsal(rows, ratio=settings.ratio, weight=settings.weight, seed=self.seed, stands_in=True)
 
     def _digest(self, loaded: LoadedModel, prompts: Sequence[str]) -> str:
         """Of all that answers depend on, the weights among it."""

@@ -235,8 +235,8 @@ def execute(
             run.update_status(state="running", pid=os.getpid(), shares_process=shares, error=None, exit_code=None)
             say(f"Run {run.id}: preparing {recipe.base} by method {recipe.method}")
         prepared = prepare(home, run, root=root, point=start.point, world=world, company=company)
-        keep_freed_memory(recipe)  # from here on; what loading took for a moment is given back
         prepared.begin(run.path)  # what is computed beside the examples is then in the plan's measurements
+        keep_freed_memory(recipe)  # from here on; what loading and asking took for a moment is given back
         if world.is_first:
             _describe(home, run, prepared)
         state = _train(run, prepared, start, stop, world, steps, company)

@@ -32,6 +32,7 @@ from nightschool.models.load import LoadedModel
 from nightschool.models.quiet import quiet_libraries
 from nightschool.training.continuation import greedy_answers
 from nightschool.training.distributed.world import World
+from nightschool.training.planning.asking import seconds_to_answer
 
 MOST_QUESTIONS = 64
 MOST_PROMPTS = 16
@@ -74,6 +75,12 @@ class SpotCheckSet:
             [] if is_new else [one.question for one in general_prompts(recipe.gate.general, root) if not one.answer]
         )
         return cls(questions, prompts[:MOST_PROMPTS], min(longest, needed))
+
+    def seconds(self, loaded: LoadedModel) -> float:
+        """About how long the questions of one spot check take, where no answer ends early."""
+        conversations = [[Message(**turn) for turn in question.messages] for question in self.questions]  # type: ignore[arg-type]
+        prompts = [render_prompt(loaded.tokenizer, turns) for turns in conversations]
+        return seconds_to_answer(loaded.model, loaded.tokenizer, prompts, self.max_new_tokens, _ANSWERED_AT_ONCE)
 
 
 class SpotChecks:

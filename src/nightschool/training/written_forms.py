@@ -30,6 +30,7 @@ from nightschool.events import EventLog
 from nightschool.feedback.rejected_forms import RejectedForms
 from nightschool.feedback.selection import Selection
 from nightschool.feedback.written_forms import WrittenForms, cached, read_written, write_written
+from nightschool.models.adapters import fresh_adapter_left_out
 from nightschool.models.load import LoadedModel
 from nightschool.models.quiet import quiet_libraries
 from nightschool.store.home import Home
@@ -40,7 +41,8 @@ from nightschool.training.rehearsal import digest_of_weights
 # Of an example, so many questions of each of the two kinds are asked for.
 _TRIES = 3
 _EXAMPLES_AT_ONCE = 8
-_PROMPTS_PER_PASS = 32
+# Between two passes, and between two tokens, is looked at the clock.
+_PROMPTS_PER_PASS = 16
 _QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
 _SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 # Two kept for an example, at the least, and one of them goes to the gate where no rule made one for it.
@@ -89,29 +91,41 @@ def _taken(selection: Selection) -> set[str]:
     return of_examples | {wording(form.example.question or "") for form in selection.forms}
 
 
+class _TimeIsUp(Exception):
+    """What is being written cannot be finished."""
+
+
 class _Writer:
     def __init__(self, loaded: LoadedModel, seed: int) -> None:
         self._loaded, self._seed = loaded, seed
+        self._until = math.inf
         self._dropped: Counter[str] = Counter()
         self._num_written = 0
 
     def write(self, selection: Selection, taken: Collection[str], *, most: int, seconds: float) -> WrittenForms:
-        """At most so many forms of each example; those for which no time is left are not asked for."""
+        """At most so many forms of each example; those for which no time is left are not asked for, or were in vain."""
         examples = [example for example in selection.new if is_studied(example)]
         has_aside = {form.of for form in selection.forms if form.kept_aside}
         began, asked, forms, taken = time.monotonic(), 0, list[Form](), set(taken)
+        self._until = began + seconds
         device = next(self._loaded.model.parameters()).device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             quiet_libraries(),
             as_found(self._loaded.model),
+            fresh_adapter_left_out(self._loaded.model),
             torch.no_grad(),
         ):
             torch.manual_seed(self._seed)
-            while most > 0 and asked < len(examples) and time.monotonic() - began < seconds:
-                some = examples[asked : asked + _EXAMPLES_AT_ONCE]
+            while most > 0 and (some := examples[asked : asked + self._at_once(asked, time.monotonic() - began)]):
+                before = self._num_written, self._dropped.copy()
+                try:
+                    found = self._questions(some, taken)
+                except _TimeIsUp:
+                    self._num_written, self._dropped = before
+                    break
                 asked += len(some)
-                for example, questions in zip(some, self._questions(some, taken), strict=True):
+                for example, questions in zip(some, found, strict=True):
                     wants_aside = not example.paraphrases and example.digest not in has_aside
                     made = self._forms(example, questions, most, wants_aside=wants_aside)
                     taken |= {wording(form.example.question or "") for form in made}
@@ -124,6 +138,13 @@ class _Writer:
             dropped=dict(self._dropped),
             seconds=round(time.monotonic() - began, 1),
         )
+
+    def _at_once(self, asked: int, seconds: float) -> int:
+        """How many examples come next: one alone, which shows what one takes, then as many as there is time for by that."""
+        left = self._until - time.monotonic()
+        if not asked:
+            return 1 if left > 0 else 0
+        return min(_EXAMPLES_AT_ONCE, int(left * asked / max(seconds, 1e-9)))
 
     def _forms(self, example: Example, questions: Sequence[str], most: int, *, wants_aside: bool) -> list[Form]:
         chosen = questions[: most + wants_aside]
@@ -190,14 +211,17 @@ class _Writer:
     def _answers(
         self, conversations: Sequence[Sequence[Message]], max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[str]:
-        """What the model says to conversations, those of about one length together."""
+        """What the model says to conversations, those of about one length together. Raises `_TimeIsUp`."""
         tokenizer, stops = self._loaded.tokenizer, stop_token_ids(self._loaded.tokenizer)
         prompts = [render_prompt(tokenizer, turns) for turns in conversations]
         order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
         texts = [""] * len(prompts)
         for start in range(0, len(order), _PROMPTS_PER_PASS):
             some = order[start : start + _PROMPTS_PER_PASS]
-            found = answers_of(self._loaded.model, tokenizer, [prompts[at] for at in some], max_new_tokens, sampling)
+            asked = [prompts[at] for at in some]
+            found = answers_of(self._loaded.model, tokenizer, asked, max_new_tokens, sampling, until=self._until)
+            if time.monotonic() >= self._until:
+                raise _TimeIsUp
             for at, ids in zip(some, found, strict=True):
                 texts[at] = str(tokenizer.decode([one for one in ids if one not in stops], skip_special_tokens=True))
         return texts

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +20,6 @@ from nightschool.data.chat.rendered_data import (
     RenderedData,
     refuse_nothing_to_train,
     render_data,
-    tokens_by_role,
 )
 from nightschool.data.example import Example
 from nightschool.data.study.forms import merged
@@ -38,11 +36,10 @@ from nightschool.store.atomic import publish_directory
 from nightschool.training.causal_task import CausalTask
 from nightschool.training.interpolation import Weights, learning_weights
 from nightschool.training.loop import steps_in_epoch
+from nightschool.training.methods.finetune_plan import finetune_plan
 from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
-from nightschool.training.optimizer_8bit import NO_PAGES
-from nightschool.training.planning.loss_mask_preview import loss_mask
-from nightschool.training.planning.plan_row import PlanRow
-from nightschool.training.planning.study_rows import objective_rows, study_notes, study_rows
+from nightschool.training.planning.asking import Asking, num_checks
+from nightschool.training.planning.study_rows import study_notes
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts, answers_beside
 from nightschool.training.self_distillation import Lessons, Teacher
 from nightschool.training.spot_check import SpotChecks, SpotCheckSet
@@ -52,8 +49,6 @@ from nightschool.training.written_forms import written_for
 # What a `new:` model's tokenizer holds at most; few texts give fewer entries.
 NEW_VOCAB_SIZE = 2048
 HELD_OUT_TOKENS_PER_BATCH = 2048
-PREVIEWED_EXAMPLES = 3
-LISTED_CUTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +107,12 @@ class FinetuneTask(CausalTask[Batches]):
         mean = self.rehearsal.divergence(self.model, self.path, batch, batch.number, self.compute_dtype)
         part = mean * (batch.loss_units / units)
         scaled(part * self.rehearsal.weight).backward()  # type: ignore[no-untyped-call]
-        return {"rehearsal_divergence": part.detach()}
+        tokens = self.rehearsal.tokens_beside(batch, batch.number)
+        return {"rehearsal_divergence": part.detach(), "rehearsed_per_token": part.new_tensor(tokens / units)}
 
     def heldout_loss(self, batches: Batches) -> tuple[float, int]:
         """Loss in nats per token and tokens of the held-out batches, with dropout off."""
         return self._heldout_loss([partial(batches.get, 0, index) for index in range(batches.num_batches(0))])
-
-
-@dataclass(frozen=True)
-class Cut:
-    """An example that is longer than train.max_seq_len. `where` is `file:line`; `share` is of all its tokens."""
-
-    where: str
-    share: float
-    trained_share: float
 
 
 @dataclass(frozen=True)
@@ -257,15 +244,8 @@ class Finetune(PreparedRun[FinetuneData]):
         """
         task = self.task
         if self.data.rehearsed is not None:
-            micro_batches = self.budget.steps_total * self.recipe.train.accumulation_steps
-            examples = len(self.data.selection.train) / max(1, task.batches.num_batches(0))
-            room = (
-                None
-                if self.looks_at_all_answers
-                else micro_batches * answers_beside(self.recipe.rehearse.ratio, examples)
-            )
             with task.world.first_goes_first():
-                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, room)
+                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, self._room)
         if self.data.lessons is not None:
             with task.world.first_goes_first():
                 task.teacher = self.data.lessons.taught(folder, self.loaded, task)
@@ -274,146 +254,42 @@ class Finetune(PreparedRun[FinetuneData]):
             if self.recipe.train.early_stopping.interpolate and task.world.size == 1:
                 task.beginning = learning_weights(task.model)
 
+    @property
+    def _room(self) -> int | None:
+        """How many answers can be rehearsed in all steps; None where all of them are looked at."""
+        if self.looks_at_all_answers:
+            return None
+        micro_batches = self.budget.steps_total * self.recipe.train.accumulation_steps
+        examples = len(self.data.selection.train) / max(1, self.task.batches.num_batches(0))
+        return micro_batches * answers_beside(self.recipe.rehearse.ratio, examples)
+
+    def asking(self) -> Asking | None:
+        """Rehearsed answers, where nobody was asked for them yet, and spot checks."""
+        data, task = self.data, self.task
+        before: list[tuple[str, float]] = []
+        if data.rehearsed is not None and (task.rehearsal is None or task.rehearsal.stands_in):
+            seconds = data.rehearsed.asking_seconds(self.loaded, task, self._room)
+            before.append((f"{data.rehearsed.num_asked(self._room)} general prompts", seconds))
+        every = self.recipe.train.early_stopping.every
+        if data.checked is None or every is None:
+            return Asking(tuple(before)) if before else None
+        steps = steps_in_epoch(task.epoch_length(0), self.budget.accumulation_steps, task.stride)
+        seconds = data.checked.seconds(self.loaded)
+        return Asking(tuple(before), num_checks(every, self.budget.steps_total, steps), seconds)
+
+    def stand_in(self) -> None:
+        """Have answers rehearsed that nobody gave, where nobody was asked."""
+        if self.data.rehearsed is not None and self.task.rehearsal is None:
+            self.task.rehearsal = self.data.rehearsed.stand_in(self.loaded.tokenizer)
+
     def numerics(self) -> dict[str, Any]:
         study, rehearse = self.recipe.study, self.recipe.rehearse.model_dump(mode="json").items()
         objective = {} if study.objective == "sft" else {"study.objective": study.objective}
         rehearsed = {} if self.data.rehearsed is None else {f"rehearse.{key}": value for key, value in rehearse}
         return super().numerics() | objective | rehearsed
 
-    # --- the plan -----------------------------------------------------------------------------------------------------
-
     def plan_rows(self, num_processes: int) -> MethodPlan:  # noqa: ARG002 - the rows count those that are there
-        train, batches = self.recipe.train, self.task.batches
-        rendered, selection, whole = self.data.rendered.all, self.data.selection, self.data.whole
-        scale = len(whole.train) / max(1, len(selection.train))
-        per_epoch = steps_in_epoch(round(batches.num_batches(0) * scale), train.accumulation_steps)
-        steps_total = self.budget.steps_total
-        if whole is not selection:
-            steps_total = train.max_steps or per_epoch * train.epochs
-        examples = {
-            "examples_new": len(whole.new),
-            "examples_replayed": len(whole.replayed),
-            "examples_general": len(whole.general),
-            "examples_held_out": len(whole.held_out),
-            "examples_known": whole.num_left_out,
-            "examples_without_loss": round(batches.num_left_out * scale),
-            "examples_rendered": len(selection.train),
-            "duplicates": whole.num_duplicates,
-        }
-        formats = "; ".join(f"{source}: {', '.join(names)}" for source, names in whole.formats.items())
-        tokens, trained = round(batches.tokens * scale), round(batches.tokens_trained * scale)
-        by_role = tokens_by_role(rendered, scale)
-        roles = ", ".join(f"{role} {r.trained:,} of {r.tokens:,}" for role, r in by_role.items())
-        cuts = self._cuts()
-        all_tokens = sum(len(r.input_ids) + r.cut_tokens for r in rendered)
-        cut_trained = sum(r.cut_trained for r in rendered)
-        cut: dict[str, Any] = {
-            "cut_share": sum(r.cut_tokens for r in rendered) / max(1, all_tokens),
-            "cut_trained_share": cut_trained / max(1, cut_trained + batches.tokens_trained),
-            "cut_examples": round(len(cuts) * scale),
-            "cuts": cuts[:LISTED_CUTS],
-        }
-        rows = [
-            PlanRow(
-                self.noun,
-                "{examples_new} new, {examples_replayed} replayed, {examples_general} general, {examples_held_out} held out; "
-                "{examples_known} known already, {duplicates} duplicates, {examples_without_loss} without loss".format(
-                    **examples
-                ),
-                examples,
-            ),
-            *study_rows(whole, self.recipe.study, self.data.written),
-            PlanRow("formats" if formats else "", formats, {"formats": whole.formats}),
-            PlanRow(
-                "tokens",
-                f"{tokens:,} an epoch, of which {trained:,} carry loss ({roles})",
-                {"tokens": tokens, "tokens_trained": trained, "tokens_by_role": by_role},
-            ),
-            PlanRow(
-                "cut",
-                "{cut_share:.1%} of all tokens, {cut_trained_share:.1%} of those that would carry loss, "
-                "in {cut_examples} examples".format(**cut),
-                cut,
-            ),
-            PlanRow(
-                "steps",
-                f"{steps_total} in all, {per_epoch} an epoch",
-                {"epochs": train.epochs, "steps_per_epoch": per_epoch, "steps_total": steps_total},
-            ),
-        ]
-        tokens_computed, rehearsed = batches.tokens * scale, self.data.rehearsed
-        if rehearsed is not None:
-            more = rehearsed.expected_tokens(self.loaded.tokenizer, len(whole.train))
-            if self.task.rehearsal is None:  # else they are in what is measured of a micro-batch
-                tokens_computed += more
-            facts = {"prompts_rehearsed": len(rehearsed.prompts), "tokens_rehearsed": more}
-            text = f"answers of {self.loaded.ref} to {len(rehearsed.prompts)} general prompts, at most {more:,} tokens an epoch"
-            rows.append(PlanRow("rehearsed", text, facts))
-        rows += [*self._row_of_spot_checks(), *objective_rows(self.data.lessons, self.task.teacher)]
-        return MethodPlan(
-            rows=rows,
-            tokens_computed=tokens_computed * steps_total / max(1, per_epoch),
-            steps_total=steps_total,
-            largest_batch_tokens=max(
-                self.task.batch(0, index).input_ids.shape[-1] for index in range(min(64, batches.num_batches(0)))
-            ),
-            loss_masks=[
-                loss_mask(self.loaded.tokenizer, r.input_ids, r.weights, r.roles)
-                for r in rendered[: PREVIEWED_EXAMPLES * self.documents_per_example]
-            ],
-            masked=self.noun,
-            findings=[
-                f"cut: {each.where} loses {each.share:.0%} of its tokens, {each.trained_share:.0%} of its answer"
-                for each in cuts[:LISTED_CUTS]
-            ],
-            notes=[*self._notes(), *study_notes(whole, self.recipe.name)],
-        )
-
-    def _row_of_spot_checks(self) -> list[PlanRow]:
-        checked, enough = self.data.checked, self.budget.enough
-        if checked is None or enough is None:
-            return []
-        facts = {"questions_checked": len(checked.questions), "prompts_checked": len(checked.prompts)}
-        every = self.recipe.train.early_stopping.every
-        text = "{questions_checked} questions and {prompts_checked} open prompts every ".format(**facts)
-        return [PlanRow("spot checks", f"{text}{every}; the run ends at {enough.text}", facts)]
-
-    def _cuts(self) -> list[Cut]:
-        """The examples that lose something, those that lose most of their answer first. Texts are split, never cut."""
-        documents = iter(self.data.rendered.chats)
-        cuts = [
-            Cut(
-                f"{example.source or 'an example'}:{example.line}",
-                r.cut_tokens / (len(r.input_ids) + r.cut_tokens),
-                r.cut_trained / max(1, r.cut_trained + r.trained_tokens),
-            )
-            for example in self.data.rendered.chat_examples
-            for r in islice(documents, self.documents_per_example)
-            if r.cut_tokens
-        ]
-        return sorted(cuts, key=lambda cut: (-cut.trained_share, -cut.share, cut.where))
-
-    def _notes(self) -> list[str]:
-        path, stopping = self.task.path, self.recipe.train.early_stopping
-        rendered, there = len(self.data.selection.train), len(self.data.whole.train)
-        notes = (
-            ""
-            if rendered == there
-            else f"{rendered:,} of {there:,} examples were rendered: counts of tokens, cuts and steps are estimates.",
-            path.why_padded and f"Documents are padded, not packed: {path.why_padded}.",
-            path.why_padded and "Nor can such a model be examined or served here: the gate of its candidate will fail.",
-            path.why_own_logits and f"All logits are computed: {path.why_own_logits}.",
-            self.task.note_on_experts,
-            "" if self.data.held_out else "Nothing is held out, so no held-out loss is taken.",
-            NO_PAGES if self.recipe.train.optimizer == "paged_adamw_8bit" and self.task.device.type != "cuda" else "",
-            "train.early_stopping needs a held-out loss, and there is none: the run ends at its last step."
-            if stopping.patience and not stopping.every and not self.data.held_out
-            else "",
-            "train.early_stopping.every: the gate could ask nothing of what is new, so nothing is spot-checked."
-            if stopping.every and self.data.checked is None
-            else "",
-        )
-        return [note for note in notes if note]
+        return finetune_plan(self)
 
 
 def _selection(setup: Setup) -> Selection:

@@ -25,6 +25,7 @@ from nightschool.training.checkpoint.full_state import frozen_fingerprint
 from nightschool.training.methods.finetune import Finetune
 from nightschool.training.methods.prepared import MethodPlan, Setup
 from nightschool.training.metrics import say
+from nightschool.training.planning.asking import Asking
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.units import format_bytes
 
@@ -102,6 +103,15 @@ class LoraFinetune(Finetune):
             assert drawn is not None
             null_space.place(model, drawn)
 
+    def asking(self) -> Asking | None:
+        """With the directions that a fresh adapter will learn in."""
+        asking, rehearsal = super().asking(), self.task.rehearsal
+        if self.recipe.lora.init != "null_space" or rehearsal is None or not rehearsal.stands_in:
+            return asking
+        documents = rehearsal.documents
+        seconds = null_space.seconds_to_draw(self.task.model, self.task.path, documents[0], len(documents))
+        return replace(asking or Asking(), before=(*(asking.before if asking else ()), ("directions", seconds)))
+
     def plan_rows(self, num_processes: int) -> MethodPlan:
         """With what the adapter reaches, and how the base below it is kept."""
         plan = super().plan_rows(num_processes)
@@ -117,7 +127,11 @@ class LoraFinetune(Finetune):
             text = f"{quantization}: {format_bytes(taken)} with what is not quantised ({of_kinds}), in fp32 {format_bytes(plain)}"
             taken_facts = {"quantization": quantization, "parameter_bytes": taken, "parameter_bytes_by_kind": kinds}
             rows.append(PlanRow("quantised", text, taken_facts))
-        return replace(plan, rows=[*rows, *plan.rows], notes=[*(plan.notes or []), *([info.note] if info.note else [])])
+        before = 0
+        if self.recipe.lora.init == "null_space" and adds_nothing(self.task.model):
+            before = null_space.bytes_to_draw(self.task.model)
+        notes = [*(plan.notes or []), *([info.note] if info.note else [])]
+        return replace(plan, rows=[*rows, *plan.rows], notes=notes, bytes_before=before)
 
     def numerics(self) -> dict[str, Any]:
         lora = self.recipe.lora.model_dump(mode="json").items()

@@ -33,7 +33,8 @@ from nightschool.training.distributed.world import ALONE, World
 from nightschool.training.environment import Rerun, set_up_machine
 from nightschool.training.interpolation import Weights
 from nightschool.training.loop import steps_in_epoch
-from nightschool.training.optimizer import Schedule
+from nightschool.training.optimizer import Schedule, optimizer_class
+from nightschool.training.planning.asking import Asking
 from nightschool.training.planning.loss_mask_preview import Span
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import choose_by_measuring
@@ -50,7 +51,7 @@ class MethodPlan:
 
     `tokens_computed` are those of the whole run, `largest_batch_tokens` those of one micro-batch in one process.
     `sequence_tokens` is given where all sequences are equally long. Findings and notes are printed below the rows; `masked`
-    says of what the `loss_masks` are.
+    says of what the `loss_masks` are. `bytes_before` are held, beside the parameters, by what is computed before step 1 alone.
     """
 
     rows: list[PlanRow]
@@ -63,6 +64,7 @@ class MethodPlan:
     notes: list[str] | None = None
     processes: int = 1
     sequence_tokens: int | None = None
+    bytes_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class PreparedRun(ABC, Generic[Data]):
         load = partial(
             setup.load_base, cls.base_of(recipe), setup.home, dtype=base_dtype, device=device, tokenizer=tokenizer, seed=train.seed,
             root=setup.root, shape=recipe.shape.given(), experts=_place_of_experts(setup),
+            moment_bytes=optimizer_class(train).moment_bytes / (world.size if train.zero_stage else 1),
         )  # fmt: skip
         loaded = cls.load(recipe, load)
         hidden_size = int(cast(Any, loaded.model).config.get_text_config().hidden_size)
@@ -254,6 +257,13 @@ class PreparedRun(ABC, Generic[Data]):
 
     def begin(self, folder: Path) -> None:
         """Compute what is needed before step 1, or read it from the run's folder, where it was left. All processes call this."""
+
+    def asking(self) -> Asking | None:
+        """What the run spends beside its steps from here on, by a measured piece of it; None where nothing is asked."""
+        return None
+
+    def stand_in(self) -> None:
+        """For a plan that trains nothing: put something of equal cost where `begin` would compute something."""
 
     @abstractmethod
     def plan_rows(self, num_processes: int) -> MethodPlan:

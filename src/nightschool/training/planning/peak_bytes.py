@@ -24,6 +24,7 @@ from nightschool.store.atomic import read_json, write_json
 from nightschool.store.home import Home
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import Setup
+from nightschool.training.optimizer import optimizer_class
 from nightschool.training.planning.plan import SAMPLED_EXAMPLES
 from nightschool.training.together.joint import pass_tokens
 from nightschool.units import printable
@@ -76,6 +77,7 @@ def peak_bytes(
             gradient_checkpointing=recipe.train.gradient_checkpointing,
             layer_by_layer_bytes=recipe.train.accumulation_steps * task.kept_bytes(tokens),
             compute=task.compute_dtype,
+            moment_bytes=optimizer_class(recipe.train).moment_bytes,
         )
         for tokens in (method.largest_batch_tokens, max(pass_tokens(task.model), method.largest_batch_tokens))
     )
@@ -85,7 +87,7 @@ def peak_bytes(
     threads = recipe.train.num_threads
     return {
         "device": task.device.type,
-        "expected_peak_bytes": cost.total * on_one_device,
+        "expected_peak_bytes": max(cost.total, cost.parameters + method.bytes_before) * on_one_device,
         "base_bytes": frozen,
         "pass_bytes": cost.activations + cost.logits,
         "joint_pass_bytes": joint.activations + joint.logits,

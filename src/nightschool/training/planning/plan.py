@@ -28,14 +28,18 @@ from nightschool.models.update_cost import UpdateCost
 from nightschool.store.atomic import read_json
 from nightschool.store.home import Home
 from nightschool.store.runs import Run
+from nightschool.training.environment import keep_freed_memory
 from nightschool.training.methods import METHODS
 from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.metrics import peak_bytes, say
+from nightschool.training.optimizer import optimizer_class
+from nightschool.training.planning.asking import asking_row
 from nightschool.training.planning.loss_mask_preview import Span, render_mask
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import Probe, measure
 from nightschool.training.task import Task
 from nightschool.units import format_bytes
+from nightschool.work.peak_memory import resident_bytes
 
 # Rendering takes about a millisecond an example: a plan looks at this many, chosen by the seed. A run counts them all.
 SAMPLED_EXAMPLES = 2000
@@ -69,19 +73,23 @@ class Plan:
         return facts | {"loss_masks": plain["loss_masks"]}
 
 
-def make_plan(recipe: Recipe, home: Home, root: Path | None = None) -> Plan:
+def make_plan(recipe: Recipe, home: Home, root: Path | None = None, *, alone: bool = False) -> Plan:
     """Plan a run without creating one. Loads the base and computes a few micro-batches; trains nothing.
 
     Args:
         recipe: What is wanted.
         home: Where versions and accepted examples are.
         root: Where relative paths begin; the working directory without it.
+        alone: Whether this process does nothing else: then it keeps freed memory as a run does, for its peak to be measured.
 
     Raises:
         NothingToTrain: If no token would carry loss, or more than train.max_cut_share of those that would is cut.
         DataError, ModelError, NotFound: If the data or the base cannot be read.
     """
     prepared = METHODS[recipe.method].prepare(Setup(recipe, home, root or Path.cwd(), sample=SAMPLED_EXAMPLES))
+    if alone:
+        keep_freed_memory(recipe)
+    prepared.stand_in()
     return plan_of(prepared, home, recipe.train.num_processes)
 
 
@@ -93,7 +101,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
     recipe, task = prepared.recipe, prepared.task
     method = prepared.plan_rows(num_processes or task.world.size)
     count = count_parameters(task.model)
-    moment_bytes = 8 if recipe.train.optimizer == "adamw" else 2
+    moment_bytes = optimizer_class(recipe.train).moment_bytes
     cost = expected_peak_bytes(
         task.model,
         method.largest_batch_tokens,
@@ -124,7 +132,7 @@ def plan_of(prepared: PreparedRun[Any], home: Home, num_processes: int | None = 
             + (f"; {method.processes} processes together" if method.processes > 1 else ""),
             {"dtype": prepared.dtype.why, "device": task.device.type, "num_threads": prepared.num_threads},
         ),
-        *measured_rows(prepared, method, cost.total),
+        *measured_rows(prepared, method, max(cost.total, cost.parameters + method.bytes_before)),
         PlanRow(
             "disk",
             f"{format_bytes(needed)} needed at most, {format_bytes(free)} free",
@@ -212,18 +220,23 @@ _HOLES_SHARE = 0.03
 
 
 def measured_rows(prepared: PreparedRun[Any], method: MethodPlan, tensor_bytes: int) -> list[PlanRow]:
-    """The rows `peak`, `step` and `time`. Computes a few micro-batches, and an update of something else.
+    """The rows `peak`, `asking`, `step` and `time`. Computes a few micro-batches, an update of something else, and a few answers.
 
     `tensor_bytes` are those of tensors at the peak, as reckoned.
     """
-    micro_batches = prepared.budget.accumulation_steps
+    micro_batches, before = prepared.budget.accumulation_steps, resident_bytes() + method.bytes_before
     probe, update = measure(prepared.task, micro_batches), prepared.task.update_cost()
+    asking = prepared.asking()
     kept = update.new_bytes + max(0, micro_batches - 2) * prepared.task.kept_bytes(method.largest_batch_tokens)
     if prepared.task.device.type == "cpu" and probe.peak_bytes is not None:
         kept += int(_HOLES_SHARE * probe.peak_bytes)
     if saves_in_background(prepared.recipe) and prepared.budget.saves_before_its_end:
         kept += prepared.task.expected_bytes()
-    return [_peak(probe, kept, tensor_bytes), *_times(prepared, method, probe, update)]
+    return [
+        _peak(probe, kept, before, tensor_bytes),
+        *([] if asking is None else [asking_row(asking)]),
+        *_times(prepared, method, probe, update, 0.0 if asking is None else asking.seconds),
+    ]
 
 
 def say_measured(run: Run, device: torch.device, steps: int, seconds: float) -> None:
@@ -253,23 +266,26 @@ def saves_in_background(recipe: Recipe) -> bool:
     return recipe.checkpoints.background and recipe.experts.tier == "device"
 
 
-def _peak(probe: Probe, kept_bytes: int, tensor_bytes: int) -> PlanRow:
+def _peak(probe: Probe, kept_bytes: int, bytes_before: int, tensor_bytes: int) -> PlanRow:
+    """By what was held while micro-batches were computed and what is kept from then on, or by what is held before step 1."""
     facts: dict[str, Any] = {"expected_peak_bytes": tensor_bytes, "expected_process_bytes": None}
     text = f"about {format_bytes(tensor_bytes)} of tensors"
     if probe.peak_bytes is not None:
-        facts["expected_process_bytes"] = probe.peak_bytes + kept_bytes
+        facts["expected_process_bytes"] = max(probe.peak_bytes + kept_bytes, bytes_before)
         text += f"; of the whole process {format_bytes(facts['expected_process_bytes'])} while it trains"
     return PlanRow("peak", text, facts)
 
 
-def _times(prepared: PreparedRun[Any], method: MethodPlan, probe: Probe, update: UpdateCost) -> list[PlanRow]:
+def _times(
+    prepared: PreparedRun[Any], method: MethodPlan, probe: Probe, update: UpdateCost, asking_seconds: float
+) -> list[PlanRow]:
     task = prepared.task
     # Processes that are not there yet will share the cores that this one has alone; each has a GPU of its own.
     rate = probe.tokens_per_second * (method.processes if task.device.type == "cuda" else task.world.size)
     pass_seconds = method.tokens_computed / rate / method.steps_total
     step_seconds = pass_seconds + update.seconds
     moving_seconds = probe.moving_share * pass_seconds + update.moving_seconds
-    expected_seconds = step_seconds * method.steps_total
+    expected_seconds = step_seconds * method.steps_total + asking_seconds
     facts: dict[str, Any] = {
         "expected_seconds": expected_seconds,
         "measured_batches": probe.batches,
