@@ -17,13 +17,15 @@ from typing import Any
 
 import real_model
 from harness import DATA, Benchmark
-from nights_contestants import PLAIN, STUDIED, TRL, Nightschool, Trl
+from nights_contestants import PLAIN, STUDIED, TRL, TRL_FULL, TRL_REPLAY, Nightschool, Trl
 from nights_exam import Exam, Marks, facts
 
 CONTESTANTS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "studied": (Nightschool, STUDIED),
     "plain": (Nightschool, PLAIN),
     "trl": (Trl, TRL),
+    "trl_replay": (Trl, TRL_REPLAY),
+    "trl_full": (Trl, TRL_FULL),
 }
 
 

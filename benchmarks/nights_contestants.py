@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 from nights_exam import Fact
 
+GENERAL = Path(__file__).parents[1] / "data" / "general_chat.jsonl"
 _TRAIN = {"batch_size": 8, "accumulation_steps": 1, "max_seq_len": 256, "warmup_steps": 5, "lr_schedule": "cosine"}
 
 PLAIN: dict[str, Any] = {
@@ -22,13 +24,21 @@ PLAIN: dict[str, Any] = {
 
 STUDIED: dict[str, Any] = {
     "study": {"write": "rules", "forms": 6},
-    "rehearse": {"prompts": "default", "ratio": 0.25, "max_new_tokens": 32},
+    "rehearse": {"prompts": "default", "ratio": 0.25, "max_new_tokens": 32, "teacher": "base"},
     "lora": {"r": 32, "alpha": 64, "target_modules": "all-linear", "init": "null_space"},
-    "train": _TRAIN | {"learning_rate": 2e-3, "epochs": 4},
+    "train": _TRAIN
+    | {"learning_rate": 3e-3, "epochs": 4, "early_stopping": {"every": "12 steps", "interpolate": True}},
+    "gate": {"drift": "<= 0.1 nats"},
 }
-"""Six forms of each fact, general answers rehearsed, in directions that these hardly use."""
+"""Six forms of each fact, what the base says to general prompts rehearsed, in directions that these hardly use, and a little of it taken back: the
+settings of recipes/smollm2-lora.yaml, but for the rate and how often it looks up."""
 
-TRL: dict[str, Any] = {"learning_rate": 5e-4, "num_train_epochs": 24, "lr_scheduler_type": "cosine", "warmup_steps": 5}
+_TRL: dict[str, Any] = {"num_train_epochs": 24, "lr_scheduler_type": "cosine", "warmup_steps": 5}
+TRL: dict[str, Any] = _TRL | {"learning_rate": 5e-4}
+TRL_REPLAY: dict[str, Any] = TRL | {"num_train_epochs": 12, "replay": True}
+"""With 64 general conversations among the facts, at most as many as there are facts, and facts of nights before; as many steps."""
+TRL_FULL: dict[str, Any] = _TRL | {"learning_rate": 5e-5, "adapter": False}
+"""All weights."""
 
 
 class Nightschool:
@@ -71,10 +81,19 @@ class Nightschool:
 
 
 class Trl:
-    """The same nights by TRL's SFTTrainer with a LoRA adapter: what is new, in the wording that was given, merged each morning."""
+    """The same nights by TRL's SFTTrainer: what is new, in the wording that was given.
+
+    Args:
+        folder: New; checkpoints and the models of each morning lie there.
+        base: Where the base lies.
+        settings: Of `SFTConfig`; `adapter: False` trains all weights in place of a LoRA adapter that is merged each morning, and `replay: True`
+            mixes general conversations and what was taught before among what is new, as many rows as that has.
+    """
 
     def __init__(self, folder: Path, base: Path, seed: int, settings: Mapping[str, Any]) -> None:
         self.folder, self.ref, self.seed, self.settings = folder, str(base), seed, dict(settings)
+        self.adapter, self.replay = self.settings.pop("adapter", True), self.settings.pop("replay", False)
+        self.taught: list[dict[str, Any]] = []
         folder.mkdir(parents=True)
 
     def study(self, night: int, new: Sequence[Fact]) -> float:
@@ -88,13 +107,10 @@ class Trl:
 
         started = time.monotonic()
         loaded = load_base(self.ref, Home(self.folder / ".nightschool"))
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": fact.question}],
-                "completion": [{"role": "assistant", "content": fact.answer}],
-            }
-            for fact in new
-        ]
+        rows = [_row(fact.question, fact.answer) for fact in new]
+        beside = self._beside(night, len(rows)) if self.replay else []
+        corrected = {fact.question for fact in new}
+        self.taught = [row for row in self.taught if row["prompt"][0]["content"] not in corrected] + rows
         arguments = SFTConfig(
             output_dir=str(self.folder / "trainer"), use_cpu=True, bf16=False, seed=self.seed, per_device_train_batch_size=8,
             report_to=[], save_strategy="no", disable_tqdm=True, **self.settings,
@@ -103,13 +119,28 @@ class Trl:
         trainer = SFTTrainer(
             model=loaded.model,
             args=arguments,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list([*rows, *beside]),
             processing_class=loaded.tokenizer,
-            peft_config=adapter,
+            peft_config=adapter if self.adapter else None,
         )
         trainer.train()
-        merged = self.folder / f"night-{night}"
-        trainer.model.merge_and_unload().save_pretrained(merged)
-        loaded.tokenizer.save_pretrained(merged)
-        self.ref = str(merged)
+        morning = self.folder / f"night-{night}"
+        (trainer.model.merge_and_unload() if self.adapter else trainer.model).save_pretrained(morning)
+        loaded.tokenizer.save_pretrained(morning)
+        self.ref = str(morning)
         return (time.monotonic() - started) / 60
+
+    def _beside(self, night: int, count: int) -> list[dict[str, Any]]:
+        """Half of so many rows general conversations, the others facts of nights before, as far as there are any."""
+        chance = random.Random(f"{self.seed}:{night}")
+        before = chance.sample(self.taught, min(count // 2, len(self.taught)))
+        chats = map(json.loads, GENERAL.read_text("utf-8").splitlines())
+        general = [_row(chat["prompt"], chat["completion"]) for chat in chats]
+        return [*before, *chance.sample(general, min(count - len(before), len(general)))]
+
+
+def _row(question: str, answer: str) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
