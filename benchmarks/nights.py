@@ -17,12 +17,13 @@ from typing import Any
 
 import real_model
 from harness import DATA, Benchmark
-from nights_contestants import PLAIN, STUDIED, TRL, TRL_FULL, TRL_REPLAY, Nightschool, Trl
+from nights_contestants import PLAIN, STUDIED, TRL, TRL_FULL, TRL_REPLAY, Nightschool, Remembered, Trl
 from nights_exam import Exam, Marks, facts
 
 CONTESTANTS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "studied": (Nightschool, STUDIED),
     "plain": (Nightschool, PLAIN),
+    "memory": (Remembered, {}),
     "trl": (Trl, TRL),
     "trl_replay": (Trl, TRL_REPLAY),
     "trl_full": (Trl, TRL_FULL),
@@ -63,7 +64,8 @@ def main() -> None:
             taught: list[tuple[float, Marks]] = []
             for night in range(1, nights + 1):
                 minutes = one.study(night, [fact for fact in facts() if fact.night == night])
-                marks = exam.take(one.ref, [fact for fact in facts() if fact.night <= night], night)
+                known = [fact for fact in facts() if fact.night <= night]
+                marks = exam.take(one.ref, known, night, getattr(one, "memory", None))
                 taught.append((minutes, marks))
                 print(
                     json.dumps({"who": name, "night": night, "minutes": round(minutes, 2)} | _rounded(marks)),

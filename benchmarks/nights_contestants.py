@@ -1,4 +1,4 @@
-"""Who studies in `nights.py`: nightschool by its own command, with and without study and rehearsal, and TRL."""
+"""Who studies in `nights.py`: nightschool by its own command, with and without study and rehearsal, its memory, and TRL."""
 
 from __future__ import annotations
 
@@ -78,6 +78,27 @@ class Nightschool:
             sys.exit(f"night {night} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         self.ref = "night@latest"
         return (time.monotonic() - started) / 60
+
+
+class Remembered:
+    """No night at all: the answers are entries of an explicit memory, which the base reads from its prompt."""
+
+    memory = "facts"
+
+    def __init__(self, folder: Path, base: Path, seed: int, settings: Mapping[str, Any]) -> None:  # noqa: ARG002
+        folder.mkdir(parents=True)
+        self.folder, self.ref = folder, str(base)
+        self._call("build")
+
+    def study(self, night: int, new: Sequence[Fact]) -> float:  # noqa: ARG002
+        """The minutes that writing took."""
+        started = time.monotonic()
+        self._call("add", *(fact.answer for fact in new))
+        return (time.monotonic() - started) / 60
+
+    def _call(self, verb: str, *what: str) -> None:
+        command = [sys.executable, "-m", "nightschool", "-C", str(self.folder), "memory", verb, self.memory, *what]
+        subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 class Trl:

@@ -99,11 +99,13 @@ class Exam:
             self.windows = _windows(model.loaded.tokenizer, 1 if few else 4)
             self.loss = self._text_loss(model)
 
-    def take(self, ref: str, known: Sequence[Fact], night: int) -> Marks:
-        """Ask a model after a night; `known` is all that it was taught so far."""
+    def take(self, ref: str, known: Sequence[Fact], night: int, memory: str | None = None) -> Marks:
+        """Ask a model after a night, with a memory that is read from its prompt if one is named; `known` is all that it was taught so far."""
         from nightschool.engine.local_model import local_model
+        from nightschool.engine.recall import MemoryChoice
 
-        with local_model(self.home, ref, num_rows=16) as model:
+        choice = None if memory is None else MemoryChoice(memory, "prompt")
+        with local_model(self.home, ref, num_rows=16, memory=choice) as model:
             return self.mark(model, known, night)
 
     def mark(self, model: Any, known: Sequence[Fact], night: int) -> Marks:
