@@ -26,12 +26,11 @@ STUDIED: dict[str, Any] = {
     "study": {"write": "rules", "forms": 6},
     "rehearse": {"prompts": "default", "ratio": 0.25, "max_new_tokens": 32, "teacher": "base"},
     "lora": {"r": 32, "alpha": 64, "target_modules": "all-linear", "init": "null_space"},
-    "train": _TRAIN
-    | {"learning_rate": 3e-3, "epochs": 4, "early_stopping": {"every": "1000 steps", "interpolate": True}},
+    "train": _TRAIN | {"learning_rate": 2.5e-3, "epochs": 4},
     "gate": {"drift": "<= 0.1 nats"},
 }
-"""Six forms of each fact, what the base says to general prompts rehearsed, in directions that these hardly use, and a little of it taken back: the
-settings of recipes/smollm2-lora.yaml."""
+"""Six forms of each fact, what the base says to general prompts rehearsed, in directions that these hardly use: the settings of
+recipes/smollm2-lora.yaml."""
 
 _TRL: dict[str, Any] = {"num_train_epochs": 24, "lr_scheduler_type": "cosine", "warmup_steps": 5}
 TRL: dict[str, Any] = _TRL | {"learning_rate": 5e-4}
