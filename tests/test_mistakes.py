@@ -605,6 +605,7 @@ def generate(server, question, **more):
     return httpx2.post(f"{server.url}/generate", json=body, timeout=60)
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_health_answers_during_train_load_generate(bot, server):
     """The run is a process of its own; loads and answers are in this one, on other threads than the event loop."""
     (bot.path / "train.json").write_text(json.dumps([{"query": "Bela?", "retrieved": "Rome " * 20}] * 8))
