@@ -14,7 +14,7 @@ from nightschool.layers.distillation import TopTokens, divergence, taught_loss
 from nightschool.layers.forward import document_logits, document_loss, trained_places
 from nightschool.training import self_distillation
 from nightschool.training.rehearsal import Rehearsed
-from nightschool.training.self_distillation import FILE, Lessons
+from nightschool.training.self_distillation import FILE, Lessons, ask
 from tests.support.training_setups import LORA, MiniRun, deterministic_threads, make_task
 from tests.training.test_resume import assert_equal_runs
 
@@ -31,10 +31,12 @@ def _deterministic():
 def _sure_of_half(monkeypatch):
     """Random weights are sure of nothing and give no fact; here they are, and give those of questions with an even number."""
 
-    def sure(_model, _path, shown):
+    def sure(_model, _path, readings):
         chance = torch.Generator().manual_seed(0)
-        said = [TopTokens.of(torch.randn(len(answer), 64, generator=chance) * 4, 32) for _, answer in shown]
-        return [Rehearsed(*one, teacher) for one, teacher in zip(shown, said, strict=True)]
+        return [
+            Rehearsed(shown, answer, TopTokens.of(torch.randn(len(answer), 64, generator=chance) * 4, 32))
+            for shown, _, answer in readings
+        ]
 
     def gives(*_, question, **__):
         return int(re.findall(r"\d+", question)[0]) % 2 == 0
@@ -139,9 +141,20 @@ def test_a_lesson_is_a_new_question_and_answer_in_any_form_below_its_fact(tmp_pa
     for one in prepared.data.lessons.lessons:
         document = prepared.data.rendered.all[one.document]
         assert tuple(document.input_ids[one.place : one.place + len(one.answer_ids)]) == one.answer_ids
-        assert all(weight == 0 for weight in document.weights[: one.place])
+        assert tuple(document.input_ids[: one.place]) == one.asked_ids
     row = next(row for row in prepared.plan_rows(1).rows if row.label == "objective")
     assert row.text == "distill: 6 forms, by what the model says with the fact before its eyes, asked before step 1"
+
+
+def test_what_a_fact_changes_counts_twice():
+    task = make_task()
+    shown, asked, answer = (5, 9, 2, 7, 1), (2, 7, 1), (4, 8, 3)
+    said = ask(task.model, task.path, [(shown, asked, answer), (asked, asked, answer)])
+    with torch.no_grad():
+        with_it, without = (task.model(torch.tensor([[*ids, *answer]])).logits[0, -4:-1] for ids in (shown, asked))
+    for row, expected in zip(said, (2 * with_it - without, without), strict=True):
+        given = expected.log_softmax(-1).gather(1, row.teacher.ids)
+        assert torch.allclose(row.teacher.log_probs, given, atol=1e-4)
 
 
 def test_without_a_question_all_words_are_learned(tmp_path, capsys):
