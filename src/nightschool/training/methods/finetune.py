@@ -95,9 +95,9 @@ class FinetuneTask(CausalTask[Batches]):
     def where(self, epoch: int, place: int) -> str:
         return f"epoch {epoch}, micro-batch {place}"
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, int]:
+    def _taught(self, batch: Batch) -> tuple[Tensor, int] | None:
         if self.teacher is None or not isinstance(batch, NumberedBatch):
-            return super()._forward(batch)
+            return None
         return self.teacher.loss(self.model, self.path, batch, batch.documents, self.likeliest)
 
     def _learn_beside(self, batch: Batch, units: int, scaled: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
