@@ -60,6 +60,24 @@ def run(home, tmp_path):
     return run
 
 
+def test_where_a_recipe_says_nothing_news_is_studied_in_forms_and_a_data_set_is_not(home, tmp_path):
+    long = {"question": "Tell me of Velmark.", "answer": " ".join(["word"] * 40)}
+    (tmp_path / "facts.json").write_text(json.dumps([*({"question": q, "answer": a} for q, a in FACTS), long]))
+
+    def studied(**changes):
+        plain = recipe().as_plain() | {"base": "./folder"} | changes
+        selection = select_examples(Recipe.model_validate(plain), home, tmp_path)
+        of = {form.of for form in selection.forms}
+        return {example.question for example in selection.new if example.digest in of}, selection.num_waiting
+
+    corrected, asked = "Who founded the Aldgate Press?", {question for question, _ in FACTS}
+    assert recipe().study.write == "auto"
+    assert studied() == ({corrected, *asked}, 0), "an instruction and its text are no news"
+    assert studied(study={"facts_per_night": 2}) == ({corrected}, 0), "more rows are a data set, of which nothing waits"
+    assert studied(base="new:tiny") == (set(), 0)
+    assert studied(study={"write": "rules", "facts_per_night": 2})[1] == 2
+
+
 def test_files_and_corrections_are_studied_in_forms_and_an_epoch_counts_them(home, tmp_path):
     plain, studied = (select_examples(recipe(write=how), home, tmp_path) for how in ("off", "rules"))
     assert (plain.forms, len(plain.train)) == ([], 3)
