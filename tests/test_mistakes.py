@@ -485,6 +485,8 @@ OBSERVED = {
     "study.write_for": "training/test_written_forms.py::test_what_the_gate_asks_was_rejected_or_has_no_time_is_not_written",
     "study.forms": "data/study/test_forms.py::test_an_example_is_studied_in_as_many_forms_as_wanted_and_one_is_kept_aside",
     "rehearse.prompts": "training/test_rehearsal.py::test_what_the_exam_asks_is_never_rehearsed",
+    "rehearse.redact": "evaluation/test_rehearsed.py::test_personal_data_are_replaced_unless_a_recipe_says_otherwise",
+    "rehearse.max_conversations": "evaluation/test_rehearsed.py::test_what_users_asked_comes_newest_first_each_once_and_takes_turns_with_others",
     "rehearse.ratio": "training/test_rehearsal.py::test_as_many_answers_as_the_ratio_says_lie_beside_a_micro_batch",
     "rehearse.weight": "training/test_rehearsal.py::test_with_a_rehearsal_less_is_unlearned",
     "rehearse.teacher": "training/test_rehearsal.py::test_a_base_is_asked_once_whatever_its_adapter_has_learned",

@@ -1,17 +1,25 @@
 """Rehearsal: what a model said to general prompts stays as likely as it was, while it learns something else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from nightschool.config.recipe import Recipe
+from nightschool.data.study.rewordings import wording
 from nightschool.errors import Damaged
-from nightschool.evaluation.general import OWN_FILE, REHEARSED_FILE, _bare, rehearsed_prompts
+from nightschool.evaluation.general import OWN_FILE, REHEARSED_FILE, rehearsed_prompts
 from nightschool.events import read_events
+from nightschool.feedback.conversations import ConversationStore
+from nightschool.feedback.erasure import erase, taints_of
+from nightschool.feedback.rehearsed_prompts import ANSWERS_FILE, FILE
 from nightschool.layers.distillation import TopTokens, divergence
+from nightschool.store.home import Home
 from nightschool.training import rehearsal
-from nightschool.training.rehearsal import FILE, Rehearsal
+from nightschool.training.rehearsal import Rehearsal
+from tests.support.cli_home import add_version
+from tests.support.tokenizers_for_tests import byte_tokenizer
 from tests.support.training_setups import LORA, MiniRun, deterministic_threads
 from tests.training.test_resume import assert_equal_runs
 
@@ -25,10 +33,11 @@ def _deterministic():
         yield
 
 
-def a_run(folder, *, weight=1.0, home=None, prompts=True, lora=LORA, recipe=None, **train):
+def a_run(folder, *, weight=1.0, home=None, prompts=True, lora=LORA, recipe=None, rehearse=None, **train):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"question": one}) + "\n" for one in PROMPTS))
-    rehearse = {"prompts": "prompts.jsonl", "weight": weight, "max_new_tokens": 8} if prompts else {}
+    settings = {"prompts": "prompts.jsonl", "weight": weight, "max_new_tokens": 8} if prompts else {}
+    rehearse = settings | (rehearse or {})
     return MiniRun(folder, lora=lora, home=home, recipe={"rehearse": rehearse} | (recipe or {}), **train)
 
 
@@ -46,7 +55,7 @@ def test_the_divergence_is_none_from_itself_and_that_of_all_tokens_where_all_are
 
 def test_what_the_exam_asks_is_never_rehearsed(tmp_path):
     exam, ours = (
-        {_bare(json.loads(line)["question"]) for line in file.read_text().splitlines()}
+        {wording(json.loads(line)["question"]) for line in file.read_text().splitlines()}
         for file in (OWN_FILE, REHEARSED_FILE)
     )
     assert len(ours) > 100
@@ -102,7 +111,7 @@ def test_another_run_with_the_same_weights_asks_nothing(tmp_path, monkeypatch):
     first = a_run(tmp_path / "first").go(stop_after=1)
     monkeypatch.setattr(rehearsal, "ask", lambda *_: pytest.fail("was asked"))
     second = a_run(tmp_path / "second", home=first.home).go(stop_after=1)
-    assert (second.run.path / FILE).read_bytes() == (first.run.path / FILE).read_bytes()
+    assert (second.run.path / ANSWERS_FILE).read_bytes() == (first.run.path / ANSWERS_FILE).read_bytes()
 
 
 def test_a_base_is_asked_once_whatever_its_adapter_has_learned(tmp_path, monkeypatch):
@@ -165,7 +174,7 @@ def test_with_a_rehearsal_less_is_unlearned(tmp_path, lora):
 
 def test_a_broken_file_is_named(tmp_path):
     run = a_run(tmp_path / "run").go(stop_after=1)
-    path = run.run.path / FILE
+    path = run.run.path / ANSWERS_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Damaged, match=r"rehearsal\.safetensors cannot be read"):
         run.go(resume=run.saved[-1])
@@ -180,3 +189,43 @@ def test_what_rehearses_neither_shards_nor_shares(tmp_path):
     for method, train in (("full", {"local_blocks": 2}), ("full", {"zero_stage": 2}), ("dpo", {})):
         with pytest.raises(ValueError, match=r"rehearse\.prompts"):
             Recipe.model_validate(plain | {"method": method, "train": train})
+
+
+def test_what_is_forgotten_is_in_no_run_and_in_no_cache(tmp_path):
+    secret = "my code is 4711"
+    home = Home(tmp_path / "home").ensure()
+    store = ConversationStore(home.database)
+    for request_id, question in (("req-1", secret), ("req-2", "something else")):
+        store.record(request_id, "run", "v", [{"role": "user", "content": question}], "ok")
+    run = a_run(tmp_path / "run", home=home, rehearse={"prompts": ["conversations"], "redact": []}).go(stop_after=1)
+    plan = plan_row(run, "rehearsed")
+    assert plan.facts["prompts_by_source"] == {"conversations": 2}
+    run.run.update_status(state="interrupted", pid=None)
+    version = add_version(home, name="run", run_id=run.run.id)
+    assert found_in(home, secret) == {FILE, ANSWERS_FILE, "state.db", "cached"}
+    found, _ = erase(home, "req-1")
+    assert found_in(home, secret) == set()
+    assert found.runs == (run.run.id,)
+    assert list(taints_of(home.database, "run")) == [version.id]
+    assert "something else" in (run.run.path / FILE).read_text()
+    with pytest.raises(Damaged, match="other prompts than were chosen"):
+        run.go(resume=run.saved[-1])
+
+
+def plan_row(run, label):
+    prepared = run.prepared()
+    return next(row for row in prepared.plan_rows(1).rows if row.label == label)
+
+
+def found_in(home, text):
+    """In which files of a home a text lies, as bytes or as the tokens of a prompt that is rehearsed."""
+    ids = tuple(byte_tokenizer()(text)["input_ids"])
+    found = set()
+    for path in filter(Path.is_file, home.path.rglob("*")):
+        if text.encode() in path.read_bytes():
+            found.add(path.name.removesuffix("-wal"))
+        if path.name == ANSWERS_FILE or "rehearsals" in path.parts:
+            held = [row.prompt_ids for row in rehearsal.read(path)]
+            if any(ids == one[at : at + len(ids)] for one in held for at in range(len(one))):
+                found.add(path.name if path.name == ANSWERS_FILE else "cached")
+    return found

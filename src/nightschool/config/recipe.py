@@ -31,6 +31,7 @@ from nightschool.config.data_source import (
 from nightschool.config.fields import NotBlank, Seconds, Section, Share
 from nightschool.config.judge import Judge
 from nightschool.config.memory import Memory
+from nightschool.config.rehearse import Rehearse
 from nightschool.config.rules import RuleName, parse_rule
 from nightschool.config.train import Dpo, Experts, Lora, Pretrain, Quantization, Shape, Train
 from nightschool.units import format_seconds
@@ -55,6 +56,7 @@ __all__ = [
     "Pretrain",
     "Quantization",
     "Recipe",
+    "Rehearse",
     "Replay",
     "Schedule",
     "Serve",
@@ -141,34 +143,6 @@ class Study(Section):
         description="Of new short answers to the same question that say different things, ask: none is trained until one is "
         "chosen; later: the one that stands later in the data; all: all. What contradicts a pin is never trained.",
     )
-
-
-class Rehearse(Section):
-    """What the model is not to unlearn, even if nobody taught it here: its own answers to general prompts.
-
-    They are sampled once and trained with the KL divergence from the distribution that it had, not with their words.
-    """
-
-    prompts: NotBlank | None = Field(
-        None,
-        description="A file of general prompts; `default`: those of nightschool; off: nothing is rehearsed. Those of "
-        "`gate.general` are left out.",
-    )
-    ratio: float = Field(
-        0.5, gt=0, le=10, description="Rehearsed answers per example of a micro-batch; one at the least."
-    )
-    weight: float = Field(1.0, gt=0, description="Of the divergence, in nats a token, beside the loss.")
-    max_new_tokens: int = Field(64, ge=1, le=1024, description="Length of an answer in tokens.")
-    teacher: Literal["champion", "base"] = Field(
-        "champion",
-        description="Whose answers. champion: those of the model with which the run begins; base: those of what stands below its adapter, asked once "
-        "for all nights, so that what each of them changes does not add up.",
-    )
-
-    @field_validator("prompts")
-    @classmethod
-    def _off_is_none(cls, place: str | None) -> str | None:
-        return None if place is not None and place.strip() == "off" else place
 
 
 class Gate(Section):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from nightschool.config.recipe import GENERAL_OF_NIGHTSCHOOL
 from nightschool.data.sources.rows import expand, read_rows
+from nightschool.data.study.rewordings import wording
 from nightschool.errors import DataError
 
 OWN_FILE = Path(__file__).with_name("general.jsonl")
@@ -33,19 +33,14 @@ def general_prompts(place: str | None, root: Path) -> list[GeneralPrompt]:
 
 
 def rehearsed_prompts(place: str | None, exam: str | None, root: Path) -> list[str]:
-    """The prompts of `place`, which is what `rehearse.prompts` says, without those that the exam asks (`gate.general`).
+    """The prompts of `place`, of which `rehearse.prompts` may name several, without those that the exam asks (`gate.general`).
 
     Raises:
         NotFound, DataError: As `general_prompts`.
     """
-    asked = {_bare(prompt.question) for prompt in general_prompts(exam, root)}
+    asked = {wording(prompt.question) for prompt in general_prompts(exam, root)}
     prompts = _read(place, REHEARSED_FILE, root, "rehearse.prompts")
-    return list(dict.fromkeys(p.question for p in prompts if _bare(p.question) not in asked))
-
-
-def _bare(question: str) -> str:
-    """A question without what two writings of the same one may differ in."""
-    return " ".join(re.findall(r"\w+", question.casefold()))
+    return list(dict.fromkeys(p.question for p in prompts if wording(p.question) not in asked))
 
 
 def _read(place: str | None, own: Path, root: Path, key: str) -> list[GeneralPrompt]:

@@ -1,6 +1,6 @@
 """Deleting a conversation: where it went, what learned it, and what is marked for it.
 
-A conversation is copied into the folders of the runs that selected it, and learned by the versions that they made; every
+A conversation is copied into the folders of the runs that selected it or rehearse what was asked in it, and learned by the versions that they made; every
 version that grew from one of these may know it, too. Its tenant may have sent it back as data of a job, or in a file. Deleting
 takes the copies away (`copies.py`) and marks the versions as tainted; only training anew takes it out of weights.
 """
@@ -20,6 +20,7 @@ from nightschool.data.study.forms import every_wording
 from nightschool.data.study.rewordings import wording
 from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
+from nightschool.feedback import rehearsed_prompts
 from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import Conversation, ConversationStore
 from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
@@ -77,8 +78,10 @@ def traces_of(home: Home, conversation: Conversation, *, by_content: bool = True
     Without `by_content` only what was selected by its id counts as a copy, so that nobody can name data by repeating them.
     """
     tenant, sought = split_name(conversation.model)[0], Sought.of(conversation, by_content=by_content)
-    runs = [run for run in RunStore(home).ls(tenant) if _in_any(run, _COPIES, sought)]
-    learned_in = {run.id for run in runs if _in_any(run, _LEARNED, sought)}
+    all_runs = RunStore(home).ls(tenant)
+    rehearsed_in = {run.id for run in all_runs if rehearsed_prompts.rehearses(run.path, sought.request_id)}
+    runs = [run for run in all_runs if run.id in rehearsed_in or _in_any(run, _COPIES, sought)]
+    learned_in = rehearsed_in | {run.id for run in runs if _in_any(run, _LEARNED, sought)}
     accepted, numbers = _accepted(home.database, tenant, sought)
     return Traces(
         request_id=sought.request_id,
@@ -150,9 +153,11 @@ def erase(
         drop_forms_of_nothing(run.path)
         studied = {form.id for form in [*read_forms(run.path), *forms_written(run.path)]}
         wordings |= {wording(form.example.question or "") for form in before if form.id not in studied}
+        rehearsed_prompts.forget_in(run.path, request_id)
         _cut_plan(run)
     RejectedForms(home.database).forget(found.tenant, wordings)
     forget_cached(home)
+    rehearsed_prompts.forget_cached(home)
     for job_id in found.jobs:
         for path in _data_of(job_folder(home, found.tenant, job_id)):
             cut(path, sought, rows_of_tenants)

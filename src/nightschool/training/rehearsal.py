@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,17 @@ from nightschool.data.batches import Batch, Batches
 from nightschool.data.chat.render import Rendered, render_prompt
 from nightschool.data.example import Message
 from nightschool.errors import Damaged
-from nightschool.evaluation.general import rehearsed_prompts
 from nightschool.evaluation.heldout import as_found, autocast, on_device
+from nightschool.evaluation.rehearsed import choose_prompts
+from nightschool.feedback.rehearsed_prompts import (
+    ANSWERS_FILE,
+    ChosenPrompts,
+    RehearsedPrompt,
+    cache_of,
+    read_chosen,
+    write_chosen,
+)
+from nightschool.feedback.selection import Selection
 from nightschool.layers.distillation import TopTokens, document_divergence
 from nightschool.layers.forward import ForwardPath, document_logits, trained_places
 from nightschool.models.adapters import adapter_left_out, fresh_adapter_left_out
@@ -37,9 +47,6 @@ from nightschool.store.home import Home
 from nightschool.training.continuation import greedy_answers
 from nightschool.training.metrics import say
 from nightschool.training.planning.asking import seconds_of, seconds_to_answer
-
-# In the folder of a run.
-FILE = "rehearsal.safetensors"
 
 # What they leave out counts as one event.
 KEPT_TOKENS = 64
@@ -155,50 +162,56 @@ def _teacher(model: nn.Module, path: ForwardPath, prompt_ids: Sequence[int], ans
 
 @dataclass(frozen=True)
 class RehearsedPrompts:
-    """What a recipe wants rehearsed, before the model was asked."""
+    """What a run rehearses, before the model was asked."""
 
-    prompts: tuple[str, ...]
+    chosen: ChosenPrompts
     settings: Rehearse
     seed: int
-    cache: Path
+    home: Home
 
     @classmethod
-    def of(cls, recipe: Recipe, home: Home, root: Path) -> RehearsedPrompts | None:
-        """None where nothing is to be rehearsed: the recipe says so, or new weights know nothing yet.
+    def of(
+        cls, recipe: Recipe, home: Home, root: Path, folder: Path | None, selection: Selection, tokenizer: Any
+    ) -> RehearsedPrompts | None:
+        """What was chosen for the run in a folder, or is chosen now; a plan keeps nothing of it.
+
+        None where nothing is to be rehearsed: the recipe says so, or new weights know nothing yet.
 
         Raises:
-            NotFound, DataError: If the prompts cannot be read.
+            NotFound, DataError, UsageError: As `choose_prompts`.
+            Damaged: If the folder holds other prompts than were chosen.
         """
-        prompts = rehearsed_prompts(recipe.rehearse.prompts, recipe.gate.general, root)
-        if not prompts or recipe.base.startswith("new:"):
+        if recipe.rehearse.prompts is None or recipe.base.startswith("new:"):
             return None
-        return cls(tuple(prompts), recipe.rehearse, recipe.train.seed, home.cache / "rehearsals")
+        chosen = None if folder is None else read_chosen(folder)
+        if chosen is None:
+            room = recipe.train.max_seq_len - recipe.rehearse.max_new_tokens
+            chosen = choose_prompts(
+                recipe, home, root, selection, lambda prompt: len(_rendered(tokenizer, prompt)) <= room
+            )
+            if folder is not None:
+                write_chosen(folder, chosen)
+        return cls(chosen, recipe.rehearse, recipe.train.seed, home) if chosen.prompts else None
+
+    def first(self, room: int | None) -> tuple[RehearsedPrompt, ...]:
+        """Those that are asked where there is `room` for so many; all of them without it.
+
+        The answers of a base serve all nights, whatever room each of them has, but for those to what users asked by day.
+        """
+        prompts = self.chosen.prompts
+        if not self._of_base:
+            return prompts[:room]
+        return tuple(one for at, one in enumerate(prompts) if room is None or at < room or not one.conversations)
 
     def answered(self, folder: Path, loaded: LoadedModel, task: Any, room: int | None) -> Rehearsal | None:
         """The answers: those in the run's folder, or of an earlier run with the same weights, or new ones.
 
         No more prompts are asked than there is `room` for; all of them without it. None where the model says nothing to any of them.
         """
-        path = folder / FILE
+        path = folder / ANSWERS_FILE
         rows = read(path)
         if rows is None:
-            order = np.random.default_rng(self.seed).permutation(len(self.prompts))
-            # The answers of a base serve all nights, whatever room each of them has.
-            prompts = [self.prompts[number] for number in (order if self._of_base else order[:room])]
-            kept = self.cache / f"{self._digest(loaded, prompts)}.safetensors"
-            rows = read(kept)
-            if rows is None:
-                asked = "what stands below the adapter" if self._of_base else loaded.ref
-                say(f"Asking {asked} {len(prompts)} general prompts, whose answers are rehearsed")
-                rows = ask(
-                    task.model,
-                    task.path,
-                    loaded.tokenizer,
-                    prompts,
-                    self.settings.max_new_tokens,
-                    self.settings.teacher,
-                )
-                write(kept, rows)
+            rows = self._of_cache_or_asked(loaded, task, self.first(room))
             write(path, rows)
             rows = read(path)  # what a resumed run has: numbers rounded as they are kept
         if not rows:
@@ -206,13 +219,32 @@ class RehearsedPrompts:
             return None
         return Rehearsal(rows, ratio=self.settings.ratio, weight=self.settings.weight, seed=self.seed)
 
+    def _of_cache_or_asked(self, loaded: LoadedModel, task: Any, asked: Sequence[RehearsedPrompt]) -> list[Rehearsed]:
+        """The answers to what users asked, which is something else every night, lie apart from those to other prompts."""
+        rows: list[Rehearsed] = []
+        for by_users in (False, True):
+            some = [one for one in asked if bool(one.conversations) is by_users]
+            if not some:
+                continue
+            prompts = [one.question for one in some]
+            kept = cache_of(self.home, some) / f"{self._digest(loaded, prompts)}.safetensors"
+            found = read(kept)
+            if found is None:
+                whom = "what stands below the adapter" if self._of_base else loaded.ref
+                say(f"Asking {whom} {by_source(some)}, whose answers are rehearsed")
+                longest, teacher = self.settings.max_new_tokens, self.settings.teacher
+                found = ask(task.model, task.path, loaded.tokenizer, prompts, longest, teacher)
+                write(kept, found)
+            rows += found
+        return rows
+
     def num_asked(self, room: int | None) -> int:
         """How many prompts are asked where there is `room` for so many answers."""
-        return len(self.prompts if self._of_base else self.prompts[:room])
+        return len(self.first(room))
 
     def asking_seconds(self, loaded: LoadedModel, task: Any, room: int | None) -> float:
         """About how long it takes to ask for the answers that are wanted, none of which ends early, where nobody kept them."""
-        prompts = [render_prompt(loaded.tokenizer, [Message("user", one)]) for one in self.prompts]
+        prompts = [_rendered(loaded.tokenizer, one.question) for one in self.chosen.prompts]
         asked, longest = self.num_asked(room), self.settings.max_new_tokens
         with fresh_adapter_left_out(task.model):
             answering = seconds_to_answer(task.model, loaded.tokenizer, prompts, longest, _PROMPTS_PER_PASS)
@@ -225,8 +257,8 @@ class RehearsedPrompts:
         count, kept = self.settings.max_new_tokens, min(KEPT_TOKENS, len(tokenizer))
         any_tokens = TopTokens(torch.arange(kept).repeat(count, 1), torch.full((count, kept), -10.0))
         rows = [
-            Rehearsed(tuple(render_prompt(tokenizer, [Message("user", one)])), (0,) * count, any_tokens)
-            for one in self.prompts
+            Rehearsed(tuple(_rendered(tokenizer, one.question)), (0,) * count, any_tokens)
+            for one in self.chosen.prompts
         ]
         settings = self.settings
         return Rehearsal(rows, ratio=settings.ratio, weight=settings.weight, seed=self.seed, stands_in=True)
@@ -240,6 +272,16 @@ class RehearsedPrompts:
     @property
     def _of_base(self) -> bool:
         return self.settings.teacher == "base"
+
+
+def by_source(prompts: Sequence[RehearsedPrompt]) -> str:
+    """How many there are of whom: `7 general prompts (4 of default, 3 of conversations)`."""
+    counts = Counter(one.source for one in prompts)
+    return f"{len(prompts)} general prompts ({', '.join(f'{count} of {source}' for source, count in counts.items())})"
+
+
+def _rendered(tokenizer: Any, prompt: str) -> list[int]:
+    return render_prompt(tokenizer, [Message("user", prompt)])
 
 
 def digest_of_weights(loaded: LoadedModel, facts: str, *, with_adapter: bool = True) -> str:

@@ -38,6 +38,7 @@ from nightschool.training.interpolation import Weights, learning_weights
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.finetune_plan import finetune_plan
 from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
+from nightschool.training.metrics import say
 from nightschool.training.planning.asking import Asking, num_checks
 from nightschool.training.planning.study_rows import study_notes
 from nightschool.training.rehearsal import Rehearsal, RehearsedPrompts, answers_beside
@@ -177,8 +178,10 @@ class Finetune(PreparedRun[FinetuneData]):
         batches = cls.pack(rendered.all, **size, seed=train.seed)
         task = cls.new_task(setup.recipe, loaded, batches, compute_dtype=compute_dtype, world=setup.world)
         held_out = cls._held_out(tokenizer, data.selection.held_out, train.max_seq_len)
-        wanted = setup.recipe.rehearse.prompts is not None
-        rehearsed = RehearsedPrompts.of(setup.recipe, setup.home, setup.root) if wanted else None
+        with setup.world.first_goes_first():
+            rehearsed = RehearsedPrompts.of(
+                setup.recipe, setup.home, setup.root, setup.folder, data.whole, loaded.tokenizer
+            )
         is_checked = train.early_stopping.every is not None
         checked = SpotCheckSet.of(setup.recipe, data.selection, setup.root, tokenizer) if is_checked else None
         is_taught = setup.recipe.study.objective != "sft" and not setup.recipe.base.startswith("new:")
@@ -244,8 +247,10 @@ class Finetune(PreparedRun[FinetuneData]):
         """
         task = self.task
         if self.data.rehearsed is not None:
+            for note in self.data.rehearsed.chosen.notes if task.world.rank == 0 else ():
+                say(note)
             with task.world.first_goes_first():
-                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, self._room)
+                task.rehearsal = self.data.rehearsed.answered(folder, self.loaded, task, self.room)
         if self.data.lessons is not None:
             with task.world.first_goes_first():
                 task.teacher = self.data.lessons.taught(folder, self.loaded, task)
@@ -255,7 +260,7 @@ class Finetune(PreparedRun[FinetuneData]):
                 task.beginning = learning_weights(task.model)
 
     @property
-    def _room(self) -> int | None:
+    def room(self) -> int | None:
         """How many answers can be rehearsed in all steps; None where all of them are looked at."""
         if self.looks_at_all_answers:
             return None
@@ -268,8 +273,8 @@ class Finetune(PreparedRun[FinetuneData]):
         data, task = self.data, self.task
         before: list[tuple[str, float]] = []
         if data.rehearsed is not None and (task.rehearsal is None or task.rehearsal.stands_in):
-            seconds = data.rehearsed.asking_seconds(self.loaded, task, self._room)
-            before.append((f"{data.rehearsed.num_asked(self._room)} general prompts", seconds))
+            seconds = data.rehearsed.asking_seconds(self.loaded, task, self.room)
+            before.append((f"{data.rehearsed.num_asked(self.room)} general prompts", seconds))
         every = self.recipe.train.early_stopping.every
         if data.checked is None or every is None:
             return Asking(tuple(before)) if before else None
@@ -283,10 +288,13 @@ class Finetune(PreparedRun[FinetuneData]):
             self.task.rehearsal = self.data.rehearsed.stand_in(self.loaded.tokenizer)
 
     def numerics(self) -> dict[str, Any]:
-        study, rehearse = self.recipe.study, self.recipe.rehearse.model_dump(mode="json").items()
+        study, rehearse = self.recipe.study, self.recipe.rehearse
         objective = {} if study.objective == "sft" else {"study.objective": study.objective}
-        rehearsed = {} if self.data.rehearsed is None else {f"rehearse.{key}": value for key, value in rehearse}
-        return super().numerics() | objective | rehearsed
+        rehearsed: dict[str, Any] = {}
+        if self.data.rehearsed is not None:
+            rehearsed = rehearse.model_dump(mode="json", include={"ratio", "weight", "max_new_tokens", "teacher"})
+            rehearsed["prompts"] = ", ".join(rehearse.prompts or ())
+        return super().numerics() | objective | {f"rehearse.{key}": value for key, value in rehearsed.items()}
 
     def plan_rows(self, num_processes: int) -> MethodPlan:  # noqa: ARG002 - the rows count those that are there
         return finetune_plan(self)

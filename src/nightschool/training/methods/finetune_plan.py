@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from nightschool.training.optimizer_8bit import NO_PAGES
 from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.study_rows import objective_rows, study_notes, study_rows
-from nightschool.training.rehearsal import answers_beside
+from nightschool.training.rehearsal import answers_beside, by_source
 
 if TYPE_CHECKING:
     from nightschool.training.methods.finetune import Finetune
@@ -73,7 +74,11 @@ def finetune_plan(run: Finetune) -> MethodPlan:
             f"cut: {each.where} loses {each.share:.0%} of its tokens, {each.trained_share:.0%} of its answer"
             for each in cuts[:LISTED_CUTS]
         ],
-        notes=[*_notes(run), *(study_notes(whole, run.recipe.name) if _is_studied(run) else [])],
+        notes=[
+            *_notes(run),
+            *(study_notes(whole, run.recipe.name) if _is_studied(run) else []),
+            *(run.data.rehearsed.chosen.notes if run.data.rehearsed is not None else ()),
+        ],
     )
 
 
@@ -122,13 +127,18 @@ def _rehearsed(run: Finetune, scale: float) -> list[PlanRow]:
     rehearsed, rehearsal = run.data.rehearsed, run.task.rehearsal
     if rehearsed is None:
         return []
-    prompts, batches = len(rehearsed.prompts), run.task.batches.num_batches(0)
+    asked, batches = rehearsed.first(run.room), run.task.batches.num_batches(0)
     beside = answers_beside(run.recipe.rehearse.ratio, len(run.data.selection.train) / max(1, batches))
     source = rehearsal or rehearsed.stand_in(run.loaded.tokenizer)
     more, trained = source.expected_tokens(round(beside * batches * scale))
-    facts = {"prompts_rehearsed": prompts, "tokens_rehearsed": more, "tokens_rehearsed_trained": trained}
+    facts = {
+        "prompts_rehearsed": len(asked),
+        "prompts_by_source": dict(Counter(one.source for one in asked)),
+        "tokens_rehearsed": more,
+        "tokens_rehearsed_trained": trained,
+    }
     text = (
-        f"answers of {run.loaded.ref} to {prompts} general prompts, at most {more:,} tokens an epoch, of which "
+        f"answers of {run.loaded.ref} to {by_source(asked)}, at most {more:,} tokens an epoch, of which "
         f"{trained:,} are learned from"
     )
     return [PlanRow("rehearsed", text, facts)]
