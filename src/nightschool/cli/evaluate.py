@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nightschool.cli.eval_data_sets import Programs, evaluate_data_sets
 from nightschool.cli.eval_editing import evaluate_editing
+from nightschool.cli.eval_judge import judge_named, judged_lines, judged_to_json
 from nightschool.cli.eval_tasks import evaluate_tasks
 from nightschool.cli.formatting import figure
 from nightschool.cli.output import answer, bold, note
 from nightschool.config.data_sets import PromptStyle
+from nightschool.config.judge import Judge
 from nightschool.data.example import Example
 from nightschool.data.sources.load import read_file
 from nightschool.errors import NameRefused, NotFound, NothingToTrain, UsageError
@@ -23,11 +25,13 @@ from nightschool.store.atomic import write_text
 from nightschool.store.home import Home
 from nightschool.store.names import parse_ref
 from nightschool.store.registry import Registry, Version
-from nightschool.store.runs import RunStore
+from nightschool.store.runs import Run, RunStore
 
 if TYPE_CHECKING:
+    from nightschool.config.recipe import Recipe
     from nightschool.engine.local_model import LocalModel
     from nightschool.evaluation.eval_set import EvalSet, Limits
+    from nightschool.evaluation.model_judge import Judged
     from nightschool.evaluation.scores import Kind, ScoreSheet
 
 # What --suite calls the kinds of questions.
@@ -59,7 +63,9 @@ def evaluate(
     memory: str | None = None,
     memory_read: Literal["layers", "prompt", "off"] | None = None,
     experts_resident: int | None = None,
-) -> None:
+    judge: str | None = None,
+    judge_model: str | None = None,
+) -> int:
     """Ask a model questions, greedily, and take its loss on what it was never trained on.
 
     Without --suite, a version is asked what the gate asks of it: what its run taught (new), what was accepted before
@@ -95,28 +101,36 @@ def evaluate(
         memory: Of editing: the memory that the edits lie over; without it they stand alone.
         memory_read: Of editing: how the model reads, through its layers or in its prompt, or off; without it as it can.
         experts_resident: So many experts of a mixture are in memory at a time, those that are used most. All of them without it.
+        judge: Where the API of a model begins that judges what was taught in place of the rules, as http://127.0.0.1:8001/v1, or off; by
+            default as its run's recipe says (gate.judge). What it changed is told; if it cannot be asked, the rules' verdicts are
+            told and the command fails.
+        judge_model: The name of the model there.
     """
+    from nightschool.config.recipe import Recipe
     from nightschool.engine.local_model import local_model
     from nightschool.evaluation.examiner import examine
+    from nightschool.evaluation.model_judge import judge_sheets
 
     if sum(one is not None for one in (suite, dataset, tasks)) > 1:
         raise UsageError("--suite, --dataset and --tasks each say what is asked. Name one of them.")
     if tasks is None and (task_dir is not None or num_fewshot is not None):
         raise UsageError("--task-dir and --num-fewshot belong to --tasks. Name it, or leave them out.")
+    if (judge or judge_model) and (tasks or dataset or suite in EXAMS):
+        raise UsageError("--judge and --judge-model are for questions with an answer. Leave them out.")
     if tasks is not None:
         _refuse_others(data_dir=data_dir, sample=sample, max_new_tokens=max_new_tokens, cases=cases, memory=memory)
         evaluate_tasks(
             model, tasks, task_dir=task_dir, num_fewshot=num_fewshot, max_samples=max_samples, max_seq_len=max_seq_len,
             output_file=output_file,
         )  # fmt: skip
-        return
+        return 0
     if dataset is not None:
         evaluate_data_sets(
             model, dataset, data_dir=data_dir, max_samples=max_samples, sample=sample, prompt_style=prompt_style, programs=programs,
             max_new_tokens=max_new_tokens, max_seq_len=max_seq_len, show_examples=show_examples, output_file=output_file,
             experts_resident=experts_resident,
         )  # fmt: skip
-        return
+        return 0
     if data_dir is not None or max_samples is not None or prompt_style != "plain" or programs != "confined":
         raise UsageError(
             "--data-dir, --max-samples, --prompt-style and --programs belong to --dataset. Name it, or leave them out."
@@ -126,15 +140,21 @@ def evaluate(
             model, cases=cases, memory=memory, memory_read=memory_read, sample=sample, max_new_tokens=max_new_tokens,
             show_examples=show_examples, output_file=output_file, experts_resident=experts_resident,
         )  # fmt: skip
-        return
+        return 0
     if cases is not None or memory is not None or memory_read is not None:
         raise UsageError("--cases, --memory and --memory-read belong to --suite editing. Name it, or leave them out.")
     home = Home.find()
     version = _version(home, model)
     examples = _examples_of(model, version, suite)
+    run = None if version is None else RunStore(home).which_made(version)
+    recipe = None if run is None else Recipe.model_validate(run.recipe())
+    of_recipe = Judge() if recipe is None else recipe.gate.judge
+    asked = judge_named(of_recipe, judge, judge_model)
     given = {"sample": sample, "max_new_tokens": max_new_tokens, "max_seq_len": max_seq_len}
     with local_model(home, model, num_rows=NUM_ROWS, experts_resident=experts_resident) as local:
-        eval_set = _eval_set(home, local, version, suite, examples, {k: v for k, v in given.items() if v is not None})
+        eval_set = _eval_set(
+            home, local, version, run, recipe, suite, examples, {k: v for k, v in given.items() if v is not None}
+        )
         if eval_set.is_empty:
             raise NothingToTrain(
                 f"There is nothing to ask {model}: no question of the suite {suite or ', '.join(SUITES)} and no held-out "
@@ -142,10 +162,14 @@ def evaluate(
             )
         sheet = examine(local, eval_set)
         context_tokens = local.context_tokens
+    judged = None if asked is None else judge_sheets(asked, sheet, None)
+    if judged is not None:
+        sheet = judged.candidate
     if output_file is not None:
         write_text(output_file, "".join(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in sheet.answers))
         note(f"Wrote {len(sheet.answers)} answers to {output_file}.")
-    _show(sheet, context_tokens, show_examples)
+    _show(sheet, context_tokens, show_examples, judged)
+    return 1 if judged is not None and judged.failure else 0
 
 
 def _refuse_others(**given: object) -> None:
@@ -155,7 +179,7 @@ def _refuse_others(**given: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')} does not belong to --tasks. Leave it out.")
 
 
-def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int) -> None:
+def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int, judged: Judged | None) -> None:
     from nightschool.evaluation.diff import shortened
     from nightschool.evaluation.scores import figure_to_json
 
@@ -181,6 +205,8 @@ def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int) -> None:
         "perplexity": figure_to_json(perplexity),
         "heldout_tokens": sheet.heldout_tokens,
     }
+    if judged is not None:
+        data["judge"] = judged_to_json(judged)
     if sheet.margins:
         data["pairs"] = {"held_out": len(sheet.margins), "right": sum(pair.right for pair in sheet.margins)}
     wrong_first = sorted(sheet.answers, key=lambda one: one.correct)[: max(0, show_examples)]
@@ -193,6 +219,7 @@ def _show(sheet: ScoreSheet, context_tokens: int, show_examples: int) -> None:
             f"{kind:<10} {count['correct']} of {count['asked']} correct ({count['correct'] / count['asked']:.1%})"
             for kind, count in counts.items()
         ]
+        lines += [] if judged is None else judged_lines(judged)
         if loss is not None:
             lines.append(
                 f"{'held-out':<10} {loss:.4f} nats a token over {sheet.heldout_tokens} tokens, "
@@ -233,11 +260,13 @@ def _eval_set(
     home: Home,
     local: LocalModel,
     version: Version | None,
+    run: Run | None,
+    recipe: Recipe | None,
     suite: str | None,
     examples: list[Example] | None,
     given: dict[str, int],
 ) -> EvalSet:
-    from nightschool.config.recipe import GENERAL_OF_NIGHTSCHOOL, Recipe
+    from nightschool.config.recipe import GENERAL_OF_NIGHTSCHOOL
     from nightschool.evaluation.eval_set import Limits, eval_set_of_file, eval_set_of_general, eval_set_of_run
     from nightschool.evaluation.general import general_prompts
 
@@ -245,8 +274,6 @@ def _eval_set(
         return eval_set_of_file(examples, Limits(**given), local.count_tokens)
     if version is None:
         return eval_set_of_general(general_prompts(GENERAL_OF_NIGHTSCHOOL, Path.cwd()), Limits(**given))
-    run = RunStore(home).which_made(version)
-    recipe = None if run is None else Recipe.model_validate(run.recipe())
     began_in = Path.cwd() if run is None else root_of(run)
     general = general_prompts(GENERAL_OF_NIGHTSCHOOL if recipe is None else recipe.gate.general, began_in)
     limits: Limits = replace(Limits() if recipe is None else Limits.of(recipe), **given)
