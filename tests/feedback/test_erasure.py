@@ -9,6 +9,7 @@ from nightschool.errors import Conflict, NotFound
 from nightschool.feedback.conversations import ConversationStore
 from nightschool.feedback.erasure import erase, taints_of, traces_of
 from nightschool.feedback.replay_pool import AcceptedExamples
+from nightschool.feedback.teachers_words import FILE, cache_of
 from nightschool.store.home import Home
 from nightschool.store.registry import Registry
 from nightschool.views.versions import version_story, version_summary
@@ -77,7 +78,13 @@ def test_what_a_version_learned_is_known_though_its_run_is_gone(home):
 def test_deleting_cuts_the_copies_and_marks_the_versions(home, story):
     store, runs, versions = story
     before = (runs["clean"].path / "new_examples.jsonl").read_text()
+    said = [runs["learned"].path / FILE, cache_of(home) / "0.safetensors"]
+    for file in [*said, runs["clean"].path / FILE]:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"what a teacher said")
     found, _ = erase(home, "req-1")
+    assert not any(file.exists() for file in said)
+    assert (runs["clean"].path / FILE).exists()
     assert set(found.versions) <= {version.ref for version in versions.values()}
     left = b"".join(path.read_bytes() for path in home.path.rglob("*.jsonl"))
     assert b"4711" not in left

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from nightschool.config.recipe import Recipe
 from nightschool.config.shared_base import share_key
+from nightschool.feedback.teachers_words import FILE
 from nightschool.layers.distillation import TopTokens, divergence, taught_loss
 from nightschool.layers.forward import document_logits, document_loss, trained_places
 from nightschool.training import self_distillation
 from nightschool.training.rehearsal import Rehearsed
-from nightschool.training.self_distillation import FILE, Lessons, ask
+from nightschool.training.self_distillation import Lessons, ask
 from tests.support.training_setups import LORA, MiniRun, deterministic_threads, make_task
 from tests.training.test_resume import assert_equal_runs
 

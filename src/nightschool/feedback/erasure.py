@@ -20,7 +20,7 @@ from nightschool.data.study.forms import every_wording
 from nightschool.data.study.rewordings import wording
 from nightschool.errors import Conflict, Damaged
 from nightschool.events import now
-from nightschool.feedback import rehearsed_prompts
+from nightschool.feedback import rehearsed_prompts, teachers_words
 from nightschool.feedback.conversation_examples import examples_of
 from nightschool.feedback.conversations import Conversation, ConversationStore
 from nightschool.feedback.copies import Sought, Wanted, cut, holds, rows_of_runs, rows_of_tenants
@@ -154,6 +154,7 @@ def erase(
         studied = {form.id for form in [*read_forms(run.path), *forms_written(run.path)]}
         wordings |= {wording(form.example.question or "") for form in before if form.id not in studied}
         rehearsed_prompts.forget_in(run.path, request_id)
+        teachers_words.forget(home, run.path)
         _cut_plan(run)
     RejectedForms(home.database).forget(found.tenant, wordings)
     forget_cached(home)

@@ -26,6 +26,7 @@ from nightschool.data.study.forms import is_studied
 from nightschool.data.study.writing import fact_of, with_fact
 from nightschool.evaluation.heldout import as_found, on_device
 from nightschool.feedback.selection import Selection
+from nightschool.feedback.teachers_words import FILE, cache_of
 from nightschool.layers.distillation import TopTokens, taught_loss
 from nightschool.layers.forward import ForwardPath, document_loss, own_logits, trained_places
 from nightschool.models.adapters import fresh_adapter_left_out
@@ -35,8 +36,6 @@ from nightschool.store.home import Home
 from nightschool.training.metrics import say
 from nightschool.training.rehearsal import KEPT_TOKENS, Rehearsed, digest_of_weights, read, write
 
-# In the folder of a run.
-FILE = "teacher.safetensors"
 _DOCUMENTS_PER_PASS = 8
 
 CONTRAST = 1.0
@@ -100,7 +99,7 @@ class Lessons:
                 as_judged = judged.get(example.digest, example)
                 asked_ids = tuple(document.input_ids[:place])
                 lessons.append(Lesson(number, place, asked_ids, shown_ids, answer_ids, as_judged))
-        return cls(tuple(lessons), home.cache / "teachers")
+        return cls(tuple(lessons), cache_of(home))
 
     def taught(self, folder: Path, loaded: LoadedModel, task: Any) -> Teacher | None:
         """What the teacher says, by the run's folder, or an earlier run with the same weights, or asked now; None where it can teach nothing.
