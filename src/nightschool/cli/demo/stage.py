@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,46 @@ from nightschool.data.example import Message
 from nightschool.errors import NightschoolError
 from nightschool.work.processes import command
 
-COMMAND = tuple(command("cli"))
-
 
 class DemoFailed(NightschoolError, code="demo"):
     """A step of the demonstration did not do what it should; the message says which, and where its log is."""
 
 
-def run_command(folder: Path, *words: str) -> None:
-    """Run `nightschool WORDS` in the folder and show what it prints.
+@dataclass(frozen=True)
+class Screen:
+    """Where the story is told; it may wait for a key before each step."""
+
+    pause: bool
+
+    def step(self, title: str) -> None:
+        if self.pause:
+            input("\n[Enter] ")
+        print(f"\n── {title} " + "─" * max(0, 76 - len(title)), flush=True)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def run_command(folder: Path, *words: str, expected: Collection[int] = (0,)) -> int:
+    """Run `nightschool WORDS` in the folder and show what it prints; return its exit code.
 
     Raises:
-        DemoFailed: If it fails.
+        DemoFailed: If that is none of the expected ones.
     """
-    process = subprocess.Popen(
-        [*COMMAND, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        print("  " + line, end="", flush=True)
-    if (code := process.wait()) != 0:
+    with subprocess.Popen(
+        [*command("cli"), *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=_environment(),
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print("  " + line, end="", flush=True)
+    if (code := process.wait()) not in expected:
         raise DemoFailed(f"`nightschool {' '.join(words)}` exited with {code}. The lines above say why.")
+    return code
 
 
 def ask_command(folder: Path, *words: str) -> Any:
@@ -53,11 +72,17 @@ def ask_command(folder: Path, *words: str) -> Any:
         DemoFailed: If it fails.
     """
     done = subprocess.run(
-        [*COMMAND, "--json", *words], cwd=folder, capture_output=True, text=True, check=False, env=_environment()
+        [*command("cli"), "--json", *words], cwd=folder, capture_output=True, text=True, check=False, env=_environment()
     )
     if done.returncode != 0:
         raise DemoFailed(f"`nightschool {' '.join(words)}` exited with {done.returncode}: {done.stdout}{done.stderr}")
     return json.loads(done.stdout)
+
+
+def cycles_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The finished cycles of a name, oldest first."""
+    cycles: list[dict[str, Any]] = ask_command(folder, "schedule", "ls", name)["cycles"]
+    return [cycle for cycle in reversed(cycles) if cycle["outcome"] is not None]
 
 
 def _environment() -> dict[str, str]:
@@ -77,7 +102,7 @@ class Background:
         log = folder / f"{words[0]}.log"
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [*COMMAND, *words], cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=_environment()
+                [*command("cli"), *words], cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=_environment()
             )
         return cls(process, log)
 
@@ -120,14 +145,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(server: ServerBackend, question: str) -> Reply:
+def ask(server: ServerBackend, question: str, *, max_new_tokens: int = 24) -> Reply:
     """One greedy answer.
 
     Raises:
         NightschoolError: If the server does not answer, or refuses.
     """
     reply = Reply()
-    for _ in server.stream([Message("user", question)], Params(max_new_tokens=24, temperature=0), reply):
+    for _ in server.stream([Message("user", question)], Params(max_new_tokens=max_new_tokens, temperature=0), reply):
         pass
     return reply
 
@@ -146,6 +171,19 @@ def wait_until_ready(server: ServerBackend, process: Background, *, patience_sec
             return
         time.sleep(0.2)
     raise DemoFailed(f"The server was not ready after {patience_seconds:.0f} s. Its log is {process.log}.")
+
+
+def wait_for_version(server: ServerBackend, ref: str, *, patience_seconds: float = 30) -> None:
+    """Until the server has found the new champion by itself.
+
+    Raises:
+        DemoFailed: If that takes too long.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while server.get("/health")["current_model_version"] != ref.partition("@")[2]:
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"The server did not find {ref} within {patience_seconds:.0f} s.")
+        time.sleep(0.1)
 
 
 @dataclass
