@@ -178,10 +178,12 @@ class Finetune(PreparedRun[FinetuneData]):
         batches = cls.pack(rendered.all, **size, seed=train.seed)
         task = cls.new_task(setup.recipe, loaded, batches, compute_dtype=compute_dtype, world=setup.world)
         held_out = cls._held_out(tokenizer, data.selection.held_out, train.max_seq_len)
-        with setup.world.first_goes_first():
-            rehearsed = RehearsedPrompts.of(
-                setup.recipe, setup.home, setup.root, setup.folder, data.whole, loaded.tokenizer
-            )
+        rehearsed = None
+        if setup.recipe.rehearse.prompts is not None:
+            with setup.world.first_goes_first():
+                rehearsed = RehearsedPrompts.of(
+                    setup.recipe, setup.home, setup.root, setup.folder, data.whole, loaded.tokenizer
+                )
         is_checked = train.early_stopping.every is not None
         checked = SpotCheckSet.of(setup.recipe, data.selection, setup.root, tokenizer) if is_checked else None
         is_taught = setup.recipe.study.objective != "sft" and not setup.recipe.base.startswith("new:")
