@@ -44,7 +44,7 @@ def test_both_nights_study_the_same_by_the_same_rules(tmp_path):
         (tmp_path / "night.yaml").write_text(text)
         nights.append(load_recipe(tmp_path / "night.yaml").recipe)
     careless, careful = nights
-    assert (careless.rehearse.prompts, careful.rehearse.prompts) == (None, "default")
+    assert (careless.rehearse.prompts, careful.rehearse.prompts) == (None, ["default"])
     assert (careless.lora.init, careful.lora.init) == ("default", "null_space")
     for part in ("data", "study", "gate", "held_out"):
         assert getattr(careless, part) == getattr(careful, part)
