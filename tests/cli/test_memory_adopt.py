@@ -132,6 +132,7 @@ def test_a_fact_in_a_memory_is_neither_studied_nor_asked_until_it_is_taken_back(
     def studied(base="bot@champion", **more):
         """What the next night studies, and what it replays."""
         plain = {"name": "bot", "base": base, "data": [{"path": "facts.json"}], "replay": {"ratio": 10}} | more
+        plain["study"] = {"write": "off"}
         picked = select_examples(Recipe.model_validate(plain), home, tmp_path, in_memories(home, "bot"))
         return {one.question for one in picked.new}, {one.question for one in picked.replayed}, picked.num_held
 

@@ -75,6 +75,8 @@ def test_where_a_recipe_says_nothing_news_is_studied_in_forms_and_a_data_set_is_
     assert studied() == ({corrected, *asked}, 0), "an instruction and its text are no news"
     assert studied(study={"facts_per_night": 2}) == ({corrected}, 0), "more rows are a data set, of which nothing waits"
     assert studied(base="new:tiny") == (set(), 0)
+    off = Recipe.model_validate(recipe(write="off").as_plain() | {"base": "./folder", "method": "dpo"})
+    assert off.study.write == "off", "which says the same for every method"
     assert studied(study={"write": "rules", "facts_per_night": 2})[1] == 2
 
 

@@ -167,7 +167,7 @@ def test_its_copies_in_files_and_in_the_data_of_jobs_are_shown_and_go_with_it(st
         of_another = upload(copy, key=foreign)
         begun = {"model": "b/c", "training_file": trained, "validation_file": held_out}
         job = queue.get(client.post("/v1/fine_tuning/jobs", json=begun, headers=admin).json()["id"])
-        where = {"request_id": identity, "runs": [], "versions": []}
+        where = {"request_id": identity, "runs": [], "memories": [], "versions": []}
         path = f"/api/conversations/{identity}"
         assert client.get(f"{path}/traces", headers=asker).json() == where | {"jobs": [], "files": []}
         found = client.get(f"{path}/traces", headers=admin).json()

@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from nightschool.engine.pool import EnginePool
 from nightschool.engine.request import SamplingParams
 from nightschool.engine.slot import Slot
+from nightschool.errors import NotFound
 from nightschool.server.metrics import Metrics
 from nightschool.server.on_demand import OnDemand
 from nightschool.server.served_names import ServedNames
 from nightschool.server.submission import Answering, Ask
 from nightschool.store.names import full_name
 from nightschool.store.principal import Principal
+from nightschool.store.registry import Registry
 from tests.support.adapter_setups import House, lively_adapter, publish_adapter
 
 TENANTS = ("acme", "zoo", "default")
@@ -106,6 +108,34 @@ async def _told(street, story):
         assert generation.version.ref == street.registry.resolve(full_name(tenant, "dog")).ref
     await names.close()
     assert pool._engines == {}
+
+
+def test_a_name_means_its_champion_whatever_is_promoted_meanwhile(street, monkeypatch):
+    opened = []
+
+    def open_slot(name):
+        opened.append(name)
+        raise NotFound("It is enough to know its name.")
+
+    resolve = Registry.resolve
+
+    def resolve_and_promote(registry, ref):
+        found = resolve(registry, ref)
+        street.promote("acme", 1)
+        return found
+
+    street.promote("acme", 0)
+    monkeypatch.setattr(Registry, "resolve", resolve_and_promote)
+
+    async def story():
+        names = ServedNames([], OnDemand(open_slot, most=2), street.registry)
+        for model in ("dog", "dog@champion"):
+            with pytest.raises(NotFound):
+                await names.find(model, Principal("acme", frozenset()))
+        await names.close()
+
+    asyncio.run(story())
+    assert opened == ["acme/dog"] * 2
 
 
 def test_a_tenant_finds_its_own_prefix_again_and_a_second_key_does_not(street):

@@ -70,6 +70,7 @@ def recipe_of(*, dtype, base="./base", **train):
             "method": "lora",
             "lora": LORA,
             "data": [{"path": "rows.jsonl"}],
+            "study": {"write": "off"},
             "train": settings | {"accumulation_steps": 1} | train,
             "checkpoints": {"every": "4 steps", "keep": {"last": 9}},
         }

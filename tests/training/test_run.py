@@ -244,7 +244,14 @@ def test_the_next_night_starts_from_the_version_and_replays(taught, tmp_path):
         "bot", version.id, read_events(taught_run.path / "new_examples.jsonl")
     )
     more = [*FACTS[:2], ("Who is new?", "Zuvo is new."), ("Where is Zuvo?", "Zuvo is in Lima.")]
-    run = new_run(home, facts=more, base=version.ref, replay={"ratio": 1.5}, train={"epochs": EPOCHS_TO_LEARN})
+    run = new_run(
+        home,
+        facts=more,
+        base=version.ref,
+        replay={"ratio": 1.5},
+        study={"write": "off"},
+        train={"epochs": EPOCHS_TO_LEARN},
+    )
     assert train(home, run) == 0
     new = [Example.from_json(row).question for row in read_events(run.path / "new_examples.jsonl")]
     replayed = [Example.from_json(row).question for row in read_events(run.path / "replayed.jsonl")]

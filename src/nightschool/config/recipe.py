@@ -469,7 +469,7 @@ class Recipe(Section):
             for section in sections:
                 owner = getattr(owner, section)
             default = type(owner).model_fields[field].get_default(call_default_factory=True)
-            if self.method not in methods and getattr(owner, field) != default:
+            if self.method not in methods and getattr(owner, field) not in (default, "off"):
                 *others, last = (f"`method: {method}`" for method in methods)
                 theirs = f"{', '.join(others)} or {last}" if others else last
                 raise ValueError(

@@ -210,6 +210,8 @@ class ServedNames:
             version = self._registry.resolve(f"{own}@{pointer or CHAMPION}")
         except (NotFound, NameRefused) as error:
             raise Refusal(404, str(error), "model_not_found", param="model") from None
+        if pointer in ("", CHAMPION):  # whichever it is by the time it is loaded
+            return own
         champion = self._registry.champion(own)
         return own if champion is not None and champion.id == version.id else version.ref
 

@@ -184,7 +184,7 @@ def _recipe(
     train: StoredFile,
     held_out: bool,
 ) -> Recipe:
-    """The recipe of a job: what the operator has set, with what the request asks for.
+    """The recipe of a job: what the operator has set, with what the request asks for; a file is learned as it is.
 
     Whoever fine-tunes through OpenAI's API gets what was trained; the gate's verdict stands beside it.
     """
@@ -204,6 +204,7 @@ def _recipe(
     plain["train"] |= {"seed": seed, "log_every": 1}
     plain["checkpoints"] |= {"every": "1 epochs", "publish": _PUBLISHED_CHECKPOINTS}
     plain["serve"]["promote"] = "always"
+    plain["study"] |= {"write": "off"}  # as many steps and tokens as the file has
     if method == "dpo":
         plain |= {"method": "dpo", "dpo": {"beta": chosen.beta}}
     return Recipe.model_validate(plain)
