@@ -121,14 +121,17 @@ def test_a_name_means_its_champion_whatever_is_promoted_meanwhile(street, monkey
 
     def resolve_and_promote(registry, ref):
         found = resolve(registry, ref)
-        street.promote("acme", 1)
+        with monkeypatch.context() as once:
+            once.setattr(Registry, "resolve", resolve)
+            street.promote("acme", 1)
         return found
 
     street.promote("acme", 0)
     monkeypatch.setattr(Registry, "resolve", resolve_and_promote)
 
     async def story():
-        names = ServedNames([], OnDemand(open_slot, most=2), street.registry)
+        given = Slot("default", EnginePool(street.house.home))
+        names = ServedNames([given], OnDemand(open_slot, most=2), street.registry)
         for model in ("dog", "dog@champion"):
             with pytest.raises(NotFound):
                 await names.find(model, Principal("acme", frozenset()))
