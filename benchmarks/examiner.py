@@ -5,8 +5,8 @@ expected answer. The model was asked alone, with the fact or four entries in its
 night, greedily and at temperature 0.8, about a made-up world and about the real one. By a digest of its question a row belongs
 to half A, which was looked at while the rules were written, or to half B. Half B, and then `fresh`, which has other facts, were labelled
 before the rules met them, and looked at once their figures had been taken; rules were mended by both. Those first figures are
-in RESULTS.md and are the clean ones; what this prints of all three sets is not, and a clean figure takes new answers. The goals
-are held against `fresh`.
+in RESULTS.md and are the clean ones. `third` and `last` have other facts again; no rule was made
+of them. The goals are held against `last`.
 
 False accepts are shares of the wrong answers, false rejects of the right ones. Peers, on the same rows: the rules that stood
 before (their verdicts are kept in the file), the same words, the expected answer's words in a row, and a token F1 of 0.5.
@@ -66,7 +66,7 @@ def main() -> None:
         {"agreement": {"min": 0.97}, "false_accepts": {"max": 0.01}, "false_rejects": {"max": 0.05}},
     )
     rows = [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()]
-    halves = {half: [row for row in rows if row["half"] == half] for half in ("A", "B", "fresh")}
+    halves = {half: [row for row in rows if row["half"] == half] for half in ("A", "B", "fresh", "third", "last")}
     figures: dict[str, float] = {}
     for half, of_half in halves.items():
         right = sum(row["label"] == "right" for row in of_half)
@@ -75,7 +75,7 @@ def main() -> None:
             agreed, accepted, rejected = agreement(of_half, judge)
             told.append((name, f"agrees {agreed:.3f}  false accepts {accepted:.3f}  false rejects {rejected:.3f}"))
             prefix = "" if name == "examiner" else f"{name}_"
-            if half == "fresh":
+            if half == "last":
                 figures |= {
                     f"{prefix}agreement": agreed,
                     f"{prefix}false_accepts": accepted,
