@@ -8,6 +8,7 @@ from rich.console import Console
 
 from nightschool.config.recipe import Recipe
 from nightschool.data.chat import render as render_module
+from nightschool.data.chat.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.data.chat.render import Rendered
 from nightschool.data.chat.rendered_data import refuse_nothing_to_train
 from nightschool.data.example import Example
@@ -19,7 +20,6 @@ from nightschool.training.methods.finetune import Finetune
 from nightschool.training.methods.prepared import Setup
 from nightschool.training.planning import plan as planning
 from nightschool.training.planning import speed
-from nightschool.training.planning.loss_mask_preview import Span, loss_mask, render_mask
 from nightschool.training.planning.plan import make_plan, render_plan
 from nightschool.training.planning.speed import measure
 from tests.support.training_setups import deterministic_threads, differing

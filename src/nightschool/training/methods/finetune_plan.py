@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from nightschool.data.chat.loss_mask_preview import loss_mask
 from nightschool.data.chat.rendered_data import tokens_by_role
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan
 from nightschool.training.optimizer_8bit import NO_PAGES
-from nightschool.training.planning.loss_mask_preview import loss_mask
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.study_rows import objective_rows, study_notes, study_rows
 from nightschool.training.rehearsal import answers_beside, by_source

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nightschool.config.recipe import ADAPTER_METHODS, Recipe
+from nightschool.data.chat.loss_mask_preview import Span
 from nightschool.data.example import Example
 from nightschool.errors import ModelError, StateMismatch
 from nightschool.evaluation.spot_check import Limits, SpotCheck
@@ -35,7 +36,6 @@ from nightschool.training.interpolation import Weights
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.optimizer import Schedule, optimizer_class
 from nightschool.training.planning.asking import Asking
-from nightschool.training.planning.loss_mask_preview import Span
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import choose_by_measuring
 from nightschool.training.state import Budget, TrainState

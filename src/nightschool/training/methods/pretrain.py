@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from nightschool.config.recipe import Recipe
 from nightschool.config.train import Lora
 from nightschool.data.batches import Batch
+from nightschool.data.chat.loss_mask_preview import Span, loss_mask
 from nightschool.data.example import Example
 from nightschool.data.shards.shard_sources import ShardSource, open_shards
 from nightschool.data.shards.shards import check_index
@@ -32,7 +33,6 @@ from nightschool.training.causal_task import CausalTask
 from nightschool.training.continuation import continuation
 from nightschool.training.loop import steps_in_epoch
 from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
-from nightschool.training.planning.loss_mask_preview import Span, loss_mask
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.state import TrainState
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nightschool.config.recipe import Recipe
+from nightschool.data.chat.loss_mask_preview import Span, render_mask
 from nightschool.layers.forward import causal_lm
 from nightschool.models.cost import (
     count_parameters,
@@ -34,7 +35,6 @@ from nightschool.training.methods.prepared import MethodPlan, PreparedRun, Setup
 from nightschool.training.metrics import peak_bytes, say
 from nightschool.training.optimizer import optimizer_class
 from nightschool.training.planning.asking import asking_row
-from nightschool.training.planning.loss_mask_preview import Span, render_mask
 from nightschool.training.planning.plan_row import PlanRow
 from nightschool.training.planning.speed import Probe, measure
 from nightschool.training.task import Task
